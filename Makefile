@@ -1,0 +1,155 @@
+# lorasync.h is used by copying it; this file is for its tests, examples and benchmark. Everything built lies in build/.
+# A tool that is missing (clang, C++, Python, valgrind, MPI, nvcc) skips what needs it, and says so.
+
+CC           ?= cc
+CXX          ?= g++
+GCC          ?= gcc
+GXX          ?= g++
+CLANG        ?= clang
+CLANGXX      ?= clang++
+CUDA_HOME    ?= /usr/local/cuda
+NVCC         ?= $(CUDA_HOME)/bin/nvcc
+MPICC        ?= mpicc
+MPIRUN       ?= mpirun
+PYTHON       ?= python3
+VALGRIND     ?= valgrind
+CPPCHECK     ?= cppcheck
+CLANG_FORMAT ?= clang-format
+
+BUILD  ?= build
+STD    ?= -std=gnu99
+OPT    ?= -O2
+WARN   ?= -Wall -Wextra -Werror
+LDLIBS ?= -lm -lpthread -lrt
+
+# make demo DEMO_ARGS="...", make bench BENCH_ARGS="..."
+DEMO_ARGS  ?=
+BENCH_ARGS ?=
+
+TESTS          ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/test_*.c)))
+SLOW_TESTS     ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/slow_*.c)))
+THREAD_TESTS   ?= test_comm test_session test_directory
+VALGRIND_TESTS ?= test_names test_config test_image test_layout test_plan test_directory test_session
+INTEROP        ?= $(sort $(wildcard tests/interop_*.py))
+
+MPI_EXAMPLES := $(patsubst %.c,$(BUILD)/%,$(wildcard examples/mpi*.c))
+EXAMPLES     := $(filter-out $(MPI_EXAMPLES),$(patsubst %.c,$(BUILD)/%,$(wildcard examples/*.c)))
+
+# One folder per flavour of the tests: test, asan-gcc, tsan-gcc, ...
+B       = $(BUILD)/test
+COMPILE = $(CC) $(STD) $(OPT) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) $(LDFLAGS)
+MAKEFLAGS += --no-print-directory
+
+export BUILD GCC GXX CLANG CLANGXX NVCC CUDA_HOME MPICC MPIRUN PYTHON CPPCHECK LDLIBS
+
+.DELETE_ON_ERROR:
+.PHONY: help test test-slow test-asan test-tsan test-valgrind matrix interop examples mpi-examples demo bench format check-format clean \
+        programs run FORCE
+
+help: ## lists the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F '|' '{ printf "%-24s%s\n", $$1, $$2 }'
+
+# ---- tests: a program that does not compile is missing, and tests/run.sh counts that
+
+test: ## builds and runs all tests and the short compile matrix
+	@MATRIX=quick $(MAKE) run EXTRA=tests/matrix.sh
+
+test-slow: ## the tests that take minutes (tests/slow_*.c)
+	@TIMEOUT=1800 $(MAKE) run B=$(BUILD)/slow TESTS='$(SLOW_TESTS)'
+
+run:
+	@$(MAKE) -k programs || true
+	@LOGS=$(B)/logs CC='$(CC)' CXX='$(CXX)' sh tests/run.sh $(addprefix $(B)/,$(TESTS)) $(EXTRA)
+
+programs: $(addprefix $(B)/,$(TESTS))
+	@:
+
+$(B)/%: tests/%.c lorasync.h tests/test.h $(B)/flags
+	@rm -f $@
+	$(COMPILE) -o $@ $< $(LDLIBS)
+
+# Changes only when the command does: other flags, new programs.
+$(B)/flags: FORCE
+	@mkdir -p $(@D); command='$(subst ','\'',$(COMPILE) $(LDLIBS))'; [ "$$command" = "$$(cat $@ 2>/dev/null)" ] || echo "$$command" >$@
+
+# $(call sanitized,name,flags,tests). Sanitizers want fixed addresses on kernels that randomise many bits.
+define sanitized
+	+@mkdir -p $(BUILD)/probe; p=$(BUILD)/probe/$(1)-$$$$; r=; \
+	if setarch -R true 2>/dev/null; then r='setarch -R'; fi; \
+	if printf 'int main(void) { return 0; }\n' | $(CC) $(2) -x c - -o $$p 2>/dev/null && $$r $$p 2>/dev/null; then \
+	    rm -f $$p; RUN="$$r" $(MAKE) run B=$(BUILD)/$(1)-$(lastword $(notdir $(CC))) OPT='-O1 -g -fno-omit-frame-pointer $(2)' TESTS='$(3)'; \
+	else \
+	    rm -f $$p; echo 'skip $(1): $(CC) cannot build or run such a program here'; echo '0 passed, 0 failed, 1 skipped'; \
+	fi
+endef
+
+test-asan: export ASAN_OPTIONS ?= detect_leaks=1:allocator_may_return_null=1:detect_stack_use_after_return=1
+test-asan: export UBSAN_OPTIONS ?= print_stacktrace=1
+test-asan: ## all tests under the address and undefined behaviour sanitizers (CC=clang for clang's)
+	$(call sanitized,asan,-fsanitize=address$(,)undefined -fno-sanitize-recover=all,$(TESTS))
+
+test-tsan: export TSAN_OPTIONS ?= halt_on_error=1:second_deadlock_stack=1
+test-tsan: ## the tests with threads under the thread sanitizer
+	$(call sanitized,tsan,-fsanitize=thread,$(filter $(THREAD_TESTS),$(TESTS)))
+
+, := ,
+
+test-valgrind: ## some tests under valgrind (VALGRIND_TESTS="...")
+	@if $(VALGRIND) -q true 2>/dev/null; then \
+	    RUN='$(VALGRIND) -q --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite,indirect' TIMEOUT=600 \
+	    $(MAKE) run B=$(BUILD)/valgrind OPT='-O1 -g' TESTS='$(filter $(VALGRIND_TESTS),$(TESTS))'; \
+	else \
+	    echo 'skip valgrind: $(VALGRIND) does not run here'; echo '0 passed, 0 failed, 1 skipped'; \
+	fi
+
+matrix: ## compiles the header with every compiler, standard and order of includes, and checks its symbols
+	@LOGS=$(BUILD)/logs TIMEOUT=1200 CC='$(CC)' CXX='$(CXX)' sh tests/run.sh tests/matrix.sh
+
+interop: examples ## other programs against the same files (tests/interop_*.py)
+	@if ! $(PYTHON) -c '' 2>/dev/null; then \
+	    echo 'skip interop: $(PYTHON) does not run here'; echo '0 passed, 0 failed, 1 skipped'; \
+	elif [ -z '$(INTEROP)' ]; then \
+	    echo 'skip interop: no tests/interop_*.py'; echo '0 passed, 0 failed, 1 skipped'; \
+	else \
+	    LOGS=$(BUILD)/logs LORASYNC_BUILD='$(BUILD)' CC='$(CC)' sh tests/run.sh $(INTEROP); \
+	fi
+
+# ---- programs to look at
+
+demo: $(BUILD)/examples/demo ## builds and runs examples/demo.c (DEMO_ARGS="...")
+	@$(BUILD)/examples/demo $(DEMO_ARGS)
+
+examples: $(EXAMPLES) mpi-examples ## builds the examples into build/examples
+
+bench: $(BUILD)/bench/bench ## builds and runs bench/bench.c (BENCH_ARGS="...")
+	@$(BUILD)/bench/bench $(BENCH_ARGS)
+
+mpi-examples:
+	@if [ -z '$(MPI_EXAMPLES)' ]; then :; \
+	elif mkdir -p $(BUILD)/probe && printf '#include <mpi.h>\nint main(void) { return 0; }\n' | $(MPICC) -x c - -o $(BUILD)/probe/mpi 2>/dev/null; then \
+	    $(MAKE) $(MPI_EXAMPLES) CC='$(MPICC)'; \
+	else \
+	    echo 'skip $(MPI_EXAMPLES): $(MPICC) does not compile here'; \
+	fi
+
+$(BUILD)/examples/%: examples/%.c lorasync.h
+	@mkdir -p $(@D)
+	$(COMPILE) -o $@ $< $(LDLIBS)
+
+$(BUILD)/bench/%: bench/%.c lorasync.h
+	@mkdir -p $(@D)
+	$(COMPILE) -o $@ $< $(LDLIBS)
+
+# ---- housekeeping
+
+SOURCES = $(wildcard lorasync.h examples/*.c tests/*.c tests/*.h bench/*.c)
+
+format: ## formats the sources in place (clang-format 14)
+	$(CLANG_FORMAT) -i $(SOURCES)
+
+check-format: ## says which sources clang-format would change
+	@if $(CLANG_FORMAT) --version >/dev/null 2>&1; then $(CLANG_FORMAT) --dry-run --Werror $(SOURCES); \
+	else echo 'skip check-format: $(CLANG_FORMAT) does not run here'; fi
+
+clean: ## removes build/
+	rm -rf $(BUILD)

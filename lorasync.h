@@ -1,0 +1,10339 @@
+/* lorasync.h - v0.1.0 - keeps inference engines serving the newest LoRA adapter of a sharded trainer. MIT licence, at the end.
+
+   In exactly one C or C++ file:
+
+       #define LORASYNC_IMPLEMENTATION
+       #include "lorasync.h"
+
+   In every other file: #include "lorasync.h". Needs libc and POSIX (pthreads are not needed); nothing else.
+
+
+   WHAT IT DOES
+
+   A LoRA adapter is trained on N ranks and every rank holds a part of each tensor (FSDP, ZeRO, tensor, expert or
+   pipeline parallel). After each optimizer step an inference engine has to serve the new values.
+
+       parts on N ranks --pack+cast--> one message per pair of ranks --place--> one adapter image (safetensors)
+           --transport--> staged on every engine --commit--> served; the old version until then
+
+   The host program keeps its trainer, its engine and its communicators. The library finds the LoRA parameters among all
+   others, plans once which bytes go where, and then does it every step without allocating, comparing strings or asking
+   again. It never changes the caller's tensors (except in lorasync_load, whose purpose that is).
+
+   WHAT IT DOES NOT DO
+
+   It does not train, does not serve, does not open network connections, does not start threads, and does not merge
+   adapters into base weights. It never prints, exits or aborts, and keeps no global state.
+
+
+   QUICK START, TRAINER (every rank runs the same lines; without `comm` it is one rank)
+
+       lorasync_desc d;  memset(&d, 0, sizeof d);
+       d.comm = &comm;  d.wire_dtype = LORASYNC_BF16;  d.lora_alpha = 32;
+       lorasync_session *s;  lorasync_error err;
+       lorasync_open(&d, &s, &err);
+       for (each parameter of the model) {                 // base parameters are dropped by the filter, and counted
+           lorasync_piece p;  memset(&p, 0, sizeof p);
+           p.name = "model.layers.0.self_attn.q_proj.lora_A.default.weight";
+           p.dtype = LORASYNC_F32;  p.ndim = 2;  p.shape[0] = 32;  p.shape[1] = 4096;        // the whole tensor
+           p.box = lorasync_shard(lorasync_whole(p.shape, p.ndim), 0, rank, world);        // what I hold of it: FSDP2
+           p.data = pointer;
+           lorasync_add(s, &p, &err);
+       }
+       lorasync_attach_directory(s, "adapters", &err);     // used by the root, ignored elsewhere
+       lorasync_compile(s, &err);                          // collective: agrees, validates, plans, allocates
+       for (each optimizer step)
+           if (lorasync_sync(s, step, NULL, &err) < 0) fprintf(stderr, "%s\n", err.text);
+       lorasync_close(s);
+
+   QUICK START, ENGINE (another process)
+
+       lorasync_engine_desc ed;  memset(&ed, 0, sizeof ed);  ed.directory = "adapters";
+       lorasync_engine *e;
+       lorasync_engine_open(&ed, &e, &err);
+       lorasync_engine_poll(e, 1000, &err);                // LORASYNC_OK: a newer version is now served
+       const lorasync_adapter *a = lorasync_acquire(e, "default");        // pins that version
+       const lorasync_tensor *t = lorasync_find(a, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
+       lorasync_release(a);
+
+
+   TABLE OF CONTENTS  (search for the mark; a room uses only rooms above it)
+
+       >>types      status, errors, allocator, dtypes
+       >>api        names, layout, comm, plan, image, config, transport, engine, session - each documented where declared
+                    "END OF THE PUBLIC PART": stop there if you only want the API
+       >>support    errors, allocation, checked arithmetic, buffers, hashing, clock
+       >>json       a small strict reader and writer
+       >>dtype      sizes, exact rounding
+       >>names      wrapper segments, LoRA leaf, adapter name, PEFT key, filter, patterns
+       >>layout     boxes, flat intervals, the trainers' rules
+       >>comm       solo, local (shared memory)
+       >>image      safetensors write, read, validate; digest
+       >>plan       catalogues, coverage, owners, routes, copy operations
+       >>move       the copy engine; pack, exchange, place; direct placement
+       >>config     adapter_config.json read, write, check
+       >>publish    the directory transport; staging and commit over any number of engines
+       >>engine     poll, validate, pin, find, release
+       >>session    the easy path over all of it
+
+
+   CONFIGURATION MACROS (all optional)
+
+       macro                      where                    effect
+       LORASYNC_IMPLEMENTATION    one file                 compiles the implementation there
+       LORASYNC_STATIC            same file, before both   every function static: a private copy inside that file only
+
+
+   ERRORS
+
+   Every function that can fail returns a lorasync_status: 0 is success, above 0 is not an error, below 0 is a failure.
+   Its last argument is a lorasync_error (or NULL) that receives the status and a text naming what, where, expected and
+   found, and what to do. Nothing is half done after a failure: what was served is still served, and the call can be made
+   again. Statuses of -100 and below say that the communicator is lost (lorasync_is_lost): close the session, make a new
+   communicator, open again.
+
+   Collective calls (said at each) return the same status on every rank. An error on one rank - a bad argument, a missing
+   tensor, a NaN - is that call's error on all of them. A rank that dies or never calls ends in an error on all others
+   within the deadline (desc.timeout_ms, default 60 s), never in a hang.
+
+   THREADS
+
+   A handle may be used by one thread at a time; different handles are independent. Exceptions are said where they are
+   declared: lorasync_acquire, lorasync_find and lorasync_release may be called from any thread at any time. No lock is
+   held while a callback runs.
+
+   MEMORY
+
+   All memory comes from the allocator given in a desc (default malloc/free). After lorasync_compile a sync allocates
+   nothing. Borrowed pointers are said to be borrowed, with the time until which they must stay valid.
+*/
+#if defined(LORASYNC_IMPLEMENTATION) && !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) && !defined(__APPLE__)
+#define _DEFAULT_SOURCE 1 /* strict -std=c99 hides POSIX and MAP_ANONYMOUS otherwise; no effect after the first system header */
+#endif
+
+#ifndef LORASYNC_H
+#define LORASYNC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define LORASYNC_VERSION_MAJOR 0
+#define LORASYNC_VERSION_MINOR 1
+#define LORASYNC_VERSION_PATCH 0
+#define LORASYNC_VERSION "0.1.0"
+
+#ifndef LORASYNC_API
+#if defined(LORASYNC_STATIC) && defined(__GNUC__)
+#define LORASYNC_API __attribute__((unused)) static
+#elif defined(LORASYNC_STATIC)
+#define LORASYNC_API static
+#else
+#define LORASYNC_API extern
+#endif
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ------------------------------------------------------------------------------------------------------- >>types -- */
+
+/* One list makes the enum and lorasync_status_text. */
+#define LORASYNC_STATUS_LIST(X)                                                                                        \
+    X(LORASYNC_OK, 0, "ok")                                                                                            \
+    X(LORASYNC_NOTHING_NEW, 1, "nothing new")                                                                          \
+    /* this call failed: mend what the text names and call again */                                                    \
+    X(LORASYNC_E_ARGUMENT, -1, "bad argument")                                                                         \
+    X(LORASYNC_E_MEMORY, -2, "out of memory")                                                                          \
+    X(LORASYNC_E_STATE, -3, "call out of order")                                                                       \
+    X(LORASYNC_E_NAME, -4, "parameter name")                                                                           \
+    X(LORASYNC_E_EMPTY, -5, "no LoRA tensor")                                                                          \
+    X(LORASYNC_E_PAIR, -6, "lora_A and lora_B do not pair")                                                            \
+    X(LORASYNC_E_LAYOUT, -7, "pieces do not make the tensor")                                                          \
+    X(LORASYNC_E_DISAGREE, -8, "ranks disagree")                                                                       \
+    X(LORASYNC_E_NAN, -9, "NaN or Inf")                                                                                \
+    X(LORASYNC_E_FORMAT, -10, "malformed data")                                                                        \
+    X(LORASYNC_E_CONFIG, -11, "adapter config")                                                                        \
+    X(LORASYNC_E_DIGEST, -12, "digest mismatch")                                                                       \
+    X(LORASYNC_E_IO, -13, "file system")                                                                               \
+    X(LORASYNC_E_VERSION, -14, "version is not newer")                                                                 \
+    X(LORASYNC_E_UNSUPPORTED, -15, "not supported")                                                                    \
+    X(LORASYNC_E_NOT_FOUND, -16, "not found")                                                                          \
+    X(LORASYNC_E_BUSY, -17, "still in use")                                                                            \
+    /* the communicator is lost: close, make a new one, open again */                                                  \
+    X(LORASYNC_E_TIMEOUT, -100, "deadline passed")                                                                     \
+    X(LORASYNC_E_PEER, -101, "a rank is gone")                                                                         \
+    X(LORASYNC_E_COMM, -102, "communication failed")                                                                   \
+    X(LORASYNC_E_LOST, -103, "communicator already lost")
+
+typedef enum lorasync_status {
+#define LORASYNC_X(name, value, text) name = value,
+    LORASYNC_STATUS_LIST(LORASYNC_X)
+#undef LORASYNC_X
+    LORASYNC_STATUS_FORCE_INT = 0x7fffffff
+} lorasync_status;
+
+/* A constant short text for a status ("ranks disagree"); never NULL. */
+LORASYNC_API const char *lorasync_status_text(lorasync_status status);
+
+/* 1 if the communicator is lost (status -100 or below): the session can only be closed. */
+LORASYNC_API int lorasync_is_lost(lorasync_status status);
+
+/* What went wrong. Filled by the failing call, untouched by a succeeding one. The text is always terminated; a text
+   that does not fit is cut. Plain data: copy it, keep it, declare it on the stack. */
+typedef struct lorasync_error {
+    lorasync_status status;
+    char            text[508];
+} lorasync_error;
+
+/* Memory for everything the library keeps. Both functions or neither. alloc returns memory aligned for any object
+   (as malloc) or NULL; free receives only what alloc gave. Called from whichever thread calls the library.
+   Borrowed: the struct is copied, `user` must outlive the handle. */
+typedef struct lorasync_allocator {
+    void *(*alloc)(void *user, size_t num_bytes);
+    void (*free)(void *user, void *memory);
+    void *user;
+} lorasync_allocator;
+
+/* Element types: those of safetensors (safetensors/src/tensor.rs, enum Dtype), same order, so that a larger value sorts
+   first in a file. F4 and the F6 types are packed: a tensor of them occupies shape product x bits / 8 bytes. Only F32, F16,
+   BF16, F8_E4M3 and F8_E5M2 are ever converted into one another; all others travel as they are. */
+#define LORASYNC_DTYPE_LIST(X)                                                                                         \
+    X(LORASYNC_BOOL, 1, "BOOL", 8)                                                                                     \
+    X(LORASYNC_F4, 2, "F4", 4)                                                                                         \
+    X(LORASYNC_F6_E2M3, 3, "F6_E2M3", 6)                                                                               \
+    X(LORASYNC_F6_E3M2, 4, "F6_E3M2", 6)                                                                               \
+    X(LORASYNC_U8, 5, "U8", 8)                                                                                         \
+    X(LORASYNC_I8, 6, "I8", 8)                                                                                         \
+    X(LORASYNC_F8_E5M2, 7, "F8_E5M2", 8)                                                                               \
+    X(LORASYNC_F8_E4M3, 8, "F8_E4M3", 8)                                                                               \
+    X(LORASYNC_F8_E8M0, 9, "F8_E8M0", 8)                                                                               \
+    X(LORASYNC_F8_E4M3FNUZ, 10, "F8_E4M3FNUZ", 8)                                                                      \
+    X(LORASYNC_F8_E5M2FNUZ, 11, "F8_E5M2FNUZ", 8)                                                                      \
+    X(LORASYNC_I16, 12, "I16", 16)                                                                                     \
+    X(LORASYNC_U16, 13, "U16", 16)                                                                                     \
+    X(LORASYNC_F16, 14, "F16", 16)                                                                                     \
+    X(LORASYNC_BF16, 15, "BF16", 16)                                                                                   \
+    X(LORASYNC_I32, 16, "I32", 32)                                                                                     \
+    X(LORASYNC_U32, 17, "U32", 32)                                                                                     \
+    X(LORASYNC_F32, 18, "F32", 32)                                                                                     \
+    X(LORASYNC_C64, 19, "C64", 64)                                                                                     \
+    X(LORASYNC_F64, 20, "F64", 64)                                                                                     \
+    X(LORASYNC_I64, 21, "I64", 64)                                                                                     \
+    X(LORASYNC_U64, 22, "U64", 64)
+
+typedef enum lorasync_dtype {
+    LORASYNC_DTYPE_NONE = 0, /* in a desc: keep each tensor's own */
+#define LORASYNC_X(name, value, text, bits) name = value,
+    LORASYNC_DTYPE_LIST(LORASYNC_X)
+#undef LORASYNC_X
+    LORASYNC_DTYPE_FORCE_INT = 0x7fffffff
+} lorasync_dtype;
+
+/* The safetensors name ("BF16"), or NULL for a value that is no dtype. */
+LORASYNC_API const char *lorasync_dtype_name(lorasync_dtype dtype);
+
+/* Bits of one element (4 to 64), or 0 for a value that is no dtype. */
+LORASYNC_API int lorasync_dtype_bits(lorasync_dtype dtype);
+
+/* The dtype of a safetensors name, or LORASYNC_DTYPE_NONE. */
+LORASYNC_API lorasync_dtype lorasync_dtype_from_name(const char *name);
+
+/* Converts num_elements contiguous elements between F32, F16, BF16, F8_E4M3 and F8_E5M2 (or copies, when the types are
+   equal). Round to nearest, ties to even; bit-exact with torch's casts for every input that is not NaN: fp16 and e5m2
+   overflow to Inf, e4m3 overflows to NaN (it has no Inf), bf16 overflows to Inf. Widening is exact. Between two narrow types
+   the value goes through F32, which is exact. NaN stays NaN, its bits are not promised.
+   src and dst must not overlap; no alignment is needed. Errors: LORASYNC_E_UNSUPPORTED for another pair of types. */
+LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtype, const void *src, lorasync_dtype src_dtype,
+                                              size_t num_elements, lorasync_error *err);
+
+#define LORASYNC_MAX_DIMS 8   /* dimensions of a tensor */
+#define LORASYNC_MAX_NAME 512 /* bytes of a parameter name, its NUL included */
+
+/* ------------------------------------------------------------------------------------------------- >>api: names -- */
+
+/* What a parameter is to PEFT (peft/tuners/tuners_utils.py, utils/save_and_load.py). */
+typedef enum lorasync_role {
+    LORASYNC_ROLE_BASE = 0,        /* a parameter of the base model */
+    LORASYNC_ROLE_LORA_A,          /* [r, in]; conv [r, in, *k] */
+    LORASYNC_ROLE_LORA_B,          /* [out, r]; conv [out, r, 1, ...] */
+    LORASYNC_ROLE_LORA_B_BIAS,     /* [out] */
+    LORASYNC_ROLE_EMBEDDING_A,     /* [r, num_embeddings] */
+    LORASYNC_ROLE_EMBEDDING_B,     /* [embedding_dim, r] */
+    LORASYNC_ROLE_MAGNITUDE,       /* DoRA: lora_magnitude_vector */
+    LORASYNC_ROLE_MODULES_TO_SAVE, /* a whole module trained beside the adapter */
+    LORASYNC_ROLE_TRAINABLE_TOKENS /* token_adapter.trainable_tokens_delta */
+} lorasync_role;
+
+/* A constant short text for a role ("lora_A"); never NULL. */
+LORASYNC_API const char *lorasync_role_text(lorasync_role role);
+
+/* One parameter name taken apart.
+       "_fsdp_wrapped_module.model.layers.0.q_proj._orig_mod.lora_A.policy.weight"
+   key     "base_model.model.model.layers.0.q_proj.lora_A.weight"   the key in a PEFT file (base parameters: the base model's own
+                                                                    name, without base_model.model. and PEFT's levels)
+   module  "model.layers.0.q_proj"                                  what target_modules matches. For modules_to_save the saved module,
+                                                                    for a base parameter the module that owns it. Wrappers nested by
+                                                                    target_parameters (experts, experts.base_layer) have the same
+                                                                    module and different keys: pair A and B by key
+   adapter "policy"                                                 "" when the name has none (it is a file key already) */
+typedef struct lorasync_name {
+    lorasync_role role;
+    char          key[LORASYNC_MAX_NAME];
+    char          module[LORASYNC_MAX_NAME];
+    char          adapter[LORASYNC_MAX_NAME];
+} lorasync_name;
+
+/* Takes a raw parameter name apart. Works on whole segments between dots, never on substrings:
+   - `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`, `_orig_mod` and `to_wrap` anywhere, and leading `module`, are wrappers of FSDP,
+     checkpointing, torch.compile, Megatron-Bridge and DDP: dropped. A leading `base_model.model` is dropped next.
+   - LoRA: one of lora_A, lora_B, lora_embedding_A, lora_embedding_B, lora_magnitude_vector, trainable_tokens_delta is followed by
+     nothing, by `<adapter>`, by `weight`, or by `<adapter>.weight`; lora_B also by `bias` or `<adapter>.bias`. `weight` and
+     `bias` right behind the leaf at the end of the name are never an adapter. The key is base_model.model.<path>.<leaf>, then
+     .weight or .bias where lora_A and lora_B had it; the others never have it, as in PEFT files. The module is <path> without
+     `base_layer` and without a last `token_adapter`.
+   - `<module>.modules_to_save.<adapter>.<rest>` has the key base_model.model.<module>.<rest>. In a file it cannot be told from a
+     base parameter: such a key parses as one.
+   - Everything else is a base parameter: `base_layer`, `original_module` and `token_adapter.base_layer` are dropped from its
+     path.
+   Errors, all naming what was found: LORASYNC_E_NAME for a name without a known leaf that looks like LoRA: a last or last but one
+   segment that begins with `lora_` (an AdaLoRA lora_E, an MLX lora_a), lora_<...>_<letter>.<adapter>.weight, a known leaf with
+   anything else behind it, Megatron's adapter.linear_in.weight; for lora_A.bias; for a leaf without a module; for modules_to_save
+   without adapter and parameter; for an empty segment; for a name or key of LORASYNC_MAX_NAME bytes or more. LORASYNC_E_ARGUMENT
+   for NULL. Allocates nothing. */
+LORASYNC_API lorasync_status lorasync_parse_name(const char *raw_name, lorasync_name *out, lorasync_error *err);
+
+/* PEFT's own rule for one known adapter name (BaseTuner key clean-up, tuners_utils.py): the component equal to `adapter` is
+   taken out if it is the last, or else the last but one, and not the first; at most once. out needs strlen(key) + 1 bytes and may be
+   key itself.
+   Meant for keys already known to be adapter leaves. */
+LORASYNC_API void lorasync_drop_adapter(const char *key, const char *adapter, char *out);
+
+/* A pattern compiled for repeated full matches: the subset of Python's `re` that target_modules strings use. Literals, `.`, `[...]` with
+   ranges and negation, `\d \w \s \D \W \S`, `\n \t \r \f \v \a \xhh`, escaped punctuation, `( )`, `(?: )`, `(?P<name> )`, `|`, `* + ?`
+   `{m} {m,} {,n} {m,n}` and their lazy forms, `^ $ \A \Z \b \B`, look-ahead `(?= )` `(?! )`. Anything else (back-references, look-behind,
+   flags, possessive and atomic) is refused by name. Text is bytes: `.`, \w and [...] see single bytes, so outside ASCII only literals mean
+   what they mean in Python; `[...]` and \x refuse them.
+   Matching takes time proportional to states x bytes of text, whatever the pattern: no input makes it explode. A pattern may have 65,536
+   bytes, 64 levels of groups and about 65,536 states, {m,n} counted as copies. */
+typedef struct lorasync_pattern lorasync_pattern;
+
+/* Compiles. allocator may be NULL. Errors: LORASYNC_E_UNSUPPORTED or LORASYNC_E_FORMAT naming the construct and its position,
+   LORASYNC_E_MEMORY, LORASYNC_E_ARGUMENT. Free with lorasync_pattern_free (NULL is fine). */
+LORASYNC_API lorasync_status lorasync_pattern_compile(const char *pattern, const lorasync_allocator *allocator,
+                                                      lorasync_pattern **out, lorasync_error *err);
+LORASYNC_API void            lorasync_pattern_free(lorasync_pattern *pattern);
+
+/* 1 if the whole text matches (Python re.fullmatch), else 0. Uses memory of the pattern: one thread per pattern. Allocates nothing. */
+LORASYNC_API int lorasync_pattern_matches(lorasync_pattern *pattern, const char *text);
+
+/* Which parameters a session takes, on top of "the LoRA parameters of one adapter". Zero-initialised: all of those.
+   Matching follows PEFT's check_target_module_exists (peft/tuners/tuners_utils.py): a list entry matches a module that is
+   equal to it or ends in "." followed by it (`proj` does not match `q_proj`); a string is a full-match pattern. exclude wins.
+   target_* and exclude_* are about modules with LoRA; base parameters are not restricted by target_*, but exclude_* holds for them too;
+   modules_to_save and trainable tokens are not restricted by either. Give a pattern or a list, not both.
+   All pointers are borrowed until the call that takes the filter returns. */
+typedef struct lorasync_filter {
+    const char        *target_pattern;  /* a pattern, or "all-linear" (any case): every linear module except the output embedding */
+    const char *const *target_modules;  /* list form, one entry or more; NULL: no restriction */
+    size_t             num_target_modules;
+    const char        *exclude_pattern;
+    const char *const *exclude_modules;
+    size_t             num_exclude_modules;
+    const char        *output_embedding; /* module that "all-linear" leaves out, as a list entry; NULL: the first that exists of lm_head,
+                                            embed_out, output_layer (anywhere), score, classifier (at the top) */
+    int                base;             /* 1: take the base parameters too; 2: only those */
+    int                skip_modules_to_save; /* 1: drop modules_to_save and trainable tokens instead of taking them */
+} lorasync_filter;
+
+/* One module of the model, for resolving "all-linear". */
+typedef struct lorasync_module {
+    const char *name;      /* as lorasync_name.module */
+    int         is_linear; /* 1: a weight of two dimensions that is no embedding table */
+} lorasync_module;
+
+/* A filter ready for use: patterns compiled, "all-linear" resolved against the model's own modules to a list of whole names (modules are
+   needed only for it; may be NULL, 0 otherwise). filter may be NULL: zero-initialised. Copies what it keeps. One thread at a time.
+   Errors: those of lorasync_pattern_compile; LORASYNC_E_ARGUMENT for both forms at once, an empty entry or an empty target list;
+   LORASYNC_E_EMPTY when "all-linear" finds no linear module. */
+typedef struct lorasync_matcher lorasync_matcher;
+LORASYNC_API lorasync_status lorasync_matcher_create(const lorasync_filter *filter, const lorasync_module *modules, size_t num_modules,
+                                                     const lorasync_allocator *allocator, lorasync_matcher **out, lorasync_error *err);
+LORASYNC_API void            lorasync_matcher_free(lorasync_matcher *matcher);
+
+/* 1 if a parameter of this name is taken for this adapter (NULL: for any), else 0. A name without an adapter component belongs to any.
+   Allocates nothing. */
+LORASYNC_API int lorasync_matcher_takes(lorasync_matcher *matcher, const lorasync_name *name, const char *adapter);
+
+/* ------------------------------------------------------------------------------------------------ >>api: layout -- */
+
+/* A part of a tensor. flat == 0: the elements off[d] .. off[d]+len[d]-1 of each dimension d. flat == 1: the elements off[0] ..
+   off[0]+len[0]-1 of the tensor read row by row as one vector. A len of 0 holds nothing and is legal everywhere. A len below 0
+   marks an impossible request (an even split that does not divide); whoever receives it reports it. */
+typedef struct lorasync_box {
+    int     flat;
+    int     ndim;
+    int64_t off[LORASYNC_MAX_DIMS];
+    int64_t len[LORASYNC_MAX_DIMS];
+} lorasync_box;
+
+/* The whole tensor: also one replica of it (HSDP, DDP, ZeRO-1/2). */
+LORASYNC_API lorasync_box lorasync_whole(const int64_t *shape, int ndim);
+
+/* No part of it: pipeline or expert ranks that do not hold the tensor. */
+LORASYNC_API lorasync_box lorasync_none(int ndim);
+
+/* The part of `box` that rank holds when `world` ranks split its dimension dim by torch.chunk's rule: pieces of
+   ceil(len / world), then one short, then empty ones (torch/distributed/tensor/placement_types.py, Shard). The layouts of FSDP2
+   and DTensor are compositions of it:
+       FSDP2 / DTensor Shard(d)       lorasync_shard(lorasync_whole(shape, ndim), d, rank, world)
+       [Shard(d), Shard(e)] on a mesh  lorasync_shard(lorasync_shard(whole, d, r0, n0), e, r1, n1)       outer mesh dim first
+       TP, then FSDP on the same dim   lorasync_shard(lorasync_shard(whole, d, tp_rank, tp), d, dp_rank, dp)
+                                       (_StridedShard: what is in memory; the spec of an uneven one can be wrong)
+       HSDP                            the same on every replica: lorasync_shard(whole, d, shard_rank, shards)
+   A negative dim counts from the end. dim out of range, world < 1 or rank outside 0..world-1 gives a box of len -1. */
+LORASYNC_API lorasync_box lorasync_shard(lorasync_box box, int dim, int rank, int world);
+
+/* The same for splits that must be even: Megatron column (dim 0) and row (dim 1) parallel, experts (dim 0 of a stack). A length
+   that world does not divide gives a box of len -1, as Megatron asserts (core/tensor_parallel/layers.py). */
+LORASYNC_API lorasync_box lorasync_even(lorasync_box box, int dim, int rank, int world);
+
+/* Rows [off, off + len) of dimension dim of `box`: interleaved qkv groups and gate/up halves are several such pieces. */
+LORASYNC_API lorasync_box lorasync_range(lorasync_box box, int dim, int64_t off, int64_t len);
+
+/* A flat interval of a tensor: num_elements from first on. ZeRO-3 partitions (deepspeed/runtime/zero/partition_parameters.py) are
+       lorasync_flat_shard(numel, rank, world)
+   the same rule as lorasync_shard on the flat tensor; the pad behind a short partition belongs to nobody. */
+LORASYNC_API lorasync_box lorasync_flat(int64_t first, int64_t num_elements);
+LORASYNC_API lorasync_box lorasync_flat_shard(int64_t numel, int rank, int world);
+
+/* A parameter inside a larger flat buffer that ranks split evenly: where this rank's part of it is. */
+typedef struct lorasync_flat_piece {
+    lorasync_box box;      /* flat; len 0 when the rank holds nothing of it */
+    int64_t      in_shard; /* its first element in the rank's shard: data = shard pointer + in_shard * element size */
+} lorasync_flat_piece;
+
+/* FSDP1 FlatParameter (torch/distributed/fsdp/_flat_param.py): where each of num parameters starts. With use_orig_params every
+   parameter starts at a multiple of 16 / itemsize elements (itemsize of the forward dtype) and the total is padded to a multiple
+   of world; without it nothing is padded. Writes start[num]; returns the total, or -1 for a bad argument or an overflow. */
+LORASYNC_API int64_t lorasync_fsdp1_layout(const int64_t *numel, size_t num, int itemsize, int use_orig_params, int world,
+                                           int64_t *start);
+
+/* Megatron distributed optimizer (core/optimizer/param_layout.py): one bucket, parameters in reverse order of registration, each at
+   a multiple of 64 elements, the end padded to lcm(world, 128), or lcm(world, 65536) with high_busbw. Writes start[num]; returns
+   the bucket size, or -1. The shard of a rank is size / world: lorasync_flat_part(start[i], numel[i], size, rank, world). */
+LORASYNC_API int64_t lorasync_megatron_layout(const int64_t *numel, size_t num, int high_busbw, int world, int64_t *start);
+
+/* The part of the parameter at [start, start + numel) of a flat buffer of `total` elements that `rank` holds when the buffer is split
+   into shards of ceil(total / world). */
+LORASYNC_API lorasync_flat_piece lorasync_flat_part(int64_t start, int64_t numel, int64_t total, int rank, int world);
+
+/* A piece: a box (or flat interval) of one named tensor, at an address, on this rank. What a rank has, and what a rank wants, are
+   lists of pieces. One tensor may have several pieces on a rank. */
+typedef struct lorasync_piece {
+    const char    *name;                     /* borrowed until the call returns */
+    lorasync_dtype dtype;                    /* of the elements at data */
+    int            ndim;                     /* 0 (a scalar) to LORASYNC_MAX_DIMS */
+    int64_t        shape[LORASYNC_MAX_DIMS]; /* of the whole tensor */
+    lorasync_box   box;                      /* what is at data */
+    void          *data;                     /* the box's first element; borrowed until the handle is closed; only lorasync_load and a
+                                                wanted piece are written. May be NULL for an empty box. Aligned to its element. */
+    int64_t stride[LORASYNC_MAX_DIMS];       /* elements between neighbours along each dimension; all 0: row-major and contiguous over the
+                                                box. Only with flat == 0. */
+    double scale;                            /* the values are multiplied by it in F32 before rounding; 0 means 1. Float types only. */
+} lorasync_piece;
+
+/* -------------------------------------------------------------------------------------------------- >>api: comm -- */
+
+typedef struct lorasync_message {
+    int    peer; /* rank; never the caller's own */
+    void  *data; /* read when sending, written when receiving */
+    size_t num_bytes;
+} lorasync_message;
+
+/* How ranks talk: all that planning and moving need. Fill it from MPI, NCCL, a test harness; or use the built-in ones.
+   Both calls are made by every rank in the same order, by one thread at a time, and block until done, failed or timeout_ms after the
+   call. After any failure the library makes no further call but abort. Return 0, or a status of -100 or below with err filled
+   (LORASYNC_E_TIMEOUT, LORASYNC_E_PEER, LORASYNC_E_COMM); err is never NULL.
+   A table of callbacks others implement: `size` is sizeof(lorasync_comm) when it was filled, so that later fields can be added. */
+typedef struct lorasync_comm {
+    size_t size;
+    void  *user;
+    int    rank;
+    int    world;
+
+    /* out[i * num_bytes ..] = what rank i passed as `in`; num_bytes > 0 is equal on all ranks. */
+    lorasync_status (*all_gather)(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms, lorasync_error *err);
+
+    /* All messages of this rank at once; sends and receives must be able to progress together. At most one message per peer and
+       direction; every message of 1 byte or more has its partner on the other side with the same num_bytes. */
+    lorasync_status (*exchange)(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
+                                size_t num_receives, int timeout_ms, lorasync_error *err);
+
+    /* Optional (NULL): make waiting peers fail soon instead of at their deadline. Called at most once. */
+    void (*abort)(void *user, const char *why);
+} lorasync_comm;
+
+/* A communicator of one rank. Needs no closing. */
+LORASYNC_API lorasync_comm lorasync_solo(void);
+
+/* Ranks of one host over shared memory: threads of one process, or processes forked after lorasync_local_open. */
+typedef struct lorasync_local lorasync_local;
+
+/* Makes the shared memory for `world` ranks (1 to 256), before threads start or processes fork. Reserves, does not touch, 4 channels
+   of 64 KiB per pair of ranks. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out, lorasync_error *err);
+
+/* In each rank, once: fills `out`, which borrows `local`. Remembers the process, so that peers notice when it dies.
+   Errors: LORASYNC_E_ARGUMENT for a rank out of range, LORASYNC_E_STATE when that rank has joined already. */
+LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank, lorasync_comm *out, lorasync_error *err);
+
+/* Unmaps. In every process that has it; with threads, once, after all ranks are done. NULL is fine. */
+LORASYNC_API void lorasync_local_close(lorasync_local *local);
+
+/* ------------------------------------------------------------------------------------------------- >>api: image -- */
+
+/* One tensor of an image. */
+typedef struct lorasync_tensor {
+    const char    *name; /* NUL-terminated; lives as long as the image */
+    lorasync_dtype dtype;
+    int            ndim;
+    int64_t        shape[LORASYNC_MAX_DIMS];
+    size_t         offset; /* in the payload */
+    size_t         num_bytes;
+    const void    *data; /* payload + offset; NULL while the image has no payload */
+} lorasync_tensor;
+
+/* One version of one adapter: a safetensors file in memory. The wire format, the file format and the memory format are this one
+   public format (github.com/huggingface/safetensors, README "Format"):
+
+       | u64 N | N bytes JSON, space padded to 8 | payload: tensors back to back in the header's order |
+       '----------- header, header_bytes --------'------------------ payload_bytes -------------------'
+
+   Read-only for callers. */
+typedef struct lorasync_image {
+    const void            *header;       /* 8 + N bytes */
+    size_t                 header_bytes;
+    const void            *payload;      /* usually header + header_bytes; may be elsewhere (a device), then the header travels beside it */
+    size_t                 payload_bytes;
+    const lorasync_tensor *tensors;      /* in payload order */
+    size_t                 num_tensors;
+    const char            *adapter;      /* "" when the file does not say */
+    uint64_t               version;      /* 0 when the file does not say */
+    uint64_t               digest;       /* of tensors and payload, as the header says; 0 when it does not */
+    int                    has_digest;
+    const uint64_t        *tensor_digests; /* one per tensor, or NULL when not known */
+    const char            *config_json;  /* adapter_config.json that belongs to it; "" when none */
+} lorasync_image;
+
+/* What to write: name, dtype, ndim and shape of each tensor are read; offset and num_bytes come out. */
+typedef struct lorasync_image_desc {
+    const lorasync_tensor *tensors;
+    size_t                 num_tensors;
+    const char            *adapter; /* NULL: no adapter, version and digest in the metadata: exactly what the reference library writes */
+} lorasync_image_desc;
+
+/* Lays out an image as the reference writer does (safetensors/src/tensor.rs, prepare): tensors by dtype, widest first, then by name;
+   metadata first; compact JSON; padding to 8. The result has its own sorted copies of the tensors, with offsets filled; its payload is NULL
+   until lorasync_image_bind. With an adapter the metadata is {"format":"pt","lorasync.adapter":..,"lorasync.digest":16 hex digits,
+   "lorasync.version":20 digits}; without, {"format":"pt"}. Free with lorasync_image_free.
+   Errors: LORASYNC_E_NAME (two of one name, empty name, `__metadata__`, not UTF-8, control characters), LORASYNC_E_ARGUMENT (shape, size
+   over SIZE_MAX or a packed type that does not fill bytes), LORASYNC_E_FORMAT (header over 100,000,000 bytes), LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator, lorasync_image **out,
+                                                   lorasync_error *err);
+
+/* Points an image and its tensors at its payload (borrowed; payload_bytes long), or at none (NULL). Allocates nothing. */
+LORASYNC_API void lorasync_image_bind(lorasync_image *image, const void *payload);
+
+/* Writes version and digest into the header of an image laid out with an adapter, in place; to any other image it does nothing. Allocates
+   nothing. */
+LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, uint64_t digest);
+
+/* Reads num_bytes of a safetensors file without copying tensor data. Strict and safe on hostile input: every rule of the reference reader
+   (safetensors/src/tensor.rs, Metadata::validate), and in addition refuses white space before `{`, duplicate names and keys, control
+   characters in names, NUL in strings, more than LORASYNC_MAX_DIMS dimensions, dimensions over 2^63 - 1 and unknown dtypes. Metadata keys that
+   begin with "lorasync." must be well formed. `bytes` is borrowed and must outlive the image.
+   Errors: LORASYNC_E_FORMAT naming the tensor, the rule, the expected and the found value; LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_bytes, const lorasync_allocator *allocator, lorasync_image **out,
+                                                  lorasync_error *err);
+
+/* The tensor of that name, or NULL. Any thread. */
+LORASYNC_API const lorasync_tensor *lorasync_image_find(const lorasync_image *image, const char *name);
+
+/* A value of the header's __metadata__, or NULL. Any thread. */
+LORASYNC_API const char *lorasync_image_metadata(const lorasync_image *image, const char *key);
+
+/* Recomputes the digest over the payload (which must be readable by the CPU). out_tensor_digests: NULL or num_tensors values. */
+LORASYNC_API uint64_t lorasync_image_digest(const lorasync_image *image, uint64_t *out_tensor_digests);
+
+/* Recomputes and compares. Errors: LORASYNC_E_DIGEST with both values; LORASYNC_E_FORMAT when the image carries no digest, LORASYNC_E_STATE when
+   it has no payload. */
+LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, lorasync_error *err);
+
+LORASYNC_API void lorasync_image_free(lorasync_image *image);
+
+/* The digest: 64 bits that add up over any way of cutting a tensor, so that every rank digests what it packs.
+   A tensor's digest is the sum, modulo 2^64, over its 32-bit little-endian words w at byte position p of
+       key(p / 4 mod 64) * w * mix(p / 256)
+   with 64 fixed odd 32-bit keys and mix an odd 64-bit finaliser of the block number; bytes outside the tensor count as 0. A part that begins
+   or ends inside a word contributes its bytes in place, hence the additivity. The image's digest is the finalised sum over tensors of
+   (tensor digest + its name, dtype and shape hashed) * an odd hash of its name. It finds accidents (lost, stale, swapped, torn bytes), not attackers.
+   This is the partial sum of num_bytes bytes that stand at byte position `position` of their tensor. */
+LORASYNC_API uint64_t lorasync_digest(const void *bytes, size_t num_bytes, uint64_t position);
+
+/* The image's digest from its tensors' (one per tensor of image->tensors, in that order). */
+LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, const uint64_t *tensor_digests, size_t num_tensors);
+
+/* -------------------------------------------------------------------------------------------------- >>api: plan -- */
+
+typedef enum lorasync_plan_kind {
+    LORASYNC_GATHER = 0, /* pieces of all ranks -> one image on the root */
+    LORASYNC_GATHER_ALL, /* pieces of all ranks -> the same image on every rank */
+    LORASYNC_SCATTER,    /* an image on the root -> pieces of all ranks (resume) */
+    LORASYNC_RESHARD     /* pieces -> pieces: trainer layout to engine layout, no root, no full copy */
+} lorasync_plan_kind;
+
+typedef struct lorasync_plan_desc {
+    const lorasync_comm  *comm; /* NULL: solo. Copied; its user pointer is borrowed until the plan is freed */
+    lorasync_plan_kind    kind;
+    int                   root; /* GATHER: who gets the image. SCATTER: who has it. Elsewhere: who does the planning */
+    lorasync_dtype        wire_dtype; /* float tensors travel, and lie in the image, as this; NONE: as their pieces are. SCATTER: as the image is */
+    const lorasync_piece *have;       /* GATHER, GATHER_ALL, RESHARD: what this rank holds. Borrowed until return (their data longer) */
+    size_t                num_have;
+    const lorasync_piece *want; /* SCATTER, RESHARD: what this rank wants; written by every wait */
+    size_t                num_want;
+    const lorasync_image *image;        /* SCATTER, on the root: borrowed until the plan is freed; has a payload */
+    const char           *adapter;      /* GATHER*: name for the image's metadata; NULL: none */
+    size_t                bucket_bytes; /* receive staging, and so each exchange, is bounded by about this; 0: 256 MiB */
+    int                   allow_nan;    /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
+    int                   no_direct;    /* 1: never place directly into shared memory */
+    int                   timeout_ms;   /* deadline of each collective step; 0: 60000 */
+    const lorasync_allocator *allocator;
+} lorasync_plan_desc;
+
+typedef struct lorasync_plan lorasync_plan;
+
+/* Agrees, checks and plans. Collective: every rank with the same kind, root, wire_dtype and adapter.
+   The names and shapes of a rank's tensors go to the planning rank once (ranks with the same list send only a hash of it), then
+   boxes only; it checks that the pieces of each tensor cover it exactly and sends every rank its own part of the plan.
+   - The same tensor must have the same shape and dtype on all ranks.
+   - Pieces with equal boxes are replicas: one of them is read (the receiver's own if it has one, else that of the rank with least to
+     send). Boxes that overlap otherwise, or leave a gap, are errors naming tensor, ranks and elements.
+   - RESHARD: every wanted element must be held by somebody; wanted pieces may overlap and repeat.
+   - SCATTER: every wanted tensor must be in the image with its shape, and every tensor of the image must be wanted by someone.
+   GATHER* between ranks of one host whose image can be mapped by all of them place directly: each rank writes its pieces, converted, to
+   their final place. Both ways make the same bytes.
+   Memory: under 200 bytes per piece on the rank that holds it and on the planning rank, the image, and staging.
+   Errors, on all ranks alike: LORASYNC_E_ARGUMENT, LORASYNC_E_EMPTY (no tensor at all), LORASYNC_E_LAYOUT (gap, overlap, box out of
+   bounds), LORASYNC_E_DISAGREE, LORASYNC_E_NOT_FOUND, LORASYNC_E_UNSUPPORTED (a conversion), LORASYNC_E_MEMORY, and those of the comm. */
+LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out, lorasync_error *err);
+
+/* Reads the pieces: converts, scales, checks and digests them into staging (or to their final place). When it returns the caller's
+   tensors may change again. Does not talk to other ranks; an error here (a NaN) is remembered and reported on every rank by
+   lorasync_plan_wait, which must be called in any case. Allocates nothing. */
+LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err);
+
+/* Exchanges and places. Collective; blocks until every rank is done or failed. After success the image is complete and digested, or the
+   wanted pieces are written. After failure the image must not be used (the next begin fills it again). Allocates nothing. */
+LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_error *err);
+
+/* The image of a GATHER (on the root) or GATHER_ALL (everywhere), valid between a successful wait and the next begin; NULL elsewhere. */
+LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan);
+
+typedef struct lorasync_plan_stats {
+    size_t   num_tensors;    /* tensors this rank holds, wants, or finds in its image */
+    size_t   num_pieces;     /* pieces this rank contributes or receives, and, where it plans, those of all ranks */
+    size_t   plan_bytes;     /* memory of the plan without image and staging */
+    size_t   peak_plan_bytes; /* the same at its highest, while planning */
+    size_t   staging_bytes;
+    size_t   image_bytes;
+    size_t   send_bytes; /* per run */
+    size_t   receive_bytes;
+    size_t   num_rounds;   /* exchanges per run; 0 when placing directly */
+    int      direct;       /* 1: pieces go straight to their place in shared memory */
+    uint64_t pack_ns;      /* of the last run */
+    uint64_t exchange_ns;
+    uint64_t place_ns;
+} lorasync_plan_stats;
+
+LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out);
+
+/* Not collective. NULL is fine. */
+LORASYNC_API void lorasync_plan_free(lorasync_plan *plan);
+
+/* ------------------------------------------------------------------------------------------------ >>api: config -- */
+
+/* A PEFT adapter_config.json: typed where it matters, everything else carried through. The view may be read by any thread; rank, scale,
+   check and write use memory of the config while they match patterns: one thread per config at a time. */
+typedef struct lorasync_config lorasync_config;
+
+/* The fields that change what an engine computes (peft/tuners/lora/config.py), with PEFT's defaults where the file is silent. Strings and
+   lists live as long as the config. */
+typedef struct lorasync_config_info {
+    const char        *peft_type; /* "LORA" */
+    const char        *task_type; /* or NULL */
+    const char        *base_model; /* base_model_name_or_path, or NULL */
+    const char        *bias;       /* "none", "all", "lora_only" */
+    int64_t            r;
+    double             lora_alpha;
+    int                use_rslora;
+    int                use_dora;
+    int                lora_bias;
+    int                fan_in_fan_out;
+    const char        *target_pattern; /* target_modules as a string (a pattern or "all-linear"), or NULL */
+    const char *const *target_modules; /* as a list, as the file has it; NULL when it has none */
+    size_t             num_target_modules;
+    const char *const *modules_to_save;
+    size_t             num_modules_to_save;
+    size_t             num_rank_patterns;
+    size_t             num_alpha_patterns;
+} lorasync_config_info;
+
+/* Reads one. Only peft_type is required (as in PEFT); null means the default. `json` need not outlive the call.
+   Errors: LORASYNC_E_FORMAT naming key, line and column for malformed JSON, a key twice in one object, NaN or Infinity (which Python would
+   write), a wrong type or a rank below 1, and for a file without peft_type; LORASYNC_E_UNSUPPORTED for a peft_type other than LORA, naming
+   it; those of lorasync_pattern_compile for target_modules, exclude_modules, rank_pattern and alpha_pattern; LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_bytes, const lorasync_allocator *allocator, lorasync_config **out,
+                                                   lorasync_error *err);
+LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config);
+LORASYNC_API void                        lorasync_config_free(lorasync_config *config);
+
+/* Rank and scale of one module (lorasync_name.module): the first rank_pattern / alpha_pattern key of the file that matches `(.*\.)?(key)$`
+   wins, each on its own, else r and lora_alpha (peft/utils/other.py, get_pattern_key); scale = alpha / rank, or alpha / sqrt(rank) with
+   use_rslora. Keys without special characters are found in logarithmic time, so there may be one for every module. */
+LORASYNC_API int64_t lorasync_config_rank(const lorasync_config *config, const char *module);
+LORASYNC_API double  lorasync_config_scale(const lorasync_config *config, const char *module);
+
+/* Checks a config against the tensors of an adapter, by their keys (lorasync_parse_name):
+   - every A has its B and every B its A, of one rank (rows of A, columns of B); a lora_B.bias and the magnitude of a linear or
+     convolution layer have as many elements as B has rows;
+   - every LoRA module is targeted: target_modules lists it or an end of it behind a dot, or is a pattern that matches all of it (any module
+     will do when it is null or "all-linear"), or target_parameters names a parameter of it; exclude_modules does not name it; and with
+     layers_to_transform and a list, one of the numbers in its name is a listed layer (layers_pattern is not looked at);
+   - every entry of a target_modules list matches the module of some tensor (not asked when there are exclude_modules);
+   - the rank is the config's for that module; for target_parameters (experts) a multiple of it;
+   - lora_magnitude_vector is there exactly when use_dora is set, lora_B.bias exactly when lora_bias is (embeddings have none);
+   - any other tensor is allowed by modules_to_save (PEFT's rule: a module on its path ends in the text of an entry, so `classifier` saves
+     pre_classifier too; the task types SEQ_CLS and TOKEN_CLS add classifier and score, QUESTION_ANS qa_outputs); or by bias ("all": any
+     .bias, "lora_only": that of a LoRA module); or by trainable_token_indices; or it is the weight of an embedding or output layer
+     (embed_tokens, lm_head, wte, word_embeddings, embed_in, embed_out, shared, or a module with embedding LoRA).
+   Errors: LORASYNC_E_PAIR, LORASYNC_E_CONFIG, LORASYNC_E_EMPTY (no LoRA tensor), naming tensor, expected and found; those of
+   lorasync_parse_name; LORASYNC_E_ARGUMENT; LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config, const lorasync_tensor *tensors, size_t num_tensors,
+                                                   lorasync_error *err);
+
+/* How to make the config that is published with an image. */
+typedef struct lorasync_config_write_desc {
+    const lorasync_config *config;     /* the trainer's; NULL: made from the fields below */
+    double                 lora_alpha; /* without config: required, above 0; written as an integer when it is one */
+    const char            *base_model; /* without config: base_model_name_or_path; NULL: null */
+    int fold_scale; /* 1: every scale is folded into B, so publish lora_alpha == r, use_rslora false, and where ranks differ equal rank_pattern
+                       and alpha_pattern: scale 1 for engines that honour the patterns and for those that do not */
+} lorasync_config_write_desc;
+
+/* Writes adapter_config.json as PEFT does (Python's json.dumps with indent 2 and sorted keys) for these tensors.
+   With a config: it must pass lorasync_config_check; everything in it is carried through, integers as integers, except that inference_mode
+   becomes true, r and lora_alpha are written out, fold_scale has its effect, and target_modules becomes a list if it was a pattern or null.
+   Without one: r (the most common rank), rank_pattern, target_modules, modules_to_save (the modules of tensors that are no LoRA), use_dora
+   and lora_bias follow from the tensors; target_parameters and trainable tokens do not, so adapters with experts as one parameter or with
+   trainable tokens need a config (LORASYNC_E_CONFIG).
+   A derived target_modules holds the last segment of each LoRA module ("q_proj"), sorted; the segment before too while it is a number
+   ("to_out.0"). Modules of that name without LoRA cannot be seen here: when only some layers have LoRA, give a config that says so.
+   The result is read back and checked: should sorting make other patterns match first, so that a module's rank or scale would change, the
+   call fails with LORASYNC_E_CONFIG.
+   *out is NUL-terminated, from the allocator; free with lorasync_free. Errors as lorasync_config_check. */
+LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_desc *desc, const lorasync_tensor *tensors, size_t num_tensors,
+                                                   const lorasync_allocator *allocator, char **out, lorasync_error *err);
+
+/* Frees text that a function returned through `out`, with the same allocator. */
+LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memory);
+
+/* --------------------------------------------------------------------------------------------- >>api: transport -- */
+
+/* Brings an image to one engine (or to a group that is staged as one). Only `stage` is required.
+   The publisher stages on every transport that has a commit, then on those that have none; only when all have succeeded does it commit on each,
+   otherwise it aborts on each. An engine must go on serving the old version until commit. Every stage is followed by one commit that succeeds
+   or by one abort; without a commit, by an abort only if stage failed.
+   A commit cannot be undone: when the first one fails all are aborted, when a later one fails the others are committed all the same, the error
+   names the engines on either side, and publishing the same version again brings all of them to it. So both must be legal for the version that is
+   served already. More than one transport without commit cannot be all or nothing.
+   No lock is held during a call; calls come from the thread that is in lorasync_wait, one at a time.
+   `size` is sizeof(lorasync_transport) when filled. Return 0 or a negative status with err filled (never NULL). A status of -100 or below is
+   passed on as LORASYNC_E_IO: it says nothing about the trainer's communicator. */
+typedef struct lorasync_transport {
+    size_t      size;
+    const char *name; /* for messages and the report; borrowed */
+    void       *user;
+    /* Take the image: copy or send what is needed, it is valid only during the call. Staging the same version again is legal (a retry). */
+    lorasync_status (*stage)(void *user, const lorasync_image *image, lorasync_error *err);
+    /* Make the staged version the served one. NULL: stage did it already. */
+    lorasync_status (*commit)(void *user, const char *adapter, uint64_t version, lorasync_error *err);
+    /* Forget what was staged. NULL: nothing to forget. */
+    void (*abort)(void *user, const char *adapter, uint64_t version);
+    /* Called once when the session that it is attached to closes. NULL: nothing to close. */
+    void (*close)(void *user);
+} lorasync_transport;
+
+/* The directory transport: PEFT directories that PEFT, vLLM and SGLang read as they are.
+       <directory>/<adapter>/v12/adapter_model.safetensors, adapter_config.json
+       <directory>/<adapter>/latest -> v12                      the commit point: a symbolic link, replaced by rename
+   stage writes <directory>/<adapter>/.stage-..., every file fsync'ed; commit renames it to v<version>, fsyncs the directory and swings `latest`.
+   A reader sees a whole version or none, whatever is killed when. Publishing the served version again with the same bytes is a success without
+   effect. A commit fails with the new version visible only when the last fsync fails: it may then not survive a power cut. */
+typedef struct lorasync_directory_desc {
+    const char *directory;     /* made if absent (its parent must exist); at most 3000 bytes. Copied */
+    int         keep_versions; /* older ones are deleted at commit; 0: 3. At least 1. A reader that has a version open or mapped keeps it */
+    int         no_fsync;      /* 1: atomic but not durable: a power cut may lose the newest versions. For a RAM disk */
+    const lorasync_allocator *allocator;
+} lorasync_directory_desc;
+
+/* Fills *out; end with out->close(out->user), which a session that it is attached to does. Touches the disk at the first stage, not here.
+   Each stage removes what dead publishers left behind. One publisher per adapter directory at a time. After open nothing is allocated (libc
+   keeps a buffer while a directory is listed).
+   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY; from stage and commit LORASYNC_E_IO with the path and the system's reason,
+   LORASYNC_E_NAME for an adapter name that is empty, "latest", longer than 200 bytes, or holds a "/" or a leading ".", LORASYNC_E_VERSION when
+   `latest` is already newer (another publisher) or is this version with other bytes, LORASYNC_E_FORMAT when `latest` is something else than such
+   a link, LORASYNC_E_CONFIG for an image without config_json, LORASYNC_E_ARGUMENT for one without payload or version, LORASYNC_E_STATE for
+   a commit of what was not staged. */
+LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_desc *desc, lorasync_transport *out, lorasync_error *err);
+
+/* ------------------------------------------------------------------------------------------------ >>api: engine -- */
+
+/* The receiving side: finds new versions, checks them completely, and only then serves them. It maps the files: replace a published file by
+   another, never write into it or cut it. */
+typedef struct lorasync_engine_desc {
+    const char *directory; /* where a directory transport publishes. Copied */
+    const char *adapter;   /* NULL: every adapter found there. Copied */
+    int         no_verify; /* 1: skip the digest (the header is always checked) */
+    const lorasync_allocator *allocator;
+} lorasync_engine_desc;
+
+typedef struct lorasync_engine lorasync_engine;
+
+/* One pinned version of one adapter. Stays valid, and its bytes unchanged, until released. */
+typedef struct lorasync_adapter {
+    const char             *name;
+    uint64_t                version;
+    const lorasync_image   *image;
+    const lorasync_config  *config;
+} lorasync_adapter;
+
+/* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY. The directory need not exist yet. */
+LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out, lorasync_error *err);
+
+/* Looks for versions newer than the served ones, up to timeout_ms (0: once). Each is opened, its header, config and digest are checked, and it
+   becomes the served one; versions that nobody pins are dropped.
+   Returns LORASYNC_OK (something newer is served), LORASYNC_NOTHING_NEW, or a failure: the old version is still served, and the next poll tries
+   again. LORASYNC_E_FORMAT (also metadata that names another adapter or version than the directories), LORASYNC_E_PAIR, LORASYNC_E_CONFIG,
+   LORASYNC_E_EMPTY, LORASYNC_E_DIGEST, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED, LORASYNC_E_MEMORY, LORASYNC_E_BUSY when 8 versions of one adapter are
+   held: the served one and 7 older ones that readers pin. The served version published again with other bytes is LORASYNC_E_VERSION. An adapter
+   that fails does not hold up the others; the first failure is returned. Files without lorasync metadata are served too, without a digest to
+   check. One thread at a time. */
+LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
+
+/* Pins the served version of an adapter; NULL if there is none. Wait-free but for a retry when a poll swaps versions in between; no system
+   call, no allocation. Any thread, also while another polls. */
+LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, const char *adapter);
+
+/* The tensor of that key ("base_model.model....lora_A.weight"), or NULL. Any thread. */
+LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapter, const char *key);
+
+/* Unpins; once per acquire. NULL is fine. Any thread. */
+LORASYNC_API void lorasync_release(const lorasync_adapter *adapter);
+
+/* Closes. All pins must have been released. NULL is fine. */
+LORASYNC_API void lorasync_engine_close(lorasync_engine *engine);
+
+/* Opens, checks and returns one PEFT adapter directory, or one safetensors file, outside any engine: for tools, tests and resuming.
+   In a directory: adapter_model.safetensors, or the only *.safetensors there; and adapter_config.json, which must be there and fit. For a
+   directory *out_config is that config, for a file NULL. The image maps the file; free both with lorasync_image_free and lorasync_config_free.
+   out_config may be NULL. The digest is verified when the file carries one.
+   Errors: LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED (pickled files), and those of lorasync_image_parse, lorasync_image_verify,
+   lorasync_config_parse and lorasync_config_check, all with the path. */
+LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator, lorasync_image **out_image,
+                                                   lorasync_config **out_config, lorasync_error *err);
+
+/* ----------------------------------------------------------------------------------------------- >>api: session -- */
+
+/* Everything zero, and a comm, is a working default for training with PEFT's adapter called "default". */
+typedef struct lorasync_desc {
+    const lorasync_comm   *comm;        /* NULL: one rank. Copied; its user pointer is borrowed until close */
+    int                    root;        /* the rank that publishes */
+    const char            *adapter;     /* NULL: "default". The name inside parameter names, and the published name. Copied */
+    lorasync_dtype         wire_dtype;  /* what engines get: BF16 usually; NONE: each tensor's own dtype */
+    const lorasync_filter *filter;      /* NULL: all LoRA parameters of the adapter. Borrowed until lorasync_compile returns */
+    const char            *config_json; /* the trainer's adapter_config.json as text; or NULL and give lora_alpha. Copied */
+    double                 lora_alpha;  /* without config_json */
+    const char            *base_model;  /* without config_json: base_model_name_or_path. Copied */
+    int                    fold_scale;  /* 1: multiply alpha / r (or what the config says) into lora_B and publish lora_alpha == r */
+    int                    allow_nan;
+    int                    no_direct;
+    size_t                 bucket_bytes;
+    int                    timeout_ms; /* 0: 60000 */
+    const lorasync_allocator *allocator;
+} lorasync_desc;
+
+typedef struct lorasync_session lorasync_session;
+
+typedef struct lorasync_report {
+    uint64_t version;
+    uint64_t digest; /* of the image; equal on all ranks */
+    size_t   num_tensors;
+    size_t   payload_bytes;
+    int      num_engines; /* transports that committed */
+    int      direct;
+    uint64_t pack_ns;     /* on this rank */
+    uint64_t exchange_ns;
+    uint64_t place_ns;
+    uint64_t publish_ns; /* stage and commit; as the root measured it */
+    uint64_t total_ns;   /* begin and wait together */
+} lorasync_report;
+
+/* Not collective. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_config_parse. */
+LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_session **out, lorasync_error *err);
+
+/* Declares one piece this rank holds; call for every parameter of the model, LoRA or not, and several times for several pieces of one
+   tensor. A rank that holds nothing of a tensor may leave it out or pass an empty box. Not collective; copies what it needs, borrows data.
+   An error is also remembered: lorasync_compile then fails on every rank. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT
+   (box out of bounds), LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err);
+
+/* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes. Used on the root, ignored elsewhere. */
+LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err);
+
+/* lorasync_directory_open with defaults, then lorasync_attach. */
+LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session, const char *directory, lorasync_error *err);
+
+/* Filters, pairs, plans and allocates. Collective, once. Errors, the same on all ranks: those remembered by lorasync_add;
+   LORASYNC_E_EMPTY (no LoRA parameter on any rank); LORASYNC_E_PAIR (A without B); LORASYNC_E_NAME (two parameters of one key);
+   LORASYNC_E_CONFIG (rank against config, no alpha); LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create. */
+LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err);
+
+/* One step. begin snapshots the parameters: when it returns they may change again. wait moves, publishes and returns the verdict. Both are
+   collective and must be called in pairs, wait also after a failed begin. Versions count up from 1: a version must be greater than the last
+   one published, and may be tried again after a failure.
+   wait fails without effect: engines keep the old version. LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE (ranks pass different versions),
+   whatever a transport returned, LORASYNC_E_STATE (before compile), and those of the comm. No allocation, no string work. */
+LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err);
+LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err);
+
+/* begin and wait. out_report may be NULL. */
+LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t version, lorasync_report *out_report, lorasync_error *err);
+
+/* Resumes: reads a PEFT directory or safetensors file on the root and writes every rank's pieces, replicas included, converted to their dtypes.
+   Collective, after compile. The file's tensors and the session's must be the same set with the same shapes. Scales of fold_scale are not undone:
+   LORASYNC_E_UNSUPPORTED with fold_scale. On failure before anything moved the pieces are untouched; the error text says if any were written. */
+LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err);
+
+/* What compile found. num_added pieces were declared on this rank, num_taken passed the filter. */
+typedef struct lorasync_session_info {
+    size_t              num_added;
+    size_t              num_taken;
+    size_t              num_dropped;
+    size_t              num_tensors;   /* of the adapter, on the root; elsewhere those held here */
+    size_t              payload_bytes; /* on the root */
+    lorasync_plan_stats plan;
+} lorasync_session_info;
+LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_session_info *out);
+
+/* The image last synced, on the root between a successful wait and the next begin; NULL elsewhere. Its config_json is what was published. */
+LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session *session);
+
+/* Frees everything and closes the transports. Not collective. NULL is fine. */
+LORASYNC_API void lorasync_close(lorasync_session *session);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* LORASYNC_H */
+
+/* ====================================== END OF THE PUBLIC PART: stop here if you only want the API ====================================== */
+
+#if defined(LORASYNC_IMPLEMENTATION) && !defined(LORASYNC_IMPLEMENTED)
+#define LORASYNC_IMPLEMENTED
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <dirent.h>
+#include <time.h>
+#include <unistd.h>
+
+#if !defined(O_CLOEXEC) || !defined(CLOCK_MONOTONIC) || !defined(MAP_ANONYMOUS)
+#error "lorasync.h: POSIX is hidden. Compile its file with -std=gnu99 or -D_DEFAULT_SOURCE, or include it before any system header."
+#endif
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "lorasync.h: needs a little-endian machine; safetensors data is little-endian and is used in place."
+#endif
+
+/* ------------------------------------------------------------------------------------------------------ >>support -- */
+
+#if defined(__GNUC__)
+#define LORASYNCI_UNUSED __attribute__((unused))
+#define LORASYNCI_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
+#else
+#define LORASYNCI_UNUSED
+#define LORASYNCI_PRINTF(fmt, args)
+#endif
+#define LORASYNCI_FN LORASYNCI_UNUSED static
+
+#define LORASYNCI_TRY(call)                                                                                            \
+    do {                                                                                                               \
+        lorasync_status lorasynci_try_ = (call);                                                                       \
+        if (lorasynci_try_ < 0) return lorasynci_try_;                                                                 \
+    } while (0)
+
+#define LORASYNCI_COUNT(array) (sizeof(array) / sizeof((array)[0]))
+
+LORASYNC_API const char *lorasync_status_text(lorasync_status status)
+{
+    switch ((int)status) {
+#define LORASYNC_X(name, value, text)                                                                                  \
+    case value: return text;
+        LORASYNC_STATUS_LIST(LORASYNC_X)
+#undef LORASYNC_X
+    default: return "unknown status";
+    }
+}
+
+LORASYNC_API int lorasync_is_lost(lorasync_status status) { return (int)status <= -100; }
+
+/* Fills err (if any) and returns status, so that a failing function can end in `return lorasynci_fail(err, ...)`. */
+LORASYNCI_PRINTF(3, 4) LORASYNCI_FN lorasync_status lorasynci_fail(lorasync_error *err, lorasync_status status, const char *format, ...)
+{
+    if (err) {
+        va_list args;
+        int     n;
+        va_start(args, format);
+        n = vsnprintf(err->text, sizeof err->text, format, args);
+        va_end(args);
+        if (n < 0) err->text[0] = 0;
+        err->status = status;
+    }
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_fail_memory(lorasync_error *err, size_t num_bytes)
+{
+    return lorasynci_fail(err, LORASYNC_E_MEMORY, "out of memory: the allocator gave nothing for %zu bytes", num_bytes);
+}
+
+/* Puts words before the text of an error that a callee made: "<prefix>: <text>". */
+LORASYNCI_PRINTF(2, 3) LORASYNCI_FN void lorasynci_prefix(lorasync_error *err, const char *format, ...)
+{
+    lorasync_error inner;
+    va_list        args;
+    int            n;
+    if (!err) return;
+    inner = *err;
+    va_start(args, format);
+    n = vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    if (n < 0 || (size_t)n >= sizeof err->text) n = 0;
+    snprintf(err->text + n, sizeof err->text - (size_t)n, "%s%.440s", n ? ": " : "", inner.text);
+}
+
+/* -- memory */
+
+LORASYNCI_FN void *lorasynci_default_alloc(void *user, size_t num_bytes)
+{
+    (void)user;
+    return malloc(num_bytes);
+}
+
+LORASYNCI_FN void lorasynci_default_free(void *user, void *memory)
+{
+    (void)user;
+    free(memory);
+}
+
+/* The allocator to keep in a handle: the caller's or malloc. 0 if only one of its functions is set. */
+LORASYNCI_FN int lorasynci_allocator(const lorasync_allocator *given, lorasync_allocator *out)
+{
+    if (given && (given->alloc || given->free)) {
+        *out = *given;
+        return given->alloc && given->free;
+    }
+    out->alloc = lorasynci_default_alloc;
+    out->free  = lorasynci_default_free;
+    out->user  = NULL;
+    return 1;
+}
+
+LORASYNCI_FN void *lorasynci_alloc(const lorasync_allocator *a, size_t num_bytes) { return a->alloc(a->user, num_bytes ? num_bytes : 1); }
+
+LORASYNCI_FN void lorasynci_free(const lorasync_allocator *a, void *memory)
+{
+    if (memory) a->free(a->user, memory);
+}
+
+LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memory)
+{
+    lorasync_allocator a;
+    if (lorasynci_allocator(allocator, &a)) lorasynci_free(&a, memory);
+}
+
+/* 1 and *out = a * b (a + b), or 0 when it does not fit. */
+LORASYNCI_FN int lorasynci_mul(size_t a, size_t b, size_t *out)
+{
+    if (a != 0 && b > SIZE_MAX / a) return 0;
+    *out = a * b;
+    return 1;
+}
+
+LORASYNCI_FN int lorasynci_add(size_t a, size_t b, size_t *out)
+{
+    if (b > SIZE_MAX - a) return 0;
+    *out = a + b;
+    return 1;
+}
+
+/* Zeroed memory for num things of num_bytes each; NULL also when the product does not fit. */
+LORASYNCI_FN void *lorasynci_alloc_array(const lorasync_allocator *a, size_t num, size_t num_bytes)
+{
+    size_t n;
+    void  *p;
+    if (!lorasynci_mul(num, num_bytes, &n)) return NULL;
+    p = lorasynci_alloc(a, n);
+    if (p) memset(p, 0, n ? n : 1);
+    return p;
+}
+
+/* A growing run of bytes. After a failed growth `failed` stays set and every put does nothing: check once at the end. */
+typedef struct lorasynci_buffer {
+    char              *data;
+    size_t             size, capacity;
+    int                failed;
+    lorasync_allocator a;
+} lorasynci_buffer;
+
+LORASYNCI_FN void lorasynci_buffer_init(lorasynci_buffer *b, const lorasync_allocator *a)
+{
+    memset(b, 0, sizeof *b);
+    b->a = *a;
+}
+
+LORASYNCI_FN void lorasynci_buffer_free(lorasynci_buffer *b)
+{
+    lorasynci_free(&b->a, b->data);
+    b->data = NULL;
+    b->size = b->capacity = 0;
+}
+
+/* Room for num_bytes more, not yet counted in size; NULL when there is none. */
+LORASYNCI_FN char *lorasynci_buffer_reserve(lorasynci_buffer *b, size_t num_bytes)
+{
+    size_t need, capacity;
+    char  *data;
+    if (b->failed) return NULL;
+    if (!lorasynci_add(b->size, num_bytes, &need)) {
+        b->failed = 1;
+        return NULL;
+    }
+    if (b->data && need <= b->capacity) return b->data + b->size;
+    capacity = b->capacity < SIZE_MAX / 2 ? b->capacity * 2 : SIZE_MAX;
+    if (capacity < need) capacity = need;
+    if (capacity < 64) capacity = 64;
+    data = (char *)lorasynci_alloc(&b->a, capacity);
+    if (!data) {
+        b->failed = 1;
+        return NULL;
+    }
+    if (b->size) memcpy(data, b->data, b->size);
+    lorasynci_free(&b->a, b->data);
+    b->data     = data;
+    b->capacity = capacity;
+    return b->data + b->size;
+}
+
+LORASYNCI_FN void lorasynci_put(lorasynci_buffer *b, const void *bytes, size_t num_bytes)
+{
+    char *to = lorasynci_buffer_reserve(b, num_bytes);
+    if (!to) return;
+    if (num_bytes) memcpy(to, bytes, num_bytes);
+    b->size += num_bytes;
+}
+
+LORASYNCI_FN void lorasynci_put_text(lorasynci_buffer *b, const char *text) { lorasynci_put(b, text, strlen(text)); }
+
+LORASYNCI_PRINTF(2, 3) LORASYNCI_FN void lorasynci_put_format(lorasynci_buffer *b, const char *format, ...)
+{
+    char    text[256]; /* numbers and short words only */
+    va_list args;
+    int     n;
+    va_start(args, format);
+    n = vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    if (n < 0 || (size_t)n >= sizeof text) b->failed = 1;
+    else lorasynci_put(b, text, (size_t)n);
+}
+
+/* A copy of text, NUL-terminated; NULL when there is no memory. */
+LORASYNCI_FN char *lorasynci_copy_text(const lorasync_allocator *a, const char *text, size_t num_bytes)
+{
+    char *p = (char *)lorasynci_alloc(a, num_bytes + 1);
+    if (!p) return NULL;
+    if (num_bytes) memcpy(p, text, num_bytes);
+    p[num_bytes] = 0;
+    return p;
+}
+
+/* -- hashing: tables and agreement between ranks, not security */
+
+/* The finaliser of splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014). */
+LORASYNCI_FN uint64_t lorasynci_mix(uint64_t x)
+{
+    x ^= x >> 30;
+    x *= UINT64_C(0xbf58476d1ce4e5b9);
+    x ^= x >> 27;
+    x *= UINT64_C(0x94d049bb133111eb);
+    return x ^ (x >> 31);
+}
+
+LORASYNCI_FN uint64_t lorasynci_load_le64(const unsigned char *p, size_t n) /* n <= 8 bytes, the rest 0 */
+{
+    uint64_t v = 0;
+    size_t   i;
+    for (i = 0; i < n; i++) v |= (uint64_t)p[i] << (8 * i);
+    return v;
+}
+
+LORASYNCI_FN uint64_t lorasynci_hash(const void *bytes, size_t num_bytes, uint64_t seed)
+{
+    const unsigned char *p = (const unsigned char *)bytes;
+    uint64_t             h = lorasynci_mix(seed + UINT64_C(0x9e3779b97f4a7c15) + num_bytes);
+    for (; num_bytes >= 8; p += 8, num_bytes -= 8) h = lorasynci_mix(h ^ lorasynci_load_le64(p, 8)) + UINT64_C(0x9e3779b97f4a7c15);
+    if (num_bytes) h = lorasynci_mix(h ^ lorasynci_load_le64(p, num_bytes));
+    return lorasynci_mix(h);
+}
+
+/* From a string to its number: open addressing over strings that the caller keeps. A slot holds index + 1, 0 is empty.
+
+       slots  [ 0 | 3 | 0 | 1 | 2 | ... ]   power of two, at most half full
+       keys   key_of(user, index) -> the string with that number
+*/
+typedef struct lorasynci_table {
+    uint32_t          *slots;
+    size_t             num_slots;
+    lorasync_allocator a;
+} lorasynci_table;
+
+typedef const char *(*lorasynci_key_of)(const void *user, size_t index);
+
+LORASYNCI_FN int lorasynci_table_init(lorasynci_table *t, const lorasync_allocator *a, size_t max_keys)
+{
+    size_t n = 16;
+    while (n / 2 < max_keys) {
+        if (n > SIZE_MAX / 8) return 0;
+        n *= 2;
+    }
+    t->a         = *a;
+    t->num_slots = n;
+    t->slots     = max_keys < UINT32_MAX ? (uint32_t *)lorasynci_alloc_array(a, n, sizeof *t->slots) : NULL;
+    return t->slots != NULL;
+}
+
+LORASYNCI_FN void lorasynci_table_free(lorasynci_table *t)
+{
+    lorasynci_free(&t->a, t->slots);
+    t->slots = NULL;
+}
+
+/* The slot where the key is, or where it would go. */
+LORASYNCI_FN size_t lorasynci_table_slot(const lorasynci_table *t, const char *key, lorasynci_key_of key_of, const void *user)
+{
+    size_t mask = t->num_slots - 1, at = (size_t)lorasynci_hash(key, strlen(key), 0) & mask;
+    while (t->slots[at] && strcmp(key_of(user, t->slots[at] - 1), key) != 0) at = (at + 1) & mask;
+    return at;
+}
+
+/* The number of a key, or SIZE_MAX. */
+LORASYNCI_FN size_t lorasynci_table_find(const lorasynci_table *t, const char *key, lorasynci_key_of key_of, const void *user)
+{
+    size_t at = lorasynci_table_slot(t, key, key_of, user);
+    return t->slots[at] ? (size_t)t->slots[at] - 1 : SIZE_MAX;
+}
+
+/* Enters a key under `index` and returns index, or the number it already has. */
+LORASYNCI_FN size_t lorasynci_table_enter(lorasynci_table *t, const char *key, size_t index, lorasynci_key_of key_of, const void *user)
+{
+    size_t at = lorasynci_table_slot(t, key, key_of, user);
+    if (t->slots[at]) return (size_t)t->slots[at] - 1;
+    t->slots[at] = (uint32_t)(index + 1);
+    return index;
+}
+
+/* -- time */
+
+LORASYNCI_FN uint64_t lorasynci_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
+}
+
+LORASYNCI_FN uint64_t lorasynci_deadline_ns(int timeout_ms) { return lorasynci_now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u; }
+
+/* Waiting for another process: first yields, then sleeps, up to 100 microseconds at a time. *turns starts at 0. */
+LORASYNCI_FN void lorasynci_pause(unsigned *turns)
+{
+    if ((*turns)++ < 64) {
+        sched_yield();
+    } else {
+        struct timespec t;
+        t.tv_sec  = 0;
+        t.tv_nsec = *turns < 256 ? 10000 : 100000;
+        nanosleep(&t, NULL);
+    }
+}
+
+
+/* --------------------------------------------------------------------------------------------------------- >>json -- */
+
+/* A small strict JSON reader (RFC 8259) that pulls values out of text in memory, and a writer. Uses >>support.
+
+   The reader copies nothing and allocates nothing: a string comes back as a slice of the text, already checked; decoding it, when it holds
+   escapes, never makes it longer. Reading an object:
+
+       lorasynci_json_init(&j, text, num_bytes, err);
+       LORASYNCI_TRY(lorasynci_json_object(&j));                        // takes the {
+       while ((more = lorasynci_json_key(&j, &key)) > 0)                // takes ,  "key"  :     0 at the }, below 0 an error
+           if (lorasynci_json_is(&key, "r")) LORASYNCI_TRY(lorasynci_json_uint(&j, &r));
+           else LORASYNCI_TRY(lorasynci_json_skip(&j));                 // every value must be read or skipped
+       if (more < 0) return (lorasync_status)more;
+       LORASYNCI_TRY(lorasynci_json_end(&j));                           // nothing but white space behind
+
+   Arrays are the same with lorasynci_json_array and lorasynci_json_element. Every error is LORASYNC_E_FORMAT and says where. */
+
+#define LORASYNCI_JSON_DEPTH 32 /* of nesting; adapter configs need 3 */
+
+/*      begin            at                     end
+          |---- read ----|----- not yet read ----|          fresh: at stands right behind a { or [, so no comma is due */
+typedef struct lorasynci_json {
+    const char     *begin, *at, *end;
+    int             depth, fresh;
+    lorasync_error *err;
+} lorasynci_json;
+
+/* A string between its quotes, or a number: checked, not decoded. */
+typedef struct lorasynci_slice {
+    const char *at;
+    size_t      size;
+    int         escaped; /* a string with backslashes: lorasynci_json_decode it. 0: the bytes are the value */
+    int         real;    /* a number with a fraction or an exponent */
+} lorasynci_slice;
+
+LORASYNCI_FN void lorasynci_json_init(lorasynci_json *j, const char *text, size_t num_bytes, lorasync_error *err)
+{
+    j->begin = j->at = text;
+    j->end           = text + num_bytes;
+    j->depth = j->fresh = 0;
+    j->err              = err;
+}
+
+/* Fails at a position; err may be NULL. */
+LORASYNCI_FN lorasync_status lorasynci_json_fail(const lorasynci_json *j, const char *at, const char *why)
+{
+    const char *p, *line = j->begin;
+    size_t      lines = 1;
+    char        found[32];
+    if (!j->err) return LORASYNC_E_FORMAT;
+    for (p = j->begin; p < at; p++) {
+        if (*p == '\n') {
+            lines++;
+            line = p + 1;
+        }
+    }
+    if (at >= j->end) snprintf(found, sizeof found, "the end");
+    else if (*at > ' ' && *at < 127) snprintf(found, sizeof found, "`%c`", *at);
+    else snprintf(found, sizeof found, "byte 0x%02x", (unsigned)(unsigned char)*at);
+    return lorasynci_fail(j->err, LORASYNC_E_FORMAT, "JSON error at byte %zu (line %zu, column %zu): %s; found %s", (size_t)(at - j->begin),
+                          lines, (size_t)(at - line) + 1, why, found);
+}
+
+LORASYNCI_FN void lorasynci_json_space(lorasynci_json *j)
+{
+    while (j->at < j->end && (*j->at == ' ' || *j->at == '\n' || *j->at == '\r' || *j->at == '\t')) j->at++;
+}
+
+/* What comes next: one of { [ " 0 (a number) t f n } ] or 0 for anything else. */
+LORASYNCI_FN int lorasynci_json_peek(lorasynci_json *j)
+{
+    char c;
+    lorasynci_json_space(j);
+    c = j->at < j->end ? *j->at : '\0';
+    if ((c >= '0' && c <= '9') || c == '-') return '0';
+    return c && strchr("{[\"tfn}]", c) ? c : 0;
+}
+
+/* White space to the end, or an error. */
+LORASYNCI_FN lorasync_status lorasynci_json_end(lorasynci_json *j)
+{
+    lorasynci_json_space(j);
+    return j->at == j->end ? LORASYNC_OK : lorasynci_json_fail(j, j->at, "nothing may follow the value");
+}
+
+/* -- strings */
+
+/* The bytes of the UTF-8 character at text (2 to 4, no surrogate, not overlong, at most U+10FFFF), or 0 when it is none. text < end. */
+LORASYNCI_FN size_t lorasynci_utf8(const char *text, const char *end)
+{
+    const unsigned char *p = (const unsigned char *)text;
+    size_t               n, i, left = (size_t)(end - text);
+    unsigned             low = 0x80, high = 0xBF; /* of the second byte */
+    if (p[0] < 0xC2 || p[0] > 0xF4) return 0;
+    n = p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
+    if (n > left) return 0;
+    if (p[0] == 0xE0) low = 0xA0;
+    if (p[0] == 0xED) high = 0x9F;
+    if (p[0] == 0xF0) low = 0x90;
+    if (p[0] == 0xF4) high = 0x8F;
+    if (p[1] < low || p[1] > high) return 0;
+    for (i = 2; i < n; i++)
+        if (p[i] < 0x80 || p[i] > 0xBF) return 0;
+    return n;
+}
+
+/* Four hex digits at p, or -1. */
+LORASYNCI_FN long lorasynci_json_hex4(const char *p, const char *end)
+{
+    long value = 0;
+    int  i;
+    if (end - p < 4) return -1;
+    for (i = 0; i < 4; i++) {
+        char c = p[i];
+        if (c >= '0' && c <= '9') value = value * 16 + (c - '0');
+        else if (c >= 'a' && c <= 'f') value = value * 16 + (c - 'a' + 10);
+        else if (c >= 'A' && c <= 'F') value = value * 16 + (c - 'A' + 10);
+        else return -1;
+    }
+    return value;
+}
+
+/* The \uXXXX or pair of them at p (which points behind the first \u): its character, and where it ends. -1 for a malformed one. */
+LORASYNCI_FN long lorasynci_json_unicode(const char *p, const char *end, const char **next)
+{
+    long high = lorasynci_json_hex4(p, end), low;
+    *next     = p + 4;
+    if (high < 0xD800 || high > 0xDFFF) return high;
+    if (high > 0xDBFF || end - p < 10 || p[4] != '\\' || p[5] != 'u') return -1;
+    low = lorasynci_json_hex4(p + 6, end);
+    if (low < 0xDC00 || low > 0xDFFF) return -1;
+    *next = p + 10;
+    return 0x10000 + (high - 0xD800) * 0x400 + (low - 0xDC00);
+}
+
+/* The first byte from p on that is not plain inside a string: a quote, a backslash, a control character or no ASCII; or end. */
+LORASYNCI_FN const char *lorasynci_json_plain(const char *p, const char *end)
+{
+    const uint64_t ones = UINT64_C(0x0101010101010101);
+    while (end - p >= 8) { /* eight bytes at a time: (x - n * ones) & ~x has a top bit where a byte is below n */
+        uint64_t x, quote, slash;
+        memcpy(&x, p, 8);
+        quote = x ^ (ones * '"');
+        slash = x ^ (ones * '\\');
+        if ((((quote - ones) & ~quote) | ((slash - ones) & ~slash) | ((x - ones * 0x20) & ~x) | x) & (ones * 0x80)) break;
+        p += 8;
+    }
+    while (p < end && (unsigned char)*p >= 0x20 && (unsigned char)*p < 0x80 && *p != '"' && *p != '\\') p++;
+    return p;
+}
+
+/* Checks the escape at p and steps over it; NULL after an error. */
+LORASYNCI_FN const char *lorasynci_json_escape(const lorasynci_json *j, const char *p)
+{
+    const char *next = p + 2;
+    if (j->end - p >= 2 && p[1] && strchr("\"\\/bfnrt", p[1])) return next;
+    if (j->end - p < 2 || p[1] != 'u') {
+        lorasynci_json_fail(j, p + 1, "a backslash must be followed by one of \" \\ / b f n r t u");
+        return NULL;
+    }
+    switch (lorasynci_json_unicode(p + 2, j->end, &next)) {
+    case -1: lorasynci_json_fail(j, p + 2, "\\u needs four hex digits, and a surrogate needs its other half"); return NULL;
+    case 0: lorasynci_json_fail(j, p + 2, "\\u0000 is not accepted in a string"); return NULL;
+    default: return next;
+    }
+}
+
+/* Takes a string: its bytes are valid UTF-8 without control characters and its escapes are whole. */
+LORASYNCI_FN lorasync_status lorasynci_json_string(lorasynci_json *j, lorasynci_slice *out)
+{
+    const char *p;
+    size_t      n;
+    lorasynci_json_space(j);
+    if (j->at == j->end || *j->at != '"') return lorasynci_json_fail(j, j->at, "expected a string");
+    p            = j->at + 1;
+    out->at      = p;
+    out->escaped = out->real = 0;
+    for (;;) {
+        p = lorasynci_json_plain(p, j->end);
+        if (p == j->end) return lorasynci_json_fail(j, p, "a string is not closed");
+        if (*p == '"') break;
+        if (*p == '\\') {
+            out->escaped = 1;
+            p            = lorasynci_json_escape(j, p);
+            if (!p) return LORASYNC_E_FORMAT;
+        } else if ((unsigned char)*p < 0x20) {
+            return lorasynci_json_fail(j, p, "control characters in a string must be escaped");
+        } else {
+            n = lorasynci_utf8(p, j->end);
+            if (!n) return lorasynci_json_fail(j, p, "a string is not valid UTF-8");
+            p += n;
+        }
+    }
+    out->size = (size_t)(p - out->at);
+    j->at     = p + 1;
+    j->fresh  = 0;
+    return LORASYNC_OK;
+}
+
+/* Writes a character as UTF-8 to out and returns its bytes. */
+LORASYNCI_FN size_t lorasynci_put_utf8(long c, char *out)
+{
+    size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4, i;
+    if (n == 1) {
+        out[0] = (char)c;
+        return 1;
+    }
+    for (i = n - 1; i > 0; i--, c >>= 6) out[i] = (char)(unsigned char)(0x80 | (c & 0x3F));
+    out[0] = (char)(unsigned char)((0xF00 >> n) | c); /* 110, 1110 or 11110, then the bits that are left */
+    return n;
+}
+
+/* Decodes a string into out (s->size bytes are enough; out may be s->at in writable text; no NUL is put). Returns the bytes. */
+LORASYNCI_FN size_t lorasynci_json_decode(const lorasynci_slice *s, char *out)
+{
+    static const char from[] = "bfnrt", to[] = "\b\f\n\r\t";
+    const char       *p = s->at, *end = s->at + s->size;
+    char             *q = out;
+    while (p < end) {
+        if (*p != '\\') {
+            *q++ = *p++;
+        } else if (p[1] == 'u') {
+            long c = lorasynci_json_unicode(p + 2, end, &p);
+            q += lorasynci_put_utf8(c, q);
+        } else {
+            const char *special = strchr(from, p[1]);
+            *q++                = special ? to[special - from] : p[1];
+            p += 2;
+        }
+    }
+    return (size_t)(q - out);
+}
+
+/* The decoded string with a NUL behind it, or NULL when there is no memory. */
+LORASYNCI_FN char *lorasynci_json_copy(const lorasynci_slice *s, const lorasync_allocator *a)
+{
+    char *text = lorasynci_copy_text(a, s->at, s->size);
+    if (text && s->escaped) text[lorasynci_json_decode(s, text)] = 0;
+    return text;
+}
+
+/* 1 if the string is `text` (of at most 48 bytes). */
+LORASYNCI_FN int lorasynci_json_is(const lorasynci_slice *s, const char *text)
+{
+    char   decoded[6 * 48]; /* an escape is at most six times as long as what it stands for */
+    size_t n = strlen(text);
+    if (!s->escaped) return s->size == n && memcmp(s->at, text, n) == 0;
+    if (s->size > sizeof decoded) return 0;
+    return lorasynci_json_decode(s, decoded) == n && memcmp(decoded, text, n) == 0;
+}
+
+/* -- objects and arrays */
+
+LORASYNCI_FN lorasync_status lorasynci_json_enter(lorasynci_json *j, char bracket)
+{
+    lorasynci_json_space(j);
+    if (j->at == j->end || *j->at != bracket)
+        return lorasynci_json_fail(j, j->at, bracket == '{' ? "expected an object" : "expected an array");
+    if (j->depth == LORASYNCI_JSON_DEPTH) return lorasynci_json_fail(j, j->at, "nested deeper than 32 levels");
+    j->at++;
+    j->depth++;
+    j->fresh = 1;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_json_object(lorasynci_json *j) { return lorasynci_json_enter(j, '{'); }
+LORASYNCI_FN lorasync_status lorasynci_json_array(lorasynci_json *j) { return lorasynci_json_enter(j, '['); }
+
+/* Takes the comma before the next member or element, or the closing bracket. 1: one follows. 0: closed. Below 0: an error. */
+LORASYNCI_FN int lorasynci_json_more(lorasynci_json *j, char bracket, const char *why)
+{
+    lorasynci_json_space(j);
+    if (j->at < j->end && *j->at == bracket) {
+        j->at++;
+        j->depth--;
+        j->fresh = 0;
+        return 0;
+    }
+    if (!j->fresh) {
+        if (j->at == j->end || *j->at != ',') return (int)lorasynci_json_fail(j, j->at, why);
+        j->at++;
+    }
+    j->fresh = 0;
+    return 1;
+}
+
+/* In an array. 1: an element follows, read or skip it. 0: the array is closed. Below 0: an error. */
+LORASYNCI_FN int lorasynci_json_element(lorasynci_json *j) { return lorasynci_json_more(j, ']', "expected `,` or `]`"); }
+
+/* In an object. 1: *key is the next key and its value follows. 0: the object is closed. Below 0: an error. */
+LORASYNCI_FN int lorasynci_json_key(lorasynci_json *j, lorasynci_slice *key)
+{
+    int more = lorasynci_json_more(j, '}', "expected `,` or `}`");
+    if (more <= 0) return more;
+    lorasynci_json_space(j);
+    if (j->at == j->end || *j->at != '"') return (int)lorasynci_json_fail(j, j->at, "expected a key in double quotes");
+    LORASYNCI_TRY(lorasynci_json_string(j, key));
+    lorasynci_json_space(j);
+    if (j->at == j->end || *j->at != ':') return (int)lorasynci_json_fail(j, j->at, "expected `:`");
+    j->at++;
+    return 1;
+}
+
+/* -- numbers and words */
+
+/* Takes a word such as true. */
+LORASYNCI_FN lorasync_status lorasynci_json_word(lorasynci_json *j, const char *word, const char *why)
+{
+    size_t n = strlen(word);
+    lorasynci_json_space(j);
+    if ((size_t)(j->end - j->at) < n || memcmp(j->at, word, n) != 0) return lorasynci_json_fail(j, j->at, why);
+    j->at += n;
+    j->fresh = 0;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_json_null(lorasynci_json *j) { return lorasynci_json_word(j, "null", "expected null"); }
+
+LORASYNCI_FN lorasync_status lorasynci_json_bool(lorasynci_json *j, int *out)
+{
+    int value = lorasynci_json_peek(j) == 't';
+    LORASYNCI_TRY(lorasynci_json_word(j, value ? "true" : "false", "expected true or false"));
+    *out = value;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN const char *lorasynci_json_digits(const char *p, const char *end)
+{
+    while (p < end && *p >= '0' && *p <= '9') p++;
+    return p;
+}
+
+/* Takes a number of any kind, by JSON's grammar: no plus sign, no leading zeros, digits on both sides of a point. */
+LORASYNCI_FN lorasync_status lorasynci_json_number(lorasynci_json *j, lorasynci_slice *out)
+{
+    const char *p, *digits;
+    lorasynci_json_space(j);
+    out->at = p  = j->at;
+    out->escaped = out->real = 0;
+    if (p < j->end && *p == '-') p++;
+    digits = p;
+    p      = lorasynci_json_digits(p, j->end);
+    if (p == digits) return lorasynci_json_fail(j, p, "expected a number");
+    if (p - digits > 1 && *digits == '0') return lorasynci_json_fail(j, digits, "a number may not begin with 0");
+    if (p < j->end && *p == '.') {
+        out->real = 1;
+        digits    = p + 1;
+        p         = lorasynci_json_digits(digits, j->end);
+        if (p == digits) return lorasynci_json_fail(j, p, "expected a digit behind the point");
+    }
+    if (p < j->end && (*p == 'e' || *p == 'E')) {
+        out->real = 1;
+        digits    = p + 1;
+        if (digits < j->end && (*digits == '+' || *digits == '-')) digits++;
+        p = lorasynci_json_digits(digits, j->end);
+        if (p == digits) return lorasynci_json_fail(j, p, "expected a digit in the exponent");
+    }
+    out->size = (size_t)(p - out->at);
+    j->at     = p;
+    j->fresh  = 0;
+    return LORASYNC_OK;
+}
+
+/* Takes an integer of 0 to 2^64 - 1. */
+LORASYNCI_FN lorasync_status lorasynci_json_uint(lorasynci_json *j, uint64_t *out)
+{
+    const char *p, *start;
+    uint64_t    value = 0;
+    lorasynci_json_space(j);
+    start = j->at;
+    for (p = start; p < j->end && *p >= '0' && *p <= '9'; p++) {
+        uint64_t digit = (uint64_t)(*p - '0');
+        if (value > (UINT64_MAX - digit) / 10) return lorasynci_json_fail(j, start, "an integer does not fit 64 bits");
+        value = value * 10 + digit;
+    }
+    if (p == start || (p - start > 1 && *start == '0') || (p < j->end && (*p == '.' || *p == 'e' || *p == 'E')))
+        return lorasynci_json_fail(j, start, "expected an integer without sign, leading zero, fraction or exponent");
+    *out     = value;
+    j->at    = p;
+    j->fresh = 0;
+    return LORASYNC_OK;
+}
+
+/* Takes an integer of -2^63 to 2^63 - 1. */
+LORASYNCI_FN lorasync_status lorasynci_json_int(lorasynci_json *j, int64_t *out)
+{
+    uint64_t    value;
+    int         negative;
+    const char *start;
+    lorasynci_json_space(j);
+    start    = j->at;
+    negative = start < j->end && *start == '-';
+    if (negative) j->at++;
+    if (j->at == j->end || *j->at < '0' || *j->at > '9') return lorasynci_json_fail(j, start, "expected an integer");
+    LORASYNCI_TRY(lorasynci_json_uint(j, &value));
+    if (value > (uint64_t)INT64_MAX + (negative ? 1u : 0u)) return lorasynci_json_fail(j, start, "an integer does not fit 64 bits");
+    if (!negative) *out = (int64_t)value;
+    else *out = value == 0 ? 0 : -(int64_t)(value - 1) - 1;
+    return LORASYNC_OK;
+}
+
+/* Takes a number, rounded to the nearest double. Its point is moved into the exponent (1.25e3 becomes 125e1) because strtod expects the
+   point of the locale. */
+LORASYNCI_FN lorasync_status lorasynci_json_double(lorasynci_json *j, double *out)
+{
+    lorasynci_slice s;
+    char            text[512];
+    size_t          n        = 0, i;
+    long            exponent = 0, written = 0;
+    double          value;
+    int             fraction = 0, negative = 0;
+    LORASYNCI_TRY(lorasynci_json_number(j, &s));
+    if (s.size > sizeof text - 32) return lorasynci_json_fail(j, s.at, "a number has too many digits");
+    for (i = 0; i < s.size && s.at[i] != 'e' && s.at[i] != 'E'; i++) {
+        if (s.at[i] == '.') {
+            fraction = 1;
+        } else {
+            text[n++] = s.at[i];
+            exponent -= fraction;
+        }
+    }
+    if (i < s.size) {
+        i++;
+        negative = s.at[i] == '-';
+        if (s.at[i] == '-' || s.at[i] == '+') i++;
+    }
+    for (; i < s.size; i++)
+        if (written < 100000) written = written * 10 + (s.at[i] - '0');
+    snprintf(text + n, sizeof text - n, "e%ld", exponent + (negative ? -written : written));
+    value = strtod(text, NULL);
+    if (value > 1.7976931348623157e308 || value < -1.7976931348623157e308)
+        return lorasynci_json_fail(j, s.at, "a number does not fit a double");
+    *out = value;
+    return LORASYNC_OK;
+}
+
+/* Takes any value, checking all of it. */
+LORASYNCI_FN lorasync_status lorasynci_json_skip(lorasynci_json *j)
+{
+    lorasynci_slice s;
+    int             more;
+    switch (lorasynci_json_peek(j)) {
+    case '{':
+        LORASYNCI_TRY(lorasynci_json_object(j));
+        while ((more = lorasynci_json_key(j, &s)) > 0) LORASYNCI_TRY(lorasynci_json_skip(j));
+        return (lorasync_status)more;
+    case '[':
+        LORASYNCI_TRY(lorasynci_json_array(j));
+        while ((more = lorasynci_json_element(j)) > 0) LORASYNCI_TRY(lorasynci_json_skip(j));
+        return (lorasync_status)more;
+    case '"': return lorasynci_json_string(j, &s);
+    case '0':
+        if (j->end - j->at > 1 && j->at[0] == '-' && j->at[1] == 'I') break;
+        return lorasynci_json_number(j, &s);
+    case 't': return lorasynci_json_word(j, "true", "expected true");
+    case 'f': return lorasynci_json_word(j, "false", "expected false");
+    case 'n': return lorasynci_json_null(j);
+    default: break;
+    }
+    if (j->at < j->end && (*j->at == 'N' || *j->at == 'I' || *j->at == '-'))
+        return lorasynci_json_fail(j, j->at, "NaN and Infinity are no JSON, write a finite number or null");
+    return lorasynci_json_fail(j, j->at, "expected a value");
+}
+
+/* -- writing */
+
+/* The escape of c as \X or \u00xx. */
+LORASYNCI_FN void lorasynci_json_put_escape(lorasynci_buffer *b, char c)
+{
+    static const char from[] = "\"\\\b\f\n\r\t", to[] = "\"\\bfnrt";
+    const char       *special = c ? strchr(from, c) : NULL;
+    if (special) lorasynci_put_format(b, "\\%c", to[special - from]);
+    else lorasynci_put_format(b, "\\u%04x", (unsigned)(unsigned char)c);
+}
+
+/* Puts a quoted string (valid UTF-8) with no more escapes than JSON demands. */
+LORASYNCI_FN void lorasynci_json_put_string(lorasynci_buffer *b, const char *text, size_t num_bytes)
+{
+    const char *p = text, *end = text + num_bytes;
+    lorasynci_put(b, "\"", 1);
+    while (p < end) {
+        const char *next = p;
+        while (next < end && (unsigned char)*next >= 0x20 && *next != '"' && *next != '\\') next++;
+        lorasynci_put(b, p, (size_t)(next - p));
+        p = next;
+        if (p < end) lorasynci_json_put_escape(b, *p++);
+    }
+    lorasynci_put(b, "\"", 1);
+}
+
+/* The same in ASCII, as Python's json.dumps does: all but the printable ASCII characters are \u escapes, in pairs above U+FFFF. */
+LORASYNCI_FN void lorasynci_json_put_ascii(lorasynci_buffer *b, const char *text, size_t num_bytes)
+{
+    const unsigned char *p = (const unsigned char *)text, *end = p + num_bytes;
+    lorasynci_put(b, "\"", 1);
+    while (p < end) {
+        unsigned c = *p++, more = c < 0xC0 ? 0 : c < 0xE0 ? 1 : c < 0xF0 ? 2 : 3;
+        if (c < 0x80) {
+            if (c < 0x20 || c > 0x7E || c == '"' || c == '\\') lorasynci_json_put_escape(b, (char)c);
+            else lorasynci_put(b, p - 1, 1);
+            continue;
+        }
+        c &= 0x3Fu >> more;
+        for (; more && p < end; more--) c = c << 6 | (*p++ & 0x3Fu);
+        if (c < 0x10000) lorasynci_put_format(b, "\\u%04x", c);
+        else lorasynci_put_format(b, "\\u%04x\\u%04x", 0xD800 + ((c - 0x10000) >> 10), 0xDC00 + ((c - 0x10000) & 0x3FF));
+    }
+    lorasynci_put(b, "\"", 1);
+}
+
+/* 1 if strtod reads 0.digits * 10^point back as x. */
+LORASYNCI_FN int lorasynci_reads_back(const char *digits, int point, double x)
+{
+    char   text[48];
+    double y;
+    snprintf(text, sizeof text, "%.20se%d", digits, point - (int)strlen(digits));
+    y = strtod(text, NULL);
+    return !(y < x) && !(y > x);
+}
+
+/* The fewest decimal digits that strtod reads back as x (finite, above 0): x = 0.digits * 10^point. Uses no decimal point, which
+   would be the locale's. digits needs 24 bytes and ends in a NUL; returns how many there are. */
+LORASYNCI_FN int lorasynci_shortest(double x, char *digits, int *point)
+{
+    char        text[48];
+    const char *p;
+    int         precision, n = 0;
+    for (precision = 0; precision < 17; precision++) {
+        snprintf(text, sizeof text, "%.*e", precision, x);
+        for (p = text, n = 0; *p != 'e'; p++)
+            if (*p >= '0' && *p <= '9') digits[n++] = *p;
+        digits[n] = 0;
+        *point    = (int)strtol(p + 1, NULL, 10) + 1;
+        if (lorasynci_reads_back(digits, *point, x)) break;
+        if (digits[n - 1] == '9') continue;
+        digits[n - 1]++; /* the doubles above a power of two lie twice as far apart as those below: the next number up may do */
+        if (lorasynci_reads_back(digits, *point, x)) break;
+    }
+    return n;
+}
+
+/* Puts a finite double as Python's repr does: 0.05, 16.0, 1e-05, 1.5e+16. */
+LORASYNCI_FN void lorasynci_json_put_double(lorasynci_buffer *b, double x)
+{
+    char digits[24];
+    int  point = 1, n, i;
+    if (x < 0 || (!(x > 0) && 1 / x < 0)) {
+        lorasynci_put(b, "-", 1);
+        x = -x;
+    }
+    strcpy(digits, "0");
+    n = x > 0 ? lorasynci_shortest(x, digits, &point) : 1;
+    if (point < -3 || point > 16) {
+        lorasynci_put(b, digits, 1);
+        if (n > 1) lorasynci_put(b, ".", 1);
+        lorasynci_put(b, digits + 1, (size_t)(n - 1));
+        lorasynci_put_format(b, "e%c%02d", point > 0 ? '+' : '-', point > 0 ? point - 1 : 1 - point);
+        return;
+    }
+    if (point <= 0) lorasynci_put_text(b, "0.");
+    for (i = point; i < 0; i++) lorasynci_put(b, "0", 1);
+    for (i = 0; i < n || i < point; i++) {
+        if (i == point && i > 0) lorasynci_put(b, ".", 1);
+        lorasynci_put(b, i < n ? digits + i : "0", 1);
+    }
+    if (point >= n) lorasynci_put_text(b, ".0");
+}
+
+/* -- objects as a whole, and rewriting in Python's form */
+
+/* One member of an object: its decoded key (in the list's own memory, NUL-terminated) and its value's text. */
+typedef struct lorasynci_member {
+    const char *key;
+    const char *value;
+    size_t      value_size;
+} lorasynci_member;
+
+/*     keys   [ alpha_pattern \0 r \0 ... ]      the decoded keys
+       at     [ {key, value, size} ... ]         sorted by key */
+typedef struct lorasynci_members {
+    lorasynci_member  *at;
+    size_t             num;
+    char              *keys;
+    lorasync_allocator a;
+} lorasynci_members;
+
+LORASYNCI_FN void lorasynci_members_free(lorasynci_members *m)
+{
+    lorasynci_free(&m->a, m->at);
+    lorasynci_free(&m->a, m->keys);
+    m->at   = NULL;
+    m->keys = NULL;
+    m->num  = 0;
+}
+
+LORASYNCI_FN int lorasynci_member_order(const void *a, const void *b)
+{
+    return strcmp(((const lorasynci_member *)a)->key, ((const lorasynci_member *)b)->key);
+}
+
+/* Counts the members of the object at j, and the bytes of their keys, without moving j. */
+LORASYNCI_FN lorasync_status lorasynci_members_count(const lorasynci_json *j, size_t *num, size_t *num_bytes)
+{
+    lorasynci_json  ahead = *j;
+    lorasynci_slice key;
+    int             more;
+    *num = *num_bytes = 0;
+    LORASYNCI_TRY(lorasynci_json_object(&ahead));
+    while ((more = lorasynci_json_key(&ahead, &key)) > 0) {
+        LORASYNCI_TRY(lorasynci_json_skip(&ahead));
+        (*num)++;
+        *num_bytes += key.size + 1; /* both are in the text, the sum fits */
+    }
+    return (lorasync_status)more;
+}
+
+/* Reads the members of an object, sorted by key (Python's order too: UTF-8 sorts as its characters do). A key that occurs twice is
+   refused. The values point into the text. Free with lorasynci_members_free, also after a failure. */
+LORASYNCI_FN lorasync_status lorasynci_members_read(lorasynci_json *j, const lorasync_allocator *a, lorasynci_members *out)
+{
+    lorasynci_slice key;
+    size_t          num, num_bytes, i;
+    char           *to;
+    memset(out, 0, sizeof *out);
+    out->a = *a;
+    LORASYNCI_TRY(lorasynci_members_count(j, &num, &num_bytes));
+    out->at   = (lorasynci_member *)lorasynci_alloc_array(a, num, sizeof *out->at);
+    out->keys = (char *)lorasynci_alloc(a, num_bytes);
+    if (!out->at || !out->keys) return lorasynci_fail_memory(j->err, num_bytes + num * sizeof *out->at);
+    to = out->keys;
+    LORASYNCI_TRY(lorasynci_json_object(j));
+    while (lorasynci_json_key(j, &key) > 0) {
+        lorasynci_member *m = &out->at[out->num++];
+        m->key              = to;
+        to += lorasynci_json_decode(&key, to);
+        *to++ = 0;
+        lorasynci_json_space(j);
+        m->value = j->at;
+        LORASYNCI_TRY(lorasynci_json_skip(j));
+        m->value_size = (size_t)(j->at - m->value);
+    }
+    qsort(out->at, out->num, sizeof *out->at, lorasynci_member_order);
+    for (i = 1; i < out->num; i++)
+        if (strcmp(out->at[i - 1].key, out->at[i].key) == 0)
+            return lorasynci_fail(j->err, LORASYNC_E_FORMAT, "JSON error: key \"%.100s\" occurs twice in one object, at bytes %zu and %zu",
+                                  out->at[i].key, (size_t)(out->at[i - 1].value - j->begin), (size_t)(out->at[i].value - j->begin));
+    return LORASYNC_OK;
+}
+
+/* The value of a key, or NULL. */
+LORASYNCI_FN const lorasynci_member *lorasynci_members_find(const lorasynci_members *m, const char *key)
+{
+    lorasynci_member wanted;
+    memset(&wanted, 0, sizeof wanted);
+    wanted.key = key;
+    return m->num ? (const lorasynci_member *)bsearch(&wanted, m->at, m->num, sizeof *m->at, lorasynci_member_order) : NULL;
+}
+
+LORASYNCI_FN void lorasynci_json_put_line(lorasynci_buffer *b, int level)
+{
+    static const char spaces[] = "                                                                  "; /* 2 * (LORASYNCI_JSON_DEPTH + 1) */
+    lorasynci_put(b, "\n", 1);
+    lorasynci_put(b, spaces, 2 * (size_t)level);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lorasynci_json *j, int level);
+
+LORASYNCI_FN lorasync_status lorasynci_json_put_members(lorasynci_buffer *b, const lorasynci_json *j, const lorasynci_members *m, int level)
+{
+    size_t i;
+    for (i = 0; i < m->num; i++) {
+        lorasynci_json value = *j;
+        value.at             = m->at[i].value;
+        lorasynci_put_text(b, i ? "," : "{");
+        lorasynci_json_put_line(b, level + 1);
+        lorasynci_json_put_ascii(b, m->at[i].key, strlen(m->at[i].key));
+        lorasynci_put_text(b, ": ");
+        LORASYNCI_TRY(lorasynci_json_put_python(b, &value, level + 1));
+    }
+    if (!m->num) lorasynci_put_text(b, "{");
+    else lorasynci_json_put_line(b, level);
+    lorasynci_put_text(b, "}");
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_json_put_elements(lorasynci_buffer *b, lorasynci_json *j, int level)
+{
+    size_t num = 0;
+    int    more;
+    LORASYNCI_TRY(lorasynci_json_array(j));
+    lorasynci_put_text(b, "[");
+    while ((more = lorasynci_json_element(j)) > 0) {
+        if (num++) lorasynci_put_text(b, ",");
+        lorasynci_json_put_line(b, level + 1);
+        LORASYNCI_TRY(lorasynci_json_put_python(b, j, level + 1));
+    }
+    if (num) lorasynci_json_put_line(b, level);
+    lorasynci_put_text(b, "]");
+    return (lorasync_status)more;
+}
+
+/* Takes any value and puts it as Python's json.dumps(json.loads(text), indent=2, sort_keys=True) does inside `level` brackets. Integers
+   keep all their digits; other numbers are read as doubles. Out of memory shows as b->failed only. */
+LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lorasynci_json *j, int level)
+{
+    lorasynci_slice   s;
+    lorasynci_members m;
+    lorasync_status   status;
+    lorasynci_json    again;
+    const char       *start;
+    double            real;
+    char             *text;
+    switch (lorasynci_json_peek(j)) {
+    case '{':
+        again  = *j;
+        status = lorasynci_members_read(j, &b->a, &m);
+        if (status >= 0) {
+            again.depth++;
+            status = lorasynci_json_put_members(b, &again, &m, level);
+        }
+        lorasynci_members_free(&m);
+        return status;
+    case '[': return lorasynci_json_put_elements(b, j, level);
+    case '"':
+        LORASYNCI_TRY(lorasynci_json_string(j, &s));
+        text = lorasynci_json_copy(&s, &b->a);
+        if (!text) return lorasynci_fail_memory(j->err, s.size + 1);
+        lorasynci_json_put_ascii(b, text, strlen(text));
+        lorasynci_free(&b->a, text);
+        return LORASYNC_OK;
+    case '0':
+        again = *j;
+        LORASYNCI_TRY(lorasynci_json_number(j, &s));
+        if (s.real) {
+            LORASYNCI_TRY(lorasynci_json_double(&again, &real));
+            lorasynci_json_put_double(b, real);
+        } else if (s.size == 2 && memcmp(s.at, "-0", 2) == 0) {
+            lorasynci_put_text(b, "0");
+        } else {
+            lorasynci_put(b, s.at, s.size);
+        }
+        return LORASYNC_OK;
+    default: /* a word stays as it is */
+        start = j->at;
+        LORASYNCI_TRY(lorasynci_json_skip(j));
+        lorasynci_put(b, start, (size_t)(j->at - start));
+        return LORASYNC_OK;
+    }
+}
+
+/* -------------------------------------------------------------------------------------------------------- >>dtype -- */
+
+/* Sizes and names of element types, exact conversion between the five float types that adapters use, and the search for NaN and Inf.
+
+   Everything goes through tiles of 64 elements in F32 bits, in L1:
+
+       src --unpack, widen--> [ 64 x u32 ] --times scale--> [ 64 x u32 ] --round, pack--> dst
+
+   The loops have a fixed length and no branch, so that compilers vectorise them at plain -O2; rounding and packing are separate loops because
+   gcc makes poor code of both in one. Tiles with a value that overflows or is NaN take a slower loop. Rounding to F16 and F8 uses one float
+   addition, whose result is rounded to nearest even: the mode that C programs start in. */
+
+#define LORASYNCI_TILE 64
+#define LORASYNCI_SHORT 16 /* runs of up to this many elements use loops of this length */
+#define LORASYNCI_AHEAD 2048 /* bytes to prefetch ahead; a core then reads about as fast as memcpy */
+
+#if defined(__GNUC__)
+#define LORASYNCI_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define LORASYNCI_PREFETCH(address) ((void)(address))
+#endif
+
+LORASYNC_API const char *lorasync_dtype_name(lorasync_dtype dtype)
+{
+    switch ((int)dtype) {
+#define LORASYNC_X(name, value, text, bits)                                                                            \
+    case value: return text;
+        LORASYNC_DTYPE_LIST(LORASYNC_X)
+#undef LORASYNC_X
+    default: return NULL;
+    }
+}
+
+LORASYNC_API int lorasync_dtype_bits(lorasync_dtype dtype)
+{
+    switch ((int)dtype) {
+#define LORASYNC_X(name, value, text, bits)                                                                            \
+    case value: return bits;
+        LORASYNC_DTYPE_LIST(LORASYNC_X)
+#undef LORASYNC_X
+    default: return 0;
+    }
+}
+
+LORASYNC_API lorasync_dtype lorasync_dtype_from_name(const char *name)
+{
+    if (!name) return LORASYNC_DTYPE_NONE;
+#define LORASYNC_X(id, value, text, bits)                                                                              \
+    if (strcmp(name, text) == 0) return id;
+    LORASYNC_DTYPE_LIST(LORASYNC_X)
+#undef LORASYNC_X
+    return LORASYNC_DTYPE_NONE;
+}
+
+/* The types that are converted into one another. */
+LORASYNCI_FN int lorasynci_is_float(lorasync_dtype dtype)
+{
+    return dtype == LORASYNC_F32 || dtype == LORASYNC_BF16 || dtype == LORASYNC_F16 || dtype == LORASYNC_F8_E4M3 ||
+           dtype == LORASYNC_F8_E5M2;
+}
+
+LORASYNCI_FN int lorasynci_can_convert(lorasync_dtype src, lorasync_dtype dst)
+{
+    return (src == dst && lorasync_dtype_bits(src) != 0) || (lorasynci_is_float(src) && lorasynci_is_float(dst));
+}
+
+/* -- one element */
+
+LORASYNCI_FN float lorasynci_bits_to_float(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+LORASYNCI_FN uint32_t lorasynci_float_to_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* Codes narrower than 32 bits lie at the top of their word, so that all signs are in one place:
+
+       f32  s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm        f16  s eeeee mmmmmmmmmm 0000000000000000
+       bf16 s eeeeeeee mmmmmmm 0000000000000000        e4m3 s eeee mmm 000000000000000000000000
+
+   A float type with fewer exponents than F32, as a list of constants:
+
+       name  width  shift  normal  limit  over  nan
+             |      |      |       |      |     a NaN, without sign
+             |      |      |       |      the code of every magnitude of limit and above: Inf, or NaN where the type has no Inf
+             |      |      |       F32 bits of the first value after the finite ones
+             |      |      F32 bits of the smallest normal value
+             |      mantissa bits that F32 has more
+             bits                                                                                                        */
+#define LORASYNCI_F16(X) X(f16, 16, 13, 0x38800000u, 0x47800000u, 0x7c00u, 0x7e00u)
+#define LORASYNCI_E5M2(X) X(e5m2, 8, 21, 0x38800000u, 0x47800000u, 0x7cu, 0x7fu)
+#define LORASYNCI_E4M3(X) X(e4m3, 8, 20, 0x3c800000u, 0x43f00000u, 0x7fu, 0x7fu)
+
+/* All ones where a < b, both below 2^31: SSE2 compares signed only. */
+LORASYNCI_FN uint32_t lorasynci_less(uint32_t a, uint32_t b) { return (uint32_t)-(int32_t)((int32_t)a < (int32_t)b); }
+
+/* Adding half a unit less one, and the lowest kept bit, rounds to nearest even; a carry walks into the exponent, up to Inf. The lower half
+   of the result is rubbish. */
+LORASYNCI_FN uint32_t lorasynci_round_bf16(uint32_t u)
+{
+    uint32_t is_nan  = lorasynci_less(0x7f800000u, u & 0x7fffffffu);
+    uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u);
+    return (rounded & ~is_nan) | (0x7fc00000u & is_nan);
+}
+
+/* The code of a magnitude below the limit. In its sum with the power of two that is 2^shift times its own (its exponent taken as that of the
+   smallest normal value where it is below) the last place is the last place of the smaller type: the addition rounds there.
+
+       bits of sum - bits of power   the rounded mantissa with its leading one, as an integer
+       + above >> shift              the exponent in its place, counted from that of the smallest normal value                     */
+LORASYNCI_FN uint32_t lorasynci_round_small(uint32_t magnitude, int shift, uint32_t normal)
+{
+    uint32_t above = (magnitude - normal) & ~lorasynci_less(magnitude, normal) & 0x7f800000u;
+    uint32_t power = above + normal + ((uint32_t)shift << 23);
+    uint32_t sum   = lorasynci_float_to_bits(lorasynci_bits_to_float(magnitude) + lorasynci_bits_to_float(power));
+    return sum - power + (above >> shift);
+}
+
+/* The way back, exact: the mantissa and exponent of a code, in the place of F32's mantissa and the exponent bits above, to F32 bits.
+   `special` is the first such pattern that is Inf or NaN. */
+LORASYNCI_FN uint32_t lorasynci_widen_small(uint32_t bits, uint32_t normal, uint32_t special)
+{
+    uint32_t is_tiny = lorasynci_less(bits, 0x00800000u);
+    float    tiny    = lorasynci_bits_to_float(normal | (bits & is_tiny)) - lorasynci_bits_to_float(normal);
+    uint32_t finite  = (lorasynci_float_to_bits(tiny) & is_tiny) | ((bits + (normal - 0x00800000u)) & ~is_tiny);
+    return finite | (0x7f800000u & ~lorasynci_less(bits, special));
+}
+
+/* -- one tile. What lies in it behind the n-th element is computed along and ignored. */
+
+#define LORASYNCI_EACH(n, i, statement)                                                                                \
+    do {                                                                                                               \
+        int i;                                                                                                         \
+        if ((n) <= LORASYNCI_SHORT) {                                                                                  \
+            for (i = 0; i < LORASYNCI_SHORT; i++) statement;                                                           \
+        } else {                                                                                                       \
+            for (i = 0; i < LORASYNCI_TILE; i++) statement;                                                            \
+        }                                                                                                              \
+    } while (0)
+
+/* Copies n elements into a tile, or out of one. A full tile has a constant size, which compilers turn into plain loads and stores. */
+#define LORASYNCI_COPY(dst, src, n, element_size)                                                                      \
+    do {                                                                                                               \
+        if ((n) == LORASYNCI_TILE) memcpy(dst, src, (size_t)LORASYNCI_TILE * (element_size));                          \
+        else memcpy(dst, src, (n) * (element_size));                                                                   \
+    } while (0)
+
+#define LORASYNCI_SMALL_TILES(name, width, shift, normal, limit, over, nan)                                            \
+    LORASYNCI_FN uint32_t lorasynci_round_special_##name(uint32_t magnitude)                                           \
+    {                                                                                                                  \
+        if (magnitude < limit) return lorasynci_round_small(magnitude, shift, normal);                                 \
+        return magnitude > 0x7f800000u ? nan : over;                                                                   \
+    }                                                                                                                  \
+    LORASYNCI_FN void lorasynci_round_tile_##name(uint32_t *tile, size_t n)                                            \
+    {                                                                                                                  \
+        uint32_t any = 0;                                                                                              \
+        LORASYNCI_EACH(n, i, any |= (tile[i] & 0x7fffffffu) + (0x80000000u - limit));                                  \
+        if (any & 0x80000000u)                                                                                         \
+            LORASYNCI_EACH(n, i, tile[i] = (tile[i] & 0x80000000u) |                                                   \
+                                           (lorasynci_round_special_##name(tile[i] & 0x7fffffffu) << (32 - width)));   \
+        else                                                                                                           \
+            LORASYNCI_EACH(n, i, tile[i] = (tile[i] & 0x80000000u) |                                                   \
+                                           (lorasynci_round_small(tile[i] & 0x7fffffffu, shift, normal) << (32 - width))); \
+    }                                                                                                                  \
+    LORASYNCI_FN void lorasynci_widen_tile_##name(uint32_t *tile, size_t n)                                            \
+    {                                                                                                                  \
+        LORASYNCI_EACH(n, i, tile[i] = (tile[i] & 0x80000000u) |                                                       \
+                                       lorasynci_widen_small((tile[i] & 0x7fffffffu) >> (32 - width - shift), normal, over << shift)); \
+    }
+
+LORASYNCI_F16(LORASYNCI_SMALL_TILES)
+LORASYNCI_E5M2(LORASYNCI_SMALL_TILES)
+LORASYNCI_E4M3(LORASYNCI_SMALL_TILES)
+
+LORASYNCI_FN void lorasynci_load_tile(uint32_t *tile, const unsigned char *src, lorasync_dtype dtype, size_t n)
+{
+    uint16_t half[LORASYNCI_TILE];
+    uint8_t  byte[LORASYNCI_TILE];
+    switch (lorasync_dtype_bits(dtype)) {
+    case 32:
+        if (n < LORASYNCI_TILE) memset(tile, 0, LORASYNCI_TILE * 4);
+        LORASYNCI_COPY(tile, src, n, 4);
+        break;
+    case 16:
+        if (n < LORASYNCI_TILE) memset(half, 0, sizeof half);
+        LORASYNCI_COPY(half, src, n, 2);
+        LORASYNCI_EACH(n, i, tile[i] = (uint32_t)half[i] << 16); /* which is all that bf16 needs */
+        if (dtype == LORASYNC_F16) lorasynci_widen_tile_f16(tile, n);
+        break;
+    default:
+        if (n < LORASYNCI_TILE) memset(byte, 0, sizeof byte);
+        LORASYNCI_COPY(byte, src, n, 1);
+        LORASYNCI_EACH(n, i, tile[i] = (uint32_t)byte[i] << 24);
+        if (dtype == LORASYNC_F8_E4M3) lorasynci_widen_tile_e4m3(tile, n);
+        else lorasynci_widen_tile_e5m2(tile, n);
+    }
+}
+
+LORASYNCI_FN void lorasynci_store_tile(unsigned char *dst, uint32_t *tile, lorasync_dtype dtype, size_t n)
+{
+    uint16_t half[LORASYNCI_TILE];
+    uint8_t  byte[LORASYNCI_TILE];
+    switch (lorasync_dtype_bits(dtype)) {
+    case 32: LORASYNCI_COPY(dst, tile, n, 4); break;
+    case 16:
+        if (dtype == LORASYNC_F16) lorasynci_round_tile_f16(tile, n);
+        else LORASYNCI_EACH(n, i, tile[i] = lorasynci_round_bf16(tile[i]));
+        LORASYNCI_EACH(n, i, half[i] = (uint16_t)(tile[i] >> 16));
+        LORASYNCI_COPY(dst, half, n, 2);
+        break;
+    default:
+        if (dtype == LORASYNC_F8_E4M3) lorasynci_round_tile_e4m3(tile, n);
+        else lorasynci_round_tile_e5m2(tile, n);
+        LORASYNCI_EACH(n, i, byte[i] = (uint8_t)(tile[i] >> 24));
+        LORASYNCI_COPY(dst, byte, n, 1);
+    }
+}
+
+LORASYNCI_FN void lorasynci_scale_tile(uint32_t *tile, size_t n, float scale)
+{
+    LORASYNCI_EACH(n, i, tile[i] = lorasynci_float_to_bits(lorasynci_bits_to_float(tile[i]) * scale));
+}
+
+/* -- any number of elements */
+
+/* Bytes of n elements that fill whole bytes; the product fits because the elements are in memory. */
+LORASYNCI_FN size_t lorasynci_dtype_bytes(lorasync_dtype dtype, size_t n)
+{
+    size_t bits = (size_t)lorasync_dtype_bits(dtype);
+    return n / 8 * bits + n % 8 * bits / 8;
+}
+
+/* The tile that will be worked on some tiles later. Lines of narrow elements are asked for more than once, which costs nothing. */
+LORASYNCI_FN void lorasynci_prefetch(const unsigned char *p)
+{
+    int i;
+    for (i = 0; i < LORASYNCI_TILE * 4; i += 64) LORASYNCI_PREFETCH(p + LORASYNCI_AHEAD + i);
+}
+
+/* n contiguous elements, any alignment, no overlap. The pair of types has passed lorasynci_can_convert; a scale other than 1 needs float
+   types. The scale is applied in F32, before the only rounding. */
+LORASYNCI_FN void lorasynci_convert(void *dst, lorasync_dtype dst_dtype, const void *src, lorasync_dtype src_dtype, size_t n, float scale)
+{
+    uint32_t             tile[LORASYNCI_TILE];
+    unsigned char       *to       = (unsigned char *)dst;
+    const unsigned char *from     = (const unsigned char *)src;
+    size_t               dst_size = lorasynci_dtype_bytes(dst_dtype, 1), src_size = lorasynci_dtype_bytes(src_dtype, 1), m;
+    int                  scaled = lorasynci_float_to_bits(scale) != 0x3f800000u; /* not exactly 1 */
+    if (src_dtype == dst_dtype && !scaled) {
+        m = lorasynci_dtype_bytes(src_dtype, n);
+        if (m) memcpy(to, from, m);
+        return;
+    }
+    for (; n > 0; n -= m, to += m * dst_size, from += m * src_size) {
+        m = n < LORASYNCI_TILE ? n : LORASYNCI_TILE;
+        if (n >= LORASYNCI_AHEAD + LORASYNCI_TILE * 4) { /* so that it is part of src and dst */
+            lorasynci_prefetch(from);
+            lorasynci_prefetch(to);
+        }
+        lorasynci_load_tile(tile, from, src_dtype, m);
+        if (scaled) lorasynci_scale_tile(tile, m, scale);
+        lorasynci_store_tile(to, tile, dst_dtype, m);
+    }
+}
+
+LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtype, const void *src, lorasync_dtype src_dtype,
+                                              size_t num_elements, lorasync_error *err)
+{
+    const char *from = lorasync_dtype_name(src_dtype), *to = lorasync_dtype_name(dst_dtype);
+    if (!lorasynci_can_convert(src_dtype, dst_dtype))
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "cannot convert %s (%d) to %s (%d): only F32, F16, BF16, F8_E4M3 and F8_E5M2 are converted into one another; "
+                              "pass equal types to copy",
+                              from ? from : "no dtype", (int)src_dtype, to ? to : "no dtype", (int)dst_dtype);
+    if (num_elements % 8 * (size_t)lorasync_dtype_bits(src_dtype) % 8 != 0)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "cannot copy %zu elements of %s: they end inside a byte; pass an even number of bytes' worth",
+                              num_elements, from);
+    if ((!dst || !src) && num_elements)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_convert: %s is NULL with %zu elements to convert", dst ? "src" : "dst",
+                              num_elements);
+    lorasynci_convert(dst, dst_dtype, src, src_dtype, num_elements, 1.0f);
+    return LORASYNC_OK;
+}
+
+/* -- NaN and Inf */
+
+/* An element is not finite when its exponent is all ones (e4m3: all bits but the sign). Adding one unit of the exponent then carries into
+   the sign bit, which was masked off; no carry leaves the element, so all elements of a 64-bit word are tested at once:
+
+       F16   s eeeee mmmmmmmmmm   & 0 11111 1111111111   + 0 00001 0000000000   -> 1..... when eeeee is 11111                     */
+typedef struct lorasynci_finite_rule {
+    uint64_t without_sign, unit, sign;
+} lorasynci_finite_rule;
+
+/* 0 for a type that has no NaN and Inf, or whose values are never looked at. */
+LORASYNCI_FN int lorasynci_finite_rule_of(lorasync_dtype dtype, lorasynci_finite_rule *out)
+{
+    uint64_t lanes, unit; /* a 1 in the lowest bit of every element; the unit of one element */
+    int      bits = lorasync_dtype_bits(dtype);
+    switch ((int)dtype) {
+    case LORASYNC_F64: lanes = 1, unit = UINT64_C(1) << 52; break;
+    case LORASYNC_F32: lanes = UINT64_C(0x0000000100000001), unit = 0x00800000; break;
+    case LORASYNC_BF16: lanes = UINT64_C(0x0001000100010001), unit = 0x0080; break;
+    case LORASYNC_F16: lanes = UINT64_C(0x0001000100010001), unit = 0x0400; break;
+    case LORASYNC_F8_E5M2: lanes = UINT64_C(0x0101010101010101), unit = 0x04; break;
+    case LORASYNC_F8_E4M3: lanes = UINT64_C(0x0101010101010101), unit = 0x01; break;
+    default: return 0;
+    }
+    out->sign         = lanes << (bits - 1);
+    out->without_sign = ~out->sign;
+    out->unit         = lanes * unit;
+    return 1;
+}
+
+/* The index of the first element that is NaN or Inf, or SIZE_MAX. Only the float types and F64 have such elements. */
+LORASYNCI_FN size_t lorasynci_find_nonfinite(const void *data, lorasync_dtype dtype, size_t n)
+{
+    const unsigned char  *p = (const unsigned char *)data;
+    lorasynci_finite_rule rule;
+    uint64_t              words[32], any;
+    size_t                size = (size_t)lorasync_dtype_bits(dtype) / 8, left, m, i;
+    if (!lorasynci_finite_rule_of(dtype, &rule)) return SIZE_MAX;
+    for (left = n * size; left > 0; left -= m, p += m) {
+        m = left < sizeof words ? left : sizeof words;
+        if (m == sizeof words) {
+            memcpy(words, p, sizeof words); /* a constant size: plain loads */
+        } else {
+            memset(words, 0, sizeof words);
+            memcpy(words, p, m);
+        }
+        for (i = 0, any = 0; i < LORASYNCI_COUNT(words); i++) any |= (words[i] & rule.without_sign) + rule.unit;
+        if (any & rule.sign) break;
+    }
+    for (; left > 0; left -= size, p += size) { /* the words before p are clean */
+        words[0] = 0;
+        memcpy(words, p, size);
+        if (((words[0] & rule.without_sign) + rule.unit) & rule.sign) return n - left / size;
+    }
+    return SIZE_MAX;
+}
+/* -------------------------------------------------------------------------------------------------------- >>names -- */
+
+/* Parameter names, patterns, and the filter made of both. Relies on >>support only.
+
+   A name is cut into segments at its dots and never looked at any other way:
+
+       module . base_model.model . model.layers.0.q_proj . _orig_mod . lora_A . policy . weight
+       '-dropped'   '-dropped      '------ module ------'  '-dropped    leaf    adapter  parameter
+                                   key = base_model.model. + module + leaf + parameter
+*/
+
+LORASYNC_API const char *lorasync_role_text(lorasync_role role)
+{
+    switch ((int)role) {
+    case LORASYNC_ROLE_BASE: return "base";
+    case LORASYNC_ROLE_LORA_A: return "lora_A";
+    case LORASYNC_ROLE_LORA_B: return "lora_B";
+    case LORASYNC_ROLE_LORA_B_BIAS: return "lora_B.bias";
+    case LORASYNC_ROLE_EMBEDDING_A: return "lora_embedding_A";
+    case LORASYNC_ROLE_EMBEDDING_B: return "lora_embedding_B";
+    case LORASYNC_ROLE_MAGNITUDE: return "lora_magnitude_vector";
+    case LORASYNC_ROLE_MODULES_TO_SAVE: return "modules_to_save";
+    case LORASYNC_ROLE_TRAINABLE_TOKENS: return "trainable_tokens_delta";
+    default: return "unknown role";
+    }
+}
+
+/* -- segments */
+
+typedef struct lorasynci_segment {
+    const char *text;
+    size_t      size;
+} lorasynci_segment;
+
+typedef struct lorasynci_path {
+    const char       *raw;
+    size_t            num;
+    lorasynci_segment seg[LORASYNC_MAX_NAME / 2]; /* no segment is empty, so there cannot be more */
+} lorasynci_path;
+
+LORASYNCI_FN int lorasynci_segment_is(lorasynci_segment s, const char *text)
+{
+    return s.size == strlen(text) && memcmp(s.text, text, s.size) == 0;
+}
+
+LORASYNCI_FN int lorasynci_segment_begins(lorasynci_segment s, const char *text)
+{
+    size_t n = strlen(text);
+    return s.size >= n && memcmp(s.text, text, n) == 0;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_path_split(const char *raw, lorasynci_path *p, lorasync_error *err)
+{
+    const char *end = (const char *)memchr(raw, 0, LORASYNC_MAX_NAME), *at = raw;
+    if (!end)
+        return lorasynci_fail(err, LORASYNC_E_NAME, "parameter name \"%.120s...\" has %d bytes or more: shorten it", raw,
+                              LORASYNC_MAX_NAME);
+    p->raw = raw;
+    p->num = 0;
+    for (;;) {
+        const char *dot = (const char *)memchr(at, '.', (size_t)(end - at));
+        const char *to  = dot ? dot : end;
+        if (to == at)
+            return lorasynci_fail(err, LORASYNC_E_NAME, "parameter name \"%.300s\" has an empty segment at byte %d", raw, (int)(at - raw));
+        p->seg[p->num].text   = at;
+        p->seg[p->num++].size = (size_t)(to - at);
+        if (!dot) return LORASYNC_OK;
+        at = dot + 1;
+    }
+}
+
+/* Takes out num segments at `at`. */
+LORASYNCI_FN void lorasynci_path_cut(lorasynci_path *p, size_t at, size_t num)
+{
+    memmove(p->seg + at, p->seg + at + num, (p->num - at - num) * sizeof p->seg[0]);
+    p->num -= num;
+}
+
+LORASYNCI_FN int lorasynci_is_wrapper(lorasynci_segment s)
+{
+    return lorasynci_segment_is(s, "_fsdp_wrapped_module") || lorasynci_segment_is(s, "_checkpoint_wrapped_module") ||
+           lorasynci_segment_is(s, "_orig_mod") || lorasynci_segment_is(s, "to_wrap");
+}
+
+LORASYNCI_FN lorasync_status lorasynci_path_unwrap(lorasynci_path *p, lorasync_error *err)
+{
+    size_t i = 0;
+    while (i < p->num) {
+        if (lorasynci_is_wrapper(p->seg[i])) lorasynci_path_cut(p, i, 1);
+        else i++;
+    }
+    while (p->num > 1 && lorasynci_segment_is(p->seg[0], "module")) lorasynci_path_cut(p, 0, 1);
+    if (p->num > 2 && lorasynci_segment_is(p->seg[0], "base_model") && lorasynci_segment_is(p->seg[1], "model"))
+        lorasynci_path_cut(p, 0, 2);
+    if (p->num == 0)
+        return lorasynci_fail(err, LORASYNC_E_NAME, "parameter name \"%.300s\" has only wrapper segments: pass the whole name", p->raw);
+    return LORASYNC_OK;
+}
+
+/* Appends segments from..to-1 to `out`, which has LORASYNC_MAX_NAME bytes, with dots. */
+LORASYNCI_FN lorasync_status lorasynci_path_join(const lorasynci_path *p, size_t from, size_t to, char *out, lorasync_error *err)
+{
+    size_t used = strlen(out), i;
+    for (i = from; i < to; i++) {
+        size_t dot = used ? 1 : 0;
+        if (p->seg[i].size >= LORASYNC_MAX_NAME - used - dot)
+            return lorasynci_fail(err, LORASYNC_E_NAME, "the key of parameter name \"%.120s...\" would have %d bytes or more: shorten it",
+                                  p->raw, LORASYNC_MAX_NAME);
+        if (dot) out[used++] = '.';
+        memcpy(out + used, p->seg[i].text, p->seg[i].size);
+        used += p->seg[i].size;
+        out[used] = 0;
+    }
+    return LORASYNC_OK;
+}
+
+/* -- names */
+
+typedef struct lorasynci_leaf {
+    const char   *text;
+    lorasync_role role;
+    int           keeps_parameter; /* the file key ends in .weight or .bias, else in the leaf itself */
+} lorasynci_leaf;
+
+LORASYNCI_FN const lorasynci_leaf *lorasynci_leaf_of(lorasynci_segment s)
+{
+    static const lorasynci_leaf leaves[] = {
+        {"lora_A", LORASYNC_ROLE_LORA_A, 1},
+        {"lora_B", LORASYNC_ROLE_LORA_B, 1},
+        {"lora_embedding_A", LORASYNC_ROLE_EMBEDDING_A, 0},
+        {"lora_embedding_B", LORASYNC_ROLE_EMBEDDING_B, 0},
+        {"lora_magnitude_vector", LORASYNC_ROLE_MAGNITUDE, 0},
+        {"trainable_tokens_delta", LORASYNC_ROLE_TRAINABLE_TOKENS, 0},
+    };
+    size_t i;
+    for (i = 0; i < LORASYNCI_COUNT(leaves); i++)
+        if (lorasynci_segment_is(s, leaves[i].text)) return &leaves[i];
+    return NULL;
+}
+
+LORASYNCI_FN int lorasynci_is_parameter(lorasynci_segment s)
+{
+    return lorasynci_segment_is(s, "weight") || lorasynci_segment_is(s, "bias");
+}
+
+/* What stands behind the leaf:    leaf.adapter.parameter    leaf.adapter    leaf.parameter    leaf */
+typedef struct lorasynci_tail {
+    const lorasynci_leaf *leaf;
+    size_t                at;        /* segment of the leaf */
+    size_t                adapter;   /* segment, or 0: none (a leaf is never before segment 0) */
+    size_t                parameter; /* segment, or 0: none */
+} lorasynci_tail;
+
+/* Finds the leaf; 0 if there is none. The outermost place wins, so that an adapter may be called like a leaf. */
+LORASYNCI_FN int lorasynci_find_tail(const lorasynci_path *p, lorasynci_tail *t)
+{
+    size_t behind = 3, last = p->num - 1; /* segments behind the leaf: 2, 1, 0 */
+    while (behind-- > 0) {
+        int parameter;
+        if (last < behind) continue;
+        t->at   = last - behind;
+        t->leaf = lorasynci_leaf_of(p->seg[t->at]);
+        if (!t->leaf) continue;
+        parameter = lorasynci_is_parameter(p->seg[last]);
+        if (behind == 2 && !parameter) continue;
+        t->adapter   = behind == 2 ? last - 1 : behind == 1 && !parameter ? last : 0;
+        t->parameter = behind > 0 && parameter ? last : 0;
+        return 1;
+    }
+    return 0;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_fail_no_module(const lorasynci_path *p, lorasync_error *err)
+{
+    return lorasynci_fail(err, LORASYNC_E_NAME, "parameter name \"%.300s\" names no module: pass it from the root of the model", p->raw);
+}
+
+/* The module is where the adapter sits: base_layer and token_adapter are PEFT's own levels below it. */
+LORASYNCI_FN lorasync_status lorasynci_tail_module(const lorasynci_path *p, size_t to, char *out, lorasync_error *err)
+{
+    size_t i;
+    for (i = 0; i < to; i++) {
+        if (lorasynci_segment_is(p->seg[i], "base_layer")) continue;
+        if (i + 1 == to && lorasynci_segment_is(p->seg[i], "token_adapter")) continue;
+        LORASYNCI_TRY(lorasynci_path_join(p, i, i + 1, out, err));
+    }
+    return out[0] ? LORASYNC_OK : lorasynci_fail_no_module(p, err);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_name_from_tail(const lorasynci_path *p, const lorasynci_tail *t, lorasync_name *n,
+                                                      lorasync_error *err)
+{
+    n->role = t->leaf->role;
+    if (t->parameter && lorasynci_segment_is(p->seg[t->parameter], "bias")) {
+        if (n->role != LORASYNC_ROLE_LORA_B)
+            return lorasynci_fail(err, LORASYNC_E_NAME, "parameter name \"%.300s\": %s has no bias, only lora_B has one", p->raw,
+                                  t->leaf->text);
+        n->role = LORASYNC_ROLE_LORA_B_BIAS;
+    }
+    LORASYNCI_TRY(lorasynci_tail_module(p, t->at, n->module, err));
+    if (t->adapter) LORASYNCI_TRY(lorasynci_path_join(p, t->adapter, t->adapter + 1, n->adapter, err));
+    memcpy(n->key, "base_model.model", sizeof "base_model.model");
+    LORASYNCI_TRY(lorasynci_path_join(p, 0, t->at + 1, n->key, err));
+    if (t->parameter && t->leaf->keeps_parameter) return lorasynci_path_join(p, t->parameter, t->parameter + 1, n->key, err);
+    return LORASYNC_OK;
+}
+
+/* `at` is the segment modules_to_save:  module.modules_to_save.adapter.rest -> module.rest */
+LORASYNCI_FN lorasync_status lorasynci_name_from_saved(const lorasynci_path *p, size_t at, lorasync_name *n, lorasync_error *err)
+{
+    if (at == 0) return lorasynci_fail_no_module(p, err);
+    if (at + 2 >= p->num)
+        return lorasynci_fail(err, LORASYNC_E_NAME, "parameter name \"%.300s\": expected modules_to_save.<adapter>.<parameter>", p->raw);
+    n->role = LORASYNC_ROLE_MODULES_TO_SAVE;
+    LORASYNCI_TRY(lorasynci_path_join(p, 0, at, n->module, err));
+    LORASYNCI_TRY(lorasynci_path_join(p, at + 1, at + 2, n->adapter, err));
+    memcpy(n->key, "base_model.model", sizeof "base_model.model");
+    LORASYNCI_TRY(lorasynci_path_join(p, 0, at, n->key, err));
+    return lorasynci_path_join(p, at + 2, p->num, n->key, err);
+}
+
+LORASYNCI_FN int lorasynci_is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
+
+/* The segment that looks like an adapter leaf in a name that has no known tail; p->num if there is none. */
+LORASYNCI_FN size_t lorasynci_unknown_leaf(const lorasynci_path *p)
+{
+    size_t i, n = p->num;
+    for (i = 0; i < n; i++) {
+        lorasynci_segment s      = p->seg[i];
+        size_t            behind = n - 1 - i;
+        if (lorasynci_leaf_of(s)) return i;
+        if (!lorasynci_segment_begins(s, "lora_")) continue;
+        if (behind <= 1) return i;
+        /* lora_C.default.weight, but not lora_router.gate.weight */
+        if (behind == 2 && lorasynci_is_parameter(p->seg[n - 1]) && s.text[s.size - 2] == '_' && lorasynci_is_letter(s.text[s.size - 1]))
+            return i;
+    }
+    return n;
+}
+
+/* adapter.linear_in.weight and adapter.adapter_q.linear_in.weight: Megatron-Bridge's own LoRA names. */
+LORASYNCI_FN int lorasynci_is_megatron(const lorasynci_path *p)
+{
+    size_t n = p->num, i;
+    if (n < 3 || !lorasynci_segment_is(p->seg[n - 1], "weight")) return 0;
+    if (!lorasynci_segment_is(p->seg[n - 2], "linear_in") && !lorasynci_segment_is(p->seg[n - 2], "linear_out")) return 0;
+    i = n > 3 && lorasynci_segment_begins(p->seg[n - 3], "adapter_") ? n - 4 : n - 3;
+    return lorasynci_segment_is(p->seg[i], "adapter");
+}
+
+LORASYNCI_FN lorasync_status lorasynci_check_base(const lorasynci_path *p, lorasync_error *err)
+{
+    size_t at = lorasynci_unknown_leaf(p);
+    if (at < p->num)
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "parameter name \"%.240s\": \"%.*s\" is no LoRA leaf known here (lora_A, lora_B, lora_embedding_A, "
+                              "lora_embedding_B, lora_magnitude_vector, then .<adapter>, .weight or both); leave it out if it is not LoRA",
+                              p->raw, (int)(p->seg[at].size < 64 ? p->seg[at].size : 64), p->seg[at].text);
+    if (lorasynci_is_megatron(p))
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "parameter name \"%.240s\" is Megatron's name of a LoRA parameter: pass its PEFT name "
+                              "(linear_in is lora_A, linear_out is lora_B of the Hugging Face module)",
+                              p->raw);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_name_from_base(lorasynci_path *p, lorasync_name *n, lorasync_error *err)
+{
+    size_t i = 0;
+    n->role = LORASYNC_ROLE_BASE;
+    while (i + 1 < p->num) {
+        lorasynci_segment s = p->seg[i];
+        if (lorasynci_segment_is(s, "base_layer") || lorasynci_segment_is(s, "original_module") ||
+            (lorasynci_segment_is(s, "token_adapter") && lorasynci_segment_is(p->seg[i + 1], "base_layer")))
+            lorasynci_path_cut(p, i, 1);
+        else i++;
+    }
+    LORASYNCI_TRY(lorasynci_path_join(p, 0, p->num - 1, n->module, err));
+    return lorasynci_path_join(p, 0, p->num, n->key, err);
+}
+
+LORASYNC_API lorasync_status lorasync_parse_name(const char *raw_name, lorasync_name *out, lorasync_error *err)
+{
+    lorasynci_path  path;
+    lorasynci_tail  tail;
+    lorasync_name   name;
+    lorasync_status status;
+    size_t          saved;
+    if (!raw_name || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_parse_name: raw_name or out is NULL");
+    LORASYNCI_TRY(lorasynci_path_split(raw_name, &path, err));
+    LORASYNCI_TRY(lorasynci_path_unwrap(&path, err));
+    name.key[0] = name.module[0] = name.adapter[0] = 0;
+    for (saved = 0; saved < path.num && !lorasynci_segment_is(path.seg[saved], "modules_to_save");) saved++;
+    if (lorasynci_find_tail(&path, &tail)) {
+        status = lorasynci_name_from_tail(&path, &tail, &name, err);
+    } else if (saved < path.num) {
+        status = lorasynci_name_from_saved(&path, saved, &name, err);
+    } else {
+        LORASYNCI_TRY(lorasynci_check_base(&path, err));
+        status = lorasynci_name_from_base(&path, &name, err);
+    }
+    LORASYNCI_TRY(status);
+    out->role = name.role;
+    memcpy(out->key, name.key, strlen(name.key) + 1);
+    memcpy(out->module, name.module, strlen(name.module) + 1);
+    memcpy(out->adapter, name.adapter, strlen(name.adapter) + 1);
+    return LORASYNC_OK;
+}
+
+LORASYNC_API void lorasync_drop_adapter(const char *key, const char *adapter, char *out)
+{
+    size_t n = strlen(key), m = strlen(adapter), end = n;
+    if (!(n > m && key[n - m - 1] == '.' && memcmp(key + n - m, adapter, m) == 0)) { /* not the last: then the last but one */
+        while (end > 0 && key[end - 1] != '.') end--;
+        if (end > 0) end--; /* the dot before the last component */
+    }
+    memmove(out, key, n + 1);
+    if (m > 0 && end > m && out[end - m - 1] == '.' && memcmp(out + end - m, adapter, m) == 0)
+        memmove(out + end - m - 1, out + end, n + 1 - end);
+}
+
+/* -- patterns
+
+   A pattern is parsed into a tree, and the tree becomes a machine of states that reads the text backwards. At every position, from the end
+   to the start, all states that can go on are kept as a set, so the time is states x bytes whatever the pattern.
+
+   Backwards, because then look-ahead costs nothing extra: each look-ahead is a machine of its own that starts at every position; when
+   it has arrived at position i, then what it looks for begins at i. Machines are numbered inside out, so at each position the inner
+   ones have answered before the outer ones ask. The whole pattern is the last machine and starts at the end of the text only. And
+   backwards because module names differ at their ends: most are turned down after a few bytes.
+
+       a(?=b|c).    machines [0] b|c  [1] a . (ask 0)      text  x a b c
+                                                                   <---- read this way
+*/
+
+#define LORASYNCI_RE_MAX_BYTES 65536u  /* of a pattern */
+#define LORASYNCI_RE_MAX_DEPTH 64      /* of groups in groups: bounds the recursion of parsing and emitting */
+#define LORASYNCI_RE_MAX_WORK 65536u   /* tree nodes emitted, copies for {m,n} counted: bounds the states */
+#define LORASYNCI_RE_FOREVER 0xffffffffu
+
+typedef enum lorasynci_re_kind {
+    LORASYNCI_RE_BYTE,   /* arg: the byte */
+    LORASYNCI_RE_SET,    /* index: of 32 bytes in sets */
+    LORASYNCI_RE_ASSERT, /* arg: '^' '$' 'b' 'B' 'Z' */
+    LORASYNCI_RE_LOOK,   /* index: the machine; arg: 1 for (?! ) */
+    LORASYNCI_RE_ALL,    /* tree only: children one behind the other */
+    LORASYNCI_RE_ANY,    /* tree only: one of the children */
+    LORASYNCI_RE_REPEAT, /* tree only: the child, min to max times */
+    LORASYNCI_RE_SPLIT,  /* state only: go to next and to index */
+    LORASYNCI_RE_MATCH   /* state only: the machine has arrived */
+} lorasynci_re_kind;
+
+/* Children hang on a list:  child -> sibling -> sibling; node 0 is unused and ends it. */
+typedef struct lorasynci_re_node {
+    uint8_t  kind, arg;
+    uint32_t index, child, sibling, min, max;
+} lorasynci_re_node;
+
+typedef struct lorasynci_re_state {
+    uint8_t  kind, arg;
+    uint32_t next, index;
+} lorasynci_re_state;
+
+/* One machine. Its states are states[first .. first + number), and so are its slices of `now` and `before`:
+
+       now   | machine 0: live states |   | machine 1: live states    |   |
+             '- first 0               |   '- first 1
+                                      '- first 0 + size 0                      */
+typedef struct lorasynci_re_machine {
+    uint32_t first, start, size;
+    int      arrived;
+} lorasynci_re_machine;
+
+struct lorasync_pattern {
+    lorasync_allocator    a;
+    lorasynci_re_state   *states;
+    unsigned char        *sets;
+    lorasynci_re_machine *machines;
+    uint32_t              num_states, num_machines;
+    uint32_t             *work; /* mark, now, before, stack: num_states each */
+    uint32_t             *mark, *now, *before, *stack;
+    uint32_t              turn; /* a state is in the set being made when its mark is `turn` */
+};
+
+/* Everything that is needed while compiling. */
+typedef struct lorasynci_re {
+    const unsigned char *text;
+    size_t               size, at;
+    int                  depth;
+    uint32_t             work;
+    lorasynci_buffer     tree;   /* lorasynci_re_node */
+    lorasynci_buffer     roots;  /* uint32_t: the tree of each machine, inner ones first */
+    lorasynci_buffer     sets;   /* 32 bytes each, one bit per byte value */
+    lorasynci_buffer     states; /* lorasynci_re_state */
+    lorasync_error      *err;
+} lorasynci_re;
+
+LORASYNCI_FN lorasync_status lorasynci_re_fail(lorasynci_re *r, lorasync_status status, size_t at, const char *what)
+{
+    return lorasynci_fail(r->err, status, "pattern \"%.200s\": %s at byte %zu", (const char *)r->text, what, at);
+}
+
+LORASYNCI_FN lorasynci_re_node *lorasynci_re_tree(lorasynci_re *r, uint32_t i) { return (lorasynci_re_node *)(void *)r->tree.data + i; }
+
+LORASYNCI_FN uint32_t lorasynci_re_count(const lorasynci_buffer *b, size_t size) { return (uint32_t)(b->size / size); }
+
+LORASYNCI_FN lorasync_status lorasynci_re_new(lorasynci_re *r, lorasynci_re_kind kind, uint32_t arg, uint32_t index, uint32_t *out)
+{
+    lorasynci_re_node n;
+    memset(&n, 0, sizeof n);
+    n.kind  = (uint8_t)kind;
+    n.arg   = (uint8_t)arg;
+    n.index = index;
+    *out    = lorasynci_re_count(&r->tree, sizeof n);
+    lorasynci_put(&r->tree, &n, sizeof n);
+    return r->tree.failed ? lorasynci_fail_memory(r->err, sizeof n) : LORASYNC_OK;
+}
+
+/* *last is the child added before, 0 at first. */
+LORASYNCI_FN void lorasynci_re_append(lorasynci_re *r, uint32_t parent, uint32_t *last, uint32_t child)
+{
+    if (*last) lorasynci_re_tree(r, *last)->sibling = child;
+    else lorasynci_re_tree(r, parent)->child = child;
+    *last = child;
+}
+
+/* -- patterns: sets of bytes */
+
+LORASYNCI_FN int lorasynci_is_word(unsigned c) { return (c >= '0' && c <= '9') || (c < 128 && lorasynci_is_letter((char)c)) || c == '_'; }
+
+LORASYNCI_FN int lorasynci_re_has(const unsigned char *set, unsigned c) { return set[c >> 3] >> (c & 7) & 1; }
+
+LORASYNCI_FN void lorasynci_re_include(unsigned char *set, unsigned from, unsigned to)
+{
+    for (; from <= to; from++) set[from >> 3] = (unsigned char)(set[from >> 3] | 1u << (from & 7));
+}
+
+/* Adds \d \w \s or, in capitals, their complements; 0 if the letter is none of these. */
+LORASYNCI_FN int lorasynci_re_include_class(unsigned char *set, unsigned letter)
+{
+    unsigned c;
+    if (letter == 0 || !strchr("dwsDWS", (int)letter)) return 0;
+    for (c = 0; c < 256; c++) {
+        unsigned kind = letter | 32u;
+        int      in   = kind == 'd' ? c >= '0' && c <= '9' : kind == 'w' ? lorasynci_is_word(c) : c == ' ' || (c >= 9 && c <= 13);
+        if (in == (letter == kind)) lorasynci_re_include(set, c, c);
+    }
+    return 1;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_new_set(lorasynci_re *r, const unsigned char *set, uint32_t *out)
+{
+    uint32_t index = lorasynci_re_count(&r->sets, 32);
+    lorasynci_put(&r->sets, set, 32);
+    if (r->sets.failed) return lorasynci_fail_memory(r->err, 32);
+    return lorasynci_re_new(r, LORASYNCI_RE_SET, 0, index, out);
+}
+
+/* -- patterns: parsing */
+
+/* The byte `ahead` places on; 0 behind the end. */
+LORASYNCI_FN unsigned lorasynci_re_peek(const lorasynci_re *r, size_t ahead)
+{
+    return ahead < r->size - r->at ? r->text[r->at + ahead] : 0;
+}
+
+LORASYNCI_FN int lorasynci_hex_digit(unsigned c)
+{
+    if (c >= '0' && c <= '9') return (int)(c - '0');
+    if ((c | 32u) >= 'a' && (c | 32u) <= 'f') return (int)((c | 32u) - 'a' + 10);
+    return -1;
+}
+
+/* Behind a backslash: a class goes into `set` and *byte is -1, else *byte is the one byte meant. */
+LORASYNCI_FN lorasync_status lorasynci_re_escape(lorasynci_re *r, unsigned char *set, int *byte)
+{
+    static const char from[] = "ntrfva", to[] = "\n\t\r\f\v\a";
+    size_t            at     = r->at - 1;
+    unsigned          c      = lorasynci_re_peek(r, 0);
+    *byte                    = -1;
+    if (c == 0) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a backslash with nothing behind it");
+    r->at++;
+    if (lorasynci_re_include_class(set, c)) return LORASYNC_OK;
+    if (c >= '1' && c <= '9') return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, at, "a back-reference (\\1 ...) is not supported");
+    if (c == 'x') {
+        int high = lorasynci_hex_digit(lorasynci_re_peek(r, 0)), low = high < 0 ? -1 : lorasynci_hex_digit(lorasynci_re_peek(r, 1));
+        if (low < 0) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "\\x without two hex digits");
+        r->at += 2;
+        *byte = high * 16 + low;
+        if (*byte > 127) return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, at, "\\x above 7f is not supported");
+        return LORASYNC_OK;
+    }
+    *byte = strchr(from, (int)c) ? (unsigned char)to[strchr(from, (int)c) - from] : (int)c;
+    if ((unsigned)*byte == c && (c == '0' || (c < 128 && lorasynci_is_letter((char)c))))
+        return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, at, "an escape that is not supported");
+    return LORASYNC_OK;
+}
+
+/* One item of [...]: a byte, or a class, which goes into `set` (*byte is -1 then). */
+LORASYNCI_FN lorasync_status lorasynci_re_class_item(lorasynci_re *r, size_t open, unsigned char *set, int *byte)
+{
+    unsigned c  = lorasynci_re_peek(r, 0);
+    size_t   at = r->at;
+    if (c == 0) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, open, "a [ that is never closed");
+    r->at++;
+    *byte = (int)c;
+    if (c == '\\') {
+        if (lorasynci_re_peek(r, 0) == 'b') {
+            r->at++;
+            *byte = 8; /* inside [...] \b is a backspace */
+        } else {
+            LORASYNCI_TRY(lorasynci_re_escape(r, set, byte));
+        }
+    }
+    if (*byte > 127) return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, at, "a character outside ASCII in [...] is not supported");
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_class(lorasynci_re *r, uint32_t *out)
+{
+    unsigned char set[32];
+    size_t        open = r->at - 1, at, first;
+    int           from, to, negate = lorasynci_re_peek(r, 0) == '^';
+    memset(set, 0, sizeof set);
+    if (negate) r->at++;
+    for (first = r->at; r->at == first || lorasynci_re_peek(r, 0) != ']';) { /* a ] that comes first is itself */
+        at = r->at;
+        LORASYNCI_TRY(lorasynci_re_class_item(r, open, set, &from));
+        if (lorasynci_re_peek(r, 0) == '-' && lorasynci_re_peek(r, 1) != ']' && lorasynci_re_peek(r, 1) != 0) {
+            r->at++;
+            LORASYNCI_TRY(lorasynci_re_class_item(r, open, set, &to));
+            if (from < 0 || to < from) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a range in [...] with bad ends");
+            lorasynci_re_include(set, (unsigned)from, (unsigned)to);
+        } else if (from >= 0) {
+            lorasynci_re_include(set, (unsigned)from, (unsigned)from);
+        }
+    }
+    r->at++;
+    for (at = 0; negate && at < sizeof set; at++) set[at] = (unsigned char)~set[at];
+    return lorasynci_re_new_set(r, set, out);
+}
+
+/* Reads * + ? or {m,n} if one stands here. A { that begins none is an ordinary byte, as in Python. */
+LORASYNCI_FN int lorasynci_re_quantifier(lorasynci_re *r, uint32_t *min, uint32_t *max)
+{
+    uint32_t value[2] = {0, 0};
+    size_t   i        = 1, digits[2] = {0, 0};
+    int      part = 0;
+    unsigned c    = lorasynci_re_peek(r, 0);
+    *min          = c == '+' ? 1 : 0;
+    *max          = c == '?' ? 1 : LORASYNCI_RE_FOREVER;
+    if (c == '*' || c == '+' || c == '?') {
+        r->at++;
+        return 1;
+    }
+    if (c != '{' || lorasynci_re_peek(r, 1) == '}') return 0;
+    for (;; i++) {
+        c = lorasynci_re_peek(r, i);
+        if (c >= '0' && c <= '9') {
+            digits[part]++;
+            if (value[part] < LORASYNCI_RE_MAX_WORK * 2) value[part] = value[part] * 10 + (c - '0'); /* more is refused later anyhow */
+        } else if (c == ',' && part == 0) {
+            part = 1;
+        } else {
+            break;
+        }
+    }
+    if (c != '}') return 0;
+    *min = value[0];
+    if (part == 0) *max = *min;
+    else if (digits[1]) *max = value[1];
+    r->at += i + 1;
+    return 1;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_alternatives(lorasynci_re *r, uint32_t *out);
+
+/* What (? begins; r->at is behind the ?. Sets *look to '=', '!' or 0 (a plain group). */
+LORASYNCI_FN lorasync_status lorasynci_re_group_kind(lorasynci_re *r, unsigned *look)
+{
+    const char *refused = NULL;
+    size_t      at      = r->at - 2;
+    unsigned    c = lorasynci_re_peek(r, 0), d = lorasynci_re_peek(r, 1);
+    *look = c == '=' || c == '!' ? c : 0;
+    if (c == 'P' && d == '<') {
+        for (r->at += 2; lorasynci_is_word(lorasynci_re_peek(r, 0));) r->at++;
+        if (lorasynci_re_peek(r, 0) != '>' || r->at == at + 4)
+            return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a group name that is no word");
+        r->at++;
+        return LORASYNC_OK;
+    }
+    if (c == '<' && (d == '=' || d == '!')) refused = "look-behind (?<= or (?<! is not supported";
+    else if (c == 'P' && d == '=') refused = "a back-reference (?P=name) is not supported";
+    else if (c == '(') refused = "a conditional (?(...) is not supported";
+    else if (c == '>') refused = "an atomic group (?> is not supported";
+    else if (c == '#') refused = "a comment (?# is not supported";
+    else if (c && strchr("aiLmsux-", (int)c)) refused = "flags such as (?i) are not supported";
+    if (refused) return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, at, refused);
+    if (c != ':' && !*look) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "an unknown group (?");
+    r->at++;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_group(lorasynci_re *r, uint32_t *out)
+{
+    size_t   open = r->at - 1;
+    unsigned look = 0;
+    if (lorasynci_re_peek(r, 0) == '?') {
+        r->at++;
+        LORASYNCI_TRY(lorasynci_re_group_kind(r, &look));
+    }
+    if (r->depth == LORASYNCI_RE_MAX_DEPTH) return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, open, "a group more than 64 levels deep");
+    r->depth++;
+    LORASYNCI_TRY(lorasynci_re_alternatives(r, out));
+    r->depth--;
+    if (lorasynci_re_peek(r, 0) != ')') return lorasynci_re_fail(r, LORASYNC_E_FORMAT, open, "a ( that is never closed");
+    r->at++;
+    if (!look) return LORASYNC_OK;
+    lorasynci_put(&r->roots, out, sizeof *out);
+    if (r->roots.failed) return lorasynci_fail_memory(r->err, sizeof *out);
+    return lorasynci_re_new(r, LORASYNCI_RE_LOOK, look == '!', lorasynci_re_count(&r->roots, sizeof *out) - 1, out);
+}
+
+/* One character: a byte, or the bytes of one UTF-8 sequence. */
+LORASYNCI_FN lorasync_status lorasynci_re_literal(lorasynci_re *r, unsigned c, uint32_t *out)
+{
+    uint32_t last = 0, byte;
+    if (c < 0xc0) return lorasynci_re_new(r, LORASYNCI_RE_BYTE, c, 0, out);
+    LORASYNCI_TRY(lorasynci_re_new(r, LORASYNCI_RE_ALL, 0, 0, out));
+    for (;;) {
+        LORASYNCI_TRY(lorasynci_re_new(r, LORASYNCI_RE_BYTE, c, 0, &byte));
+        lorasynci_re_append(r, *out, &last, byte);
+        c = lorasynci_re_peek(r, 0);
+        if (c < 0x80 || c >= 0xc0) return LORASYNC_OK;
+        r->at++;
+    }
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_backslash(lorasynci_re *r, uint32_t *out)
+{
+    unsigned char set[32];
+    unsigned      c = lorasynci_re_peek(r, 0);
+    int           byte;
+    if (c && strchr("bBAZ", (int)c)) {
+        r->at++;
+        return lorasynci_re_new(r, LORASYNCI_RE_ASSERT, c == 'A' ? '^' : c, 0, out);
+    }
+    memset(set, 0, sizeof set);
+    LORASYNCI_TRY(lorasynci_re_escape(r, set, &byte));
+    return byte < 0 ? lorasynci_re_new_set(r, set, out) : lorasynci_re_literal(r, (unsigned)byte, out);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_atom(lorasynci_re *r, uint32_t *out)
+{
+    unsigned char set[32];
+    uint32_t      min, max;
+    size_t        at = r->at;
+    unsigned      c  = lorasynci_re_peek(r, 0);
+    if (lorasynci_re_quantifier(r, &min, &max)) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "nothing to repeat");
+    r->at++;
+    switch (c) {
+    case '(': return lorasynci_re_group(r, out);
+    case '[': return lorasynci_re_class(r, out);
+    case '\\': return lorasynci_re_backslash(r, out);
+    case '^':
+    case '$': return lorasynci_re_new(r, LORASYNCI_RE_ASSERT, c, 0, out);
+    case '.':
+        memset(set, 0xff, sizeof set);
+        set['\n' >> 3] = (unsigned char)(set['\n' >> 3] & ~(1u << ('\n' & 7)));
+        return lorasynci_re_new_set(r, set, out);
+    default: return lorasynci_re_literal(r, c, out);
+    }
+}
+
+/* An atom and its quantifier. Greedy and lazy are the same here: only whether the whole text matches is asked. */
+LORASYNCI_FN lorasync_status lorasynci_re_piece(lorasynci_re *r, uint32_t *out)
+{
+    uint32_t atom, min, max, more_min, more_max;
+    size_t   at;
+    LORASYNCI_TRY(lorasynci_re_atom(r, &atom));
+    at   = r->at;
+    *out = atom;
+    if (!lorasynci_re_quantifier(r, &min, &max)) return LORASYNC_OK;
+    if (lorasynci_re_tree(r, atom)->kind == LORASYNCI_RE_ASSERT)
+        return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "nothing to repeat");
+    if (min > max) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a {m,n} with m above n");
+    if (lorasynci_re_peek(r, 0) == '+')
+        return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, at, "a possessive quantifier is not supported");
+    if (lorasynci_re_peek(r, 0) == '?') r->at++;
+    at = r->at;
+    if (lorasynci_re_quantifier(r, &more_min, &more_max))
+        return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a quantifier behind a quantifier");
+    LORASYNCI_TRY(lorasynci_re_new(r, LORASYNCI_RE_REPEAT, 0, 0, out));
+    lorasynci_re_tree(r, *out)->child = atom;
+    lorasynci_re_tree(r, *out)->min   = min;
+    lorasynci_re_tree(r, *out)->max   = max;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_sequence(lorasynci_re *r, uint32_t *out)
+{
+    uint32_t last = 0, piece;
+    LORASYNCI_TRY(lorasynci_re_new(r, LORASYNCI_RE_ALL, 0, 0, out));
+    while (r->at < r->size && r->text[r->at] != '|' && r->text[r->at] != ')') {
+        LORASYNCI_TRY(lorasynci_re_piece(r, &piece));
+        lorasynci_re_append(r, *out, &last, piece);
+    }
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_alternatives(lorasynci_re *r, uint32_t *out)
+{
+    uint32_t last = 0, sequence;
+    LORASYNCI_TRY(lorasynci_re_new(r, LORASYNCI_RE_ANY, 0, 0, out));
+    for (;;) {
+        LORASYNCI_TRY(lorasynci_re_sequence(r, &sequence));
+        lorasynci_re_append(r, *out, &last, sequence);
+        if (lorasynci_re_peek(r, 0) != '|') return LORASYNC_OK;
+        r->at++;
+    }
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_parse(lorasynci_re *r)
+{
+    uint32_t node;
+    LORASYNCI_TRY(lorasynci_re_new(r, LORASYNCI_RE_ALL, 0, 0, &node)); /* node 0, never used */
+    LORASYNCI_TRY(lorasynci_re_alternatives(r, &node));
+    if (r->at < r->size) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, r->at, "a ) without its (");
+    lorasynci_put(&r->roots, &node, sizeof node);
+    return r->roots.failed ? lorasynci_fail_memory(r->err, sizeof node) : LORASYNC_OK;
+}
+
+/* -- patterns: states */
+
+LORASYNCI_FN lorasync_status lorasynci_re_put_state(lorasynci_re *r, lorasynci_re_kind kind, uint32_t arg, uint32_t next, uint32_t index,
+                                                    uint32_t *out)
+{
+    lorasynci_re_state s;
+    memset(&s, 0, sizeof s);
+    s.kind  = (uint8_t)kind;
+    s.arg   = (uint8_t)arg;
+    s.next  = next;
+    s.index = index;
+    *out    = lorasynci_re_count(&r->states, sizeof s);
+    lorasynci_put(&r->states, &s, sizeof s);
+    return r->states.failed ? lorasynci_fail_memory(r->err, sizeof s) : LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_re_emit(lorasynci_re *r, uint32_t tree, uint32_t next, uint32_t *out);
+
+/* min copies and, in front of them, a loop or max - min optional copies:   x{1,3}  =  x? x? x */
+LORASYNCI_FN lorasync_status lorasynci_re_emit_repeat(lorasynci_re *r, lorasynci_re_node n, uint32_t next, uint32_t *out)
+{
+    uint32_t i, body;
+    if (n.max == LORASYNCI_RE_FOREVER) {
+        LORASYNCI_TRY(lorasynci_re_put_state(r, LORASYNCI_RE_SPLIT, 0, next, next, &i));
+        LORASYNCI_TRY(lorasynci_re_emit(r, n.child, i, &body));
+        ((lorasynci_re_state *)(void *)r->states.data)[i].index = body;
+        next                                                    = i;
+    } else {
+        for (i = n.min; i < n.max; i++) {
+            LORASYNCI_TRY(lorasynci_re_emit(r, n.child, next, &body));
+            LORASYNCI_TRY(lorasynci_re_put_state(r, LORASYNCI_RE_SPLIT, 0, next, body, &next));
+        }
+    }
+    for (i = 0; i < n.min; i++) LORASYNCI_TRY(lorasynci_re_emit(r, n.child, next, &next));
+    *out = next;
+    return LORASYNC_OK;
+}
+
+/* Makes the states of a tree, to be read backwards: the last thing in the pattern is entered first (*out), the first leads to `next`. */
+LORASYNCI_FN lorasync_status lorasynci_re_emit(lorasynci_re *r, uint32_t tree, uint32_t next, uint32_t *out)
+{
+    lorasynci_re_node n = *lorasynci_re_tree(r, tree);
+    uint32_t          child, entry;
+    if (++r->work > LORASYNCI_RE_MAX_WORK)
+        return lorasynci_fail(r->err, LORASYNC_E_UNSUPPORTED, "pattern \"%.200s\" needs more than %u states: make its {m,n} counts smaller",
+                              (const char *)r->text, LORASYNCI_RE_MAX_WORK);
+    switch (n.kind) {
+    case LORASYNCI_RE_ALL:
+        for (child = n.child; child; child = lorasynci_re_tree(r, child)->sibling) LORASYNCI_TRY(lorasynci_re_emit(r, child, next, &next));
+        *out = next;
+        return LORASYNC_OK;
+    case LORASYNCI_RE_ANY:
+        LORASYNCI_TRY(lorasynci_re_emit(r, n.child, next, out));
+        for (child = lorasynci_re_tree(r, n.child)->sibling; child; child = lorasynci_re_tree(r, child)->sibling) {
+            LORASYNCI_TRY(lorasynci_re_emit(r, child, next, &entry));
+            LORASYNCI_TRY(lorasynci_re_put_state(r, LORASYNCI_RE_SPLIT, 0, *out, entry, out));
+        }
+        return LORASYNC_OK;
+    case LORASYNCI_RE_REPEAT: return lorasynci_re_emit_repeat(r, n, next, out);
+    default: return lorasynci_re_put_state(r, (lorasynci_re_kind)n.kind, n.arg, next, n.index, out);
+    }
+}
+
+/* Emits the machines and allocates what matching needs. */
+LORASYNCI_FN lorasync_status lorasynci_re_finish(lorasynci_re *r, lorasync_pattern *p)
+{
+    uint32_t i, match;
+    p->num_machines = lorasynci_re_count(&r->roots, sizeof i);
+    p->machines     = (lorasynci_re_machine *)lorasynci_alloc_array(&p->a, p->num_machines, sizeof *p->machines);
+    if (!p->machines) return lorasynci_fail_memory(r->err, p->num_machines * sizeof *p->machines);
+    for (i = 0; i < p->num_machines; i++) {
+        LORASYNCI_TRY(lorasynci_re_put_state(r, LORASYNCI_RE_MATCH, 0, 0, 0, &match));
+        p->machines[i].first = match;
+        LORASYNCI_TRY(lorasynci_re_emit(r, ((const uint32_t *)(const void *)r->roots.data)[i], match, &p->machines[i].start));
+    }
+    p->num_states = lorasynci_re_count(&r->states, sizeof *p->states);
+    p->work       = (uint32_t *)lorasynci_alloc_array(&p->a, p->num_states, 4 * sizeof *p->work);
+    if (!p->work) return lorasynci_fail_memory(r->err, p->num_states * 4 * sizeof *p->work);
+    p->mark        = p->work;
+    p->now         = p->mark + p->num_states;
+    p->before      = p->now + p->num_states;
+    p->stack       = p->before + p->num_states;
+    p->states      = (lorasynci_re_state *)(void *)r->states.data;
+    p->sets        = (unsigned char *)r->sets.data;
+    r->states.data = NULL; /* the pattern has them now */
+    r->sets.data   = NULL;
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_pattern_compile(const char *pattern, const lorasync_allocator *allocator, lorasync_pattern **out,
+                                                      lorasync_error *err)
+{
+    lorasynci_re       r;
+    lorasync_allocator a;
+    lorasync_pattern  *p;
+    lorasync_status    status;
+    if (out) *out = NULL;
+    if (!pattern || !out || !lorasynci_allocator(allocator, &a))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_pattern_compile: pattern or out is NULL, or allocator is incomplete");
+    memset(&r, 0, sizeof r);
+    r.text = (const unsigned char *)pattern;
+    r.size = strlen(pattern);
+    r.err  = err;
+    if (r.size > LORASYNCI_RE_MAX_BYTES)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "pattern \"%.120s...\" has %zu bytes, at most %u are supported", pattern, r.size,
+                              LORASYNCI_RE_MAX_BYTES);
+    p = (lorasync_pattern *)lorasynci_alloc_array(&a, 1, sizeof *p);
+    if (!p) return lorasynci_fail_memory(err, sizeof *p);
+    p->a = a;
+    lorasynci_buffer_init(&r.tree, &a);
+    lorasynci_buffer_init(&r.roots, &a);
+    lorasynci_buffer_init(&r.sets, &a);
+    lorasynci_buffer_init(&r.states, &a);
+    status = lorasynci_re_parse(&r);
+    if (status == LORASYNC_OK) status = lorasynci_re_finish(&r, p);
+    lorasynci_buffer_free(&r.tree);
+    lorasynci_buffer_free(&r.roots);
+    lorasynci_buffer_free(&r.sets);
+    lorasynci_buffer_free(&r.states);
+    if (status == LORASYNC_OK) *out = p;
+    else lorasync_pattern_free(p);
+    return status;
+}
+
+LORASYNC_API void lorasync_pattern_free(lorasync_pattern *pattern)
+{
+    lorasync_allocator a;
+    if (!pattern) return;
+    a = pattern->a;
+    lorasynci_free(&a, pattern->states);
+    lorasynci_free(&a, pattern->sets);
+    lorasynci_free(&a, pattern->machines);
+    lorasynci_free(&a, pattern->work);
+    lorasynci_free(&a, pattern);
+}
+
+/* -- patterns: matching */
+
+/* Where the machines stand: before byte i of the n bytes of text. */
+typedef struct lorasynci_re_place {
+    const unsigned char *text;
+    size_t               n, i;
+} lorasynci_re_place;
+
+LORASYNCI_FN int lorasynci_re_holds(const lorasynci_re_place *at, unsigned assertion)
+{
+    int left, right;
+    switch (assertion) {
+    case '^': return at->i == 0;
+    case 'Z': return at->i == at->n;
+    case '$': return at->i == at->n || (at->i + 1 == at->n && at->text[at->i] == '\n');
+    default:
+        left  = at->i > 0 && lorasynci_is_word(at->text[at->i - 1]);
+        right = at->i < at->n && lorasynci_is_word(at->text[at->i]);
+        return (left != right) == (assertion == 'b');
+    }
+}
+
+LORASYNCI_FN int lorasynci_re_reads(const lorasync_pattern *p, const lorasynci_re_state *s, unsigned c)
+{
+    return s->kind == LORASYNCI_RE_BYTE ? s->arg == c : lorasynci_re_has(p->sets + (size_t)s->index * 32, c);
+}
+
+/* Adds a state of machine m, and all that it leads to without reading, to the set of this position. Only states that can read the byte
+   to the left are kept. */
+LORASYNCI_FN void lorasynci_re_enter(lorasync_pattern *p, lorasynci_re_machine *m, uint32_t state, const lorasynci_re_place *at)
+{
+    uint32_t num = 0;
+    if (p->mark[state] == p->turn) return;
+    p->mark[state]  = p->turn;
+    p->stack[num++] = state;
+    while (num) {
+        uint32_t                  now = p->stack[--num], to[2], k, num_to = 0;
+        const lorasynci_re_state *s = &p->states[now];
+        switch (s->kind) {
+        case LORASYNCI_RE_MATCH: m->arrived = 1; break;
+        case LORASYNCI_RE_SPLIT:
+            to[num_to++] = s->next;
+            to[num_to++] = s->index;
+            break;
+        case LORASYNCI_RE_ASSERT:
+            if (lorasynci_re_holds(at, s->arg)) to[num_to++] = s->next;
+            break;
+        case LORASYNCI_RE_LOOK:
+            if (p->machines[s->index].arrived != (int)s->arg) to[num_to++] = s->next;
+            break;
+        default:
+            if (at->i > 0 && lorasynci_re_reads(p, s, at->text[at->i - 1])) p->now[m->first + m->size++] = now;
+            break;
+        }
+        for (k = 0; k < num_to; k++) {
+            if (p->mark[to[k]] == p->turn) continue;
+            p->mark[to[k]]  = p->turn;
+            p->stack[num++] = to[k];
+        }
+    }
+}
+
+/* Moves machine m over the byte to the right of `at`: from its states in p->before, which all read that byte, to those in p->now. */
+LORASYNCI_FN void lorasynci_re_move(lorasync_pattern *p, lorasynci_re_machine *m, int starts, const lorasynci_re_place *at)
+{
+    uint32_t i, size = m->size;
+    m->size    = 0;
+    m->arrived = 0;
+    for (i = 0; i < size; i++) lorasynci_re_enter(p, m, p->states[p->before[m->first + i]].next, at);
+    if (starts) lorasynci_re_enter(p, m, m->start, at);
+}
+
+LORASYNC_API int lorasync_pattern_matches(lorasync_pattern *pattern, const char *text)
+{
+    lorasynci_re_machine *whole;
+    lorasynci_re_place    at;
+    uint32_t              k, *swap;
+    if (!pattern || !text) return 0;
+    whole   = &pattern->machines[pattern->num_machines - 1];
+    at.text = (const unsigned char *)text;
+    at.n    = strlen(text);
+    for (k = 0; k < pattern->num_machines; k++) pattern->machines[k].size = 0;
+    for (at.i = at.n;; at.i--) {
+        if (++pattern->turn == 0) {
+            memset(pattern->mark, 0, pattern->num_states * sizeof *pattern->mark);
+            pattern->turn = 1;
+        }
+        for (k = 0; k < pattern->num_machines; k++) {
+            lorasynci_re_machine *m = &pattern->machines[k];
+            lorasynci_re_move(pattern, m, m != whole || at.i == at.n, &at);
+        }
+        if (at.i == 0) return whole->arrived;
+        if (whole->size == 0) return 0;
+        swap            = pattern->before;
+        pattern->before = pattern->now;
+        pattern->now    = swap;
+    }
+}
+
+/* -- matcher: which modules, then which parameters */
+
+/* A list of module names or their dotted ends, or a pattern, or neither. */
+typedef struct lorasynci_modules {
+    int               given; /* 0: there is no such condition */
+    int               exact; /* list entries are whole names, not ends */
+    lorasync_pattern *pattern;
+    char            **entries;
+    size_t            num;
+    lorasynci_table   table; /* entries by text */
+} lorasynci_modules;
+
+struct lorasync_matcher {
+    lorasync_allocator a;
+    lorasynci_modules  target, exclude;
+    int                base, skip_modules_to_save;
+};
+
+LORASYNCI_FN const char *lorasynci_entry_of(const void *user, size_t index) { return ((const lorasynci_modules *)user)->entries[index]; }
+
+/* Room for up to max entries. */
+LORASYNCI_FN lorasync_status lorasynci_modules_reserve(lorasynci_modules *m, size_t max, const lorasync_allocator *a, lorasync_error *err)
+{
+    m->given   = 1;
+    m->entries = (char **)lorasynci_alloc_array(a, max, sizeof *m->entries);
+    if (!m->entries || !lorasynci_table_init(&m->table, a, max))
+        return lorasynci_fail(err, LORASYNC_E_MEMORY, "out of memory for %zu module names", max);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_modules_add(lorasynci_modules *m, const char *entry, const lorasync_allocator *a,
+                                                   lorasync_error *err)
+{
+    if (lorasynci_table_find(&m->table, entry, lorasynci_entry_of, m) != SIZE_MAX) return LORASYNC_OK;
+    m->entries[m->num] = lorasynci_copy_text(a, entry, strlen(entry));
+    if (!m->entries[m->num]) return lorasynci_fail_memory(err, strlen(entry) + 1);
+    lorasynci_table_enter(&m->table, m->entries[m->num], m->num, lorasynci_entry_of, m);
+    m->num++;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN void lorasynci_modules_free(lorasynci_modules *m, const lorasync_allocator *a)
+{
+    size_t i;
+    lorasync_pattern_free(m->pattern);
+    for (i = 0; i < m->num; i++) lorasynci_free(a, m->entries[i]);
+    lorasynci_free(a, m->entries);
+    if (m->table.slots) lorasynci_table_free(&m->table);
+}
+
+/* From the filter's two forms; `what` is target or exclude, for messages. */
+LORASYNCI_FN lorasync_status lorasynci_modules_make(lorasynci_modules *m, const char *what, const char *pattern, const char *const *list,
+                                                    size_t num, const lorasync_allocator *a, lorasync_error *err)
+{
+    size_t          i;
+    lorasync_status status;
+    if (pattern && list)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "filter: %s_pattern and %s_modules are both given: pass one", what, what);
+    if (!list && num)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "filter: %s_modules is NULL but num_%s_modules is %zu", what, what, num);
+    if (pattern) {
+        m->given = 1;
+        status   = lorasync_pattern_compile(pattern, a, &m->pattern, err);
+        if (status < 0) lorasynci_prefix(err, "filter: %s_pattern", what);
+        return status;
+    }
+    if (!list) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_modules_reserve(m, num, a, err));
+    for (i = 0; i < num; i++) {
+        if (!list[i] || !list[i][0])
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "filter: entry %zu of %s_modules is NULL or empty", i, what);
+        LORASYNCI_TRY(lorasynci_modules_add(m, list[i], a, err));
+    }
+    return LORASYNC_OK;
+}
+
+/* 1 if the module is named; 0 also when there is no condition. */
+LORASYNCI_FN int lorasynci_modules_match(lorasynci_modules *m, const char *module)
+{
+    const char *end = module;
+    if (!m->given) return 0;
+    if (m->pattern) return lorasync_pattern_matches(m->pattern, module);
+    while (end) {
+        if (lorasynci_table_find(&m->table, end, lorasynci_entry_of, m) != SIZE_MAX) return 1;
+        end = m->exact ? NULL : strchr(end, '.');
+        if (end) end++;
+    }
+    return 0;
+}
+
+/* -- matcher: "all-linear" */
+
+LORASYNCI_FN int lorasynci_is_all_linear(const char *pattern)
+{
+    static const char word[] = "all-linear";
+    size_t            i;
+    if (!pattern || strlen(pattern) != sizeof word - 1) return 0;
+    for (i = 0; i < sizeof word - 1; i++) {
+        char c = pattern[i];
+        if ((c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c) != word[i]) return 0;
+    }
+    return 1;
+}
+
+/* 1 if module is `name` or ends in "." and it. */
+LORASYNCI_FN int lorasynci_ends_in(const char *module, const char *name)
+{
+    size_t n = strlen(module), k = strlen(name);
+    return n >= k && strcmp(module + n - k, name) == 0 && (n == k || module[n - k - 1] == '.');
+}
+
+/* The output embedding to leave out: the given one, or the first usual one that exists, or NULL. */
+LORASYNCI_FN const char *lorasynci_output_embedding(const char *given, const lorasync_module *modules, size_t num)
+{
+    static const char *const usual[] = {"lm_head", "embed_out", "output_layer", "score", "classifier"};
+    size_t                   i, k;
+    if (given) return given;
+    for (k = 0; k < LORASYNCI_COUNT(usual); k++)
+        for (i = 0; i < num; i++) /* heads of classifiers only at the top, as PEFT looks for them */
+            if (k < 3 ? lorasynci_ends_in(modules[i].name, usual[k]) : strcmp(modules[i].name, usual[k]) == 0) return modules[i].name;
+    return NULL;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_modules_all_linear(lorasynci_modules *m, const lorasync_filter *f, const lorasync_module *modules,
+                                                          size_t num, const lorasync_allocator *a, lorasync_error *err)
+{
+    const char *output;
+    size_t      i;
+    for (i = 0; i < num; i++)
+        if (!modules || !modules[i].name)
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_matcher_create: module %zu of %zu has no name", i, num);
+    output   = lorasynci_output_embedding(f->output_embedding, modules, num);
+    m->exact = 1;
+    LORASYNCI_TRY(lorasynci_modules_reserve(m, num, a, err));
+    for (i = 0; i < num; i++)
+        if (modules[i].is_linear && !(output && lorasynci_ends_in(modules[i].name, output)))
+            LORASYNCI_TRY(lorasynci_modules_add(m, modules[i].name, a, err));
+    if (m->num) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_EMPTY, "filter: \"all-linear\" finds no linear module but the output embedding among %zu", num);
+}
+
+/* -- matcher */
+
+LORASYNCI_FN lorasync_status lorasynci_matcher_fill(lorasync_matcher *m, const lorasync_filter *f, const lorasync_module *modules,
+                                                    size_t num_modules, lorasync_error *err)
+{
+    if (f->base < 0 || f->base > 2) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "filter: base is %d, expected 0, 1 or 2", f->base);
+    if (f->target_modules && f->num_target_modules == 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "filter: target_modules has no entry: pass NULL for all modules");
+    m->base                 = f->base;
+    m->skip_modules_to_save = f->skip_modules_to_save;
+    if (lorasynci_is_all_linear(f->target_pattern) && !f->target_modules)
+        LORASYNCI_TRY(lorasynci_modules_all_linear(&m->target, f, modules, num_modules, &m->a, err));
+    else
+        LORASYNCI_TRY(
+            lorasynci_modules_make(&m->target, "target", f->target_pattern, f->target_modules, f->num_target_modules, &m->a, err));
+    return lorasynci_modules_make(&m->exclude, "exclude", f->exclude_pattern, f->exclude_modules, f->num_exclude_modules, &m->a, err);
+}
+
+LORASYNC_API lorasync_status lorasync_matcher_create(const lorasync_filter *filter, const lorasync_module *modules, size_t num_modules,
+                                                     const lorasync_allocator *allocator, lorasync_matcher **out, lorasync_error *err)
+{
+    lorasync_filter    nothing;
+    lorasync_allocator a;
+    lorasync_matcher  *m;
+    lorasync_status    status;
+    if (out) *out = NULL;
+    if (!out || !lorasynci_allocator(allocator, &a))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_matcher_create: out is NULL, or allocator is incomplete");
+    memset(&nothing, 0, sizeof nothing);
+    m = (lorasync_matcher *)lorasynci_alloc_array(&a, 1, sizeof *m);
+    if (!m) return lorasynci_fail_memory(err, sizeof *m);
+    m->a   = a;
+    status = lorasynci_matcher_fill(m, filter ? filter : &nothing, modules, num_modules, err);
+    if (status == LORASYNC_OK) *out = m;
+    else lorasync_matcher_free(m);
+    return status;
+}
+
+LORASYNC_API void lorasync_matcher_free(lorasync_matcher *matcher)
+{
+    lorasync_allocator a;
+    if (!matcher) return;
+    a = matcher->a;
+    lorasynci_modules_free(&matcher->target, &a);
+    lorasynci_modules_free(&matcher->exclude, &a);
+    lorasynci_free(&a, matcher);
+}
+
+LORASYNC_API int lorasync_matcher_takes(lorasync_matcher *matcher, const lorasync_name *name, const char *adapter)
+{
+    if (!matcher || !name) return 0;
+    if (name->role == LORASYNC_ROLE_BASE) return matcher->base && !lorasynci_modules_match(&matcher->exclude, name->module);
+    if (matcher->base == 2) return 0;
+    if (adapter && name->adapter[0] && strcmp(name->adapter, adapter) != 0) return 0;
+    if (name->role == LORASYNC_ROLE_MODULES_TO_SAVE || name->role == LORASYNC_ROLE_TRAINABLE_TOKENS) return !matcher->skip_modules_to_save;
+    if (lorasynci_modules_match(&matcher->exclude, name->module)) return 0;
+    return !matcher->target.given || lorasynci_modules_match(&matcher->target, name->module);
+}
+
+/* ------------------------------------------------------------------------------------------------------- >>layout -- */
+
+/* Boxes and the rules by which trainers cut tensors. Everything is int64_t arithmetic on caller-given shapes; an impossible request becomes
+   a box of len -1, which lorasynci_box_check turns into an error where the piece is used. */
+
+/* No dimension of a scalar can be empty: none of it is an empty flat interval. */
+LORASYNC_API lorasync_box lorasync_none(int ndim)
+{
+    lorasync_box b;
+    memset(&b, 0, sizeof b);
+    b.flat = ndim == 0;
+    b.ndim = ndim == 0 ? 1 : ndim;
+    return b;
+}
+
+LORASYNCI_FN lorasync_box lorasynci_impossible(int ndim)
+{
+    lorasync_box b = lorasync_none(ndim);
+    b.len[0]       = -1;
+    return b;
+}
+
+LORASYNC_API lorasync_box lorasync_whole(const int64_t *shape, int ndim)
+{
+    lorasync_box b = lorasync_none(ndim);
+    int          d;
+    if (ndim < 0 || ndim > LORASYNC_MAX_DIMS) return lorasynci_impossible(ndim);
+    b.flat = 0;
+    b.ndim = ndim;
+    for (d = 0; d < ndim; d++) b.len[d] = shape[d];
+    return b;
+}
+
+/* torch.chunk: rank r of n gets [c * r, c * (r + 1)) cut to [0, length), c = ceil(length / n). */
+LORASYNCI_FN void lorasynci_chunk(int64_t length, int64_t rank, int64_t world, int64_t *off, int64_t *len)
+{
+    int64_t c = length / world + (length % world != 0);
+    *off      = c != 0 && rank > length / c ? length : c * rank;
+    if (*off > length) *off = length;
+    *len = length - *off < c ? length - *off : c;
+}
+
+/* Dimension counted from 0, or -1 when the request cannot be met. */
+LORASYNCI_FN int lorasynci_split_dim(const lorasync_box *box, int dim, int rank, int world)
+{
+    if (dim < 0) dim += box->ndim;
+    if (box->flat || dim < 0 || dim >= box->ndim || dim >= LORASYNC_MAX_DIMS) return -1;
+    if (world < 1 || rank < 0 || rank >= world || box->len[dim] < 0) return -1;
+    return dim;
+}
+
+LORASYNC_API lorasync_box lorasync_shard(lorasync_box box, int dim, int rank, int world)
+{
+    int64_t off, len;
+    dim = lorasynci_split_dim(&box, dim, rank, world);
+    if (dim < 0) return lorasynci_impossible(box.ndim);
+    lorasynci_chunk(box.len[dim], rank, world, &off, &len);
+    box.off[dim] += off;
+    box.len[dim] = len;
+    return box;
+}
+
+LORASYNC_API lorasync_box lorasync_even(lorasync_box box, int dim, int rank, int world)
+{
+    int d = lorasynci_split_dim(&box, dim, rank, world);
+    if (d < 0 || box.len[d] % world != 0) return lorasynci_impossible(box.ndim);
+    return lorasync_shard(box, d, rank, world);
+}
+
+LORASYNC_API lorasync_box lorasync_range(lorasync_box box, int dim, int64_t off, int64_t len)
+{
+    int d = lorasynci_split_dim(&box, dim, 0, 1);
+    if (d < 0 || off < 0 || len < 0 || off > box.len[d] || len > box.len[d] - off) return lorasynci_impossible(box.ndim);
+    box.off[d] += off;
+    box.len[d] = len;
+    return box;
+}
+
+LORASYNC_API lorasync_box lorasync_flat(int64_t first, int64_t num_elements)
+{
+    lorasync_box b = lorasync_none(1);
+    b.flat         = 1;
+    b.off[0]       = first;
+    b.len[0]       = first < 0 ? -1 : num_elements;
+    return b;
+}
+
+LORASYNC_API lorasync_box lorasync_flat_shard(int64_t numel, int rank, int world)
+{
+    return lorasync_flat_part(0, numel, numel, rank, world).box;
+}
+
+/* *at rounded up to a multiple of `step`; 0 when that does not fit. */
+LORASYNCI_FN int lorasynci_round_up(int64_t *at, int64_t step)
+{
+    int64_t rest = *at % step;
+    if (rest == 0) return 1;
+    if (*at > INT64_MAX - (step - rest)) return 0;
+    *at += step - rest;
+    return 1;
+}
+
+/* Puts one parameter of a flat buffer at *at (after alignment) and moves *at behind it. */
+LORASYNCI_FN int lorasynci_flat_put(int64_t numel, int64_t alignment, int64_t *at, int64_t *start)
+{
+    if (numel < 0 || !lorasynci_round_up(at, alignment) || numel > INT64_MAX - *at) return 0;
+    *start = *at;
+    *at += numel;
+    return 1;
+}
+
+LORASYNC_API int64_t lorasync_fsdp1_layout(const int64_t *numel, size_t num, int itemsize, int use_orig_params, int world, int64_t *start)
+{
+    int64_t at = 0, alignment;
+    size_t  i;
+    if (world < 1 || itemsize < 1 || itemsize > 16) return -1;
+    alignment = use_orig_params ? 16 / itemsize : 1;
+    for (i = 0; i < num; i++)
+        if (!lorasynci_flat_put(numel[i], alignment, &at, &start[i])) return -1;
+    return lorasynci_round_up(&at, use_orig_params ? world : 1) ? at : -1;
+}
+
+LORASYNC_API int64_t lorasync_megatron_layout(const int64_t *numel, size_t num, int high_busbw, int world, int64_t *start)
+{
+    int64_t at = 0, unit = high_busbw ? 65536 : 128, a = world, b = unit;
+    size_t  i;
+    if (world < 1) return -1;
+    for (i = num; i-- > 0;)
+        if (!lorasynci_flat_put(numel[i], 64, &at, &start[i])) return -1;
+    while (b) { /* a becomes gcd(world, unit) */
+        int64_t t = a % b;
+        a         = b;
+        b         = t;
+    }
+    return lorasynci_round_up(&at, world / a * unit) ? at : -1;
+}
+
+LORASYNC_API lorasync_flat_piece lorasync_flat_part(int64_t start, int64_t numel, int64_t total, int rank, int world)
+{
+    lorasync_flat_piece p;
+    int64_t             off, len, first, last;
+    p.box      = lorasync_flat(0, -1);
+    p.in_shard = 0;
+    if (world < 1 || rank < 0 || rank >= world || start < 0 || numel < 0 || total < start || numel > total - start) return p;
+    lorasynci_chunk(total, rank, world, &off, &len);
+    first = off > start ? off : start;
+    last  = off + len < start + numel ? off + len : start + numel;
+    if (first < last) {
+        p.box      = lorasync_flat(first - start, last - first);
+        p.in_shard = first - off;
+    } else {
+        p.box = lorasync_flat(numel, 0);
+    }
+    return p;
+}
+
+/* -- what the planner needs */
+
+/* *out = product of shape, or 0 when a dimension is negative or the product passes INT64_MAX. */
+LORASYNCI_FN int lorasynci_numel(const int64_t *shape, int ndim, int64_t *out)
+{
+    int64_t n = 1;
+    int     d;
+    for (d = 0; d < ndim; d++) {
+        if (shape[d] < 0 || (shape[d] != 0 && n > INT64_MAX / shape[d])) return 0;
+        n *= shape[d];
+    }
+    *out = n;
+    return 1;
+}
+
+LORASYNCI_FN int64_t lorasynci_box_numel(const int64_t *len, int ndim)
+{
+    int64_t n = 1;
+    int     d;
+    for (d = 0; d < ndim; d++) n *= len[d];
+    return n;
+}
+
+/* "[0:4, 16:32]" into text. The box may be any: the sum must not overflow. */
+LORASYNCI_FN const char *lorasynci_box_text(const int64_t *off, const int64_t *len, int ndim, char *text, size_t size)
+{
+    size_t n = 0;
+    int    d;
+    text[0] = 0;
+    for (d = 0; d < ndim && n + 48 < size; d++)
+        n += (size_t)snprintf(text + n, size - n, "%s%lld:%lld", d ? ", " : "[", (long long)off[d], (long long)((uint64_t)off[d] + (uint64_t)len[d]));
+    snprintf(text + n, size - n, ndim ? "]" : "[]");
+    return text;
+}
+
+LORASYNCI_FN const char *lorasynci_shape_text(const int64_t *shape, int ndim, char *text, size_t size)
+{
+    size_t n = 0;
+    int    d;
+    text[0] = 0;
+    for (d = 0; d < ndim && n + 24 < size; d++) n += (size_t)snprintf(text + n, size - n, "%s%lld", d ? ", " : "[", (long long)shape[d]);
+    snprintf(text + n, size - n, ndim ? "]" : "[]");
+    return text;
+}
+
+/* Whether a piece's box lies inside its shape. */
+LORASYNCI_FN lorasync_status lorasynci_box_check(const lorasync_piece *p, lorasync_error *err)
+{
+    const lorasync_box *b = &p->box;
+    int64_t             numel, extent;
+    int                 d;
+    char                shape[128], box[256];
+    if (p->ndim < 0 || p->ndim > LORASYNC_MAX_DIMS)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: ndim is %d, must be 0 to %d", p->name, p->ndim, LORASYNC_MAX_DIMS);
+    if (!lorasynci_numel(p->shape, p->ndim, &numel))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: shape %s is negative or its product passes 2^63", p->name,
+                              lorasynci_shape_text(p->shape, p->ndim, shape, sizeof shape));
+    if (b->ndim != (b->flat ? 1 : p->ndim))
+        return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.200s: the box has %d dimensions, the tensor %d; make it from lorasync_whole(p.shape, p.ndim)",
+                              p->name, b->ndim, p->ndim);
+    for (d = 0; d < b->ndim; d++) {
+        extent = b->flat ? numel : p->shape[d];
+        if (b->len[d] < 0)
+            return lorasynci_fail(err, LORASYNC_E_LAYOUT,
+                                  "%.200s: the box is impossible (a dimension or rank out of range, or an even split that does not divide %s); "
+                                  "check the arguments of the layout function",
+                                  p->name, lorasynci_shape_text(p->shape, p->ndim, shape, sizeof shape));
+        if (b->off[d] < 0 || b->off[d] > extent || b->len[d] > extent - b->off[d])
+            return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.200s: %s %.150s does not lie in shape %s", p->name, b->flat ? "flat interval" : "box",
+                                  lorasynci_box_text(b->off, b->len, b->ndim, box, sizeof box),
+                                  lorasynci_shape_text(p->shape, p->ndim, shape, sizeof shape));
+    }
+    return LORASYNC_OK;
+}
+
+/* Cuts the flat interval [first, first + num) of a row-major tensor into boxes, in order, and calls `emit` for each with the number of
+   elements before it in the interval. At most 2 * ndim - 1 boxes: the tail of an inner row, whole rows, the head of the last.
+
+       first = 3, num = 9 of [3, 5]:   . . . a a      a: [0:1, 3:5] at 0
+                                       b b b b b      b: [1:2, 0:5] at 2
+                                       c c . . .      c: [2:3, 0:2] at 7                                              */
+typedef lorasync_status (*lorasynci_emit_box)(void *user, const int64_t *off, const int64_t *len, int64_t before);
+
+LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim, int64_t first, int64_t num, lorasynci_emit_box emit, void *user)
+{
+    int64_t off[LORASYNC_MAX_DIMS] = {0}, len[LORASYNC_MAX_DIMS], done = 0;
+    while (done < num) {
+        int64_t at = first + done, inner = 1, take;
+        int     d, k;
+        /* the coarsest dimension k whose rows both start here and fit in what is left; inner = elements below it */
+        for (k = ndim - 1; k > 0 && at % (inner * shape[k]) == 0 && num - done >= inner * shape[k]; k--) inner *= shape[k];
+        for (d = ndim - 1; d >= 0; d--) {
+            off[d] = at % shape[d];
+            at /= shape[d];
+            len[d] = d > k ? shape[d] : 1;
+        }
+        if (ndim > 0) {
+            take   = (num - done) / inner;
+            len[k] = take < shape[k] - off[k] ? take : shape[k] - off[k];
+        }
+        LORASYNCI_TRY(emit(user, off, len, done));
+        done += ndim > 0 ? len[k] * inner : 1;
+    }
+    return LORASYNC_OK;
+}
+
+/* --------------------------------------------------------------------------------------------------------- >>comm -- */
+
+/* Solo, and local: ranks of one host that talk through one shared mapping. */
+
+#ifdef MAP_NORESERVE
+#define LORASYNCI_NORESERVE MAP_NORESERVE
+#else
+#define LORASYNCI_NORESERVE 0
+#endif
+
+LORASYNCI_FN lorasync_status lorasynci_solo_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms, lorasync_error *err)
+{
+    (void)user, (void)timeout_ms, (void)err;
+    memcpy(out, in, num_bytes);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_solo_exchange(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
+                                                     size_t num_receives, int timeout_ms, lorasync_error *err)
+{
+    (void)user, (void)sends, (void)receives, (void)timeout_ms;
+    if (num_sends || num_receives) return lorasynci_fail(err, LORASYNC_E_COMM, "a solo communicator has no peer to talk to");
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_comm lorasync_solo(void)
+{
+    lorasync_comm c;
+    memset(&c, 0, sizeof c);
+    c.size       = sizeof c;
+    c.world      = 1;
+    c.all_gather = lorasynci_solo_all_gather;
+    c.exchange   = lorasynci_solo_exchange;
+    return c;
+}
+
+/* Wakes the others after a failure, where the communicator can. At most once per communicator. */
+LORASYNCI_FN void lorasynci_comm_abort(const lorasync_comm *c, const char *why)
+{
+    if (c->size >= offsetof(lorasync_comm, abort) + sizeof c->abort && c->abort) c->abort(c->user, why);
+}
+
+/* The shared mapping of a local communicator. One rank writes each cache line; the other side only reads it.
+
+       | shared head | rank 0 | rank 1 | ... | channel 0>0 | channel 0>1 | ... | channel n>n |
+
+   A channel carries bytes one way between two ranks, in messages; its sender owns `sent`, its receiver `taken`, both counting chunks:
+
+       slots   [ chunk 4 ][ chunk 5 ][ chunk 2 ][ chunk 3 ]      sent = 6, taken = 2: full
+       sizes   [  65536  ][  1200   ][  65536  ][  65536  ]
+
+   The first chunk of a message begins with its size, so that a receiver that expects another size can say so. */
+enum { LORASYNCI_CHUNK = 65536, LORASYNCI_SLOTS = 4, LORASYNCI_MAX_LOCAL = 256 };
+
+typedef struct lorasynci_channel {
+    uint64_t sent;
+    char     pad0[56];
+    uint64_t taken;
+    char     pad1[56];
+    uint32_t sizes[LORASYNCI_SLOTS];
+    char     pad2[48];
+    char     chunks[LORASYNCI_SLOTS][LORASYNCI_CHUNK];
+} lorasynci_channel;
+
+typedef struct lorasynci_local_rank {
+    int32_t joined; /* 1 once a rank has taken this place */
+    int32_t pid;
+    char    pad[56];
+} lorasynci_local_rank;
+
+typedef struct lorasynci_local_head {
+    int32_t aborted; /* 0 no, 1 being written, 2 why is readable */
+    char    why[252];
+} lorasynci_local_head;
+
+/* Private to each process (threads share one): the mapping, and one seat per rank that joined from here. */
+typedef struct lorasynci_seat {
+    lorasync_local *local;
+    int             rank;
+} lorasynci_seat;
+
+struct lorasync_local {
+    lorasynci_local_head *head; /* start of the mapping */
+    lorasynci_local_rank *ranks;
+    lorasynci_channel    *channels;
+    size_t                num_bytes;
+    int                   world;
+    lorasynci_seat       *seats; /* world of them */
+};
+
+LORASYNCI_FN lorasynci_channel *lorasynci_local_channel(const lorasync_local *l, int from, int to)
+{
+    return &l->channels[(size_t)from * (size_t)l->world + (size_t)to];
+}
+
+LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out, lorasync_error *err)
+{
+    lorasync_local *l;
+    size_t          at = sizeof(lorasynci_local_head), size;
+    void           *map;
+    *out = NULL;
+    if (world < 1 || world > LORASYNCI_MAX_LOCAL)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "world is %d, must be 1 to %d", world, (int)LORASYNCI_MAX_LOCAL);
+    at += (size_t)world * sizeof(lorasynci_local_rank);
+    at   = (at + 4095) / 4096 * 4096;
+    size = at + (size_t)world * (size_t)world * sizeof(lorasynci_channel);
+    l    = (lorasync_local *)calloc(1, sizeof *l + (size_t)world * sizeof(lorasynci_seat));
+    if (!l) return lorasynci_fail_memory(err, sizeof *l);
+    map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | LORASYNCI_NORESERVE, -1, 0);
+    if (map == MAP_FAILED) {
+        free(l);
+        return lorasynci_fail(err, LORASYNC_E_MEMORY, "no shared memory of %zu bytes for %d ranks: %s", size, world, strerror(errno));
+    }
+    l->head      = (lorasynci_local_head *)map;
+    l->ranks     = (lorasynci_local_rank *)(void *)((char *)map + sizeof(lorasynci_local_head));
+    l->channels  = (lorasynci_channel *)(void *)((char *)map + at);
+    l->num_bytes = size;
+    l->world     = world;
+    l->seats     = (lorasynci_seat *)(void *)(l + 1);
+    *out         = l;
+    return LORASYNC_OK;
+}
+
+LORASYNC_API void lorasync_local_close(lorasync_local *local)
+{
+    if (!local) return;
+    munmap(local->head, local->num_bytes);
+    free(local);
+}
+
+/* 1 if the process is there and not a zombie that its parent has yet to collect. */
+LORASYNCI_FN int lorasynci_process_lives(int pid)
+{
+    char    path[64], text[256], *state;
+    int     fd;
+    ssize_t n;
+    if (kill((pid_t)pid, 0) != 0 && errno == ESRCH) return 0;
+    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return 1; /* no /proc: the deadline has to do */
+    n = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (n <= 0) return 1;
+    text[n] = 0;
+    state   = strrchr(text, ')'); /* "pid (name) state" */
+    return !(state && state[1] == ' ' && (state[2] == 'Z' || state[2] == 'X'));
+}
+
+LORASYNCI_FN void lorasynci_local_abort(void *user, const char *why)
+{
+    lorasynci_seat       *seat = (lorasynci_seat *)user;
+    lorasynci_local_head *head = seat->local->head;
+    int32_t               none = 0;
+    if (__atomic_compare_exchange_n(&head->aborted, &none, 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+        snprintf(head->why, sizeof head->why, "rank %d: %s", seat->rank, why);
+        __atomic_store_n(&head->aborted, 2, __ATOMIC_RELEASE);
+    }
+}
+
+/* Why a wait for `peer` cannot succeed any more, or LORASYNC_OK. Called now and then while waiting. */
+LORASYNCI_FN lorasync_status lorasynci_local_check(const lorasynci_seat *seat, int peer, uint64_t deadline_ns, lorasync_error *err)
+{
+    const lorasync_local       *l = seat->local;
+    const lorasynci_local_rank *r = &l->ranks[peer];
+    if (__atomic_load_n(&l->head->aborted, __ATOMIC_ACQUIRE) == 2)
+        return lorasynci_fail(err, LORASYNC_E_COMM, "the communicator was given up by %.240s", l->head->why);
+    if (__atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) == 2 && !lorasynci_process_lives(r->pid))
+        return lorasynci_fail(err, LORASYNC_E_PEER, "rank %d (process %d) is gone; restart it, make a new communicator and open again", peer, (int)r->pid);
+    if (lorasynci_now_ns() >= deadline_ns)
+        return lorasynci_fail(err, LORASYNC_E_TIMEOUT, "rank %d did not answer rank %d before the deadline%s", peer, seat->rank,
+                              __atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) ? "; did it make the same call?" : "; it never joined");
+    return LORASYNC_OK;
+}
+
+/* One message on its way. at counts the bytes moved, and 8 more for the size in front. */
+typedef struct lorasynci_flow {
+    lorasynci_channel *channel;
+    char              *data;
+    uint64_t           num_bytes, at, total;
+    int                peer;
+} lorasynci_flow;
+
+LORASYNCI_FN lorasynci_flow lorasynci_flow_start(lorasynci_channel *channel, const lorasync_message *m)
+{
+    lorasynci_flow f;
+    f.channel   = channel;
+    f.data      = (char *)m->data;
+    f.num_bytes = m->num_bytes;
+    f.at        = 0;
+    f.total     = (uint64_t)m->num_bytes + 8;
+    f.peer      = m->peer;
+    return f;
+}
+
+/* Copies the next chunk of a flow between its memory and a slot. The first 8 bytes of a message are its size. */
+LORASYNCI_FN size_t lorasynci_flow_chunk(const lorasynci_flow *f, size_t *skip)
+{
+    uint64_t left = f->total - f->at;
+    *skip         = f->at == 0 ? 8 : 0;
+    return left < LORASYNCI_CHUNK ? (size_t)left : (size_t)LORASYNCI_CHUNK;
+}
+
+/* Sends what fits now; 1 if anything moved. */
+LORASYNCI_FN int lorasynci_flow_send(lorasynci_flow *f)
+{
+    lorasynci_channel *c     = f->channel;
+    uint64_t           sent  = c->sent, start = f->at;
+    while (f->at < f->total && sent - __atomic_load_n(&c->taken, __ATOMIC_ACQUIRE) < LORASYNCI_SLOTS) {
+        size_t slot = (size_t)(sent % LORASYNCI_SLOTS), skip, n = lorasynci_flow_chunk(f, &skip);
+        if (skip) memcpy(c->chunks[slot], &f->num_bytes, 8);
+        if (n > skip) memcpy(c->chunks[slot] + skip, f->data + (f->at + skip - 8), n - skip);
+        c->sizes[slot] = (uint32_t)n;
+        f->at += n;
+        __atomic_store_n(&c->sent, ++sent, __ATOMIC_RELEASE);
+    }
+    return f->at != start;
+}
+
+/* Receives what is there; *moved is set if anything was. */
+LORASYNCI_FN lorasync_status lorasynci_flow_receive(lorasynci_flow *f, int rank, int *moved, lorasync_error *err)
+{
+    lorasynci_channel *c     = f->channel;
+    uint64_t           taken = c->taken;
+    while (f->at < f->total && __atomic_load_n(&c->sent, __ATOMIC_ACQUIRE) != taken) {
+        size_t   slot = (size_t)(taken % LORASYNCI_SLOTS), skip, n = lorasynci_flow_chunk(f, &skip);
+        uint64_t size = f->num_bytes;
+        if (skip) memcpy(&size, c->chunks[slot], 8);
+        if (size != f->num_bytes || c->sizes[slot] != n)
+            return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d expected %llu bytes from rank %d, which sends %llu; do both make the same calls?", rank,
+                                  (unsigned long long)f->num_bytes, f->peer, (unsigned long long)size);
+        if (n > skip) memcpy(f->data + (f->at + skip - 8), c->chunks[slot] + skip, n - skip);
+        f->at += n;
+        *moved = 1;
+        __atomic_store_n(&c->taken, ++taken, __ATOMIC_RELEASE);
+    }
+    return LORASYNC_OK;
+}
+
+/* As lorasynci_local_check, for a flow that is being received. What a rank sent before it ended is still there: only when nothing more is, the
+   failure counts. */
+LORASYNCI_FN lorasync_status lorasynci_local_check_sender(const lorasynci_seat *seat, lorasynci_flow *f, uint64_t deadline_ns, lorasync_error *err)
+{
+    lorasync_error  late;
+    lorasync_status status = lorasynci_local_check(seat, f->peer, deadline_ns, &late);
+    int             moved  = 0;
+    if (status == LORASYNC_OK) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_flow_receive(f, seat->rank, &moved, err));
+    if (moved) return LORASYNC_OK;
+    *err = late;
+    return status;
+}
+
+/* Moves every flow until all are done. Flows are kept on the stack in groups, so that nothing is allocated; a group of receives is served
+   together with a group of sends, and what a rank has sent waits in the channel. To be free of deadlock whatever the group sizes, rank r
+   talks to peer (r + k) while it listens to peer (r - k): the caller orders the lists so (lorasynci_local_exchange). */
+enum { LORASYNCI_GROUP = 32 };
+
+LORASYNCI_FN lorasync_status lorasynci_local_run(const lorasynci_seat *seat, lorasynci_flow *sends, size_t num_sends, lorasynci_flow *receives,
+                                                 size_t num_receives, uint64_t deadline_ns, lorasync_error *err)
+{
+    unsigned turns = 0;
+    for (;;) {
+        int    moved = 0, waits_for = -1;
+        size_t i;
+        for (i = 0; i < num_sends; i++) {
+            if (sends[i].at < sends[i].total) moved |= lorasynci_flow_send(&sends[i]);
+            if (sends[i].at < sends[i].total) waits_for = sends[i].peer;
+        }
+        for (i = 0; i < num_receives; i++) {
+            if (receives[i].at < receives[i].total) LORASYNCI_TRY(lorasynci_flow_receive(&receives[i], seat->rank, &moved, err));
+            if (receives[i].at < receives[i].total) waits_for = receives[i].peer;
+        }
+        if (waits_for < 0) return LORASYNC_OK;
+        if (moved) turns = 0;
+        else lorasynci_pause(&turns);
+        if (turns == 0 || turns % 64 != 0) continue;
+        for (i = 0; i < num_sends; i++)
+            if (sends[i].at < sends[i].total) LORASYNCI_TRY(lorasynci_local_check(seat, sends[i].peer, deadline_ns, err));
+        for (i = 0; i < num_receives; i++)
+            if (receives[i].at < receives[i].total) LORASYNCI_TRY(lorasynci_local_check_sender(seat, &receives[i], deadline_ns, err));
+    }
+}
+
+LORASYNCI_FN const lorasync_message *lorasynci_message_for(const lorasync_message *m, size_t num, int peer)
+{
+    size_t i;
+    for (i = 0; i < num; i++)
+        if (m[i].peer == peer) return m[i].num_bytes ? &m[i] : NULL;
+    return NULL;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_local_exchange(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
+                                                      size_t num_receives, int timeout_ms, lorasync_error *err)
+{
+    const lorasynci_seat *seat     = (const lorasynci_seat *)user;
+    const lorasync_local *l        = seat->local;
+    uint64_t              deadline = lorasynci_deadline_ns(timeout_ms);
+    int                   k        = 1;
+    if (__atomic_load_n(&l->head->aborted, __ATOMIC_ACQUIRE) == 2)
+        return lorasynci_fail(err, LORASYNC_E_COMM, "the communicator was given up by %.240s", l->head->why);
+    while (k < l->world) {
+        lorasynci_flow out[LORASYNCI_GROUP], in[LORASYNCI_GROUP];
+        size_t         num_out = 0, num_in = 0;
+        for (; k < l->world && num_out < LORASYNCI_GROUP && num_in < LORASYNCI_GROUP; k++) {
+            int                     to = (seat->rank + k) % l->world, from = (seat->rank + l->world - k) % l->world;
+            const lorasync_message *s = lorasynci_message_for(sends, num_sends, to), *r = lorasynci_message_for(receives, num_receives, from);
+            if (s) out[num_out++] = lorasynci_flow_start(lorasynci_local_channel(l, seat->rank, to), s);
+            if (r) in[num_in++] = lorasynci_flow_start(lorasynci_local_channel(l, from, seat->rank), r);
+        }
+        LORASYNCI_TRY(lorasynci_local_run(seat, out, num_out, in, num_in, deadline, err));
+    }
+    return LORASYNC_OK;
+}
+
+/* Every rank sends to every other: a local host has few ranks, and the messages are small. */
+LORASYNCI_FN lorasync_status lorasynci_local_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms, lorasync_error *err)
+{
+    const lorasynci_seat *seat     = (const lorasynci_seat *)user;
+    int                   world    = seat->local->world, k;
+    uint64_t              deadline = lorasynci_deadline_ns(timeout_ms);
+    memcpy((char *)out + (size_t)seat->rank * num_bytes, in, num_bytes);
+    for (k = 1; k < world; k += LORASYNCI_GROUP) {
+        lorasync_message s[LORASYNCI_GROUP], r[LORASYNCI_GROUP];
+        uint64_t         now = lorasynci_now_ns();
+        int              left = now < deadline ? (int)((deadline - now) / 1000000u) : 0, j;
+        size_t           n = 0;
+        for (j = k; j < world && j < k + LORASYNCI_GROUP; j++, n++) {
+            s[n].peer      = (seat->rank + j) % world;
+            s[n].data      = (char *)out + (size_t)seat->rank * num_bytes;
+            s[n].num_bytes = num_bytes;
+            r[n].peer      = (seat->rank + world - j) % world;
+            r[n].data      = (char *)out + (size_t)r[n].peer * num_bytes;
+            r[n].num_bytes = num_bytes;
+        }
+        LORASYNCI_TRY(lorasynci_local_exchange(user, s, n, r, n, left, err));
+    }
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank, lorasync_comm *out, lorasync_error *err)
+{
+    int32_t none = 0;
+    if (!local || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_local_join: local or out is NULL");
+    if (rank < 0 || rank >= local->world) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "rank is %d, must be 0 to %d", rank, local->world - 1);
+    if (!__atomic_compare_exchange_n(&local->ranks[rank].joined, &none, 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+        return lorasynci_fail(err, LORASYNC_E_STATE, "rank %d has joined already", rank);
+    local->ranks[rank].pid = (int32_t)getpid();
+    __atomic_store_n(&local->ranks[rank].joined, 2, __ATOMIC_RELEASE);
+    local->seats[rank].local = local;
+    local->seats[rank].rank  = rank;
+    *out                     = lorasync_solo();
+    out->user                = &local->seats[rank];
+    out->rank                = rank;
+    out->world               = local->world;
+    out->all_gather          = lorasynci_local_all_gather;
+    out->exchange            = lorasynci_local_exchange;
+    out->abort               = lorasynci_local_abort;
+    return LORASYNC_OK;
+}
+
+
+/* -------------------------------------------------------------------------------------------------------- >>image -- */
+
+/* safetensors images: reading and checking a header, laying one out, stamping it, and the digest. Uses >>support, >>json and >>dtype.
+
+   There is one reader. A layout writes its header and then reads it as if it came from a file, so that both kinds of image are made, checked
+   and searched by the same code. */
+
+#define LORASYNCI_MAX_HEADER ((uint64_t)100000000) /* the reference reader's limit */
+
+/* An image with what belongs to it.
+
+       tensors  [ {name, shape, ...} | ... ]   in payload order; names and data point elsewhere
+       pool     name \0 name \0 metadata value \0 name \0 ...                                                     */
+typedef struct lorasynci_image {
+    lorasync_image     image; /* first: the handle that callers hold */
+    lorasync_allocator a;
+    lorasync_tensor   *tensors;
+    char              *pool;
+    lorasynci_table    names;
+    lorasynci_members  metadata;               /* the values are decoded, in pool */
+    unsigned char     *own_header;             /* a layout's, until it is moved elsewhere */
+    unsigned char     *stamped;                /* where the header of a layout can be written; NULL for an image that was read */
+    size_t             version_at, digest_at;  /* in it; 0 without an adapter */
+    void              *mapping;                /* unmapped with the image */
+    size_t             mapping_bytes;
+    char              *own_config;
+} lorasynci_image;
+
+LORASYNCI_FN void lorasynci_image_free(lorasynci_image *m)
+{
+    lorasync_allocator a;
+    if (!m) return;
+    a = m->a;
+    lorasynci_free(&a, m->tensors);
+    lorasynci_free(&a, m->pool);
+    if (m->names.slots) lorasynci_table_free(&m->names);
+    if (m->metadata.at || m->metadata.keys) lorasynci_members_free(&m->metadata);
+    lorasynci_free(&a, m->own_header);
+    lorasynci_free(&a, m->own_config);
+    if (m->mapping) munmap(m->mapping, m->mapping_bytes);
+    lorasynci_free(&a, m);
+}
+
+LORASYNC_API void lorasync_image_free(lorasync_image *image) { lorasynci_image_free((lorasynci_image *)image); }
+
+/* Fails with a LORASYNC_E_MEMORY error when there is no memory or `given` is half an allocator. */
+LORASYNCI_FN lorasync_status lorasynci_image_new(const lorasync_allocator *given, lorasynci_image **out, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasynci_image   *m;
+    if (!lorasynci_allocator(given, &a))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: alloc and free must both be set, or neither");
+    m = (lorasynci_image *)lorasynci_alloc_array(&a, 1, sizeof *m);
+    if (!m) return lorasynci_fail_memory(err, sizeof *m);
+    m->a                 = a;
+    m->image.adapter     = "";
+    m->image.config_json = "";
+    *out                 = m;
+    return LORASYNC_OK;
+}
+
+/* The image unmaps it when it is freed. */
+LORASYNCI_FN void lorasynci_image_own_mapping(lorasync_image *image, void *mapping, size_t num_bytes)
+{
+    lorasynci_image *m = (lorasynci_image *)image;
+    m->mapping         = mapping;
+    m->mapping_bytes   = num_bytes;
+}
+
+/* The image shows it as config_json, and frees it. From the image's allocator. */
+LORASYNCI_FN void lorasynci_image_own_config(lorasync_image *image, char *config_json)
+{
+    lorasynci_image *m = (lorasynci_image *)image;
+    lorasynci_free(&m->a, m->own_config);
+    m->own_config      = config_json;
+    image->config_json = config_json;
+}
+
+/* -- one tensor's size and name */
+
+/* "F32 [2,3]" */
+typedef struct lorasynci_type_text {
+    char text[16 + 22 * LORASYNC_MAX_DIMS];
+} lorasynci_type_text;
+
+LORASYNCI_FN lorasynci_type_text lorasynci_type_of(const lorasync_tensor *t)
+{
+    lorasynci_type_text out;
+    size_t              n;
+    int                 d;
+    n = (size_t)snprintf(out.text, sizeof out.text, "%s [", lorasync_dtype_name(t->dtype));
+    for (d = 0; d < t->ndim; d++)
+        n += (size_t)snprintf(out.text + n, sizeof out.text - n, d ? ",%lld" : "%lld", (long long)t->shape[d]);
+    snprintf(out.text + n, sizeof out.text - n, "]");
+    return out;
+}
+
+/* The bytes of a tensor by its dtype and shape (no dimension below 0). Multiplied from left to right, so that a product that overflows before
+   it meets a 0 is an error, as in the reference reader. */
+LORASYNCI_FN lorasync_status lorasynci_tensor_bytes(const lorasync_tensor *t, lorasync_status bad, size_t *out, lorasync_error *err)
+{
+    uint64_t n = 1, bits = (uint64_t)lorasync_dtype_bits(t->dtype);
+    int      d;
+    for (d = 0; d <= t->ndim; d++) {
+        uint64_t factor = d < t->ndim ? (uint64_t)t->shape[d] : bits;
+        if (factor != 0 && n > UINT64_MAX / factor)
+            return lorasynci_fail(err, bad, "tensor \"%.150s\": %s does not fit 64 bits", t->name, lorasynci_type_of(t).text);
+        n *= factor;
+    }
+    if (n % 8 != 0)
+        return lorasynci_fail(err, bad, "tensor \"%.150s\": %s ends inside a byte; its last dimension must fill whole bytes", t->name,
+                              lorasynci_type_of(t).text);
+    if (n / 8 > SIZE_MAX) return lorasynci_fail(err, bad, "tensor \"%.150s\": %s does not fit memory", t->name, lorasynci_type_of(t).text);
+    *out = (size_t)(n / 8);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN int lorasynci_has_control(const char *text)
+{
+    for (; *text; text++)
+        if ((unsigned char)*text < 0x20 || *text == 0x7f) return 1;
+    return 0;
+}
+
+LORASYNCI_FN int lorasynci_is_utf8(const char *text)
+{
+    const char *end = text + strlen(text);
+    while (text < end) {
+        size_t n = (unsigned char)*text < 0x80 ? 1 : lorasynci_utf8(text, end);
+        if (!n) return 0;
+        text += n;
+    }
+    return 1;
+}
+
+/* -- reading a header */
+
+typedef struct lorasynci_image_reader {
+    lorasynci_json   j;
+    lorasynci_image *m;
+    char            *pool; /* its free part */
+    size_t           num;  /* tensors read */
+    size_t           payload_bytes;
+    int              has_metadata;
+    lorasync_error  *err;
+} lorasynci_image_reader;
+
+/* Decodes a string into the pool. There is room: two quotes stand around each string of the header and one NUL behind each in the pool. */
+LORASYNCI_FN const char *lorasynci_pool_string(lorasynci_image_reader *r, const lorasynci_slice *s)
+{
+    char  *text = r->pool;
+    size_t n    = s->size;
+    if (s->escaped) n = lorasynci_json_decode(s, text);
+    else if (n) memcpy(text, s->at, n);
+    text[n] = 0;
+    r->pool += n + 1;
+    return text;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_read_metadata(lorasynci_image_reader *r)
+{
+    lorasynci_members *members = &r->m->metadata;
+    lorasynci_slice    s;
+    size_t             i;
+    if (r->has_metadata) return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "__metadata__ occurs twice; write it once");
+    r->has_metadata = 1;
+    if (lorasynci_json_peek(&r->j) == 'n') return lorasynci_json_null(&r->j);
+    LORASYNCI_TRY(lorasynci_members_read(&r->j, &r->m->a, members));
+    for (i = 0; i < members->num; i++) {
+        lorasynci_json value = r->j;
+        value.at             = members->at[i].value;
+        if (lorasynci_json_peek(&value) != '"')
+            return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "__metadata__ key \"%.150s\": expected a string, found `%c`",
+                                  members->at[i].key, *value.at);
+        LORASYNCI_TRY(lorasynci_json_string(&value, &s));
+        members->at[i].value = lorasynci_pool_string(r, &s);
+    }
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_read_dtype(lorasynci_image_reader *r, lorasync_tensor *t)
+{
+    lorasynci_slice s;
+    char            text[80]; /* the longest name is 11 bytes; six times that with escapes */
+    LORASYNCI_TRY(lorasynci_json_string(&r->j, &s));
+    t->dtype = r->num ? r->m->tensors[r->num - 1].dtype : LORASYNC_F32; /* mostly the same again */
+    if (lorasynci_json_is(&s, lorasync_dtype_name(t->dtype))) return LORASYNC_OK;
+    if (s.size >= sizeof text) s.size = 0;
+    text[lorasynci_json_decode(&s, text)] = 0;
+    t->dtype                              = lorasync_dtype_from_name(text);
+    if (t->dtype) return LORASYNC_OK;
+    return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": unknown dtype \"%s\"; known are those of safetensors, BOOL to U64",
+                          t->name, text);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_read_shape(lorasynci_image_reader *r, lorasync_tensor *t)
+{
+    uint64_t n;
+    int      more;
+    t->ndim = 0;
+    LORASYNCI_TRY(lorasynci_json_array(&r->j));
+    while ((more = lorasynci_json_element(&r->j)) > 0) {
+        if (t->ndim == LORASYNC_MAX_DIMS)
+            return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": more than %d dimensions", t->name, LORASYNC_MAX_DIMS);
+        LORASYNCI_TRY(lorasynci_json_uint(&r->j, &n));
+        if (n > (uint64_t)INT64_MAX)
+            return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": dimension %d is %llu, over 2^63 - 1", t->name, t->ndim,
+                                  (unsigned long long)n);
+        t->shape[t->ndim++] = (int64_t)n;
+    }
+    return (lorasync_status)more;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_read_offsets(lorasynci_image_reader *r, lorasync_tensor *t)
+{
+    uint64_t at[2], n;
+    size_t   num = 0;
+    int      more;
+    LORASYNCI_TRY(lorasynci_json_array(&r->j));
+    while ((more = lorasynci_json_element(&r->j)) > 0) {
+        LORASYNCI_TRY(lorasynci_json_uint(&r->j, &n));
+        if (num < 2) at[num] = n;
+        num++;
+    }
+    if (more < 0) return (lorasync_status)more;
+    if (num != 2)
+        return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": data_offsets must be [begin,end], found %zu numbers",
+                              t->name, num);
+    if (at[0] > at[1] || at[1] > r->payload_bytes)
+        return lorasynci_fail(r->err, LORASYNC_E_FORMAT,
+                              "tensor \"%.150s\": data_offsets [%llu,%llu] are no range of the %zu bytes behind the header; "
+                              "the file is malformed or truncated",
+                              t->name, (unsigned long long)at[0], (unsigned long long)at[1], r->payload_bytes);
+    t->offset    = (size_t)at[0];
+    t->num_bytes = (size_t)(at[1] - at[0]);
+    return LORASYNC_OK;
+}
+
+/* {"dtype":..,"shape":..,"data_offsets":..}, each once, in any order; other fields are ignored, as the reference reader does. */
+LORASYNCI_FN lorasync_status lorasynci_read_entry(lorasynci_image_reader *r, lorasync_tensor *t)
+{
+    static const char *const fields[] = {"dtype", "shape", "data_offsets"};
+    lorasynci_slice          key;
+    unsigned                 seen = 0, i;
+    int                      more;
+    LORASYNCI_TRY(lorasynci_json_object(&r->j));
+    while ((more = lorasynci_json_key(&r->j, &key)) > 0) {
+        for (i = 0; i < 3 && !lorasynci_json_is(&key, fields[i]);) i++;
+        if (i < 3 && (seen & 1u << i))
+            return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": \"%s\" occurs twice", t->name,
+                                  fields[i]);
+        seen |= 1u << i;
+        if (i == 0) LORASYNCI_TRY(lorasynci_read_dtype(r, t));
+        else if (i == 1) LORASYNCI_TRY(lorasynci_read_shape(r, t));
+        else if (i == 2) LORASYNCI_TRY(lorasynci_read_offsets(r, t));
+        else LORASYNCI_TRY(lorasynci_json_skip(&r->j));
+    }
+    if (more < 0) return (lorasync_status)more;
+    for (i = 0; i < 3; i++)
+        if (!(seen & 1u << i)) return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": \"%s\" is missing", t->name, fields[i]);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_read_tensor(lorasynci_image_reader *r, const lorasynci_slice *key)
+{
+    lorasync_tensor *t = &r->m->tensors[r->num];
+    memset(t, 0, sizeof *t);
+    t->name = lorasynci_pool_string(r, key);
+    if (lorasynci_has_control(t->name))
+        return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "the name of tensor %zu of the header holds a control character; rename it",
+                              r->num);
+    if (lorasynci_json_peek(&r->j) != '{')
+        return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": expected an object of dtype, shape and data_offsets", t->name);
+    LORASYNCI_TRY(lorasynci_read_entry(r, t));
+    r->num++;
+    return LORASYNC_OK;
+}
+
+/* No fewer than the tensors of the header: each is an object, and takes 48 bytes at the least ("":{"dtype":"U8","shape":[],..), and one more
+   may have been begun when an error is found. */
+LORASYNCI_FN size_t lorasynci_max_tensors(const char *text, size_t num_bytes)
+{
+    const char *end = text + num_bytes;
+    size_t      n   = 0;
+    while (text < end && n <= num_bytes / 48 && (text = (const char *)memchr(text, '{', (size_t)(end - text))) != NULL) n++, text++;
+    return n;
+}
+
+/* All of the JSON, into tensors in the header's order. Nothing is checked across tensors yet. */
+LORASYNCI_FN lorasync_status lorasynci_read_json(lorasynci_image *m, const char *text, size_t num_bytes, size_t payload_bytes, lorasync_error *err)
+{
+    lorasynci_image_reader r;
+    lorasynci_slice        key;
+    size_t                 max_tensors = lorasynci_max_tensors(text, num_bytes), size;
+    int                    more;
+    if (num_bytes == 0 || text[0] != '{')
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "the JSON must begin with `{` at byte 8; this is no safetensors file");
+    if (!lorasynci_mul(max_tensors, sizeof *m->tensors, &size)) return lorasynci_fail_memory(err, SIZE_MAX);
+    m->tensors = (lorasync_tensor *)lorasynci_alloc(&m->a, size);
+    m->pool    = (char *)lorasynci_alloc(&m->a, num_bytes);
+    if (!m->tensors || !m->pool) return lorasynci_fail_memory(err, m->tensors ? num_bytes : size);
+    memset(&r, 0, sizeof r);
+    r.m             = m;
+    r.pool          = m->pool;
+    r.payload_bytes = payload_bytes;
+    r.err           = err;
+    lorasynci_json_init(&r.j, text, num_bytes, err);
+    LORASYNCI_TRY(lorasynci_json_object(&r.j));
+    while ((more = lorasynci_json_key(&r.j, &key)) > 0) {
+        if (lorasynci_json_is(&key, "__metadata__")) LORASYNCI_TRY(lorasynci_read_metadata(&r));
+        else LORASYNCI_TRY(lorasynci_read_tensor(&r, &key));
+    }
+    if (more < 0) return (lorasync_status)more;
+    m->image.tensors     = m->tensors;
+    m->image.num_tensors = r.num;
+    return lorasynci_json_end(&r.j);
+}
+
+LORASYNCI_FN int lorasynci_payload_order(const void *a, const void *b)
+{
+    const lorasync_tensor *x = (const lorasync_tensor *)a, *y = (const lorasync_tensor *)b;
+    if (x->offset != y->offset) return x->offset < y->offset ? -1 : 1;
+    if (x->num_bytes != y->num_bytes) return x->num_bytes < y->num_bytes ? -1 : 1;
+    return strcmp(x->name, y->name);
+}
+
+/* Puts the tensors in payload order, if they are not, and checks that they fill the payload without gap, overlap or rest. */
+LORASYNCI_FN lorasync_status lorasynci_check_payload(lorasynci_image *m, size_t payload_bytes, lorasync_error *err)
+{
+    size_t i, n = m->image.num_tensors, running = 0, size = 0;
+    for (i = 1; i < n; i++) {
+        const lorasync_tensor *x = &m->tensors[i - 1], *y = &m->tensors[i];
+        if (x->offset > y->offset || (x->offset == y->offset && x->num_bytes > y->num_bytes)) break;
+    }
+    if (i < n) qsort(m->tensors, n, sizeof *m->tensors, lorasynci_payload_order);
+    for (i = 0; i < n; i++) {
+        const lorasync_tensor *t = &m->tensors[i];
+        if (t->offset != running)
+            return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                                  "tensor \"%.150s\": begins at byte %zu of the payload, but the tensors before it end at %zu (%s)",
+                                  t->name, t->offset, running, t->offset > running ? "a hole" : "an overlap");
+        LORASYNCI_TRY(lorasynci_tensor_bytes(t, LORASYNC_E_FORMAT, &size, err));
+        if (size != t->num_bytes)
+            return lorasynci_fail(err, LORASYNC_E_FORMAT, "tensor \"%.150s\": %s needs %zu bytes, but data_offsets give it %zu", t->name,
+                                  lorasynci_type_of(t).text, size, t->num_bytes);
+        running += size; /* at most payload_bytes: the offsets were checked */
+    }
+    if (running == payload_bytes) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                          "the tensors end at byte %zu of the payload, but it has %zu; %zu bytes belong to no tensor", running,
+                          payload_bytes, payload_bytes - running);
+}
+
+LORASYNCI_FN const char *lorasynci_tensor_name(const void *tensors, size_t index) { return ((const lorasync_tensor *)tensors)[index].name; }
+
+/* Makes the tensors findable by name; fails with `twice` when two have one name. */
+LORASYNCI_FN lorasync_status lorasynci_index_names(lorasynci_image *m, lorasync_status twice, lorasync_error *err)
+{
+    size_t i, n = m->image.num_tensors;
+    if (!lorasynci_table_init(&m->names, &m->a, n)) return lorasynci_fail_memory(err, n * sizeof *m->names.slots);
+    for (i = 0; i < n; i++)
+        if (lorasynci_table_enter(&m->names, m->tensors[i].name, i, lorasynci_tensor_name, m->tensors) != i)
+            return lorasynci_fail(err, twice, "tensor \"%.150s\" occurs twice; give every tensor its own name", m->tensors[i].name);
+    return LORASYNC_OK;
+}
+
+/* -- the library's own metadata */
+
+LORASYNCI_FN int lorasynci_read_decimal(const char *text, uint64_t *out)
+{
+    uint64_t v = 0;
+    if (!*text) return 0;
+    for (; *text; text++) {
+        uint64_t digit = (uint64_t)(unsigned char)*text - '0';
+        if (digit > 9 || v > (UINT64_MAX - digit) / 10) return 0;
+        v = v * 10 + digit;
+    }
+    *out = v;
+    return 1;
+}
+
+LORASYNCI_FN int lorasynci_read_hex16(const char *text, uint64_t *out)
+{
+    static const char digits[] = "0123456789abcdef";
+    uint64_t          v        = 0;
+    size_t            i;
+    if (strlen(text) != 16) return 0;
+    for (i = 0; i < 16; i++) {
+        const char *digit = strchr(digits, text[i]);
+        if (!digit) return 0;
+        v = v << 4 | (uint64_t)(digit - digits);
+    }
+    *out = v;
+    return 1;
+}
+
+LORASYNC_API const char *lorasync_image_metadata(const lorasync_image *image, const char *key)
+{
+    const lorasynci_member *member = lorasynci_members_find(&((const lorasynci_image *)image)->metadata, key);
+    return member ? member->value : NULL;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasync_image *image, lorasync_error *err)
+{
+    const char *adapter = lorasync_image_metadata(image, "lorasync.adapter");
+    const char *version = lorasync_image_metadata(image, "lorasync.version");
+    const char *digest  = lorasync_image_metadata(image, "lorasync.digest");
+    if (adapter) image->adapter = adapter;
+    if (version && !lorasynci_read_decimal(version, &image->version))
+        return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                              "__metadata__ key \"lorasync.version\": expected a decimal number below 2^64, found \"%.60s\"", version);
+    if (digest && !lorasynci_read_hex16(digest, &image->digest))
+        return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                              "__metadata__ key \"lorasync.digest\": expected 16 lower-case hex digits, found \"%.60s\"", digest);
+    image->has_digest = digest != NULL;
+    return LORASYNC_OK;
+}
+
+/* -- parse */
+
+LORASYNCI_FN lorasync_status lorasynci_parse(lorasynci_image *m, const unsigned char *bytes, size_t num_bytes, lorasync_error *err)
+{
+    uint64_t n;
+    if (num_bytes < 8)
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%zu bytes are too few for a safetensors file, which has at least 10",
+                              num_bytes);
+    n = lorasynci_load_le64(bytes, 8);
+    if (n > LORASYNCI_MAX_HEADER)
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "the header length is %llu, over the limit of %llu; this is no safetensors file",
+                              (unsigned long long)n, (unsigned long long)LORASYNCI_MAX_HEADER);
+    if (n > num_bytes - 8)
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "the header length is %llu, but only %zu bytes follow; the file is truncated",
+                              (unsigned long long)n,
+                              num_bytes - 8);
+    m->image.header        = bytes;
+    m->image.header_bytes  = 8 + (size_t)n;
+    m->image.payload_bytes = num_bytes - m->image.header_bytes;
+    LORASYNCI_TRY(lorasynci_read_json(m, (const char *)bytes + 8, (size_t)n, m->image.payload_bytes, err));
+    LORASYNCI_TRY(lorasynci_check_payload(m, m->image.payload_bytes, err));
+    LORASYNCI_TRY(lorasynci_index_names(m, LORASYNC_E_FORMAT, err));
+    LORASYNCI_TRY(lorasynci_own_metadata(&m->image, err));
+    lorasync_image_bind(&m->image, bytes + m->image.header_bytes);
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_bytes, const lorasync_allocator *allocator, lorasync_image **out,
+                                                  lorasync_error *err)
+{
+    lorasynci_image *m = NULL;
+    lorasync_status  status;
+    *out = NULL;
+    LORASYNCI_TRY(lorasynci_image_new(allocator, &m, err));
+    status = lorasynci_parse(m, (const unsigned char *)bytes, num_bytes, err);
+    if (status < 0) {
+        if (status != LORASYNC_E_MEMORY) lorasynci_prefix(err, "safetensors header");
+        lorasynci_image_free(m);
+        return status;
+    }
+    *out = &m->image;
+    return LORASYNC_OK;
+}
+
+LORASYNC_API const lorasync_tensor *lorasync_image_find(const lorasync_image *image, const char *name)
+{
+    const lorasynci_image *m = (const lorasynci_image *)image;
+    size_t                 i = lorasynci_table_find(&m->names, name, lorasynci_tensor_name, m->tensors);
+    return i == SIZE_MAX ? NULL : &m->tensors[i];
+}
+
+LORASYNC_API void lorasync_image_bind(lorasync_image *image, const void *payload)
+{
+    lorasynci_image *m = (lorasynci_image *)image;
+    size_t           i;
+    image->payload = payload;
+    for (i = 0; i < image->num_tensors; i++) m->tensors[i].data = payload ? (const unsigned char *)payload + m->tensors[i].offset : NULL;
+}
+
+/* -- layout */
+
+/* The writer's order: by dtype, later in the list first, then by name. */
+LORASYNCI_FN int lorasynci_writer_order(const void *a, const void *b)
+{
+    const lorasync_tensor *x = *(const lorasync_tensor *const *)a, *y = *(const lorasync_tensor *const *)b;
+    if (x->dtype != y->dtype) return x->dtype > y->dtype ? -1 : 1;
+    return strcmp(x->name, y->name);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_check_tensor(const lorasync_tensor *t, size_t index, lorasync_error *err)
+{
+    int d;
+    if (!t->name || !t->name[0]) return lorasynci_fail(err, LORASYNC_E_NAME, "tensor %zu has no name", index);
+    if (!lorasynci_is_utf8(t->name) || lorasynci_has_control(t->name))
+        return lorasynci_fail(err, LORASYNC_E_NAME, "the name of tensor %zu is not UTF-8 text without control characters", index);
+    if (strcmp(t->name, "__metadata__") == 0)
+        return lorasynci_fail(err, LORASYNC_E_NAME, "tensor %zu is called __metadata__, which safetensors reserves", index);
+    if (!lorasync_dtype_name(t->dtype))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "tensor \"%.150s\": %d is no dtype", t->name, (int)t->dtype);
+    if (t->ndim < 0 || t->ndim > LORASYNC_MAX_DIMS)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "tensor \"%.150s\": %d dimensions, expected 0 to %d", t->name, t->ndim,
+                              LORASYNC_MAX_DIMS);
+    for (d = 0; d < t->ndim; d++)
+        if (t->shape[d] < 0)
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "tensor \"%.150s\": dimension %d is %lld", t->name, d, (long long)t->shape[d]);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN void lorasynci_put_metadata(lorasynci_image *m, lorasynci_buffer *b, const char *adapter)
+{
+    lorasynci_put_text(b, "{\"__metadata__\":{\"format\":\"pt\"");
+    if (adapter) {
+        lorasynci_put_text(b, ",\"lorasync.adapter\":");
+        lorasynci_json_put_string(b, adapter, strlen(adapter));
+        lorasynci_put_text(b, ",\"lorasync.digest\":\"");
+        m->digest_at = b->size;
+        lorasynci_put_text(b, "0000000000000000\",\"lorasync.version\":\"");
+        m->version_at = b->size;
+        lorasynci_put_text(b, "00000000000000000000\"");
+    }
+    lorasynci_put_text(b, "}");
+}
+
+LORASYNCI_FN void lorasynci_put_tensor(lorasynci_buffer *b, const lorasync_tensor *t, size_t begin, size_t end)
+{
+    int d;
+    lorasynci_put_text(b, ",");
+    lorasynci_json_put_string(b, t->name, strlen(t->name));
+    lorasynci_put_format(b, ":{\"dtype\":\"%s\",\"shape\":[", lorasync_dtype_name(t->dtype));
+    for (d = 0; d < t->ndim; d++) lorasynci_put_format(b, d ? ",%lld" : "%lld", (long long)t->shape[d]);
+    lorasynci_put_format(b, "],\"data_offsets\":[%zu,%zu]}", begin, end);
+}
+
+/* The whole header, length field included, for tensors in the writer's order. *payload_bytes is where the last one ends. */
+LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image *m, lorasynci_buffer *b, const lorasync_tensor *const *order, size_t num,
+                                                  const char *adapter, lorasync_error *err)
+{
+    size_t i, size, end, begin = 0, n;
+    lorasynci_put(b, "\0\0\0\0\0\0\0", 8);
+    lorasynci_put_metadata(m, b, adapter);
+    for (i = 0; i < num; i++, begin = end) {
+        LORASYNCI_TRY(lorasynci_tensor_bytes(order[i], LORASYNC_E_ARGUMENT, &size, err));
+        if (!lorasynci_add(begin, size, &end))
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "tensor \"%.150s\": %s and the tensors before it do not fit memory",
+                                  order[i]->name,
+                                  lorasynci_type_of(order[i]).text);
+        lorasynci_put_tensor(b, order[i], begin, end);
+    }
+    lorasynci_put_text(b, "}");
+    while (b->size % 8 != 0 && !b->failed) lorasynci_put(b, " ", 1);
+    if (b->failed) return lorasynci_fail_memory(err, b->size);
+    if (b->size - 8 > LORASYNCI_MAX_HEADER)
+        return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                              "the header of %zu tensors has %zu bytes, safetensors allows %llu; publish them as several adapters", num,
+                              b->size - 8, (unsigned long long)LORASYNCI_MAX_HEADER);
+    for (i = 0, n = b->size - 8; i < 8; i++, n >>= 8) b->data[i] = (char)(unsigned char)(n & 0xff);
+    m->image.payload_bytes = begin;
+    return LORASYNC_OK;
+}
+
+/* Writes the header into *b. `order` is memory for desc->num_tensors pointers. */
+LORASYNCI_FN lorasync_status lorasynci_write_header(lorasynci_image *m, const lorasync_image_desc *desc, const lorasync_tensor **order,
+                                                    lorasynci_buffer *b, lorasync_error *err)
+{
+    size_t i;
+    if (desc->adapter && !lorasynci_is_utf8(desc->adapter))
+        return lorasynci_fail(err, LORASYNC_E_NAME, "the adapter's name is not UTF-8");
+    for (i = 0; i < desc->num_tensors; i++) {
+        LORASYNCI_TRY(lorasynci_check_tensor(&desc->tensors[i], i, err));
+        order[i] = &desc->tensors[i];
+    }
+    if (desc->num_tensors) qsort(order, desc->num_tensors, sizeof *order, lorasynci_writer_order);
+    return lorasynci_put_header(m, b, order, desc->num_tensors, desc->adapter, err);
+}
+
+/* Makes *m from the header in `b`, which it takes. */
+LORASYNCI_FN lorasync_status lorasynci_take_header(lorasynci_image *m, lorasynci_buffer *b, lorasync_error *err)
+{
+    m->own_header = m->stamped = (unsigned char *)b->data;
+    m->image.header            = m->own_header;
+    m->image.header_bytes      = b->size;
+    LORASYNCI_TRY(lorasynci_read_json(m, b->data + 8, b->size - 8, m->image.payload_bytes, err));
+    LORASYNCI_TRY(lorasynci_check_payload(m, m->image.payload_bytes, err));
+    LORASYNCI_TRY(lorasynci_index_names(m, LORASYNC_E_NAME, err));
+    LORASYNCI_TRY(lorasynci_own_metadata(&m->image, err));
+    m->image.has_digest = 0; /* zeros, until it is stamped */
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator, lorasync_image **out,
+                                                   lorasync_error *err)
+{
+    lorasynci_image        *m = NULL;
+    const lorasync_tensor **order;
+    lorasynci_buffer        b;
+    lorasync_status         status;
+    *out = NULL;
+    LORASYNCI_TRY(lorasynci_image_new(allocator, &m, err));
+    lorasynci_buffer_init(&b, &m->a);
+    order  = (const lorasync_tensor **)lorasynci_alloc_array(&m->a, desc->num_tensors, sizeof *order);
+    status = order ? lorasynci_write_header(m, desc, order, &b, err) : lorasynci_fail_memory(err, desc->num_tensors * sizeof *order);
+    lorasynci_free(&m->a, (void *)order);
+    if (status < 0) lorasynci_buffer_free(&b);
+    else status = lorasynci_take_header(m, &b, err);
+    if (status < 0) {
+        lorasynci_image_free(m);
+        return status;
+    }
+    *out = &m->image;
+    return LORASYNC_OK;
+}
+
+LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, uint64_t digest)
+{
+    lorasynci_image *m = (lorasynci_image *)image;
+    uint64_t         rest;
+    size_t           i;
+    if (!m->stamped || !m->digest_at) return;
+    for (i = 20, rest = version; i-- > 0; rest /= 10) m->stamped[m->version_at + i] = (unsigned char)('0' + rest % 10);
+    for (i = 16, rest = digest; i-- > 0; rest >>= 4) m->stamped[m->digest_at + i] = (unsigned char)"0123456789abcdef"[rest & 15];
+    image->version    = version;
+    image->digest     = digest;
+    image->has_digest = 1;
+}
+
+/* Copies the header of a layout to `to` (header_bytes long), where image->header is from then on and where stamps go. `to` stays the
+   caller's. */
+LORASYNCI_FN void lorasynci_image_move_header(lorasync_image *image, void *to)
+{
+    lorasynci_image *m = (lorasynci_image *)image;
+    memcpy(to, image->header, image->header_bytes);
+    lorasynci_free(&m->a, m->own_header);
+    m->own_header = NULL;
+    m->stamped    = (unsigned char *)to;
+    image->header = to;
+}
+
+/* -- digest */
+
+/* Key i is the upper half of the i-th number of splitmix64 from state 0, lorasynci_mix((i + 1) * 0x9e3779b97f4a7c15) >> 32, made odd. */
+static const uint32_t lorasynci_digest_keys[64] = {
+    0xe220a839u, 0x6e789e6bu, 0x06c45d19u, 0xf88bb8a9u, 0x1b39896bu, 0x53cb9f0du, 0x2c829abfu, 0xc584133bu,
+    0x3ee57891u, 0xf3b8488du, 0x657eecddu, 0xc2d326e1u, 0x8621a03fu, 0x8e1f7555u, 0xb54e0f17u, 0x84bb3f97u,
+    0x7d29825du, 0xc3cf1711u, 0x3466e9a1u, 0xd81a8d2bu, 0xdb01602bu, 0xa9038a93u, 0xedf5f1d9u, 0x54496ad7u,
+    0xdd7c01d5u, 0x935e82f1u, 0x69b82ebdu, 0x40d29eb5u, 0xa2f09dabu, 0xee521d7bu, 0xf16952efu, 0x377d35dfu,
+    0x0c7de807u, 0x05582d37u, 0xd254741fu, 0x69630f75u, 0x417ef961u, 0x3c3c41a3u, 0x6e19905du, 0x4fa9fa73u,
+    0x84eb4455u, 0x134f7097u, 0x07dc930bu, 0x12c015a9u, 0xcc06c317u, 0xecee6563u, 0x3e84ecb1u, 0x690ed477u,
+    0x774615d7u, 0x22b353f1u, 0xe3ddd86bu, 0xdf268adfu, 0x2098eb73u, 0x03d68453u, 0xc952c563u, 0x9b196bcbu,
+    0x30260345u, 0xcf448a59u, 0xf4a578ddu, 0xbfdeaed9u, 0xed79402du, 0x55f070abu, 0x3e00a349u, 0xe255b237u};
+
+/* The factor of a 256-byte block. Odd, so that no bit of the block's sum is lost. */
+LORASYNCI_FN uint64_t lorasynci_digest_factor(uint64_t block) { return lorasynci_mix(block + UINT64_C(0x9e3779b97f4a7c15)) | 1u; }
+
+/* The sum over a whole block. A fixed length and 32 x 32 -> 64 bit products: vectorised at -O2. */
+LORASYNCI_FN uint64_t lorasynci_digest_block(const unsigned char *bytes)
+{
+    uint32_t w[64];
+    uint64_t sum = 0;
+    int      i;
+    memcpy(w, bytes, sizeof w);
+    for (i = 0; i < 64; i++) sum += (uint64_t)w[i] * lorasynci_digest_keys[i];
+    return sum;
+}
+
+/* The sum over num_bytes bytes that stand at byte `at` of a block. */
+LORASYNCI_FN uint64_t lorasynci_digest_part(const unsigned char *bytes, size_t num_bytes, size_t at)
+{
+    uint32_t w[64];
+    uint64_t sum   = 0;
+    size_t   first = at / 4, end = (at + num_bytes + 3) / 4, i;
+    w[first] = w[end - 1] = 0; /* the bytes around the part count as 0 */
+    memcpy((unsigned char *)w + at, bytes, num_bytes);
+    for (i = first; i < end; i++) sum += (uint64_t)w[i] * lorasynci_digest_keys[i];
+    return sum;
+}
+
+LORASYNC_API uint64_t lorasync_digest(const void *bytes, size_t num_bytes, uint64_t position)
+{
+    const unsigned char *p     = (const unsigned char *)bytes;
+    uint64_t             block = position / 256, sum = 0;
+    size_t               at = (size_t)(position % 256), n;
+    for (; num_bytes > 0; p += n, num_bytes -= n, at = 0, block++) {
+        n = 256 - at < num_bytes ? 256 - at : num_bytes;
+        if (num_bytes >= LORASYNCI_AHEAD + 256) lorasynci_prefetch(p);
+        sum += (n == 256 ? lorasynci_digest_block(p) : lorasynci_digest_part(p, n, at)) * lorasynci_digest_factor(block);
+    }
+    return sum;
+}
+
+/* What one tensor adds to an image's digest: (its digest + a hash of name, dtype and shape) * an odd hash of its name. */
+LORASYNCI_FN uint64_t lorasynci_digest_term(const lorasync_tensor *t, uint64_t tensor_digest)
+{
+    size_t   n = strlen(t->name);
+    uint64_t h = lorasynci_hash(t->name, n, 1) + (uint64_t)t->dtype;
+    int      d;
+    for (d = 0; d < t->ndim; d++) h = lorasynci_mix(h) + (uint64_t)t->shape[d];
+    return (tensor_digest + lorasynci_mix(h + ((uint64_t)t->ndim << 32))) * (lorasynci_hash(t->name, n, 2) | 1u);
+}
+
+LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, const uint64_t *tensor_digests, size_t num_tensors)
+{
+    uint64_t sum = 0;
+    size_t   i;
+    for (i = 0; i < num_tensors; i++) sum += lorasynci_digest_term(&tensors[i], tensor_digests[i]);
+    return lorasynci_mix(sum);
+}
+
+LORASYNC_API uint64_t lorasync_image_digest(const lorasync_image *image, uint64_t *out_tensor_digests)
+{
+    uint64_t sum = 0;
+    size_t   i;
+    for (i = 0; i < image->num_tensors; i++) {
+        uint64_t digest = lorasync_digest(image->tensors[i].data, image->tensors[i].num_bytes, 0);
+        if (out_tensor_digests) out_tensor_digests[i] = digest;
+        sum += lorasynci_digest_term(&image->tensors[i], digest);
+    }
+    return lorasynci_mix(sum);
+}
+
+LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, lorasync_error *err)
+{
+    uint64_t found;
+    if (!image->has_digest)
+        return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                              "the image carries no lorasync.digest to compare with: it was not written by this library");
+    if (!image->payload) return lorasynci_fail(err, LORASYNC_E_STATE, "the image has no payload; bind one with lorasync_image_bind");
+    found = lorasync_image_digest(image, NULL);
+    if (found == image->digest) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_DIGEST,
+                          "adapter \"%.100s\" version %llu: the header says digest %016llx, the payload has %016llx; "
+                          "the bytes are damaged or incomplete, transfer them again", image->adapter, (unsigned long long)image->version,
+                          (unsigned long long)image->digest, (unsigned long long)found);
+}
+/* --------------------------------------------------------------------------------------------------------- >>plan -- */
+
+/* Planning, once. Every rank describes what it has and wants in two flat byte strings; one rank, the planner, intersects the boxes and
+   answers every rank with its own routes; each rank turns its routes into copy operations.
+
+       rank                                       planner
+       catalogue  (tensors: names, shapes)  --->  merged: one number per tensor        sent once per distinct catalogue
+       parts      (boxes, by number)        --->  regions, sorted by tensor             coverage checked, owners chosen
+       routes     (part, peer, offset)      <---  one list per rank
+       operations (rows from here to there)                                             what runs every step
+
+   Votes between the steps make every rank return the same verdict. */
+
+enum { LORASYNCI_ALIGN = 16 }; /* of a part in a message: vector loads on any machine */
+
+/* -- memory: the caller's allocator with a count in front */
+
+typedef struct lorasynci_meter {
+    lorasync_allocator a;
+    size_t             live, peak;
+} lorasynci_meter;
+
+enum { LORASYNCI_METER_HEAD = 16 }; /* the size, in front of each block; keeps 16-byte alignment */
+
+LORASYNCI_FN void *lorasynci_meter_alloc(void *user, size_t num_bytes)
+{
+    lorasynci_meter *m = (lorasynci_meter *)user;
+    char            *p;
+    if (num_bytes > SIZE_MAX - LORASYNCI_METER_HEAD) return NULL;
+    p = (char *)lorasynci_alloc(&m->a, num_bytes + LORASYNCI_METER_HEAD);
+    if (!p) return NULL;
+    memcpy(p, &num_bytes, sizeof num_bytes);
+    m->live += num_bytes;
+    if (m->live > m->peak) m->peak = m->live;
+    return p + LORASYNCI_METER_HEAD;
+}
+
+LORASYNCI_FN void lorasynci_meter_free(void *user, void *memory)
+{
+    lorasynci_meter *m = (lorasynci_meter *)user;
+    char            *p = (char *)memory - LORASYNCI_METER_HEAD;
+    size_t           num_bytes;
+    memcpy(&num_bytes, p, sizeof num_bytes);
+    m->live -= num_bytes;
+    lorasynci_free(&m->a, p);
+}
+
+/* -- agreeing */
+
+typedef struct lorasynci_vote {
+    int32_t  status;
+    uint32_t flag;
+    uint64_t tag;
+} lorasynci_vote;
+
+LORASYNCI_FN size_t lorasynci_vote_scratch(int world) { return (size_t)world * sizeof(lorasync_error); }
+
+/* Collective: turns each rank's status into one verdict for all, the failure of the lowest failing rank. A comm failure is the verdict too.
+   `tag` must be equal on all ranks (what tags are is said in `tag_name`); *all_flags, if wanted, becomes 1 if every rank passed flag 1.
+   scratch: lorasynci_vote_scratch bytes. */
+LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scratch, int timeout_ms, lorasync_status mine, const lorasync_error *why,
+                                             uint64_t tag, const char *tag_name, int *all_flags, lorasync_error *err)
+{
+    lorasynci_vote  vote, *votes = (lorasynci_vote *)scratch;
+    lorasync_error *texts = (lorasync_error *)scratch, text;
+    int             i, failed = -1, differs = -1, flags = 1;
+    vote.status = (int32_t)mine;
+    vote.flag   = all_flags ? (uint32_t)*all_flags : 1;
+    vote.tag    = tag;
+    LORASYNCI_TRY(c->all_gather(c->user, &vote, votes, sizeof vote, timeout_ms, err));
+    for (i = c->world - 1; i >= 0; i--) {
+        if (votes[i].status < 0) failed = i;
+        if (votes[i].tag != votes[0].tag) differs = i;
+        if (!votes[i].flag) flags = 0;
+    }
+    if (all_flags) *all_flags = flags;
+    if (failed < 0 && differs < 0) return LORASYNC_OK;
+    if (failed < 0)
+        return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%s: %llu on rank 0, %llu on rank %d; every rank must pass the same", tag_name,
+                              (unsigned long long)votes[0].tag, (unsigned long long)votes[differs].tag, differs);
+    memset(&text, 0, sizeof text);
+    if (mine < 0 && why) text = *why;
+    text.text[sizeof text.text - 1] = 0;
+    LORASYNCI_TRY(c->all_gather(c->user, &text, texts, sizeof text, timeout_ms, err));
+    text = texts[failed];
+    text.text[sizeof text.text - 1] = 0;
+    if (c->world == 1) return lorasynci_fail(err, text.status, "%s", text.text);
+    return lorasynci_fail(err, text.status, "rank %d: %.480s", failed, text.text);
+}
+
+/* -- catalogue: the tensors a rank has or wants, as bytes that can be sent as they are
+
+       | name_bytes u32 | dtype u8 | ndim u8 | wanted u16 | shape i64 x ndim | name, NUL, padding to 8 | next record ... */
+
+typedef struct lorasynci_record {
+    uint32_t name_bytes; /* with NUL and padding */
+    uint8_t  dtype;
+    uint8_t  ndim;
+    uint16_t wanted;
+} lorasynci_record;
+
+typedef struct lorasynci_catalogue {
+    lorasynci_buffer bytes;
+    lorasynci_buffer at; /* uint64_t: where each record begins */
+    size_t           num;
+} lorasynci_catalogue;
+
+LORASYNCI_FN const lorasynci_record *lorasynci_record_at(const lorasynci_catalogue *c, size_t i)
+{
+    return (const lorasynci_record *)(const void *)(c->bytes.data + ((const uint64_t *)(const void *)c->at.data)[i]);
+}
+
+LORASYNCI_FN const int64_t *lorasynci_record_shape(const lorasynci_record *r) { return (const int64_t *)(const void *)(r + 1); }
+
+LORASYNCI_FN const char *lorasynci_record_name(const lorasynci_record *r) { return (const char *)(lorasynci_record_shape(r) + r->ndim); }
+
+LORASYNCI_FN const char *lorasynci_catalogue_key(const void *user, size_t i)
+{
+    return lorasynci_record_name(lorasynci_record_at((const lorasynci_catalogue *)user, i));
+}
+
+LORASYNCI_FN void lorasynci_catalogue_init(lorasynci_catalogue *c, const lorasync_allocator *a)
+{
+    memset(c, 0, sizeof *c);
+    lorasynci_buffer_init(&c->bytes, a);
+    lorasynci_buffer_init(&c->at, a);
+}
+
+LORASYNCI_FN void lorasynci_catalogue_free(lorasynci_catalogue *c)
+{
+    lorasynci_buffer_free(&c->bytes);
+    lorasynci_buffer_free(&c->at);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_catalogue_add(lorasynci_catalogue *c, const char *name, lorasync_dtype dtype, int ndim, const int64_t *shape,
+                                                     int wanted, lorasync_error *err)
+{
+    static const char padding[8] = {0};
+    lorasynci_record  r;
+    size_t            n  = strlen(name) + 1;
+    uint64_t          at = c->bytes.size;
+    memset(&r, 0, sizeof r);
+    r.name_bytes = (uint32_t)((n + 7) / 8 * 8);
+    r.dtype      = (uint8_t)dtype;
+    r.ndim       = (uint8_t)ndim;
+    r.wanted     = (uint16_t)wanted;
+    lorasynci_put(&c->bytes, &r, sizeof r);
+    lorasynci_put(&c->bytes, shape, (size_t)ndim * 8);
+    lorasynci_put(&c->bytes, name, n);
+    lorasynci_put(&c->bytes, padding, r.name_bytes - n);
+    lorasynci_put(&c->at, &at, sizeof at);
+    if (c->bytes.failed || c->at.failed) return lorasynci_fail_memory(err, c->bytes.size);
+    c->num++;
+    return LORASYNC_OK;
+}
+
+/* Finds the records in bytes that came from another rank. */
+LORASYNCI_FN lorasync_status lorasynci_catalogue_index(lorasynci_catalogue *c, int rank, lorasync_error *err)
+{
+    uint64_t at = 0;
+    while (at < c->bytes.size) {
+        const lorasynci_record *r    = (const lorasynci_record *)(const void *)(c->bytes.data + at);
+        uint64_t                left = c->bytes.size - at, need;
+        need = sizeof *r;
+        if (left >= need) need += (uint64_t)r->ndim * 8 + r->name_bytes;
+        if (left < need || r->ndim > LORASYNC_MAX_DIMS || r->name_bytes % 8 != 0 || r->name_bytes == 0 || r->name_bytes > LORASYNC_MAX_NAME + 8 ||
+            c->bytes.data[at + need - 1] != 0)
+            return lorasynci_fail(err, LORASYNC_E_COMM, "the catalogue of rank %d is damaged at byte %llu; do all ranks use the same lorasync.h?", rank,
+                                  (unsigned long long)at);
+        lorasynci_put(&c->at, &at, sizeof at);
+        at += need;
+        c->num++;
+    }
+    return c->at.failed ? lorasynci_fail_memory(err, c->num * 8) : LORASYNC_OK;
+}
+
+/* -- parts: the non-empty boxes of this rank's pieces; a flat piece becomes up to 2 * ndim - 1 of them
+
+   sent as  | tensor u32 | 0 u32 | off i64 x ndim | len i64 x ndim |  each; kept here as well, with the address, until the operations exist */
+
+typedef struct lorasynci_part {
+    char    *data;     /* of the box's first element */
+    uint64_t geometry; /* where off, len and stride (each ndim) begin in `geometry` of the list */
+    uint32_t tensor;   /* number in the rank's catalogue */
+    float    scale;
+} lorasynci_part;
+
+typedef struct lorasynci_parts {
+    lorasynci_buffer list;     /* lorasynci_part */
+    lorasynci_buffer geometry; /* int64_t */
+} lorasynci_parts;
+
+LORASYNCI_FN size_t lorasynci_parts_num(const lorasynci_parts *p) { return p->list.size / sizeof(lorasynci_part); }
+
+LORASYNCI_FN const lorasynci_part *lorasynci_part_at(const lorasynci_parts *p, size_t i) { return (const lorasynci_part *)(const void *)p->list.data + i; }
+
+LORASYNCI_FN const int64_t *lorasynci_part_geometry(const lorasynci_parts *p, const lorasynci_part *part)
+{
+    return (const int64_t *)(const void *)p->geometry.data + part->geometry;
+}
+
+LORASYNCI_FN void lorasynci_parts_add(lorasynci_parts *p, uint32_t tensor, char *data, float scale, const int64_t *off, const int64_t *len,
+                                      const int64_t *stride, int ndim)
+{
+    lorasynci_part part;
+    part.data     = data;
+    part.geometry = p->geometry.size / 8;
+    part.tensor   = tensor;
+    part.scale    = scale;
+    lorasynci_put(&p->list, &part, sizeof part);
+    lorasynci_put(&p->geometry, off, (size_t)ndim * 8);
+    lorasynci_put(&p->geometry, len, (size_t)ndim * 8);
+    lorasynci_put(&p->geometry, stride, (size_t)ndim * 8);
+}
+
+/* Row-major strides, in elements, of a block of these lengths. */
+LORASYNCI_FN void lorasynci_row_major(const int64_t *len, int ndim, int64_t *stride)
+{
+    int64_t s = 1;
+    int     d;
+    for (d = ndim - 1; d >= 0; d--) {
+        stride[d] = s;
+        s *= len[d];
+    }
+}
+
+typedef struct lorasynci_flat_user {
+    lorasynci_parts     *parts;
+    const lorasync_piece *piece;
+    uint32_t             tensor;
+    size_t               item;
+} lorasynci_flat_user;
+
+/* A box of a flat piece lies in memory as in the whole tensor: same strides, first element at its place in the interval. */
+LORASYNCI_FN lorasync_status lorasynci_flat_part_add(void *user, const int64_t *off, const int64_t *len, int64_t before)
+{
+    lorasynci_flat_user *u = (lorasynci_flat_user *)user;
+    int64_t              stride[LORASYNC_MAX_DIMS];
+    lorasynci_row_major(u->piece->shape, u->piece->ndim, stride);
+    lorasynci_parts_add(u->parts, u->tensor, (char *)u->piece->data + (size_t)before * u->item, (float)u->piece->scale, off, len, stride, u->piece->ndim);
+    return LORASYNC_OK;
+}
+
+/* What is wrong with a piece in itself, without the other ranks. */
+LORASYNCI_FN lorasync_status lorasynci_piece_check(const lorasync_piece *p, int wanted, lorasync_error *err)
+{
+    int     bits = lorasync_dtype_bits(p->dtype), d, strided = 0, empty = 0;
+    int64_t numel;
+    if (!p->name || !p->name[0]) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a piece has no name");
+    if (strlen(p->name) >= LORASYNC_MAX_NAME)
+        return lorasynci_fail(err, LORASYNC_E_NAME, "%.200s...: names may have %d bytes at most", p->name, LORASYNC_MAX_NAME - 1);
+    if (bits == 0) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: dtype %d is none; set piece.dtype", p->name, (int)p->dtype);
+    if (bits < 8)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: %s packs several elements into a byte and cannot be cut; pass the bytes as U8", p->name,
+                              lorasync_dtype_name(p->dtype));
+    LORASYNCI_TRY(lorasynci_box_check(p, err));
+    for (d = 0; d < p->ndim; d++) strided |= p->stride[d] != 0;
+    for (d = 0; d < p->box.ndim; d++) empty |= p->box.len[d] == 0;
+    if (!lorasynci_numel(p->shape, p->ndim, &numel) || numel > INT64_MAX / (bits / 8))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensor passes 2^63 bytes", p->name);
+    if (strided && p->box.flat) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: a flat interval has no strides; leave piece.stride zero", p->name);
+    if (!p->data && !empty)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: data is NULL but the box is not empty; pass an empty box where a rank holds nothing", p->name);
+    for (d = 0; strided && wanted && d < p->ndim; d++)
+        if (p->stride[d] == 0 && p->box.len[d] > 1)
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: stride 0 along dimension %d would write several elements to one place", p->name, d);
+    if (p->scale != 0 && p->scale != 1 && !lorasynci_is_float(p->dtype))
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: %s cannot be scaled; leave piece.scale 0", p->name, lorasync_dtype_name(p->dtype));
+    if (p->scale != p->scale || p->scale - p->scale != 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: scale is not a finite number", p->name);
+    return LORASYNC_OK;
+}
+
+/* The number of a piece's tensor in the catalogue; a new tensor is added. Pieces of one tensor must agree on shape and dtype. */
+LORASYNCI_FN lorasync_status lorasynci_describe_tensor(const lorasync_piece *p, int wanted, lorasynci_table *names, lorasynci_catalogue *catalogue,
+                                                       uint32_t *out, lorasync_error *err)
+{
+    size_t                  t = lorasynci_table_enter(names, p->name, catalogue->num, lorasynci_catalogue_key, catalogue);
+    const lorasynci_record *r;
+    *out = (uint32_t)t;
+    if (t == catalogue->num) return lorasynci_catalogue_add(catalogue, p->name, p->dtype, p->ndim, p->shape, wanted, err);
+    r = lorasynci_record_at(catalogue, t);
+    if (r->dtype != (int)p->dtype || r->ndim != p->ndim || memcmp(lorasynci_record_shape(r), p->shape, (size_t)p->ndim * 8) != 0)
+        return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%.200s: two pieces of this rank give different shapes or dtypes", p->name);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_describe_boxes(const lorasync_piece *p, uint32_t tensor, lorasynci_parts *parts, lorasync_error *err)
+{
+    lorasync_piece q = *p;
+    if (q.scale == 0) q.scale = 1;
+    if (q.box.flat) {
+        lorasynci_flat_user u;
+        u.parts  = parts;
+        u.piece  = &q;
+        u.tensor = tensor;
+        u.item   = (size_t)lorasync_dtype_bits(q.dtype) / 8;
+        LORASYNCI_TRY(lorasynci_flat_boxes(q.shape, q.ndim, q.box.off[0], q.box.len[0], lorasynci_flat_part_add, &u));
+    } else if (lorasynci_box_numel(q.box.len, q.ndim) > 0) {
+        int64_t contiguous[LORASYNC_MAX_DIMS];
+        int     d, strided = 0;
+        lorasynci_row_major(q.box.len, q.ndim, contiguous);
+        for (d = 0; d < q.ndim; d++) strided |= q.stride[d] != 0;
+        lorasynci_parts_add(parts, tensor, (char *)q.data, (float)q.scale, q.box.off, q.box.len, strided ? q.stride : contiguous, q.ndim);
+    }
+    return parts->list.failed || parts->geometry.failed ? lorasynci_fail_memory(err, parts->geometry.size) : LORASYNC_OK;
+}
+
+/* One list of pieces into catalogue and parts. */
+LORASYNCI_FN lorasync_status lorasynci_describe(const lorasync_piece *pieces, size_t num, int wanted, const lorasync_allocator *a,
+                                                lorasynci_catalogue *catalogue, lorasynci_parts *parts, lorasync_error *err)
+{
+    lorasynci_table names;
+    lorasync_status status = LORASYNC_OK;
+    size_t          i;
+    uint32_t        tensor;
+    if (!num) return LORASYNC_OK;
+    if (!pieces) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu %s pieces are announced but the list is NULL", num, wanted ? "wanted" : "held");
+    if (num > UINT32_MAX / 2 || !lorasynci_table_init(&names, a, num)) return lorasynci_fail_memory(err, num * 8);
+    for (i = 0; i < num && status == LORASYNC_OK; i++) {
+        status = lorasynci_piece_check(&pieces[i], wanted, err);
+        if (status == LORASYNC_OK) status = lorasynci_describe_tensor(&pieces[i], wanted, &names, catalogue, &tensor, err);
+        if (status == LORASYNC_OK) status = lorasynci_describe_boxes(&pieces[i], tensor, parts, err);
+    }
+    lorasynci_table_free(&names);
+    return status;
+}
+
+/* The parts as bytes for the planner. */
+LORASYNCI_FN void lorasynci_parts_pack(const lorasynci_parts *parts, const lorasynci_catalogue *catalogue, lorasynci_buffer *out)
+{
+    size_t i, num = lorasynci_parts_num(parts);
+    for (i = 0; i < num; i++) {
+        const lorasynci_part *p    = lorasynci_part_at(parts, i);
+        size_t                ndim = lorasynci_record_at(catalogue, p->tensor)->ndim;
+        uint64_t              head = p->tensor;
+        lorasynci_put(out, &head, 8);
+        lorasynci_put(out, lorasynci_part_geometry(parts, p), ndim * 16);
+    }
+}
+
+/* -- operations: one op moves n0 rows of n1 elements and converts them on the way
+
+       src  + i0 * s0 + i1 * s1   ->   dst + i0 * d0 + i1 * d1           strides in elements of their own dtype
+       in its tensor the element is number pos + i0 * row + i1           what the digest needs
+
+   src and dst are addresses, or offsets in one of the plan's memories. */
+typedef enum lorasynci_space {
+    LORASYNCI_MEMORY = 0, /* the caller's; src or dst is the address */
+    LORASYNCI_SEND,       /* staging for messages to others */
+    LORASYNCI_RECEIVE,    /* staging for messages from others */
+    LORASYNCI_IMAGE,      /* the image's payload */
+    LORASYNCI_NUM_SPACES
+} lorasynci_space;
+
+typedef struct lorasynci_op {
+    uint64_t src, dst;
+    int64_t  n0, n1;
+    int64_t  s0, s1, d0, d1;
+    int64_t  pos, row;
+    uint32_t tensor; /* number in this rank's catalogue, or in the image when there is no part at this end */
+    float    scale;
+    uint8_t  src_space, dst_space, src_dtype, dst_dtype;
+    uint16_t round;  /* place: the exchange after which it runs */
+    uint8_t  digest; /* 1: adds to its tensor's digest and is checked for NaN */
+    uint8_t  via;    /* a dtype to round to on the way, or 0: what a rank serves itself is what it would have sent */
+} lorasynci_op;
+
+/* One end of a movement: where the element at `off` lies, and how its neighbours do. */
+typedef struct lorasynci_end {
+    lorasynci_space space;
+    lorasync_dtype  dtype;
+    uint64_t        at; /* address or offset of the element at `off` */
+    int64_t         off[LORASYNC_MAX_DIMS];
+    int64_t         stride[LORASYNC_MAX_DIMS];
+} lorasynci_end;
+
+LORASYNCI_FN int64_t lorasynci_item(lorasync_dtype dtype) { return lorasync_dtype_bits(dtype) / 8; }
+
+/* Elements from `base` (NULL: the origin) to `off` under these strides. */
+LORASYNCI_FN int64_t lorasynci_distance(const int64_t *off, const int64_t *base, const int64_t *stride, int ndim)
+{
+    int64_t n = 0;
+    int     d;
+    for (d = 0; d < ndim; d++) n += (base ? off[d] - base[d] : off[d]) * stride[d];
+    return n;
+}
+
+LORASYNCI_FN uint64_t lorasynci_end_at(const lorasynci_end *e, const int64_t *off, int ndim)
+{
+    return e->at + (uint64_t)(lorasynci_distance(off, e->off, e->stride, ndim) * lorasynci_item(e->dtype));
+}
+
+/* Dimensions of a movement after neighbours that run on without a gap at both ends, and in the tensor, have been joined; outermost first. */
+typedef struct lorasynci_dims {
+    int     num;
+    int64_t len[LORASYNC_MAX_DIMS + 1], src[LORASYNC_MAX_DIMS + 1], dst[LORASYNC_MAX_DIMS + 1], pos[LORASYNC_MAX_DIMS + 1];
+} lorasynci_dims;
+
+LORASYNCI_FN void lorasynci_join_dims(lorasynci_dims *out, const int64_t *len, int ndim, const int64_t *src, const int64_t *dst, const int64_t *pos)
+{
+    lorasynci_dims in; /* innermost first */
+    int            d, i;
+    in.num = 0;
+    for (d = ndim - 1; d >= 0; d--) {
+        int k = in.num - 1;
+        if (len[d] == 1) continue;
+        if (k >= 0 && src[d] == in.src[k] * in.len[k] && dst[d] == in.dst[k] * in.len[k] && pos[d] == in.pos[k] * in.len[k]) {
+            in.len[k] *= len[d];
+            continue;
+        }
+        if (in.num == 0 && pos[d] != 1) { /* rows are runs of the tensor: here of one element */
+            in.len[0] = in.src[0] = in.dst[0] = in.pos[0] = 1;
+            in.num                                        = 1;
+        }
+        k         = in.num++;
+        in.len[k] = len[d];
+        in.src[k] = src[d];
+        in.dst[k] = dst[d];
+        in.pos[k] = pos[d];
+    }
+    for (; in.num < 2; in.num++) { /* at least row and column */
+        in.len[in.num] = 1;
+        in.src[in.num] = in.dst[in.num] = in.pos[in.num] = in.num == 0 ? 1 : 0;
+    }
+    out->num = in.num;
+    for (i = 0; i < in.num; i++) {
+        out->len[i] = in.len[in.num - 1 - i];
+        out->src[i] = in.src[in.num - 1 - i];
+        out->dst[i] = in.dst[in.num - 1 - i];
+        out->pos[i] = in.pos[in.num - 1 - i];
+    }
+}
+
+/* Appends the ops that move box (off, len) of a tensor from one end to the other: one, or one per index of the dimensions beyond two. */
+LORASYNCI_FN void lorasynci_add_ops(lorasynci_buffer *ops, const int64_t *off, const int64_t *len, const int64_t *shape, int ndim,
+                                    const lorasynci_end *src, const lorasynci_end *dst, uint32_t tensor, float scale, uint32_t round, int digest, lorasync_dtype via)
+{
+    int64_t        tensor_stride[LORASYNC_MAX_DIMS], index[LORASYNC_MAX_DIMS + 1] = {0};
+    lorasynci_dims dims;
+    lorasynci_op   op;
+    int            d, outer;
+    lorasynci_row_major(shape, ndim, tensor_stride);
+    lorasynci_join_dims(&dims, len, ndim, src->stride, dst->stride, tensor_stride);
+    outer = dims.num - 2;
+    memset(&op, 0, sizeof op);
+    op.src       = lorasynci_end_at(src, off, ndim);
+    op.dst       = lorasynci_end_at(dst, off, ndim);
+    op.pos       = lorasynci_distance(off, NULL, tensor_stride, ndim);
+    op.n0        = dims.len[outer];
+    op.n1        = dims.len[outer + 1];
+    op.s0        = dims.src[outer];
+    op.s1        = dims.src[outer + 1];
+    op.d0        = dims.dst[outer];
+    op.d1        = dims.dst[outer + 1];
+    op.row       = dims.pos[outer];
+    op.tensor    = tensor;
+    op.scale     = scale;
+    op.round     = (uint16_t)round;
+    op.digest    = (uint8_t)digest;
+    op.via       = (uint8_t)via;
+    op.src_space = (uint8_t)src->space;
+    op.dst_space = (uint8_t)dst->space;
+    op.src_dtype = (uint8_t)src->dtype;
+    op.dst_dtype = (uint8_t)dst->dtype;
+    for (;;) {
+        lorasynci_put(ops, &op, sizeof op);
+        for (d = outer - 1; d >= 0; d--) { /* count up the outer dimensions like an odometer */
+            op.src += (uint64_t)(dims.src[d] * lorasynci_item(src->dtype));
+            op.dst += (uint64_t)(dims.dst[d] * lorasynci_item(dst->dtype));
+            op.pos += dims.pos[d];
+            if (++index[d] < dims.len[d]) break;
+            op.src -= (uint64_t)(dims.src[d] * dims.len[d] * lorasynci_item(src->dtype));
+            op.dst -= (uint64_t)(dims.dst[d] * dims.len[d] * lorasynci_item(dst->dtype));
+            op.pos -= dims.pos[d] * dims.len[d];
+            index[d] = 0;
+        }
+        if (d < 0) return;
+    }
+}
+
+/* -- the plan */
+
+/* The bytes between this rank and one peer, one way: a stream cut into rounds; the sender's digests follow the last one.
+
+       stream   | round 0 ........ | round 1 ..... | round 2 .. | digests |
+       ends                        e0              e1           e2                  the next round begins at the next multiple of 16 */
+typedef struct lorasynci_link {
+    lorasynci_buffer ends; /* uint64_t per round */
+    uint64_t         base; /* where the stream (sending), or the round at hand (receiving), lies in staging */
+    uint32_t        *digests; /* receiving: the image tensor of each */
+    size_t           num_digests;
+} lorasynci_link;
+
+struct lorasync_plan {
+    lorasynci_meter     meter; /* counts what the plan allocates */
+    lorasync_allocator  a;     /* goes through the meter */
+    lorasync_comm       comm;
+    lorasync_plan_kind  kind;
+    int                 root, timeout_ms, allow_nan;
+    int                 has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a gather-all */
+    int                 direct;    /* the image is mapped by every rank */
+    int                 begun;
+    lorasync_status     lost;        /* the status with which the communicator went, or 0 */
+    lorasync_error      begin_error; /* of the last begin; status 0 when it succeeded */
+    uint64_t            tag;         /* what all ranks must agree on at each run: the session's version */
+    uint64_t            run;         /* counts waits: equal on all ranks, whoever did not begin */
+    lorasynci_catalogue catalogue;   /* this rank's tensors */
+    lorasynci_buffer    pack;        /* lorasynci_op: out of the caller's memory (or the image) */
+    lorasynci_buffer    place;       /* lorasynci_op: out of receive staging, rounds in order */
+    lorasynci_link     *sends, *receives;              /* world each; a gather-all sends one stream to all: sends[0] */
+    lorasync_message   *messages;                      /* 2 * world: scratch of an exchange */
+    char               *memory[LORASYNCI_NUM_SPACES];  /* base of each space; LORASYNCI_MEMORY stays NULL */
+    size_t              staging_bytes[LORASYNCI_NUM_SPACES];
+    uint32_t            num_rounds;
+    void               *votes;
+    uint64_t           *sums;  /* digest of each catalogue tensor, as far as this rank packs it */
+    uint64_t           *index; /* per catalogue tensor: its place in the image of a gather */
+    uint32_t           *slots; /* catalogue tensors whose sums are sent, in stream order */
+    size_t              num_slots;
+    /* the image of a gather */
+    lorasync_image *image;
+    char           *image_memory; /* | header | payload | ; inside `mapping` when direct */
+    uint64_t       *tensor_digests;
+    char           *mapping;      /* direct: | header | payload | to 64 | sums of run 0, 3, .. | 1, 4, .. | 2, 5, .. | */
+    size_t          mapping_bytes;
+    uint64_t       *shared_sums;  /* in mapping, 3 * num_tensors: a run adds to one third; the next one's is zeroed meanwhile */
+    size_t          num_image_tensors;
+    lorasync_plan_stats stats;
+};
+
+/* -- the planner */
+
+/* A non-empty box of some rank, as it arrived. */
+typedef struct lorasynci_region {
+    const int64_t *box; /* off, then len; inside the rank's message */
+    uint32_t       tensor; /* merged number */
+    uint32_t       rank;
+    uint32_t       item; /* number of the part on that rank */
+} lorasynci_region;
+
+/* Regions grouped by tensor: those of tensor t are list[starts[t]] .. list[starts[t + 1] - 1], sorted by box, then rank. */
+typedef struct lorasynci_regions {
+    lorasynci_region *list;
+    size_t           *starts;
+    size_t            num;
+} lorasynci_regions;
+
+/* The stream from one rank to another while it is laid out. */
+typedef struct lorasynci_stream {
+    uint64_t at, round_start;
+    uint32_t round;
+} lorasynci_stream;
+
+/* What a rank learns about one of its routes. For a route to itself peer is its own rank, and `at` the item at the other end. */
+typedef struct lorasynci_route {
+    uint32_t item; /* its part, or image tensor */
+    uint32_t peer;
+    uint64_t at; /* in the stream */
+    uint32_t round;
+    uint32_t boxed; /* off and len (ndim each) follow; else the whole part */
+} lorasynci_route;
+
+typedef struct lorasynci_planner {
+    lorasync_plan       *plan;
+    const lorasync_plan_desc *desc;
+    int                  world;
+    lorasynci_catalogue *catalogues; /* per rank; num 0 where another rank's is meant */
+    int                 *same_as;    /* per rank: whose catalogue it has */
+    uint32_t           **numbers;    /* per rank with a catalogue: merged number of each of its tensors */
+    char               **parts;      /* per rank: its parts as received */
+    size_t              *parts_bytes;
+    lorasynci_catalogue  merged;     /* tensors that are held; of a scatter, those of the image */
+    lorasynci_table      names;
+    int                 *first_rank; /* per merged tensor: who named it first, for messages */
+    lorasynci_regions    held, wanted;
+    uint32_t            *image_index;  /* per merged tensor: its place in the image */
+    uint32_t            *merged_index; /* the inverse */
+    lorasynci_stream    *streams;
+    uint64_t            *load;      /* per rank: bytes it sends */
+    uint64_t             pair_cap;  /* bytes of one stream in one round */
+    uint32_t             num_rounds;
+    lorasynci_buffer    *sends, *receives; /* per rank: lorasynci_route ... */
+    lorasynci_buffer    *digests;          /* per rank: uint32_t image tensor of each digest it sends */
+} lorasynci_planner;
+
+LORASYNCI_FN const char *lorasynci_merged_name(const lorasynci_planner *p, size_t t) { return lorasynci_record_name(lorasynci_record_at(&p->merged, t)); }
+
+/* Two descriptions of one tensor must agree in shape, and in dtype unless one is what is wanted. */
+LORASYNCI_FN lorasync_status lorasynci_merge_check(const lorasynci_planner *p, size_t t, const lorasynci_record *r, int rank, lorasync_error *err)
+{
+    const lorasynci_record *m = lorasynci_record_at(&p->merged, t);
+    char                    ours[128], theirs[128];
+    int                     first = p->first_rank[t];
+    if (m->ndim != r->ndim || memcmp(lorasynci_record_shape(m), lorasynci_record_shape(r), (size_t)m->ndim * 8) != 0)
+        return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%.200s: shape %s %s %d, %s on rank %d", lorasynci_record_name(r),
+                              lorasynci_shape_text(lorasynci_record_shape(m), m->ndim, ours, sizeof ours), first < 0 ? "in the image of rank" : "on rank",
+                              first < 0 ? p->plan->root : first, lorasynci_shape_text(lorasynci_record_shape(r), r->ndim, theirs, sizeof theirs), rank);
+    if (!r->wanted && m->dtype != r->dtype)
+        return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%.200s: dtype %s on rank %d, %s on rank %d", lorasynci_record_name(r),
+                              lorasync_dtype_name((lorasync_dtype)m->dtype), first, lorasync_dtype_name((lorasync_dtype)r->dtype), rank);
+    if (r->wanted && !lorasynci_can_convert((lorasync_dtype)m->dtype, (lorasync_dtype)r->dtype))
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: is held as %s and wanted as %s by rank %d; only float types are converted", lorasynci_record_name(r),
+                              lorasync_dtype_name((lorasync_dtype)m->dtype), lorasync_dtype_name((lorasync_dtype)r->dtype), rank);
+    return LORASYNC_OK;
+}
+
+/* Enters one tensor of a rank; *number is its merged number. A wanted tensor must be held already. */
+LORASYNCI_FN lorasync_status lorasynci_merge_record(lorasynci_planner *p, const lorasynci_record *r, int rank, uint32_t *number, lorasync_error *err)
+{
+    const char *name = lorasynci_record_name(r);
+    size_t      t;
+    if (r->wanted) {
+        t = lorasynci_table_find(&p->names, name, lorasynci_catalogue_key, &p->merged);
+        if (t == SIZE_MAX)
+            return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "%.200s: wanted by rank %d, %s", name, rank,
+                                  p->desc->kind == LORASYNC_SCATTER ? "not in the image" : "held by no rank");
+    } else {
+        t = lorasynci_table_enter(&p->names, name, p->merged.num, lorasynci_catalogue_key, &p->merged);
+    }
+    *number = (uint32_t)t;
+    if (t < p->merged.num) return lorasynci_merge_check(p, t, r, rank, err);
+    p->first_rank[t] = rank;
+    return lorasynci_catalogue_add(&p->merged, name, (lorasync_dtype)r->dtype, r->ndim, lorasynci_record_shape(r), 0, err);
+}
+
+/* All catalogues into one; what is held first, so that what is wanted finds it. */
+LORASYNCI_FN lorasync_status lorasynci_merge(lorasynci_planner *p, lorasync_error *err)
+{
+    size_t total = 0, i;
+    int    rank, wanted;
+    for (rank = 0; rank < p->world; rank++) total += p->catalogues[rank].num;
+    if (p->desc->kind == LORASYNC_SCATTER) total += p->desc->image->num_tensors;
+    p->first_rank = (int *)lorasynci_alloc_array(&p->plan->a, total, sizeof *p->first_rank);
+    if (!p->first_rank || !lorasynci_table_init(&p->names, &p->plan->a, total)) return lorasynci_fail_memory(err, total * 8);
+    for (i = 0; p->desc->kind == LORASYNC_SCATTER && i < p->desc->image->num_tensors; i++) {
+        const lorasync_tensor *t = &p->desc->image->tensors[i];
+        p->first_rank[i]         = -1;
+        lorasynci_table_enter(&p->names, t->name, i, lorasynci_catalogue_key, &p->merged);
+        LORASYNCI_TRY(lorasynci_catalogue_add(&p->merged, t->name, t->dtype, t->ndim, t->shape, 0, err));
+    }
+    for (rank = 0; rank < p->world; rank++) {
+        p->numbers[rank] = (uint32_t *)lorasynci_alloc_array(&p->plan->a, p->catalogues[rank].num, sizeof(uint32_t));
+        if (!p->numbers[rank]) return lorasynci_fail_memory(err, p->catalogues[rank].num * 4);
+    }
+    for (wanted = 0; wanted < 2; wanted++)
+        for (rank = 0; rank < p->world; rank++)
+            for (i = 0; i < p->catalogues[rank].num; i++) {
+                const lorasynci_record *r = lorasynci_record_at(&p->catalogues[rank], i);
+                if (r->wanted == wanted) LORASYNCI_TRY(lorasynci_merge_record(p, r, rank, &p->numbers[rank][i], err));
+            }
+    if (p->merged.num == 0) return lorasynci_fail(err, LORASYNC_E_EMPTY, "no rank declares a tensor; add pieces before planning");
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_damaged_parts(int rank, lorasync_error *err)
+{
+    return lorasynci_fail(err, LORASYNC_E_COMM, "the parts of rank %d are damaged; do all ranks use the same lorasync.h?", rank);
+}
+
+/* One pass over the parts of all ranks: counts regions per tensor (list NULL) or fills the list. */
+LORASYNCI_FN lorasync_status lorasynci_scan_parts(lorasynci_planner *p, int wanted, lorasynci_regions *out, lorasync_error *err)
+{
+    int rank;
+    for (rank = 0; rank < p->world; rank++) {
+        const lorasynci_catalogue *c  = &p->catalogues[p->same_as[rank]];
+        size_t                     at = 0, item = 0;
+        while (at < p->parts_bytes[rank]) {
+            const int64_t          *box;
+            const lorasynci_record *r;
+            uint64_t                tensor;
+            if (p->parts_bytes[rank] - at < 8) return lorasynci_damaged_parts(rank, err);
+            memcpy(&tensor, p->parts[rank] + at, 8);
+            if (tensor >= c->num) return lorasynci_damaged_parts(rank, err);
+            r   = lorasynci_record_at(c, (size_t)tensor);
+            box = (const int64_t *)(const void *)(p->parts[rank] + at + 8);
+            at += 8;
+            if (p->parts_bytes[rank] - at < (size_t)r->ndim * 16) return lorasynci_damaged_parts(rank, err);
+            at += (size_t)r->ndim * 16;
+            if (r->wanted == wanted) {
+                uint32_t merged = p->numbers[p->same_as[rank]][tensor];
+                if (out->list) {
+                    lorasynci_region *region = &out->list[out->starts[merged]];
+                    region->box              = box;
+                    region->tensor           = merged;
+                    region->rank             = (uint32_t)rank;
+                    region->item             = (uint32_t)item;
+                }
+                out->starts[merged]++;
+            }
+            item++;
+        }
+    }
+    return LORASYNC_OK;
+}
+
+/* Regions by tensor: a counting sort. */
+LORASYNCI_FN lorasync_status lorasynci_group_parts(lorasynci_planner *p, int wanted, lorasynci_regions *out, lorasync_error *err)
+{
+    size_t t, sum = 0, n;
+    out->starts = (size_t *)lorasynci_alloc_array(&p->plan->a, p->merged.num + 1, sizeof *out->starts);
+    if (!out->starts) return lorasynci_fail_memory(err, p->merged.num * 8);
+    LORASYNCI_TRY(lorasynci_scan_parts(p, wanted, out, err));
+    for (t = 0; t <= p->merged.num; t++) {
+        n              = out->starts[t];
+        out->starts[t] = sum;
+        sum += n;
+    }
+    out->num  = sum;
+    out->list = (lorasynci_region *)lorasynci_alloc_array(&p->plan->a, sum, sizeof *out->list);
+    if (!out->list) return lorasynci_fail_memory(err, sum * sizeof *out->list);
+    LORASYNCI_TRY(lorasynci_scan_parts(p, wanted, out, err));
+    for (t = p->merged.num; t > 0; t--) out->starts[t] = out->starts[t - 1]; /* filling moved each start to the next */
+    out->starts[0] = 0;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN int lorasynci_region_order(const lorasynci_region *a, const lorasynci_region *b, int ndim)
+{
+    int i;
+    for (i = 0; i < 2 * ndim; i++)
+        if (a->box[i] != b->box[i]) return a->box[i] < b->box[i] ? -1 : 1;
+    return a->rank != b->rank ? (a->rank < b->rank ? -1 : 1) : 0;
+}
+
+LORASYNCI_FN int lorasynci_same_box(const lorasynci_region *a, const lorasynci_region *b, int ndim)
+{
+    return memcmp(a->box, b->box, (size_t)ndim * 16) == 0;
+}
+
+/* Heap sort; what trainers send is mostly sorted already. */
+LORASYNCI_FN void lorasynci_sort_regions(lorasynci_region *r, size_t n, int ndim)
+{
+    size_t i, end;
+    for (i = 1; i < n && lorasynci_region_order(&r[i - 1], &r[i], ndim) <= 0; i++) {}
+    if (i >= n) return;
+    for (i = n / 2, end = n; end > 1;) {
+        lorasynci_region x;
+        size_t           hole, child;
+        if (i > 0) {
+            hole = --i;
+            x    = r[hole];
+        } else {
+            x    = r[--end];
+            r[end] = r[0];
+            hole = 0;
+        }
+        while ((child = 2 * hole + 1) < end) {
+            if (child + 1 < end && lorasynci_region_order(&r[child], &r[child + 1], ndim) < 0) child++;
+            if (lorasynci_region_order(&x, &r[child], ndim) >= 0) break;
+            r[hole] = r[child];
+            hole    = child;
+        }
+        r[hole] = x;
+    }
+}
+
+LORASYNCI_FN int lorasynci_intersect(const int64_t *a, const int64_t *b, int ndim, int64_t *out)
+{
+    int d;
+    for (d = 0; d < ndim; d++) {
+        int64_t first = a[d] > b[d] ? a[d] : b[d], end_a = a[d] + a[ndim + d], end_b = b[d] + b[ndim + d];
+        int64_t end = end_a < end_b ? end_a : end_b;
+        if (first >= end) return 0;
+        if (out) {
+            out[d]        = first;
+            out[ndim + d] = end - first;
+        }
+    }
+    return 1;
+}
+
+/* Some box inside `box` that none of the regions from `from` on touches; 0 if they cover it. Only for error texts. */
+LORASYNCI_FN int lorasynci_find_gap(const int64_t *box, int ndim, const lorasynci_region *r, size_t n, size_t from, int64_t *out)
+{
+    int64_t cut[2 * LORASYNC_MAX_DIMS], rest[2 * LORASYNC_MAX_DIMS], side[2 * LORASYNC_MAX_DIMS];
+    int     d;
+    while (from < n && !lorasynci_intersect(box, r[from].box, ndim, cut)) from++;
+    if (from == n) {
+        memcpy(out, box, (size_t)ndim * 16);
+        return 1;
+    }
+    memcpy(rest, box, (size_t)ndim * 16);
+    for (d = 0; d < ndim; d++) { /* slabs of the box before and behind the cut along d; then go on inside the cut's extent of d */
+        memcpy(side, rest, (size_t)ndim * 16);
+        side[ndim + d] = cut[d] - rest[d];
+        if (side[ndim + d] > 0 && lorasynci_find_gap(side, ndim, r, n, from + 1, out)) return 1;
+        side[d]        = cut[d] + cut[ndim + d];
+        side[ndim + d] = rest[d] + rest[ndim + d] - side[d];
+        if (side[ndim + d] > 0 && lorasynci_find_gap(side, ndim, r, n, from + 1, out)) return 1;
+        rest[d]        = cut[d];
+        rest[ndim + d] = cut[ndim + d];
+    }
+    return 0;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_gap_error(const lorasynci_planner *p, size_t t, const int64_t *box, const char *who, lorasync_error *err)
+{
+    const lorasynci_record *m    = lorasynci_record_at(&p->merged, t);
+    int                     ndim = m->ndim;
+    int64_t                 gap[2 * LORASYNC_MAX_DIMS] = {0};
+    char                    text[160], shape[128];
+    const lorasynci_region *r = p->held.list + p->held.starts[t];
+    lorasynci_find_gap(box, ndim, r, p->held.starts[t + 1] - p->held.starts[t], 0, gap);
+    return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.200s: elements %s of shape %s are held by no rank%s; check the rank and world size given to the layout function",
+                          lorasynci_record_name(m), lorasynci_box_text(gap, gap + ndim, ndim, text, sizeof text),
+                          lorasynci_shape_text(lorasynci_record_shape(m), ndim, shape, sizeof shape), who);
+}
+
+/* Overlaps of boxes that are not replicas. Sorted regions that differ first in dimension s can stop at the first one that begins behind. */
+LORASYNCI_FN lorasync_status lorasynci_check_overlap(const lorasynci_planner *p, size_t t, int ndim, lorasync_error *err)
+{
+    const lorasynci_region *r = p->held.list + p->held.starts[t];
+    size_t                  n = p->held.starts[t + 1] - p->held.starts[t], i, j;
+    int                     s = 0;
+    if (n < 2 || ndim == 0) return LORASYNC_OK;
+    while (s < ndim - 1) {
+        for (i = 1; i < n && r[i].box[s] == r[0].box[s] && r[i].box[ndim + s] == r[0].box[ndim + s]; i++) {}
+        if (i < n) break;
+        s++;
+    }
+    for (i = 0; i < n; i++)
+        for (j = i + 1; j < n && r[j].box[s] < r[i].box[s] + r[i].box[ndim + s]; j++) {
+            char a[160], b[160];
+            if (lorasynci_same_box(&r[i], &r[j], ndim) || !lorasynci_intersect(r[i].box, r[j].box, ndim, NULL)) continue;
+            return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.180s: rank %u holds %.100s and rank %u holds %.100s, which overlap without being equal; only whole replicas may repeat",
+                                  lorasynci_merged_name(p, t), r[i].rank, lorasynci_box_text(r[i].box, r[i].box + ndim, ndim, a, sizeof a), r[j].rank,
+                                  lorasynci_box_text(r[j].box, r[j].box + ndim, ndim, b, sizeof b));
+        }
+    return LORASYNC_OK;
+}
+
+/* Every element of every tensor exactly once, replicas apart. */
+LORASYNCI_FN lorasync_status lorasynci_check_coverage(lorasynci_planner *p, lorasync_error *err)
+{
+    size_t t, i;
+    for (t = 0; t < p->merged.num; t++) {
+        const lorasynci_record *m     = lorasynci_record_at(&p->merged, t);
+        const int64_t          *shape = lorasynci_record_shape(m);
+        lorasynci_region       *r     = p->held.list + p->held.starts[t];
+        size_t                  n     = p->held.starts[t + 1] - p->held.starts[t];
+        int64_t                 sum = 0, numel = lorasynci_box_numel(shape, m->ndim);
+        lorasynci_sort_regions(r, n, m->ndim);
+        LORASYNCI_TRY(lorasynci_check_overlap(p, t, m->ndim, err));
+        for (i = 0; i < n; i++)
+            if (i == 0 || !lorasynci_same_box(&r[i - 1], &r[i], m->ndim)) sum += lorasynci_box_numel(r[i].box + m->ndim, m->ndim);
+        if (sum != numel && p->desc->kind != LORASYNC_RESHARD) {
+            int64_t whole[2 * LORASYNC_MAX_DIMS] = {0};
+            memcpy(whole + m->ndim, shape, (size_t)m->ndim * 8);
+            return lorasynci_gap_error(p, t, whole, "", err);
+        }
+    }
+    return LORASYNC_OK;
+}
+
+/* -- routing */
+
+/* The dtype in which a tensor travels. */
+LORASYNCI_FN lorasync_dtype lorasynci_wire_dtype(const lorasync_plan_desc *d, lorasync_dtype own)
+{
+    return d->wire_dtype != LORASYNC_DTYPE_NONE && d->kind != LORASYNC_SCATTER && lorasynci_is_float(own) ? d->wire_dtype : own;
+}
+
+enum { LORASYNCI_MAX_ROUNDS = 65535 };
+
+#define LORASYNCI_ALL UINT32_MAX /* as a peer: every other rank */
+
+LORASYNCI_FN void lorasynci_put_route(lorasynci_buffer *b, uint32_t item, uint32_t peer, uint64_t at, uint32_t round, const int64_t *box, int ndim)
+{
+    lorasynci_route r;
+    r.item  = item;
+    r.peer  = peer;
+    r.at    = at;
+    r.round = round;
+    r.boxed = box != NULL;
+    lorasynci_put(b, &r, sizeof r);
+    if (box) lorasynci_put(b, box, (size_t)ndim * 16);
+}
+
+/* Where the next box of a stream goes, and in which round. */
+LORASYNCI_FN lorasync_status lorasynci_stream_put(lorasynci_planner *p, lorasynci_stream *s, uint64_t num_bytes, uint64_t *at, lorasync_error *err)
+{
+    *at = (s->at + LORASYNCI_ALIGN - 1) / LORASYNCI_ALIGN * LORASYNCI_ALIGN;
+    if (*at > s->round_start && *at + num_bytes > s->round_start + p->pair_cap) {
+        s->round_start = *at;
+        if (++s->round >= LORASYNCI_MAX_ROUNDS)
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "bucket_bytes is so small that more than %d exchanges would be needed; raise it", (int)LORASYNCI_MAX_ROUNDS);
+    }
+    s->at = *at + num_bytes;
+    if (s->round + 1 > p->num_rounds) p->num_rounds = s->round + 1;
+    return LORASYNC_OK;
+}
+
+/* One box of tensor t from an item of rank src to an item of rank dst (or of all others). whole: the box is all of the sender's part. */
+LORASYNCI_FN lorasync_status lorasynci_route_box(lorasynci_planner *p, size_t t, const lorasynci_region *src, uint32_t dst, uint32_t dst_item,
+                                                 const int64_t *box, int whole, lorasync_error *err)
+{
+    const lorasynci_record *m     = lorasynci_record_at(&p->merged, t);
+    lorasync_dtype          wire  = lorasynci_wire_dtype(p->desc, (lorasync_dtype)m->dtype);
+    uint64_t                bytes = (uint64_t)lorasynci_box_numel(box + m->ndim, m->ndim) * (uint64_t)lorasynci_item(wire), at = dst_item;
+    lorasynci_stream       *s     = NULL;
+    uint32_t                rank, round = 0;
+    p->load[src->rank] += bytes;
+    if (dst != src->rank) {
+        s = p->desc->kind == LORASYNC_RESHARD ? &p->streams[(size_t)src->rank * (size_t)p->world + dst] :
+            p->desc->kind == LORASYNC_SCATTER ? &p->streams[dst] :
+                                                &p->streams[src->rank];
+        LORASYNCI_TRY(lorasynci_stream_put(p, s, bytes, &at, err));
+        round = s->round;
+    }
+    lorasynci_put_route(&p->sends[src->rank], src->item, dst, at, round, whole ? NULL : box, m->ndim);
+    for (rank = 0; s && rank < (uint32_t)p->world; rank++)
+        if (rank != src->rank && (dst == rank || dst == LORASYNCI_ALL)) {
+            lorasynci_put_route(&p->receives[rank], dst_item, src->rank, at, round, box, m->ndim);
+            if (p->receives[rank].failed) return lorasynci_fail_memory(err, p->receives[rank].size);
+            if (dst == rank) break;
+        }
+    return p->sends[src->rank].failed ? lorasynci_fail_memory(err, p->sends[src->rank].size) : LORASYNC_OK;
+}
+
+/* Who of the replicas r[0 .. n) serves rank dst: itself if it can, else the one with least to send. */
+LORASYNCI_FN const lorasynci_region *lorasynci_choose_owner(const lorasynci_planner *p, const lorasynci_region *r, size_t n, uint32_t dst)
+{
+    size_t i, best = 0;
+    for (i = 0; i < n; i++) {
+        if (r[i].rank == dst) return &r[i];
+        if (p->load[r[i].rank] < p->load[r[best].rank]) best = i;
+    }
+    return &r[best];
+}
+
+/* The digest of image tensor i comes (in part) from rank src; a rank's digests are in image order. */
+LORASYNCI_FN lorasync_status lorasynci_note_digest(lorasynci_planner *p, uint32_t src, uint32_t image_tensor, lorasync_error *err)
+{
+    lorasynci_buffer *b = &p->digests[src];
+    uint32_t          last;
+    if (b->size) {
+        memcpy(&last, b->data + b->size - sizeof last, sizeof last);
+        if (last == image_tensor) return LORASYNC_OK;
+    }
+    lorasynci_put(b, &image_tensor, sizeof image_tensor);
+    return b->failed ? lorasynci_fail_memory(err, b->size) : LORASYNC_OK;
+}
+
+/* Gather: every distinct box once to the root, or to all, or (direct) by its owner into the shared image. */
+LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasync_error *err)
+{
+    uint32_t to = p->plan->direct || p->world == 1 || p->desc->kind == LORASYNC_GATHER_ALL ? LORASYNCI_ALL : (uint32_t)p->plan->root;
+    size_t   i, n;
+    for (i = 0; i < p->merged.num; i++) {
+        size_t            t    = p->merged_index[i];
+        int               ndim = lorasynci_record_at(&p->merged, t)->ndim;
+        lorasynci_region *r    = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
+        for (; r < end; r += n) {
+            const lorasynci_region *owner;
+            for (n = 1; r + n < end && lorasynci_same_box(r, r + n, ndim); n++) {}
+            owner = lorasynci_choose_owner(p, r, n, to);
+            if (p->plan->direct || p->world == 1) {
+                LORASYNCI_TRY(lorasynci_route_box(p, t, owner, owner->rank, (uint32_t)i, owner->box, 1, err));
+                continue;
+            }
+            LORASYNCI_TRY(lorasynci_route_box(p, t, owner, to, (uint32_t)i, owner->box, 1, err));
+            if (to == LORASYNCI_ALL) LORASYNCI_TRY(lorasynci_route_box(p, t, owner, owner->rank, (uint32_t)i, owner->box, 1, err));
+            if (owner->rank != to) LORASYNCI_TRY(lorasynci_note_digest(p, owner->rank, (uint32_t)i, err));
+        }
+    }
+    return LORASYNC_OK;
+}
+
+/* What one wanted box takes from the held boxes of its tensor, replicas once. Boxes are sorted by `off`, and distinct ones do not overlap. */
+LORASYNCI_FN lorasync_status lorasynci_route_wanted(lorasynci_planner *p, size_t t, const lorasynci_region *want, lorasync_error *err)
+{
+    int               ndim = lorasynci_record_at(&p->merged, t)->ndim;
+    lorasynci_region *r    = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
+    int64_t           cut[2 * LORASYNC_MAX_DIMS] = {0}, got = 0;
+    size_t            n;
+    for (; r < end; r += n) {
+        const lorasynci_region *owner;
+        for (n = 1; r + n < end && lorasynci_same_box(r, r + n, ndim); n++) {}
+        if (!lorasynci_intersect(want->box, r->box, ndim, cut)) continue;
+        owner = lorasynci_choose_owner(p, r, n, want->rank);
+        LORASYNCI_TRY(lorasynci_route_box(p, t, owner, want->rank, want->item, cut, 0, err));
+        got += lorasynci_box_numel(cut + ndim, ndim);
+    }
+    if (got != lorasynci_box_numel(want->box + ndim, ndim)) {
+        char who[64];
+        snprintf(who, sizeof who, ", and rank %u wants them", want->rank);
+        return lorasynci_gap_error(p, t, want->box, who, err);
+    }
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_route_reshard(lorasynci_planner *p, lorasync_error *err)
+{
+    size_t t, i;
+    for (t = 0; t < p->merged.num; t++)
+        for (i = p->wanted.starts[t]; i < p->wanted.starts[t + 1]; i++) LORASYNCI_TRY(lorasynci_route_wanted(p, t, &p->wanted.list[i], err));
+    return LORASYNC_OK;
+}
+
+/* Scatter: the image is one region per tensor, whole, on the root. */
+LORASYNCI_FN lorasync_status lorasynci_route_scatter(lorasynci_planner *p, lorasync_error *err)
+{
+    size_t t, i;
+    for (t = 0; t < p->merged.num; t++) {
+        lorasynci_region image;
+        memset(&image, 0, sizeof image);
+        image.rank = (uint32_t)p->plan->root;
+        image.item = (uint32_t)t;
+        if (p->wanted.starts[t] == p->wanted.starts[t + 1] && lorasynci_box_numel(lorasynci_record_shape(lorasynci_record_at(&p->merged, t)), lorasynci_record_at(&p->merged, t)->ndim) > 0)
+            return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "%.200s: in the image, but no rank wants it; is it the adapter of another model or of other target modules?", lorasynci_merged_name(p, t));
+        for (i = p->wanted.starts[t]; i < p->wanted.starts[t + 1]; i++)
+            LORASYNCI_TRY(lorasynci_route_box(p, t, &image, p->wanted.list[i].rank, p->wanted.list[i].item, p->wanted.list[i].box, 0, err));
+    }
+    return LORASYNC_OK;
+}
+
+/* -- the image of a gather, and how it is shared */
+
+LORASYNCI_FN size_t lorasynci_align64(size_t n) { return (n + 63) / 64 * 64; }
+
+/* The layout of the image from the tensors of `c`, in the plan's allocator. */
+LORASYNCI_FN lorasync_status lorasynci_layout_image(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_catalogue *c, lorasync_error *err)
+{
+    lorasync_image_desc image;
+    lorasync_tensor    *tensors = (lorasync_tensor *)lorasynci_alloc_array(&plan->a, c->num, sizeof *tensors);
+    lorasync_status     status;
+    size_t              i;
+    if (!tensors) return lorasynci_fail_memory(err, c->num * sizeof *tensors);
+    for (i = 0; i < c->num; i++) {
+        const lorasynci_record *r = lorasynci_record_at(c, i);
+        tensors[i].name           = lorasynci_record_name(r);
+        tensors[i].dtype          = lorasynci_wire_dtype(d, (lorasync_dtype)r->dtype);
+        tensors[i].ndim           = r->ndim;
+        memcpy(tensors[i].shape, lorasynci_record_shape(r), (size_t)r->ndim * 8);
+    }
+    memset(&image, 0, sizeof image);
+    image.tensors     = tensors;
+    image.num_tensors = c->num;
+    image.adapter     = d->adapter;
+    status            = lorasync_image_layout(&image, &plan->a, &plan->image, err);
+    lorasynci_free(&plan->a, tensors);
+    return status;
+}
+
+/* Shared memory of one name; `create` makes it. NULL when it cannot be had, which only means that another way is taken. The memory is
+   reserved at once, so that a small /dev/shm refuses here and not by a bus error later. */
+LORASYNCI_FN char *lorasynci_map_named(const char *name, size_t num_bytes, int create)
+{
+    int   fd = shm_open(name, create ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
+    void *p  = MAP_FAILED;
+    if (fd < 0) return NULL;
+    if (num_bytes <= (size_t)INT64_MAX && (!create || posix_fallocate(fd, 0, (off_t)num_bytes) == 0))
+        p = mmap(NULL, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (p == MAP_FAILED && create) shm_unlink(name);
+    return p == MAP_FAILED ? NULL : (char *)p;
+}
+
+LORASYNCI_FN size_t lorasynci_mapping_bytes(const lorasync_image *image)
+{
+    return lorasynci_align64(image->header_bytes + image->payload_bytes) + 3 * image->num_tensors * sizeof(uint64_t);
+}
+
+/* What the planner tells every rank before routing. */
+typedef struct lorasynci_offer {
+    lorasync_error verdict;
+    uint64_t       catalogue_bytes; /* gather-all: the merged catalogue follows, for the image */
+    uint64_t       mapping_bytes;   /* direct: what to map; 0 without */
+    uint64_t       sums_at;         /* direct: where the shared sums lie in it */
+    uint64_t       header_bytes;
+    uint64_t       num_tensors; /* of the image */
+    char           name[64];
+} lorasynci_offer;
+
+/* A name that nobody else uses: process, time, address. */
+LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *offer)
+{
+    size_t num_bytes = lorasynci_mapping_bytes(plan->image);
+    snprintf(offer->name, sizeof offer->name, "/lorasync-%ld-%016llx", (long)getpid(),
+             (unsigned long long)lorasynci_mix(lorasynci_now_ns() ^ (uint64_t)(uintptr_t)plan));
+    plan->mapping = lorasynci_map_named(offer->name, num_bytes, 1);
+    if (!plan->mapping) return;
+    plan->mapping_bytes  = num_bytes;
+    offer->mapping_bytes = num_bytes;
+    offer->header_bytes  = plan->image->header_bytes;
+    offer->num_tensors   = plan->image->num_tensors;
+    offer->sums_at       = lorasynci_align64(plan->image->header_bytes + plan->image->payload_bytes);
+}
+
+/* -- the talk between the ranks and the planner */
+
+typedef struct lorasynci_hello {
+    uint64_t catalogue_hash[2];
+    uint64_t catalogue_bytes;
+    uint64_t parts_bytes;
+} lorasynci_hello;
+
+LORASYNCI_FN int lorasynci_planner_rank(const lorasync_plan *plan) { return plan->root; }
+
+LORASYNCI_FN int lorasynci_is_planner(const lorasync_plan *plan) { return plan->comm.rank == plan->root; }
+
+/* From every rank to the planner, or (to_all) from the planner to every rank: one block each. `blocks` and `sizes` are used by the planner,
+   block and size by the others. */
+LORASYNCI_FN lorasync_status lorasynci_star(lorasync_plan *plan, int to_all, char **blocks, const size_t *sizes, void *block, size_t size, lorasync_error *err)
+{
+    const lorasync_comm *c = &plan->comm;
+    size_t               n = 0;
+    int                  rank;
+    if (lorasynci_is_planner(plan)) {
+        for (rank = 0; rank < c->world; rank++) {
+            if (rank == c->rank || sizes[rank] == 0) continue;
+            plan->messages[n].peer      = rank;
+            plan->messages[n].data      = blocks[rank];
+            plan->messages[n].num_bytes = sizes[rank];
+            n++;
+        }
+    } else if (size) {
+        plan->messages[0].peer      = lorasynci_planner_rank(plan);
+        plan->messages[0].data      = block;
+        plan->messages[0].num_bytes = size;
+        n                           = 1;
+    }
+    if (to_all == lorasynci_is_planner(plan)) return c->exchange(c->user, plan->messages, n, NULL, 0, plan->timeout_ms, err);
+    return c->exchange(c->user, NULL, 0, plan->messages, n, plan->timeout_ms, err);
+}
+
+/* The planner's arrays, one entry per rank. */
+LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasync_plan *plan, const lorasync_plan_desc *desc, lorasync_error *err)
+{
+    const lorasync_allocator *a = &plan->a;
+    size_t                    n = (size_t)plan->comm.world, i, streams = desc->kind == LORASYNC_RESHARD ? n * n : n;
+    memset(p, 0, sizeof *p);
+    p->plan        = plan;
+    p->desc        = desc;
+    p->world       = plan->comm.world;
+    p->catalogues  = (lorasynci_catalogue *)lorasynci_alloc_array(a, n, sizeof *p->catalogues);
+    p->same_as     = (int *)lorasynci_alloc_array(a, n, sizeof *p->same_as);
+    p->numbers     = (uint32_t **)lorasynci_alloc_array(a, n, sizeof *p->numbers);
+    p->parts       = (char **)lorasynci_alloc_array(a, n, sizeof *p->parts);
+    p->parts_bytes = (size_t *)lorasynci_alloc_array(a, n, sizeof *p->parts_bytes);
+    p->streams     = (lorasynci_stream *)lorasynci_alloc_array(a, streams, sizeof *p->streams);
+    p->load        = (uint64_t *)lorasynci_alloc_array(a, n, sizeof *p->load);
+    p->sends       = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->sends);
+    p->receives    = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->receives);
+    p->digests     = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->digests);
+    lorasynci_catalogue_init(&p->merged, a);
+    if (!p->catalogues || !p->same_as || !p->numbers || !p->parts || !p->parts_bytes || !p->streams || !p->load || !p->sends || !p->receives || !p->digests)
+        return lorasynci_fail_memory(err, n * sizeof *p->catalogues);
+    for (i = 0; i < n; i++) {
+        lorasynci_catalogue_init(&p->catalogues[i], a);
+        lorasynci_buffer_init(&p->sends[i], a);
+        lorasynci_buffer_init(&p->receives[i], a);
+        lorasynci_buffer_init(&p->digests[i], a);
+    }
+    p->pair_cap = (desc->bucket_bytes ? desc->bucket_bytes : (size_t)256 << 20) / (n > 1 ? n - 1 : 1);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN void lorasynci_planner_free(lorasynci_planner *p)
+{
+    const lorasync_allocator *a;
+    int                       i;
+    if (!p->plan) return;
+    a = &p->plan->a;
+    for (i = 0; i < p->world; i++) {
+        if (p->catalogues) lorasynci_catalogue_free(&p->catalogues[i]);
+        if (p->numbers) lorasynci_free(a, p->numbers[i]);
+        if (p->parts) lorasynci_free(a, p->parts[i]);
+        if (p->sends) lorasynci_buffer_free(&p->sends[i]);
+        if (p->receives) lorasynci_buffer_free(&p->receives[i]);
+        if (p->digests) lorasynci_buffer_free(&p->digests[i]);
+    }
+    lorasynci_catalogue_free(&p->merged);
+    if (p->names.slots) lorasynci_table_free(&p->names);
+    lorasynci_free(a, p->catalogues), lorasynci_free(a, p->same_as), lorasynci_free(a, p->numbers), lorasynci_free(a, p->parts);
+    lorasynci_free(a, p->parts_bytes), lorasynci_free(a, p->streams), lorasynci_free(a, p->load), lorasynci_free(a, p->sends);
+    lorasynci_free(a, p->receives), lorasynci_free(a, p->digests), lorasynci_free(a, p->first_rank), lorasynci_free(a, p->image_index);
+    lorasynci_free(a, p->merged_index), lorasynci_free(a, p->held.list), lorasynci_free(a, p->held.starts), lorasynci_free(a, p->wanted.list);
+    lorasynci_free(a, p->wanted.starts);
+    memset(p, 0, sizeof *p);
+}
+
+/* Who sends a catalogue: the first rank that has it. The planner makes room for what will come. */
+LORASYNCI_FN lorasync_status lorasynci_planner_expect(lorasynci_planner *p, const lorasynci_hello *hellos, size_t *sizes, lorasync_error *err)
+{
+    int i, j;
+    for (i = 0; i < p->world; i++) {
+        size_t n;
+        for (j = 0; j < i && memcmp(hellos[i].catalogue_hash, hellos[j].catalogue_hash, 16) != 0; j++) {}
+        p->same_as[i]     = j;
+        p->parts_bytes[i] = (size_t)hellos[i].parts_bytes;
+        n                 = j == i ? (size_t)hellos[i].catalogue_bytes : 0;
+        if (!lorasynci_add(n, p->parts_bytes[i], &sizes[i])) return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d announces an impossible size", i);
+        p->parts[i] = (char *)lorasynci_alloc(&p->plan->a, sizes[i]);
+        if (!p->parts[i]) return lorasynci_fail_memory(err, sizes[i]);
+    }
+    return LORASYNC_OK;
+}
+
+/* Splits what came from each rank (parts, then catalogue) and indexes the catalogues. */
+LORASYNCI_FN lorasync_status lorasynci_planner_unpack(lorasynci_planner *p, const size_t *sizes, lorasync_error *err)
+{
+    int i;
+    for (i = 0; i < p->world; i++) {
+        if (p->same_as[i] != i) continue;
+        lorasynci_put(&p->catalogues[i].bytes, p->parts[i] + p->parts_bytes[i], sizes[i] - p->parts_bytes[i]);
+        if (p->catalogues[i].bytes.failed) return lorasynci_fail_memory(err, sizes[i]);
+        LORASYNCI_TRY(lorasynci_catalogue_index(&p->catalogues[i], i, err));
+    }
+    return LORASYNC_OK;
+}
+
+/* The image of a gather, and the order of its tensors among the merged ones. */
+LORASYNCI_FN lorasync_status lorasynci_planner_image(lorasynci_planner *p, lorasync_error *err)
+{
+    size_t i, n = p->merged.num;
+    LORASYNCI_TRY(lorasynci_layout_image(p->plan, p->desc, &p->merged, err));
+    p->image_index  = (uint32_t *)lorasynci_alloc_array(&p->plan->a, n, sizeof(uint32_t));
+    p->merged_index = (uint32_t *)lorasynci_alloc_array(&p->plan->a, n, sizeof(uint32_t));
+    if (!p->image_index || !p->merged_index) return lorasynci_fail_memory(err, n * 4);
+    for (i = 0; i < n; i++) {
+        size_t t           = lorasynci_table_find(&p->names, p->plan->image->tensors[i].name, lorasynci_catalogue_key, &p->merged);
+        p->merged_index[i] = (uint32_t)t;
+        p->image_index[t]  = (uint32_t)i;
+    }
+    return LORASYNC_OK;
+}
+
+/* All checks, before anything is routed. */
+LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, const size_t *sizes, lorasync_error *err)
+{
+    lorasync_dtype wire = p->desc->wire_dtype;
+    if (wire != LORASYNC_DTYPE_NONE && !lorasynci_is_float(wire))
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "wire_dtype %s is not one of F32, F16, BF16, F8_E4M3, F8_E5M2", lorasync_dtype_name(wire) ? lorasync_dtype_name(wire) : "(none)");
+    LORASYNCI_TRY(lorasynci_planner_unpack(p, sizes, err));
+    LORASYNCI_TRY(lorasynci_merge(p, err));
+    LORASYNCI_TRY(lorasynci_group_parts(p, 1, &p->wanted, err));
+    if (p->desc->kind == LORASYNC_SCATTER) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_group_parts(p, 0, &p->held, err));
+    LORASYNCI_TRY(lorasynci_check_coverage(p, err));
+    return p->desc->kind == LORASYNC_RESHARD ? LORASYNC_OK : lorasynci_planner_image(p, err);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_planner_route(lorasynci_planner *p, lorasync_error *err)
+{
+    switch (p->desc->kind) {
+    case LORASYNC_SCATTER: return lorasynci_route_scatter(p, err);
+    case LORASYNC_RESHARD: return lorasynci_route_reshard(p, err);
+    case LORASYNC_GATHER:
+    case LORASYNC_GATHER_ALL: break;
+    }
+    return lorasynci_route_gather(p, err);
+}
+
+/* The planner's answer to one rank:
+
+       | head | sends: routes | receives: routes | targets: one per catalogue tensor | digests: per rank u64 count, then u32 each, to 8 | */
+typedef struct lorasynci_destination {
+    uint64_t offset; /* in the payload of a gather */
+    uint64_t index;  /* among the tensors of its image */
+    uint64_t dtype;  /* in which it travels */
+} lorasynci_destination;
+
+typedef struct lorasynci_answer {
+    lorasync_error verdict;
+    uint64_t       sends_bytes, receives_bytes, num_targets, digests_bytes;
+    uint64_t       num_rounds;
+} lorasynci_answer;
+
+/* Behind the routes: where each of the rank's tensors is in the image, and the digests it will be sent. */
+LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int rank, lorasynci_answer *head, lorasynci_buffer *out, lorasync_error *err)
+{
+    const lorasynci_catalogue *c = &p->catalogues[p->same_as[rank]];
+    size_t                     i, start;
+    int                        from, image_here = p->image_index && !p->plan->direct && (p->desc->kind == LORASYNC_GATHER_ALL || rank == p->plan->root);
+    head->sends_bytes    = p->sends[rank].size;
+    head->receives_bytes = p->receives[rank].size;
+    head->num_rounds     = p->num_rounds;
+    lorasynci_put(out, p->sends[rank].data, p->sends[rank].size);
+    lorasynci_put(out, p->receives[rank].data, p->receives[rank].size);
+    lorasynci_buffer_free(&p->sends[rank]);
+    lorasynci_buffer_free(&p->receives[rank]);
+    for (i = 0; i < c->num; i++) {
+        uint32_t         t = p->numbers[p->same_as[rank]][i];
+        lorasynci_destination target;
+        target.index  = p->image_index ? p->image_index[t] : 0;
+        target.offset = p->image_index ? p->plan->image->tensors[target.index].offset : 0;
+        target.dtype  = (uint64_t)lorasynci_wire_dtype(p->desc, (lorasync_dtype)lorasynci_record_at(&p->merged, t)->dtype);
+        lorasynci_put(out, &target, sizeof target);
+        head->num_targets++;
+    }
+    start = out->size;
+    for (from = 0; image_here && from < p->world; from++) {
+        static const char zeros[8] = {0};
+        uint64_t          num      = from == rank ? 0 : p->digests[from].size / 4;
+        lorasynci_put(out, &num, sizeof num);
+        lorasynci_put(out, p->digests[from].data, (size_t)num * 4);
+        lorasynci_put(out, zeros, (size_t)(num % 2) * 4);
+    }
+    head->digests_bytes = out->size - start;
+    return out->failed ? lorasynci_fail_memory(err, out->size) : LORASYNC_OK;
+}
+
+/* -- from routes to operations */
+
+/* The end of a movement at one of this rank's parts. */
+LORASYNCI_FN lorasync_status lorasynci_part_end(const lorasync_plan *plan, const lorasynci_parts *parts, uint64_t item, lorasynci_end *out, uint32_t *tensor,
+                                                float *scale, lorasync_error *err)
+{
+    const lorasynci_part   *part;
+    const lorasynci_record *r;
+    const int64_t          *g;
+    if (item >= lorasynci_parts_num(parts)) return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names part %llu, of %zu", (unsigned long long)item, lorasynci_parts_num(parts));
+    part       = lorasynci_part_at(parts, (size_t)item);
+    r          = lorasynci_record_at(&plan->catalogue, part->tensor);
+    g          = lorasynci_part_geometry(parts, part);
+    out->space = LORASYNCI_MEMORY;
+    out->dtype = (lorasync_dtype)r->dtype;
+    out->at    = (uint64_t)(uintptr_t)part->data;
+    memcpy(out->off, g, (size_t)r->ndim * 8);
+    memcpy(out->stride, g + 2 * r->ndim, (size_t)r->ndim * 8);
+    *tensor = part->tensor;
+    *scale  = part->scale;
+    return LORASYNC_OK;
+}
+
+/* The end at a whole tensor of the image: this plan's own, or the one to scatter. */
+LORASYNCI_FN lorasync_status lorasynci_image_end(const lorasync_image *image, uint64_t item, lorasynci_end *out, lorasync_error *err)
+{
+    const lorasync_tensor *t;
+    if (!image || item >= image->num_tensors) return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names image tensor %llu, which is not there", (unsigned long long)item);
+    t          = &image->tensors[item];
+    out->space = LORASYNCI_IMAGE;
+    out->dtype = t->dtype;
+    out->at    = t->offset;
+    memset(out->off, 0, sizeof out->off);
+    lorasynci_row_major(t->shape, t->ndim, out->stride);
+    return LORASYNC_OK;
+}
+
+/* The end in staging: the box alone, row-major. */
+LORASYNCI_FN void lorasynci_staging_end(lorasynci_end *out, lorasynci_space space, uint64_t at, lorasync_dtype wire, const int64_t *box, int ndim)
+{
+    out->space = space;
+    out->dtype = wire;
+    out->at    = at;
+    memcpy(out->off, box, (size_t)ndim * 8);
+    lorasynci_row_major(box + ndim, ndim, out->stride);
+}
+
+/* What a rank works with while it builds. */
+typedef struct lorasynci_build {
+    lorasync_plan            *plan;
+    const lorasync_plan_desc *desc;
+    const lorasynci_parts    *parts;
+    const lorasync_image     *image;   /* at this rank's end: the one gathered into, or scattered from */
+    const lorasynci_destination   *targets; /* per catalogue tensor */
+    size_t                    num_targets;
+} lorasynci_build;
+
+/* One route with all that an operation needs. */
+typedef struct lorasynci_leg {
+    lorasynci_route route;
+    const int64_t  *box;   /* off, len */
+    const int64_t  *shape; /* of the tensor */
+    int             ndim;
+    uint32_t        tensor;
+    float           scale;
+    lorasynci_end   near;  /* at this rank's part, or image */
+    lorasync_dtype  wire;
+    uint64_t        num_bytes; /* on the wire */
+} lorasynci_leg;
+
+LORASYNCI_FN int lorasynci_is_gather(lorasync_plan_kind kind) { return kind == LORASYNC_GATHER || kind == LORASYNC_GATHER_ALL; }
+
+LORASYNCI_FN lorasync_status lorasynci_damaged_answer(const lorasync_plan *plan, lorasync_error *err)
+{
+    return lorasynci_fail(err, LORASYNC_E_COMM, "the plan that rank %d sent is damaged; do all ranks use the same lorasync.h?", plan->root);
+}
+
+/* Reads the route at *at. receiving: it ends here; else it starts here. */
+LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_build *b, const char *routes, size_t size, size_t *at, int receiving, lorasynci_leg *leg, lorasync_error *err)
+{
+    int at_image = receiving ? lorasynci_is_gather(b->desc->kind) : b->desc->kind == LORASYNC_SCATTER;
+    memset(leg, 0, sizeof *leg);
+    if (size - *at < sizeof leg->route) return lorasynci_damaged_answer(b->plan, err);
+    memcpy(&leg->route, routes + *at, sizeof leg->route);
+    *at += sizeof leg->route;
+    if (at_image) {
+        LORASYNCI_TRY(lorasynci_image_end(b->image, leg->route.item, &leg->near, err));
+        leg->tensor = leg->route.item;
+        leg->scale  = 1;
+        leg->shape  = b->image->tensors[leg->tensor].shape;
+        leg->ndim   = b->image->tensors[leg->tensor].ndim;
+    } else {
+        LORASYNCI_TRY(lorasynci_part_end(b->plan, b->parts, leg->route.item, &leg->near, &leg->tensor, &leg->scale, err));
+        leg->shape = lorasynci_record_shape(lorasynci_record_at(&b->plan->catalogue, leg->tensor));
+        leg->ndim  = lorasynci_record_at(&b->plan->catalogue, leg->tensor)->ndim;
+        leg->box   = lorasynci_part_geometry(b->parts, lorasynci_part_at(b->parts, leg->route.item));
+    }
+    if (leg->route.boxed) {
+        if (size - *at < (size_t)leg->ndim * 16) return lorasynci_damaged_answer(b->plan, err);
+        leg->box = (const int64_t *)(const void *)(routes + *at);
+        *at += (size_t)leg->ndim * 16;
+    }
+    if (!leg->box || (leg->route.peer >= (uint32_t)b->plan->comm.world && leg->route.peer != LORASYNCI_ALL)) return lorasynci_damaged_answer(b->plan, err);
+    leg->wire = !receiving ? lorasynci_wire_dtype(b->desc, leg->near.dtype) :
+                at_image   ? leg->near.dtype :
+                leg->tensor < b->num_targets ? (lorasync_dtype)b->targets[leg->tensor].dtype : LORASYNC_DTYPE_NONE;
+    leg->num_bytes = (uint64_t)(lorasynci_box_numel(leg->box + leg->ndim, leg->ndim) * lorasynci_item(leg->wire));
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasynci_link *lorasynci_link_of(lorasync_plan *plan, const lorasynci_leg *leg, int receiving)
+{
+    if (receiving) return &plan->receives[leg->route.peer];
+    return &plan->sends[leg->route.peer == LORASYNCI_ALL ? 0 : leg->route.peer];
+}
+
+LORASYNCI_FN uint32_t lorasynci_link_rounds(const lorasynci_link *link) { return (uint32_t)(link->ends.size / sizeof(uint64_t)); }
+
+/* Where a round of a stream begins and ends, its digests included. */
+LORASYNCI_FN uint64_t lorasynci_link_start(const lorasynci_link *link, uint32_t round)
+{
+    const uint64_t *ends = (const uint64_t *)(const void *)link->ends.data;
+    return round == 0 ? 0 : (ends[round - 1] + LORASYNCI_ALIGN - 1) / LORASYNCI_ALIGN * LORASYNCI_ALIGN;
+}
+
+LORASYNCI_FN uint64_t lorasynci_link_digests_at(const lorasynci_link *link)
+{
+    const uint64_t *ends = (const uint64_t *)(const void *)link->ends.data;
+    return (ends[lorasynci_link_rounds(link) - 1] + 7) / 8 * 8;
+}
+
+LORASYNCI_FN uint64_t lorasynci_link_end(const lorasynci_link *link, uint32_t round)
+{
+    const uint64_t *ends = (const uint64_t *)(const void *)link->ends.data;
+    if (round + 1 == lorasynci_link_rounds(link) && link->num_digests) return lorasynci_link_digests_at(link) + link->num_digests * sizeof(uint64_t);
+    return ends[round];
+}
+
+/* Notes that a link carries a leg. */
+LORASYNCI_FN lorasync_status lorasynci_link_extend(lorasynci_link *link, const lorasynci_leg *leg, lorasync_error *err)
+{
+    uint64_t last, end = leg->route.at + leg->num_bytes;
+    while (lorasynci_link_rounds(link) <= leg->route.round && !link->ends.failed) {
+        last = link->ends.size ? ((uint64_t *)(void *)link->ends.data)[lorasynci_link_rounds(link) - 1] : 0;
+        lorasynci_put(&link->ends, &last, sizeof last);
+    }
+    if (link->ends.failed) return lorasynci_fail_memory(err, link->ends.size);
+    ((uint64_t *)(void *)link->ends.data)[leg->route.round] = end;
+    return LORASYNC_OK;
+}
+
+/* The end of a gather in the image, also where the image itself is another rank's. */
+LORASYNCI_FN lorasync_status lorasynci_target_end(const lorasynci_build *b, const lorasynci_leg *leg, lorasynci_end *out, lorasync_error *err)
+{
+    if (leg->tensor >= b->num_targets) return lorasynci_damaged_answer(b->plan, err);
+    out->space = LORASYNCI_IMAGE;
+    out->dtype = leg->wire;
+    out->at    = b->targets[leg->tensor].offset;
+    lorasynci_row_major(leg->shape, leg->ndim, out->stride);
+    return LORASYNC_OK;
+}
+
+/* A leg that starts here: into send staging, or to this rank itself, straight to its end. In a gather-all what goes to this rank itself has
+   been digested on its way to the others. */
+LORASYNCI_FN lorasync_status lorasynci_build_send(const lorasynci_build *b, const lorasynci_leg *leg, lorasync_error *err)
+{
+    lorasync_plan *plan = b->plan;
+    lorasynci_end  far;
+    uint32_t       tensor;
+    float          scale;
+    int            self = leg->route.peer == (uint32_t)plan->comm.rank, gather = lorasynci_is_gather(b->desc->kind);
+    int            digest = gather && !(self && b->desc->kind == LORASYNC_GATHER_ALL && !plan->direct && plan->comm.world > 1);
+    memset(&far, 0, sizeof far);
+    if (!self) lorasynci_staging_end(&far, LORASYNCI_SEND, lorasynci_link_of(plan, leg, 0)->base + leg->route.at, leg->wire, leg->box, leg->ndim);
+    else if (gather) LORASYNCI_TRY(lorasynci_target_end(b, leg, &far, err));
+    else LORASYNCI_TRY(lorasynci_part_end(plan, b->parts, leg->route.at, &far, &tensor, &scale, err));
+    if (digest && !self && (plan->num_slots == 0 || plan->slots[plan->num_slots - 1] != leg->tensor)) plan->slots[plan->num_slots++] = leg->tensor;
+    lorasynci_add_ops(&plan->pack, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &leg->near, &far, leg->tensor, leg->scale, leg->route.round, digest,
+                      self && leg->wire != far.dtype && leg->wire != leg->near.dtype ? leg->wire : LORASYNC_DTYPE_NONE);
+    return plan->pack.failed ? lorasynci_fail_memory(err, plan->pack.size) : LORASYNC_OK;
+}
+
+/* A leg that ends here: out of receive staging. */
+LORASYNCI_FN lorasync_status lorasynci_build_receive(const lorasynci_build *b, const lorasynci_leg *leg, lorasync_error *err)
+{
+    lorasynci_link *link = lorasynci_link_of(b->plan, leg, 1);
+    lorasynci_end   far;
+    memset(&far, 0, sizeof far);
+    lorasynci_staging_end(&far, LORASYNCI_RECEIVE, link->base + leg->route.at - lorasynci_link_start(link, leg->route.round), leg->wire, leg->box, leg->ndim);
+    lorasynci_add_ops(&b->plan->place, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &far, &leg->near, leg->tensor, 1, leg->route.round, 0, LORASYNC_DTYPE_NONE);
+    return b->plan->place.failed ? lorasynci_fail_memory(err, b->plan->place.size) : LORASYNC_OK;
+}
+
+/* One pass over a list of routes: measures the links, or builds the operations. */
+LORASYNCI_FN lorasync_status lorasynci_build_pass(const lorasynci_build *b, const char *routes, size_t size, int receiving, int building, lorasync_error *err)
+{
+    size_t at = 0;
+    while (at < size) {
+        lorasynci_leg leg;
+        LORASYNCI_TRY(lorasynci_read_leg(b, routes, size, &at, receiving, &leg, err));
+        if (building) LORASYNCI_TRY(receiving ? lorasynci_build_receive(b, &leg, err) : lorasynci_build_send(b, &leg, err));
+        else if (receiving || leg.route.peer != (uint32_t)b->plan->comm.rank) LORASYNCI_TRY(lorasynci_link_extend(lorasynci_link_of(b->plan, &leg, receiving), &leg, err));
+    }
+    return LORASYNC_OK;
+}
+
+/* Places the links in staging: whole streams one after another when sending (the snapshot), the largest round of each when receiving. */
+LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan)
+{
+    int      i;
+    uint32_t r;
+    for (i = 0; i < plan->comm.world; i++) {
+        lorasynci_link *s = &plan->sends[i], *v = &plan->receives[i];
+        uint64_t        largest = 0;
+        s->base = plan->staging_bytes[LORASYNCI_SEND];
+        if (lorasynci_link_rounds(s)) plan->staging_bytes[LORASYNCI_SEND] += lorasynci_align64((size_t)lorasynci_link_end(s, lorasynci_link_rounds(s) - 1));
+        v->base = plan->staging_bytes[LORASYNCI_RECEIVE];
+        for (r = 0; r < lorasynci_link_rounds(v); r++)
+            if (lorasynci_link_end(v, r) - lorasynci_link_start(v, r) > largest) largest = lorasynci_link_end(v, r) - lorasynci_link_start(v, r);
+        plan->staging_bytes[LORASYNCI_RECEIVE] += lorasynci_align64((size_t)largest);
+    }
+}
+
+/* Digests that will arrive with each link. */
+LORASYNCI_FN lorasync_status lorasynci_build_digests(lorasync_plan *plan, const char *bytes, size_t size, lorasync_error *err)
+{
+    size_t at = 0, i;
+    int    from;
+    for (from = 0; at < size && from < plan->comm.world; from++) {
+        lorasynci_link *link = &plan->receives[from];
+        uint64_t        num;
+        if (size - at < 8) return lorasynci_damaged_answer(plan, err);
+        memcpy(&num, bytes + at, 8);
+        at += 8;
+        if (num > (size - at) / 4) return lorasynci_damaged_answer(plan, err);
+        link->digests = (uint32_t *)lorasynci_alloc(&plan->a, (size_t)num * 4);
+        if (!link->digests) return lorasynci_fail_memory(err, (size_t)num * 4);
+        if (num) memcpy(link->digests, bytes + at, (size_t)num * 4);
+        for (i = 0; i < num; i++)
+            if (link->digests[i] >= plan->num_image_tensors) return lorasynci_damaged_answer(plan, err);
+        link->num_digests = (size_t)num;
+        at += (size_t)(num + num % 2) * 4;
+        if (at > size) return lorasynci_damaged_answer(plan, err);
+    }
+    return LORASYNC_OK;
+}
+
+/* Only the tail of the list that is used: growing buffers leave up to as much again. */
+LORASYNCI_FN void lorasynci_buffer_trim(lorasynci_buffer *b)
+{
+    char *p;
+    if (b->capacity - b->size < 4096) return;
+    p = (char *)lorasynci_alloc(&b->a, b->size);
+    if (!p) return; /* what there is does as well */
+    memcpy(p, b->data, b->size);
+    lorasynci_free(&b->a, b->data);
+    b->data     = p;
+    b->capacity = b->size;
+}
+
+/* The number of slots a sender fills: distinct tensors among its routes to others, in order. Counted before the operations are built. */
+LORASYNCI_FN lorasync_status lorasynci_build_slots(const lorasynci_build *b, const char *routes, size_t size, lorasync_error *err)
+{
+    lorasync_plan *plan = b->plan;
+    size_t         at = 0, num = 0;
+    uint32_t       last = UINT32_MAX;
+    int            i;
+    while (lorasynci_is_gather(b->desc->kind) && at < size) {
+        lorasynci_leg leg;
+        LORASYNCI_TRY(lorasynci_read_leg(b, routes, size, &at, 0, &leg, err));
+        if (leg.route.peer == (uint32_t)plan->comm.rank || leg.tensor == last) continue;
+        last = leg.tensor;
+        num++;
+    }
+    plan->slots = (uint32_t *)lorasynci_alloc_array(&plan->a, num, sizeof *plan->slots);
+    if (!plan->slots) return lorasynci_fail_memory(err, num * 4);
+    for (i = 0; num && i < plan->comm.world; i++)
+        if (lorasynci_link_rounds(&plan->sends[i])) plan->sends[i].num_digests = num; /* a gather sends one stream */
+    return LORASYNC_OK;
+}
+
+/* The whole of it: links, staging, operations. */
+LORASYNCI_FN lorasync_status lorasynci_build_plan(lorasynci_build *b, const lorasynci_answer *head, const char *bytes, lorasync_error *err)
+{
+    lorasync_plan *plan     = b->plan;
+    const char    *sends    = bytes, *receives = sends + head->sends_bytes, *targets = receives + head->receives_bytes, *digests = targets + head->num_targets * sizeof(lorasynci_destination);
+    size_t         sends_n  = (size_t)head->sends_bytes, receives_n = (size_t)head->receives_bytes;
+    plan->num_rounds = (uint32_t)head->num_rounds;
+    b->targets       = (const lorasynci_destination *)(const void *)targets;
+    b->num_targets   = (size_t)head->num_targets;
+    LORASYNCI_TRY(lorasynci_build_pass(b, sends, sends_n, 0, 0, err));
+    LORASYNCI_TRY(lorasynci_build_pass(b, receives, receives_n, 1, 0, err));
+    LORASYNCI_TRY(lorasynci_build_digests(plan, digests, (size_t)head->digests_bytes, err));
+    LORASYNCI_TRY(lorasynci_build_slots(b, sends, sends_n, err));
+    lorasynci_build_staging(plan);
+    LORASYNCI_TRY(lorasynci_build_pass(b, sends, sends_n, 0, 1, err));
+    LORASYNCI_TRY(lorasynci_build_pass(b, receives, receives_n, 1, 1, err));
+    lorasynci_buffer_trim(&plan->pack);
+    lorasynci_buffer_trim(&plan->place);
+    if (lorasynci_is_gather(plan->kind)) {
+        size_t n    = plan->catalogue.num, i;
+        plan->sums  = (uint64_t *)lorasynci_alloc_array(&plan->a, n, sizeof *plan->sums);
+        plan->index = (uint64_t *)lorasynci_alloc_array(&plan->a, n, sizeof *plan->index);
+        if (!plan->sums || !plan->index) return lorasynci_fail_memory(err, n * 8);
+        if (b->num_targets != n) return lorasynci_damaged_answer(plan, err);
+        for (i = 0; i < n; i++) plan->index[i] = b->targets[i].index;
+    }
+    return LORASYNC_OK;
+}
+
+/* -- creating */
+
+/* What all ranks must ask for alike, as one number. */
+LORASYNCI_FN uint64_t lorasynci_plan_tag(const lorasync_plan_desc *d)
+{
+    uint64_t v[6];
+    v[0] = (uint64_t)d->kind;
+    v[1] = (uint64_t)d->root;
+    v[2] = (uint64_t)d->wire_dtype;
+    v[3] = (uint64_t)d->allow_nan;
+    v[4] = (uint64_t)d->bucket_bytes;
+    v[5] = d->adapter ? lorasynci_hash(d->adapter, strlen(d->adapter), 1) : 0;
+    return lorasynci_hash(v, sizeof v, 2);
+}
+
+/* Checks the desc and describes this rank's pieces. Its failure is everybody's, by the vote that follows. */
+LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const lorasync_plan_desc *d, lorasynci_parts *parts, lorasync_error *err)
+{
+    int held = d->kind != LORASYNC_SCATTER, wanted = d->kind == LORASYNC_SCATTER || d->kind == LORASYNC_RESHARD;
+    if (d->kind < LORASYNC_GATHER || d->kind > LORASYNC_RESHARD) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan kind %d is none", (int)d->kind);
+    if (d->root < 0 || d->root >= plan->comm.world) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", d->root, plan->comm.world - 1);
+    if (d->num_have && !held) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a scatter takes no held pieces; the root passes desc.image");
+    if (d->num_want && !wanted) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a gather takes no wanted pieces; it makes an image");
+    if (d->kind == LORASYNC_SCATTER && plan->comm.rank == d->root && !d->image) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "scatter: the root passes no desc.image");
+    if (d->kind == LORASYNC_SCATTER && plan->comm.rank == d->root && !d->image->payload && d->image->payload_bytes)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "scatter: the image has no payload; bind one with lorasync_image_bind");
+    LORASYNCI_TRY(lorasynci_describe(d->have, d->num_have, 0, &plan->a, &plan->catalogue, parts, err));
+    return lorasynci_describe(d->want, d->num_want, 1, &plan->a, &plan->catalogue, parts, err);
+}
+
+/* Everybody's description to the planner. */
+LORASYNCI_FN lorasync_status lorasynci_plan_collect(lorasync_plan *plan, lorasynci_planner *p, const lorasynci_parts *parts, size_t *sizes, lorasynci_hello *hellos,
+                                                    lorasync_error *err)
+{
+    lorasynci_buffer out;
+    lorasynci_hello  hello;
+    lorasync_error   why;
+    lorasync_status  status = LORASYNC_OK;
+    int              rank   = plan->comm.rank, i;
+    lorasynci_buffer_init(&out, &plan->a);
+    memset(&why, 0, sizeof why);
+    lorasynci_parts_pack(parts, &plan->catalogue, &out);
+    hello.parts_bytes       = out.size;
+    hello.catalogue_bytes   = plan->catalogue.bytes.size;
+    hello.catalogue_hash[0] = lorasynci_hash(plan->catalogue.bytes.data, plan->catalogue.bytes.size, 3);
+    hello.catalogue_hash[1] = lorasynci_hash(plan->catalogue.bytes.data, plan->catalogue.bytes.size, 4);
+    status                  = plan->comm.all_gather(plan->comm.user, &hello, hellos, sizeof hello, plan->timeout_ms, err);
+    for (i = 0; status == LORASYNC_OK && i < rank && memcmp(hellos[i].catalogue_hash, hello.catalogue_hash, 16) != 0; i++) {}
+    if (status == LORASYNC_OK && i == rank) lorasynci_put(&out, plan->catalogue.bytes.data, plan->catalogue.bytes.size);
+    if (status == LORASYNC_OK) {
+        lorasync_status mine = out.failed ? lorasynci_fail_memory(&why, out.size) : LORASYNC_OK;
+        if (mine == LORASYNC_OK && lorasynci_is_planner(plan)) mine = lorasynci_planner_expect(p, hellos, sizes, &why);
+        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine, &why, 0, "", NULL, err);
+    }
+    if (status == LORASYNC_OK && lorasynci_is_planner(plan) && out.size) memcpy(p->parts[rank], out.data, out.size);
+    if (status == LORASYNC_OK) status = lorasynci_star(plan, 0, p->parts, sizes, out.data, out.size, err);
+    lorasynci_buffer_free(&out);
+    return status;
+}
+
+/* Maps what the planner offers, if it offers; then all ranks vote whether everybody could. */
+LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const lorasynci_offer *offer, lorasync_error *err)
+{
+    int             mapped = 0;
+    lorasync_status status;
+    if (!offer->mapping_bytes) return LORASYNC_OK;
+    if (!plan->mapping) plan->mapping = lorasynci_map_named(offer->name, (size_t)offer->mapping_bytes, 0);
+    mapped              = plan->mapping != NULL;
+    plan->mapping_bytes = (size_t)offer->mapping_bytes;
+    status              = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, err);
+    if (status < 0) return status;
+    if (mapped) {
+        plan->direct            = 1;
+        plan->num_image_tensors = (size_t)offer->num_tensors;
+        plan->shared_sums = (uint64_t *)(void *)(plan->mapping + offer->sums_at);
+    } else if (plan->mapping) {
+        munmap(plan->mapping, plan->mapping_bytes);
+        plan->mapping = NULL;
+    }
+    return LORASYNC_OK;
+}
+
+/* A gather-all: the merged catalogue from the planner to everybody, who lays out the image from it. A failure at home goes to *mine. */
+LORASYNCI_FN lorasync_status lorasynci_plan_share_catalogue(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d, size_t num_bytes, lorasync_error *mine,
+                                                            lorasync_error *err)
+{
+    lorasynci_catalogue merged;
+    lorasync_status     status;
+    size_t              n = (size_t)plan->comm.world, i;
+    char              **blocks = (char **)plan->votes;
+    size_t             *sizes  = (size_t *)(void *)(blocks + n);
+    lorasynci_catalogue_init(&merged, &plan->a);
+    if (!lorasynci_is_planner(plan) && lorasynci_buffer_reserve(&merged.bytes, num_bytes)) merged.bytes.size = num_bytes;
+    if (merged.bytes.failed) lorasynci_fail_memory(mine, num_bytes);
+    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine->status, mine, 0, "", NULL, err);
+    for (i = 0; i < n && p->plan; i++) blocks[i] = p->merged.bytes.data, sizes[i] = p->merged.bytes.size;
+    if (status == LORASYNC_OK) status = lorasynci_star(plan, 1, blocks, sizes, merged.bytes.data, num_bytes, err);
+    if (status == LORASYNC_OK && !lorasynci_is_planner(plan) && lorasynci_catalogue_index(&merged, plan->root, mine) == LORASYNC_OK)
+        lorasynci_layout_image(plan, d, &merged, mine);
+    lorasynci_catalogue_free(&merged);
+    return status;
+}
+
+/* Verdict on the descriptions, the catalogue for a gather-all, and the shared image. */
+LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d, const size_t *in_sizes, lorasynci_offer *offer,
+                                                  lorasync_error *mine, lorasync_error *err)
+{
+    size_t   n = (size_t)plan->comm.world, i;
+    char   **blocks = (char **)plan->votes;
+    size_t  *sizes  = (size_t *)(void *)(blocks + n);
+    lorasync_status status;
+    memset(offer, 0, sizeof *offer);
+    if (lorasynci_is_planner(plan)) {
+        offer->verdict.status = lorasynci_planner_check(p, in_sizes, &offer->verdict);
+        if (offer->verdict.status == LORASYNC_OK && d->kind == LORASYNC_GATHER_ALL) offer->catalogue_bytes = p->merged.bytes.size;
+        if (offer->verdict.status == LORASYNC_OK && plan->image && n > 1 && !d->no_direct) lorasynci_offer_mapping(plan, offer);
+        for (i = 0; i < n; i++) blocks[i] = (char *)offer, sizes[i] = sizeof *offer;
+    }
+    status = lorasynci_star(plan, 1, blocks, sizes, offer, sizeof *offer, err);
+    if (status == LORASYNC_OK && offer->verdict.status < 0) status = lorasynci_fail(err, offer->verdict.status, "%.500s", offer->verdict.text);
+    if (status == LORASYNC_OK && offer->catalogue_bytes && n > 1) status = lorasynci_plan_share_catalogue(plan, p, d, (size_t)offer->catalogue_bytes, mine, err);
+    if (status == LORASYNC_OK) status = lorasynci_plan_map(plan, offer, err);
+    if (offer->mapping_bytes && lorasynci_is_planner(plan)) shm_unlink(offer->name); /* whoever could has it by now */
+    return status;
+}
+
+/* Everybody's routes from the planner. *out holds them behind *head. */
+LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasynci_planner *p, lorasynci_answer *head, lorasynci_buffer *out, lorasync_error *mine,
+                                                    lorasync_error *err)
+{
+    const lorasync_allocator *a      = &plan->a;
+    size_t                    n      = (size_t)plan->comm.world, i;
+    char                    **blocks = (char **)plan->votes;
+    size_t                   *sizes  = (size_t *)(void *)(blocks + n), here = (size_t)plan->comm.rank;
+    lorasynci_answer         *heads  = NULL;
+    lorasynci_buffer         *bodies = NULL;
+    lorasync_status           status = LORASYNC_OK;
+    if (lorasynci_is_planner(plan)) {
+        heads  = (lorasynci_answer *)lorasynci_alloc_array(a, n, sizeof *heads);
+        bodies = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *bodies);
+        for (i = 0; bodies && i < n; i++) lorasynci_buffer_init(&bodies[i], a);
+        if (!heads || !bodies) lorasynci_fail_memory(mine, n * sizeof *heads);
+        else if (mine->status == LORASYNC_OK && lorasynci_planner_route(p, mine) == LORASYNC_OK)
+            for (i = 0; i < n && mine->status == LORASYNC_OK; i++) lorasynci_planner_answer(p, (int)i, &heads[i], &bodies[i], mine);
+    }
+    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine->status, mine, 0, "", NULL, err);
+    for (i = 0; i < n && heads; i++) blocks[i] = (char *)&heads[i], sizes[i] = sizeof *heads;
+    if (status == LORASYNC_OK) status = lorasynci_star(plan, 1, blocks, sizes, head, sizeof *head, err);
+    if (status == LORASYNC_OK && heads) *head = heads[here];
+    if (status == LORASYNC_OK) {
+        size_t size = (size_t)(head->sends_bytes + head->receives_bytes + head->num_targets * sizeof(lorasynci_destination) + head->digests_bytes);
+        if (bodies) *out = bodies[here];
+        else if (lorasynci_buffer_reserve(out, size)) out->size = size;
+        else lorasynci_fail_memory(mine, size);
+        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine->status, mine, 0, "", NULL, err);
+        for (i = 0; i < n && bodies; i++) blocks[i] = bodies[i].data, sizes[i] = bodies[i].size;
+        if (status == LORASYNC_OK) status = lorasynci_star(plan, 1, blocks, sizes, out->data, size, err);
+    }
+    for (i = 0; i < n && bodies; i++)
+        if (i != here || out->data != bodies[i].data) lorasynci_buffer_free(&bodies[i]);
+    lorasynci_free(a, heads);
+    lorasynci_free(a, bodies);
+    return status;
+}
+
+/* Memory for what a run needs: staging, and the image of a gather. */
+LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_offer *offer, lorasync_error *err)
+{
+    lorasync_image *image = plan->image;
+    int             space;
+    for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
+        plan->memory[space] = (char *)lorasynci_alloc(&plan->meter.a, plan->staging_bytes[space]);
+        if (!plan->memory[space]) return lorasynci_fail_memory(err, plan->staging_bytes[space]);
+    }
+    if (d->kind == LORASYNC_SCATTER && plan->has_image) plan->memory[LORASYNCI_IMAGE] = (char *)(uintptr_t)d->image->payload;
+    if (plan->direct) plan->memory[LORASYNCI_IMAGE] = plan->mapping + offer->header_bytes;
+    if (!image || !plan->has_image) return LORASYNC_OK;
+    plan->tensor_digests = (uint64_t *)lorasynci_alloc_array(&plan->a, image->num_tensors, sizeof *plan->tensor_digests);
+    if (!plan->tensor_digests) return lorasynci_fail_memory(err, image->num_tensors * 8);
+    if (plan->direct) {
+        if (lorasynci_is_planner(plan)) lorasynci_image_move_header(image, plan->mapping);
+    } else {
+        plan->image_memory = (char *)lorasynci_alloc(&plan->meter.a, image->header_bytes + image->payload_bytes);
+        if (!plan->image_memory) return lorasynci_fail_memory(err, image->header_bytes + image->payload_bytes);
+        lorasynci_image_move_header(image, plan->image_memory);
+        plan->memory[LORASYNCI_IMAGE] = plan->image_memory + image->header_bytes;
+    }
+    lorasync_image_bind(image, plan->memory[LORASYNCI_IMAGE]);
+    image->tensor_digests = plan->tensor_digests;
+    return LORASYNC_OK;
+}
+
+/* The collective part of creating, from description to operations. */
+LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d, lorasynci_parts *parts, size_t *sizes,
+                                                 lorasynci_hello *hellos, lorasync_error *err)
+{
+    lorasync_error   mine;
+    lorasynci_offer  offer;
+    lorasynci_answer head;
+    lorasynci_buffer answer;
+    lorasynci_build  build;
+    lorasync_status  status;
+    memset(&mine, 0, sizeof mine);
+    lorasynci_buffer_init(&answer, &plan->a);
+    if (sizes && hellos) lorasynci_plan_describe(plan, d, parts, &mine);
+    else lorasynci_fail_memory(&mine, (size_t)plan->comm.world * sizeof *hellos);
+    if (mine.status == LORASYNC_OK && lorasynci_is_planner(plan)) lorasynci_planner_init(p, plan, d, &mine);
+    LORASYNCI_TRY(lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine.status, &mine, lorasynci_plan_tag(d),
+                                  "the plan's kind, root, wire_dtype, bucket_bytes, allow_nan or adapter, hashed", NULL, err));
+    LORASYNCI_TRY(lorasynci_plan_collect(plan, p, parts, sizes, hellos, err));
+    LORASYNCI_TRY(lorasynci_plan_offer(plan, p, d, sizes, &offer, &mine, err));
+    status = lorasynci_plan_receive(plan, p, &head, &answer, &mine, err);
+    lorasynci_planner_free(p);
+    if (status == LORASYNC_OK) {
+        memset(&build, 0, sizeof build);
+        build.plan  = plan;
+        build.desc  = d;
+        build.parts = parts;
+        build.image = d->kind == LORASYNC_SCATTER ? d->image : plan->image;
+        if (plan->image) plan->num_image_tensors = plan->image->num_tensors;
+        if (lorasynci_build_plan(&build, &head, answer.data, &mine) == LORASYNC_OK) lorasynci_plan_allocate(plan, d, &offer, &mine);
+        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine.status, &mine, 0, "", NULL, err);
+    }
+    lorasynci_buffer_free(&answer);
+    return status;
+}
+
+LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
+{
+    lorasync_plan_stats *s = &plan->stats;
+    int                  i;
+    s->num_tensors     = plan->has_image && plan->image ? plan->image->num_tensors : plan->catalogue.num;
+    s->num_pieces      = num_parts + plan->place.size / sizeof(lorasynci_op);
+    s->plan_bytes      = plan->meter.live;
+    s->peak_plan_bytes = plan->meter.peak;
+    s->staging_bytes   = plan->staging_bytes[LORASYNCI_SEND] + plan->staging_bytes[LORASYNCI_RECEIVE];
+    s->image_bytes     = plan->image ? plan->image->header_bytes + plan->image->payload_bytes : 0;
+    s->num_rounds      = plan->num_rounds;
+    s->direct          = plan->direct;
+    for (i = 0; i < plan->comm.world; i++) {
+        const lorasynci_link *out = &plan->sends[i], *in = &plan->receives[i];
+        size_t                copies = plan->kind == LORASYNC_GATHER_ALL ? (size_t)plan->comm.world - 1 : 1;
+        if (lorasynci_link_rounds(out)) s->send_bytes += copies * (size_t)lorasynci_link_end(out, lorasynci_link_rounds(out) - 1);
+        if (lorasynci_link_rounds(in)) s->receive_bytes += (size_t)lorasynci_link_end(in, lorasynci_link_rounds(in) - 1);
+    }
+}
+
+/* The plan itself, empty, with all that talking needs. */
+LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, const lorasync_allocator *a)
+{
+    lorasync_plan *plan = (lorasync_plan *)lorasynci_alloc_array(a, 1, sizeof *plan);
+    size_t         world, i;
+    if (!plan) return NULL;
+    plan->meter.a    = *a;
+    plan->a.alloc    = lorasynci_meter_alloc;
+    plan->a.free     = lorasynci_meter_free;
+    plan->a.user     = &plan->meter;
+    plan->comm       = d->comm ? *d->comm : lorasync_solo();
+    plan->kind       = d->kind;
+    plan->root       = d->root;
+    plan->allow_nan  = d->allow_nan;
+    plan->timeout_ms = d->timeout_ms > 0 ? d->timeout_ms : 60000;
+    plan->has_image  = d->kind == LORASYNC_GATHER_ALL || (d->kind != LORASYNC_RESHARD && plan->comm.rank == d->root);
+    world            = (size_t)plan->comm.world;
+    plan->sends      = (lorasynci_link *)lorasynci_alloc_array(&plan->a, world, sizeof *plan->sends);
+    plan->receives   = (lorasynci_link *)lorasynci_alloc_array(&plan->a, world, sizeof *plan->receives);
+    plan->messages   = (lorasync_message *)lorasynci_alloc_array(&plan->a, 2 * world, sizeof *plan->messages);
+    plan->votes      = lorasynci_alloc(&plan->a, lorasynci_vote_scratch((int)world));
+    lorasynci_catalogue_init(&plan->catalogue, &plan->a);
+    lorasynci_buffer_init(&plan->pack, &plan->a);
+    lorasynci_buffer_init(&plan->place, &plan->a);
+    for (i = 0; i < world && plan->sends && plan->receives; i++) {
+        lorasynci_buffer_init(&plan->sends[i].ends, &plan->a);
+        lorasynci_buffer_init(&plan->receives[i].ends, &plan->a);
+    }
+    if (plan->sends && plan->receives && plan->messages && plan->votes) return plan;
+    lorasync_plan_free(plan);
+    return NULL;
+}
+
+LORASYNCI_FN int lorasynci_comm_ok(const lorasync_comm *c)
+{
+    return !c || (c->size >= offsetof(lorasync_comm, abort) && c->all_gather && c->exchange && c->world >= 1 && c->rank >= 0 && c->rank < c->world);
+}
+
+/* There is no memory for the plan itself. The others wait for this rank's first vote: it is cast from the stack, or, with so many ranks that it does
+   not fit there, the communicator is given up. */
+LORASYNCI_FN lorasync_status lorasynci_plan_refuse(const lorasync_plan_desc *d, lorasync_error *err)
+{
+    union {
+        lorasync_error texts[64];
+        uint64_t       aligned;
+    } scratch;
+    lorasync_comm  c = d->comm ? *d->comm : lorasync_solo();
+    lorasync_error mine;
+    int            votes = lorasynci_vote_scratch(c.world) <= sizeof scratch;
+    memset(&mine, 0, sizeof mine);
+    *err = mine;
+    lorasynci_fail_memory(votes ? &mine : err, sizeof(lorasync_plan));
+    if (votes) lorasynci_agree(&c, &scratch, d->timeout_ms > 0 ? d->timeout_ms : 60000, mine.status, &mine, 0, "", NULL, err);
+    if (!votes || lorasync_is_lost(err->status)) lorasynci_comm_abort(&c, err->text);
+    return err->status;
+}
+
+LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasync_error     why;
+    lorasync_plan     *plan;
+    lorasynci_planner  planner;
+    lorasynci_parts    parts;
+    lorasynci_hello   *hellos;
+    size_t            *sizes, num_parts;
+    lorasync_status    status;
+    if (!err) err = &why;
+    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_plan_create: desc or out is NULL");
+    *out = NULL;
+    if (!lorasynci_comm_ok(desc->comm)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
+    if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    plan = lorasynci_plan_new(desc, &a);
+    if (!plan) return lorasynci_plan_refuse(desc, err);
+    memset(&planner, 0, sizeof planner);
+    lorasynci_buffer_init(&parts.list, &plan->a);
+    lorasynci_buffer_init(&parts.geometry, &plan->a);
+    sizes  = (size_t *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *sizes);
+    hellos = (lorasynci_hello *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *hellos);
+    status = lorasynci_plan_make(plan, &planner, desc, &parts, sizes, hellos, err);
+    num_parts = lorasynci_parts_num(&parts);
+    lorasynci_planner_free(&planner);
+    lorasynci_buffer_free(&parts.list);
+    lorasynci_buffer_free(&parts.geometry);
+    lorasynci_free(&plan->a, sizes);
+    lorasynci_free(&plan->a, hellos);
+    if (lorasync_is_lost(status)) lorasynci_comm_abort(&plan->comm, err->text);
+    if (status < 0) {
+        lorasync_plan_free(plan);
+        return status;
+    }
+    lorasynci_plan_count(plan, num_parts);
+    *out = plan;
+    return LORASYNC_OK;
+}
+
+LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
+{
+    lorasync_allocator a;
+    int                i;
+    if (!plan) return;
+    a = plan->meter.a;
+    if (plan->image) lorasync_image_free(plan->image);
+    for (i = 0; i < plan->comm.world; i++) {
+        if (plan->sends) lorasynci_buffer_free(&plan->sends[i].ends);
+        if (plan->receives) lorasynci_buffer_free(&plan->receives[i].ends);
+        if (plan->receives) lorasynci_free(&plan->a, plan->receives[i].digests);
+    }
+    lorasynci_free(&plan->a, plan->sends), lorasynci_free(&plan->a, plan->receives), lorasynci_free(&plan->a, plan->messages);
+    lorasynci_free(&plan->a, plan->votes), lorasynci_free(&plan->a, plan->sums), lorasynci_free(&plan->a, plan->index);
+    lorasynci_free(&plan->a, plan->slots), lorasynci_free(&plan->a, plan->tensor_digests);
+    lorasynci_catalogue_free(&plan->catalogue);
+    lorasynci_buffer_free(&plan->pack);
+    lorasynci_buffer_free(&plan->place);
+    lorasynci_free(&a, plan->memory[LORASYNCI_SEND]);
+    lorasynci_free(&a, plan->memory[LORASYNCI_RECEIVE]);
+    lorasynci_free(&a, plan->image_memory);
+    if (plan->mapping) munmap(plan->mapping, plan->mapping_bytes);
+    lorasynci_free(&a, plan);
+}
+/* --------------------------------------------------------------------------------------------------------- >>move -- */
+
+/* Running a plan: no allocation, no strings but in errors, one pass over the operations. */
+
+enum { LORASYNCI_BLOCK = 8192 }; /* bytes of destination that are converted, then digested and checked while they are in the first cache */
+
+/* Gathers a row whose elements are apart, or spreads one, element by element. */
+LORASYNCI_FN void lorasynci_gather_row(char *dst, const char *src, int64_t num, int64_t src_step, int64_t dst_step, int64_t item)
+{
+    int64_t i;
+    for (i = 0; i < num; i++) memcpy(dst + i * dst_step * item, src + i * src_step * item, (size_t)item);
+}
+
+/* Converts num elements of a row from src (elements s1 apart) to dst (d1 apart), through `block` where a step between is needed:
+   three halves of it, for a gathered row, the dtype on the way, and a row to be spread. */
+LORASYNCI_FN void lorasynci_convert_row(const lorasynci_op *op, char *dst, const char *src, int64_t num, char *block)
+{
+    lorasync_dtype from = (lorasync_dtype)op->src_dtype, to = (lorasync_dtype)op->dst_dtype, via = (lorasync_dtype)op->via;
+    float          scale = op->scale;
+    char          *into  = op->d1 != 1 && num > 1 ? block + 2 * LORASYNCI_BLOCK : dst;
+    if (op->s1 != 1 && num > 1) {
+        lorasynci_gather_row(block, src, num, op->s1, 1, lorasynci_item(from));
+        src = block;
+    }
+    if (via) {
+        lorasynci_convert(block + LORASYNCI_BLOCK, via, src, from, (size_t)num, scale);
+        src   = block + LORASYNCI_BLOCK;
+        from  = via;
+        scale = 1;
+    }
+    lorasynci_convert(into, to, src, from, (size_t)num, scale);
+    if (into != dst) lorasynci_gather_row(dst, into, num, 1, op->d1, lorasynci_item(to));
+}
+
+/* One operation. With op->digest adds to *sum and looks for NaN and Inf if check is set; returns the number of the first such element in its
+   tensor, or -1. Destinations with gaps are never digested: a digest is of what goes to staging or to the image, row by row. */
+LORASYNCI_FN int64_t lorasynci_run_op(const lorasynci_op *op, char *const *memory, uint64_t *sum, int check)
+{
+    char    block[3 * LORASYNCI_BLOCK]; /* elements of at most 8 bytes: LORASYNCI_BLOCK / 8 at a time when it is used */
+    char   *dst = (char *)((uintptr_t)memory[op->dst_space] + (uintptr_t)op->dst), *src = (char *)((uintptr_t)memory[op->src_space] + (uintptr_t)op->src);
+    int64_t from_item = lorasynci_item((lorasync_dtype)op->src_dtype), to_item = lorasynci_item((lorasync_dtype)op->dst_dtype);
+    int64_t step = op->s1 != 1 || op->d1 != 1 || op->via ? LORASYNCI_BLOCK / 8 : op->digest ? LORASYNCI_BLOCK / to_item : op->n1;
+    int64_t bad = -1, i0, i1;
+    if (step < 1) step = 1;
+    for (i0 = 0; i0 < op->n0; i0++) {
+        for (i1 = 0; i1 < op->n1; i1 += step) {
+            int64_t num = op->n1 - i1 < step ? op->n1 - i1 : step, at = op->pos + i0 * op->row + i1;
+            char   *to = dst + i1 * op->d1 * to_item;
+            lorasynci_convert_row(op, to, src + i1 * op->s1 * from_item, num, block);
+            if (!op->digest) continue;
+            *sum += lorasync_digest(to, (size_t)(num * to_item), (uint64_t)(at * to_item));
+            if (check && bad < 0) {
+                size_t hit = lorasynci_find_nonfinite(to, (lorasync_dtype)op->dst_dtype, (size_t)num);
+                if (hit != SIZE_MAX) bad = at + (int64_t)hit;
+            }
+        }
+        dst += op->d0 * to_item;
+        src += op->s0 * from_item;
+    }
+    return bad;
+}
+
+/* "tensor: NaN or Inf at element [3, 17]". */
+LORASYNCI_FN lorasync_status lorasynci_nan_error(const lorasync_plan *plan, const lorasynci_op *op, int64_t element, lorasync_error *err)
+{
+    const lorasynci_record *r     = lorasynci_record_at(&plan->catalogue, op->tensor);
+    const int64_t          *shape = lorasynci_record_shape(r);
+    int64_t                 index[LORASYNC_MAX_DIMS];
+    char                    text[160];
+    int                     d;
+    for (d = r->ndim - 1; d >= 0; d--) {
+        index[d] = element % shape[d];
+        element /= shape[d];
+    }
+    return lorasynci_fail(err, LORASYNC_E_NAN, "%.200s: NaN or Inf at element %s%s; nothing was published, the last good version stays (allow_nan turns this check off)",
+                          lorasynci_record_name(r), lorasynci_shape_text(index, r->ndim, text, sizeof text),
+                          op->src_dtype != op->dst_dtype ? " as rounded for the wire" : "");
+}
+
+LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err)
+{
+    const lorasynci_op *op, *end;
+    uint64_t            start = lorasynci_now_ns();
+    if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
+    if (plan->lost) return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: free the plan, make a new communicator, plan again");
+    if (plan->begun) return lorasynci_fail(err, LORASYNC_E_STATE, "begin was called already; call wait");
+    plan->begun              = 1;
+    plan->begin_error.status = LORASYNC_OK;
+    if (plan->sums) memset(plan->sums, 0, plan->catalogue.num * sizeof *plan->sums);
+    op  = (const lorasynci_op *)(const void *)plan->pack.data;
+    end = op + plan->pack.size / sizeof *op;
+    for (; op < end; op++) {
+        int64_t bad = lorasynci_run_op(op, plan->memory, plan->sums ? &plan->sums[op->tensor] : NULL, !plan->allow_nan);
+        if (bad >= 0 && plan->begin_error.status == LORASYNC_OK) lorasynci_nan_error(plan, op, bad, &plan->begin_error);
+    }
+    if (plan->direct) { /* relaxed is enough: the vote in wait comes between these and the reading */
+        uint64_t *shared = plan->shared_sums + plan->run % 3 * plan->num_image_tensors;
+        size_t    i;
+        for (i = 0; i < plan->catalogue.num; i++)
+            if (plan->sums[i]) __atomic_fetch_add(&shared[plan->index[i]], plan->sums[i], __ATOMIC_RELAXED);
+    }
+    plan->stats.pack_ns = lorasynci_now_ns() - start;
+    if (plan->begin_error.status < 0 && err) *err = plan->begin_error;
+    return plan->begin_error.status;
+}
+
+/* The sums behind the last round of the stream(s). */
+LORASYNCI_FN void lorasynci_send_digests(lorasync_plan *plan)
+{
+    int    rank;
+    size_t i;
+    for (rank = 0; rank < plan->comm.world; rank++) {
+        lorasynci_link *link = &plan->sends[rank];
+        if (!link->num_digests) continue;
+        for (i = 0; i < plan->num_slots; i++)
+            memcpy(plan->memory[LORASYNCI_SEND] + link->base + lorasynci_link_digests_at(link) + i * 8, &plan->sums[plan->slots[i]], 8);
+    }
+}
+
+/* One exchange of the streams' part of this round. */
+LORASYNCI_FN lorasync_status lorasynci_exchange_round(lorasync_plan *plan, uint32_t round, lorasync_error *err)
+{
+    const lorasync_comm *c     = &plan->comm;
+    lorasync_message    *sends = plan->messages, *receives = plan->messages + c->world;
+    size_t               num_sends = 0, num_receives = 0;
+    int                  rank;
+    for (rank = 0; rank < c->world; rank++) {
+        const lorasynci_link *s = plan->kind == LORASYNC_GATHER_ALL ? &plan->sends[0] : &plan->sends[rank], *r = &plan->receives[rank];
+        if (rank == c->rank) continue;
+        if (round < lorasynci_link_rounds(s)) {
+            sends[num_sends].peer      = rank;
+            sends[num_sends].data      = plan->memory[LORASYNCI_SEND] + s->base + lorasynci_link_start(s, round);
+            sends[num_sends].num_bytes = (size_t)(lorasynci_link_end(s, round) - lorasynci_link_start(s, round));
+            num_sends++;
+        }
+        if (round < lorasynci_link_rounds(r)) {
+            receives[num_receives].peer      = rank;
+            receives[num_receives].data      = plan->memory[LORASYNCI_RECEIVE] + r->base;
+            receives[num_receives].num_bytes = (size_t)(lorasynci_link_end(r, round) - lorasynci_link_start(r, round));
+            num_receives++;
+        }
+    }
+    return c->exchange(c->user, sends, num_sends, receives, num_receives, plan->timeout_ms, err);
+}
+
+LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
+{
+    const lorasynci_op *op  = (const lorasynci_op *)(const void *)plan->place.data, *end = op + plan->place.size / sizeof *op;
+    int                 rank;
+    size_t              i;
+    for (; op < end; op++)
+        if (op->round == round) lorasynci_run_op(op, plan->memory, NULL, 0);
+    for (rank = 0; rank < plan->comm.world; rank++) {
+        const lorasynci_link *link = &plan->receives[rank];
+        const char           *from = plan->memory[LORASYNCI_RECEIVE] + link->base;
+        if (!link->num_digests || round + 1 != lorasynci_link_rounds(link)) continue;
+        from += lorasynci_link_digests_at(link) - lorasynci_link_start(link, round);
+        for (i = 0; i < link->num_digests; i++) {
+            uint64_t sum;
+            memcpy(&sum, from + i * 8, 8);
+            plan->tensor_digests[link->digests[i]] += sum;
+        }
+    }
+}
+
+/* Digests of the tensors, from all ranks' sums, and of the image. */
+LORASYNCI_FN void lorasynci_finish_image(lorasync_plan *plan)
+{
+    lorasync_image *image = plan->image;
+    size_t          i, n = image->num_tensors;
+    if (plan->direct) {
+        const uint64_t *shared = plan->shared_sums + plan->run % 3 * n;
+        for (i = 0; i < n; i++) plan->tensor_digests[i] = __atomic_load_n(&shared[i], __ATOMIC_RELAXED);
+    } else {
+        for (i = 0; i < plan->catalogue.num; i++) plan->tensor_digests[plan->index[i]] += plan->sums[i];
+    }
+    image->digest     = lorasync_digest_image(image->tensors, plan->tensor_digests, n);
+    image->has_digest = 1;
+}
+
+/* All rounds, for this rank. */
+LORASYNCI_FN lorasync_status lorasynci_move(lorasync_plan *plan, lorasync_error *err)
+{
+    uint64_t start, exchanged;
+    uint32_t round;
+    plan->stats.exchange_ns = plan->stats.place_ns = 0;
+    if (plan->tensor_digests) memset(plan->tensor_digests, 0, plan->num_image_tensors * sizeof *plan->tensor_digests);
+    if (plan->num_slots) lorasynci_send_digests(plan);
+    for (round = 0; round < plan->num_rounds; round++) {
+        start = lorasynci_now_ns();
+        LORASYNCI_TRY(lorasynci_exchange_round(plan, round, err));
+        exchanged = lorasynci_now_ns();
+        lorasynci_place_round(plan, round);
+        plan->stats.exchange_ns += exchanged - start;
+        plan->stats.place_ns += lorasynci_now_ns() - exchanged;
+    }
+    return LORASYNC_OK;
+}
+
+/* The communicator is gone: say so to the others, and remember. */
+LORASYNCI_FN lorasync_status lorasynci_plan_lose(lorasync_plan *plan, lorasync_status status, const lorasync_error *err)
+{
+    if (!plan->lost) lorasynci_comm_abort(&plan->comm, err->text);
+    plan->lost = status;
+    return status;
+}
+
+LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasync_error  why;
+    lorasync_status status;
+    uint64_t        start;
+    if (!err) err = &why;
+    if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
+    if (plan->lost) return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: free the plan, make a new communicator, plan again");
+    if (!plan->begun) lorasynci_fail(&plan->begin_error, LORASYNC_E_STATE, "wait was called without begin");
+    plan->begun = 0;
+    if (plan->image) plan->image->has_digest = 0;
+    if (plan->direct && lorasynci_is_planner(plan)) /* for the next run: all have read it before the last vote, and add to it after this one */
+        memset(plan->shared_sums + (plan->run + 1) % 3 * plan->num_image_tensors, 0, plan->num_image_tensors * sizeof *plan->shared_sums);
+    status = lorasynci_move(plan, err);
+    start  = lorasynci_now_ns();
+    if (status == LORASYNC_OK)
+        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, plan->begin_error.status, &plan->begin_error, plan->tag, "version", NULL, err);
+    plan->stats.exchange_ns += lorasynci_now_ns() - start;
+    if (lorasync_is_lost(status)) return lorasynci_plan_lose(plan, status, err);
+    if (status == LORASYNC_OK && plan->has_image && plan->image) lorasynci_finish_image(plan);
+    plan->run++;
+    return status;
+}
+
+LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan) { return plan && plan->image && plan->has_image && plan->image->has_digest ? plan->image : NULL; }
+
+LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out) { *out = plan->stats; }
+
+
+/* ------------------------------------------------------------------------------------------------------- >>config -- */
+
+/* adapter_config.json: reads it, answers rank and scale of a module, checks it against an adapter's tensors and writes one for them. Uses
+   >>support, >>json and >>names. */
+
+/* -- lists of strings */
+
+/*     at   [ * | * | * ]
+              v   v   v
+       text [ q_proj \0 v_proj \0 ... ]      one block */
+typedef struct lorasynci_list {
+    const char **at;
+    size_t       num;
+    char        *text;
+} lorasynci_list;
+
+LORASYNCI_FN void lorasynci_list_free(lorasynci_list *l, const lorasync_allocator *a)
+{
+    lorasynci_free(a, l->at);
+    lorasynci_free(a, l->text);
+    memset(l, 0, sizeof *l);
+}
+
+LORASYNCI_FN const char *lorasynci_list_key(const void *user, size_t index) { return ((const lorasynci_list *)user)->at[index]; }
+
+/* A string, or an integer as its text. */
+LORASYNCI_FN lorasync_status lorasynci_list_item(lorasynci_json *j, int integers, lorasynci_slice *out)
+{
+    if (!integers) return lorasynci_json_string(j, out);
+    LORASYNCI_TRY(lorasynci_json_number(j, out));
+    return out->real ? lorasynci_json_fail(j, out->at, "expected an integer") : LORASYNC_OK;
+}
+
+/* Counts the items of a list, and the bytes of their text with a NUL each, without moving j. */
+LORASYNCI_FN lorasync_status lorasynci_list_count(const lorasynci_json *j, int integers, size_t *num, size_t *num_bytes)
+{
+    lorasynci_json  ahead = *j;
+    lorasynci_slice item;
+    int             more;
+    *num = *num_bytes = 0;
+    LORASYNCI_TRY(lorasynci_json_array(&ahead));
+    while ((more = lorasynci_json_element(&ahead)) > 0) {
+        LORASYNCI_TRY(lorasynci_list_item(&ahead, integers, &item));
+        (*num)++;
+        *num_bytes += item.size + 1; /* both are in the text, the sum fits */
+    }
+    return (lorasync_status)more;
+}
+
+/* Reads an array of strings, or of integers. Free with lorasynci_list_free, also after a failure. */
+LORASYNCI_FN lorasync_status lorasynci_list_read(lorasynci_json *j, int integers, const lorasync_allocator *a, lorasynci_list *out)
+{
+    lorasynci_slice item;
+    size_t          num, num_bytes;
+    char           *to;
+    LORASYNCI_TRY(lorasynci_list_count(j, integers, &num, &num_bytes));
+    out->at   = (const char **)lorasynci_alloc_array(a, num, sizeof *out->at);
+    out->text = (char *)lorasynci_alloc(a, num_bytes);
+    if (!out->at || !out->text) return lorasynci_fail_memory(j->err, num_bytes + num * sizeof *out->at);
+    to = out->text;
+    LORASYNCI_TRY(lorasynci_json_array(j));
+    while (lorasynci_json_element(j) > 0) {
+        LORASYNCI_TRY(lorasynci_list_item(j, integers, &item));
+        out->at[out->num++] = to;
+        to += lorasynci_json_decode(&item, to);
+        *to++ = 0;
+    }
+    return LORASYNC_OK;
+}
+
+/* -- rank_pattern and alpha_pattern */
+
+/* A key and its value. A module takes the value of the first key (in the file's order) that matches `(.*\.)?(key)$`. */
+typedef struct lorasynci_rule {
+    const char       *key; /* without its ^ */
+    size_t            size;
+    size_t            order;
+    int               whole; /* the key begins with ^: it must match the whole name */
+    double            value;
+    lorasync_pattern *pattern; /* NULL: the key holds no special character but points, which stand for any one character */
+} lorasynci_rule;
+
+/*     at [ literal keys, sorted by their text read backwards | patterns ]
+            0 ... num_literals                                 ... num
+   A file can hold a key for each of many thousand modules, so a literal key is found by narrowing the range from the module's end. */
+typedef struct lorasynci_rules {
+    lorasynci_rule *at;
+    size_t          num, num_literals;
+    char           *text; /* the keys */
+} lorasynci_rules;
+
+LORASYNCI_FN void lorasynci_rules_free(lorasynci_rules *r, const lorasync_allocator *a)
+{
+    size_t i;
+    for (i = 0; i < r->num; i++) lorasync_pattern_free(r->at[i].pattern);
+    lorasynci_free(a, r->at);
+    lorasynci_free(a, r->text);
+    memset(r, 0, sizeof *r);
+}
+
+LORASYNCI_FN int lorasynci_rule_order(const void *x, const void *y)
+{
+    const lorasynci_rule *a = (const lorasynci_rule *)x, *b = (const lorasynci_rule *)y;
+    size_t                i;
+    if (!a->pattern != !b->pattern) return a->pattern ? 1 : -1;
+    for (i = 1; !a->pattern && i <= a->size && i <= b->size; i++) {
+        int p = (unsigned char)a->key[a->size - i], q = (unsigned char)b->key[b->size - i];
+        if (p != q) return p < q ? -1 : 1;
+    }
+    if (!a->pattern && a->size != b->size) return a->size < b->size ? -1 : 1;
+    return a->order < b->order ? -1 : 1;
+}
+
+/* Compiles a key that is more than a literal. */
+LORASYNCI_FN lorasync_status lorasynci_rule_compile(lorasynci_rule *rule, const lorasync_allocator *a, lorasync_error *err)
+{
+    lorasynci_buffer b;
+    lorasync_status  status;
+    if (rule->key[strcspn(rule->key + rule->whole, "\\[](){}*+?|^$") + (size_t)rule->whole] == 0) {
+        rule->key += rule->whole;
+        rule->size = strlen(rule->key);
+        return LORASYNC_OK;
+    }
+    lorasynci_buffer_init(&b, a);
+    lorasynci_put_text(&b, "(.*\\.)?(");
+    lorasynci_put_text(&b, rule->key);
+    lorasynci_put(&b, ")$", 3);
+    if (b.failed) status = lorasynci_fail_memory(err, b.size);
+    else status = lorasync_pattern_compile(b.data, a, &rule->pattern, err);
+    lorasynci_buffer_free(&b);
+    return status;
+}
+
+/* Reads the value of a rule: a rank, or any number. */
+LORASYNCI_FN lorasync_status lorasynci_rule_value(lorasynci_json *j, int is_rank, double *out)
+{
+    uint64_t    rank = 0;
+    const char *start;
+    if (!is_rank) return lorasynci_json_double(j, out);
+    lorasynci_json_space(j);
+    start = j->at;
+    LORASYNCI_TRY(lorasynci_json_uint(j, &rank));
+    if (rank < 1 || rank > INT32_MAX) return lorasynci_json_fail(j, start, "a rank is 1 to 2147483647");
+    *out = (double)rank;
+    return LORASYNC_OK;
+}
+
+/* Reads an object of keys and numbers. Free with lorasynci_rules_free, also after a failure. */
+LORASYNCI_FN lorasync_status lorasynci_rules_read(lorasynci_json *j, int is_rank, const lorasync_allocator *a, lorasynci_rules *out)
+{
+    lorasynci_slice key;
+    size_t          num, num_bytes;
+    char           *to;
+    LORASYNCI_TRY(lorasynci_members_count(j, &num, &num_bytes));
+    out->at   = (lorasynci_rule *)lorasynci_alloc_array(a, num, sizeof *out->at);
+    out->text = (char *)lorasynci_alloc(a, num_bytes);
+    if (!out->at || !out->text) return lorasynci_fail_memory(j->err, num_bytes + num * sizeof *out->at);
+    to = out->text;
+    LORASYNCI_TRY(lorasynci_json_object(j));
+    while (lorasynci_json_key(j, &key) > 0) {
+        lorasynci_rule *rule = &out->at[out->num];
+        rule->order          = out->num++;
+        rule->key            = to;
+        to += lorasynci_json_decode(&key, to);
+        *to++       = 0;
+        rule->whole = rule->key[0] == '^';
+        LORASYNCI_TRY(lorasynci_rule_value(j, is_rank, &rule->value));
+        LORASYNCI_TRY(lorasynci_rule_compile(rule, a, j->err));
+        if (!rule->pattern) out->num_literals++;
+    }
+    qsort(out->at, out->num, sizeof *out->at, lorasynci_rule_order);
+    return LORASYNC_OK;
+}
+
+/* The first rule in [lo, hi) whose character `depth` from the end is c or more. All of them are longer than depth. */
+LORASYNCI_FN size_t lorasynci_rules_from(const lorasynci_rules *r, size_t lo, size_t hi, size_t depth, int c)
+{
+    while (lo < hi) {
+        size_t middle = lo + (hi - lo) / 2;
+        if ((unsigned char)r->at[middle].key[r->at[middle].size - 1 - depth] < c) lo = middle + 1;
+        else hi = middle;
+    }
+    return lo;
+}
+
+LORASYNCI_FN void lorasynci_rules_better(const lorasynci_rule *rule, const lorasynci_rule **best)
+{
+    if (!*best || rule->order < (*best)->order) *best = rule;
+}
+
+/* Among the literals [lo, hi), which all match the last `depth` characters of module, the best one that matches. A point in a key goes
+   with any character, so there can be two ways on: the recursion takes the point. */
+LORASYNCI_FN void lorasynci_rules_search(const lorasynci_rules *r, size_t lo, size_t hi, size_t depth, const char *module, size_t n,
+                                         const lorasynci_rule **best)
+{
+    for (;; depth++) {
+        int    c;
+        size_t points;
+        for (; lo < hi && r->at[lo].size == depth; lo++) /* keys that end here sort first */
+            if (depth == n || (!r->at[lo].whole && module[n - 1 - depth] == '.')) lorasynci_rules_better(&r->at[lo], best);
+        if (lo == hi || depth == n) return;
+        c = (unsigned char)module[n - 1 - depth];
+        if (c != '.') {
+            points = lorasynci_rules_from(r, lo, hi, depth, '.');
+            lorasynci_rules_search(r, points, lorasynci_rules_from(r, points, hi, depth, '.' + 1), depth + 1, module, n, best);
+        }
+        lo = lorasynci_rules_from(r, lo, hi, depth, c);
+        hi = lorasynci_rules_from(r, lo, hi, depth, c + 1);
+    }
+}
+
+/* The rule for a module, or NULL. */
+LORASYNCI_FN const lorasynci_rule *lorasynci_rules_find(const lorasynci_rules *r, const char *module)
+{
+    const lorasynci_rule *best = NULL;
+    size_t                n    = strlen(module), i;
+    if (n >= LORASYNC_MAX_NAME) return NULL; /* no module; and the search goes n deep */
+    lorasynci_rules_search(r, 0, r->num_literals, 0, module, n, &best);
+    for (i = r->num_literals; i < r->num; i++)
+        if ((!best || r->at[i].order < best->order) && lorasync_pattern_matches(r->at[i].pattern, module)) return &r->at[i];
+    return best;
+}
+
+/* -- reading */
+
+struct lorasync_config {
+    lorasync_config_info info;
+    lorasync_allocator   a;
+    char                *text; /* the whole file in Python's form, NUL-terminated */
+    char                *task_type, *base_model, *target_text, *exclude_text;
+    lorasynci_list       target, exclude, saved, parameters, layers; /* layers: the integers of layers_to_transform as text */
+    lorasynci_table      target_table;                               /* over target */
+    lorasync_pattern    *target_pattern, *exclude_pattern;
+    lorasynci_rules      ranks, alphas;
+    int                  all_linear; /* target_modules is "all-linear" */
+    int                  tokens;     /* trainable_token_indices is set */
+};
+
+LORASYNC_API void lorasync_config_free(lorasync_config *c)
+{
+    lorasync_allocator a;
+    if (!c) return;
+    a = c->a;
+    lorasynci_free(&a, c->text);
+    lorasynci_free(&a, c->task_type);
+    lorasynci_free(&a, c->base_model);
+    lorasynci_free(&a, c->target_text);
+    lorasynci_free(&a, c->exclude_text);
+    lorasynci_list_free(&c->target, &a);
+    lorasynci_list_free(&c->exclude, &a);
+    lorasynci_list_free(&c->saved, &a);
+    lorasynci_list_free(&c->parameters, &a);
+    lorasynci_list_free(&c->layers, &a);
+    lorasynci_table_free(&c->target_table);
+    lorasync_pattern_free(c->target_pattern);
+    lorasync_pattern_free(c->exclude_pattern);
+    lorasynci_rules_free(&c->ranks, &a);
+    lorasynci_rules_free(&c->alphas, &a);
+    lorasynci_free(&a, c);
+}
+
+LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config) { return &config->info; }
+
+/* The members of the file while it is read, with a reader for the positions in error texts. */
+typedef struct lorasynci_fields {
+    lorasynci_members members;
+    lorasynci_json    j;
+} lorasynci_fields;
+
+/* 1 and a reader at the value when the file has the key and does not say null. */
+LORASYNCI_FN int lorasynci_field(const lorasynci_fields *f, const char *key, lorasynci_json *value)
+{
+    const lorasynci_member *m = lorasynci_members_find(&f->members, key);
+    if (!m || *m->value == 'n') return 0;
+    *value    = f->j;
+    value->at = m->value;
+    return 1;
+}
+
+/* Names the key in a failure's text. */
+LORASYNCI_FN lorasync_status lorasynci_field_done(const lorasynci_fields *f, const char *key, lorasync_status status)
+{
+    if (status < 0) lorasynci_prefix(f->j.err, "adapter config, \"%s\"", key);
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_field_bool(const lorasynci_fields *f, const char *key, int *out)
+{
+    lorasynci_json v;
+    return lorasynci_field(f, key, &v) ? lorasynci_field_done(f, key, lorasynci_json_bool(&v, out)) : LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_field_text(const lorasynci_fields *f, const char *key, const lorasync_allocator *a, char **out)
+{
+    lorasynci_json  v;
+    lorasynci_slice s;
+    if (!lorasynci_field(f, key, &v)) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_field_done(f, key, lorasynci_json_string(&v, &s)));
+    *out = lorasynci_json_copy(&s, a);
+    return *out ? LORASYNC_OK : lorasynci_fail_memory(f->j.err, s.size + 1);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_field_list(const lorasynci_fields *f, const char *key, int integers, const lorasync_allocator *a,
+                                                  lorasynci_list *out)
+{
+    lorasynci_json v;
+    return lorasynci_field(f, key, &v) ? lorasynci_field_done(f, key, lorasynci_list_read(&v, integers, a, out)) : LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_field_rules(const lorasynci_fields *f, const char *key, int is_rank, const lorasync_allocator *a,
+                                                   lorasynci_rules *out)
+{
+    lorasynci_json v;
+    return lorasynci_field(f, key, &v) ? lorasynci_field_done(f, key, lorasynci_rules_read(&v, is_rank, a, out)) : LORASYNC_OK;
+}
+
+/* A field that is a list of names or a pattern. */
+LORASYNCI_FN lorasync_status lorasynci_field_modules(const lorasynci_fields *f, const char *key, const lorasync_allocator *a,
+                                                     lorasynci_list *list, char **text)
+{
+    lorasynci_json v;
+    if (!lorasynci_field(f, key, &v)) return LORASYNC_OK;
+    if (*v.at == '"') return lorasynci_field_text(f, key, a, text);
+    if (*v.at == '[') return lorasynci_field_list(f, key, 0, a, list);
+    return lorasynci_field_done(f, key, lorasynci_json_fail(&v, v.at, "expected a list of names, a string or null"));
+}
+
+LORASYNCI_FN lorasync_status lorasynci_config_peft_type(const lorasynci_fields *f)
+{
+    lorasynci_json  v;
+    lorasynci_slice s;
+    if (!lorasynci_field(f, "peft_type", &v))
+        return lorasynci_fail(f->j.err, LORASYNC_E_FORMAT,
+                              "adapter config: no \"peft_type\", so this is no PEFT adapter config; expected \"peft_type\": \"LORA\"");
+    LORASYNCI_TRY(lorasynci_field_done(f, "peft_type", lorasynci_json_string(&v, &s)));
+    if (lorasynci_json_is(&s, "LORA")) return LORASYNC_OK;
+    return lorasynci_fail(f->j.err, LORASYNC_E_UNSUPPORTED, "adapter config: peft_type is \"%.*s\", only \"LORA\" is supported",
+                          (int)(s.size < 60 ? s.size : 60), s.at);
+}
+
+/* The flags, the numbers and bias. */
+LORASYNCI_FN lorasync_status lorasynci_config_scalars(lorasync_config *c, const lorasynci_fields *f)
+{
+    static const char *const biases[] = {"none", "all", "lora_only"};
+    lorasynci_json           v;
+    lorasynci_slice          s;
+    double                   r = 0;
+    size_t                   i;
+    c->info.peft_type  = "LORA";
+    c->info.bias       = "none";
+    c->info.r          = 8; /* PEFT's defaults */
+    c->info.lora_alpha = 8;
+    LORASYNCI_TRY(lorasynci_field_bool(f, "use_rslora", &c->info.use_rslora));
+    LORASYNCI_TRY(lorasynci_field_bool(f, "use_dora", &c->info.use_dora));
+    LORASYNCI_TRY(lorasynci_field_bool(f, "lora_bias", &c->info.lora_bias));
+    LORASYNCI_TRY(lorasynci_field_bool(f, "fan_in_fan_out", &c->info.fan_in_fan_out));
+    if (lorasynci_field(f, "r", &v)) {
+        LORASYNCI_TRY(lorasynci_field_done(f, "r", lorasynci_rule_value(&v, 1, &r)));
+        c->info.r = (int64_t)r;
+    }
+    if (lorasynci_field(f, "lora_alpha", &v))
+        LORASYNCI_TRY(lorasynci_field_done(f, "lora_alpha", lorasynci_json_double(&v, &c->info.lora_alpha)));
+    if (lorasynci_field(f, "bias", &v)) {
+        const char *start = v.at;
+        LORASYNCI_TRY(lorasynci_field_done(f, "bias", lorasynci_json_string(&v, &s)));
+        for (i = 0; i < 3 && !lorasynci_json_is(&s, biases[i]); i++) {}
+        if (i == 3) return lorasynci_field_done(f, "bias", lorasynci_json_fail(&v, start, "expected \"none\", \"all\" or \"lora_only\""));
+        c->info.bias = biases[i];
+    }
+    c->tokens = lorasynci_field(f, "trainable_token_indices", &v);
+    return LORASYNC_OK;
+}
+
+/* layers_to_transform is an integer or a list of them. */
+LORASYNCI_FN lorasync_status lorasynci_config_layers(lorasync_config *c, const lorasynci_fields *f)
+{
+    const char     *key = "layers_to_transform";
+    lorasynci_json  v;
+    lorasynci_slice s;
+    if (!lorasynci_field(f, key, &v) || *v.at == '[') return lorasynci_field_list(f, key, 1, &c->a, &c->layers);
+    LORASYNCI_TRY(lorasynci_field_done(f, key, lorasynci_list_item(&v, 1, &s)));
+    c->layers.at   = (const char **)lorasynci_alloc_array(&c->a, 1, sizeof *c->layers.at);
+    c->layers.text = lorasynci_copy_text(&c->a, s.at, s.size);
+    if (!c->layers.at || !c->layers.text) return lorasynci_fail_memory(f->j.err, s.size + 1);
+    c->layers.at[0] = c->layers.text;
+    c->layers.num   = 1;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_config_modules(lorasync_config *c, const lorasynci_fields *f)
+{
+    size_t i;
+    LORASYNCI_TRY(lorasynci_field_modules(f, "target_modules", &c->a, &c->target, &c->target_text));
+    LORASYNCI_TRY(lorasynci_field_modules(f, "exclude_modules", &c->a, &c->exclude, &c->exclude_text));
+    LORASYNCI_TRY(lorasynci_field_list(f, "modules_to_save", 0, &c->a, &c->saved));
+    LORASYNCI_TRY(lorasynci_field_list(f, "target_parameters", 0, &c->a, &c->parameters));
+    c->all_linear = lorasynci_is_all_linear(c->target_text);
+    if (c->target_text && !c->all_linear)
+        LORASYNCI_TRY(
+            lorasynci_field_done(f, "target_modules", lorasync_pattern_compile(c->target_text, &c->a, &c->target_pattern, f->j.err)));
+    if (c->exclude_text)
+        LORASYNCI_TRY(
+            lorasynci_field_done(f, "exclude_modules", lorasync_pattern_compile(c->exclude_text, &c->a, &c->exclude_pattern, f->j.err)));
+    if (!lorasynci_table_init(&c->target_table, &c->a, c->target.num)) return lorasynci_fail_memory(f->j.err, c->target.num);
+    for (i = 0; i < c->target.num; i++) lorasynci_table_enter(&c->target_table, c->target.at[i], i, lorasynci_list_key, &c->target);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_config_read(lorasync_config *c, const lorasynci_fields *f)
+{
+    lorasynci_json   all = f->j;
+    lorasynci_buffer b;
+    lorasync_status  status;
+    LORASYNCI_TRY(lorasynci_config_peft_type(f));
+    LORASYNCI_TRY(lorasynci_config_scalars(c, f));
+    LORASYNCI_TRY(lorasynci_field_text(f, "task_type", &c->a, &c->task_type));
+    LORASYNCI_TRY(lorasynci_field_text(f, "base_model_name_or_path", &c->a, &c->base_model));
+    LORASYNCI_TRY(lorasynci_config_modules(c, f));
+    LORASYNCI_TRY(lorasynci_config_layers(c, f));
+    lorasynci_buffer_init(&b, &c->a);
+    status  = lorasynci_json_put_python(&b, &all, 0); /* also finds doubled keys and numbers out of range at any depth */
+    c->text = b.data;
+    lorasynci_put(&b, "", 1);
+    c->text = b.data;
+    if (status >= 0 && b.failed) status = lorasynci_fail_memory(all.err, b.size);
+    LORASYNCI_TRY(lorasynci_field_done(f, "{}", status));
+    LORASYNCI_TRY(lorasynci_field_rules(f, "rank_pattern", 1, &c->a, &c->ranks));
+    return lorasynci_field_rules(f, "alpha_pattern", 0, &c->a, &c->alphas);
+}
+
+/* Points the public view at what was read. */
+LORASYNCI_FN void lorasynci_config_show(lorasync_config *c)
+{
+    lorasync_config_info *info = &c->info;
+    info->task_type            = c->task_type;
+    info->base_model           = c->base_model;
+    info->target_pattern       = c->target_text;
+    info->target_modules       = c->target.at;
+    info->num_target_modules   = c->target.num;
+    info->modules_to_save      = c->saved.at;
+    info->num_modules_to_save  = c->saved.num;
+    info->num_rank_patterns    = c->ranks.num;
+    info->num_alpha_patterns   = c->alphas.num;
+}
+
+LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_bytes, const lorasync_allocator *allocator,
+                                                   lorasync_config **out, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasync_config   *c;
+    lorasynci_fields   f;
+    lorasynci_json     rest;
+    lorasync_status    status;
+    if (out) *out = NULL;
+    if (!out || !json) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_parse: json and out must not be NULL");
+    if (!lorasynci_allocator(allocator, &a))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_parse: the allocator has only one of its two functions");
+    c = (lorasync_config *)lorasynci_alloc_array(&a, 1, sizeof *c);
+    if (!c) return lorasynci_fail_memory(err, sizeof *c);
+    c->a = a;
+    lorasynci_json_init(&f.j, json, num_bytes, err);
+    rest   = f.j;
+    status = lorasynci_members_read(&rest, &a, &f.members);
+    if (status >= 0) status = lorasynci_json_end(&rest);
+    if (status < 0) lorasynci_prefix(err, "adapter config");
+    else status = lorasynci_config_read(c, &f);
+    lorasynci_members_free(&f.members);
+    if (status < 0) {
+        lorasync_config_free(c);
+        return status;
+    }
+    lorasynci_config_show(c);
+    *out = c;
+    return LORASYNC_OK;
+}
+
+/* -- rank and scale */
+
+LORASYNC_API int64_t lorasync_config_rank(const lorasync_config *config, const char *module)
+{
+    const lorasynci_rule *rule = lorasynci_rules_find(&config->ranks, module);
+    return rule ? (int64_t)rule->value : config->info.r;
+}
+
+LORASYNC_API double lorasync_config_scale(const lorasync_config *config, const char *module)
+{
+    const lorasynci_rule *rule  = lorasynci_rules_find(&config->alphas, module);
+    double                alpha = rule ? rule->value : config->info.lora_alpha;
+    double                rank  = (double)lorasync_config_rank(config, module);
+    return alpha / (config->info.use_rslora ? sqrt(rank) : rank);
+}
+
+/* -- the tensors of an adapter, by module */
+
+/* The tensors of one LoRA layer; those that are missing are NULL. */
+typedef struct lorasynci_pair {
+    size_t                 prefix; /* where "base_model.model.layers.0.q_proj" starts in names */
+    size_t                 module; /* where "layers.0.q_proj" does; pairs nested by target_parameters share it */
+    int                    inner;  /* such a nested one: the prefix ends in base_layer */
+    int                    embedding_a, embedding_b;
+    const lorasync_tensor *a, *b, *bias, *magnitude;
+} lorasynci_pair;
+
+/*     names  [ base_model.model.layers.0.q_proj \0 layers.0.q_proj \0 base_model... ]
+                ^ prefix                            ^ module
+       at     [ pair | pair | ... ]      found through table by prefix
+       others [ tensor | tensor ]        those without a LoRA leaf */
+typedef struct lorasynci_pairs {
+    lorasynci_pair         *at;
+    size_t                  num;
+    const lorasync_tensor **others;
+    size_t                  num_others;
+    lorasynci_buffer        names;
+    lorasynci_table         table;
+    lorasync_allocator      a;
+} lorasynci_pairs;
+
+LORASYNCI_FN const char *lorasynci_pair_key(const void *user, size_t index)
+{
+    const lorasynci_pairs *p = (const lorasynci_pairs *)user;
+    return p->names.data + p->at[index].prefix;
+}
+
+LORASYNCI_FN const char *lorasynci_pair_module(const lorasynci_pairs *p, size_t index) { return p->names.data + p->at[index].module; }
+
+LORASYNCI_FN void lorasynci_pairs_free(lorasynci_pairs *p)
+{
+    lorasynci_free(&p->a, p->at);
+    lorasynci_free(&p->a, p->others);
+    lorasynci_buffer_free(&p->names);
+    lorasynci_table_free(&p->table);
+}
+
+LORASYNCI_FN int lorasynci_pairs_init(lorasynci_pairs *p, size_t num_tensors, const lorasync_allocator *a)
+{
+    memset(p, 0, sizeof *p);
+    p->a = *a;
+    lorasynci_buffer_init(&p->names, a);
+    p->at     = (lorasynci_pair *)lorasynci_alloc_array(a, num_tensors, sizeof *p->at);
+    p->others = (const lorasync_tensor **)lorasynci_alloc_array(a, num_tensors, sizeof *p->others);
+    return p->at && p->others && lorasynci_table_init(&p->table, a, num_tensors);
+}
+
+/* The pair a LoRA key belongs to, made when new. The key is cut before its leaf. NULL when there is no memory. */
+LORASYNCI_FN lorasynci_pair *lorasynci_pairs_at(lorasynci_pairs *p, lorasync_name *name)
+{
+    char  *leaf, *next;
+    size_t index;
+    for (leaf = NULL, next = name->key; (next = strstr(next, ".lora_")) != NULL; next++) leaf = next;
+    if (leaf) *leaf = 0;
+    index = lorasynci_table_enter(&p->table, name->key, p->num, lorasynci_pair_key, p);
+    if (index == p->num) {
+        lorasynci_pair *pair = &p->at[p->num++];
+        pair->prefix         = p->names.size;
+        lorasynci_put(&p->names, name->key, strlen(name->key) + 1);
+        pair->module = p->names.size;
+        pair->inner  = lorasynci_ends_in(name->key, "base_layer");
+        lorasynci_put(&p->names, name->module, strlen(name->module) + 1);
+    }
+    return p->names.failed ? NULL : &p->at[index];
+}
+
+/* Where in a pair a role goes; NULL for a role that is no LoRA leaf. */
+LORASYNCI_FN const lorasync_tensor **lorasynci_pair_slot(lorasynci_pair *pair, lorasync_role role)
+{
+    switch ((int)role) {
+    case LORASYNC_ROLE_LORA_A:
+    case LORASYNC_ROLE_EMBEDDING_A: return &pair->a;
+    case LORASYNC_ROLE_LORA_B:
+    case LORASYNC_ROLE_EMBEDDING_B: return &pair->b;
+    case LORASYNC_ROLE_LORA_B_BIAS: return &pair->bias;
+    case LORASYNC_ROLE_MAGNITUDE: return &pair->magnitude;
+    default: return NULL;
+    }
+}
+
+LORASYNCI_FN lorasync_status lorasynci_pairs_add(lorasynci_pairs *p, const lorasync_tensor *t, lorasync_error *err)
+{
+    lorasync_name           name;
+    lorasynci_pair         *pair, none;
+    const lorasync_tensor **slot;
+    if (!t->name) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a tensor has no name");
+    LORASYNCI_TRY(lorasync_parse_name(t->name, &name, err));
+    if (!lorasynci_pair_slot(&none, name.role)) {
+        p->others[p->num_others++] = t;
+        return LORASYNC_OK;
+    }
+    pair = lorasynci_pairs_at(p, &name);
+    if (!pair) return lorasynci_fail_memory(err, p->names.size);
+    slot = lorasynci_pair_slot(pair, name.role);
+    if (*slot)
+        return lorasynci_fail(err, LORASYNC_E_PAIR, "tensors \"%.200s\" and \"%.200s\" are both %s of one module: drop one", (*slot)->name,
+                              t->name, lorasync_role_text(name.role));
+    *slot = t;
+    if (name.role == LORASYNC_ROLE_EMBEDDING_A) pair->embedding_a = 1;
+    if (name.role == LORASYNC_ROLE_EMBEDDING_B) pair->embedding_b = 1;
+    return LORASYNC_OK;
+}
+
+/* The number of elements of a tensor is expected; shapes are checked where tensors are made, so the product fits. */
+LORASYNCI_FN lorasync_status lorasynci_pair_check_vector(const lorasync_tensor *t, const lorasync_tensor *b, lorasync_error *err)
+{
+    int64_t n = 1;
+    int     i;
+    for (i = 0; i < t->ndim; i++) {
+        if (t->shape[i] != 1 && n != 1) n = -1; /* two dimensions: no vector */
+        if (n == 1) n = t->shape[i];
+    }
+    if (n == b->shape[0]) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_PAIR, "tensor \"%.200s\" must be a vector of %lld elements, as \"%.200s\" has that many rows",
+                          t->name, (long long)b->shape[0], b->name);
+}
+
+/* What must hold of a pair whatever the config says. */
+LORASYNCI_FN lorasync_status lorasynci_pair_check(const lorasynci_pairs *p, size_t index, lorasync_error *err)
+{
+    const lorasynci_pair *pair = &p->at[index];
+    if (!pair->a || !pair->b) {
+        const lorasync_tensor *t = pair->a ? pair->a : pair->b ? pair->b : pair->bias ? pair->bias : pair->magnitude;
+        return lorasynci_fail(err, LORASYNC_E_PAIR, "tensor \"%.200s\": %s of module \"%.200s\" is missing; add it or drop this one",
+                              t->name,
+                              pair->a   ? "its lora_B"
+                              : pair->b ? "its lora_A"
+                                        : "lora_A and lora_B",
+                              lorasynci_pair_module(p, index));
+    }
+    if (pair->embedding_a != pair->embedding_b)
+        return lorasynci_fail(err, LORASYNC_E_PAIR, "tensors \"%.200s\" and \"%.200s\" do not pair: one is of an embedding, one is not",
+                              pair->a->name, pair->b->name);
+    if (pair->a->ndim < 2 || pair->b->ndim < 2)
+        return lorasynci_fail(err, LORASYNC_E_PAIR, "tensor \"%.200s\" has %d dimensions, expected 2 or more",
+                              pair->a->ndim < 2 ? pair->a->name : pair->b->name, pair->a->ndim < 2 ? pair->a->ndim : pair->b->ndim);
+    if (pair->a->shape[0] != pair->b->shape[1])
+        return lorasynci_fail(err, LORASYNC_E_PAIR, "\"%.200s\" has rank %lld (rows) and \"%.200s\" has %lld (columns): they must be equal",
+                              pair->a->name, (long long)pair->a->shape[0], pair->b->name, (long long)pair->b->shape[1]);
+    if (pair->bias) LORASYNCI_TRY(lorasynci_pair_check_vector(pair->bias, pair->b, err));
+    if (pair->magnitude && !pair->embedding_a) LORASYNCI_TRY(lorasynci_pair_check_vector(pair->magnitude, pair->b, err));
+    return LORASYNC_OK;
+}
+
+/* Sorts tensors into pairs and others, and checks the pairs. Free with lorasynci_pairs_free, also after a failure. */
+LORASYNCI_FN lorasync_status lorasynci_pairs_read(lorasynci_pairs *p, const lorasync_tensor *tensors, size_t num_tensors,
+                                                  const lorasync_allocator *a, lorasync_error *err)
+{
+    size_t i;
+    if (!lorasynci_pairs_init(p, num_tensors, a)) return lorasynci_fail_memory(err, num_tensors);
+    for (i = 0; i < num_tensors; i++) LORASYNCI_TRY(lorasynci_pairs_add(p, &tensors[i], err));
+    if (!p->num)
+        return lorasynci_fail(err, LORASYNC_E_EMPTY, "none of the %zu tensors is a lora_A or lora_B%s%.200s: is this the adapter?",
+                              num_tensors, num_tensors ? ", the first is " : "", num_tensors ? tensors[0].name : "");
+    for (i = 0; i < p->num; i++) LORASYNCI_TRY(lorasynci_pair_check(p, i, err));
+    return LORASYNC_OK;
+}
+
+/* -- checking */
+
+/* 1 if the module is left out by exclude_modules. */
+LORASYNCI_FN int lorasynci_excluded(const lorasync_config *c, const char *module)
+{
+    size_t i;
+    if (c->exclude_pattern) return lorasync_pattern_matches(c->exclude_pattern, module);
+    for (i = 0; i < c->exclude.num; i++)
+        if (lorasynci_ends_in(module, c->exclude.at[i])) return 1;
+    return 0;
+}
+
+/* 1 if the module holds a parameter of target_parameters: "mlp.experts.gate_up_proj" is one of any module that ends in mlp.experts, and a
+   bare "gate_up_proj" is taken to be one of any module called experts. */
+LORASYNCI_FN int lorasynci_has_parameter(const lorasync_config *c, const char *module)
+{
+    char   owner[LORASYNC_MAX_NAME];
+    size_t i;
+    for (i = 0; i < c->parameters.num; i++) {
+        const char *entry = c->parameters.at[i], *dot = strrchr(entry, '.');
+        size_t      n = dot ? (size_t)(dot - entry) : 0;
+        if (n >= sizeof owner) continue;
+        memcpy(owner, entry, n);
+        owner[n] = 0;
+        if (lorasynci_ends_in(module, dot ? owner : "experts")) return 1;
+    }
+    return 0;
+}
+
+/* 1 if a numbered segment of the module is in layers_to_transform, or there is none to obey. Which of several numbers counts depends on
+   PEFT's version and on layers_pattern, so any will do. */
+LORASYNCI_FN int lorasynci_in_layers(const lorasync_config *c, const char *module)
+{
+    const char *p = module;
+    size_t      i, n;
+    if (!c->layers.num) return 1;
+    for (; *p; p += n + (p[n] == '.')) {
+        n = strcspn(p, ".");
+        for (i = 0; i < c->layers.num; i++)
+            if (strlen(c->layers.at[i]) == n && memcmp(p, c->layers.at[i], n) == 0) return 1;
+    }
+    return 0;
+}
+
+/* 1 if an entry of the target_modules list matches the module; marks all that do in used[]. */
+LORASYNCI_FN int lorasynci_in_targets(const lorasync_config *c, const char *module, unsigned char *used)
+{
+    const char *suffix = module, *dot;
+    int         found  = 0;
+    for (;;) {
+        size_t index = lorasynci_table_find(&c->target_table, suffix, lorasynci_list_key, &c->target);
+        if (index != SIZE_MAX) {
+            used[index] = 1;
+            found |= suffix == module || lorasynci_in_layers(c, module);
+        }
+        dot = strchr(suffix, '.');
+        if (!dot) return found;
+        suffix = dot + 1;
+    }
+}
+
+/* 1 if the config puts LoRA on the module. */
+LORASYNCI_FN int lorasynci_targeted(const lorasync_config *c, const char *module, unsigned char *used)
+{
+    int listed = c->target.num && lorasynci_in_targets(c, module, used);
+    if (lorasynci_excluded(c, module)) return 0;
+    if (lorasynci_has_parameter(c, module)) return 1;
+    if (c->target_pattern) return lorasync_pattern_matches(c->target_pattern, module);
+    return listed || c->all_linear || !c->target.at; /* without any target_modules PEFT knows them by the model's type, we do not */
+}
+
+/* The rank the config gives a pair, against the one it has. An expert parameter has all its experts' ranks side by side. */
+LORASYNCI_FN lorasync_status lorasynci_check_rank(const lorasync_config *c, const lorasynci_pair *pair, const char *module,
+                                                  lorasync_error *err)
+{
+    const lorasynci_rule *rule     = lorasynci_rules_find(&c->ranks, module);
+    int64_t               expected = rule ? (int64_t)rule->value : c->info.r;
+    int64_t               found    = pair->a->shape[0];
+    if (found == expected || (lorasynci_has_parameter(c, module) && found > 0 && found % expected == 0)) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_CONFIG, "tensor \"%.200s\": rank %lld, but the adapter config says %lld (%s%.100s)",
+                          pair->a->name, (long long)found, (long long)expected, rule ? "rank_pattern " : "r", rule ? rule->key : "");
+}
+
+/* Checks a pair against the config. */
+LORASYNCI_FN lorasync_status lorasynci_check_pair(const lorasync_config *c, const lorasynci_pairs *p, size_t index, unsigned char *used,
+                                                  lorasync_error *err)
+{
+    const lorasynci_pair *pair   = &p->at[index];
+    const char           *module = lorasynci_pair_module(p, index);
+    if (!lorasynci_targeted(c, module, used))
+        return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                              "tensor \"%.200s\": module \"%.150s\" is not among the target_modules of the adapter config; "
+                              "add it there or drop the tensor",
+                              pair->a->name, module);
+    LORASYNCI_TRY(lorasynci_check_rank(c, pair, module, err));
+    if (c->info.use_dora != (pair->magnitude != NULL))
+        return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                              "tensor \"%.200s\": the adapter config says use_dora %s, but module \"%.150s\" has "
+                              "%s lora_magnitude_vector",
+                              pair->magnitude ? pair->magnitude->name : pair->a->name, c->info.use_dora ? "true" : "false", module,
+                              pair->magnitude ? "a" : "no");
+    if (c->info.lora_bias != (pair->bias != NULL) && !pair->embedding_a)
+        return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                              "tensor \"%.200s\": the adapter config says lora_bias %s, but module \"%.150s\" has "
+                              "%s lora_B.bias",
+                              pair->bias ? pair->bias->name : pair->b->name, c->info.lora_bias ? "true" : "false", module,
+                              pair->bias ? "a" : "no");
+    return LORASYNC_OK;
+}
+
+/* 1 if one of the modules on the way to a parameter ends in `entry`, the text: PEFT saves pre_classifier for an entry classifier. */
+LORASYNCI_FN int lorasynci_saved_by(const char *key, const char *entry)
+{
+    size_t      m   = strlen(entry);
+    const char *dot = key;
+    while ((dot = strchr(dot, '.')) != NULL) {
+        if ((size_t)(dot - key) >= m && memcmp(dot - m, entry, m) == 0) return 1;
+        dot++;
+    }
+    return 0;
+}
+
+/* The modules that PEFT saves for a kind of task although modules_to_save may not say so; "" ends the list. */
+LORASYNCI_FN const char *const *lorasynci_task_modules(const char *task_type)
+{
+    static const char *const classifiers[] = {"classifier", "score", ""}, *const answers[] = {"qa_outputs", ""}, *const none[] = {""};
+    if (!task_type) return none;
+    if (strcmp(task_type, "SEQ_CLS") == 0 || strcmp(task_type, "TOKEN_CLS") == 0) return classifiers;
+    return strcmp(task_type, "QUESTION_ANS") == 0 ? answers : none;
+}
+
+LORASYNCI_FN int lorasynci_saved(const lorasync_config *c, const lorasync_name *name)
+{
+    static const char  prefix[] = "base_model.model.";
+    char               key[sizeof prefix + LORASYNC_MAX_NAME];
+    const char *const *task = lorasynci_task_modules(c->info.task_type);
+    size_t             i;
+    snprintf(key, sizeof key, "%s%s", strncmp(name->key, prefix, sizeof prefix - 1) == 0 ? "" : prefix, name->key);
+    for (i = 0; i < c->saved.num; i++)
+        if (lorasynci_saved_by(key, c->saved.at[i])) return 1;
+    for (; **task; task++)
+        if (lorasynci_saved_by(key, *task)) return 1;
+    return 0;
+}
+
+/* The pair on a module given by its name, or NULL. */
+LORASYNCI_FN const lorasynci_pair *lorasynci_pairs_of(const lorasynci_pairs *p, const char *module)
+{
+    char   key[LORASYNC_MAX_NAME + 32];
+    size_t index;
+    snprintf(key, sizeof key, "base_model.model.%s", module);
+    index = lorasynci_table_find(&p->table, key, lorasynci_pair_key, p);
+    return index == SIZE_MAX ? NULL : &p->at[index];
+}
+
+/* 1 for the weight of an embedding or output layer, which PEFT saves beside the adapter (save_embedding_layers): it has embedding LoRA on
+   it, or one of the usual names. */
+LORASYNCI_FN int lorasynci_saved_embedding(const lorasynci_pairs *p, const lorasync_name *name)
+{
+    static const char *const names[] = {"embed_tokens", "lm_head", "wte", "word_embeddings", "embed_in", "embed_out", "shared"};
+    const lorasynci_pair    *pair    = lorasynci_pairs_of(p, name->module);
+    size_t                   i;
+    if (!lorasynci_ends_in(name->key, "weight")) return 0;
+    if (pair && pair->embedding_a) return 1;
+    for (i = 0; i < LORASYNCI_COUNT(names); i++)
+        if (lorasynci_ends_in(name->module, names[i])) return 1;
+    return 0;
+}
+
+/* Checks a tensor that is no LoRA. */
+LORASYNCI_FN lorasync_status lorasynci_check_other(const lorasync_config *c, const lorasynci_pairs *p, const lorasync_tensor *t,
+                                                   unsigned char *used, lorasync_error *err)
+{
+    lorasync_name name;
+    LORASYNCI_TRY(lorasync_parse_name(t->name, &name, err));
+    if (c->target.num) lorasynci_in_targets(c, name.module, used); /* an entry of target_modules may name a module that is saved whole */
+    if (name.role == LORASYNC_ROLE_TRAINABLE_TOKENS) {
+        if (c->tokens) return LORASYNC_OK;
+        return lorasynci_fail(err, LORASYNC_E_CONFIG, "tensor \"%.200s\" needs trainable_token_indices in the adapter config", t->name);
+    }
+    if (lorasynci_saved(c, &name)) return LORASYNC_OK;
+    if (name.role == LORASYNC_ROLE_BASE) {
+        if (lorasynci_ends_in(name.key, "bias")) {
+            if (c->info.bias[0] == 'a') return LORASYNC_OK;
+            if (c->info.bias[0] == 'l' && lorasynci_pairs_of(p, name.module)) return LORASYNC_OK;
+        }
+        if (lorasynci_saved_embedding(p, &name)) return LORASYNC_OK;
+    }
+    return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                          "tensor \"%.200s\" is no LoRA tensor and module \"%.150s\" is not in modules_to_save of the adapter config "
+                          "(bias is \"%s\"); "
+                          "list it there or drop the tensor",
+                          t->name, name.module, c->info.bias);
+}
+
+/* Every entry of the list has matched something; not asked when something else decides too. */
+LORASYNCI_FN lorasync_status lorasynci_check_used(const lorasync_config *c, const unsigned char *used, lorasync_error *err)
+{
+    size_t i;
+    if (c->exclude_pattern || c->exclude.num) return LORASYNC_OK;
+    for (i = 0; i < c->target.num; i++) {
+        size_t first = lorasynci_table_find(&c->target_table, c->target.at[i], lorasynci_list_key, &c->target);
+        if (!used[first])
+            return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                                  "target_modules of the adapter config lists \"%.200s\", but no tensor is of such a module: "
+                                  "add its tensors or drop the entry",
+                                  c->target.at[i]);
+    }
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_config_check_pairs(const lorasync_config *c, const lorasynci_pairs *p, lorasync_error *err)
+{
+    unsigned char  *used   = (unsigned char *)lorasynci_alloc_array(&c->a, c->target.num, 1);
+    lorasync_status status = LORASYNC_OK;
+    size_t          i;
+    if (!used) return lorasynci_fail_memory(err, c->target.num);
+    for (i = 0; i < p->num && status >= 0; i++) status = lorasynci_check_pair(c, p, i, used, err);
+    for (i = 0; i < p->num_others && status >= 0; i++) status = lorasynci_check_other(c, p, p->others[i], used, err);
+    if (status >= 0) status = lorasynci_check_used(c, used, err);
+    lorasynci_free(&c->a, used);
+    return status;
+}
+
+LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config, const lorasync_tensor *tensors, size_t num_tensors,
+                                                   lorasync_error *err)
+{
+    lorasynci_pairs p;
+    lorasync_status status;
+    if (!config || (!tensors && num_tensors))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_check: config and tensors must not be NULL");
+    status = lorasynci_pairs_read(&p, tensors, num_tensors, &config->a, err);
+    if (status >= 0) status = lorasynci_config_check_pairs(config, &p, err);
+    lorasynci_pairs_free(&p);
+    return status;
+}
+
+/* -- writing */
+
+/* A LoRA module of target_modules with the name to list it by: its last segment, or, since "0" names nothing, from the last segment on that
+   is no number. */
+typedef struct lorasynci_target {
+    const char *name, *module; /* name is the end of module */
+    int64_t     rank;
+} lorasynci_target;
+
+/* What writing needs: the JSON grows in raw, in any order and on one line, and is then rewritten in Python's form. */
+typedef struct lorasynci_config_writer {
+    const lorasync_config_write_desc *desc;
+    lorasynci_pairs                   pairs;
+    lorasynci_target                 *targets; /* sorted by name, then module */
+    size_t                            num_targets;
+    const char                      **saved; /* without a config: the modules to save, sorted; some more than once */
+    size_t                            num_saved;
+    char                             *saved_text;
+    lorasynci_buffer                  raw;
+    lorasync_allocator                a;
+    lorasync_error                   *err;
+} lorasynci_config_writer;
+
+LORASYNCI_FN const char *lorasynci_target_name(const char *module)
+{
+    const char *name = module + strlen(module);
+    do {
+        while (name > module && name[-1] != '.') name--;
+        if (name[strspn(name, "0123456789.")] || name == module) return name;
+        name--;
+    } while (name > module);
+    return module;
+}
+
+LORASYNCI_FN int lorasynci_target_order(const void *x, const void *y)
+{
+    const lorasynci_target *a = (const lorasynci_target *)x, *b = (const lorasynci_target *)y;
+    int                     order = strcmp(a->name, b->name);
+    return order ? order : strcmp(a->module, b->module);
+}
+
+/* Collects the LoRA modules, without those of target_parameters. */
+LORASYNCI_FN lorasync_status lorasynci_writer_targets(lorasynci_config_writer *w)
+{
+    const lorasync_config *c = w->desc->config;
+    size_t                 i;
+    w->targets = (lorasynci_target *)lorasynci_alloc_array(&w->a, w->pairs.num, sizeof *w->targets);
+    if (!w->targets) return lorasynci_fail_memory(w->err, w->pairs.num * sizeof *w->targets);
+    for (i = 0; i < w->pairs.num; i++) {
+        const char *module = lorasynci_pair_module(&w->pairs, i);
+        if (c && lorasynci_has_parameter(c, module)) continue;
+        if (!c && (w->pairs.at[i].inner || lorasynci_ends_in(module, "experts")))
+            return lorasynci_fail(w->err, LORASYNC_E_CONFIG,
+                                  "tensor \"%.200s\" is of an expert parameter: give the trainer's adapter config, "
+                                  "whose target_parameters name it",
+                                  w->pairs.at[i].a->name);
+        w->targets[w->num_targets].module = module;
+        w->targets[w->num_targets].name   = lorasynci_target_name(module);
+        w->targets[w->num_targets++].rank = w->pairs.at[i].a->shape[0];
+    }
+    qsort(w->targets, w->num_targets, sizeof *w->targets, lorasynci_target_order);
+    return LORASYNC_OK;
+}
+
+/* Puts `,"key":` */
+LORASYNCI_FN void lorasynci_writer_key(lorasynci_config_writer *w, const char *key)
+{
+    if (w->raw.size > 1) lorasynci_put_text(&w->raw, ",");
+    lorasynci_json_put_string(&w->raw, key, strlen(key));
+    lorasynci_put_text(&w->raw, ":");
+}
+
+LORASYNCI_FN void lorasynci_writer_field(lorasynci_config_writer *w, const char *key, const char *json)
+{
+    lorasynci_writer_key(w, key);
+    lorasynci_put_text(&w->raw, json);
+}
+
+/* Puts the list of names that selects the LoRA modules. */
+LORASYNCI_FN void lorasynci_writer_target_modules(lorasynci_config_writer *w)
+{
+    size_t i, num = 0;
+    lorasynci_writer_field(w, "target_modules", "[");
+    for (i = 0; i < w->num_targets; i++) {
+        const char *name = w->targets[i].name;
+        if (i && strcmp(name, w->targets[i - 1].name) == 0) continue;
+        if (num++) lorasynci_put_text(&w->raw, ",");
+        lorasynci_json_put_string(&w->raw, name, strlen(name));
+    }
+    lorasynci_put_text(&w->raw, "]");
+}
+
+/* -- writing from a config */
+
+LORASYNCI_FN void lorasynci_writer_copy(lorasynci_config_writer *w, const char *key, const lorasynci_member *m, const char *if_absent)
+{
+    const char *value = m ? m->value : if_absent;
+    if (!value) return;
+    lorasynci_writer_key(w, key);
+    lorasynci_put(&w->raw, value, m ? m->value_size : strlen(value));
+}
+
+/* A member that has a value. */
+LORASYNCI_FN const lorasynci_member *lorasynci_config_member(const lorasynci_members *m, const char *key)
+{
+    const lorasynci_member *found = lorasynci_members_find(m, key);
+    return found && *found->value != 'n' ? found : NULL;
+}
+
+/* Puts all members of the config, changed where needed. Readers that insist on r and lora_alpha get them. */
+LORASYNCI_FN void lorasynci_writer_members(lorasynci_config_writer *w, const lorasynci_members *m)
+{
+    static const char *const own[] = {"alpha_pattern", "inference_mode", "lora_alpha", "r", "target_modules", "use_rslora"};
+    const lorasynci_member  *r     = lorasynci_config_member(m, "r");
+    int                      fold  = w->desc->fold_scale;
+    size_t                   i, k;
+    for (i = 0; i < m->num; i++) {
+        for (k = 0; k < LORASYNCI_COUNT(own) && strcmp(m->at[i].key, own[k]) != 0; k++) {}
+        if (k == LORASYNCI_COUNT(own)) lorasynci_writer_copy(w, m->at[i].key, &m->at[i], NULL);
+    }
+    lorasynci_writer_field(w, "inference_mode", "true");
+    lorasynci_writer_copy(w, "r", r, "8");
+    lorasynci_writer_copy(w, "lora_alpha", fold ? r : lorasynci_config_member(m, "lora_alpha"), "8");
+    lorasynci_writer_copy(w, "alpha_pattern", lorasynci_members_find(m, fold ? "rank_pattern" : "alpha_pattern"), fold ? "{}" : NULL);
+    if (fold && w->desc->config->info.use_rslora) lorasynci_writer_field(w, "use_rslora", "false");
+    else lorasynci_writer_copy(w, "use_rslora", lorasynci_members_find(m, "use_rslora"), NULL);
+    if (w->desc->config->target.at) lorasynci_writer_copy(w, "target_modules", lorasynci_members_find(m, "target_modules"), NULL);
+    else lorasynci_writer_target_modules(w);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_writer_from_config(lorasynci_config_writer *w)
+{
+    const lorasync_config *c = w->desc->config;
+    lorasynci_json         j;
+    lorasynci_members      m;
+    lorasync_status        status;
+    LORASYNCI_TRY(lorasynci_config_check_pairs(c, &w->pairs, w->err));
+    lorasynci_json_init(&j, c->text, strlen(c->text), w->err);
+    status = lorasynci_members_read(&j, &w->a, &m);
+    if (status >= 0) lorasynci_writer_members(w, &m);
+    lorasynci_members_free(&m);
+    return status;
+}
+
+/* -- writing without a config */
+
+LORASYNCI_FN int lorasynci_rank_order(const void *x, const void *y)
+{
+    const int64_t a = *(const int64_t *)x, b = *(const int64_t *)y;
+    return a < b ? -1 : a > b;
+}
+
+/* The most common rank, the smaller of two as common. */
+LORASYNCI_FN lorasync_status lorasynci_writer_rank(lorasynci_config_writer *w, int64_t *out)
+{
+    int64_t *ranks = (int64_t *)lorasynci_alloc_array(&w->a, w->num_targets, sizeof *ranks);
+    size_t   i, run = 0, best = 0;
+    if (!ranks) return lorasynci_fail_memory(w->err, w->num_targets * sizeof *ranks);
+    for (i = 0; i < w->num_targets; i++) ranks[i] = w->targets[i].rank;
+    qsort(ranks, w->num_targets, sizeof *ranks, lorasynci_rank_order);
+    for (i = 0; i < w->num_targets; i++) {
+        run = i && ranks[i] == ranks[i - 1] ? run + 1 : 1;
+        if (run > best) {
+            best = run;
+            *out = ranks[i];
+        }
+    }
+    lorasynci_free(&w->a, ranks);
+    return LORASYNC_OK;
+}
+
+/* Puts the ranks other than r: by the name in target_modules where all its modules have one rank, else module by module. */
+LORASYNCI_FN void lorasynci_writer_rank_pattern(lorasynci_config_writer *w, const char *key, int64_t r)
+{
+    size_t from, to, i, num = 0;
+    lorasynci_writer_field(w, key, "{");
+    for (from = 0; from < w->num_targets; from = to) {
+        int same = 1;
+        for (to = from; to < w->num_targets && strcmp(w->targets[to].name, w->targets[from].name) == 0; to++)
+            same &= w->targets[to].rank == w->targets[from].rank;
+        for (i = from; i < (same ? from + 1 : to); i++) {
+            const char *name = same ? w->targets[i].name : w->targets[i].module;
+            if (w->targets[i].rank == r) continue;
+            if (num++) lorasynci_put_text(&w->raw, ",");
+            lorasynci_json_put_string(&w->raw, name, strlen(name));
+            lorasynci_put_format(&w->raw, ":%lld", (long long)w->targets[i].rank);
+        }
+    }
+    lorasynci_put_text(&w->raw, "}");
+}
+
+LORASYNCI_FN int lorasynci_text_order(const void *x, const void *y) { return strcmp(*(const char *const *)x, *(const char *const *)y); }
+
+/* Collects the modules of tensors that are no LoRA: they must be modules_to_save, unless there is LoRA on them as well. */
+LORASYNCI_FN lorasync_status lorasynci_writer_saved(lorasynci_config_writer *w)
+{
+    size_t        num = w->pairs.num_others, i;
+    lorasync_name name;
+    w->saved      = (const char **)lorasynci_alloc_array(&w->a, num, sizeof *w->saved);
+    w->saved_text = (char *)lorasynci_alloc_array(&w->a, num, sizeof name.module);
+    if (!w->saved || !w->saved_text) return lorasynci_fail_memory(w->err, num * sizeof name.module);
+    for (i = 0; i < num; i++) {
+        char *to = w->saved_text + i * sizeof name.module;
+        LORASYNCI_TRY(lorasync_parse_name(w->pairs.others[i]->name, &name, w->err));
+        if (name.role == LORASYNC_ROLE_TRAINABLE_TOKENS)
+            return lorasynci_fail(w->err, LORASYNC_E_CONFIG,
+                                  "tensor \"%.200s\" needs trainable_token_indices: give the trainer's adapter config",
+                                  w->pairs.others[i]->name);
+        if (lorasynci_pairs_of(&w->pairs, name.module)) continue;
+        memcpy(to, name.module, strlen(name.module) + 1);
+        w->saved[w->num_saved++] = to;
+    }
+    qsort(w->saved, w->num_saved, sizeof *w->saved, lorasynci_text_order);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN void lorasynci_writer_modules_to_save(lorasynci_config_writer *w)
+{
+    size_t i;
+    if (!w->num_saved) {
+        lorasynci_writer_field(w, "modules_to_save", "null");
+        return;
+    }
+    lorasynci_writer_field(w, "modules_to_save", "[");
+    for (i = 0; i < w->num_saved; i++) {
+        if (i && strcmp(w->saved[i], w->saved[i - 1]) == 0) continue;
+        if (i) lorasynci_put_text(&w->raw, ",");
+        lorasynci_json_put_string(&w->raw, w->saved[i], strlen(w->saved[i]));
+    }
+    lorasynci_put_text(&w->raw, "]");
+}
+
+/* Puts lora_alpha, as an integer when it is one. */
+LORASYNCI_FN void lorasynci_writer_alpha(lorasynci_config_writer *w, double alpha)
+{
+    lorasynci_writer_key(w, "lora_alpha");
+    if (alpha < 1e15 && !(floor(alpha) < alpha)) lorasynci_put_format(&w->raw, "%lld", (long long)alpha);
+    else lorasynci_json_put_double(&w->raw, alpha);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_writer_from_tensors(lorasynci_config_writer *w)
+{
+    const lorasync_config_write_desc *d    = w->desc;
+    int64_t                           r    = 8;
+    int                               bias = 0, dora = 0;
+    size_t                            i;
+    LORASYNCI_TRY(lorasynci_writer_rank(w, &r));
+    LORASYNCI_TRY(lorasynci_writer_saved(w));
+    for (i = 0; i < w->pairs.num; i++) {
+        bias |= w->pairs.at[i].bias != NULL;
+        dora |= w->pairs.at[i].magnitude != NULL;
+    }
+    lorasynci_writer_key(w, "base_model_name_or_path");
+    if (d->base_model) lorasynci_json_put_string(&w->raw, d->base_model, strlen(d->base_model));
+    else lorasynci_put_text(&w->raw, "null");
+    lorasynci_writer_field(w, "bias", "\"none\"");
+    lorasynci_writer_field(w, "fan_in_fan_out", "false");
+    lorasynci_writer_field(w, "inference_mode", "true");
+    lorasynci_writer_field(w, "init_lora_weights", "true");
+    lorasynci_writer_field(w, "lora_dropout", "0.0");
+    lorasynci_writer_field(w, "peft_type", "\"LORA\"");
+    lorasynci_writer_field(w, "task_type", "null");
+    lorasynci_writer_field(w, "use_dora", dora ? "true" : "false");
+    lorasynci_writer_field(w, "use_rslora", "false");
+    if (bias) lorasynci_writer_field(w, "lora_bias", "true"); /* old PEFT versions do not know the key */
+    lorasynci_writer_alpha(w, d->fold_scale ? (double)r : d->lora_alpha);
+    lorasynci_writer_key(w, "r");
+    lorasynci_put_format(&w->raw, "%lld", (long long)r);
+    lorasynci_writer_rank_pattern(w, "rank_pattern", r);
+    if (d->fold_scale) lorasynci_writer_rank_pattern(w, "alpha_pattern", r);
+    else lorasynci_writer_field(w, "alpha_pattern", "{}");
+    lorasynci_writer_target_modules(w);
+    lorasynci_writer_modules_to_save(w);
+    return LORASYNC_OK;
+}
+
+/* -- the whole */
+
+/* The written config must describe the tensors and give every module its scale. Sorting patterns can change which of two matches first. */
+LORASYNCI_FN lorasync_status lorasynci_writer_verify(lorasynci_config_writer *w, const lorasync_config *written)
+{
+    size_t i;
+    LORASYNCI_TRY(lorasynci_config_check_pairs(written, &w->pairs, w->err));
+    for (i = 0; i < w->pairs.num; i++) {
+        const char *module   = lorasynci_pair_module(&w->pairs, i);
+        double      found    = lorasync_config_scale(written, module);
+        double      expected = w->desc->fold_scale ? 1
+                               : w->desc->config   ? lorasync_config_scale(w->desc->config, module)
+                                                   : w->desc->lora_alpha / (double)w->pairs.at[i].a->shape[0];
+        if (found < expected || found > expected)
+            return lorasynci_fail(w->err, LORASYNC_E_CONFIG,
+                                  "module \"%.200s\" has scale %g, but %g once the config is written: patterns that match it overlap, "
+                                  "and PEFT "
+                                  "sorts them; make each match its own modules only",
+                                  module, expected, found);
+    }
+    return LORASYNC_OK;
+}
+
+/* Rewrites raw in Python's form into out and verifies it. */
+LORASYNCI_FN lorasync_status lorasynci_writer_finish(lorasynci_config_writer *w, lorasynci_buffer *out)
+{
+    lorasync_config *written;
+    lorasynci_json   j;
+    lorasync_status  status;
+    lorasynci_put_text(&w->raw, "}");
+    if (w->raw.failed) return lorasynci_fail_memory(w->err, w->raw.size);
+    lorasynci_json_init(&j, w->raw.data, w->raw.size, w->err);
+    LORASYNCI_TRY(lorasynci_json_put_python(out, &j, 0));
+    lorasynci_put(out, "", 1);
+    if (out->failed) return lorasynci_fail_memory(w->err, out->size);
+    status = lorasync_config_parse(out->data, out->size - 1, &w->a, &written, w->err);
+    if (status >= 0) status = lorasynci_writer_verify(w, written);
+    lorasync_config_free(written);
+    if (status < 0) lorasynci_prefix(w->err, "the adapter config to publish");
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_writer_run(lorasynci_config_writer *w, const lorasync_tensor *tensors, size_t num_tensors,
+                                                  lorasynci_buffer *out)
+{
+    LORASYNCI_TRY(lorasynci_pairs_read(&w->pairs, tensors, num_tensors, &w->a, w->err));
+    LORASYNCI_TRY(lorasynci_writer_targets(w));
+    lorasynci_put_text(&w->raw, "{");
+    if (w->desc->config) LORASYNCI_TRY(lorasynci_writer_from_config(w));
+    else LORASYNCI_TRY(lorasynci_writer_from_tensors(w));
+    return lorasynci_writer_finish(w, out);
+}
+
+LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_desc *desc, const lorasync_tensor *tensors,
+                                                   size_t num_tensors, const lorasync_allocator *allocator, char **out, lorasync_error *err)
+{
+    lorasynci_config_writer w;
+    lorasynci_buffer        text;
+    lorasync_status         status;
+    if (out) *out = NULL;
+    memset(&w, 0, sizeof w);
+    if (!desc || !out || (!tensors && num_tensors))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_write: desc, tensors and out must not be NULL");
+    if (!lorasynci_allocator(allocator, &w.a))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_write: the allocator has only one of its two functions");
+    if (!desc->config && !(desc->lora_alpha > 0 && desc->lora_alpha < 1e300))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_write: lora_alpha is %g; without a config it must be above 0",
+                              desc->lora_alpha);
+    w.desc = desc;
+    w.err  = err;
+    lorasynci_buffer_init(&w.raw, &w.a);
+    lorasynci_buffer_init(&text, &w.a);
+    w.pairs.a = w.a;
+    status    = lorasynci_writer_run(&w, tensors, num_tensors, &text);
+    lorasynci_pairs_free(&w.pairs);
+    lorasynci_free(&w.a, w.targets);
+    lorasynci_free(&w.a, w.saved);
+    lorasynci_free(&w.a, w.saved_text);
+    lorasynci_buffer_free(&w.raw);
+    if (status < 0) lorasynci_buffer_free(&text);
+    else *out = text.data;
+    return status;
+}
+/* ------------------------------------------------------------------------------------------------------ >>publish -- */
+
+/* An image to any number of engines in two phases, and the transport that writes PEFT directories. Relies on support only.
+
+       stage on every transport that has a commit, then on those whose stage is all     until here nobody serves the new version
+            | one fails: abort on all that were tried, last first: nobody will
+       commit on each
+            | the first one fails and nobody serves the new version: abort on all
+            | one fails later: the others are committed, the text says who serves which; publishing the version again mends it
+
+   So each stage is followed by one commit that succeeds or by one abort; only a transport without commit gets nothing after a success. */
+
+/* A field of a caller's struct is there when its size covers it. */
+#define LORASYNCI_COVERS(t, field) ((t)->size >= offsetof(lorasync_transport, field) + sizeof((t)->field))
+
+/* Checks a caller's transport and copies what its size covers; the rest is NULL and the name never is. */
+LORASYNCI_FN lorasync_status lorasynci_transport_copy(const lorasync_transport *given, lorasync_transport *out, lorasync_error *err)
+{
+    lorasync_transport t;
+    memset(&t, 0, sizeof t);
+    if (!given) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "transport is NULL");
+    if (!LORASYNCI_COVERS(given, stage)) {
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "transport: size is %zu, expected %zu; set it to sizeof(lorasync_transport)",
+                              given->size, sizeof(lorasync_transport));
+    }
+    t.size  = sizeof t;
+    t.name  = given->name ? given->name : "unnamed";
+    t.user  = given->user;
+    t.stage = given->stage;
+    if (!t.stage) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "transport '%.100s' has no stage callback", t.name);
+    if (LORASYNCI_COVERS(given, commit)) t.commit = given->commit;
+    if (LORASYNCI_COVERS(given, abort)) t.abort = given->abort;
+    if (LORASYNCI_COVERS(given, close)) t.close = given->close;
+    *out = t;
+    return LORASYNC_OK;
+}
+
+/* One run of publishing. The transports in the order of staging: those with commit first.
+
+       transports  [ a | b | c | d ]   b has no commit
+       order         a   c   d   b     num_staged of them were tried
+*/
+typedef struct lorasynci_publication {
+    const lorasync_transport *transports;
+    size_t                    num;
+    const lorasync_image     *image;
+    size_t                    num_staged;
+    int                       num_new;       /* serve the new version */
+    char                      serve_new[80]; /* their names */
+    char                      in_doubt[80];  /* names of those whose commit failed */
+} lorasynci_publication;
+
+/* The transport at a place in the order. */
+LORASYNCI_FN lorasync_transport lorasynci_in_order(const lorasynci_publication *p, size_t place)
+{
+    lorasync_transport t;
+    size_t             i, two_phase = 0;
+    int                want_commit;
+    memset(&t, 0, sizeof t);
+    for (i = 0; i < p->num; i++) {
+        lorasynci_transport_copy(&p->transports[i], &t, NULL);
+        two_phase += t.commit != NULL;
+    }
+    want_commit = place < two_phase;
+    if (!want_commit) place -= two_phase;
+    for (i = 0; i < p->num; i++) {
+        lorasynci_transport_copy(&p->transports[i], &t, NULL);
+        if ((t.commit != NULL) == want_commit && place-- == 0) break;
+    }
+    return t;
+}
+
+/* Adds a name to a list that is cut with "..." when it is full. */
+LORASYNCI_FN void lorasynci_list_name(char *list, size_t size, const char *name)
+{
+    size_t used = strlen(list);
+    int    n;
+    if (used >= 3 && strcmp(list + used - 3, "...") == 0) return;
+    n = snprintf(list + used, size - used, "%s%.40s", used ? ", " : "", name);
+    if (n < 0 || (size_t)n >= size - used || used + (size_t)n + 6 > size) snprintf(list + used, size - used, "%s...", used ? ", " : "");
+}
+
+/* The verdict on a callback's return. Statuses of -100 and below speak of the trainer's communicator, which is fine: they become E_IO. */
+LORASYNCI_FN lorasync_status lorasynci_called(const lorasync_transport *t, const char *what, lorasync_status status,
+                                              const lorasync_error *inner, lorasync_error *err)
+{
+    const char *lost = lorasync_is_lost(status) ? lorasync_status_text(status) : "";
+    if (status >= 0) return LORASYNC_OK;
+    return lorasynci_fail(err, *lost ? LORASYNC_E_IO : status, "transport '%.60s' could not %s: %s%s%.220s", t->name, what, lost,
+                          *lost ? ": " : "", inner->text[0] ? inner->text : lorasync_status_text(status));
+}
+
+LORASYNCI_FN lorasync_status lorasynci_stage_one(const lorasync_transport *t, const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_error inner;
+    memset(&inner, 0, sizeof inner);
+    return lorasynci_called(t, "stage", t->stage(t->user, image, &inner), &inner, err);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_commit_one(const lorasync_transport *t, const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_error inner;
+    memset(&inner, 0, sizeof inner);
+    return lorasynci_called(t, "commit", t->commit(t->user, image->adapter, image->version, &inner), &inner, err);
+}
+
+LORASYNCI_FN void lorasynci_abort_one(const lorasync_transport *t, const lorasync_image *image)
+{
+    if (t->abort) t->abort(t->user, image->adapter, image->version);
+}
+
+/* After a failure while nothing is committed. One without commit that was staged with success serves already: it is left alone. */
+LORASYNCI_FN void lorasynci_abort_all(const lorasynci_publication *p)
+{
+    size_t place;
+    for (place = p->num_staged; place-- > 0;) {
+        lorasync_transport t = lorasynci_in_order(p, place);
+        if (t.commit || place + 1 == p->num_staged) lorasynci_abort_one(&t, p->image);
+    }
+}
+
+LORASYNCI_FN lorasync_status lorasynci_stage_all(lorasynci_publication *p, lorasync_error *err)
+{
+    for (p->num_staged = 0; p->num_staged < p->num;) {
+        lorasync_transport t      = lorasynci_in_order(p, p->num_staged++);
+        lorasync_status    status = lorasynci_stage_one(&t, p->image, err);
+        if (status < 0) return status;
+        if (t.commit) continue;
+        p->num_new++;
+        lorasynci_list_name(p->serve_new, sizeof p->serve_new, t.name);
+    }
+    return LORASYNC_OK;
+}
+
+/* Commits on each. Stops at a failure only while that still leaves every engine on the old version. */
+LORASYNCI_FN lorasync_status lorasynci_commit_all(lorasynci_publication *p, lorasync_error *err)
+{
+    lorasync_status first = LORASYNC_OK;
+    size_t          place;
+    for (place = 0; place < p->num; place++) {
+        lorasync_transport t = lorasynci_in_order(p, place);
+        lorasync_status    status;
+        if (!t.commit) break;
+        status = lorasynci_commit_one(&t, p->image, first ? NULL : err);
+        if (status >= 0) {
+            p->num_new++;
+            lorasynci_list_name(p->serve_new, sizeof p->serve_new, t.name);
+            continue;
+        }
+        if (!first) first = status;
+        lorasynci_list_name(p->in_doubt, sizeof p->in_doubt, t.name);
+        if (!p->num_new) break;
+        lorasynci_abort_one(&t, p->image);
+    }
+    return first;
+}
+
+/* Appends who serves what to the text of a failure. */
+LORASYNCI_FN void lorasynci_tell_who(const lorasynci_publication *p, lorasync_error *err)
+{
+    unsigned long long v = (unsigned long long)p->image->version;
+    size_t             used, left;
+    char              *end;
+    if (!err) return;
+    err->text[230] = 0; /* room for the names */
+    used           = strlen(err->text);
+    end            = err->text + used;
+    left           = sizeof err->text - used;
+    if (p->num_new && p->in_doubt[0]) {
+        snprintf(end, left, "; version %llu is served by: %s; maybe still the old one by: %s; publish %llu again", v, p->serve_new,
+                 p->in_doubt, v);
+    } else if (p->num_new) {
+        snprintf(end, left, "; version %llu is already served by: %s; all others keep the old one", v, p->serve_new);
+    } else {
+        snprintf(end, left, "; version %llu was not committed anywhere else", v);
+    }
+}
+
+/* Brings the image to all transports or to none (see above). *out_num_committed: how many serve it on return. Allocates nothing. */
+LORASYNCI_FN lorasync_status lorasynci_publish(const lorasync_transport *transports, size_t num, const lorasync_image *image,
+                                               int *out_num_committed, lorasync_error *err)
+{
+    lorasynci_publication p;
+    lorasync_transport    checked;
+    lorasync_status       status;
+    size_t                i;
+    *out_num_committed = 0;
+    for (i = 0; i < num; i++) LORASYNCI_TRY(lorasynci_transport_copy(&transports[i], &checked, err));
+    memset(&p, 0, sizeof p);
+    p.transports = transports;
+    p.num        = num;
+    p.image      = image;
+    status       = lorasynci_stage_all(&p, err);
+    if (status < 0) {
+        lorasynci_abort_all(&p);
+        if (p.num_new) lorasynci_tell_who(&p, err);
+    } else {
+        status = lorasynci_commit_all(&p, err);
+        if (status < 0 && !p.num_new) lorasynci_abort_all(&p);
+        if (status < 0) lorasynci_tell_who(&p, err);
+    }
+    *out_num_committed = p.num_new;
+    return status;
+}
+
+/* -- names in a published directory, shared with the engine */
+
+#define LORASYNCI_MODEL_FILE "adapter_model.safetensors"
+#define LORASYNCI_CONFIG_FILE "adapter_config.json"
+#define LORASYNCI_MAX_DIRECTORY 3000
+
+/* The end of a path, which tells most, short enough to leave room in an error text. */
+LORASYNCI_FN const char *lorasynci_end_of(const char *path)
+{
+    size_t n = strlen(path);
+    return n > 160 ? path + n - 160 : path;
+}
+
+/* The name becomes a directory below the user's. */
+LORASYNCI_FN lorasync_status lorasynci_check_adapter_name(const char *name, lorasync_error *err)
+{
+    if (!name || !name[0]) return lorasynci_fail(err, LORASYNC_E_NAME, "adapter name is empty; a directory is named after it");
+    if (name[0] == '.' || strchr(name, '/') || strcmp(name, "latest") == 0 || strlen(name) > 200) {
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "adapter name '%.100s' cannot name a directory: no \"/\", no leading \".\", not \"latest\", at most 200 long",
+                              name);
+    }
+    return LORASYNC_OK;
+}
+
+/* "v12" <-> 12. Only the spelling that version_name writes is one. 0 is no version. */
+LORASYNCI_FN void lorasynci_version_name(char out[24], uint64_t version) { snprintf(out, 24, "v%llu", (unsigned long long)version); }
+
+LORASYNCI_FN int lorasynci_parse_version(const char *text, uint64_t *out)
+{
+    uint64_t v = 0;
+    size_t   i;
+    if (text[0] != 'v' || text[1] < '1' || text[1] > '9') return 0;
+    for (i = 1; text[i] >= '0' && text[i] <= '9'; i++) {
+        uint64_t digit = (uint64_t)(text[i] - '0');
+        if (v > (UINT64_MAX - digit) / 10) return 0;
+        v = v * 10 + digit;
+    }
+    if (text[i]) return 0;
+    *out = v;
+    return 1;
+}
+
+/* The version that <root>/<adapter>/latest points to; 0 when there is no such link. */
+LORASYNCI_FN lorasync_status lorasynci_read_latest(int adapter_fd, const char *root, const char *adapter, uint64_t *out,
+                                                   lorasync_error *err)
+{
+    char        target[64];
+    ssize_t     n      = readlinkat(adapter_fd, "latest", target, sizeof target - 1);
+    int         reason = n < 0 ? errno : 0;
+    const char *where  = lorasynci_end_of(root);
+    *out               = 0;
+    if (reason == ENOENT) return LORASYNC_OK;
+    if (reason == EINVAL) {
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s/%.60s/latest is not a symbolic link to a version; move it away", where, adapter);
+    }
+    if (n < 0) return lorasynci_fail(err, LORASYNC_E_IO, "cannot read the link %s/%.60s/latest: %s", where, adapter, strerror(reason));
+    target[n] = 0;
+    if (!lorasynci_parse_version(target, out)) {
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s/%.60s/latest points to '%s', expected v<number>; remove the link", where, adapter,
+                              target);
+    }
+    return LORASYNC_OK;
+}
+
+/* A directory's file descriptor, or -1 with errno. */
+LORASYNCI_FN int lorasynci_open_directory(int at, const char *path) { return openat(at, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC); }
+
+/* To read the names in a directory from the first; close with closedir. (libc keeps a buffer for it.) */
+LORASYNCI_FN DIR *lorasynci_list_directory(int fd)
+{
+    int  again = lorasynci_open_directory(fd, ".");
+    DIR *list  = again < 0 ? NULL : fdopendir(again);
+    if (!list && again >= 0) close(again);
+    return list;
+}
+
+/* -- files: 0 or an errno */
+
+LORASYNCI_FN int lorasynci_sync_fd(int fd)
+{
+    while (fsync(fd) != 0) {
+        if (errno != EINTR) return errno;
+    }
+    return 0;
+}
+
+LORASYNCI_FN int lorasynci_write_all(int fd, const void *bytes, size_t num_bytes)
+{
+    const char *p = (const char *)bytes;
+    while (num_bytes) {
+        size_t  step = num_bytes < ((size_t)1 << 30) ? num_bytes : (size_t)1 << 30; /* some systems refuse 2 GiB at once */
+        ssize_t n    = write(fd, p, step);
+        if (n < 0 && errno != EINTR) return errno;
+        if (n > 0) {
+            p += n;
+            num_bytes -= (size_t)n;
+        }
+    }
+    return 0;
+}
+
+/* Up to num_bytes from a file, fewer only at its end; -1 with errno. */
+LORASYNCI_FN ssize_t lorasynci_read_some(int fd, void *out, size_t num_bytes)
+{
+    size_t have = 0;
+    while (have < num_bytes) {
+        ssize_t n = read(fd, (char *)out + have, num_bytes - have);
+        if (n == 0) break;
+        if (n < 0 && errno != EINTR) return -1;
+        if (n > 0) have += (size_t)n;
+    }
+    return (ssize_t)have;
+}
+
+/* What a file shall hold: two runs of bytes, one behind the other. */
+typedef struct lorasynci_content {
+    const void *first;
+    size_t      num_first;
+    const void *second;
+    size_t      num_second;
+} lorasynci_content;
+
+LORASYNCI_FN lorasynci_content lorasynci_model_content(const lorasync_image *image)
+{
+    lorasynci_content c;
+    c.first      = image->header;
+    c.num_first  = image->header_bytes;
+    c.second     = image->payload;
+    c.num_second = image->payload_bytes;
+    return c;
+}
+
+LORASYNCI_FN lorasynci_content lorasynci_config_content(const lorasync_image *image)
+{
+    lorasynci_content c;
+    memset(&c, 0, sizeof c);
+    c.first     = image->config_json;
+    c.num_first = strlen(image->config_json);
+    return c;
+}
+
+LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_content content, int no_fsync)
+{
+    int failed, fd = openat(dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
+    if (fd < 0) return errno;
+    failed = lorasynci_write_all(fd, content.first, content.num_first);
+    if (!failed) failed = lorasynci_write_all(fd, content.second, content.num_second);
+    if (!failed && !no_fsync) failed = lorasynci_sync_fd(fd);
+    if (close(fd) != 0 && !failed && errno != EINTR) failed = errno;
+    return failed;
+}
+
+/* -- the directory transport
+
+       <path>/<adapter>/            adapter_fd
+            .stage-<pid>-v13/       being written
+            v11/ v12/               whole, and never changed again
+            latest -> v12
+            .latest-<pid>           about to be renamed to latest
+            .old-<pid>-v10.0/       being removed
+
+   Every name with a leading "." may be removed at any time once its process is gone. */
+typedef struct lorasynci_directory {
+    lorasync_allocator a;
+    char              *path;
+    int                keep_versions;
+    int                no_fsync;
+    char               chunk[16384]; /* for comparing files */
+} lorasynci_directory;
+
+LORASYNCI_FN lorasync_status lorasynci_fail_file(lorasync_error *err, const lorasynci_directory *d, const char *what, const char *adapter,
+                                                 const char *file, int reason)
+{
+    return lorasynci_fail(err, LORASYNC_E_IO, "cannot %s %s/%.60s%s%.80s: %s", what, lorasynci_end_of(d->path), adapter, *file ? "/" : "",
+                          file, strerror(reason));
+}
+
+LORASYNCI_FN void lorasynci_stage_name(char out[64], uint64_t version)
+{
+    snprintf(out, 64, ".stage-%ld-v%llu", (long)getpid(), (unsigned long long)version);
+}
+
+/* Makes a directory that may exist; a new one's name is made durable through its parent. */
+LORASYNCI_FN int lorasynci_make_directory(int at, const char *name, int no_fsync)
+{
+    int fd, parent, failed = 0;
+    int made = mkdirat(at, name, 0755) == 0;
+    if (!made && errno != EEXIST) return errno;
+    if (!made || no_fsync) return 0;
+    fd = lorasynci_open_directory(at, name);
+    if (fd < 0) return errno;
+    parent = lorasynci_open_directory(fd, "..");
+    failed = parent < 0 ? errno : lorasynci_sync_fd(parent);
+    if (parent >= 0) close(parent);
+    close(fd);
+    return failed;
+}
+
+/* Opens <path>/<adapter>, and makes both first if asked. */
+LORASYNCI_FN lorasync_status lorasynci_enter(lorasynci_directory *d, const char *adapter, int make, int *out_fd, lorasync_error *err)
+{
+    int failed = 0, root;
+    LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
+    if (make) failed = lorasynci_make_directory(AT_FDCWD, d->path, d->no_fsync);
+    if (failed) return lorasynci_fail(err, LORASYNC_E_IO, "cannot make the directory %s: %s", lorasynci_end_of(d->path), strerror(failed));
+    root = lorasynci_open_directory(AT_FDCWD, d->path);
+    if (root < 0) return lorasynci_fail(err, LORASYNC_E_IO, "cannot open the directory %s: %s", lorasynci_end_of(d->path), strerror(errno));
+    if (make) failed = lorasynci_make_directory(root, adapter, d->no_fsync);
+    *out_fd = failed ? -1 : lorasynci_open_directory(root, adapter);
+    if (!failed && *out_fd < 0) failed = errno;
+    close(root);
+    return failed ? lorasynci_fail_file(err, d, make ? "make the directory" : "open the directory", adapter, "", failed) : LORASYNC_OK;
+}
+
+/* 0 if there is something of that name, else the errno. */
+LORASYNCI_FN int lorasynci_look(int at, const char *name)
+{
+    struct stat st;
+    return fstatat(at, name, &st, AT_SYMLINK_NOFOLLOW) == 0 ? 0 : errno;
+}
+
+/* Removes a directory and the two files that this transport writes. Foreign files stay, and then the directory does. */
+LORASYNCI_FN void lorasynci_remove(int adapter_fd, const char *name)
+{
+    int fd = openat(adapter_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd >= 0) {
+        unlinkat(fd, LORASYNCI_MODEL_FILE, 0);
+        unlinkat(fd, LORASYNCI_CONFIG_FILE, 0);
+        close(fd);
+    }
+    unlinkat(adapter_fd, name, fd >= 0 ? AT_REMOVEDIR : 0);
+}
+
+/* Takes a version away: first its name, so that no reader sees half of it, then its files. 0 or an errno. */
+LORASYNCI_FN int lorasynci_retire(int adapter_fd, const char *name)
+{
+    char old[80];
+    int  i, failed = EEXIST;
+    for (i = 0; i < 100 && (failed == EEXIST || failed == ENOTEMPTY); i++) { /* a leftover with foreign files may have the name */
+        snprintf(old, sizeof old, ".old-%ld-%.30s.%d", (long)getpid(), name, i);
+        failed = renameat(adapter_fd, name, adapter_fd, old) == 0 ? 0 : errno;
+    }
+    if (!failed) lorasynci_remove(adapter_fd, old);
+    return failed;
+}
+
+/* 1 for a working name of a process that is gone, or of this one: it works on one version of an adapter at a time. */
+LORASYNCI_FN int lorasynci_is_stale(const char *name)
+{
+    static const char *const prefixes[] = {".stage-", ".old-", ".latest-"};
+    size_t                   i;
+    for (i = 0; i < LORASYNCI_COUNT(prefixes); i++) {
+        size_t n = strlen(prefixes[i]);
+        long   pid;
+        if (strncmp(name, prefixes[i], n) != 0) continue;
+        pid = strtol(name + n, NULL, 10);
+        if (pid <= 0 || pid > 0x7fffffffL) return 0;
+        return pid == (long)getpid() || (kill((pid_t)pid, 0) != 0 && errno == ESRCH);
+    }
+    return 0;
+}
+
+LORASYNCI_FN void lorasynci_remove_stale(int adapter_fd)
+{
+    DIR           *list = lorasynci_list_directory(adapter_fd);
+    struct dirent *entry;
+    if (!list) return;
+    while ((entry = readdir(list)) != NULL) {
+        if (lorasynci_is_stale(entry->d_name)) lorasynci_remove(adapter_fd, entry->d_name);
+    }
+    closedir(list);
+}
+
+/* How many versions up to `latest` there are, and the oldest. */
+LORASYNCI_FN size_t lorasynci_count_versions(int adapter_fd, uint64_t latest, uint64_t *out_oldest)
+{
+    DIR           *list = lorasynci_list_directory(adapter_fd);
+    struct dirent *entry;
+    size_t         num = 0;
+    uint64_t       v;
+    *out_oldest = latest;
+    if (!list) return 0;
+    while ((entry = readdir(list)) != NULL) {
+        if (!lorasynci_parse_version(entry->d_name, &v) || v > latest) continue;
+        num++;
+        if (v < *out_oldest) *out_oldest = v;
+    }
+    closedir(list);
+    return num;
+}
+
+/* Deletes the oldest versions beyond keep_versions. A version that cannot be deleted is left: nothing depends on it. */
+LORASYNCI_FN void lorasynci_prune(const lorasynci_directory *d, int adapter_fd, uint64_t latest)
+{
+    char     name[24];
+    uint64_t oldest;
+    while (lorasynci_count_versions(adapter_fd, latest, &oldest) > (size_t)d->keep_versions && oldest < latest) {
+        lorasynci_version_name(name, oldest);
+        if (lorasynci_retire(adapter_fd, name) != 0) return;
+    }
+}
+
+/* 1 if the bytes at fd go on like this. */
+LORASYNCI_FN int lorasynci_same_bytes(lorasynci_directory *d, int fd, const void *bytes, size_t num_bytes)
+{
+    const char *p = (const char *)bytes;
+    while (num_bytes) {
+        size_t step = num_bytes < sizeof d->chunk ? num_bytes : sizeof d->chunk;
+        if (lorasynci_read_some(fd, d->chunk, step) != (ssize_t)step || memcmp(d->chunk, p, step) != 0) return 0;
+        p += step;
+        num_bytes -= step;
+    }
+    return 1;
+}
+
+LORASYNCI_FN int lorasynci_same_file(lorasynci_directory *d, int dir_fd, const char *name, lorasynci_content content)
+{
+    int fd   = openat(dir_fd, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    int same = fd >= 0 && lorasynci_same_bytes(d, fd, content.first, content.num_first) &&
+               lorasynci_same_bytes(d, fd, content.second, content.num_second) && lorasynci_read_some(fd, d->chunk, 1) == 0;
+    if (fd >= 0) close(fd);
+    return same;
+}
+
+/* 1 if v<version> is there and holds exactly this image and config. */
+LORASYNCI_FN int lorasynci_same_version(lorasynci_directory *d, int adapter_fd, const char *version, const lorasync_image *image)
+{
+    int fd   = lorasynci_open_directory(adapter_fd, version);
+    int same = fd >= 0 && lorasynci_same_file(d, fd, LORASYNCI_MODEL_FILE, lorasynci_model_content(image)) &&
+               lorasynci_same_file(d, fd, LORASYNCI_CONFIG_FILE, lorasynci_config_content(image));
+    if (fd >= 0) close(fd);
+    return same;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_fail_newer(lorasync_error *err, const lorasynci_directory *d, const char *adapter, uint64_t latest,
+                                                  uint64_t version)
+{
+    return lorasynci_fail(err, LORASYNC_E_VERSION,
+                          "%s/%.60s/latest is version %llu, which is newer than %llu; go on with a greater version, or publish elsewhere",
+                          lorasynci_end_of(d->path), adapter, (unsigned long long)latest, (unsigned long long)version);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_fail_other(lorasync_error *err, const lorasynci_directory *d, const char *adapter,
+                                                  const char *version)
+{
+    return lorasynci_fail(err, LORASYNC_E_VERSION, "%s/%.60s/%s is published already, with other content; use a new version",
+                          lorasynci_end_of(d->path), adapter, version);
+}
+
+/* Writes both files into a new directory. 0 or an errno; *out_what names the file. */
+LORASYNCI_FN int lorasynci_write_stage(const lorasynci_directory *d, int adapter_fd, const char *stage, const lorasync_image *image,
+                                       const char **out_what)
+{
+    int failed, fd;
+    *out_what = "";
+    if (mkdirat(adapter_fd, stage, 0755) != 0) return errno;
+    fd = openat(adapter_fd, stage, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0) return errno;
+    *out_what = "/" LORASYNCI_MODEL_FILE;
+    failed    = lorasynci_write_file(fd, LORASYNCI_MODEL_FILE, lorasynci_model_content(image), d->no_fsync);
+    if (!failed) {
+        *out_what = "/" LORASYNCI_CONFIG_FILE;
+        failed    = lorasynci_write_file(fd, LORASYNCI_CONFIG_FILE, lorasynci_config_content(image), d->no_fsync);
+    }
+    if (!failed && !d->no_fsync) failed = lorasynci_sync_fd(fd);
+    close(fd);
+    return failed;
+}
+
+/* Leaves the image as a stage directory; or nothing, when an earlier try has left exactly this version. */
+LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, int adapter_fd, const lorasync_image *image, lorasync_error *err)
+{
+    char        version[24], stage[64], file[100];
+    const char *what;
+    uint64_t    latest;
+    int         failed;
+    lorasynci_version_name(version, image->version);
+    lorasynci_stage_name(stage, image->version);
+    lorasynci_remove_stale(adapter_fd);
+    LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, image->adapter, &latest, err));
+    if (latest > image->version) return lorasynci_fail_newer(err, d, image->adapter, latest, image->version);
+    if (lorasynci_same_version(d, adapter_fd, version, image)) return LORASYNC_OK;
+    if (latest == image->version) {
+        failed = lorasynci_look(adapter_fd, version);
+        if (failed && failed != ENOENT) return lorasynci_fail_file(err, d, "look at", image->adapter, version, failed);
+        if (!failed) return lorasynci_fail_other(err, d, image->adapter, version);
+    }
+    failed = lorasynci_write_stage(d, adapter_fd, stage, image, &what);
+    if (!failed) return LORASYNC_OK;
+    lorasynci_remove(adapter_fd, stage);
+    snprintf(file, sizeof file, "%s%s", stage, what);
+    return lorasynci_fail_file(err, d, "write", image->adapter, file, failed);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasync_image *image, lorasync_error *err)
+{
+    lorasynci_directory *d = (lorasynci_directory *)user;
+    lorasync_status      status;
+    int                  fd = -1;
+    if (!image->header || (!image->payload && image->payload_bytes)) {
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image has no %s; bind one first", image->header ? "payload" : "header");
+    }
+    if (!image->version) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image has no version; stamp it with one above 0");
+    if (!image->config_json || !image->config_json[0]) {
+        return lorasynci_fail(err, LORASYNC_E_CONFIG, "the image has no config_json; a PEFT directory needs an adapter_config.json");
+    }
+    LORASYNCI_TRY(lorasynci_enter(d, image->adapter, 1, &fd, err));
+    status = lorasynci_stage_at(d, fd, image, err);
+    close(fd);
+    return status;
+}
+
+/* Points `latest` to a version: a new link, renamed over the old one. 0 or an errno. */
+LORASYNCI_FN int lorasynci_swing_latest(const lorasynci_directory *d, int adapter_fd, const char *version)
+{
+    char link_name[40];
+    snprintf(link_name, sizeof link_name, ".latest-%ld", (long)getpid());
+    unlinkat(adapter_fd, link_name, 0);
+    if (symlinkat(version, adapter_fd, link_name) != 0) return errno;
+    if (renameat(adapter_fd, link_name, adapter_fd, "latest") != 0) {
+        int failed = errno;
+        unlinkat(adapter_fd, link_name, 0);
+        return failed;
+    }
+    return d->no_fsync ? 0 : lorasynci_sync_fd(adapter_fd);
+}
+
+/* Gives the stage directory its name; what an interrupted try has left there, and nobody serves, goes. 0 or an errno, ENOENT when there is
+   neither a stage directory nor an earlier try. */
+LORASYNCI_FN int lorasynci_name_version(int adapter_fd, const char *stage, const char *name)
+{
+    int failed = renameat(adapter_fd, stage, adapter_fd, name) == 0 ? 0 : errno;
+    if (failed == ENOENT) return lorasynci_look(adapter_fd, name); /* staging found it whole */
+    if (failed != EEXIST && failed != ENOTEMPTY) return failed;
+    failed = lorasynci_retire(adapter_fd, name);
+    if (!failed && renameat(adapter_fd, stage, adapter_fd, name) != 0) failed = errno;
+    return failed;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_commit_at(lorasynci_directory *d, int adapter_fd, const char *adapter, uint64_t version,
+                                                 lorasync_error *err)
+{
+    char     name[24], stage[64];
+    uint64_t latest;
+    int      failed;
+    lorasynci_version_name(name, version);
+    lorasynci_stage_name(stage, version);
+    LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, adapter, &latest, err));
+    if (latest > version) return lorasynci_fail_newer(err, d, adapter, latest, version);
+    if (latest == version && !lorasynci_look(adapter_fd, stage) && !lorasynci_look(adapter_fd, name)) {
+        return lorasynci_fail_other(err, d, adapter, name); /* another publisher was here since staging */
+    }
+    failed = lorasynci_name_version(adapter_fd, stage, name);
+    if (failed == ENOENT) {
+        return lorasynci_fail(err, LORASYNC_E_STATE, "version %llu of '%.60s' was not staged in %s", (unsigned long long)version, adapter,
+                              lorasynci_end_of(d->path));
+    }
+    if (!failed && !d->no_fsync) failed = lorasynci_sync_fd(adapter_fd);
+    if (failed) return lorasynci_fail_file(err, d, "make", adapter, name, failed);
+    if (latest != version) failed = lorasynci_swing_latest(d, adapter_fd, name);
+    if (failed) return lorasynci_fail_file(err, d, "replace", adapter, "latest", failed);
+    lorasynci_prune(d, adapter_fd, version);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_directory_commit(void *user, const char *adapter, uint64_t version, lorasync_error *err)
+{
+    lorasynci_directory *d = (lorasynci_directory *)user;
+    lorasync_status      status;
+    int                  fd = -1;
+    LORASYNCI_TRY(lorasynci_enter(d, adapter, 0, &fd, err));
+    status = lorasynci_commit_at(d, fd, adapter, version, err);
+    close(fd);
+    return status;
+}
+
+LORASYNCI_FN void lorasynci_directory_abort(void *user, const char *adapter, uint64_t version)
+{
+    char stage[64];
+    int  fd = -1;
+    if (lorasynci_enter((lorasynci_directory *)user, adapter, 0, &fd, NULL) < 0) return;
+    lorasynci_stage_name(stage, version);
+    lorasynci_remove(fd, stage);
+    close(fd);
+}
+
+LORASYNCI_FN void lorasynci_directory_close(void *user)
+{
+    lorasynci_directory *d = (lorasynci_directory *)user;
+    lorasync_allocator   a = d->a;
+    lorasynci_free(&a, d->path);
+    lorasynci_free(&a, d);
+}
+
+/* A copy of the path of a directory, or the reason why there is none. */
+LORASYNCI_FN lorasync_status lorasynci_copy_directory(const lorasync_allocator *a, const char *directory, char **out, lorasync_error *err)
+{
+    size_t n = directory ? strlen(directory) : 0;
+    if (!n) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory is %s; name that of the adapters", directory ? "empty" : "NULL");
+    if (n > LORASYNCI_MAX_DIRECTORY) {
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory is %zu bytes long, at most %d: ...%s", n, LORASYNCI_MAX_DIRECTORY,
+                              lorasynci_end_of(directory));
+    }
+    *out = lorasynci_copy_text(a, directory, n);
+    return *out ? LORASYNC_OK : lorasynci_fail_memory(err, n + 1);
+}
+
+LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_desc *desc, lorasync_transport *out, lorasync_error *err)
+{
+    lorasync_allocator   a;
+    lorasynci_directory *d;
+    char                *path;
+    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_directory_open: %s is NULL", desc ? "out" : "desc");
+    if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    if (desc->keep_versions < 0) {
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "keep_versions is %d, expected 0 or more", desc->keep_versions);
+    }
+    LORASYNCI_TRY(lorasynci_copy_directory(&a, desc->directory, &path, err));
+    d = (lorasynci_directory *)lorasynci_alloc_array(&a, 1, sizeof *d);
+    if (!d) {
+        lorasynci_free(&a, path);
+        return lorasynci_fail_memory(err, sizeof *d);
+    }
+    d->a             = a;
+    d->path          = path;
+    d->keep_versions = desc->keep_versions ? desc->keep_versions : 3;
+    d->no_fsync      = desc->no_fsync;
+    memset(out, 0, sizeof *out);
+    out->size   = sizeof *out;
+    out->name   = path;
+    out->user   = d;
+    out->stage  = lorasynci_directory_stage;
+    out->commit = lorasynci_directory_commit;
+    out->abort  = lorasynci_directory_abort;
+    out->close  = lorasynci_directory_close;
+    return LORASYNC_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------- >>engine -- */
+
+/* Opens published adapters, checks them, and serves them to threads that come and go. Relies on image, config, and the names of publish. */
+
+/* What tells one file from another without reading it. While it is mapped its inode cannot be given to a new file. */
+typedef struct lorasynci_file_id {
+    dev_t  device;
+    ino_t  inode;
+    time_t changed;
+} lorasynci_file_id;
+
+LORASYNCI_FN lorasynci_file_id lorasynci_id_of(const struct stat *st)
+{
+    lorasynci_file_id id;
+    memset(&id, 0, sizeof id);
+    id.device  = st->st_dev;
+    id.inode   = st->st_ino;
+    id.changed = st->st_ctime;
+    return id;
+}
+
+LORASYNCI_FN int lorasynci_same_id(const lorasynci_file_id *a, const lorasynci_file_id *b)
+{
+    return a->device == b->device && a->inode == b->inode && a->changed == b->changed;
+}
+
+/* An adapter read from disk: the image owns its mapping and the config's text. */
+typedef struct lorasynci_opened {
+    lorasync_image   *image;
+    lorasync_config  *config; /* NULL for a single file */
+    lorasynci_file_id id;     /* of the model file */
+} lorasynci_opened;
+
+LORASYNCI_FN void lorasynci_opened_free(lorasynci_opened *o)
+{
+    if (o->image) lorasync_image_free(o->image);
+    if (o->config) lorasync_config_free(o->config);
+    memset(o, 0, sizeof *o);
+}
+
+/* -- reading: `label` is the path for messages. A missing file is LORASYNC_E_NOT_FOUND, so that a caller can look again. */
+
+LORASYNCI_FN lorasync_status lorasynci_fail_open(lorasync_error *err, const char *what, const char *label, int reason)
+{
+    return lorasynci_fail(err, reason == ENOENT ? LORASYNC_E_NOT_FOUND : LORASYNC_E_IO, "cannot %s %s: %s", what, label, strerror(reason));
+}
+
+/* A regular file opened for reading; O_NONBLOCK so that a pipe in its place does not hang. */
+LORASYNCI_FN lorasync_status lorasynci_open_regular(int at, const char *name, const char *label, int *out_fd, struct stat *out_st,
+                                                    lorasync_error *err)
+{
+    int fd = openat(at, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return lorasynci_fail_open(err, "open", label, errno);
+    if (fstat(fd, out_st) == 0 && S_ISREG(out_st->st_mode)) {
+        *out_fd = fd;
+        return LORASYNC_OK;
+    }
+    close(fd);
+    return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s is not a regular file", label);
+}
+
+/* Maps a whole file. An empty one is NULL and 0 bytes. */
+LORASYNCI_FN lorasync_status lorasynci_map_file(int at, const char *name, const char *label, void **out, size_t *out_bytes,
+                                                lorasynci_file_id *out_id, lorasync_error *err)
+{
+    struct stat st;
+    int         fd = -1, failed = 0;
+    void       *map = NULL;
+    LORASYNCI_TRY(lorasynci_open_regular(at, name, label, &fd, &st, err));
+    if ((uintmax_t)st.st_size > (uintmax_t)SIZE_MAX) failed = EFBIG;
+    if (!failed && st.st_size > 0) {
+        map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+        if (map == MAP_FAILED) failed = errno;
+    }
+    close(fd);
+    if (failed) return lorasynci_fail_open(err, "map", label, failed);
+    *out       = map;
+    *out_bytes = (size_t)st.st_size;
+    *out_id    = lorasynci_id_of(&st);
+    return LORASYNC_OK;
+}
+
+/* Maps and checks a safetensors file. */
+LORASYNCI_FN lorasync_status lorasynci_open_model(int at, const char *name, const char *label, int no_verify, const lorasync_allocator *a,
+                                                  lorasynci_opened *out, lorasync_error *err)
+{
+    void           *map       = NULL;
+    size_t          num_bytes = 0;
+    lorasync_status status;
+    LORASYNCI_TRY(lorasynci_map_file(at, name, label, &map, &num_bytes, &out->id, err));
+    status = lorasync_image_parse(map ? map : (const void *)"", num_bytes, a, &out->image, err);
+    if (status >= 0) {
+        lorasynci_image_own_mapping(out->image, map, num_bytes);
+        if (!no_verify && out->image->has_digest) status = lorasync_image_verify(out->image, err);
+    } else if (map) {
+        munmap(map, num_bytes);
+    }
+    if (status < 0) {
+        lorasynci_prefix(err, "%s", label);
+        lorasynci_opened_free(out);
+    }
+    return status;
+}
+
+#define LORASYNCI_MAX_CONFIG ((size_t)64 << 20) /* far above any real one; bounds what a hostile file makes us allocate */
+
+/* The text of a config file, NUL-terminated. */
+LORASYNCI_FN lorasync_status lorasynci_read_config(int at, const char *label, const lorasync_allocator *a, char **out, size_t *out_bytes,
+                                                   lorasync_error *err)
+{
+    struct stat st;
+    size_t      n;
+    ssize_t     got;
+    char       *text;
+    int         fd = -1, reason;
+    LORASYNCI_TRY(lorasynci_open_regular(at, LORASYNCI_CONFIG_FILE, label, &fd, &st, err));
+    if ((uintmax_t)st.st_size > LORASYNCI_MAX_CONFIG) {
+        close(fd);
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s has %llu bytes, at most %zu are read", label, (unsigned long long)st.st_size,
+                              LORASYNCI_MAX_CONFIG);
+    }
+    n      = (size_t)st.st_size;
+    text   = (char *)lorasynci_alloc(a, n + 1);
+    got    = text ? lorasynci_read_some(fd, text, n) : 0;
+    reason = errno;
+    close(fd);
+    if (!text) return lorasynci_fail_memory(err, n + 1);
+    if (got < 0) {
+        lorasynci_free(a, text);
+        return lorasynci_fail_open(err, "read", label, reason);
+    }
+    text[got]  = 0;
+    *out       = text;
+    *out_bytes = (size_t)got;
+    return LORASYNC_OK;
+}
+
+/* Reads adapter_config.json beside an opened image and checks one against the other. The image takes the text. */
+LORASYNCI_FN lorasync_status lorasynci_open_config(int at, const char *where, const lorasync_allocator *a, lorasynci_opened *o,
+                                                   lorasync_error *err)
+{
+    char            label[400], *text = NULL;
+    size_t          num_bytes = 0;
+    lorasync_status status;
+    snprintf(label, sizeof label, "%s/" LORASYNCI_CONFIG_FILE, where);
+    LORASYNCI_TRY(lorasynci_read_config(at, label, a, &text, &num_bytes, err));
+    status = lorasync_config_parse(text, num_bytes, a, &o->config, err);
+    if (status >= 0) status = lorasync_config_check(o->config, o->image->tensors, o->image->num_tensors, err);
+    if (status < 0) {
+        lorasynci_free(a, text);
+        lorasynci_prefix(err, "%s", label);
+        return status;
+    }
+    lorasynci_image_own_config(o->image, text);
+    return LORASYNC_OK;
+}
+
+/* Both files of a PEFT directory. */
+LORASYNCI_FN lorasync_status lorasynci_open_pair(int at, const char *model, const char *where, int no_verify, const lorasync_allocator *a,
+                                                 lorasynci_opened *out, lorasync_error *err)
+{
+    char            label[400];
+    lorasync_status status;
+    snprintf(label, sizeof label, "%s/%.100s", where, model);
+    memset(out, 0, sizeof *out);
+    LORASYNCI_TRY(lorasynci_open_model(at, model, label, no_verify, a, out, err));
+    status = lorasynci_open_config(at, where, a, out, err);
+    if (status < 0) lorasynci_opened_free(out);
+    return status;
+}
+
+/* -- one adapter outside any engine */
+
+/* The model file of a directory: PEFT's name, or the only *.safetensors. */
+LORASYNCI_FN lorasync_status lorasynci_find_model(int fd, const char *where, char out[256], lorasync_error *err)
+{
+    DIR           *list;
+    struct dirent *entry;
+    size_t         num = 0;
+    strcpy(out, LORASYNCI_MODEL_FILE);
+    if (!lorasynci_look(fd, out)) return LORASYNC_OK;
+    list = lorasynci_list_directory(fd);
+    if (!list) return lorasynci_fail_open(err, "list", where, errno);
+    while ((entry = readdir(list)) != NULL) {
+        size_t n = strlen(entry->d_name);
+        if (n <= 12 || n > 255 || entry->d_name[0] == '.' || strcmp(entry->d_name + n - 12, ".safetensors") != 0) continue;
+        if (num++ == 0) memcpy(out, entry->d_name, n + 1);
+    }
+    closedir(list);
+    if (num == 1) return LORASYNC_OK;
+    if (num > 1) {
+        return lorasynci_fail(err, LORASYNC_E_NOT_FOUND,
+                              "%s has %zu .safetensors files and none is called " LORASYNCI_MODEL_FILE "; name the file", where, num);
+    }
+    if (!lorasynci_look(fd, "adapter_model.bin")) {
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "%s has only adapter_model.bin; pickled files are not read, save it again as safetensors with PEFT", where);
+    }
+    return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "%s has no " LORASYNCI_MODEL_FILE, where);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_open_peft(const char *path, const lorasync_allocator *a, lorasynci_opened *out, lorasync_error *err)
+{
+    char            model[256];
+    lorasync_status status;
+    int             fd = lorasynci_open_directory(AT_FDCWD, path);
+    if (fd < 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
+    status = lorasynci_find_model(fd, lorasynci_end_of(path), model, err);
+    if (status >= 0) status = lorasynci_open_pair(fd, model, lorasynci_end_of(path), 0, a, out, err);
+    close(fd);
+    return status;
+}
+
+LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator, lorasync_image **out_image,
+                                                   lorasync_config **out_config, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasynci_opened   opened;
+    struct stat        st;
+    if (!path || !out_image) {
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_open_adapter: %s is NULL", path ? "out_image" : "path");
+    }
+    if (!lorasynci_allocator(allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    memset(&opened, 0, sizeof opened);
+    if (stat(path, &st) != 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
+    if (S_ISDIR(st.st_mode)) LORASYNCI_TRY(lorasynci_open_peft(path, &a, &opened, err));
+    else LORASYNCI_TRY(lorasynci_open_model(AT_FDCWD, path, lorasynci_end_of(path), 0, &a, &opened, err));
+    *out_image = opened.image;
+    if (out_config) *out_config = opened.config;
+    else if (opened.config) lorasync_config_free(opened.config);
+    return LORASYNC_OK;
+}
+
+/* -- serving
+
+       engine.first -> served -> served -> NULL        grows at the head only, freed at close: any thread may walk it
+                       | current = 2
+                       | slots   [ v5 1 pin | v6 | v7 | empty ... ]
+
+   A reader:  i = current;  pins[i] += 1;  if current is still i, slot i is pinned;  else pins[i] -= 1 and again.
+   The poll:  fill an empty slot j;  current = j;  then empty every slot i != current with pins[i] == 0.
+
+   Why it is right: all of these are sequentially consistent. If the reader still sees current == i after its pin, then a poll that moves
+   current away from i does so later, and looks at pins[i] later still: it sees the pin and leaves the slot. If the poll looked at pins[i]
+   before the pin, then it had moved current before, and the reader sees that and takes its pin back without having touched the slot. If
+   slot i was emptied, filled again and made current in between, the reader pins that newer version, whole: it was filled before it became
+   current. */
+#define LORASYNCI_SLOTS 8
+
+typedef struct lorasynci_slot {
+    lorasync_adapter seen; /* what readers get; first, so that its address is the slot's */
+    int              pins; /* atomic */
+    lorasynci_opened held; /* image NULL: empty. The poll's alone */
+} lorasynci_slot;
+
+typedef struct lorasynci_served {
+    struct lorasynci_served *next;
+    char                    *name;
+    int                      current; /* slot; -1 while nothing is served. Atomic, written by the poll alone */
+    lorasynci_slot           slots[LORASYNCI_SLOTS];
+} lorasynci_served;
+
+struct lorasync_engine {
+    lorasync_allocator a;
+    char              *directory;
+    char              *adapter; /* or NULL: all */
+    int                no_verify;
+    lorasynci_served  *first; /* atomic */
+};
+
+LORASYNCI_FN lorasynci_served *lorasynci_find_served(lorasync_engine *e, const char *name)
+{
+    lorasynci_served *s = __atomic_load_n(&e->first, __ATOMIC_SEQ_CST);
+    while (s && strcmp(s->name, name) != 0) s = s->next;
+    return s;
+}
+
+LORASYNCI_FN void lorasynci_served_free(lorasync_engine *e, lorasynci_served *s)
+{
+    size_t i;
+    for (i = 0; i < LORASYNCI_SLOTS; i++) lorasynci_opened_free(&s->slots[i].held);
+    lorasynci_free(&e->a, s->name);
+    lorasynci_free(&e->a, s);
+}
+
+/* The adapter of that name; a new one serves nothing yet. NULL when there is no memory. */
+LORASYNCI_FN lorasynci_served *lorasynci_enter_served(lorasync_engine *e, const char *name)
+{
+    lorasynci_served *s = lorasynci_find_served(e, name);
+    if (s) return s;
+    s = (lorasynci_served *)lorasynci_alloc_array(&e->a, 1, sizeof *s);
+    if (!s) return NULL;
+    s->name    = lorasynci_copy_text(&e->a, name, strlen(name));
+    s->current = -1;
+    s->next    = e->first;
+    if (!s->name) {
+        lorasynci_served_free(e, s);
+        return NULL;
+    }
+    __atomic_store_n(&e->first, s, __ATOMIC_SEQ_CST);
+    return s;
+}
+
+/* Empties the slots that nobody can see any more and returns an empty one, or NULL. */
+LORASYNCI_FN lorasynci_slot *lorasynci_empty_slot(lorasynci_served *s)
+{
+    lorasynci_slot *empty   = NULL;
+    int             current = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST), i;
+    for (i = 0; i < LORASYNCI_SLOTS; i++) {
+        lorasynci_slot *slot = &s->slots[i];
+        if (i == current) continue;
+        if (slot->held.image && __atomic_load_n(&slot->pins, __ATOMIC_SEQ_CST) == 0) lorasynci_opened_free(&slot->held);
+        if (!slot->held.image) empty = slot;
+    }
+    return empty;
+}
+
+/* Makes an opened version the served one. */
+LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_slot *slot, uint64_t version, const lorasynci_opened *opened)
+{
+    slot->held         = *opened;
+    slot->seen.name    = s->name;
+    slot->seen.version = version;
+    slot->seen.image   = opened->image;
+    slot->seen.config  = opened->config;
+    __atomic_store_n(&s->current, (int)(slot - s->slots), __ATOMIC_SEQ_CST);
+    lorasynci_empty_slot(s);
+}
+
+/* -- polling. In these, LORASYNC_E_NOT_FOUND means that a name has just gone: look again. */
+
+/* What the metadata says, if it says anything, must be what the directory says. */
+LORASYNCI_FN lorasync_status lorasynci_check_names(const lorasync_image *image, const char *where, const char *adapter, uint64_t version,
+                                                   lorasync_error *err)
+{
+    if (image->adapter[0] && strcmp(image->adapter, adapter) != 0) {
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s: the metadata names adapter '%.60s', expected '%.60s' as its directory", where,
+                              image->adapter, adapter);
+    }
+    if (image->version && image->version != version) {
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s: the metadata says version %llu, expected %llu as its directory", where,
+                              (unsigned long long)image->version, (unsigned long long)version);
+    }
+    return LORASYNC_OK;
+}
+
+/* Opens and checks <directory>/<adapter>/v<version>. */
+LORASYNCI_FN lorasync_status lorasynci_open_version(lorasync_engine *e, int adapter_fd, const char *adapter, uint64_t version,
+                                                    lorasynci_opened *out, lorasync_error *err)
+{
+    char            name[24], where[260];
+    lorasync_status status;
+    int             fd;
+    lorasynci_version_name(name, version);
+    snprintf(where, sizeof where, "%s/%.60s/%s", lorasynci_end_of(e->directory), adapter, name);
+    fd = lorasynci_open_directory(adapter_fd, name);
+    if (fd < 0) return lorasynci_fail_open(err, "open", where, errno);
+    status = lorasynci_open_pair(fd, LORASYNCI_MODEL_FILE, where, e->no_verify, &e->a, out, err);
+    close(fd);
+    if (status < 0) return status;
+    status = lorasynci_check_names(out->image, where, adapter, version, err);
+    if (status < 0) lorasynci_opened_free(out);
+    return status;
+}
+
+LORASYNCI_FN int lorasynci_same_content(const lorasync_image *a, const lorasync_image *b)
+{
+    return a->header_bytes == b->header_bytes && memcmp(a->header, b->header, a->header_bytes) == 0 &&
+           a->payload_bytes == b->payload_bytes &&
+           (!a->payload_bytes || memcmp(a->payload, b->payload, a->payload_bytes) == 0) && strcmp(a->config_json, b->config_json) == 0;
+}
+
+/* The served version is also the published one: is it still the same? Reads the file only if it is another one than before. */
+LORASYNCI_FN lorasync_status lorasynci_check_again(lorasync_engine *e, int adapter_fd, lorasynci_served *s, lorasynci_slot *slot,
+                                                   lorasync_error *err)
+{
+    char              model[60];
+    struct stat       st;
+    lorasynci_file_id id;
+    lorasynci_opened  opened;
+    lorasync_status   status;
+    uint64_t          version = slot->seen.version;
+    snprintf(model, sizeof model, "v%llu/" LORASYNCI_MODEL_FILE, (unsigned long long)version);
+    if (fstatat(adapter_fd, model, &st, 0) != 0) return LORASYNC_NOTHING_NEW;
+    id = lorasynci_id_of(&st);
+    if (lorasynci_same_id(&id, &slot->held.id)) return LORASYNC_NOTHING_NEW;
+    status = lorasynci_open_version(e, adapter_fd, s->name, version, &opened, err);
+    if (status < 0) return status == LORASYNC_E_NOT_FOUND ? LORASYNC_NOTHING_NEW : status;
+    if (lorasynci_same_content(opened.image, slot->held.image)) {
+        slot->held.id = opened.id;
+        status        = LORASYNC_NOTHING_NEW;
+    } else {
+        status = lorasynci_fail(err, LORASYNC_E_VERSION,
+                                "%s/%.60s/v%llu was published a second time with other content; the first is served, publish a new version",
+                                lorasynci_end_of(e->directory), s->name, (unsigned long long)version);
+    }
+    lorasynci_opened_free(&opened);
+    return status;
+}
+
+/* One look at the adapter whose `latest` says `version`. */
+LORASYNCI_FN lorasync_status lorasynci_poll_version(lorasync_engine *e, int adapter_fd, const char *adapter, uint64_t version,
+                                                    lorasync_error *err)
+{
+    lorasynci_served *s = lorasynci_enter_served(e, adapter);
+    lorasynci_slot   *slot;
+    lorasynci_opened  opened;
+    if (!s) return lorasynci_fail_memory(err, sizeof *s);
+    slot = lorasynci_empty_slot(s);
+    if (s->current >= 0) {
+        lorasynci_slot *now = &s->slots[s->current];
+        if (version < now->seen.version) return LORASYNC_NOTHING_NEW;
+        if (version == now->seen.version) return lorasynci_check_again(e, adapter_fd, s, now, err);
+    }
+    if (!slot) {
+        return lorasynci_fail(err, LORASYNC_E_BUSY,
+                              "adapter '%.60s': version %llu is there, but %d versions are held by readers and the engine; release some",
+                              adapter, (unsigned long long)version, LORASYNCI_SLOTS);
+    }
+    LORASYNCI_TRY(lorasynci_open_version(e, adapter_fd, adapter, version, &opened, err));
+    lorasynci_serve(s, slot, version, &opened);
+    return LORASYNC_OK;
+}
+
+/* Follows `latest` of one adapter. A version that goes away between looking and opening is followed as long as `latest` moves on. */
+LORASYNCI_FN lorasync_status lorasynci_poll_link(lorasync_engine *e, int adapter_fd, const char *adapter, lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_NOTHING_NEW;
+    uint64_t        version, tried = 0;
+    int             turns;
+    for (turns = 0; turns < 16; turns++) {
+        LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, e->directory, adapter, &version, err));
+        if (!version) return LORASYNC_NOTHING_NEW;
+        if (version == tried) break;
+        status = lorasynci_poll_version(e, adapter_fd, adapter, version, err);
+        if (status != LORASYNC_E_NOT_FOUND) return status;
+        tried = version;
+    }
+    if (err) err->status = LORASYNC_E_IO;
+    return LORASYNC_E_IO;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, int root_fd, const char *adapter, lorasync_error *err)
+{
+    lorasync_error  why; /* the caller's stays untouched when a second look succeeds */
+    lorasync_status status;
+    int             fd = lorasynci_open_directory(root_fd, adapter);
+    if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) return LORASYNC_NOTHING_NEW;
+    if (fd < 0) {
+        return lorasynci_fail(err, LORASYNC_E_IO, "cannot open %s/%.60s: %s", lorasynci_end_of(e->directory), adapter, strerror(errno));
+    }
+    status = lorasynci_poll_link(e, fd, adapter, &why);
+    close(fd);
+    if (status < 0 && err) *err = why;
+    return status;
+}
+
+/* Every adapter of the directory. One that fails does not hold up the others; the first failure is returned. */
+LORASYNCI_FN lorasync_status lorasynci_poll_all(lorasync_engine *e, int root_fd, lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_NOTHING_NEW;
+    DIR            *list   = lorasynci_list_directory(root_fd);
+    struct dirent  *entry;
+    if (!list) return lorasynci_fail(err, LORASYNC_E_IO, "cannot list %s: %s", lorasynci_end_of(e->directory), strerror(errno));
+    while ((entry = readdir(list)) != NULL) {
+        lorasync_status one;
+        if (entry->d_name[0] == '.') continue;
+        if (strcmp(entry->d_name, "latest") == 0) {
+            one = lorasynci_fail(status < 0 ? NULL : err, LORASYNC_E_ARGUMENT,
+                                 "%s holds versions, not adapters; open the engine on the directory above it",
+                                 lorasynci_end_of(e->directory));
+        } else {
+            one = lorasynci_poll_adapter(e, root_fd, entry->d_name, status < 0 ? NULL : err);
+        }
+        if (status >= 0 && one != LORASYNC_NOTHING_NEW) status = one;
+    }
+    closedir(list);
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
+{
+    lorasync_status status;
+    const char     *where = lorasynci_end_of(e->directory);
+    int             fd    = lorasynci_open_directory(AT_FDCWD, e->directory);
+    if (fd < 0 && errno == ENOENT) return LORASYNC_NOTHING_NEW;
+    if (fd < 0) return lorasynci_fail(err, LORASYNC_E_IO, "cannot open the directory %s: %s", where, strerror(errno));
+    status = e->adapter ? lorasynci_poll_adapter(e, fd, e->adapter, err) : lorasynci_poll_all(e, fd, err);
+    close(fd);
+    return status;
+}
+
+LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err)
+{
+    uint64_t deadline, now, rest_ns = 50000; /* between looks; doubles up to 5 ms */
+    if (!engine) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_engine_poll: engine is NULL");
+    deadline = lorasynci_deadline_ns(timeout_ms);
+    for (;;) {
+        struct timespec t;
+        lorasync_status status = lorasynci_poll_once(engine, err);
+        if (status != LORASYNC_NOTHING_NEW) return status;
+        now = lorasynci_now_ns();
+        if (now >= deadline) return LORASYNC_NOTHING_NEW;
+        if (rest_ns > deadline - now) rest_ns = deadline - now;
+        t.tv_sec  = 0;
+        t.tv_nsec = (long)rest_ns;
+        nanosleep(&t, NULL);
+        rest_ns = rest_ns < 2500000 ? rest_ns * 2 : 5000000;
+    }
+}
+
+/* -- readers */
+
+LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, const char *adapter)
+{
+    lorasynci_served *s = engine && adapter ? lorasynci_find_served(engine, adapter) : NULL;
+    int               i;
+    if (!s) return NULL;
+    while ((i = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST)) >= 0) {
+        lorasynci_slot *slot = &s->slots[i];
+        __atomic_fetch_add(&slot->pins, 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&s->current, __ATOMIC_SEQ_CST) == i) return &slot->seen;
+        __atomic_fetch_sub(&slot->pins, 1, __ATOMIC_SEQ_CST);
+    }
+    return NULL;
+}
+
+LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapter, const char *key)
+{
+    return adapter && key ? lorasync_image_find(adapter->image, key) : NULL;
+}
+
+LORASYNC_API void lorasync_release(const lorasync_adapter *adapter)
+{
+    lorasynci_slot *slot = (lorasynci_slot *)(uintptr_t)adapter; /* the pin count is the engine's, though the reader's view is const */
+    if (slot) __atomic_fetch_sub(&slot->pins, 1, __ATOMIC_SEQ_CST);
+}
+
+/* -- opening and closing */
+
+LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lorasync_engine_desc *desc, lorasync_error *err)
+{
+    e->no_verify = desc->no_verify;
+    LORASYNCI_TRY(lorasynci_copy_directory(&e->a, desc->directory, &e->directory, err));
+    if (!desc->adapter) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_check_adapter_name(desc->adapter, err));
+    e->adapter = lorasynci_copy_text(&e->a, desc->adapter, strlen(desc->adapter));
+    return e->adapter ? LORASYNC_OK : lorasynci_fail_memory(err, strlen(desc->adapter) + 1);
+}
+
+LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasync_engine   *e;
+    lorasync_status    status;
+    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_engine_open: %s is NULL", desc ? "out" : "desc");
+    if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    e = (lorasync_engine *)lorasynci_alloc_array(&a, 1, sizeof *e);
+    if (!e) return lorasynci_fail_memory(err, sizeof *e);
+    e->a   = a;
+    status = lorasynci_engine_fill(e, desc, err);
+    if (status < 0) lorasync_engine_close(e);
+    else *out = e;
+    return status;
+}
+
+LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
+{
+    lorasync_allocator a;
+    if (!engine) return;
+    a = engine->a;
+    while (engine->first) {
+        lorasynci_served *s = engine->first;
+        engine->first       = s->next;
+        lorasynci_served_free(engine, s);
+    }
+    lorasynci_free(&a, engine->directory);
+    lorasynci_free(&a, engine->adapter);
+    lorasynci_free(&a, engine);
+}
+
+/* ------------------------------------------------------------------------------------------------------ >>session -- */
+
+/* The easy path: names decide what is taken, a gather plan moves it, the publisher hands it on. */
+
+/* One piece that was added and may be taken. Its name is the canonical key; the texts lie in `texts` and are offsets until compile. */
+typedef struct lorasynci_added {
+    lorasync_piece piece;
+    lorasync_role  role;
+    uint64_t       raw, key, module, adapter;
+} lorasynci_added;
+
+struct lorasync_session {
+    lorasync_allocator     a;
+    lorasync_comm          comm;
+    lorasync_desc          desc;   /* adapter, config_json and base_model replaced by the copies below */
+    char                  *adapter, *config_json, *base_model;
+    lorasync_config       *config; /* parsed config_json, or NULL */
+    lorasynci_buffer       texts;
+    lorasynci_buffer       added;   /* lorasynci_added; after compile only those taken */
+    lorasynci_buffer       modules; /* uint64_t offsets of names of linear base modules, for "all-linear" */
+    lorasynci_buffer       transports;
+    size_t                 num_added, num_dropped;
+    char                   dropped_example[128];
+    lorasync_error         add_error; /* the first of them */
+    void                  *votes;
+    lorasync_plan         *plan;
+    lorasync_status        lost; /* with which the communicator went before there was a plan, or 0 */
+    char                  *published_config;
+    uint64_t               version;      /* asked for by the last begin */
+    uint64_t               last_version; /* published */
+    uint64_t               begin_ns;
+};
+
+LORASYNCI_FN const lorasync_transport *lorasynci_transports(const lorasync_session *s) { return (const lorasync_transport *)(const void *)s->transports.data; }
+
+LORASYNCI_FN size_t lorasynci_num_transports(const lorasync_session *s) { return s->transports.size / sizeof(lorasync_transport); }
+
+LORASYNCI_FN lorasynci_added *lorasynci_added_at(const lorasync_session *s, size_t i) { return (lorasynci_added *)(void *)s->added.data + i; }
+
+LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s) { return s->added.size / sizeof(lorasynci_added); }
+
+LORASYNC_API void lorasync_close(lorasync_session *session)
+{
+    lorasync_allocator a;
+    size_t             i;
+    if (!session) return;
+    a = session->a;
+    for (i = 0; i < lorasynci_num_transports(session); i++) {
+        const lorasync_transport *t = &lorasynci_transports(session)[i];
+        if (t->close) t->close(t->user);
+    }
+    lorasync_plan_free(session->plan);
+    lorasync_config_free(session->config);
+    lorasynci_buffer_free(&session->texts);
+    lorasynci_buffer_free(&session->added);
+    lorasynci_buffer_free(&session->modules);
+    lorasynci_buffer_free(&session->transports);
+    lorasynci_free(&a, session->adapter), lorasynci_free(&a, session->config_json), lorasynci_free(&a, session->base_model);
+    lorasynci_free(&a, session->votes), lorasynci_free(&a, session->published_config);
+    lorasynci_free(&a, session);
+}
+
+/* Copies what the desc points to. */
+LORASYNCI_FN lorasync_status lorasynci_session_copy(lorasync_session *s, lorasync_error *err)
+{
+    const char *adapter = s->desc.adapter ? s->desc.adapter : "default", *config = s->desc.config_json, *base = s->desc.base_model;
+    s->adapter          = lorasynci_copy_text(&s->a, adapter, strlen(adapter));
+    if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
+    if (base) s->base_model = lorasynci_copy_text(&s->a, base, strlen(base));
+    s->votes            = lorasynci_alloc(&s->a, lorasynci_vote_scratch(s->comm.world));
+    s->desc.adapter     = s->adapter;
+    s->desc.config_json = s->config_json;
+    s->desc.base_model  = s->base_model;
+    s->desc.comm        = &s->comm;
+    s->desc.allocator   = &s->a;
+    if (!s->adapter || !s->votes || (config && !s->config_json) || (base && !s->base_model)) return lorasynci_fail_memory(err, sizeof *s);
+    if (config) return lorasync_config_parse(config, strlen(config), &s->a, &s->config, err);
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_session **out, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasync_session  *s;
+    lorasync_status    status;
+    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_open: desc or out is NULL");
+    *out = NULL;
+    if (!lorasynci_comm_ok(desc->comm)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
+    if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    s = (lorasync_session *)lorasynci_alloc_array(&a, 1, sizeof *s);
+    if (!s) return lorasynci_fail_memory(err, sizeof *s);
+    s->a    = a;
+    s->desc = *desc;
+    s->comm = desc->comm ? *desc->comm : lorasync_solo();
+    lorasynci_buffer_init(&s->texts, &s->a);
+    lorasynci_buffer_init(&s->added, &s->a);
+    lorasynci_buffer_init(&s->modules, &s->a);
+    lorasynci_buffer_init(&s->transports, &s->a);
+    status = lorasynci_session_copy(s, err);
+    if (status == LORASYNC_OK && !s->config && !(desc->lora_alpha >= 0 && desc->lora_alpha < 1e30))
+        status = lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lora_alpha is %g; give the value the trainer uses", desc->lora_alpha);
+    if (status < 0) {
+        lorasync_close(s);
+        return status;
+    }
+    *out = s;
+    return LORASYNC_OK;
+}
+
+/* -- adding */
+
+LORASYNCI_FN uint64_t lorasynci_keep_text(lorasync_session *s, const char *text)
+{
+    uint64_t at = s->texts.size;
+    lorasynci_put(&s->texts, text, strlen(text) + 1);
+    return at;
+}
+
+LORASYNCI_FN int lorasynci_wants_base(const lorasync_session *s) { return s->desc.filter && s->desc.filter->base; }
+
+/* A base parameter that is not asked for: counted, and its module noted where it may be a linear one. */
+LORASYNCI_FN void lorasynci_drop(lorasync_session *s, const lorasync_piece *p, const lorasync_name *name)
+{
+    s->num_dropped++;
+    if (!s->dropped_example[0]) snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", p->name);
+    if (name->role == LORASYNC_ROLE_BASE && p->ndim == 2 && s->desc.filter && s->desc.filter->target_pattern) {
+        size_t n = strlen(p->name);
+        if (n > 7 && strcmp(p->name + n - 7, ".weight") == 0) {
+            uint64_t at = lorasynci_keep_text(s, name->module);
+            lorasynci_put(&s->modules, &at, sizeof at);
+        }
+    }
+}
+
+LORASYNCI_FN lorasync_status lorasynci_add_piece(lorasync_session *s, const lorasync_piece *piece, lorasync_error *err)
+{
+    lorasynci_added add;
+    lorasync_name   name;
+    if (!piece) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_add: piece is NULL");
+    if (s->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_add after lorasync_compile: open a new session for another set of parameters");
+    if (!piece->name) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a piece has no name");
+    LORASYNCI_TRY(lorasync_parse_name(piece->name, &name, err));
+    s->num_added++;
+    if (name.role == LORASYNC_ROLE_BASE && !lorasynci_wants_base(s)) {
+        lorasynci_drop(s, piece, &name);
+    } else {
+        LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
+        memset(&add, 0, sizeof add);
+        add.piece      = *piece;
+        add.piece.name = NULL;
+        add.role       = name.role;
+        add.raw        = lorasynci_keep_text(s, piece->name);
+        add.key        = lorasynci_keep_text(s, name.key);
+        add.module     = lorasynci_keep_text(s, name.module);
+        add.adapter    = lorasynci_keep_text(s, name.adapter);
+        lorasynci_put(&s->added, &add, sizeof add);
+    }
+    return s->texts.failed || s->added.failed || s->modules.failed ? lorasynci_fail_memory(err, s->texts.size) : LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err)
+{
+    lorasync_error why;
+    if (!err) err = &why;
+    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
+    if (lorasynci_add_piece(session, piece, err) == LORASYNC_OK) return LORASYNC_OK;
+    if (session->add_error.status == LORASYNC_OK) session->add_error = *err;
+    return err->status;
+}
+
+LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err)
+{
+    lorasync_transport t;
+    if (!session || !transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: session or transport is NULL");
+    if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_attach after lorasync_compile: attach every engine before");
+    memset(&t, 0, sizeof t);
+    if (transport->size < offsetof(lorasync_transport, stage) + sizeof transport->stage || !transport->stage)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the transport needs size (sizeof(lorasync_transport)) and stage");
+    memcpy(&t, transport, transport->size < sizeof t ? transport->size : sizeof t);
+    lorasynci_put(&session->transports, &t, sizeof t);
+    return session->transports.failed ? lorasynci_fail_memory(err, sizeof t) : LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session, const char *directory, lorasync_error *err)
+{
+    lorasync_directory_desc d;
+    lorasync_transport      t;
+    lorasync_status         status;
+    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
+    memset(&d, 0, sizeof d);
+    d.directory = directory;
+    d.allocator = &session->a;
+    LORASYNCI_TRY(lorasync_directory_open(&d, &t, err));
+    status = lorasync_attach(session, &t, err);
+    if (status < 0) t.close(t.user);
+    return status;
+}
+
+/* -- compiling */
+
+LORASYNCI_FN int lorasynci_is_table_name(const char *module)
+{
+    static const char *const tables[] = {"embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "embeddings", "embed_positions"};
+    const char              *dot = strrchr(module, '.'), *last = dot ? dot + 1 : module;
+    size_t                   i;
+    for (i = 0; i < LORASYNCI_COUNT(tables); i++)
+        if (strcmp(last, tables[i]) == 0) return 1;
+    return 0;
+}
+
+/* The matcher, with the model's modules for "all-linear": base modules seen, and modules that carry a linear LoRA pair. */
+LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lorasync_matcher **out, lorasync_error *err)
+{
+    lorasync_filter              everything;
+    size_t                       num_base = s->modules.size / sizeof(uint64_t), num_lora = lorasynci_num_taken(s), i, n = 0;
+    lorasync_module             *modules = (lorasync_module *)lorasynci_alloc_array(&s->a, num_base + num_lora, sizeof *modules);
+    lorasync_status              status;
+    if (!modules) return lorasynci_fail_memory(err, (num_base + num_lora) * sizeof *modules);
+    memset(&everything, 0, sizeof everything);
+    for (i = 0; i < num_base; i++) {
+        modules[n].name      = s->texts.data + ((const uint64_t *)(const void *)s->modules.data)[i];
+        modules[n].is_linear = !lorasynci_is_table_name(modules[n].name);
+        n++;
+    }
+    for (i = 0; i < num_lora; i++) {
+        const lorasynci_added *add = lorasynci_added_at(s, i);
+        if (add->role != LORASYNC_ROLE_LORA_A && add->role != LORASYNC_ROLE_LORA_B) continue;
+        modules[n].name        = s->texts.data + add->module;
+        modules[n++].is_linear = 1;
+    }
+    status = lorasync_matcher_create(s->desc.filter ? s->desc.filter : &everything, modules, n, &s->a, out, err);
+    lorasynci_free(&s->a, modules);
+    return status;
+}
+
+/* Keeps the pieces that the filter takes, in place. */
+LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, lorasync_error *err)
+{
+    lorasync_matcher *matcher;
+    lorasync_name     name;
+    size_t            i, kept = 0, num = lorasynci_num_taken(s);
+    LORASYNCI_TRY(lorasynci_session_matcher(s, &matcher, err));
+    for (i = 0; i < num; i++) {
+        lorasynci_added add = *lorasynci_added_at(s, i);
+        name.role           = add.role;
+        snprintf(name.key, sizeof name.key, "%s", s->texts.data + add.key);
+        snprintf(name.module, sizeof name.module, "%s", s->texts.data + add.module);
+        snprintf(name.adapter, sizeof name.adapter, "%s", s->texts.data + add.adapter);
+        add.piece.name = s->texts.data + add.key; /* texts no longer grow */
+        if (lorasync_matcher_takes(matcher, &name, s->adapter)) {
+            *lorasynci_added_at(s, kept++) = add;
+        } else {
+            s->num_dropped++;
+            if (!s->dropped_example[0]) snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", s->texts.data + add.raw);
+        }
+    }
+    s->added.size = kept * sizeof(lorasynci_added);
+    lorasync_matcher_free(matcher);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN const char *lorasynci_added_key(const void *user, size_t i) { return lorasynci_added_at((const lorasync_session *)user, i)->piece.name; }
+
+/* Two parameters of this rank with one key: a wrapper that hides a difference. Pieces of one parameter have one raw name. */
+LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, lorasync_error *err)
+{
+    lorasynci_table table;
+    lorasync_status status = LORASYNC_OK;
+    size_t          i, first, num = lorasynci_num_taken(s);
+    if (!lorasynci_table_init(&table, &s->a, num)) return lorasynci_fail_memory(err, num * 8);
+    for (i = 0; i < num && status == LORASYNC_OK; i++) {
+        const char *raw = s->texts.data + lorasynci_added_at(s, i)->raw;
+        first           = lorasynci_table_enter(&table, lorasynci_added_at(s, i)->piece.name, i, lorasynci_added_key, s);
+        if (strcmp(s->texts.data + lorasynci_added_at(s, first)->raw, raw) != 0)
+            status = lorasynci_fail(err, LORASYNC_E_NAME, "%.150s and %.150s are both %.150s in a PEFT file; leave one out with filter.exclude_modules",
+                                    s->texts.data + lorasynci_added_at(s, first)->raw, raw, lorasynci_added_at(s, i)->piece.name);
+    }
+    lorasynci_table_free(&table);
+    return status;
+}
+
+/* The factor that fold_scale multiplies into one piece: on lora_B (and its bias, which PEFT scales with it) alpha / r, else 1. */
+LORASYNCI_FN lorasync_status lorasynci_fold(const lorasync_session *s, const lorasynci_added *add, double *scale, lorasync_error *err)
+{
+    int64_t r = add->piece.ndim >= 2 ? add->piece.shape[1] : 0;
+    if (add->role != LORASYNC_ROLE_LORA_B && add->role != LORASYNC_ROLE_EMBEDDING_B && add->role != LORASYNC_ROLE_LORA_B_BIAS) return LORASYNC_OK;
+    if (s->config) *scale = lorasync_config_scale(s->config, s->texts.data + add->module);
+    else if (r > 0) *scale = s->desc.lora_alpha / (double)r;
+    else return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: fold_scale needs config_json to know the rank of this module", add->piece.name);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN uint64_t lorasynci_hash_text(const char *text, uint64_t seed) { return text ? lorasynci_hash(text, strlen(text), seed) : seed; }
+
+/* What must be equal on all ranks, beside what the plan compares itself. */
+LORASYNCI_FN uint64_t lorasynci_session_tag(const lorasync_session *s)
+{
+    uint64_t v[6];
+    v[0] = (uint64_t)s->desc.fold_scale;
+    v[1] = lorasynci_hash_text(s->desc.config_json, 1);
+    v[2] = lorasynci_hash_text(s->desc.base_model, 2);
+    v[3] = lorasynci_hash_text(s->adapter, 3);
+    v[4] = lorasynci_hash(&s->desc.lora_alpha, sizeof s->desc.lora_alpha, 4);
+    v[5] = (uint64_t)s->desc.root;
+    return lorasynci_hash(v, sizeof v, 5);
+}
+
+/* The pieces as a list for a plan: in the buffer they are part of larger records. NULL after a failure. */
+LORASYNCI_FN lorasync_piece *lorasynci_session_pieces(const lorasync_session *s, lorasync_error *err)
+{
+    size_t          i, num = lorasynci_num_taken(s);
+    lorasync_piece *pieces = (lorasync_piece *)lorasynci_alloc_array(&s->a, num, sizeof *pieces);
+    if (!pieces) lorasynci_fail_memory(err, num * sizeof *pieces);
+    for (i = 0; pieces && i < num; i++) {
+        double scale = 1;
+        pieces[i]    = lorasynci_added_at(s, i)->piece;
+        if (!s->desc.fold_scale) continue;
+        if (lorasynci_fold(s, lorasynci_added_at(s, i), &scale, err) < 0) {
+            lorasynci_free(&s->a, pieces);
+            return NULL;
+        }
+        pieces[i].scale = (pieces[i].scale == 0 ? 1 : pieces[i].scale) * scale;
+    }
+    return pieces;
+}
+
+/* This rank's part of compiling; what fails here is put to the vote. */
+LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lorasync_error *err)
+{
+    if (s->add_error.status < 0) {
+        *err = s->add_error;
+        return err->status;
+    }
+    if (!s->config && s->desc.lora_alpha == 0)
+        return lorasynci_fail(err, LORASYNC_E_CONFIG, "no alpha: set desc.lora_alpha, or desc.config_json to the trainer's adapter_config.json (an engine would assume 8)");
+    LORASYNCI_TRY(lorasynci_session_filter(s, err));
+    return lorasynci_session_collisions(s, err);
+}
+
+/* A verdict of all ranks in the session's own words, with the communicator given up where it is lost. */
+LORASYNCI_FN lorasync_status lorasynci_session_agree(lorasync_session *s, const lorasync_error *mine, uint64_t tag, const char *tag_name, lorasync_error *err)
+{
+    int             timeout_ms = s->desc.timeout_ms > 0 ? s->desc.timeout_ms : 60000;
+    lorasync_status status     = lorasynci_agree(&s->comm, s->votes, timeout_ms, mine->status, mine, tag, tag_name, NULL, err);
+    if (!lorasync_is_lost(status)) return status;
+    if (s->plan) return lorasynci_plan_lose(s->plan, status, err);
+    lorasynci_comm_abort(&s->comm, err->text);
+    s->lost = status;
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasync_piece *pieces, lorasync_error *err)
+{
+    lorasync_plan_desc d;
+    lorasync_status    status;
+    memset(&d, 0, sizeof d);
+    d.comm         = &s->comm;
+    d.kind         = LORASYNC_GATHER;
+    d.root         = s->desc.root;
+    d.wire_dtype   = s->desc.wire_dtype;
+    d.have         = pieces;
+    d.num_have     = lorasynci_num_taken(s);
+    d.adapter      = s->adapter;
+    d.bucket_bytes = s->desc.bucket_bytes;
+    d.allow_nan    = s->desc.allow_nan;
+    d.no_direct    = s->desc.no_direct;
+    d.timeout_ms   = s->desc.timeout_ms;
+    d.allocator    = &s->a;
+    status         = lorasync_plan_create(&d, &s->plan, err);
+    if (status == LORASYNC_E_EMPTY)
+        return lorasynci_fail(err, status,
+                              "no LoRA parameter of adapter \"%.100s\" on any rank; of %zu declared here %zu were dropped%s%s. "
+                              "Check desc.adapter, the filter, and that LoRA modules are passed to lorasync_add",
+                              s->adapter, s->num_added, s->num_dropped, s->dropped_example[0] ? ", the first: " : "", s->dropped_example);
+    return status;
+}
+
+/* On the root: pairs and ranks are checked and the config is made, against the tensors that were found. With base weights there is no adapter to describe. */
+LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, lorasync_error *err)
+{
+    lorasync_config_write_desc w;
+    if (!s->plan->has_image || lorasynci_wants_base(s)) return LORASYNC_OK;
+    memset(&w, 0, sizeof w);
+    w.config     = s->config;
+    w.lora_alpha = s->desc.lora_alpha;
+    w.base_model = s->base_model;
+    w.fold_scale = s->desc.fold_scale;
+    LORASYNCI_TRY(lorasync_config_write(&w, s->plan->image->tensors, s->plan->image->num_tensors, &s->a, &s->published_config, err));
+    s->plan->image->config_json = s->published_config;
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err)
+{
+    lorasync_error  mine, why;
+    lorasync_piece *pieces = NULL;
+    lorasync_status status;
+    if (!err) err = &why;
+    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
+    if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_compile was called already");
+    if (session->lost) return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: close the session, make a new communicator, open again");
+    memset(&mine, 0, sizeof mine);
+    if (lorasynci_session_prepare(session, &mine) == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
+    status = lorasynci_session_agree(session, &mine, lorasynci_session_tag(session), "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", err);
+    if (status == LORASYNC_OK) status = lorasynci_session_plan(session, pieces, err);
+    lorasynci_free(&session->a, pieces);
+    if (lorasync_is_lost(status)) session->lost = status;
+    if (status < 0) return status;
+    lorasynci_session_config(session, &mine);
+    status = lorasynci_session_agree(session, &mine, 0, "", err);
+    if (status < 0) {
+        session->lost = session->plan->lost;
+        lorasync_plan_free(session->plan);
+        session->plan = NULL;
+        lorasynci_free(&session->a, session->published_config);
+        session->published_config = NULL;
+    }
+    return status;
+}
+
+/* -- running */
+
+LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)
+{
+    lorasync_plan *plan;
+    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_begin before lorasync_compile succeeded");
+    plan              = session->plan;
+    session->begin_ns = lorasynci_now_ns();
+    session->version  = version;
+    plan->tag         = version;
+    if (version > session->last_version || plan->begun || plan->lost) return lorasync_plan_begin(plan, err);
+    plan->begun = 1; /* nothing is packed, but the others are waiting for this rank's vote */
+    lorasynci_fail(&plan->begin_error, LORASYNC_E_VERSION, "version %llu is not newer than %llu, the last one published; count versions up from 1",
+                   (unsigned long long)version, (unsigned long long)session->last_version);
+    if (err) *err = plan->begin_error;
+    return LORASYNC_E_VERSION;
+}
+
+/* What the root found when publishing; equal on all ranks afterwards. */
+typedef struct lorasynci_outcome {
+    uint64_t digest, publish_ns;
+    int32_t  num_engines, unused;
+} lorasynci_outcome;
+
+LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lorasynci_outcome *out, lorasync_error *err)
+{
+    lorasync_image *image = lorasync_plan_image(s->plan);
+    int             num   = 0;
+    uint64_t        start = lorasynci_now_ns();
+    lorasync_status status;
+    if (!image) return LORASYNC_OK;
+    lorasync_image_stamp(image, s->version, image->digest);
+    status           = lorasynci_publish(lorasynci_transports(s), lorasynci_num_transports(s), image, &num, err);
+    out->digest      = image->digest;
+    out->num_engines = num;
+    out->publish_ns  = lorasynci_now_ns() - start;
+    return status;
+}
+
+LORASYNCI_FN void lorasynci_session_report(const lorasync_session *s, const lorasynci_outcome *outcome, lorasync_report *out)
+{
+    const lorasync_plan_stats *p     = &s->plan->stats;
+    const lorasync_image      *image = lorasync_plan_image(s->plan);
+    memset(out, 0, sizeof *out);
+    out->version       = s->version;
+    out->digest        = outcome->digest;
+    out->num_tensors   = p->num_tensors;
+    out->payload_bytes = image ? image->payload_bytes : 0;
+    out->num_engines   = outcome->num_engines;
+    out->direct        = p->direct;
+    out->pack_ns       = p->pack_ns;
+    out->exchange_ns   = p->exchange_ns;
+    out->place_ns      = p->place_ns;
+    out->publish_ns    = outcome->publish_ns;
+    out->total_ns      = lorasynci_now_ns() - s->begin_ns;
+}
+
+LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err)
+{
+    lorasynci_outcome  outcome, *all;
+    lorasync_error     mine, why;
+    lorasync_status    status;
+    const lorasync_comm *c;
+    if (!err) err = &why;
+    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_wait before lorasync_compile succeeded");
+    LORASYNCI_TRY(lorasync_plan_wait(session->plan, err));
+    memset(&mine, 0, sizeof mine);
+    memset(&outcome, 0, sizeof outcome);
+    lorasynci_session_publish(session, &outcome, &mine);
+    status = lorasynci_session_agree(session, &mine, 0, "", err);
+    if (status == LORASYNC_OK) {
+        c      = &session->comm;
+        all    = (lorasynci_outcome *)session->votes;
+        status = c->all_gather(c->user, &outcome, all, sizeof outcome, session->plan->timeout_ms, err);
+        if (status == LORASYNC_OK) outcome = all[session->desc.root];
+    }
+    if (lorasync_is_lost(status) && !session->plan->lost) lorasynci_plan_lose(session->plan, status, err);
+    if (status < 0) return status;
+    session->last_version = session->version;
+    if (out_report) lorasynci_session_report(session, &outcome, out_report);
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t version, lorasync_report *out_report, lorasync_error *err)
+{
+    lorasync_status status = lorasync_begin(session, version, err);
+    if (status == LORASYNC_E_STATE || lorasync_is_lost(status)) return status; /* not begun: there is nothing to wait for */
+    return lorasync_wait(session, out_report, err);
+}
+
+/* -- resuming */
+
+LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, const lorasync_image *image, lorasync_piece *pieces, lorasync_error *err)
+{
+    lorasync_plan_desc d;
+    lorasync_plan     *plan;
+    lorasync_status    status;
+    memset(&d, 0, sizeof d);
+    d.comm         = &s->comm;
+    d.kind         = LORASYNC_SCATTER;
+    d.root         = s->desc.root;
+    d.want         = pieces;
+    d.num_want     = lorasynci_num_taken(s);
+    d.image        = image;
+    d.bucket_bytes = s->desc.bucket_bytes;
+    d.timeout_ms   = s->desc.timeout_ms;
+    d.allocator    = &s->a;
+    LORASYNCI_TRY(lorasync_plan_create(&d, &plan, err));
+    lorasync_plan_begin(plan, NULL);
+    status = lorasync_plan_wait(plan, err);
+    if (status < 0) lorasynci_prefix(err, "parameters may be partly written; load again before training on");
+    lorasync_plan_free(plan);
+    return status;
+}
+
+LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err)
+{
+    lorasync_error  mine, why;
+    lorasync_image *image  = NULL;
+    lorasync_piece *pieces = NULL;
+    lorasync_status status;
+    size_t          i;
+    if (!err) err = &why;
+    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_load before lorasync_compile succeeded");
+    if (session->plan->lost) return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: close the session, make a new communicator, open again");
+    memset(&mine, 0, sizeof mine);
+    if (!path) lorasynci_fail(&mine, LORASYNC_E_ARGUMENT, "path is NULL");
+    else if (session->plan->begun) lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_load between begin and wait: call wait first");
+    else if (session->desc.fold_scale) lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED, "a session with fold_scale cannot load: what it publishes is not what it trains; load with fold_scale 0");
+    else if (session->comm.rank == session->desc.root) lorasync_open_adapter(path, &session->a, &image, NULL, &mine);
+    if (mine.status == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
+    for (i = 0; pieces && i < lorasynci_num_taken(session) && mine.status == LORASYNC_OK; i++)
+        if (pieces[i].scale != 0 && pieces[i].scale != 1)
+            lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED, "%.200s: a session with piece.scale cannot load: what it publishes is not what it trains; load with scale 0", pieces[i].name);
+    status = lorasynci_session_agree(session, &mine, lorasynci_hash_text(path, 1), "path, hashed", err);
+    if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, image, pieces, err);
+    if (lorasync_is_lost(status)) session->plan->lost = status;
+    lorasync_image_free(image);
+    lorasynci_free(&session->a, pieces);
+    return status;
+}
+
+LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_session_info *out)
+{
+    const lorasync_image *image = session->plan ? session->plan->image : NULL;
+    memset(out, 0, sizeof *out);
+    out->num_added   = session->num_added;
+    out->num_taken   = lorasynci_num_taken(session);
+    out->num_dropped = session->num_dropped;
+    if (session->plan) out->plan = session->plan->stats;
+    out->num_tensors   = out->plan.num_tensors;
+    out->payload_bytes = image ? image->payload_bytes : 0;
+}
+
+LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session *session)
+{
+    return session && session->plan ? lorasync_plan_image(session->plan) : NULL;
+}
+
+#undef LORASYNCI_UNUSED
+#undef LORASYNCI_PRINTF
+#undef LORASYNCI_FN
+#undef LORASYNCI_TRY
+#undef LORASYNCI_COUNT
+#undef LORASYNCI_JSON_DEPTH
+#undef LORASYNCI_TILE
+#undef LORASYNCI_SHORT
+#undef LORASYNCI_AHEAD
+#undef LORASYNCI_PREFETCH
+#undef LORASYNCI_F16
+#undef LORASYNCI_E5M2
+#undef LORASYNCI_E4M3
+#undef LORASYNCI_EACH
+#undef LORASYNCI_COPY
+#undef LORASYNCI_SMALL_TILES
+#undef LORASYNCI_RE_MAX_BYTES
+#undef LORASYNCI_RE_MAX_DEPTH
+#undef LORASYNCI_RE_MAX_WORK
+#undef LORASYNCI_RE_FOREVER
+#undef LORASYNCI_NORESERVE
+#undef LORASYNCI_MAX_HEADER
+#undef LORASYNCI_ALL
+#undef LORASYNCI_COVERS
+#undef LORASYNCI_MODEL_FILE
+#undef LORASYNCI_CONFIG_FILE
+#undef LORASYNCI_MAX_DIRECTORY
+#undef LORASYNCI_MAX_CONFIG
+#undef LORASYNCI_SLOTS
+
+#endif /* LORASYNC_IMPLEMENTATION */
+
+/*
+   MIT License
+
+   Copyright (c) 2026 The lorasync authors
+
+   Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation files (the
+   "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy, modify, merge, publish,
+   distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is furnished to do so, subject to
+   the following conditions:
+
+   The above copyright notice and this permission notice shall be included in all copies or substantial portions of the Software.
+
+   THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF
+   MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR
+   ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH
+   THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+*/
