@@ -43,7 +43,7 @@ MAKEFLAGS += --no-print-directory
 export BUILD GCC GXX CLANG CLANGXX NVCC CUDA_HOME MPICC MPIRUN PYTHON CPPCHECK LDLIBS
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-asan test-tsan test-valgrind matrix interop examples mpi-examples demo bench format check-format clean \
+.PHONY: help test test-slow test-asan test-tsan test-valgrind matrix interop examples mpi-examples demo bench bench-gpu format check-format clean \
         programs run FORCE
 
 help: ## lists the targets
@@ -51,8 +51,9 @@ help: ## lists the targets
 
 # ---- tests: a program that does not compile is missing, and tests/run.sh counts that
 
-test: ## builds and runs all tests and the short compile matrix
-	@MATRIX=quick $(MAKE) run EXTRA=tests/matrix.sh
+test: ## builds and runs all tests, the examples and the short compile matrix
+	@$(MAKE) -k $(EXAMPLES) || true
+	@MATRIX=quick STD='$(STD)' $(MAKE) run EXTRA='tests/examples.sh tests/matrix.sh'
 
 test-slow: ## the tests that take minutes (tests/slow_*.c)
 	@TIMEOUT=1800 $(MAKE) run B=$(BUILD)/slow TESTS='$(SLOW_TESTS)'
@@ -123,6 +124,9 @@ examples: $(EXAMPLES) mpi-examples ## builds the examples into build/examples
 
 bench: $(BUILD)/bench/bench ## builds and runs bench/bench.c (BENCH_ARGS="...")
 	@$(BUILD)/bench/bench $(BENCH_ARGS)
+
+bench-gpu: ## on GPUs, beside NCCL, plain copies and torch (BENCH_ARGS="2 --quick")
+	@bench/run_gpu.sh $(BENCH_ARGS)
 
 mpi-examples:
 	@if [ -z '$(MPI_EXAMPLES)' ]; then :; \

@@ -49,6 +49,28 @@ static int test_step(void)
 #define KEY_B "base_model.model.layers.0.q_proj.lora_B.weight"
 #define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
 
+/* Publishes to all of the transports or to none, as a session without quorum does. */
+static lorasync_status publish_to_all(const lorasync_transport *given, size_t num, const lorasync_image *image, int *out_num, lorasync_error *err)
+{
+    lorasync_transport      t[4];
+    lorasync_engine_outcome o[4];
+    lorasynci_publication   p;
+    lorasync_status         status;
+    size_t                  i;
+    memset(&p, 0, sizeof p);
+    for (i = 0; i < num; i++) {
+        if (lorasynci_transport_copy(&given[i], &t[i], err) < 0) return LORASYNC_E_ARGUMENT;
+        o[i] = lorasynci_new_outcome(&t[i]);
+    }
+    p.transports = t;
+    p.outcomes   = o;
+    p.num = p.need = num;
+    p.image        = image;
+    status         = lorasynci_publish(&p, err);
+    *out_num       = p.num_new;
+    return status;
+}
+
 /* -- a folder of its own for each test */
 
 static char root[200];
@@ -210,7 +232,7 @@ static lorasync_status publish_seed(lorasync_transport *t, const char *adapter, 
     lorasync_image *image = make_image(adapter, version, seed, 64);
     int             num   = -1;
     lorasync_status status;
-    status = lorasynci_publish(t, 1, image, &num, err);
+    status = publish_to_all(t, 1, image, &num, err);
     CHECK_EQ(num, status == 0);
     drop_image(image);
     return status;
@@ -289,7 +311,7 @@ static void test_files(void)
     CHECK_EQ(st.st_mode & 0777, 0750);
     CHECK_EQ(t.commit(t.user, "default", 7, &err), 0); /* again */
     t.abort(t.user, "default", 7);                     /* nothing staged */
-    CHECK_EQ(lorasynci_publish(&t, 1, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(&t, 1, image, &num, &err), 0);
     CHECK_EQ(count_names(at("default")), 2);
     umask(old);
     drop_image(image);
@@ -306,8 +328,8 @@ static void test_large_file(void)
     fresh_root();
     t     = open_directory(0, 0);
     image = make_image("big", 1, 0, 60000); /* 2 x 960 KB */
-    CHECK_EQ(lorasynci_publish(&t, 1, image, &num, &err), 0);
-    CHECK_EQ(lorasynci_publish(&t, 1, image, &num, &err), 0); /* compares all of it */
+    CHECK_EQ(publish_to_all(&t, 1, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(&t, 1, image, &num, &err), 0); /* compares all of it */
     e = open_engine("big");
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     CHECK_EQ(served(e, "big"), 1);
@@ -528,7 +550,7 @@ static void test_leftovers(void)
     image = make_image("default", 4, 0, 64); /* killed at the same place, same content */
     CHECK_EQ(t.stage(t.user, image, &err), 0);
     CHECK_EQ(rename(at("default/.stage-%d-v4", (int)getpid()), at("default/v4")), 0);
-    CHECK_EQ(lorasynci_publish(&t, 1, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(&t, 1, image, &num, &err), 0);
     read_link(at("default/latest"), target);
     CHECK_TEXT(target, "v4");
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
@@ -605,7 +627,7 @@ static void test_unwritable(void)
     setrlimit(RLIMIT_FSIZE, &low);
     image = make_image("a", 2, 0, 64);
     num   = -1;
-    CHECK_EQ(lorasynci_publish(&t, 1, image, &num, &err), LORASYNC_E_IO);
+    CHECK_EQ(publish_to_all(&t, 1, image, &num, &err), LORASYNC_E_IO);
     setrlimit(RLIMIT_FSIZE, &limit);
     CHECK_HAS(err.text, "adapter_model.safetensors");
     CHECK_HAS(err.text, strerror(EFBIG));
@@ -614,7 +636,7 @@ static void test_unwritable(void)
     e = open_engine("a");
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     CHECK_EQ(served(e, "a"), 1);
-    CHECK_EQ(lorasynci_publish(&t, 1, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(&t, 1, image, &num, &err), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     CHECK_EQ(served(e, "a"), 2);
     drop_image(image);
@@ -723,7 +745,7 @@ static void test_two_phases(void)
         expect_new = one_phase_ok;
         if (!stage_fails && (one_phase_ok || first_two_phase < 0 || kind[first_two_phase] == 0)) expect_new += good;
         memset(&err, 0, sizeof err);
-        status = lorasynci_publish(t, 4, image, &num, &err);
+        status = publish_to_all(t, 4, image, &num, &err);
         CHECK_EQ(status, stage_fails ? LORASYNC_E_IO : commit_fails ? LORASYNC_E_BUSY : 0);
         CHECK_EQ(num, expect_new);
         for (i = 0; i < 4; i++) {
@@ -762,21 +784,21 @@ static void test_transport_struct(void)
         t[i].commit = fake_commit;
         t[i].abort  = fake_abort;
     }
-    CHECK_EQ(lorasynci_publish(NULL, 0, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(NULL, 0, image, &num, &err), 0);
     CHECK_EQ(num, 0);
-    CHECK_EQ(lorasynci_publish(t, 3, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(t, 3, image, &num, &err), 0);
     CHECK_EQ(num, 3);
     t[1].size = offsetof(lorasync_transport, commit); /* ends with stage */
-    CHECK_EQ(lorasynci_publish(t, 3, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(t, 3, image, &num, &err), 0);
     CHECK_EQ(num, 3);
     CHECK_EQ(f[1].committed, 1);
     t[1].size = offsetof(lorasync_transport, commit) + 1; /* half a field is no field */
-    CHECK_EQ(lorasynci_publish(t, 3, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(t, 3, image, &num, &err), 0);
     CHECK_EQ(f[1].committed, 1);
     f[2].fail_stage = LORASYNC_E_TIMEOUT; /* of the transport, not of the communicator */
     fake_clock      = 0;
     f[1].order      = 0;
-    CHECK_EQ(lorasynci_publish(t, 3, image, &num, &err), LORASYNC_E_IO);
+    CHECK_EQ(publish_to_all(t, 3, image, &num, &err), LORASYNC_E_IO);
     CHECK_EQ(num, 0);
     CHECK_EQ(err.status, LORASYNC_E_IO);
     CHECK_HAS(err.text, "'unnamed'");
@@ -786,13 +808,13 @@ static void test_transport_struct(void)
     CHECK_EQ(f[1].order, 0);
     t[2].size   = offsetof(lorasync_transport, stage);
     f[0].staged = 0;
-    CHECK_EQ(lorasynci_publish(t, 3, image, &num, &err), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(publish_to_all(t, 3, image, &num, &err), LORASYNC_E_ARGUMENT);
     CHECK_HAS(err.text, "sizeof(lorasync_transport)");
     t[2].size  = sizeof t[2];
     t[2].stage = NULL;
-    CHECK_EQ(lorasynci_publish(t, 3, image, &num, &err), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(publish_to_all(t, 3, image, &num, &err), LORASYNC_E_ARGUMENT);
     CHECK_EQ(f[0].staged, 0);
-    CHECK_EQ(lorasynci_publish(t, 3, image, &num, NULL), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(publish_to_all(t, 3, image, &num, NULL), LORASYNC_E_ARGUMENT);
     drop_image(image);
 }
 
@@ -816,7 +838,7 @@ static void test_retry_after_half(void)
     t[1].stage    = fake_stage;
     t[1].commit   = fake_commit;
     f.fail_commit = LORASYNC_E_IO;
-    CHECK_EQ(lorasynci_publish(t, 2, image, &num, &err), LORASYNC_E_IO);
+    CHECK_EQ(publish_to_all(t, 2, image, &num, &err), LORASYNC_E_IO);
     CHECK_EQ(num, 1);
     snprintf(first, sizeof first, "served by: %.40s", root);
     CHECK_HAS(err.text, first);
@@ -824,7 +846,7 @@ static void test_retry_after_half(void)
     read_link(at("a/latest"), target);
     CHECK_TEXT(target, "v2");
     f.fail_commit = 0;
-    CHECK_EQ(lorasynci_publish(t, 2, image, &num, &err), 0);
+    CHECK_EQ(publish_to_all(t, 2, image, &num, &err), 0);
     CHECK_EQ(num, 2);
     drop_image(image);
     t[0].close(t[0].user);

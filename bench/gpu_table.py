@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""gpu_table.py OURS.jsonl TORCH.jsonl RANKS DRIVER COMMAND: prints what run_gpu.sh measured as one table (Markdown)."""
+import datetime
+import json
+import sys
+
+
+def load(path):
+    rows, info = {}, {}
+    for line in open(path, encoding="utf-8"):
+        try:
+            r = json.loads(line)
+        except ValueError:
+            continue  # a line cut off by a deadline
+        if "info" in r:
+            info.update(r)
+        else:
+            rows[r["id"]] = r
+    return rows, info
+
+
+def number(x, digits=3):
+    if x is None:
+        return "-"
+    return f"{x:.{digits}f}" if x < 100 else f"{x:.1f}" if x < 10000 else f"{x:.0f}"
+
+
+def ratio(a, b):
+    return f"{a / b:.2f}" if a and b else "-"
+
+
+def mib(x):
+    return "-" if x is None else f"{x / 2**20:.1f}"
+
+
+def version(v):
+    v = int(v or 0)
+    return f"{v // 10000}.{v // 100 % 100}.{v % 100}" if v >= 10000 else str(v)
+
+
+def table(head, rows):
+    width = [max(len(str(r[i])) for r in [head] + rows) for i in range(len(head))]
+    for r in [head, ["-" * w for w in width]] + rows:
+        print("| " + " | ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, width))) + " |")
+
+
+def same(o, t):
+    """Bits: each program against itself, then against each other."""
+    if o.get("direct_equal") is None and o.get("nccl_equal") is None:
+        return "not run"
+    mine = all(o.get(k, 1) == 1 for k in ("direct_equal", "nccl_equal", "direct_digest_ok", "nccl_digest_ok", "reshard_equal"))
+    if not mine or t.get("equal") is False:
+        return "NO"
+    if not t.get("checksum") or not o.get("checksum"):
+        return "self only"
+    return "yes" if o["checksum"] == t["checksum"] and o["seed"] == t["seed"] else "NO"
+
+
+def main():
+    ours, info = load(sys.argv[1])
+    torch, torch_info = load(sys.argv[2])
+    ranks, driver, command = sys.argv[3:6]
+    both = [(i, ours.get(i, {}), torch.get(i, {})) for i in dict.fromkeys([*ours, *torch])]
+    print()
+    print(f"date {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M UTC}; {ranks} ranks on {info.get('gpus', '?')} x {info.get('gpu', '?')}; driver {driver}; "
+          f"CUDA {info.get('cuda_runtime', 0) // 1000}.{info.get('cuda_runtime', 0) % 1000 // 10}; NCCL {version(info.get('nccl'))}; "
+          f"torch {torch_info.get('torch', '-')} (NCCL {torch_info.get('torch_nccl', '-')}); lorasync {info.get('lorasync', '-')}")
+    print(f"command: {command}")
+    print("fp32 shards on every rank, bf16 image on rank 0; milliseconds, medians; equal: bit by bit")
+    print()
+    table(["model", "tensors", "MiB", "full_tensor", "flattened", "ours NCCL", "ours direct", "ncclSend", "peer copy", "fused", "fused device", "stall",
+           "direct/fused", "nccl/ncclSend", "full_tensor/direct", "equal to torch"],
+          [[(o or t).get("model", i), (o or t).get("tensors", "-"), mib((o or t).get("bytes")), number(t.get("full_tensor_ms")), number(t.get("flat_ms")),
+            number(o.get("nccl_ms")), number(o.get("direct_ms")) + ("" if o.get("direct_is_direct", 1) else " (staged)"), number(o.get("ncclsend_ms")),
+            number(o.get("copy_ms")), number(o.get("fused_ms")), number(o.get("fused_device_ms")), number(o.get("direct_stall_ms")),
+            ratio(o.get("direct_ms"), o.get("fused_ms")), ratio(o.get("nccl_ms"), o.get("ncclsend_ms")), ratio(t.get("full_tensor_ms"), o.get("direct_ms")), same(o, t)]
+           for i, o, t in both])
+    print()
+    table(["model", "plan ms", "plan MiB root", "plan MiB other", "nccl plan MiB root", "nccl plan MiB other", "image MiB", "flat, parts left apart ms", "nccl stall",
+           "reshard ms", "MiB received", "of at least", "ratio", "equal", "runs direct/full_tensor"],
+          [[(o or t).get("model", i), number(o.get("direct_plan_ms"), 1), mib(o.get("direct_root_bytes")), mib(o.get("direct_other_bytes")), mib(o.get("nccl_root_bytes")),
+            mib(o.get("nccl_other_bytes")), mib(o.get("bytes")), number(t.get("flat_views_ms")), number(o.get("nccl_stall_ms")), number(o.get("reshard_ms")),
+            mib(o.get("reshard_receive_bytes")), mib(o.get("reshard_bound_bytes")), ratio(o.get("reshard_receive_bytes"), o.get("reshard_bound_bytes")),
+            {1: "yes", 0: "NO"}.get(o.get("reshard_equal"), "-"), f"{o.get('direct_runs', '-')}/{t.get('full_tensor_runs', '-')}"] for i, o, t in both])
+    for i, o, _ in both:
+        if o.get("error"):
+            print(f"ERROR {i}: {o['error']}")
+
+
+if __name__ == "__main__":
+    main()
