@@ -28,8 +28,8 @@ BENCH_ARGS ?=
 
 TESTS          ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/test_*.c)))
 SLOW_TESTS     ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/slow_*.c)))
-THREAD_TESTS   ?= test_comm test_session test_directory
-VALGRIND_TESTS ?= test_names test_config test_image test_layout test_plan test_directory test_session
+THREAD_TESTS   ?= test_comm test_session test_directory test_nccl test_publish test_shm
+VALGRIND_TESTS ?= test_names test_config test_image test_layout test_plan test_directory test_session test_policy test_publish test_shm
 INTEROP        ?= $(sort $(wildcard tests/interop_*.py))
 
 MPI_EXAMPLES := $(patsubst %.c,$(BUILD)/%,$(wildcard examples/mpi*.c))
@@ -43,7 +43,7 @@ MAKEFLAGS += --no-print-directory
 export BUILD GCC GXX CLANG CLANGXX NVCC CUDA_HOME MPICC MPIRUN PYTHON CPPCHECK LDLIBS
 
 .DELETE_ON_ERROR:
-.PHONY: help test test-slow test-asan test-tsan test-valgrind matrix interop examples mpi-examples demo bench bench-gpu format check-format clean \
+.PHONY: gpu-build ptx help test test-slow test-asan test-tsan test-valgrind matrix model interop examples mpi-examples demo bench bench-gpu format check-format clean \
         programs run FORCE
 
 help: ## lists the targets
@@ -68,6 +68,13 @@ programs: $(addprefix $(B)/,$(TESTS))
 $(B)/%: tests/%.c lorasync.h tests/test.h $(B)/flags
 	@rm -f $@
 	$(COMPILE) -o $@ $< $(LDLIBS)
+
+# Tests of the GPU and NCCL rooms, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
+$(B)/test_nccl $(B)/test_cuda_fake: private CPPFLAGS += -isystem $(CUDA_HOME)/include
+$(B)/test_nccl $(B)/test_cuda_fake: tests/fake_cuda.h tests/fake_nccl.h
+$(B)/test_plan $(B)/test_cuda_fake: tests/random_case.h
+$(B)/test_comm $(B)/test_nccl: tests/traffic.h
+$(B)/test_cuda_fake: tests/device_case.h
 
 # Changes only when the command does: other flags, new programs.
 $(B)/flags: FORCE
@@ -106,6 +113,9 @@ test-valgrind: ## some tests under valgrind (VALGRIND_TESTS="...")
 matrix: ## compiles the header with every compiler, standard and order of includes, and checks its symbols
 	@LOGS=$(BUILD)/logs TIMEOUT=1200 CC='$(CC)' CXX='$(CXX)' sh tests/run.sh tests/matrix.sh
 
+model: ## the model of the shared-memory protocol (tests/shm.pml) with spin
+	@LOGS=$(BUILD)/logs TIMEOUT=300 V=1 CC='$(CC)' sh tests/run.sh tests/model.sh
+
 interop: examples ## other programs against the same files (tests/interop_*.py)
 	@if ! $(PYTHON) -c '' 2>/dev/null; then \
 	    echo 'skip interop: $(PYTHON) does not run here'; echo '0 passed, 0 failed, 1 skipped'; \
@@ -117,8 +127,40 @@ interop: examples ## other programs against the same files (tests/interop_*.py)
 
 # ---- programs to look at
 
-demo: $(BUILD)/examples/demo ## builds and runs examples/demo.c (DEMO_ARGS="...")
-	@$(BUILD)/examples/demo $(DEMO_ARGS)
+demo: $(BUILD)/examples/demo$(if $(CUDA),-cuda)$(if $(NCCL),-nccl) ## builds and runs examples/demo.c (DEMO_ARGS="..."; on all GPUs: CUDA=1, NCCL=1)
+	@$< $(DEMO_ARGS)
+
+# With the GPU: the CUDA runtime's headers and library, no nvcc. NCCL_HOME where nccl.h is not beside them.
+CUDA_FLAGS = -DDEMO_CUDA -isystem $(CUDA_HOME)/include
+CUDA_LIBS  = -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart
+NCCL_FLAGS = -DDEMO_NCCL $(if $(NCCL_HOME),-isystem $(NCCL_HOME)/include)
+NCCL_LIBS  = $(if $(NCCL_HOME),-L$(NCCL_HOME)/lib -Wl$(,)-rpath$(,)$(NCCL_HOME)/lib -l:libnccl.so.2,-lnccl)
+,         := ,
+
+# Compiles and links the GPU build where the toolkit is, and compares the kernel's text with its source where nvcc is.
+gpu-build: ## builds the GPU demo without running it, and checks the PTX text
+	@mkdir -p $(BUILD); p=0; f=0; s=0; \
+	for program in demo-cuda demo-cuda-nccl; do \
+	    probe='\043include <cuda_runtime_api.h>\nint main(void) { return cudaGetDeviceCount(0); }\n'; \
+	    [ $$program = demo-cuda ] || probe="\\043include <nccl.h>\n$$probe"; \
+	    libs='$(CUDA_LIBS)'; [ $$program = demo-cuda ] || libs='$(NCCL_LIBS) $(CUDA_LIBS)'; \
+	    if ! printf "$$probe" | $(CC) -x c $(CUDA_FLAGS) $(NCCL_FLAGS) - -o $(BUILD)/gpu-probe $$libs 2>/dev/null; then \
+	        echo "skip $$program: no CUDA or NCCL to link with (CUDA_HOME, NCCL_HOME)"; s=$$((s + 1)); \
+	    elif $(MAKE) $(BUILD)/examples/$$program; then p=$$((p + 1)); else echo "FAIL $$program"; f=$$((f + 1)); fi; \
+	done; \
+	NVCC='$(NVCC)' sh tests/ptx.sh --check; case $$? in 0) p=$$((p + 1));; 77) s=$$((s + 1));; *) echo FAIL ptx; f=$$((f + 1));; esac; \
+	echo "$$p passed, $$f failed, $$s skipped"; [ $$f = 0 ]
+
+ptx: ## makes the PTX text in lorasync.h from its CUDA C block (needs nvcc)
+	@NVCC='$(NVCC)' sh tests/ptx.sh
+
+$(BUILD)/examples/demo-cuda: examples/demo.c lorasync.h
+	@mkdir -p $(@D)
+	$(COMPILE) $(CUDA_FLAGS) -o $@ $< $(CUDA_LIBS) $(LDLIBS)
+
+$(BUILD)/examples/demo-cuda-nccl: examples/demo.c lorasync.h
+	@mkdir -p $(@D)
+	$(COMPILE) $(CUDA_FLAGS) $(NCCL_FLAGS) -o $@ $< $(NCCL_LIBS) $(CUDA_LIBS) $(LDLIBS)
 
 examples: $(EXAMPLES) mpi-examples ## builds the examples into build/examples
 
@@ -139,6 +181,11 @@ mpi-examples:
 $(BUILD)/examples/%: examples/%.c lorasync.h
 	@mkdir -p $(@D)
 	$(COMPILE) -o $@ $< $(LDLIBS)
+
+# With libcurl where it compiles; the program does without, too.
+CURL = $(shell mkdir -p $(BUILD)/probe; printf '\043include <curl/curl.h>\nint main(void) { return curl_global_init(0); }\n' | \
+         $(CC) -x c - -o $(BUILD)/probe/curl -lcurl 2>/dev/null && echo -DUSE_CURL -lcurl)
+$(BUILD)/examples/transport_full: LDLIBS += $(CURL)
 
 $(BUILD)/bench/%: bench/%.c lorasync.h
 	@mkdir -p $(@D)

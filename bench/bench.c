@@ -783,6 +783,113 @@ static void bench_image(void)
     list_free(&list);
 }
 
+/* -- shm: publishing to engines of this host */
+
+typedef struct shm_bench {
+    lorasync_transport t;
+    lorasync_engine   *engine; /* NULL: nobody polls */
+    lorasync_image    *image;
+    uint64_t           version;
+    double             poll; /* seconds of the last one */
+} shm_bench;
+
+static lorasync_engine *shm_engine(const char *name, int no_verify)
+{
+    lorasync_engine_desc d;
+    lorasync_engine     *e;
+    lorasync_error       err;
+    memset(&d, 0, sizeof d);
+    d.shm       = name;
+    d.no_verify = no_verify;
+    must(lorasync_engine_open(&d, &e, &err), "lorasync_engine_open", &err);
+    return e;
+}
+
+/* Until the new version is visible: stage and commit. */
+static double run_shm_publish(void *user)
+{
+    shm_bench     *b = (shm_bench *)user;
+    lorasync_error err;
+    double         start, end;
+    lorasync_image_stamp(b->image, ++b->version, b->image->digest);
+    start = now();
+    must(b->t.stage(b->t.user, b->image, &err), "stage", &err);
+    must(b->t.commit(b->t.user, b->image->adapter, b->version, &err), "commit", &err);
+    end = now();
+    if (b->engine && lorasync_engine_poll(b->engine, 0, &err) != LORASYNC_OK) die("lorasync_engine_poll", err.text);
+    b->poll = now() - end;
+    return end - start;
+}
+
+static double run_shm_poll(void *user)
+{
+    run_shm_publish(user);
+    return ((shm_bench *)user)->poll;
+}
+
+enum { ACQUIRES = 100000 };
+
+static double run_acquire(void *user)
+{
+    double start = now();
+    int    i;
+    for (i = 0; i < ACQUIRES; i++) lorasync_release(lorasync_acquire((lorasync_engine *)user, "default"));
+    return now() - start;
+}
+
+static void bench_shm_polls(shm_bench *b, const char *shm, int no_verify, const char *what)
+{
+    samples s;
+    b->engine = shm_engine(shm, no_verify);
+    measure(run_shm_poll, b, &s, NULL, NULL, NULL);
+    row_ms("shm", what, &s, 0, NULL);
+    measure(run_acquire, b->engine, &s, NULL, NULL, NULL);
+    if (!no_verify) row("shm", "lorasync_acquire and lorasync_release", median(&s) / ACQUIRES * 1e9, lowest(&s) / ACQUIRES * 1e9, "ns", 0, NULL);
+    lorasync_engine_close(b->engine);
+    b->engine = NULL;
+}
+
+static void bench_shm(void)
+{
+    tensor_list         list = list_make(&qwen_8b, "");
+    lorasync_image_desc d;
+    lorasync_shm_desc   sd;
+    lorasync_error      err;
+    shm_bench           b;
+    copy                c;
+    samples             s, base;
+    void               *payload;
+    char                shm[40], name[NAME];
+    memset(&b, 0, sizeof b);
+    memset(&sd, 0, sizeof sd);
+    snprintf(shm, sizeof shm, "bench-%ld", (long)getpid());
+    d.tensors     = list.at;
+    d.num_tensors = list.num;
+    d.adapter     = "default";
+    must(lorasync_image_layout(&d, NULL, &b.image, &err), "lorasync_image_layout", &err);
+    payload = get(b.image->payload_bytes);
+    fill_floats(payload, LORASYNC_BF16, b.image->payload_bytes / 2);
+    lorasync_image_bind(b.image, payload);
+    lorasync_image_stamp(b.image, 1, lorasync_image_digest(b.image, NULL));
+    b.image->config_json = "{\"peft_type\":\"LORA\",\"r\":32,\"lora_alpha\":32,\"target_modules\":\"all-linear\"}";
+    sd.name = shm;
+    must(lorasync_shm_open(&sd, &b.t, &err), "lorasync_shm_open", &err);
+    c = copy_make(b.image->header_bytes + b.image->payload_bytes, 1);
+    run_shm_publish(&b), run_shm_publish(&b), run_shm_publish(&b); /* every slot is warm */
+    measure(run_copy, &c, &base, run_shm_publish, &b, &s);
+    snprintf(name, sizeof name, "%s: memcpy of the image, %.0f MB", qwen_8b.name, (double)c.num_bytes / 1e6);
+    row_rate("shm", name, (double)c.num_bytes, &base, NULL, NULL);
+    row_rate("shm", "stage and commit: until the new version is visible", (double)c.num_bytes, &s, &base, "memcpy");
+    bench_shm_polls(&b, shm, 0, "lorasync_engine_poll: map, parse, verify the digest");
+    bench_shm_polls(&b, shm, 1, "lorasync_engine_poll without verifying");
+    b.t.close(b.t.user);
+    lorasync_shm_remove(shm, NULL);
+    copy_free(&c);
+    lorasync_image_free(b.image);
+    free(payload);
+    list_free(&list);
+}
+
 /* -- names: a live mixture-of-experts model, base parameters and LoRA */
 
 typedef struct name_list {
@@ -1116,6 +1223,7 @@ static const group groups[] = {{"pack", bench_pack, "begin of a gather plan of o
                                {"digest", bench_digest, "lorasync_digest, in cache and in memory"},
                                {"plan", bench_plan, "lorasync_plan_create for 504 and 37,248 tensors on 2 to 64 ranks: time and memory"},
                                {"image", bench_image, "safetensors header of 37,248 tensors: write, read, find; digest"},
+                               {"shm", bench_shm, "publishing to engines of this host through shared memory, against memcpy"},
                                {"names", bench_names, "parsing and filtering 56,115 parameter names"},
                                {"sync", bench_sync, "lorasync_sync between 4 processes, against memcpy and one collective per tensor"}};
 

@@ -14,7 +14,16 @@
 
    The content of version v is a function of v, tensor and element (see truth). A rank knows only its own pieces; the engine computes the
    whole unsharded tensors, converts them to the published type, and compares. Right after lorasync_begin the ranks already write the next
-   version into their parameters: what begin took must not change by it. */
+   version into their parameters: what begin took must not change by it.
+
+   With -DDEMO_CUDA (`make demo CUDA=1`) the parameters are in device memory, rank r on GPU r; with -DDEMO_NCCL as well (NCCL=1) the ranks are
+   joined by NCCL. The engine is the same: it knows nothing of it. */
+#if defined(DEMO_CUDA)
+#define LORASYNC_CUDA
+#if defined(DEMO_NCCL)
+#define LORASYNC_NCCL
+#endif
+#endif
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -482,12 +491,16 @@ typedef struct holding {
     size_t         index;
     lorasync_piece piece;
     void          *own; /* to free; NULL: lies in the flat shard */
+    size_t         num_bytes;
+    void          *made; /* where its values are made: piece.data, unless that is on the GPU */
 } holding;
 
 typedef struct holdings {
     holding *list;
     size_t   num, max;
     char    *flat_shard;
+    size_t   shard_bytes;
+    char    *device; /* with DEMO_CUDA: | flat shard | each piece's memory, to 256 | .. */
 } holdings;
 
 static void hold(holdings *all, const job *j, size_t index, const part *p)
@@ -510,7 +523,7 @@ static void hold(holdings *all, const job *j, size_t index, const part *p)
     h->piece.box   = p->box;
     memcpy(h->piece.shape, t->shape, sizeof t->shape);
     if (p->in_shard >= 0 && p->box.len[0] > 0) {
-        h->piece.data = all->flat_shard + (size_t)p->in_shard * item_bytes(t->dtype);
+        h->piece.data = h->made = all->flat_shard + (size_t)p->in_shard * item_bytes(t->dtype);
         return;
     }
     for (d = 0; d < (p->box.flat ? 1 : t->ndim); d++) num *= (size_t)p->box.len[d];
@@ -521,8 +534,9 @@ static void hold(holdings *all, const job *j, size_t index, const part *p)
             h->piece.stride[d - 1] = d == last ? (int64_t)row : h->piece.stride[d] * p->box.len[d];
     }
     if (num && p->transposed) h->piece.stride[0] = 1, h->piece.stride[1] = p->box.len[0];
-    h->own        = get_memory(num * item_bytes(t->dtype));
-    h->piece.data = h->own;
+    h->num_bytes  = num * item_bytes(t->dtype);
+    h->own        = get_memory(h->num_bytes);
+    h->piece.data = h->made = h->own;
     memset(h->own, 0xff, num * item_bytes(t->dtype)); /* NaN between rows: nobody may read it */
 }
 
@@ -536,6 +550,7 @@ static void hold_all(holdings *all, const job *j, int rank)
     if (j->how == FSDP1) {
         all->flat_shard = (char *)get_memory(shard);
         memset(all->flat_shard, 0xff, shard);
+        all->shard_bytes = shard;
     }
     for (i = 0; i < j->num_tensors; i++) {
         num = parts_of(j, i, rank, parts, &why);
@@ -554,12 +569,13 @@ static void let_go(holdings *all)
 static void train(const job *j, const holding *h, int version)
 {
     const lorasync_piece *p                     = &h->piece;
+    char                 *data                  = (char *)h->made;
     int64_t               at[LORASYNC_MAX_DIMS] = {0}, run, first, place, i;
     size_t                item = item_bytes(p->dtype), written = 0;
     int                   outer = p->ndim, d, strided = 0;
     char                  row[1 << 16];
     if (p->box.flat) {
-        truth(j, h->index, version, p->box.off[0], p->box.len[0], p->data);
+        truth(j, h->index, version, p->box.off[0], p->box.len[0], data);
         return;
     }
     for (d = 0; d < p->ndim; d++) {
@@ -575,13 +591,13 @@ static void train(const job *j, const holding *h, int version)
             place += at[d] * p->stride[d];
         }
         if (!strided) {
-            truth(j, h->index, version, first, run, (char *)p->data + written);
+            truth(j, h->index, version, first, run, data + written);
             written += (size_t)run * item;
         } else {
             for (i = 0; i < run; i++) { /* elements of a row in blocks, then to their places */
                 int64_t block = (int64_t)(sizeof row / item), in_block = i % block;
                 if (in_block == 0) truth(j, h->index, version, first + i, run - i < block ? run - i : block, row);
-                memcpy((char *)p->data + (size_t)(place + i * p->stride[p->ndim - 1]) * item, row + (size_t)in_block * item, item);
+                memcpy(data + (size_t)(place + i * p->stride[p->ndim - 1]) * item, row + (size_t)in_block * item, item);
             }
         }
         for (d = outer - 1; d >= 0 && ++at[d] == p->box.len[d]; d--) at[d] = 0;
@@ -593,6 +609,92 @@ static void train_all(const job *j, const holdings *all, int version)
 {
     size_t i;
     for (i = 0; i < all->num; i++) train(j, &all->list[i], version);
+}
+
+/* ---- where the parameters are when the library reads them: here, or on the GPU */
+
+#ifdef DEMO_CUDA
+static size_t to_256(size_t n) { return (n + 255) / 256 * 256; }
+
+/* GPUs of this host, counted by a child: a process that has touched CUDA must not fork ranks. */
+static int count_gpus(void)
+{
+    int   status = 0, num = 0;
+    pid_t pid    = fork();
+    if (pid == 0) _exit(cudaGetDeviceCount(&num) == cudaSuccess ? num : 0);
+    return pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+}
+
+static int use_gpu(int rank)
+{
+    int num = 0;
+    return cudaGetDeviceCount(&num) == cudaSuccess && num > 0 && cudaSetDevice(rank % num) == cudaSuccess;
+}
+
+/* Device memory for all that the rank holds; the pieces point there from now on, `own` stays where values are made. */
+static int move_to_gpu(holdings *all)
+{
+    size_t i, at = to_256(all->shard_bytes);
+    for (i = 0; i < all->num; i++) at += to_256(all->list[i].num_bytes);
+    if (cudaMalloc((void **)&all->device, at + 256) != cudaSuccess) return 0;
+    at = to_256(all->shard_bytes);
+    for (i = 0; i < all->num; i++) {
+        holding *h    = &all->list[i];
+        h->piece.data = h->own ? all->device + at : all->device + ((char *)h->piece.data - all->flat_shard);
+        at += to_256(h->num_bytes);
+    }
+    return 1;
+}
+
+/* In the order of the default stream: after what begin put there. */
+static void upload(const holdings *all)
+{
+    size_t i;
+    if (all->shard_bytes) cudaMemcpyAsync(all->device, all->flat_shard, all->shard_bytes, cudaMemcpyHostToDevice, 0);
+    for (i = 0; i < all->num; i++)
+        if (all->list[i].own && all->list[i].num_bytes)
+            cudaMemcpyAsync(all->list[i].piece.data, all->list[i].own, all->list[i].num_bytes, cudaMemcpyHostToDevice, 0);
+}
+
+static void leave_gpu(holdings *all) { cudaFree(all->device); }
+#else
+static int  use_gpu(int rank) { return (void)rank, 1; }
+static int  move_to_gpu(holdings *all) { return (void)all, 1; }
+static void upload(const holdings *all) { (void)all; }
+static void leave_gpu(holdings *all) { (void)all; }
+#endif
+
+/* The communicator of the session: NCCL's over `local`, or `local` itself. */
+static lorasync_status join_ranks(const lorasync_comm *local, lorasync_comm *out, lorasync_error *err)
+{
+    *out = *local;
+#ifdef DEMO_NCCL
+    {
+        lorasync_nccl_desc d;
+        char               ids[64][128];
+        lorasync_status    status;
+        memset(ids, 0, sizeof ids);
+        if (local->rank == 0 && (status = lorasync_nccl_unique_id(ids[0], err)) < 0) return status;
+        if ((status = local->all_gather(local->user, local->rank == 0 ? ids[0] : ids[63], ids, 128, 60000, err)) < 0) return status;
+        memset(&d, 0, sizeof d);
+        d.unique_id = ids[0];
+        d.rank      = local->rank;
+        d.world     = local->world;
+        return lorasync_nccl_open(&d, out, err);
+    }
+#else
+    (void)err;
+    return LORASYNC_OK;
+#endif
+}
+
+static void leave_ranks(lorasync_comm *comm)
+{
+#ifdef DEMO_NCCL
+    lorasync_nccl_close(comm);
+#else
+    (void)comm;
+#endif
 }
 
 /* What rank 0 tells about a version; version 0 is about compiling. */
@@ -633,7 +735,14 @@ static lorasync_status open_session(const job *j, const lorasync_comm *comm, con
     lorasync_piece           base;
     lorasync_status          status;
     size_t                   i;
+#ifdef DEMO_CUDA
+    lorasync_cuda cuda;
+    memset(&cuda, 0, sizeof cuda);
+#endif
     memset(&d, 0, sizeof d);
+#ifdef DEMO_CUDA
+    d.cuda = &cuda;
+#endif
     d.comm        = comm;
     d.wire_dtype  = j->wire;
     d.config_json = j->config_json;
@@ -669,6 +778,7 @@ static int run_steps(const job *j, lorasync_session *s, const lorasync_comm *com
     lorasync_get_info(s, &message.info);
     if (rank == 0 && write(to_parent, &message, sizeof message) < 0) return 1;
     train_all(j, all, 1);
+    upload(all);
     for (version = 1; version <= j->steps; version++) {
         if (rank == 0 && version > 1 &&
             !wait_for_byte(from_parent, j->timeout_ms)) /* here every version is to be seen, so it is waited for */
@@ -676,6 +786,7 @@ static int run_steps(const job *j, lorasync_session *s, const lorasync_comm *com
         lorasync_begin(s, (uint64_t)version, NULL); /* a failure is reported by wait, on all ranks */
         if (j->victim == rank && version == (j->steps < 2 ? 1 : 2)) raise(SIGKILL);
         train_all(j, all, version + 1); /* the parameters are the trainer's again */
+        upload(all);
         if (comm->all_gather(comm->user, &ready, everybody, 1, j->timeout_ms, &err) <
             0) /* a barrier: time the gather, not the step above */
             return rank_failed(rank, "barrier", &err);
@@ -689,15 +800,20 @@ static int run_steps(const job *j, lorasync_session *s, const lorasync_comm *com
 static int run_rank(const job *j, lorasync_local *local, int rank, int to_parent, int from_parent)
 {
     lorasync_session *s = NULL;
-    lorasync_comm     comm;
+    lorasync_comm     host, comm;
     lorasync_error    err;
     holdings          all;
     int               result;
-    if (lorasync_local_join(local, rank, &comm, &err) < 0) return rank_failed(0, "join", &err);
+    if (lorasync_local_join(local, rank, &host, &err) < 0) return rank_failed(0, "join", &err);
+    if (!use_gpu(rank)) return problem("rank %d has no GPU", rank);
     hold_all(&all, j, rank);
+    if (!move_to_gpu(&all)) return problem("rank %d: no device memory", rank);
+    if (join_ranks(&host, &comm, &err) < 0) return rank_failed(0, "join", &err);
     if (open_session(j, &comm, &all, &s, &err) < 0) result = rank_failed(rank, "compile", &err);
-    else result = run_steps(j, s, &comm, &all, rank, to_parent, from_parent);
+    else result = run_steps(j, s, &host, &all, rank, to_parent, from_parent);
     lorasync_close(s);
+    leave_ranks(&comm);
+    leave_gpu(&all);
     let_go(&all);
     return result;
 }
@@ -1176,6 +1292,10 @@ int main(int argc, char **argv)
     memset(&j, 0, sizeof j);
     memset(&c, 0, sizeof c);
     j.ranks = 4, j.steps = 5, j.timeout_ms = 60000, j.victim = -2;
+#ifdef DEMO_CUDA
+    j.ranks = count_gpus();
+    if (j.ranks == 0) return printf("demo: skipped: no GPU here\n"), 0;
+#endif
     read_options(&j, argc, argv);
     setvbuf(stdout, NULL, _IOLBF, 1 << 12);
     if (make_job(&j) != 0) return free_job(&j), 2;

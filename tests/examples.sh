@@ -58,6 +58,24 @@ expect readme-runs 0 'adapters/default/latest' sh -c "cd '$T' && ./quick"
 expect readme-runs-again 0 'adapters/default/latest' sh -c "cd '$T' && ./quick"
 expect readme-published 0 'q_proj$' "$E/inspect" "$T/adapters/default/latest"
 
+# ---- transports of one's own: what they print is what their first comment says
+
+for p in transport_minimal transport_full; do
+    if [ ! -x "$E/$p" ]; then bad "$p" "$E/$p was not built"; continue; fi
+    sed -n '/^   output /,/^$/p' "examples/$p.c" | sed 's/^.\{13\}//;/^$/d' >"$T/$p.expected"
+    TMPDIR=$T timeout 60 "$E/$p" >"$T/out" 2>&1
+    status=$?
+    if [ $status -ne 0 ]; then bad "$p" "exit status $status"
+    elif [ ! -s "$T/$p.expected" ] || ! cmp -s "$T/out" "$T/$p.expected"; then bad "$p" "other lines than its comment says"
+    else ok "$p"
+    fi
+    if ls -d "$T"/lorasync-* >/dev/null 2>&1; then bad "$p-cleans-up" "its folder is still there"; else ok "$p-cleans-up"; fi
+done
+expect transport_minimal-file 0 'read back and verified$' "$E/transport_minimal" "$T/mine.safetensors"
+expect transport_minimal-inspect 0 '' "$E/inspect" "$T/mine.safetensors"
+expect transport_minimal-nowhere 1 'cannot write' "$E/transport_minimal" "$T/no/such/folder"
+expect transport_full-nobody 1 'go to policy-v0$' "$E/transport_full" 127.0.0.1 1
+
 # ---- demo: every layout over 1, 3 and 4 ranks; what does not fit says so
 
 for layout in fsdp2 tp tp+fsdp hsdp zero3 fsdp1 megatron mixed; do

@@ -139,6 +139,7 @@ typedef struct fake_cuda_state {
     int            num_memory, opened;
     fake_arena    *arena;
     char          *base, *slice;
+    size_t         extent; /* of the slice, in whole pages */
     pid_t          slice_pid;
     int            is_open, depth;
     cudaStream_t   streams; /* all of them */
@@ -220,10 +221,12 @@ TEST_UNUSED static void fake_cuda_share(void)
     pthread_mutex_unlock(&fake_lock);
 }
 
+/* What is in use of this process's memory; with handles open, the memory of all. */
 static void fake_protect(int protection)
 {
     if (FAKE_MALLOC || !fake_cuda.base) return;
-    mprotect(fake_cuda.base, (size_t)__atomic_load_n(&fake_cuda.arena->taken, __ATOMIC_RELAXED) * FAKE_SLICE, protection);
+    if (fake_cuda.opened) mprotect(fake_cuda.base, (size_t)__atomic_load_n(&fake_cuda.arena->taken, __ATOMIC_RELAXED) * FAKE_SLICE, protection);
+    else if (fake_cuda.extent) mprotect(fake_cuda.slice, fake_cuda.extent, protection);
 }
 
 /* Around all that reads or writes device memory; locked in between. */
@@ -254,6 +257,7 @@ static char *fake_device_place(size_t num_bytes) /* first fit behind another blo
     if (fake_cuda.slice_pid != getpid()) {
         fake_cuda.slice     = fake_cuda.base + (size_t)(__atomic_fetch_add(&fake_cuda.arena->taken, 1, __ATOMIC_RELAXED)) * FAKE_SLICE;
         fake_cuda.slice_pid = getpid();
+        fake_cuda.extent    = 0;
     }
     while (moved) {
         moved = 0;
@@ -265,7 +269,9 @@ static char *fake_device_place(size_t num_bytes) /* first fit behind another blo
             moved = 1;
         }
     }
-    return at + num_bytes + 256 <= FAKE_SLICE ? fake_cuda.slice + at : NULL;
+    if (at + num_bytes + 256 > FAKE_SLICE) return NULL;
+    if (fake_cuda.extent < at + num_bytes + 256) fake_cuda.extent = (at + num_bytes + 256 + 4095) / 4096 * 4096;
+    return fake_cuda.slice + at;
 }
 
 /* Both ends of it: pages that nobody touches make protecting cheap. */
@@ -334,7 +340,10 @@ static cudaError_t fake_release(void *p, int pinned)
         free(p);
     }
     fake_cuda.memory[i] = fake_cuda.memory[--fake_cuda.num_memory];
-    --*(pinned ? &fake_cuda.live_pinned : &fake_cuda.live_memory);
+    if (--*(pinned ? &fake_cuda.live_pinned : &fake_cuda.live_memory) == 0 && !pinned && fake_cuda.extent) {
+        madvise(fake_cuda.slice, fake_cuda.extent, MADV_DONTNEED); /* fewer pages to protect */
+        fake_cuda.extent = 0;
+    }
     pthread_mutex_unlock(&fake_lock);
     return cudaSuccess;
 }
@@ -864,7 +873,9 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMo
 {
     (void)mode;
     if (!stream) return fake_answer(cudaErrorStreamCaptureUnsupported);
+    pthread_mutex_lock(&fake_lock);
     stream->capture = (struct CUgraph_st *)calloc(1, sizeof *stream->capture);
+    pthread_mutex_unlock(&fake_lock);
     return cudaSuccess;
 }
 
@@ -897,6 +908,14 @@ TEST_UNUSED static void fake_graph_free(cudaGraph_t graph)
         graph->head = next;
     }
     free(graph);
+}
+
+/* Sets one of the settings while other ranks run. */
+TEST_UNUSED static void fake_set(long *setting, long value)
+{
+    pthread_mutex_lock(&fake_lock);
+    *setting = value;
+    pthread_mutex_unlock(&fake_lock);
 }
 
 /* Back to the beginning: settings off, counters 0. What is alive stays. */

@@ -98,22 +98,22 @@ TEST_UNUSED static void check_element(void *user, int64_t number, unsigned char 
 
 /* -- random tensors and random cuts */
 
-TEST_UNUSED static void random_tensor(unsigned long long *s, truth_tensor *t, int number, int wanted_kinds)
+TEST_UNUSED static void random_tensor(unsigned long long *s, truth_tensor *t, int number, int large)
 {
-    static const lorasync_dtype dtypes[] = {LORASYNC_F32, LORASYNC_BF16, LORASYNC_F16, LORASYNC_F8_E4M3, LORASYNC_I64, LORASYNC_U8, LORASYNC_F64};
+    static const lorasync_dtype dtypes[] = {LORASYNC_F32, LORASYNC_BF16, LORASYNC_F16, LORASYNC_F8_E4M3, LORASYNC_I64, LORASYNC_U8, LORASYNC_F64, LORASYNC_I16};
     int64_t                     i;
     int                         d;
-    (void)wanted_kinds;
     snprintf(t->name, sizeof t->name, "model.layers.%u.t%d.lora_A.weight", below(s, 30), number);
-    t->dtype = dtypes[below(s, 7)];
+    t->dtype = dtypes[below(s, 8)];
     for (;;) {
-        t->ndim  = (int)below(s, 5);
+        t->ndim  = large ? 1 + (int)below(s, 2) : (int)below(s, 5);
         t->numel = 1;
         for (d = 0; d < t->ndim; d++) {
             t->shape[d] = below(s, 20) == 0 ? 0 : 1 + (int64_t)below(s, t->ndim > 2 ? 6 : 33);
+            if (large) t->shape[d] = t->ndim == 1 ? 20000 + (int64_t)below(s, 40000) : d ? 8 * (1 + (int64_t)below(s, 64)) - (below(s, 3) == 0) : 100 + (int64_t)below(s, 100);
             t->numel *= t->shape[d];
         }
-        if (t->numel * 8 <= MAX_BYTES) break;
+        if (t->numel * 8 <= MAX_BYTES || large) break;
     }
     t->data = (unsigned char *)calloc(1, (size_t)(t->numel * item(t->dtype)) + 1);
     for (i = 0; i < t->numel; i++) {
@@ -247,7 +247,7 @@ TEST_UNUSED static void make_expected(random_case *c)
     }
 }
 
-TEST_UNUSED static void make_case(random_case *c, unsigned long long seed, lorasync_plan_kind kind)
+TEST_UNUSED static void make_case(random_case *c, unsigned long long seed, lorasync_plan_kind kind, int large)
 {
     static const lorasync_dtype wires[] = {LORASYNC_DTYPE_NONE, LORASYNC_BF16, LORASYNC_F32, LORASYNC_F16};
     unsigned long long          s       = seed;
@@ -257,14 +257,14 @@ TEST_UNUSED static void make_case(random_case *c, unsigned long long seed, loras
     c->kind        = kind;
     c->world       = 1 + (int)below(&s, 6);
     c->root        = (int)below(&s, (unsigned)c->world);
-    c->num_tensors = 1 + (int)below(&s, MAX_TENSORS);
+    c->num_tensors = 1 + (int)below(&s, large ? 2 : MAX_TENSORS);
     c->no_direct   = (int)below(&s, 2);
     c->wire        = kind == LORASYNC_SCATTER ? LORASYNC_DTYPE_NONE : wires[below(&s, 4)];
-    c->bucket      = below(&s, 2) ? 1 + below(&s, 3000) : 0;
+    c->bucket      = below(&s, 2) ? 1 + below(&s, large ? 200000 : 3000) : 0;
     for (i = 0; i < c->num_tensors; i++) {
         truth_tensor  *t    = &c->tensors[i];
         lorasync_dtype want = LORASYNC_DTYPE_NONE;
-        random_tensor(&s, t, i, 0);
+        random_tensor(&s, t, i, large);
         if (kind != LORASYNC_SCATTER) deal_tensor(&s, c->have, c->world, t, i, t->dtype);
         want = lorasynci_is_float(t->dtype) && below(&s, 2) ? (below(&s, 2) ? LORASYNC_F32 : LORASYNC_BF16) : t->dtype;
         if (kind == LORASYNC_SCATTER || kind == LORASYNC_RESHARD) deal_tensor(&s, c->want, c->world, t, i, want);
@@ -345,13 +345,13 @@ TEST_UNUSED static int check_wanted(const random_case *c, const rank_pieces *r)
     return wrong;
 }
 
-/* Runs cases 0 to num - 1 of a kind: run_case, on every rank, fills status, wrong and text of the case. */
-TEST_UNUSED static void random_cases(lorasync_plan_kind kind, int num, void (*run_case)(rank_context *x))
+/* Runs cases 0 to num - 1 of a kind (large: of one or two tensors of tens of thousands of elements): run_case, on every rank, fills status, wrong and text of the case. */
+TEST_UNUSED static void random_cases(lorasync_plan_kind kind, int num, int large, void (*run_case)(rank_context *x))
 {
     static random_case c;
     int                i, r, bad = 0;
     for (i = 0; i < num && bad < 5; i++) {
-        make_case(&c, (unsigned long long)i * 7919 + (unsigned long long)kind * 1000003, kind);
+        make_case(&c, (unsigned long long)i * 7919 + (unsigned long long)kind * 1000003, kind, large);
         run_threads(c.world, run_case, &c);
         for (r = 0; r < c.world; r++)
             if (c.status[r] < 0 || c.wrong[r]) {

@@ -39,10 +39,18 @@ static void run_case(rank_context *x)
     lorasync_plan_free(plan);
 }
 
-static void gather_random(void) { random_cases(LORASYNC_GATHER, 700, run_case); }
-static void gather_all_random(void) { random_cases(LORASYNC_GATHER_ALL, 300, run_case); }
-static void scatter_random(void) { random_cases(LORASYNC_SCATTER, 500, run_case); }
-static void reshard_random(void) { random_cases(LORASYNC_RESHARD, 700, run_case); }
+static void gather_random(void) { random_cases(LORASYNC_GATHER, 700, 0, run_case); }
+static void gather_all_random(void) { random_cases(LORASYNC_GATHER_ALL, 300, 0, run_case); }
+static void scatter_random(void) { random_cases(LORASYNC_SCATTER, 500, 0, run_case); }
+static void reshard_random(void) { random_cases(LORASYNC_RESHARD, 700, 0, run_case); }
+
+static void large_tensors(void)
+{
+    random_cases(LORASYNC_GATHER, 12, 1, run_case);
+    random_cases(LORASYNC_GATHER_ALL, 6, 1, run_case);
+    random_cases(LORASYNC_SCATTER, 8, 1, run_case);
+    random_cases(LORASYNC_RESHARD, 12, 1, run_case);
+}
 
 int main(void)
 {
@@ -50,5 +58,6 @@ int main(void)
     RUN(gather_all_random);
     RUN(scatter_random);
     RUN(reshard_random);
+    RUN(large_tensors);
     return test_summary("test_plan");
 }

@@ -1,0 +1,353 @@
+/* Device plans without a GPU: the random cases of test_plan in fake device memory, over every way that bytes can take, and what may fail. */
+#if defined(__has_include)
+#if __has_include(<cuda_runtime_api.h>) && __has_include(<nccl.h>)
+#define HAVE_CUDA 1
+#endif
+#endif
+
+#ifdef HAVE_CUDA
+#define LORASYNC_CUDA
+#define LORASYNC_NCCL
+#endif
+#define LORASYNC_IMPLEMENTATION
+#include "lorasync.h"
+#include "test.h"
+
+#ifndef HAVE_CUDA
+int main(void)
+{
+    printf("skip test_cuda_fake: no cuda_runtime_api.h and nccl.h here\n");
+    test_skipped++;
+    return test_summary("test_cuda_fake");
+}
+#else
+
+#include "fake_cuda.h"
+#include "fake_nccl.h"
+#include "ranks.h"
+#include "random_case.h"
+#include "device_case.h"
+
+static void reset(void)
+{
+    fake_cuda_reset();
+    fake_nccl_reset();
+    memset(&device_options, 0, sizeof device_options);
+}
+
+/* Nothing is left, and nothing was used wrongly. */
+static void check_left(void)
+{
+    if (device_options.pageable_source) fake_cuda.pageable_in = 0; /* the image of a SCATTER may be anywhere */
+    CHECK_EQ(fake_cuda_left(), 0);
+    CHECK_EQ(fake_nccl.live, 0);
+    CHECK_EQ(fake_nccl.misuses + fake_nccl.mismatches, 0);
+    CHECK_EQ(cudaPeekAtLastError(), cudaSuccess);
+}
+
+static void cases(int way, int devices, int hold, int num)
+{
+    int kind;
+    for (kind = LORASYNC_GATHER; kind <= LORASYNC_RESHARD; kind++) {
+        reset();
+        fake_cuda.devices              = devices;
+        fake_cuda.hold                 = hold;
+        device_options.way             = way;
+        device_options.pageable_source = kind == LORASYNC_SCATTER;
+        random_cases((lorasync_plan_kind)kind, num, 0, run_device_case);
+        random_cases((lorasync_plan_kind)kind, num / 20, 1, run_device_case);
+        CHECK(fake_cuda.launches > num);
+        check_left();
+    }
+}
+
+static void direct(void) { cases(WAY_DIRECT, 1, 0, 120); }
+static void direct_over_devices(void) { cases(WAY_DIRECT, 3, 0, 60); }
+static void over_nccl(void) { cases(WAY_NCCL, 8, 0, 120); }
+static void over_the_host(void) { cases(WAY_HOST, 2, 0, 120); }
+
+static void slow_gpu(void)
+{
+    cases(WAY_DIRECT, 2, 3, 20);
+    cases(WAY_NCCL, 8, 3, 20);
+    cases(WAY_HOST, 1, 3, 20);
+}
+
+/* -- graphs */
+
+static void graphs(void)
+{
+    int way;
+    for (way = WAY_DIRECT; way <= WAY_NCCL; way++) {
+        reset();
+        fake_cuda.devices      = 8;
+        device_options.way     = way;
+        device_options.capture = 1;
+        random_cases(LORASYNC_GATHER, 60, 0, run_device_case);
+        random_cases(LORASYNC_GATHER_ALL, 30, 0, run_device_case);
+        random_cases(LORASYNC_RESHARD, way == WAY_NCCL ? 60 : 0, 0, run_device_case);
+        check_left();
+    }
+}
+
+/* -- processes: the image opened through a handle */
+
+static void processes(void)
+{
+    static random_case c;
+    int                i, bad = 0, direct_runs = 0;
+    if (FAKE_MALLOC) SKIP("device memory is not shared under the address sanitizer");
+    for (i = 0; i < 40; i++) {
+        reset();
+        fake_cuda.ipc_fails = i % 4 == 3 ? 1 + i / 4 % 2 : 0;
+        device_options.way  = fake_cuda.ipc_fails ? WAY_FALLBACK : WAY_DIRECT;
+        fake_cuda_share();
+        make_case(&c, (unsigned long long)i * 31337, i % 2 ? LORASYNC_GATHER_ALL : LORASYNC_GATHER, 0);
+        direct_runs += c.world > 1;
+        if (run_processes(c.world, run_device_process, &c)) {
+            fprintf(stderr, "case %d: %d ranks\n", i, c.world);
+            bad++;
+        }
+        free_case(&c);
+        fake_cuda.arena->taken = 0;
+    }
+    CHECK(direct_runs > 5);
+    CHECK_EQ(bad, 0);
+}
+
+/* -- what fails */
+
+static void no_peer_access(void)
+{
+    reset();
+    fake_cuda.devices        = 4;
+    fake_cuda.no_peer_access = 1;
+    device_options.way       = WAY_FALLBACK; /* direct where all ranks share a device */
+    random_cases(LORASYNC_GATHER, 60, 0, run_device_case);
+    check_left();
+}
+
+/* One small case that is the same each time. */
+static void small_case(random_case *c, int world, lorasync_plan_kind kind)
+{
+    unsigned long long seed = 1;
+    for (;; seed++) {
+        make_case(c, seed, kind, 0);
+        if (c->world == world && c->expected->payload_bytes > 100) break;
+        free_case(c);
+    }
+}
+
+/* A case that must fail on all ranks alike, leaving nothing. */
+static void expect(random_case *c, lorasync_status status, const char *text)
+{
+    int r;
+    memset(c->status, 0, sizeof c->status);
+    run_threads(c->world, run_device_case, c);
+    for (r = 0; r < c->world; r++) {
+        CHECK_EQ(c->status[r], status);
+        CHECK_EQ(c->wrong[r], 0);
+        if (status < 0) CHECK_HAS(c->text[r], text);
+    }
+}
+
+static void driver_fails(void)
+{
+    random_case c;
+    reset();
+    small_case(&c, 2, LORASYNC_GATHER);
+    fake_cuda.jit_fails = 1;
+    expect(&c, LORASYNC_E_CUDA, "the GPU driver did not take the kernel");
+    check_left();
+    reset();
+    fake_cuda.no_entry_points = 1;
+    expect(&c, LORASYNC_E_CUDA, "driver entry point");
+    check_left();
+    free_case(&c);
+}
+
+/* The nth allocation of device memory, pinned memory, a stream or an event. On all ranks the same, and the next plan is well. */
+static void memory_fails(void)
+{
+    static random_case c;
+    int                way, kind, n, r, failed;
+    for (way = WAY_DIRECT; way <= WAY_HOST; way++)
+        for (kind = LORASYNC_GATHER; kind <= LORASYNC_RESHARD; kind++)
+            for (n = 1, failed = 1; failed && n < 200; n++) {
+                reset();
+                fake_cuda.devices              = 4;
+                device_options.way             = way;
+                device_options.fail_at         = n;
+                device_options.runs            = 1;
+                device_options.pageable_source = kind == LORASYNC_SCATTER;
+                small_case(&c, 2, (lorasync_plan_kind)kind);
+                run_threads(c.world, run_device_case, &c);
+                failed = fake_cuda.fail_at == 0;
+                for (r = 0; r < c.world; r++) {
+                    CHECK_EQ(c.wrong[r], 0);
+                    CHECK_EQ(c.status[r], c.status[0]);
+                    /* an image that finds no memory is made without placing directly, and that may work */
+                    if (c.status[r] < 0) CHECK(failed && c.status[r] == LORASYNC_E_MEMORY);
+                    if (c.status[r] < 0) CHECK_HAS(c.text[r], "memory");
+                    if (c.status[r] == LORASYNC_OK && failed) CHECK(way == WAY_DIRECT);
+                }
+                fake_cuda.fail_at = 0;
+                free_case(&c);
+                check_left();
+            }
+}
+
+/* The nth allocation of host memory, by one rank alone. */
+static void allocator_fails(void)
+{
+    static random_case c;
+    test_memory        m;
+    lorasync_allocator a;
+    long               n;
+    a.alloc = test_memory_alloc;
+    a.free  = test_memory_free;
+    a.user  = &m;
+    for (n = 1;; n++) {
+        reset();
+        small_case(&c, 1, LORASYNC_GATHER);
+        memset(&m, 0, sizeof m);
+        m.fail_at                = n;
+        device_options.allocator = &a;
+        device_options.runs      = 1;
+        run_threads(1, run_device_case, &c);
+        CHECK_EQ(m.live, 0);
+        CHECK_EQ(c.wrong[0], 0);
+        CHECK_EQ(c.status[0], m.fail_at ? LORASYNC_OK : LORASYNC_E_MEMORY);
+        free_case(&c);
+        check_left();
+        if (m.fail_at) break;
+    }
+    CHECK(n > 5);
+}
+
+/* The GPU fails in the middle: an error on that rank, and on the others before long. */
+static void gpu_fails(void)
+{
+    static random_case c;
+    int                way, r;
+    for (way = WAY_DIRECT; way <= WAY_HOST; way++) {
+        reset();
+        fake_cuda.devices             = 4;
+        device_options.way            = way;
+        device_options.timeout_ms     = 300;
+        device_options.query_fails_at = 1;
+        small_case(&c, 2, LORASYNC_GATHER);
+        run_threads(c.world, run_device_case, &c);
+        for (r = 0; r < c.world; r++) CHECK(c.status[r] < 0);
+        CHECK(c.status[0] == LORASYNC_E_CUDA || c.status[1] == LORASYNC_E_CUDA || strstr(c.text[0], "CUDA") || strstr(c.text[1], "CUDA"));
+        free_case(&c);
+        fake_cuda.query_fails_at = 0;
+        check_left();
+    }
+}
+
+/* A rank whose NCCL hangs: all get an error by the deadline. */
+static void nccl_hangs(void)
+{
+    static random_case c;
+    int                at, r;
+    for (at = 1; at < 12; at++) {
+        uint64_t start = lorasynci_now_ns();
+        reset();
+        fake_cuda.devices         = 4;
+        device_options.way        = WAY_NCCL;
+        device_options.timeout_ms = 200;
+        device_options.runs       = 2;
+        fake_nccl.rank[1].hang_at = at;
+        small_case(&c, 3, LORASYNC_GATHER);
+        run_threads(c.world, run_device_case, &c);
+        for (r = 0; r < c.world; r++) {
+            CHECK_EQ(c.status[r] < 0, c.status[0] < 0);
+            CHECK(c.status[r] == LORASYNC_OK || lorasync_is_lost(c.status[r]));
+            if (at < 5) CHECK(c.status[r] < 0);
+        }
+        CHECK(lorasynci_now_ns() - start < UINT64_C(2500000000));
+        free_case(&c);
+        check_left();
+        CHECK_EQ(fake_nccl.aborts, c.status[0] < 0 ? c.world : 0);
+    }
+}
+
+/* -- NaN: found on the GPU, named as the host would */
+
+static void nan_is_named(void)
+{
+    static random_case c;
+    int                way, r;
+    size_t             k;
+    for (way = WAY_DIRECT; way <= WAY_HOST; way++) {
+        unsigned long long seed;
+        int                found = 0;
+        for (seed = 1; found < 10; seed++) {
+            int64_t element;
+            char    where[64];
+            reset();
+            fake_cuda.devices  = 8;
+            device_options.way = way;
+            make_case(&c, seed, LORASYNC_GATHER, (int)(seed % 2));
+            /* one NaN in the only copy of a one-dimensional float tensor */
+            if (c.tensors[0].ndim == 1 && c.tensors[0].numel && c.tensors[0].dtype == LORASYNC_F32 && c.wire != LORASYNC_F8_E4M3) {
+                float nan_value = (float)NAN;
+                element         = (int64_t)(seed * 7919 % (unsigned long long)c.tensors[0].numel);
+                for (r = 0; r < c.world; r++)
+                    for (k = 0; k < c.have[r].num; k++)
+                        if (c.have[r].tensor[k] == 0) put_element(&c.tensors[0], &c.have[r].pieces[k], element, &nan_value);
+                snprintf(where, sizeof where, "NaN or Inf at element [%lld]", (long long)element);
+                device_options.runs = 2; /* the same error again */
+                run_threads(c.world, run_device_case, &c);
+                for (r = 0; r < c.world; r++) {
+                    CHECK_EQ(c.status[r], LORASYNC_E_NAN);
+                    CHECK_HAS(c.text[r], c.tensors[0].name);
+                    CHECK_HAS(c.text[r], where);
+                }
+                found++;
+                check_left();
+            }
+            free_case(&c);
+        }
+    }
+}
+
+/* Everything stays where it is. */
+static void kept_on_device(void)
+{
+    reset();
+    fake_cuda.devices             = 2;
+    device_options.way            = WAY_DIRECT;
+    device_options.keep_on_device = 1;
+    random_cases(LORASYNC_GATHER, 80, 0, run_device_case);
+    check_left();
+    reset();
+    fake_cuda.devices             = 8;
+    device_options.way            = WAY_NCCL;
+    device_options.keep_on_device = 1;
+    random_cases(LORASYNC_GATHER_ALL, 60, 0, run_device_case);
+    check_left();
+}
+
+int main(void)
+{
+    RUN(direct);
+    RUN(direct_over_devices);
+    RUN(over_nccl);
+    RUN(over_the_host);
+    RUN(slow_gpu);
+    RUN(kept_on_device);
+    RUN(graphs);
+    RUN(processes);
+    RUN(no_peer_access);
+    RUN(driver_fails);
+    RUN(memory_fails);
+    RUN(allocator_fails);
+    RUN(gpu_fails);
+    RUN(nccl_hangs);
+    RUN(nan_is_named);
+    return test_summary("test_cuda_fake");
+}
+
+#endif
