@@ -28,8 +28,8 @@ BENCH_ARGS ?=
 
 TESTS          ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/test_*.c)))
 SLOW_TESTS     ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/slow_*.c)))
-THREAD_TESTS   ?= test_comm test_session test_directory test_nccl test_publish test_shm
-VALGRIND_TESTS ?= test_names test_config test_image test_layout test_plan test_directory test_session test_policy test_publish test_shm
+THREAD_TESTS   ?= test_comm test_session test_directory test_nccl test_publish test_shm test_base
+VALGRIND_TESTS ?= test_names test_config test_image test_layout test_plan test_directory test_session test_policy test_publish test_shm test_base
 INTEROP        ?= $(sort $(wildcard tests/interop_*.py))
 
 MPI_EXAMPLES := $(patsubst %.c,$(BUILD)/%,$(wildcard examples/mpi*.c))
@@ -43,7 +43,7 @@ MAKEFLAGS += --no-print-directory
 export BUILD GCC GXX CLANG CLANGXX NVCC CUDA_HOME MPICC MPIRUN PYTHON CPPCHECK LDLIBS
 
 .DELETE_ON_ERROR:
-.PHONY: gpu-build ptx help test test-slow test-asan test-tsan test-valgrind matrix model interop examples mpi-examples demo bench bench-gpu format check-format clean \
+.PHONY: gpu-build test-gpu ptx help test test-slow test-asan test-tsan test-valgrind matrix model interop examples mpi-examples demo bench bench-gpu format check-format clean \
         programs run FORCE
 
 help: ## lists the targets
@@ -70,9 +70,9 @@ $(B)/%: tests/%.c lorasync.h tests/test.h $(B)/flags
 	$(COMPILE) -o $@ $< $(LDLIBS)
 
 # Tests of the GPU and NCCL rooms, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
-$(B)/test_nccl $(B)/test_cuda_fake: private CPPFLAGS += -isystem $(CUDA_HOME)/include
-$(B)/test_nccl $(B)/test_cuda_fake: tests/fake_cuda.h tests/fake_nccl.h
-$(B)/test_plan $(B)/test_cuda_fake: tests/random_case.h
+$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_base_cuda: private CPPFLAGS += -isystem $(CUDA_HOME)/include
+$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_base_cuda: tests/fake_cuda.h tests/fake_nccl.h
+$(B)/test_plan $(B)/test_cuda_fake $(B)/test_base: tests/random_case.h
 $(B)/test_comm $(B)/test_nccl: tests/traffic.h
 $(B)/test_cuda_fake: tests/device_case.h
 
@@ -150,6 +150,14 @@ gpu-build: ## builds the GPU demo without running it, and checks the PTX text
 	done; \
 	NVCC='$(NVCC)' sh tests/ptx.sh --check; case $$? in 0) p=$$((p + 1));; 77) s=$$((s + 1));; *) echo FAIL ptx; f=$$((f + 1));; esac; \
 	echo "$$p passed, $$f failed, $$s skipped"; [ $$f = 0 ]
+
+$(BUILD)/gpu_plan: tests/gpu_plan.c tests/test.h tests/ranks.h tests/random_case.h tests/device_case.h lorasync.h
+	@mkdir -p $(@D)
+	$(COMPILE) -isystem $(CUDA_HOME)/include $(if $(NCCL_HOME),-isystem $(NCCL_HOME)/include) -o $@ $< $(NCCL_LIBS) $(CUDA_LIBS) $(LDLIBS)
+
+test-gpu: ## tests on the GPUs of this machine; SANITIZER="compute-sanitizer --tool memcheck" GPU_CASES=5 checks them the slow way
+	@if ! [ -e $(CUDA_HOME)/include/cuda_runtime_api.h ]; then echo "skip test-gpu: no CUDA in CUDA_HOME"; else \
+	    $(MAKE) $(BUILD)/gpu_plan && $(SANITIZER) $(BUILD)/gpu_plan $(GPU_CASES); fi
 
 ptx: ## makes the PTX text in lorasync.h from its CUDA C block (needs nvcc)
 	@NVCC='$(NVCC)' sh tests/ptx.sh

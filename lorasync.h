@@ -60,7 +60,7 @@
    TABLE OF CONTENTS  (search for the mark; a room uses only rooms above it)
 
        >>types      status, errors, allocator, dtypes
-       >>api        names, layout, comm, plan, image, config, transport, engine, policy, session - each documented where declared
+       >>api        names, layout, comm, plan, image, config, transport, engine, policy, session, base - each documented where declared
                     "END OF THE PUBLIC PART": stop there if you only want the API
        >>support    errors, allocation, checked arithmetic, buffers, hashing, clock
        >>json       a small strict reader and writer
@@ -77,6 +77,7 @@
        >>engine     poll, validate, pin, find, release
        >>policy     what must be sent now: base, adapter, nothing; and in which order
        >>session    the easy path over all of it
+       >>base       base weights in buckets through the same plans, images and transports
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
 
 
@@ -585,7 +586,10 @@ typedef struct lorasync_image {
     uint64_t               digest;       /* of tensors and payload, as the header says; 0 when it does not */
     int                    has_digest;
     const uint64_t        *tensor_digests; /* one per tensor, or NULL when not known */
-    const char            *config_json;  /* adapter_config.json that belongs to it; "" when none */
+    const char            *config_json;  /* adapter_config.json that belongs to it (of base weights: the model's config.json); "" when none */
+    size_t                 bucket;         /* base weights come as several images, */
+    size_t                 num_buckets;    /* this one is bucket 0 to num_buckets - 1; 0 and 0: an adapter, whole */
+    const char            *index_json;     /* of more than one bucket, the same with each: model.safetensors.index.json; "" when none */
 } lorasync_image;
 
 /* What to write: name, dtype, ndim and shape of each tensor are read; offset and num_bytes come out. */
@@ -844,6 +848,9 @@ typedef struct lorasync_transport {
     void (*abort)(void *user, const char *adapter, uint64_t version);
     /* Called once when the session that it is attached to closes. NULL: nothing to close. */
     void (*close)(void *user);
+    /* 1: stage also takes base weights (>>api: base) in several images: image->bucket 0, 1, .. image->num_buckets - 1 of one version, one stage each,
+       then one commit for all; an abort may come after any of them, and the next try begins with bucket 0 again. 0: num_buckets over 1 is refused. */
+    int takes_buckets;
 } lorasync_transport;
 
 /* What is known of an engine after a sync. */
@@ -878,6 +885,11 @@ typedef struct lorasync_engine_outcome {
        <directory>/<adapter>/v12/adapter_model.safetensors, adapter_config.json
        <directory>/<adapter>/latest -> v12                      the commit point: a symbolic link, replaced by rename
    stage writes <directory>/<adapter>/.stage-..., every file fsync'ed; commit renames it to v<version>, fsyncs the directory and swings `latest`.
+   Base weights (>>api: base) become a Hugging Face checkpoint that transformers, vLLM and SGLang read as it is, by the same rules:
+       <directory>/<name>/v12/model-00001-of-00003.safetensors .., model.safetensors.index.json    (one bucket: model.safetensors, no index)
+                              config.json                                                          when lorasync_stream_desc.config_json is given
+   Give them a directory of their own: an engine (>>api: engine) serves adapters, and reports a base checkpoint beside them as one that has no
+   adapter_model.safetensors.
    A reader sees a whole version or none, whatever is killed when. Publishing the served version again with the same bytes is a success without
    effect. A commit fails with the new version visible only when the last fsync fails: it may then not survive a power cut. */
 typedef struct lorasync_directory_desc {
@@ -1020,7 +1032,7 @@ typedef enum lorasync_memory_tag {
 #define LORASYNC_STEP_LIST(X)                                                                                          \
     X(LORASYNC_STEP_PAUSE, "pause")                         /* hold requests: what they compute with is about to change */ \
     X(LORASYNC_STEP_RESUME_WEIGHTS, "resume weights")       /* take the memory again */                               \
-    X(LORASYNC_STEP_SEND_BASE, "send base")                 /* only here may a weight update be opened; it holds all of the base */ \
+    X(LORASYNC_STEP_SEND_BASE, "send base")                 /* lorasync_stream_sync; only here may a weight update be opened, it holds all of the base */ \
     X(LORASYNC_STEP_SEND_ADAPTER, "send adapter")           /* stage and commit: lorasync_sync */                     \
     X(LORASYNC_STEP_RESUME_KV_CACHE, "resume kv_cache")     /* after the sends: that bounds the peak */               \
     X(LORASYNC_STEP_RESUME_CUDA_GRAPH, "resume cuda_graph") /* graphs hold addresses of the two others */             \
@@ -1217,6 +1229,78 @@ LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session
 
 /* Frees everything and closes the transports. Not collective. NULL is fine. */
 LORASYNC_API void lorasync_close(lorasync_session *session);
+
+/* -------------------------------------------------------------------------------------------------- >>api: base -- */
+
+/* Base weights, merged weights, a whole model: what an engine needs before an adapter, and what is too large for one image. They travel through the
+   same plans, images and transports, in buckets of bounded size, and are committed after the last one: all engines get all of it, or none.
+
+       tensors, in order of declaration  | a b c | d e | f (larger than a bucket) | g h .. |
+       bucket, an image of its own       |   0   |  1  |            2             |    3   |   even ones in one buffer, odd ones in another:
+
+       root    | gather 0 | stage 0 | gather 1 | stage 1 | gather 2 | .. | commit |
+       others  | pack 0   | pack 1 ...........  | pack 2 ...........        while the root stages
+
+   When to send the base, and when it may stay, is lorasync_policy_decide's business (LORASYNC_STEP_SEND_BASE). */
+typedef struct lorasync_stream_desc {
+    const lorasync_comm *comm;         /* NULL: one rank. Copied; its user pointer is borrowed until close */
+    int                  root;         /* the rank that publishes */
+    lorasync_dtype       wire_dtype;   /* float tensors travel as this; NONE: each as it is */
+    size_t               bucket_bytes; /* of payload; 0: 1 GiB. A tensor, or a lora_A with its lora_B, that is larger travels alone */
+    const char          *name;         /* NULL: "base". What it is published as: image->adapter. Copied */
+    const char          *config_json;  /* the model's config.json, published with the last bucket; NULL: none. Used on the root. Copied */
+    int                  keep_names;   /* 1: names are published as given. 0: as lorasync_parse_name's key: without wrappers and `base_layer` */
+    int                  allow_nan;
+    int                  no_direct;
+    const lorasync_cuda *cuda; /* NULL: parameters are in host memory. Copied. Device memory travels over exchange_stream or pinned memory */
+    int                  timeout_ms; /* 0: 60000 */
+    const lorasync_allocator *allocator;
+} lorasync_stream_desc;
+
+typedef struct lorasync_stream lorasync_stream;
+
+/* Not collective. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *desc, lorasync_stream **out, lorasync_error *err);
+
+/* Declares one piece that this rank holds, as lorasync_add; nothing is filtered: what is added is sent. Errors, also remembered for compile:
+   LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT, LORASYNC_E_UNSUPPORTED, LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const lorasync_piece *piece, lorasync_error *err);
+
+/* Adds an engine before compile. Copied; its `close` is called when the stream closes. Used on the root, ignored elsewhere. */
+LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err);
+
+/* Divides the tensors into buckets, plans each and allocates. Collective, once. The order is that of first declaration, on the lowest rank that has
+   the tensor; a tensor whose name is that of another up to `.lora_` goes into the other's bucket.
+   Memory: the root has two payloads, the largest of the even and of the odd buckets, and staging for one bucket; other ranks have staging for what
+   they hold of one bucket. Where all ranks can map the payloads they place directly, and there is no staging.
+   Errors, the same on all ranks: those remembered; LORASYNC_E_EMPTY; LORASYNC_E_NAME (two parameters of one name); LORASYNC_E_DISAGREE;
+   LORASYNC_E_ARGUMENT (over 99,999 buckets); LORASYNC_E_UNSUPPORTED for a transport without takes_buckets when there are more than one;
+   those of lorasync_plan_create. */
+LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lorasync_error *err);
+
+/* Sends all buckets and commits. Collective. The parameters must not change during the call. Versions are as with lorasync_begin. All engines must
+   take it. On failure, in whichever bucket, all that was staged is aborted, engines keep the old version, and every rank returns the same error:
+   LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE (ranks pass different versions), whatever a transport returned, LORASYNC_E_STATE before
+   compile, and those of the comm. Allocates nothing. out_report may be NULL; its digest is over the digests of the buckets, its times are sums. */
+LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version, lorasync_report *out_report, lorasync_error *err);
+
+/* What compile found; zeros before. */
+typedef struct lorasync_stream_info {
+    size_t num_tensors; /* of all ranks */
+    size_t num_buckets;
+    size_t payload_bytes; /* of all buckets */
+    size_t image_bytes;   /* of the two buffers; where direct is 0, on the root only */
+    size_t staging_bytes; /* on this rank */
+    size_t plan_bytes;    /* of all plans on this rank, headers included */
+    int    direct;
+} lorasync_stream_info;
+LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasync_stream_info *out);
+
+/* As lorasync_get_outcomes. */
+LORASYNC_API const lorasync_engine_outcome *lorasync_stream_outcomes(const lorasync_stream *stream, size_t *out_num);
+
+/* Frees everything and closes the transports. Not collective. NULL is fine. */
+LORASYNC_API void lorasync_stream_close(lorasync_stream *stream);
 
 #ifdef __cplusplus
 }
@@ -5124,6 +5208,7 @@ LORASYNCI_FN lorasync_status lorasynci_image_new(const lorasync_allocator *given
     m->a                 = a;
     m->image.adapter     = "";
     m->image.config_json = "";
+    m->image.index_json  = "";
     *out                 = m;
     return LORASYNC_OK;
 }
@@ -6411,9 +6496,11 @@ struct lorasync_plan {
     int                 root, timeout_ms, allow_nan;
     int                 has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a gather-all */
     int                 direct;    /* the image is mapped by every rank */
+    int                 lent;      /* staging and payload are not its own: lorasynci_plan_lend gives them before the first run */
     int                 begun;
     lorasync_status     lost;        /* the status with which the communicator went, or 0 */
     lorasync_error      begin_error; /* of the last begin; status 0 when it succeeded */
+    const lorasync_error *objection; /* a failure in it is this rank's vote on a run, too; or NULL */
     uint64_t            tag;         /* what all ranks must agree on at each run: the session's version */
     uint64_t            run;         /* counts waits: equal on all ranks, whoever did not begin */
     lorasynci_catalogue catalogue;   /* this rank's tensors */
@@ -6461,6 +6548,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lo
 LORASYNCI_FN int             lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer);
 LORASYNCI_FN void            lorasynci_device_unmap(lorasync_plan *plan);
 LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err);
+LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err);
@@ -7005,16 +7093,20 @@ typedef struct lorasynci_offer {
     char           name[64];
 } lorasynci_offer;
 
-/* A name that nobody else uses: process, time, address. */
+/* A name for shared memory that nobody else uses: process, time, address. */
+LORASYNCI_FN void lorasynci_mapping_name(char out[64], const void *owner)
+{
+    snprintf(out, 64, "/lorasync-%ld-%016llx", (long)getpid(), (unsigned long long)lorasynci_mix(lorasynci_now_ns() ^ (uint64_t)(uintptr_t)owner));
+}
+
 LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *offer)
 {
     const lorasync_image *image     = plan->image;
-    size_t                sums_at   = lorasynci_align64(image->header_bytes + (plan->device ? 0 : image->payload_bytes));
+    size_t                sums_at   = lorasynci_align64(image->header_bytes + (plan->device || plan->lent ? 0 : image->payload_bytes));
     size_t                num_bytes = lorasynci_align64(sums_at + 3 * image->num_tensors * sizeof(uint64_t) ) + ((size_t)plan->comm.world + 1) * 64; /* marks and importers last */
     lorasync_error        unused;
     if (plan->device && lorasynci_device_make_image(plan, &offer->device, &unused) < 0) return; /* said again when it is needed */
-    snprintf(offer->name, sizeof offer->name, "/lorasync-%ld-%016llx", (long)getpid(),
-             (unsigned long long)lorasynci_mix(lorasynci_now_ns() ^ (uint64_t)(uintptr_t)plan));
+    lorasynci_mapping_name(offer->name, plan);
     plan->mapping = lorasynci_map_named(offer->name, num_bytes, 1);
     if (!plan->mapping) return;
     plan->mapping_bytes  = num_bytes;
@@ -7740,6 +7832,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
         for (i = 0; i < image->num_tensors; i++) plan->terms[i] = lorasynci_digest_term(&image->tensors[i]);
     }
     plan->source = d->kind == LORASYNC_SCATTER && plan->has_image ? d->image : NULL;
+    if (plan->lent) return LORASYNC_OK;
     if (plan->device) return lorasynci_device_allocate(plan, err);
     for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
         plan->memory[space] = (char *)lorasynci_alloc(&plan->meter.a, plan->staging_bytes[space]);
@@ -7869,7 +7962,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_refuse(const lorasync_plan_desc *d, 
     return err->status;
 }
 
-LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out, lorasync_error *err)
+/* lent: the plan comes without staging and payload. */
+LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *desc, int lent, lorasync_plan **out, lorasync_error *err)
 {
     lorasync_allocator a;
     lorasync_error     why;
@@ -7886,6 +7980,7 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
     if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
     plan = lorasynci_plan_new(desc, &a);
     if (!plan) return lorasynci_plan_refuse(desc, err);
+    plan->lent = lent;
     memset(&planner, 0, sizeof planner);
     lorasynci_buffer_init(&parts.list, &plan->a);
     lorasynci_buffer_init(&parts.geometry, &plan->a);
@@ -7908,6 +8003,29 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
     return LORASYNC_OK;
 }
 
+LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out, lorasync_error *err)
+{
+    return lorasynci_plan_create(desc, 0, out, err);
+}
+
+/* Memory in which several plans run in turns: staging as large as the largest of them needs, and the payload of one image. */
+typedef struct lorasynci_loan {
+    char *send, *receive;
+    char *payload;      /* of the image; on ranks without it what is mapped of it, or NULL */
+    char *host_payload; /* of a device plan whose image comes to the host; else NULL */
+} lorasynci_loan;
+
+/* Gives a lent plan its memory, once; it must outlive the plan. */
+LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lorasynci_loan *loan, lorasync_error *err)
+{
+    plan->memory[LORASYNCI_SEND]    = loan->send;
+    plan->memory[LORASYNCI_RECEIVE] = loan->receive;
+    plan->memory[LORASYNCI_IMAGE]   = loan->payload;
+    if (plan->device) return lorasynci_device_lend(plan, loan->host_payload, err);
+    if (plan->image && plan->has_image) lorasync_image_bind(plan->image, loan->payload);
+    return LORASYNC_OK;
+}
+
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
 {
     lorasync_allocator a;
@@ -7927,8 +8045,7 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
     lorasynci_catalogue_free(&plan->catalogue);
     lorasynci_buffer_free(&plan->pack.list), lorasynci_buffer_free(&plan->pack.grids);
     lorasynci_buffer_free(&plan->place.list), lorasynci_buffer_free(&plan->place.grids);
-    lorasynci_free(&a, plan->memory[LORASYNCI_SEND]);
-    lorasynci_free(&a, plan->memory[LORASYNCI_RECEIVE]);
+    if (!plan->lent) lorasynci_free(&a, plan->memory[LORASYNCI_SEND]), lorasynci_free(&a, plan->memory[LORASYNCI_RECEIVE]);
     lorasynci_free(&a, plan->image_memory);
     if (plan->mapping) munmap(plan->mapping, plan->mapping_bytes);
     lorasynci_free(&a, plan);
@@ -8231,9 +8348,13 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
     if (plan->direct && lorasynci_is_planner(plan)) /* for the next run: all have read it before the last vote, and add to it after this one */
         memset(plan->shared_sums + (plan->run + 1) % 3 * plan->num_image_tensors, 0, plan->num_image_tensors * sizeof *plan->shared_sums);
     status = lorasynci_move_all(plan, err);
+    if (plan->objection && plan->objection->status < 0 && plan->begin_error.status == LORASYNC_OK) plan->begin_error = *plan->objection;
     if (status == LORASYNC_OK) status = lorasynci_vote_run(plan, err);
     if (lorasync_is_lost(status)) return lorasynci_plan_lose(plan, status, err);
-    if (status == LORASYNC_OK && plan->device && plan->image && plan->has_image) status = lorasynci_device_image(plan, err);
+    if (status == LORASYNC_OK && plan->device && plan->image && plan->has_image && lorasynci_device_image(plan, err) < 0) {
+        lorasync_error cuda = *err; /* the others have voted, and go on: only giving up the communicator tells them */
+        return lorasynci_plan_lose(plan, lorasynci_fail(err, LORASYNC_E_COMM, "%.500s", cuda.text), err);
+    }
     if (status == LORASYNC_OK && plan->has_image && plan->image) lorasynci_finish_image(plan);
     plan->run++;
     return status;
@@ -8403,7 +8524,8 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     cudaFree(g->table);
     cudaFreeHost(g->host);
     cudaFreeHost(g->host_image);
-    if (plan->comm.exchange_stream) cudaFree(plan->memory[LORASYNCI_SEND]), cudaFree(plan->memory[LORASYNCI_RECEIVE]);
+    if (plan->lent) {}
+    else if (plan->comm.exchange_stream) cudaFree(plan->memory[LORASYNCI_SEND]), cudaFree(plan->memory[LORASYNCI_RECEIVE]);
     else cudaFreeHost(plan->memory[LORASYNCI_SEND]), cudaFreeHost(plan->memory[LORASYNCI_RECEIVE]);
     plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = NULL;
     if (g->ready) cudaEventDestroy(g->ready);
@@ -8590,7 +8712,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
     g->host_bytes = 8 + g->num_sums * 8;
     for (i = 0; i < plan->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
     LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host, g->host_bytes, cudaHostAllocDefault), "pinned memory");
-    if (plan->image && plan->has_image && !g->keep_on_device) {
+    if (plan->image && plan->has_image && !g->keep_on_device && !plan->lent) {
         size_t n = plan->image->header_bytes + plan->image->payload_bytes;
         LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host_image, n, cudaHostAllocDefault), "pinned memory for the image");
     }
@@ -8625,6 +8747,34 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
         image->on_device = 1;
     }
     return LORASYNC_OK;
+}
+
+/* The rest of the above for a plan whose memory has been lent. */
+LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err)
+{
+    lorasync_image *image = plan->image;
+    LORASYNCI_TRY(lorasynci_device_upload(plan, err));
+    LORASYNCI_TRY(lorasynci_device_host(plan, err));
+    if (!image || !plan->has_image) return LORASYNC_OK;
+    image->on_device = plan->device->keep_on_device;
+    lorasync_image_bind(image, image->on_device ? plan->memory[LORASYNCI_IMAGE] : (char *)host_payload);
+    return LORASYNC_OK;
+}
+
+/* Device memory, or pinned host memory, to be lent; for 0 bytes none. */
+LORASYNCI_FN lorasync_status lorasynci_device_get(int pinned, size_t num_bytes, char **out, lorasync_error *err)
+{
+    if (!num_bytes) return LORASYNC_OK;
+    if (pinned) LORASYNCI_CUDA(cudaHostAlloc((void **)out, num_bytes, cudaHostAllocPortable), "pinned memory for buckets");
+    else LORASYNCI_CUDA(cudaMalloc((void **)out, num_bytes), "memory for buckets");
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN void lorasynci_device_put(int pinned, char *memory)
+{
+    if (pinned) cudaFreeHost(memory);
+    else cudaFree(memory);
+    (void)cudaGetLastError();
 }
 
 /* -- running */
@@ -8667,8 +8817,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch(lorasync_plan *plan, lorasyn
 LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, lorasync_error *err)
 {
     const lorasynci_device *g = plan->device;
-    if (plan->has_image && g->host_image && plan->image->payload_bytes)
-        LORASYNCI_CUDA(cudaMemcpyAsync(g->host_image + plan->image->header_bytes, plan->memory[LORASYNCI_IMAGE], plan->image->payload_bytes, cudaMemcpyDefault, g->stream),
+    if (plan->has_image && !plan->image->on_device && plan->image->payload_bytes)
+        LORASYNCI_CUDA(cudaMemcpyAsync((char *)(uintptr_t)plan->image->payload, plan->memory[LORASYNCI_IMAGE], plan->image->payload_bytes, cudaMemcpyDefault, g->stream),
                        "copying the image to the host");
     return LORASYNC_OK;
 }
@@ -8741,17 +8891,30 @@ LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cu
     }
 }
 
-/* A comm that exchanges host memory only: pack, exchange and place in turns. */
-LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, uint64_t deadline_ns, lorasync_error *err)
+/* Places what a round brought. */
+LORASYNCI_FN lorasync_status lorasynci_device_place(lorasync_plan *plan, uint32_t round, uint64_t deadline_ns, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
+    LORASYNCI_TRY(lorasynci_device_run(g, &g->place[round], err));
+    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
+    return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
+}
+
+/* A comm that exchanges host memory only: exchange and place in turns. The others count on every exchange, so a failure here (`status`, or one
+   on the way) does not end them. */
+LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, lorasync_status status, uint64_t deadline_ns, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    lorasync_error    lost;
     uint32_t          round;
     for (round = 0; round < plan->num_rounds; round++) {
-        LORASYNCI_TRY(lorasynci_exchange_round(plan, round, err));
-        LORASYNCI_TRY(lorasynci_device_run(g, &g->place[round], err));
-        LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
-        LORASYNCI_TRY(lorasynci_device_poll(plan, g->done, deadline_ns, 1, err));
+        if (lorasynci_exchange_round(plan, round, &lost) < 0) {
+            *err = lost;
+            return lost.status;
+        }
+        if (status == LORASYNC_OK) status = lorasynci_device_place(plan, round, deadline_ns, err);
     }
+    LORASYNCI_TRY(status);
     LORASYNCI_TRY(lorasynci_device_fetch(plan, err));
     LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
     return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
@@ -8778,12 +8941,17 @@ LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasy
 {
     lorasynci_device *g        = plan->device;
     uint64_t          deadline = lorasynci_deadline_ns(plan->timeout_ms);
-    if (plan->begin_error.status < 0) return LORASYNC_OK; /* nothing of this run is under way here; the vote tells the others */
-    if (plan->captured) LORASYNCI_CUDA(cudaEventRecord(g->done, g->caller), "cudaEventRecord");
-    LORASYNCI_TRY(lorasynci_device_poll(plan, g->done, deadline, 1, err));
-    if (!plan->comm.exchange_stream && plan->num_rounds) LORASYNCI_TRY(lorasynci_device_host_rounds(plan, deadline, err));
-    lorasynci_device_results(plan);
-    return LORASYNC_OK;
+    int               by_host  = !plan->comm.exchange_stream && plan->num_rounds;
+    lorasync_status   status   = LORASYNC_OK;
+    if (plan->begin_error.status < 0) { /* nothing of this run is under way here; the vote tells the others */
+        *err = plan->begin_error;
+        return by_host ? lorasynci_device_host_rounds(plan, err->status, deadline, err) : LORASYNC_OK;
+    }
+    if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess) status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
+    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, g->done, deadline, 1, err);
+    if (by_host && !lorasync_is_lost(status)) status = lorasynci_device_host_rounds(plan, status, deadline, err);
+    if (status == LORASYNC_OK) lorasynci_device_results(plan);
+    return status;
 }
 
 /* All rounds of a device plan, for this rank: the second half of a run. */
@@ -8806,7 +8974,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasyn
     lorasynci_device *g = plan->device;
     int               old;
     lorasync_status   status;
-    if (!g->host_image) return LORASYNC_OK;
+    if (plan->image->on_device) return LORASYNC_OK;
     lorasynci_device_enter(g, &old);
     status = lorasynci_device_fetch_image(plan, err);
     if (status == LORASYNC_OK && cudaEventRecord(g->done, g->stream) != cudaSuccess) status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
@@ -8840,6 +9008,17 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
     (void)plan, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
+LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err)
+{
+    (void)plan, (void)host_payload, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_device_get(int pinned, size_t num_bytes, char **out, lorasync_error *err)
+{
+    (void)pinned, (void)num_bytes, (void)out, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN void            lorasynci_device_put(int pinned, char *memory) { (void)pinned, (void)memory; }
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err)
 {
     (void)plan, (void)err;
@@ -10142,6 +10321,7 @@ LORASYNCI_FN lorasync_status lorasynci_transport_copy(const lorasync_transport *
     if (LORASYNCI_COVERS(given, commit)) t.commit = given->commit;
     if (LORASYNCI_COVERS(given, abort)) t.abort = given->abort;
     if (LORASYNCI_COVERS(given, close)) t.close = given->close;
+    if (LORASYNCI_COVERS(given, takes_buckets)) t.takes_buckets = given->takes_buckets;
     *out = t;
     return LORASYNC_OK;
 }
@@ -10170,9 +10350,10 @@ LORASYNCI_FN lorasync_engine_outcome lorasynci_new_outcome(const lorasync_transp
 
        transports  [ a      | b         | c      | d    ]   b has no commit: after the others
        outcomes    [ STAGED | COMMITTED | BEHIND | IDLE ]   in the middle of staging; num_possible is 3
-                                                 ^ end: those before it, of the transports with commit, were tried
+                                                 ^ end[1]: those before it, of the transports with commit, were tried
 
-   Within a run STAGED means: owes a commit or an abort. */
+   Within a run STAGED means: owes a commit or an abort. Of an image in buckets each is staged in this way, and only the last one is committed; until
+   then a transport without commit owes an abort too. */
 typedef struct lorasynci_publication {
     const lorasync_transport *transports;
     lorasync_engine_outcome  *outcomes;
@@ -10181,7 +10362,7 @@ typedef struct lorasynci_publication {
     int                       behind_only; /* 1: leave those alone that serve this version */
     const lorasync_image     *image;
     size_t                    num_possible; /* tried without failure, or not tried yet */
-    size_t                    end;
+    size_t                    end[2];        /* of those without and with commit */
     int                       num_new;       /* serve the image's version now */
     const lorasync_error     *first_failure; /* an outcome's */
     char                      serve_new[80]; /* names of those that do */
@@ -10208,9 +10389,19 @@ LORASYNCI_FN lorasync_status lorasynci_called(const lorasync_transport *t, const
                           *lost ? ": " : "", inner->text[0] ? inner->text : lorasync_status_text(status));
 }
 
+/* One that knows nothing of buckets would publish the first as if it were all. */
+LORASYNCI_FN lorasync_status lorasynci_check_buckets(const lorasync_transport *t, size_t num_buckets, lorasync_error *err)
+{
+    if (num_buckets < 2 || t->takes_buckets) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                          "transport '%.60s' does not take images in buckets, and this one has %zu; raise bucket_bytes, or use one with takes_buckets",
+                          t->name, num_buckets);
+}
+
 LORASYNCI_FN lorasync_status lorasynci_stage_one(const lorasync_transport *t, const lorasync_image *image, lorasync_error *err)
 {
     lorasync_error inner;
+    LORASYNCI_TRY(lorasynci_check_buckets(t, image->num_buckets, err));
     memset(&inner, 0, sizeof inner);
     return lorasynci_called(t, "stage", t->stage(t->user, image, &inner), &inner, err);
 }
@@ -10254,15 +10445,16 @@ LORASYNCI_FN void lorasynci_missed(lorasynci_publication *p, size_t i)
     lorasynci_abort_one(&p->transports[i], p->image);
 }
 
-/* After a failure: those that still owe a commit or an abort, last first. One without commit serves already and is left alone. */
+/* After a failure: those that still owe a commit or an abort, last first. One without commit that has it all serves already and is left alone. */
 LORASYNCI_FN void lorasynci_abort_all(lorasynci_publication *p)
 {
     size_t i;
-    for (i = p->end; i-- > 0;) {
-        if (!p->transports[i].commit || p->outcomes[i].state != LORASYNC_ENGINE_STAGED) continue;
+    for (i = p->num; i-- > 0;) {
+        if (i >= p->end[p->transports[i].commit != NULL] || p->outcomes[i].state != LORASYNC_ENGINE_STAGED) continue;
         p->outcomes[i].num_failures = 0;
         lorasynci_abort_one(&p->transports[i], p->image);
     }
+    p->end[0] = p->end[1] = 0; /* all is settled */
 }
 
 /* Stages on the transports with (without) commit. Ends early when too few are left. */
@@ -10272,10 +10464,10 @@ LORASYNCI_FN void lorasynci_stage_some(lorasynci_publication *p, int with_commit
     for (i = 0; i < p->num && p->num_possible >= p->need; i++) {
         const lorasync_transport *t = &p->transports[i];
         if ((t->commit != NULL) != with_commit || !lorasynci_takes_part(p, i)) continue;
-        if (with_commit) p->end = i + 1;
+        if (p->end[with_commit] <= i) p->end[with_commit] = i + 1;
         memset(&p->outcomes[i].error, 0, sizeof p->outcomes[i].error);
         if (lorasynci_stage_one(t, p->image, &p->outcomes[i].error) < 0) lorasynci_missed(p, i);
-        else if (with_commit) p->outcomes[i].state = LORASYNC_ENGINE_STAGED;
+        else if (with_commit || p->image->bucket + 1 < p->image->num_buckets) p->outcomes[i].state = LORASYNC_ENGINE_STAGED;
         else lorasynci_serves(p, i);
     }
 }
@@ -10322,17 +10514,28 @@ LORASYNCI_FN lorasync_status lorasynci_tell_who(const lorasynci_publication *p, 
     return err->status;
 }
 
+LORASYNCI_FN void lorasynci_stage_all(lorasynci_publication *p)
+{
+    lorasynci_stage_some(p, 1);
+    lorasynci_stage_some(p, 0);
+}
+
+/* After staging: the commits, or the aborts. */
+LORASYNCI_FN lorasync_status lorasynci_publish_end(lorasynci_publication *p, lorasync_error *err)
+{
+    if (p->num_possible >= p->need) lorasynci_commit_all(p);
+    if (p->num_possible >= p->need) return LORASYNC_OK;
+    lorasynci_abort_all(p);
+    return lorasynci_tell_who(p, err);
+}
+
 /* Brings the image to at least p->need transports or to none (see above); transports, outcomes, num, need, behind_only and image are given.
    p->num_new: how many took it. Allocates nothing. */
 LORASYNCI_FN lorasync_status lorasynci_publish(lorasynci_publication *p, lorasync_error *err)
 {
     p->num_possible = p->num;
-    lorasynci_stage_some(p, 1);
-    lorasynci_stage_some(p, 0);
-    if (p->num_possible >= p->need) lorasynci_commit_all(p);
-    if (p->num_possible >= p->need) return LORASYNC_OK;
-    lorasynci_abort_all(p);
-    return lorasynci_tell_who(p, err);
+    lorasynci_stage_all(p);
+    return lorasynci_publish_end(p, err);
 }
 
 /* How many engines are known to serve this version. */
@@ -10347,6 +10550,9 @@ LORASYNCI_FN size_t lorasynci_num_serving(const lorasync_engine_outcome *outcome
 
 #define LORASYNCI_MODEL_FILE "adapter_model.safetensors"
 #define LORASYNCI_CONFIG_FILE "adapter_config.json"
+#define LORASYNCI_BASE_FILE "model.safetensors"
+#define LORASYNCI_BASE_INDEX "model.safetensors.index.json"
+#define LORASYNCI_BASE_CONFIG "config.json"
 #define LORASYNCI_MAX_DIRECTORY 3000
 
 /* The end of a path, which tells most, short enough to leave room in an error text. */
@@ -10476,13 +10682,61 @@ LORASYNCI_FN lorasynci_content lorasynci_model_content(const lorasync_image *ima
     return c;
 }
 
-LORASYNCI_FN lorasynci_content lorasynci_config_content(const lorasync_image *image)
+LORASYNCI_FN lorasynci_content lorasynci_text_content(const char *text)
 {
     lorasynci_content c;
     memset(&c, 0, sizeof c);
-    c.first     = image->config_json;
-    c.num_first = strlen(image->config_json);
+    c.first     = text;
+    c.num_first = strlen(text);
     return c;
+}
+
+/* One file of a version. */
+typedef struct lorasynci_file {
+    char              name[64];
+    lorasynci_content content;
+} lorasynci_file;
+
+enum { LORASYNCI_MAX_FILES = 3 };
+
+/* The name of a file of base weights as Hugging Face counts them, from 1; a single one has no number. */
+LORASYNCI_FN void lorasynci_bucket_file(char out[64], size_t bucket, size_t num_buckets)
+{
+    if (num_buckets > 1) snprintf(out, 64, "model-%05zu-of-%05zu.safetensors", bucket + 1, num_buckets);
+    else snprintf(out, 64, "%s", LORASYNCI_BASE_FILE);
+}
+
+/* The files that come with an image: an adapter's two, or a bucket's one, and with the last bucket what describes them all. */
+LORASYNCI_FN size_t lorasynci_files_of(const lorasync_image *image, lorasynci_file files[LORASYNCI_MAX_FILES])
+{
+    size_t num = 1;
+    int    adapter = image->num_buckets == 0;
+    files[0].content = lorasynci_model_content(image);
+    if (adapter) snprintf(files[0].name, sizeof files[0].name, "%s", LORASYNCI_MODEL_FILE);
+    else lorasynci_bucket_file(files[0].name, image->bucket, image->num_buckets);
+    if (image->bucket + 1 < image->num_buckets) return num;
+    if (adapter || (image->config_json && image->config_json[0])) {
+        snprintf(files[num].name, sizeof files[num].name, "%s", adapter ? LORASYNCI_CONFIG_FILE : LORASYNCI_BASE_CONFIG);
+        files[num++].content = lorasynci_text_content(image->config_json);
+    }
+    if (image->num_buckets > 1) {
+        snprintf(files[num].name, sizeof files[num].name, "%s", LORASYNCI_BASE_INDEX);
+        files[num++].content = lorasynci_text_content(image->index_json);
+    }
+    return num;
+}
+
+/* 1 for a name that the above gives. */
+LORASYNCI_FN int lorasynci_is_our_file(const char *name)
+{
+    static const char *const names[] = {LORASYNCI_MODEL_FILE, LORASYNCI_CONFIG_FILE, LORASYNCI_BASE_FILE, LORASYNCI_BASE_INDEX, LORASYNCI_BASE_CONFIG};
+    char                     numbered[64];
+    size_t                   i, bucket = 0, num = 0;
+    for (i = 0; i < LORASYNCI_COUNT(names); i++)
+        if (strcmp(name, names[i]) == 0) return 1;
+    if (sscanf(name, "model-%5zu-of-%5zu.", &bucket, &num) != 2 || bucket < 1 || num < 2) return 0;
+    lorasynci_bucket_file(numbered, bucket - 1, num);
+    return strcmp(name, numbered) == 0;
 }
 
 LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_content content, int no_fsync)
@@ -10565,15 +10819,16 @@ LORASYNCI_FN int lorasynci_look(int at, const char *name)
     return fstatat(at, name, &st, AT_SYMLINK_NOFOLLOW) == 0 ? 0 : errno;
 }
 
-/* Removes a directory and the two files that this transport writes. Foreign files stay, and then the directory does. */
+/* Removes a directory and the files that this transport writes. Foreign files stay, and then the directory does. */
 LORASYNCI_FN void lorasynci_remove(int adapter_fd, const char *name)
 {
-    int fd = openat(adapter_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-    if (fd >= 0) {
-        unlinkat(fd, LORASYNCI_MODEL_FILE, 0);
-        unlinkat(fd, LORASYNCI_CONFIG_FILE, 0);
-        close(fd);
-    }
+    int            fd   = openat(adapter_fd, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    DIR           *list = fd < 0 ? NULL : lorasynci_list_directory(fd);
+    struct dirent *entry;
+    while (list && (entry = readdir(list)) != NULL)
+        if (lorasynci_is_our_file(entry->d_name)) unlinkat(fd, entry->d_name, 0);
+    if (list) closedir(list);
+    if (fd >= 0) close(fd);
     unlinkat(adapter_fd, name, fd >= 0 ? AT_REMOVEDIR : 0);
 }
 
@@ -10668,12 +10923,13 @@ LORASYNCI_FN int lorasynci_same_file(lorasynci_directory *d, int dir_fd, const c
     return same;
 }
 
-/* 1 if v<version> is there and holds exactly this image and config. */
+/* 1 if v<version> is there and holds exactly this image's files. */
 LORASYNCI_FN int lorasynci_same_version(lorasynci_directory *d, int adapter_fd, const char *version, const lorasync_image *image)
 {
-    int fd   = lorasynci_open_directory(adapter_fd, version);
-    int same = fd >= 0 && lorasynci_same_file(d, fd, LORASYNCI_MODEL_FILE, lorasynci_model_content(image)) &&
-               lorasynci_same_file(d, fd, LORASYNCI_CONFIG_FILE, lorasynci_config_content(image));
+    lorasynci_file files[LORASYNCI_MAX_FILES];
+    size_t         i, num = lorasynci_files_of(image, files);
+    int            fd   = lorasynci_open_directory(adapter_fd, version), same = fd >= 0;
+    for (i = 0; i < num && same; i++) same = lorasynci_same_file(d, fd, files[i].name, files[i].content);
     if (fd >= 0) close(fd);
     return same;
 }
@@ -10693,20 +10949,20 @@ LORASYNCI_FN lorasync_status lorasynci_fail_other(lorasync_error *err, const lor
                           lorasynci_end_of(d->path), adapter, version);
 }
 
-/* Writes both files into a new directory. 0 or an errno; *out_what names the file. */
+/* Writes the image's files into the stage directory, which the first bucket makes. 0 or an errno; `file` is the path of what failed. */
 LORASYNCI_FN int lorasynci_write_stage(const lorasynci_directory *d, int adapter_fd, const char *stage, const lorasync_image *image,
-                                       const char **out_what)
+                                       char *file, size_t file_size)
 {
-    int failed, fd;
-    *out_what = "";
-    if (mkdirat(adapter_fd, stage, 0755) != 0) return errno;
+    lorasynci_file files[LORASYNCI_MAX_FILES];
+    size_t         i, num = lorasynci_files_of(image, files);
+    int            failed = 0, fd;
+    snprintf(file, file_size, "%s", stage);
+    if (image->bucket == 0 && mkdirat(adapter_fd, stage, 0755) != 0) return errno;
     fd = openat(adapter_fd, stage, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
     if (fd < 0) return errno;
-    *out_what = "/" LORASYNCI_MODEL_FILE;
-    failed    = lorasynci_write_file(fd, LORASYNCI_MODEL_FILE, lorasynci_model_content(image), d->no_fsync);
-    if (!failed) {
-        *out_what = "/" LORASYNCI_CONFIG_FILE;
-        failed    = lorasynci_write_file(fd, LORASYNCI_CONFIG_FILE, lorasynci_config_content(image), d->no_fsync);
+    for (i = 0; i < num && !failed; i++) {
+        snprintf(file, file_size, "%.63s/%.63s", stage, files[i].name);
+        failed = lorasynci_write_file(fd, files[i].name, files[i].content, d->no_fsync);
     }
     if (!failed && !d->no_fsync) failed = lorasynci_sync_fd(fd);
     close(fd);
@@ -10716,30 +10972,29 @@ LORASYNCI_FN int lorasynci_write_stage(const lorasynci_directory *d, int adapter
 /* Leaves the image as a stage directory; or nothing, when an earlier try has left exactly this version. */
 LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, int adapter_fd, const lorasync_image *image, lorasync_error *err)
 {
-    char        version[24], stage[64], file[100];
-    const char *what;
-    uint64_t    latest;
-    int         failed;
+    char     version[24], stage[64], file[140];
+    uint64_t latest;
+    int      failed, staging;
     lorasynci_version_name(version, image->version);
     lorasynci_stage_name(stage, image->version);
-    lorasynci_remove_stale(adapter_fd);
+    if (image->bucket == 0) lorasynci_remove_stale(adapter_fd);
     LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, image->adapter, &latest, err));
     if (latest > image->version) return lorasynci_fail_newer(err, d, image->adapter, latest, image->version);
-    if (lorasynci_same_version(d, adapter_fd, version, image)) return LORASYNC_OK;
-    if (latest == image->version) {
+    staging = image->bucket && lorasynci_look(adapter_fd, stage) == 0; /* then the first bucket was not the one that is there */
+    if (!staging && (image->num_buckets < 2 || latest == image->version) && lorasynci_same_version(d, adapter_fd, version, image)) return LORASYNC_OK;
+    if (!staging && latest == image->version) {
         failed = lorasynci_look(adapter_fd, version);
         if (failed && failed != ENOENT) return lorasynci_fail_file(err, d, "look at", image->adapter, version, failed);
         if (!failed) return lorasynci_fail_other(err, d, image->adapter, version);
     }
-    failed = lorasynci_write_stage(d, adapter_fd, stage, image, &what);
+    failed = lorasynci_write_stage(d, adapter_fd, stage, image, file, sizeof file);
     if (!failed) return LORASYNC_OK;
     lorasynci_remove(adapter_fd, stage);
-    snprintf(file, sizeof file, "%s%s", stage, what);
     return lorasynci_fail_file(err, d, "write", image->adapter, file, failed);
 }
 
 /* What both built-in transports ask of an image. */
-LORASYNCI_FN lorasync_status lorasynci_check_publishable(const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_check_bytes(const lorasync_image *image, lorasync_error *err)
 {
     if (!image->header || (!image->payload && image->payload_bytes)) {
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image has no %s; bind one first", image->header ? "payload" : "header");
@@ -10748,6 +11003,16 @@ LORASYNCI_FN lorasync_status lorasynci_check_publishable(const lorasync_image *i
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "the image is in device memory; this transport reads host memory, gather it there");
     }
     if (!image->version) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image has no version; stamp it with one above 0");
+    return LORASYNC_OK;
+}
+
+/* And of an adapter's. */
+LORASYNCI_FN lorasync_status lorasynci_check_publishable(const lorasync_image *image, lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_check_bytes(image, err));
+    if (image->num_buckets) {
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "the image is a bucket of base weights; this transport publishes adapters, use a directory");
+    }
     if (!image->config_json || !image->config_json[0]) {
         return lorasynci_fail(err, LORASYNC_E_CONFIG, "the image has no config_json; an engine needs its adapter_config.json");
     }
@@ -10759,7 +11024,11 @@ LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasyn
     lorasynci_directory *d = (lorasynci_directory *)user;
     lorasync_status      status;
     int                  fd = -1;
-    LORASYNCI_TRY(lorasynci_check_publishable(image, err));
+    LORASYNCI_TRY(image->num_buckets ? lorasynci_check_bytes(image, err) : lorasynci_check_publishable(image, err));
+    if (image->num_buckets > 1 && (!image->index_json || image->bucket >= image->num_buckets)) {
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image is bucket %zu of %zu and has %s index_json", image->bucket, image->num_buckets,
+                              image->index_json ? "an" : "no");
+    }
     LORASYNCI_TRY(lorasynci_enter(d, image->adapter, 1, &fd, err));
     status = lorasynci_stage_at(d, fd, image, err);
     close(fd);
@@ -10889,6 +11158,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     out->commit = lorasynci_directory_commit;
     out->abort  = lorasynci_directory_abort;
     out->close  = lorasynci_directory_close;
+    out->takes_buckets = 1;
     return LORASYNC_OK;
 }
 
@@ -13170,21 +13440,25 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
 
 /* -- running */
 
-LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)
+/* Begins a run for a version, or lets it fail when that is not newer than the last one. */
+LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64_t version, uint64_t last_version, lorasync_error *err)
 {
-    lorasync_plan *plan;
-    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_begin before lorasync_compile succeeded");
-    plan              = session->plan;
-    session->begin_ns = lorasynci_now_ns();
-    session->version  = version;
-    session->published = 0;
-    plan->tag         = version;
-    if (version > session->last_version || plan->begun || plan->lost) return lorasync_plan_begin(plan, err);
+    plan->tag = version;
+    if (version > last_version || plan->begun || plan->lost) return lorasync_plan_begin(plan, err);
     plan->begun = 1; /* nothing is packed, but the others are waiting for this rank's vote */
     lorasynci_fail(&plan->begin_error, LORASYNC_E_VERSION, "version %llu is not newer than %llu, the last one published; count versions up from 1",
-                   (unsigned long long)version, (unsigned long long)session->last_version);
+                   (unsigned long long)version, (unsigned long long)last_version);
     if (err) *err = plan->begin_error;
     return LORASYNC_E_VERSION;
+}
+
+LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)
+{
+    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_begin before lorasync_compile succeeded");
+    session->begin_ns  = lorasynci_now_ns();
+    session->version   = version;
+    session->published = 0;
+    return lorasynci_begin_version(session->plan, version, session->last_version, err);
 }
 
 /* What the root found when publishing; equal on all ranks afterwards. */
@@ -13402,6 +13676,749 @@ LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_se
 LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session *session)
 {
     return session && session->plan ? lorasync_plan_image(session->plan) : NULL;
+}
+
+/* --------------------------------------------------------------------------------------------------------- >>base -- */
+
+/* Base weights: a session without filter and config, over many plans. The planner's own tools merge the names; then each bucket is a gather plan
+   that runs in lent memory, two payloads and one staging for all of them. It needs no second staging: a bucket is packed when the exchange of the one
+   before is over.
+
+       plans      | 0 | 1 | 2 | 3 | ..
+       payloads   [ 0, 2, 4 .. ][ 1, 3 .. ]   even and odd: others write bucket k + 1 (direct) while the root stages bucket k
+       staging    [ send ][ receive ]
+
+   A transport's failure on bucket k is the root's vote on bucket k + 1, so that every rank stops at the same bucket. */
+
+typedef struct lorasynci_base_piece {
+    lorasync_piece piece;
+    uint64_t       raw, key; /* offsets in `texts` */
+} lorasynci_base_piece;
+
+struct lorasync_stream {
+    lorasync_allocator  a;
+    lorasync_comm       comm;
+    lorasync_stream_desc desc; /* name, config_json and cuda replaced by the copies below */
+    lorasync_plan_desc  plan_desc;
+    char               *name, *config_json;
+    lorasync_cuda       cuda;
+    lorasynci_buffer    texts;
+    lorasynci_buffer    added; /* lorasynci_base_piece; both until compile has succeeded */
+    lorasynci_buffer    transports, outcomes;
+    lorasync_error      add_error;
+    lorasync_plan      *talk; /* an empty plan: the catalogue of all buckets, votes, messages, and whether the communicator is lost */
+    lorasync_plan     **plans; /* num_buckets; NULL before compile */
+    size_t              num_buckets;
+    lorasynci_loan      loans[2];
+    char               *mapping; /* direct: both payloads; else on the root payload_memory is */
+    size_t              mapping_bytes;
+    char                mapping_name[64]; /* while it has one */
+    char               *payload_memory;
+    lorasynci_buffer    index; /* on the root: model.safetensors.index.json */
+    lorasync_error      stage_error; /* the root's, of the sync that runs; an objection of all plans */
+    uint64_t            last_version;
+    lorasync_stream_info info;
+};
+
+LORASYNCI_FN lorasynci_base_piece *lorasynci_base_at(const lorasync_stream *s, size_t i) { return (lorasynci_base_piece *)(void *)s->added.data + i; }
+
+LORASYNCI_FN size_t lorasynci_base_num(const lorasync_stream *s) { return s->added.size / sizeof(lorasynci_base_piece); }
+
+LORASYNCI_FN lorasync_transport *lorasynci_stream_transports(const lorasync_stream *s) { return (lorasync_transport *)(void *)s->transports.data; }
+
+LORASYNCI_FN size_t lorasynci_stream_num_transports(const lorasync_stream *s) { return s->transports.size / sizeof(lorasync_transport); }
+
+LORASYNCI_FN int lorasynci_is_root(const lorasync_stream *s) { return s->comm.rank == s->desc.root; }
+
+/* Gives the lent memory back. */
+LORASYNCI_FN void lorasynci_stream_unlend(lorasync_stream *s)
+{
+    int i;
+    if (s->desc.cuda) {
+        lorasynci_device_put(!s->comm.exchange_stream, s->loans[0].send);
+        lorasynci_device_put(!s->comm.exchange_stream, s->loans[0].receive);
+        for (i = 0; i < 2; i++) lorasynci_device_put(0, s->loans[i].payload), lorasynci_device_put(1, s->loans[i].host_payload);
+    } else {
+        lorasynci_free(&s->a, s->loans[0].send);
+        lorasynci_free(&s->a, s->loans[0].receive);
+        lorasynci_free(&s->a, s->payload_memory);
+    }
+    if (s->mapping) munmap(s->mapping, s->mapping_bytes);
+    if (s->mapping_name[0]) shm_unlink(s->mapping_name);
+    s->payload_memory = s->mapping = NULL;
+    s->mapping_name[0]             = 0;
+    memset(s->loans, 0, sizeof s->loans);
+}
+
+/* Back to before compile. */
+LORASYNCI_FN void lorasynci_stream_reset(lorasync_stream *s)
+{
+    size_t b;
+    for (b = 0; s->plans && b < s->num_buckets; b++) lorasync_plan_free(s->plans[b]);
+    lorasynci_free(&s->a, s->plans);
+    lorasynci_stream_unlend(s);
+    lorasynci_buffer_free(&s->index);
+    s->plans       = NULL;
+    s->num_buckets = 0;
+    memset(&s->info, 0, sizeof s->info);
+}
+
+LORASYNC_API void lorasync_stream_close(lorasync_stream *stream)
+{
+    lorasync_allocator a;
+    size_t             i;
+    if (!stream) return;
+    a = stream->a;
+    for (i = 0; i < lorasynci_stream_num_transports(stream); i++) {
+        const lorasync_transport *t = &lorasynci_stream_transports(stream)[i];
+        if (t->close) t->close(t->user);
+    }
+    lorasynci_stream_reset(stream);
+    lorasync_plan_free(stream->talk);
+    lorasynci_buffer_free(&stream->texts);
+    lorasynci_buffer_free(&stream->added);
+    lorasynci_buffer_free(&stream->transports);
+    lorasynci_buffer_free(&stream->outcomes);
+    lorasynci_free(&a, stream->name), lorasynci_free(&a, stream->config_json);
+    lorasynci_free(&a, stream);
+}
+
+/* Copies what the desc points to, and makes the desc of all plans. */
+LORASYNCI_FN lorasync_status lorasynci_stream_copy(lorasync_stream *s, lorasync_error *err)
+{
+    const char         *name = s->desc.name ? s->desc.name : "base", *config = s->desc.config_json;
+    lorasync_plan_desc *d    = &s->plan_desc;
+    s->name                  = lorasynci_copy_text(&s->a, name, strlen(name));
+    if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
+    if (!s->name || (config && !s->config_json)) return lorasynci_fail_memory(err, strlen(name));
+    if (!s->name[0]) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.name is empty; leave it NULL or give the name to publish under");
+    if (s->desc.cuda) s->cuda = *s->desc.cuda, s->desc.cuda = &s->cuda;
+    if (!s->desc.bucket_bytes) s->desc.bucket_bytes = (size_t)1 << 30;
+    d->comm       = &s->comm;
+    d->kind       = LORASYNC_GATHER;
+    d->root       = s->desc.root;
+    d->wire_dtype = s->desc.wire_dtype;
+    d->adapter    = s->name;
+    d->allow_nan  = s->desc.allow_nan;
+    d->cuda       = s->desc.cuda;
+    d->timeout_ms = s->desc.timeout_ms;
+    d->allocator  = &s->a;
+    s->talk       = lorasynci_plan_new(d, &s->a);
+    return s->talk ? LORASYNC_OK : lorasynci_fail_memory(err, sizeof *s->talk);
+}
+
+LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *desc, lorasync_stream **out, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasync_stream   *s;
+    lorasync_status    status;
+    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_open: desc or out is NULL");
+    *out = NULL;
+    if (!lorasynci_comm_ok(desc->comm)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
+    if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    s = (lorasync_stream *)lorasynci_alloc_array(&a, 1, sizeof *s);
+    if (!s) return lorasynci_fail_memory(err, sizeof *s);
+    s->a    = a;
+    s->desc = *desc;
+    s->comm = lorasynci_comm_copy(desc->comm);
+    lorasynci_buffer_init(&s->texts, &s->a);
+    lorasynci_buffer_init(&s->added, &s->a);
+    lorasynci_buffer_init(&s->transports, &s->a);
+    lorasynci_buffer_init(&s->outcomes, &s->a);
+    lorasynci_buffer_init(&s->index, &s->a);
+    status = lorasynci_stream_copy(s, err);
+    if (status < 0) {
+        lorasync_stream_close(s);
+        return status;
+    }
+    *out = s;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_stream_add_piece(lorasync_stream *s, const lorasync_piece *piece, lorasync_error *err)
+{
+    lorasynci_base_piece add;
+    lorasync_name        name;
+    if (!piece) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_add: piece is NULL");
+    if (s->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_add after lorasync_stream_compile: open a new stream for another set of parameters");
+    LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
+    if (!s->desc.keep_names) LORASYNCI_TRY(lorasync_parse_name(piece->name, &name, err));
+    memset(&add, 0, sizeof add);
+    add.piece = *piece;
+    add.raw = add.key = s->texts.size;
+    lorasynci_put(&s->texts, piece->name, strlen(piece->name) + 1);
+    if (!s->desc.keep_names) {
+        add.key = s->texts.size;
+        lorasynci_put(&s->texts, name.key, strlen(name.key) + 1);
+    }
+    if (!s->texts.failed) lorasynci_put(&s->added, &add, sizeof add);
+    return s->texts.failed || s->added.failed ? lorasynci_fail_memory(err, s->texts.size) : LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const lorasync_piece *piece, lorasync_error *err)
+{
+    lorasync_error why;
+    if (!err) err = &why;
+    if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
+    if (lorasynci_stream_add_piece(stream, piece, err) == LORASYNC_OK) return LORASYNC_OK;
+    if (stream->add_error.status == LORASYNC_OK) stream->add_error = *err;
+    return err->status;
+}
+
+LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err)
+{
+    lorasync_transport      t;
+    lorasync_engine_outcome outcome;
+    if (!stream || !transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: stream or transport is NULL");
+    if (stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_attach after lorasync_stream_compile: attach every engine before");
+    LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
+    outcome = lorasynci_new_outcome(&t);
+    lorasynci_put(&stream->outcomes, &outcome, sizeof outcome);
+    if (!stream->outcomes.failed) lorasynci_put(&stream->transports, &t, sizeof t);
+    return stream->outcomes.failed || stream->transports.failed ? lorasynci_fail_memory(err, sizeof outcome) : LORASYNC_OK;
+}
+
+/* -- dividing into buckets */
+
+/* What the root tells all ranks; then, to each, the bucket of each of its tensors. */
+typedef struct lorasynci_division_head {
+    uint64_t num_buckets, num_tensors, payload_bytes;
+    uint64_t largest[2];    /* payload of even and odd buckets */
+    uint64_t mapping_bytes; /* direct: of both; 0 without */
+    char     name[64];
+} lorasynci_division_head;
+
+/* Tensors that travel together: a lora_A and its lora_B; any other alone. In order of their first one. */
+typedef struct lorasynci_group {
+    uint64_t text; /* offset in texts: the names up to `.lora_` */
+    size_t   num_bytes;
+    uint32_t bucket, unused;
+} lorasynci_group;
+
+typedef struct lorasynci_groups {
+    lorasynci_buffer texts;
+    lorasynci_group *list;
+    size_t           num;
+    uint32_t        *of; /* per merged tensor: its group */
+} lorasynci_groups;
+
+/* What dividing works with, freed at the end of compile. */
+typedef struct lorasynci_division {
+    lorasynci_planner       planner; /* on the root */
+    lorasynci_parts         parts;   /* none: boxes are the plans' business */
+    lorasynci_groups        groups;
+    size_t                 *sizes;
+    lorasynci_hello        *hellos;
+    uint32_t               *tensors; /* per piece: its tensor; behind them, per tensor: its first piece */
+    uint32_t               *buckets; /* per tensor of this rank */
+    size_t                 *starts;  /* per bucket and one more: where its pieces begin in `pieces` */
+    lorasync_piece         *pieces;  /* by bucket */
+    lorasynci_division_head head;
+} lorasynci_division;
+
+LORASYNCI_FN void lorasynci_division_free(lorasync_stream *s, lorasynci_division *v)
+{
+    lorasynci_planner_free(&v->planner);
+    lorasynci_buffer_free(&v->groups.texts);
+    lorasynci_free(&s->a, v->groups.list), lorasynci_free(&s->a, v->groups.of);
+    lorasynci_free(&s->a, v->sizes), lorasynci_free(&s->a, v->hellos), lorasynci_free(&s->a, v->tensors);
+    lorasynci_free(&s->a, v->buckets), lorasynci_free(&s->a, v->starts), lorasynci_free(&s->a, v->pieces);
+}
+
+/* The catalogue of this rank, of all buckets. Two parameters that would be published under one name are refused. */
+LORASYNCI_FN lorasync_status lorasynci_stream_describe(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
+{
+    lorasynci_catalogue *c   = &s->talk->catalogue;
+    size_t               num = lorasynci_base_num(s), i, known;
+    lorasynci_table      names;
+    lorasync_status      status = LORASYNC_OK;
+    lorasynci_catalogue_free(c);
+    lorasynci_catalogue_init(c, &s->talk->a);
+    v->tensors = (uint32_t *)lorasynci_alloc_array(&s->a, num, 2 * sizeof(uint32_t));
+    if (!v->tensors || !lorasynci_table_init(&names, &s->a, num)) return lorasynci_fail_memory(err, num * 8);
+    for (i = 0; i < num && status == LORASYNC_OK; i++) {
+        lorasynci_base_piece *p = lorasynci_base_at(s, i);
+        uint32_t             *t = &v->tensors[i], *first;
+        known         = c->num;
+        p->piece.name = s->texts.data + p->key; /* texts do not grow while this runs */
+        status        = lorasynci_describe_tensor(&p->piece, 0, &names, c, t, err);
+        if (status < 0) break;
+        first = &v->tensors[num + *t];
+        if (c->num > known) *first = (uint32_t)i;
+        if (strcmp(s->texts.data + lorasynci_base_at(s, *first)->raw, s->texts.data + p->raw) != 0)
+            status = lorasynci_fail(err, LORASYNC_E_NAME, "%.150s and %.150s would both be published as %.150s; leave one out, or set keep_names",
+                                    s->texts.data + lorasynci_base_at(s, *first)->raw, s->texts.data + p->raw, p->piece.name);
+    }
+    lorasynci_table_free(&names);
+    return status;
+}
+
+/* This rank's part before the ranks talk. */
+LORASYNCI_FN lorasync_status lorasynci_stream_prepare(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
+{
+    size_t world = (size_t)s->comm.world;
+    if (s->add_error.status < 0) {
+        *err = s->add_error;
+        return err->status;
+    }
+    if (s->desc.root < 0 || s->desc.root >= s->comm.world)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", s->desc.root, s->comm.world - 1);
+    v->sizes  = (size_t *)lorasynci_alloc_array(&s->a, world, sizeof *v->sizes);
+    v->hellos = (lorasynci_hello *)lorasynci_alloc_array(&s->a, world, sizeof *v->hellos);
+    if (!v->sizes || !v->hellos) return lorasynci_fail_memory(err, world * sizeof *v->hellos);
+    LORASYNCI_TRY(lorasynci_stream_describe(s, v, err));
+    v->buckets = (uint32_t *)lorasynci_alloc_array(&s->a, s->talk->catalogue.num, sizeof *v->buckets);
+    if (!v->buckets) return lorasynci_fail_memory(err, s->talk->catalogue.num * 4);
+    return lorasynci_is_root(s) ? lorasynci_planner_init(&v->planner, s->talk, &s->plan_desc, err) : LORASYNC_OK;
+}
+
+LORASYNCI_FN const char *lorasynci_group_key(const void *user, size_t i)
+{
+    const lorasynci_groups *g = (const lorasynci_groups *)user;
+    return g->texts.data + g->list[i].text;
+}
+
+/* The last `.lora_` of a name, or its end. */
+LORASYNCI_FN size_t lorasynci_group_length(const char *name)
+{
+    const char *at = strstr(name, ".lora_"), *last = NULL;
+    for (; at; at = strstr(at + 1, ".lora_")) last = at;
+    return last ? (size_t)(last - name) : strlen(name);
+}
+
+/* On the root: groups of the merged tensors and their sizes on the wire. */
+LORASYNCI_FN lorasync_status lorasynci_make_groups(const lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
+{
+    lorasynci_groups  *g   = &v->groups;
+    size_t             num = v->planner.merged.num, t, bytes, at, total = 0;
+    lorasynci_table    names;
+    lorasync_status    status = LORASYNC_OK;
+    lorasynci_buffer_init(&g->texts, &s->a);
+    g->list = (lorasynci_group *)lorasynci_alloc_array(&s->a, num, sizeof *g->list);
+    g->of   = (uint32_t *)lorasynci_alloc_array(&s->a, num, sizeof *g->of);
+    if (!g->list || !g->of || !lorasynci_table_init(&names, &s->a, num)) return lorasynci_fail_memory(err, num * sizeof *g->list);
+    for (t = 0; t < num && status == LORASYNC_OK; t++) {
+        const lorasynci_record *r    = lorasynci_record_at(&v->planner.merged, t);
+        const char             *name = lorasynci_record_name(r);
+        at                           = g->texts.size;
+        lorasynci_put(&g->texts, name, lorasynci_group_length(name));
+        lorasynci_put(&g->texts, "", 1);
+        if (g->texts.failed) status = lorasynci_fail_memory(err, at);
+        if (status < 0) break;
+        g->list[g->num].text = at; /* in case it is new */
+        g->of[t]             = (uint32_t)lorasynci_table_enter(&names, g->texts.data + at, g->num, lorasynci_group_key, g);
+        if (g->of[t] == g->num) g->num++;
+        else g->texts.size = at;
+        if (!lorasynci_mul((size_t)lorasynci_box_numel(lorasynci_record_shape(r), r->ndim), (size_t)lorasynci_item(lorasynci_wire_dtype(&s->plan_desc, (lorasync_dtype)r->dtype)), &bytes) ||
+            !lorasynci_add(total, bytes, &total) || total > SIZE_MAX / 2)
+            status = lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensors up to this one pass 2^63 bytes", name);
+        else g->list[g->of[t]].num_bytes += bytes;
+    }
+    v->head.num_tensors   = num;
+    v->head.payload_bytes = total;
+    lorasynci_table_free(&names);
+    return status;
+}
+
+enum { LORASYNCI_MAX_BUCKETS = 99999 }; /* five digits in a file's name */
+
+/* Fills bucket after bucket, in order. */
+LORASYNCI_FN lorasync_status lorasynci_fill_buckets(const lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
+{
+    lorasynci_groups        *g    = &v->groups;
+    lorasynci_division_head *h    = &v->head;
+    size_t                   used = 0, limit = s->desc.bucket_bytes, i;
+    uint32_t                 bucket = 0;
+    for (i = 0; i < g->num; i++) {
+        if (used && (used >= limit || g->list[i].num_bytes > limit - used)) {
+            used = 0;
+            if (++bucket >= LORASYNCI_MAX_BUCKETS)
+                return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "bucket_bytes is %zu: more than %d buckets would be needed; raise it", limit, (int)LORASYNCI_MAX_BUCKETS);
+        }
+        used += g->list[i].num_bytes;
+        g->list[i].bucket = bucket;
+        if (used > h->largest[bucket % 2]) h->largest[bucket % 2] = used;
+    }
+    h->num_buckets = (uint64_t)bucket + 1;
+    return LORASYNC_OK;
+}
+
+/* On the root: shared memory for both payloads. Without it pieces travel as messages. */
+LORASYNCI_FN void lorasynci_stream_offer(lorasync_stream *s, lorasynci_division_head *h)
+{
+    size_t num_bytes = lorasynci_align64((size_t)h->largest[0]) + (size_t)h->largest[1];
+    if (s->comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
+    lorasynci_mapping_name(h->name, s);
+    s->mapping = lorasynci_map_named(h->name, num_bytes, 1);
+    if (!s->mapping) return;
+    memcpy(s->mapping_name, h->name, sizeof h->name);
+    s->mapping_bytes = num_bytes;
+    h->mapping_bytes = num_bytes;
+}
+
+/* On the root: the whole division, from what all ranks have sent. */
+LORASYNCI_FN lorasync_status lorasynci_stream_decide(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
+{
+    lorasynci_planner *p = &v->planner;
+    size_t             i, k, num = lorasynci_stream_num_transports(s);
+    LORASYNCI_TRY(lorasynci_planner_unpack(p, v->sizes, err));
+    LORASYNCI_TRY(lorasynci_merge(p, err));
+    LORASYNCI_TRY(lorasynci_make_groups(s, v, err));
+    LORASYNCI_TRY(lorasynci_fill_buckets(s, v, err));
+    for (i = 0; i < num; i++) LORASYNCI_TRY(lorasynci_check_buckets(&lorasynci_stream_transports(s)[i], (size_t)v->head.num_buckets, err));
+    for (i = 0; i < (size_t)s->comm.world; i++) /* from merged numbers to buckets */
+        for (k = 0; k < p->catalogues[i].num; k++) p->numbers[i][k] = v->groups.list[v->groups.of[p->numbers[i][k]]].bucket;
+    lorasynci_stream_offer(s, &v->head);
+    return LORASYNC_OK;
+}
+
+/* What must be equal on all ranks. */
+LORASYNCI_FN uint64_t lorasynci_stream_tag(const lorasync_stream *s)
+{
+    uint64_t v[7];
+    v[0] = (uint64_t)s->desc.root;
+    v[1] = (uint64_t)s->desc.wire_dtype;
+    v[2] = (uint64_t)s->desc.bucket_bytes;
+    v[3] = lorasynci_hash_text(s->name, 1);
+    v[4] = (uint64_t)s->desc.keep_names;
+    v[5] = (uint64_t)s->desc.allow_nan;
+    v[6] = s->desc.cuda != NULL;
+    return lorasynci_hash(v, sizeof v, 6);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_stream_vote(lorasync_stream *s, const lorasync_error *mine, int *flag, lorasync_error *err)
+{
+    return lorasynci_agree(&s->comm, s->talk->votes, s->talk->timeout_ms, mine->status, mine, 0, "", flag, err);
+}
+
+/* Names to the root, buckets back. */
+LORASYNCI_FN lorasync_status lorasynci_stream_divide(lorasync_stream *s, lorasynci_division *v, lorasync_error *mine, lorasync_error *err)
+{
+    lorasync_plan     *talk = s->talk;
+    lorasynci_planner *p    = &v->planner;
+    size_t             n = (size_t)s->comm.world, num = talk->catalogue.num, i;
+    char             **blocks = (char **)talk->votes;
+    size_t            *sizes  = (size_t *)(void *)(blocks + n);
+    LORASYNCI_TRY(lorasynci_plan_collect(talk, p, &v->parts, v->sizes, v->hellos, err));
+    if (lorasynci_is_root(s)) lorasynci_stream_decide(s, v, mine);
+    LORASYNCI_TRY(lorasynci_stream_vote(s, mine, NULL, err));
+    for (i = 0; i < n && p->plan; i++) blocks[i] = (char *)&v->head, sizes[i] = sizeof v->head;
+    LORASYNCI_TRY(lorasynci_star(talk, 1, blocks, sizes, &v->head, sizeof v->head, err));
+    for (i = 0; i < n && p->plan; i++) {
+        int from  = p->same_as[i];
+        blocks[i] = (char *)p->numbers[from];
+        sizes[i]  = p->catalogues[from].num * sizeof(uint32_t);
+    }
+    LORASYNCI_TRY(lorasynci_star(talk, 1, blocks, sizes, v->buckets, num * sizeof *v->buckets, err));
+    if (p->plan && num) memcpy(v->buckets, p->numbers[p->same_as[s->comm.rank]], num * sizeof *v->buckets);
+    lorasynci_planner_free(p);
+    return LORASYNC_OK;
+}
+
+/* This rank's pieces by bucket, in order of declaration in each; and room for the plans. */
+LORASYNCI_FN lorasync_status lorasynci_stream_sort(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
+{
+    size_t num = lorasynci_base_num(s), n = (size_t)v->head.num_buckets, i, b;
+    v->starts  = (size_t *)lorasynci_alloc_array(&s->a, n + 2, sizeof *v->starts);
+    v->pieces  = (lorasync_piece *)lorasynci_alloc_array(&s->a, num, sizeof *v->pieces);
+    s->plans   = (lorasync_plan **)lorasynci_alloc_array(&s->a, n, sizeof *s->plans);
+    if (!v->starts || !v->pieces || !s->plans) return lorasynci_fail_memory(err, num * sizeof *v->pieces);
+    s->num_buckets = n;
+    for (i = 0; i < num; i++) {
+        b = v->buckets[v->tensors[i]];
+        if (b >= n) return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d names bucket %zu of %zu; do all ranks use the same lorasync.h?", s->desc.root, b, n);
+        v->starts[b + 2]++;
+    }
+    for (b = 2; b < n + 2; b++) v->starts[b] += v->starts[b - 1];
+    for (i = 0; i < num; i++) v->pieces[v->starts[v->buckets[v->tensors[i]] + 1]++] = lorasynci_base_at(s, i)->piece; /* moves each start to its place */
+    return LORASYNC_OK;
+}
+
+/* Sorts, and maps the payloads where that is offered and all ranks can. */
+LORASYNCI_FN lorasync_status lorasynci_stream_map(lorasync_stream *s, lorasynci_division *v, lorasync_error *mine, lorasync_error *err)
+{
+    int             mapped;
+    lorasync_status status;
+    lorasynci_stream_sort(s, v, mine);
+    if (v->head.mapping_bytes && !s->mapping && !s->desc.no_direct) {
+        s->mapping       = lorasynci_map_named(v->head.name, (size_t)v->head.mapping_bytes, 0);
+        s->mapping_bytes = (size_t)v->head.mapping_bytes;
+    }
+    mapped = s->mapping != NULL;
+    status = lorasynci_stream_vote(s, mine, &mapped, err);
+    if (s->mapping_name[0]) shm_unlink(s->mapping_name);
+    s->mapping_name[0] = 0;
+    if (status == LORASYNC_OK && !mapped && s->mapping) {
+        munmap(s->mapping, s->mapping_bytes);
+        s->mapping = NULL;
+    }
+    return status;
+}
+
+/* -- making the plans */
+
+/* Two payloads and one staging, for the largest of the plans. */
+LORASYNCI_FN lorasync_status lorasynci_stream_lend(lorasync_stream *s, const lorasynci_division *v, lorasync_error *err)
+{
+    size_t send = 0, receive = 0, first = lorasynci_align64((size_t)v->head.largest[0]), both = first + (size_t)v->head.largest[1], b;
+    int    pinned = !s->comm.exchange_stream, i;
+    for (b = 0; b < s->num_buckets; b++) {
+        const size_t *staging = s->plans[b]->staging_bytes;
+        if (staging[LORASYNCI_SEND] > send) send = staging[LORASYNCI_SEND];
+        if (staging[LORASYNCI_RECEIVE] > receive) receive = staging[LORASYNCI_RECEIVE];
+    }
+    s->info.staging_bytes = send + receive;
+    if (s->mapping || lorasynci_is_root(s)) s->info.image_bytes = both;
+    if (s->desc.cuda) {
+        LORASYNCI_TRY(lorasynci_device_get(pinned, send, &s->loans[0].send, err));
+        LORASYNCI_TRY(lorasynci_device_get(pinned, receive, &s->loans[0].receive, err));
+        for (i = 0; i < 2 && lorasynci_is_root(s); i++) {
+            LORASYNCI_TRY(lorasynci_device_get(0, (size_t)v->head.largest[i], &s->loans[i].payload, err));
+            if (!s->cuda.keep_on_device) LORASYNCI_TRY(lorasynci_device_get(1, (size_t)v->head.largest[i], &s->loans[i].host_payload, err));
+        }
+    } else {
+        s->loans[0].send    = (char *)lorasynci_alloc(&s->a, send);
+        s->loans[0].receive = (char *)lorasynci_alloc(&s->a, receive);
+        if (!s->mapping && lorasynci_is_root(s)) s->payload_memory = (char *)lorasynci_alloc(&s->a, both);
+        s->loans[0].payload = s->mapping ? s->mapping : s->payload_memory;
+        if (!s->loans[0].send || !s->loans[0].receive || (!s->loans[0].payload && lorasynci_is_root(s))) return lorasynci_fail_memory(err, send + receive + both);
+        if (s->loans[0].payload) s->loans[1].payload = s->loans[0].payload + first;
+    }
+    s->loans[1].send    = s->loans[0].send;
+    s->loans[1].receive = s->loans[0].receive;
+    for (b = 0; b < s->num_buckets; b++) LORASYNCI_TRY(lorasynci_plan_lend(s->plans[b], &s->loans[b % 2], err));
+    return LORASYNC_OK;
+}
+
+/* A line of the index. */
+typedef struct lorasynci_index_entry {
+    const char *name;
+    size_t      bucket;
+} lorasynci_index_entry;
+
+LORASYNCI_FN int lorasynci_index_order(const void *a, const void *b)
+{
+    return strcmp(((const lorasynci_index_entry *)a)->name, ((const lorasynci_index_entry *)b)->name);
+}
+
+/* model.safetensors.index.json as Python's json.dumps writes it, with indent 2 and sorted keys. */
+LORASYNCI_FN void lorasynci_put_index(lorasynci_buffer *out, const lorasynci_index_entry *list, size_t num, size_t num_buckets, size_t payload_bytes)
+{
+    char   file[64];
+    size_t i;
+    lorasynci_put_format(out, "{\n  \"metadata\": {\n    \"total_size\": %zu\n  },\n  \"weight_map\": {", payload_bytes);
+    for (i = 0; i < num; i++) {
+        lorasynci_put_text(out, i ? ",\n    " : "\n    ");
+        lorasynci_json_put_ascii(out, list[i].name, strlen(list[i].name));
+        lorasynci_bucket_file(file, list[i].bucket, num_buckets);
+        lorasynci_put_format(out, ": \"%s\"", file);
+    }
+    lorasynci_put_text(out, "\n  }\n}\n");
+    lorasynci_put(out, "", 1);
+}
+
+/* On the root: what the images say of themselves, beside their tensors. */
+LORASYNCI_FN lorasync_status lorasynci_stream_label(lorasync_stream *s, lorasync_error *err)
+{
+    size_t                 n = s->num_buckets, b, i, num = 0;
+    lorasynci_index_entry *list = (lorasynci_index_entry *)lorasynci_alloc_array(&s->a, s->info.num_tensors, sizeof *list);
+    if (!list) return lorasynci_fail_memory(err, s->info.num_tensors * sizeof *list);
+    for (b = 0; b < n; b++)
+        for (i = 0; i < s->plans[b]->image->num_tensors; i++) {
+            list[num].name     = s->plans[b]->image->tensors[i].name;
+            list[num++].bucket = b;
+        }
+    qsort(list, num, sizeof *list, lorasynci_index_order);
+    if (n > 1) lorasynci_put_index(&s->index, list, num, n, s->info.payload_bytes);
+    lorasynci_free(&s->a, list);
+    if (s->index.failed) return lorasynci_fail_memory(err, s->index.size);
+    for (b = 0; b < n; b++) {
+        lorasync_image *image = s->plans[b]->image;
+        image->bucket         = b;
+        image->num_buckets    = n;
+        image->index_json     = n > 1 ? s->index.data : "";
+        image->config_json    = s->config_json ? s->config_json : "";
+    }
+    return LORASYNC_OK;
+}
+
+/* Plans are made: memory and labels. */
+LORASYNCI_FN lorasync_status lorasynci_stream_finish(lorasync_stream *s, const lorasynci_division *v, lorasync_error *err)
+{
+    size_t b;
+    s->info.num_tensors   = (size_t)v->head.num_tensors;
+    s->info.num_buckets   = s->num_buckets;
+    s->info.payload_bytes = (size_t)v->head.payload_bytes;
+    s->info.direct        = 1;
+    LORASYNCI_TRY(lorasynci_stream_lend(s, v, err));
+    for (b = 0; b < s->num_buckets; b++) {
+        s->plans[b]->objection = &s->stage_error;
+        s->info.plan_bytes += s->plans[b]->meter.live;
+        s->info.direct &= s->plans[b]->direct;
+    }
+    return lorasynci_is_root(s) ? lorasynci_stream_label(s, err) : LORASYNC_OK;
+}
+
+/* All of compile. A lost communicator is given up here, but for those that lorasynci_plan_create has given up. */
+LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
+{
+    lorasync_plan_desc d = s->plan_desc;
+    lorasync_error     mine;
+    lorasync_status    status;
+    size_t             b;
+    memset(&mine, 0, sizeof mine);
+    lorasynci_stream_prepare(s, v, &mine);
+    status = lorasynci_agree(&s->comm, s->talk->votes, s->talk->timeout_ms, mine.status, &mine, lorasynci_stream_tag(s),
+                             "the stream's root, wire_dtype, bucket_bytes, name, keep_names, allow_nan or cuda, hashed", NULL, err);
+    if (status == LORASYNC_OK) status = lorasynci_stream_divide(s, v, &mine, err);
+    if (status == LORASYNC_OK) status = lorasynci_stream_map(s, v, &mine, err);
+    if (lorasync_is_lost(status)) return lorasynci_plan_lose(s->talk, status, err);
+    d.no_direct = s->mapping == NULL;
+    for (b = 0; b < s->num_buckets && status == LORASYNC_OK; b++) {
+        d.have     = v->pieces + v->starts[b];
+        d.num_have = v->starts[b + 1] - v->starts[b];
+        status     = lorasynci_plan_create(&d, 1, &s->plans[b], err);
+    }
+    if (lorasync_is_lost(status)) s->talk->lost = status;
+    if (status < 0) return status;
+    lorasynci_stream_finish(s, v, &mine);
+    status = lorasynci_stream_vote(s, &mine, NULL, err);
+    return lorasync_is_lost(status) ? lorasynci_plan_lose(s->talk, status, err) : status;
+}
+
+LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lorasync_error *err)
+{
+    lorasynci_division division;
+    lorasync_error     why;
+    lorasync_status    status;
+    if (!err) err = &why;
+    if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
+    if (stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_compile was called already");
+    if (stream->talk->lost) return lorasynci_lost_before(err);
+    memset(&division, 0, sizeof division);
+    lorasynci_buffer_init(&division.parts.list, &stream->a);
+    lorasynci_buffer_init(&division.parts.geometry, &stream->a);
+    lorasynci_buffer_init(&division.groups.texts, &stream->a);
+    status = lorasynci_stream_make(stream, &division, err);
+    lorasynci_division_free(stream, &division);
+    if (status < 0) {
+        lorasynci_stream_reset(stream);
+        return status;
+    }
+    lorasynci_buffer_free(&stream->added); /* the plans know it all */
+    lorasynci_buffer_free(&stream->texts);
+    return LORASYNC_OK;
+}
+
+/* -- running */
+
+/* On the root: bucket b is gathered and goes to all engines. */
+LORASYNCI_FN void lorasynci_stream_stage(lorasync_stream *s, size_t b, uint64_t version, lorasynci_publication *p, lorasynci_outcome *out)
+{
+    lorasync_image *image = lorasync_plan_image(s->plans[b]);
+    uint64_t        start = lorasynci_now_ns();
+    if (!image) return;
+    lorasync_image_stamp(image, version, image->digest);
+    out->digest = lorasynci_hash(&image->digest, sizeof image->digest, out->digest);
+    p->image    = image;
+    lorasynci_stage_all(p);
+    if (p->num_possible < p->need) lorasynci_tell_who(p, &s->stage_error);
+    out->publish_ns += lorasynci_now_ns() - start;
+}
+
+/* All buckets, up to the last stage. While the root stages one, all others pack the next. */
+LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t version, lorasynci_publication *p, lorasynci_outcome *out, lorasync_report *times,
+                                                  lorasync_error *err)
+{
+    lorasync_status status = lorasynci_begin_version(s->plans[0], version, s->last_version, err);
+    size_t          b;
+    for (b = 0; b < s->num_buckets; b++) {
+        lorasync_plan *plan = s->plans[b];
+        if (lorasync_is_lost(status)) return status; /* of begin; its other failures come with the vote */
+        LORASYNCI_TRY(lorasync_plan_wait(plan, err));
+        times->pack_ns += plan->stats.pack_ns;
+        times->exchange_ns += plan->stats.exchange_ns;
+        times->place_ns += plan->stats.place_ns;
+        if (b + 1 < s->num_buckets) {
+            s->plans[b + 1]->tag = version;
+            status               = lorasync_plan_begin(s->plans[b + 1], err);
+        }
+        lorasynci_stream_stage(s, b, version, p, out);
+    }
+    return LORASYNC_OK;
+}
+
+/* On the root: the commits. Then the verdict and what is to be reported, on all. */
+LORASYNCI_FN lorasync_status lorasynci_stream_commit(lorasync_stream *s, uint64_t version, lorasynci_publication *p, lorasynci_outcome *out, lorasync_error *err)
+{
+    const lorasync_comm *c     = &s->comm;
+    lorasynci_outcome   *all   = (lorasynci_outcome *)s->talk->votes;
+    uint64_t             start = lorasynci_now_ns();
+    lorasync_status      status;
+    if (s->stage_error.status == LORASYNC_OK && p->image) lorasynci_publish_end(p, &s->stage_error);
+    out->num_engines = (int32_t)lorasynci_num_serving(p->outcomes, p->num, version);
+    out->num_behind  = (int32_t)p->num - out->num_engines;
+    out->publish_ns += lorasynci_now_ns() - start;
+    status = lorasynci_stream_vote(s, &s->stage_error, NULL, err);
+    if (status == LORASYNC_OK) status = c->all_gather(c->user, out, all, sizeof *out, s->talk->timeout_ms, err);
+    if (lorasync_is_lost(status)) return lorasynci_plan_lose(s->talk, status, err);
+    if (status == LORASYNC_OK) *out = all[s->desc.root];
+    return status;
+}
+
+LORASYNCI_FN void lorasynci_stream_report(const lorasync_stream *s, const lorasynci_outcome *outcome, uint64_t start, lorasync_report *out)
+{
+    out->version       = s->last_version;
+    out->digest        = outcome->digest;
+    out->num_tensors   = s->info.num_tensors;
+    out->payload_bytes = s->info.payload_bytes;
+    out->num_engines   = outcome->num_engines;
+    out->num_behind    = outcome->num_behind;
+    out->direct        = s->info.direct;
+    out->publish_ns    = outcome->publish_ns;
+    out->total_ns      = lorasynci_now_ns() - start;
+}
+
+LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version, lorasync_report *out_report, lorasync_error *err)
+{
+    lorasynci_publication p;
+    lorasynci_outcome     outcome;
+    lorasync_report       report;
+    lorasync_error        why;
+    lorasync_status       status;
+    uint64_t              start = lorasynci_now_ns();
+    if (!err) err = &why;
+    if (!stream || !stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
+    if (stream->talk->lost) return lorasynci_lost_before(err);
+    memset(&p, 0, sizeof p);
+    memset(&outcome, 0, sizeof outcome);
+    memset(&report, 0, sizeof report);
+    memset(&stream->stage_error, 0, sizeof stream->stage_error);
+    if (lorasynci_is_root(stream)) {
+        p.transports = lorasynci_stream_transports(stream);
+        p.outcomes   = (lorasync_engine_outcome *)(void *)stream->outcomes.data;
+        p.num = p.need = p.num_possible = lorasynci_stream_num_transports(stream);
+    }
+    status = lorasynci_stream_run(stream, version, &p, &outcome, &report, err);
+    if (lorasync_is_lost(status)) stream->talk->lost = status;
+    if (status == LORASYNC_OK) status = lorasynci_stream_commit(stream, version, &p, &outcome, err);
+    if (status < 0) {
+        lorasynci_abort_all(&p);
+        return status;
+    }
+    stream->last_version = version;
+    lorasynci_stream_report(stream, &outcome, start, &report);
+    if (out_report) *out_report = report;
+    return LORASYNC_OK;
+}
+
+LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasync_stream_info *out) { *out = stream->info; }
+
+LORASYNC_API const lorasync_engine_outcome *lorasync_stream_outcomes(const lorasync_stream *stream, size_t *out_num)
+{
+    size_t num = stream && lorasynci_is_root(stream) ? lorasynci_stream_num_transports(stream) : 0;
+    if (out_num) *out_num = num;
+    return num ? (const lorasync_engine_outcome *)(const void *)stream->outcomes.data : NULL;
 }
 #ifdef LORASYNC_CUDA
 
@@ -14803,6 +15820,9 @@ LORASYNCI_FN const char *const *lorasynci_ptx_lines(size_t *num)
 #undef LORASYNCI_COVERS
 #undef LORASYNCI_MODEL_FILE
 #undef LORASYNCI_CONFIG_FILE
+#undef LORASYNCI_BASE_FILE
+#undef LORASYNCI_BASE_INDEX
+#undef LORASYNCI_BASE_CONFIG
 #undef LORASYNCI_MAX_DIRECTORY
 #undef LORASYNCI_MAX_CONFIG
 #undef LORASYNCI_SLOTS

@@ -587,8 +587,11 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
     if (event->capture) e = cudaErrorCapturedEvent;
     else if (fake_cuda.query_fails_at && --fake_cuda.query_fails_at == 0) e = cudaErrorIllegalAddress;
     else if (event->completed < event->recorded) {
+        struct CUstream_st *other;
         if (event->stream->hold > 0) event->stream->hold--;
         else fake_progress(event->stream);
+        for (other = fake_cuda.streams; other; other = other->next) /* a GPU goes on without being asked */
+            if (other->hold <= 0) fake_progress(other);
         if (event->completed < event->recorded) e = cudaErrorNotReady;
     }
     pthread_mutex_unlock(&fake_lock);

@@ -216,6 +216,42 @@ static void messages_in_parts(void)
     end_party();
 }
 
+/* The caller's own call on a non-blocking communicator is still on its way. */
+static void unsettled_rank(rank_context *x)
+{
+    party         *p = (party *)x->user;
+    lorasync_comm  c;
+    lorasync_error err;
+    ncclComm_t     borrowed;
+    void          *data;
+    int            i;
+    if (open_rank(p, x->rank, x->world, &borrowed, &c, &err) < 0) {
+        test_fail(__FILE__, __LINE__, err.text);
+        return;
+    }
+    cudaMalloc(&data, 64);
+    for (i = 0; i < 10; i++) {
+        ncclResult_t state = ncclInProgress; /* an exchange without messages has not looked */
+        while (state == ncclInProgress) ncclCommGetAsyncError(borrowed, &state);
+        CHECK_EQ(ncclAllGather(data, data, 8, ncclUint8, borrowed, NULL), ncclInProgress);
+        CHECK_EQ(i % 2 ? gather_round(&c, (unsigned long long)i, 100) : exchange_round(&c, (unsigned long long)i, 1), 0);
+    }
+    cudaFree(data);
+    lorasync_nccl_close(&c);
+    ncclCommDestroy(borrowed);
+}
+
+static void caller_has_not_settled(void)
+{
+    party p;
+    start_party(&p, 2);
+    p.borrowed                    = 2;
+    fake_nccl.rank[0].in_progress = 3;
+    fake_nccl.rank[1].in_progress = 30;
+    run_threads(2, unsettled_rank, &p);
+    end_party();
+}
+
 /* Nothing is allocated after opening. */
 static void allocations_rank(rank_context *x)
 {
@@ -598,6 +634,7 @@ int main(void)
     RUN(random_traffic_on_stream);
     RUN(slow_answers);
     RUN(messages_in_parts);
+    RUN(caller_has_not_settled);
     RUN(allocates_nothing_later);
     RUN(bad_arguments);
     RUN(rank_that_cannot_join);
