@@ -6482,6 +6482,7 @@ LORASYNCI_FN void lorasynci_add_ops(lorasynci_ops *ops, const int64_t *off, cons
 typedef struct lorasynci_link {
     lorasynci_buffer ends; /* uint64_t per round */
     uint64_t         base; /* where the stream (sending), or the round at hand (receiving), lies in staging */
+    uint64_t         half; /* receiving: odd rounds lie this much further, so that one can arrive while the one before is placed; 0: all at base */
     uint32_t        *digests; /* receiving: the image tensor of each */
     size_t           num_digests;
 } lorasynci_link;
@@ -6553,6 +6554,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasyn
 LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err);
 
+/* Whether the rounds of a run overlap: while one travels, the one before is placed and the one behind packed. */
+LORASYNCI_FN int lorasynci_is_pipelined(const lorasync_plan *plan) { return plan->device && plan->comm.exchange_stream; }
+
 /* -- the planner */
 
 /* A non-empty box of some rank, as it arrived. */
@@ -6603,6 +6607,7 @@ typedef struct lorasynci_planner {
     lorasynci_stream    *streams;
     uint64_t            *load;      /* per rank: bytes it sends */
     uint64_t             pair_cap;  /* bytes of one stream in one round */
+    uint64_t             first_cap; /* the same of round 0; each further round may have four times as much, until pair_cap */
     uint32_t             num_rounds;
     lorasynci_buffer    *sends, *receives; /* per rank: lorasynci_route ... */
     lorasynci_buffer    *digests;          /* per rank: uint32_t image tensor of each digest it sends */
@@ -6901,11 +6906,16 @@ LORASYNCI_FN void lorasynci_put_route(lorasynci_buffer *b, uint32_t item, uint32
     if (box) lorasynci_put(b, box, (size_t)ndim * 16);
 }
 
+LORASYNCI_FN uint64_t lorasynci_round_cap(const lorasynci_planner *p, uint32_t round)
+{
+    return round < 16 && p->first_cap < p->pair_cap >> 2 * round ? p->first_cap << 2 * round : p->pair_cap;
+}
+
 /* Where the next box of a stream goes, and in which round. */
 LORASYNCI_FN lorasync_status lorasynci_stream_put(lorasynci_planner *p, lorasynci_stream *s, uint64_t num_bytes, uint64_t *at, lorasync_error *err)
 {
     *at = (s->at + LORASYNCI_ALIGN - 1) / LORASYNCI_ALIGN * LORASYNCI_ALIGN;
-    if (*at > s->round_start && *at + num_bytes > s->round_start + p->pair_cap) {
+    if (*at > s->round_start && *at + num_bytes > s->round_start + lorasynci_round_cap(p, s->round)) {
         s->round_start = *at;
         if (++s->round >= LORASYNCI_MAX_ROUNDS)
             return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "bucket_bytes is so small that more than %d exchanges would be needed; raise it", (int)LORASYNCI_MAX_ROUNDS);
@@ -7153,6 +7163,15 @@ LORASYNCI_FN lorasync_status lorasynci_star(lorasync_plan *plan, int to_all, cha
     return c->exchange(c->user, NULL, 0, plan->messages, n, plan->timeout_ms, err);
 }
 
+/* Rounds that overlap share the bucket by two, and begin small: the first is soon packed, and travels while the rest is. */
+LORASYNCI_FN void lorasynci_planner_caps(lorasynci_planner *p)
+{
+    const size_t bucket = p->desc->bucket_bytes ? p->desc->bucket_bytes : (size_t)256 << 20, others = p->world > 1 ? (size_t)p->world - 1 : 1;
+    const int    overlap = lorasynci_is_pipelined(p->plan);
+    p->pair_cap  = bucket / others / (overlap ? 2 : 1);
+    p->first_cap = overlap ? ((size_t)8 << 20) / others : p->pair_cap;
+}
+
 /* The planner's arrays, one entry per rank. */
 LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasync_plan *plan, const lorasync_plan_desc *desc, lorasync_error *err)
 {
@@ -7181,7 +7200,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasy
         lorasynci_buffer_init(&p->receives[i], a);
         lorasynci_buffer_init(&p->digests[i], a);
     }
-    p->pair_cap = (desc->bucket_bytes ? desc->bucket_bytes : (size_t)256 << 20) / (n > 1 ? n - 1 : 1);
+    lorasynci_planner_caps(p);
     return LORASYNC_OK;
 }
 
@@ -7468,6 +7487,16 @@ LORASYNCI_FN uint64_t lorasynci_link_end(const lorasynci_link *link, uint32_t ro
     return ends[round];
 }
 
+/* Where a round that arrives lies in receive staging. */
+LORASYNCI_FN uint64_t lorasynci_link_received_at(const lorasynci_link *link, uint32_t round) { return link->base + round % 2 * link->half; }
+
+/* Where the digests that arrive with a link lie there. */
+LORASYNCI_FN uint64_t lorasynci_link_received_digests_at(const lorasynci_link *link)
+{
+    uint32_t last = lorasynci_link_rounds(link) - 1;
+    return lorasynci_link_received_at(link, last) + lorasynci_link_digests_at(link) - lorasynci_link_start(link, last);
+}
+
 /* Notes that a link carries a leg. */
 LORASYNCI_FN lorasync_status lorasynci_link_extend(lorasynci_link *link, const lorasynci_leg *leg, lorasync_error *err)
 {
@@ -7518,7 +7547,8 @@ LORASYNCI_FN lorasync_status lorasynci_build_receive(const lorasynci_build *b, c
     lorasynci_link *link = lorasynci_link_of(b->plan, leg, 1);
     lorasynci_end   far;
     memset(&far, 0, sizeof far);
-    lorasynci_staging_end(&far, LORASYNCI_RECEIVE, link->base + leg->route.at - lorasynci_link_start(link, leg->route.round), leg->wire, leg->box, leg->ndim);
+    lorasynci_staging_end(&far, LORASYNCI_RECEIVE, lorasynci_link_received_at(link, leg->route.round) + leg->route.at - lorasynci_link_start(link, leg->route.round),
+                          leg->wire, leg->box, leg->ndim);
     lorasynci_add_ops(&b->plan->place, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &far, &leg->near, leg->tensor, 1, leg->route.round, 0, LORASYNC_DTYPE_NONE);
     return lorasynci_ops_failed(&b->plan->place) ? lorasynci_fail_memory(err, b->plan->place.list.size) : LORASYNC_OK;
 }
@@ -7538,7 +7568,8 @@ LORASYNCI_FN lorasync_status lorasynci_build_pass(const lorasynci_build *b, cons
     return LORASYNC_OK;
 }
 
-/* Places the links in staging: whole streams one after another when sending (the snapshot), the largest round of each when receiving. */
+/* Places the links in staging: whole streams one after another when sending (the snapshot), the largest round of each when receiving, twice where
+   rounds overlap. */
 LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan)
 {
     int      i;
@@ -7551,7 +7582,9 @@ LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan)
         v->base = plan->staging_bytes[LORASYNCI_RECEIVE];
         for (r = 0; r < lorasynci_link_rounds(v); r++)
             if (lorasynci_link_end(v, r) - lorasynci_link_start(v, r) > largest) largest = lorasynci_link_end(v, r) - lorasynci_link_start(v, r);
-        plan->staging_bytes[LORASYNCI_RECEIVE] += lorasynci_align64((size_t)largest);
+        largest = lorasynci_align64((size_t)largest);
+        v->half = lorasynci_is_pipelined(plan) && lorasynci_link_rounds(v) > 1 ? largest : 0;
+        plan->staging_bytes[LORASYNCI_RECEIVE] += (size_t)(largest + v->half);
     }
 }
 
@@ -8242,7 +8275,7 @@ LORASYNCI_FN void lorasynci_round_messages(lorasync_plan *plan, uint32_t round, 
         }
         if (round < lorasynci_link_rounds(r)) {
             receives[num_receives].peer      = rank;
-            receives[num_receives].data      = plan->memory[LORASYNCI_RECEIVE] + r->base;
+            receives[num_receives].data      = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_received_at(r, round);
             receives[num_receives].num_bytes = (size_t)(lorasynci_link_end(r, round) - lorasynci_link_start(r, round));
             num_receives++;
         }
@@ -8268,9 +8301,9 @@ LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
     }
     for (rank = 0; rank < plan->comm.world; rank++) {
         const lorasynci_link *link = &plan->receives[rank];
-        const char           *from = plan->memory[LORASYNCI_RECEIVE] + link->base;
+        const char           *from;
         if (!link->num_digests || round + 1 != lorasynci_link_rounds(link)) continue;
-        from += lorasynci_link_digests_at(link) - lorasynci_link_start(link, round);
+        from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_received_digests_at(link);
         for (i = 0; i < link->num_digests; i++) {
             uint64_t sum;
             memcpy(&sum, from + i * 8, 8);
@@ -8367,11 +8400,15 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
 
 /* -- the same on the GPU (LORASYNC_CUDA)
 
-   A plan whose pieces are in device memory turns its operations into tables on the device once, and a run into one launch to pack and one per
-   round to place. Four streams of events keep the order without the host:
+   A plan whose pieces are in device memory turns its operations into tables on the device once, and a run into launches for each round to
+   pack and to place. Events keep the order without the host:
 
-       caller's stream  --ready-->  plan's stream: pack  --packed-->  caller's stream goes on (the parameters may change)
-                                    exchange, place, copies to the host  --done-->  polled by wait, with a deadline */
+       caller's stream   --ready-->                  --packed--> goes on: the parameters may change
+       plan's stream                pack 0 | pack 1 | .. | place 0 | place 1 | .. | copies to the host --done--> polled by wait, with a deadline
+       wire's stream                       | exchange 0 | exchange 1 | ..
+                                           ^ after pack 0            ^ exchange r after pack r and place r - 2: two halves of staging take turns
+
+   The wire's stream comes first where both want the same multiprocessors. */
 
 #ifdef LORASYNC_CUDA
 
@@ -8388,14 +8425,16 @@ typedef struct lorasynci_launch {
 struct lorasynci_device {
     int              ordinal;
     int              same_process; /* the image was made by a thread of this process: no IPC */
-    cudaStream_t     caller, stream;
-    cudaEvent_t      ready, packed, done;
+    cudaStream_t     caller, stream, wire;
+    cudaEvent_t      ready, packed, done, arrived, placed[2];
+    cudaEvent_t     *sendable;   /* per round: it is packed */
+    uint32_t         num_events; /* of `sendable` that exist */
     CUmodule         module;
     CUfunction       kernel;
     CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
     CUresult (*unload)(CUmodule);
-    lorasynci_launch   pack;
-    lorasynci_launch  *place; /* num_rounds */
+    lorasynci_launch  *pack;  /* per round; what goes nowhere with the last, or alone */
+    lorasynci_launch  *place; /* per round */
     void              *table; /* one allocation: all operations, tiles, bad and sums */
     unsigned long long *bad;
     char              *sums;       /* this rank's digests; in send staging when they travel with the data */
@@ -8481,7 +8520,13 @@ LORASYNCI_FN lorasync_status lorasynci_device_load(lorasynci_device *g, const lo
     return LORASYNC_OK;
 }
 
-/* Streams, events and the kernel: what a device plan needs before it knows its pieces. */
+LORASYNCI_FN lorasync_status lorasynci_device_event(cudaEvent_t *out, lorasync_error *err)
+{
+    LORASYNCI_CUDA(cudaEventCreateWithFlags(out, cudaEventDisableTiming), "cudaEventCreate");
+    return LORASYNC_OK;
+}
+
+/* Stream, events and the kernel: what a device plan needs before it knows its pieces. */
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err)
 {
     lorasynci_device *g = (lorasynci_device *)lorasynci_alloc_array(&plan->a, 1, sizeof *g);
@@ -8492,10 +8537,37 @@ LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lo
     LORASYNCI_CUDA(cudaGetDevice(&g->ordinal), "no usable GPU");
     LORASYNCI_TRY(lorasynci_device_load(g, &plan->meter.a, err));
     LORASYNCI_CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking), "cudaStreamCreate");
-    LORASYNCI_CUDA(cudaEventCreateWithFlags(&g->ready, cudaEventDisableTiming), "cudaEventCreate");
-    LORASYNCI_CUDA(cudaEventCreateWithFlags(&g->packed, cudaEventDisableTiming), "cudaEventCreate");
-    LORASYNCI_CUDA(cudaEventCreateWithFlags(&g->done, cudaEventDisableTiming), "cudaEventCreate");
+    LORASYNCI_TRY(lorasynci_device_event(&g->ready, err));
+    LORASYNCI_TRY(lorasynci_device_event(&g->packed, err));
+    return lorasynci_device_event(&g->done, err);
+}
+
+/* What the rounds of a run need to overlap. */
+LORASYNCI_FN lorasync_status lorasynci_device_open_wire(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    int               least = 0, greatest = 0;
+    if (!lorasynci_is_pipelined(plan) || plan->num_rounds == 0) return LORASYNC_OK;
+    LORASYNCI_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->wire, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+    LORASYNCI_TRY(lorasynci_device_event(&g->arrived, err));
+    LORASYNCI_TRY(lorasynci_device_event(&g->placed[0], err));
+    LORASYNCI_TRY(lorasynci_device_event(&g->placed[1], err));
+    g->sendable = (cudaEvent_t *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->sendable);
+    if (!g->sendable) return lorasynci_fail_memory(err, plan->num_rounds * sizeof *g->sendable);
+    for (; g->num_events < plan->num_rounds; g->num_events++) LORASYNCI_TRY(lorasynci_device_event(&g->sendable[g->num_events], err));
     return LORASYNC_OK;
+}
+
+LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
+{
+    lorasynci_device *g = plan->device;
+    while (g->num_events > 0) cudaEventDestroy(g->sendable[--g->num_events]);
+    lorasynci_free(&plan->a, g->sendable);
+    if (g->arrived) cudaEventDestroy(g->arrived);
+    if (g->placed[0]) cudaEventDestroy(g->placed[0]);
+    if (g->placed[1]) cudaEventDestroy(g->placed[1]);
+    if (g->wire) cudaStreamDestroy(g->wire);
 }
 
 /* Closes another process's image. */
@@ -8516,6 +8588,7 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     int               old;
     if (!g) return;
     lorasynci_device_enter(g, &old);
+    if (g->wire && !plan->lost) cudaStreamSynchronize(g->wire);
     if (g->stream && !plan->lost) cudaStreamSynchronize(g->stream);
     lorasynci_device_unmap(plan);
     /* freeing memory that another rank has open is undefined: wait for them to close, for those that can */
@@ -8528,12 +8601,14 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     else if (plan->comm.exchange_stream) cudaFree(plan->memory[LORASYNCI_SEND]), cudaFree(plan->memory[LORASYNCI_RECEIVE]);
     else cudaFreeHost(plan->memory[LORASYNCI_SEND]), cudaFreeHost(plan->memory[LORASYNCI_RECEIVE]);
     plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = NULL;
+    lorasynci_device_close_wire(plan);
     if (g->ready) cudaEventDestroy(g->ready);
     if (g->packed) cudaEventDestroy(g->packed);
     if (g->done) cudaEventDestroy(g->done);
     if (g->stream) cudaStreamDestroy(g->stream);
     if (g->module) g->unload(g->module);
     lorasynci_device_leave(g, old);
+    lorasynci_free(&plan->a, g->pack);
     lorasynci_free(&plan->a, g->place);
     lorasynci_free(&plan->a, g);
     plan->device = NULL;
@@ -8629,17 +8704,28 @@ LORASYNCI_FN uint64_t lorasynci_device_sum(const lorasync_plan *plan, const uint
     return (uint64_t)(uintptr_t)plan->device->sums + 8 * (uint64_t)(plan->num_slots ? slot_of[op->tensor] : op->tensor);
 }
 
-/* Tables of one list of operations (of one round, or round < 0: all) appended to ops and tiles. */
-LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, const lorasynci_ops *list, int64_t round, const uint32_t *slot_of, lorasynci_buffer *ops,
-                                          lorasynci_buffer *tiles)
+LORASYNCI_FN uint32_t lorasynci_device_packs(const lorasync_plan *plan) { return plan->num_rounds ? plan->num_rounds : 1; }
+
+/* The launch of which an operation is part: packs first, then places. What a rank packs for itself travels nowhere and can wait until the last
+   pack. */
+LORASYNCI_FN uint32_t lorasynci_device_launch_of(const lorasync_plan *plan, const lorasynci_op *op, int placing)
 {
-    unsigned num = 0;
-    size_t   i;
+    uint32_t packs = lorasynci_device_packs(plan);
+    return placing ? packs + op->round : op->dst_space == LORASYNCI_SEND ? op->round : packs - 1;
+}
+
+/* Tables of one launch appended to ops and tiles. */
+LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t launch, const uint32_t *slot_of, lorasynci_buffer *ops, lorasynci_buffer *tiles)
+{
+    int                  placing = launch >= lorasynci_device_packs(plan);
+    const lorasynci_ops *list    = placing ? &plan->place : &plan->pack;
+    unsigned             num     = 0;
+    size_t               i;
     for (i = 0; i < lorasynci_ops_num(list); i++) {
         const lorasynci_op *op = lorasynci_ops_at(list, i);
         lorasyncd_op        o;
         lorasyncd_tile      tile;
-        if (round >= 0 && op->round != round) continue;
+        if (lorasynci_device_launch_of(plan, op, placing) != launch) continue;
         o       = lorasynci_device_op_of(plan, op, lorasynci_op_grid(list, op), lorasynci_device_sum(plan, slot_of, op));
         tile.op = num++;
         lorasynci_put(ops, &o, sizeof o);
@@ -8650,18 +8736,60 @@ LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, const loras
     }
 }
 
-/* All tables into one device allocation:  | pack ops | place ops, round 0 | .. || pack tiles | place tiles .. || bad | sums | */
+/* Makes the tables of one launch and copies them to *op_at and *tile_at of the device's table. */
+LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan, uint32_t launch, const uint32_t *slot_of, lorasynci_buffer *ops, lorasynci_buffer *tiles,
+                                                            size_t *op_at, size_t *tile_at, lorasync_error *err)
+{
+    lorasynci_device *g     = plan->device;
+    char             *table = (char *)g->table;
+    uint32_t          packs = lorasynci_device_packs(plan);
+    lorasynci_launch *out   = launch < packs ? &g->pack[launch] : &g->place[launch - packs];
+    ops->size = tiles->size = 0;
+    lorasynci_device_tables(plan, launch, slot_of, ops, tiles);
+    if (ops->failed || tiles->failed) return lorasynci_fail_memory(err, ops->size);
+    if (tiles->size / sizeof(lorasyncd_tile) > 0x7fffffffu) return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
+    out->ops   = (lorasyncd_op *)(void *)(table + *op_at);
+    out->tiles = (lorasyncd_tile *)(void *)(table + *tile_at);
+    out->num   = (unsigned)(tiles->size / sizeof(lorasyncd_tile));
+    if (out->num) LORASYNCI_CUDA(cudaMemcpy(out->ops, ops->data, ops->size, cudaMemcpyDefault), "copying the tables");
+    if (out->num) LORASYNCI_CUDA(cudaMemcpy(out->tiles, tiles->data, tiles->size, cudaMemcpyDefault), "copying the tables");
+    *op_at += ops->size;
+    *tile_at += tiles->size;
+    return LORASYNC_OK;
+}
+
+/* All tables into one device allocation:  | ops of launch 0 | of 1 | .. || tiles of launch 0 | of 1 | .. || bad | sums | */
+LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, const uint32_t *slot_of, lorasynci_buffer *ops, lorasynci_buffer *tiles, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    uint32_t          l, launches = lorasynci_device_packs(plan) + plan->num_rounds;
+    size_t            op_at = 0, tile_at, bad_at, num_tiles = 0, own_sums = plan->num_slots ? 0 : plan->catalogue.num;
+    for (l = 0; l < launches; l++) { /* sizes first: the sums' address is part of the operations */
+        ops->size = tiles->size = 0;
+        lorasynci_device_tables(plan, l, slot_of, ops, tiles);
+        num_tiles += tiles->size / sizeof(lorasyncd_tile);
+    }
+    tile_at = lorasynci_align64((lorasynci_ops_num(&plan->pack) + lorasynci_ops_num(&plan->place)) * sizeof(lorasyncd_op));
+    bad_at  = lorasynci_align64(tile_at + num_tiles * sizeof(lorasyncd_tile));
+    LORASYNCI_CUDA(cudaMalloc(&g->table, bad_at + 8 + own_sums * 8), "memory for the tables");
+    g->bad = (unsigned long long *)(void *)((char *)g->table + bad_at);
+    if (!plan->num_slots) g->sums = (char *)g->table + bad_at + 8;
+    for (l = 0; l < launches; l++) LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, slot_of, ops, tiles, &op_at, &tile_at, err));
+    return LORASYNC_OK;
+}
+
 LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
     lorasynci_buffer  ops, tiles;
-    lorasync_status   status = LORASYNC_OK;
-    uint32_t         *slot_of = (uint32_t *)lorasynci_alloc_array(&plan->a, plan->catalogue.num, sizeof *slot_of), r;
-    size_t            i, tiles_at, bad_at, total, own_sums = plan->num_slots ? 0 : plan->catalogue.num;
+    lorasync_status   status;
+    uint32_t         *slot_of = (uint32_t *)lorasynci_alloc_array(&plan->a, plan->catalogue.num, sizeof *slot_of);
+    size_t            i;
+    g->pack  = (lorasynci_launch *)lorasynci_alloc_array(&plan->a, lorasynci_device_packs(plan), sizeof *g->pack);
     g->place = (lorasynci_launch *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->place);
-    if (!slot_of || !g->place) {
+    if (!slot_of || !g->pack || !g->place) {
         lorasynci_free(&plan->a, slot_of);
-        return lorasynci_fail_memory(err, plan->catalogue.num * 4);
+        return lorasynci_fail_memory(err, plan->catalogue.num * 4 + plan->num_rounds * 2 * sizeof *g->place);
     }
     for (i = 0; i < plan->num_slots; i++) slot_of[plan->slots[i]] = (uint32_t)i;
     g->num_sums = plan->sums ? (plan->num_slots ? plan->num_slots : plan->catalogue.num) : 0;
@@ -8669,35 +8797,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
         if (plan->sends[i].num_digests) g->sums = plan->memory[LORASYNCI_SEND] + plan->sends[i].base + lorasynci_link_digests_at(&plan->sends[i]);
     lorasynci_buffer_init(&ops, &plan->a);
     lorasynci_buffer_init(&tiles, &plan->a);
-    /* sizes first: the sums' address is part of the operations */
-    total = (lorasynci_ops_num(&plan->pack) + lorasynci_ops_num(&plan->place) + 1) * sizeof(lorasyncd_op);
-    lorasynci_device_tables(plan, &plan->pack, -1, slot_of, &ops, &tiles);
-    for (r = 0; r < plan->num_rounds; r++) lorasynci_device_tables(plan, &plan->place, (int64_t)r, slot_of, &ops, &tiles);
-    tiles_at = lorasynci_align64(total);
-    bad_at   = lorasynci_align64(tiles_at + tiles.size);
-    total    = bad_at + 8 + own_sums * 8;
-    if (ops.failed || tiles.failed) status = lorasynci_fail_memory(err, ops.size);
-    if (status == LORASYNC_OK && cudaMalloc(&g->table, total) != cudaSuccess) status = lorasynci_cuda_fail(err, cudaErrorMemoryAllocation, "memory for the tables");
-    if (status == LORASYNC_OK) {
-        char  *table = (char *)g->table;
-        size_t op_at = 0, tile_at = tiles_at;
-        g->bad = (unsigned long long *)(void *)(table + bad_at);
-        if (!plan->num_slots) g->sums = table + bad_at + 8;
-        for (i = 0; i <= plan->num_rounds; i++) { /* again, now that the addresses are known */
-            lorasynci_launch *launch = i == 0 ? &g->pack : &g->place[i - 1];
-            ops.size = tiles.size = 0;
-            lorasynci_device_tables(plan, i == 0 ? &plan->pack : &plan->place, i == 0 ? -1 : (int64_t)i - 1, slot_of, &ops, &tiles);
-            launch->ops   = (lorasyncd_op *)(void *)(table + op_at);
-            launch->tiles = (lorasyncd_tile *)(void *)(table + tile_at);
-            launch->num   = (unsigned)(tiles.size / sizeof(lorasyncd_tile));
-            if (tiles.size / sizeof(lorasyncd_tile) > 0x7fffffffu) status = lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
-            if (status == LORASYNC_OK && ops.size && (cudaMemcpy(table + op_at, ops.data, ops.size, cudaMemcpyDefault) != cudaSuccess ||
-                                                      cudaMemcpy(table + tile_at, tiles.data, tiles.size, cudaMemcpyDefault) != cudaSuccess))
-                status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "copying the tables");
-            op_at += ops.size;
-            tile_at += tiles.size;
-        }
-    }
+    status = lorasynci_device_upload_all(plan, slot_of, &ops, &tiles, err);
     lorasynci_buffer_free(&ops);
     lorasynci_buffer_free(&tiles);
     lorasynci_free(&plan->a, slot_of);
@@ -8736,6 +8836,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
     if (plan->source) LORASYNCI_CUDA(cudaMalloc((void **)&g->image, plan->source->payload_bytes ? plan->source->payload_bytes : 1), "memory for the image");
     if (image && plan->has_image && !g->image && !g->peer_image) LORASYNCI_TRY(lorasynci_device_make_image(plan, NULL, err));
     if (g->image || g->peer_image) plan->memory[LORASYNCI_IMAGE] = g->image ? g->image : g->peer_image;
+    LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
     LORASYNCI_TRY(lorasynci_device_upload(plan, err));
     LORASYNCI_TRY(lorasynci_device_host(plan, err));
     if (!image || !plan->has_image) return LORASYNC_OK;
@@ -8753,6 +8854,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
 LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err)
 {
     lorasync_image *image = plan->image;
+    LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
     LORASYNCI_TRY(lorasynci_device_upload(plan, err));
     LORASYNCI_TRY(lorasynci_device_host(plan, err));
     if (!image || !plan->has_image) return LORASYNC_OK;
@@ -8779,19 +8881,30 @@ LORASYNCI_FN void lorasynci_device_put(int pinned, char *memory)
 
 /* -- running */
 
-LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasynci_device *g, const lorasynci_launch *launch, lorasync_error *err)
+#ifndef LORASYNCI_WAVE /* tests make it small */
+#define LORASYNCI_WAVE 1024 /* tiles: about as many as an H100 runs at once */
+#endif
+
+/* In one launch; where rounds overlap, in waves: between two of them a kernel of NCCL, which wants whole multiprocessors, finds its place. */
+LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch, lorasync_error *err)
 {
-    lorasyncd_op         *ops   = launch->ops;
-    lorasyncd_tile       *tiles = launch->tiles;
-    unsigned long long         *bad   = g->bad;
-    void                       *parameters[3];
-    CUresult                    r;
+    const lorasynci_device *g     = plan->device;
+    lorasyncd_op           *ops   = launch->ops;
+    lorasyncd_tile         *tiles = launch->tiles;
+    unsigned long long     *bad   = g->bad;
+    unsigned                at, num, most = lorasynci_is_pipelined(plan) ? LORASYNCI_WAVE : UINT_MAX;
+    void                   *parameters[3];
+    CUresult                r;
     parameters[0] = &ops;
     parameters[1] = &tiles;
     parameters[2] = &bad;
-    if (launch->num == 0) return LORASYNC_OK;
-    r = g->launch(g->kernel, launch->num, 1, 1, LORASYNCD_THREADS, 1, 1, 0, g->stream, parameters, NULL);
-    return r == CUDA_SUCCESS ? LORASYNC_OK : lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
+    for (at = 0; at < launch->num; at += num) {
+        num   = launch->num - at < most ? launch->num - at : most;
+        tiles = launch->tiles + at;
+        r     = g->launch(g->kernel, num, 1, 1, LORASYNCD_THREADS, 1, 1, 0, g->stream, parameters, NULL);
+        if (r != CUDA_SUCCESS) return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
+    }
+    return LORASYNC_OK;
 }
 
 /* What the host needs to see: bad, sums, arrived digests, and the image. */
@@ -8805,9 +8918,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch(lorasync_plan *plan, lorasyn
     at += g->num_sums * 8;
     for (i = 0; i < plan->comm.world; i++) {
         const lorasynci_link *link = &plan->receives[i];
-        const char           *from = plan->memory[LORASYNCI_RECEIVE] + link->base;
+        const char           *from;
         if (!link->num_digests) continue;
-        from += lorasynci_link_digests_at(link) - lorasynci_link_start(link, lorasynci_link_rounds(link) - 1);
+        from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_received_digests_at(link);
         LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, from, link->num_digests * 8, cudaMemcpyDefault, g->stream), "copying digests");
         at += link->num_digests * 8;
     }
@@ -8823,29 +8936,60 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, l
     return LORASYNC_OK;
 }
 
-/* Rounds whose exchange is enqueued: the whole run needs no host. Digests that arrive with a link are fetched after its last round, which for a
-   link of fewer rounds than others must be before its staging is used again: never, since only its own rounds use it. */
+/* All packs, each followed by the event that lets its round travel. */
+LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    uint32_t          i;
+    for (i = 0; i < lorasynci_device_packs(plan); i++) {
+        LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], err));
+        if (i < g->num_events) LORASYNCI_CUDA(cudaEventRecord(g->sendable[i], g->stream), "cudaEventRecord");
+    }
+    return LORASYNC_OK;
+}
+
+/* Rounds whose exchange is enqueued: the whole run needs no host. Digests that arrive with a link are fetched at the end: nothing overwrites the
+   last round of a link. */
 LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasync_error *err)
 {
-    uint32_t round;
+    lorasynci_device *g = plan->device;
+    uint32_t          round;
     for (round = 0; round < plan->num_rounds; round++) {
         size_t num_sends, num_receives;
         lorasynci_round_messages(plan, round, &num_sends, &num_receives);
-        LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives, plan->device->stream,
-                                                 plan->timeout_ms, err));
-        LORASYNCI_TRY(lorasynci_device_run(plan->device, &plan->device->place[round], err));
+        LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[round], 0), "cudaStreamWaitEvent");
+        if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
+        LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives, g->wire, plan->timeout_ms, err));
+        LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
+        LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived, 0), "cudaStreamWaitEvent");
+        LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], err));
+        LORASYNCI_CUDA(cudaEventRecord(g->placed[round % 2], g->stream), "cudaEventRecord");
     }
+    return LORASYNC_OK;
+}
+
+/* What cannot be recorded in a graph is refused before anything is enqueued. */
+LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, lorasync_error *err)
+{
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    struct cudaPointerAttributes memory;
+    LORASYNCI_CUDA(cudaStreamIsCapturing(plan->device->caller, &capture), "cudaStreamIsCapturing");
+    plan->captured = capture == cudaStreamCaptureStatusActive;
+    if (!plan->captured) return LORASYNC_OK;
+    if (!plan->comm.exchange_stream && plan->num_rounds)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "a sync that exchanges through the host cannot be captured in a CUDA graph; use NCCL or direct placement");
+    if (!plan->source || !plan->source->payload_bytes) return LORASYNC_OK;
+    memset(&memory, 0, sizeof memory);
+    LORASYNCI_CUDA(cudaPointerGetAttributes(&memory, plan->source->payload), "cudaPointerGetAttributes");
+    if (memory.type == cudaMemoryTypeUnregistered)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "a scatter from pageable memory cannot be captured in a CUDA graph; put the image into pinned or device memory");
     return LORASYNC_OK;
 }
 
 LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device            *g = plan->device;
-    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    LORASYNCI_CUDA(cudaStreamIsCapturing(g->caller, &capture), "cudaStreamIsCapturing");
-    plan->captured = capture == cudaStreamCaptureStatusActive;
-    if (plan->captured && !plan->comm.exchange_stream && plan->num_rounds)
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "a sync that exchanges through the host cannot be captured in a CUDA graph; use NCCL or direct placement");
+    lorasynci_device *g = plan->device;
+    LORASYNCI_TRY(lorasynci_device_capture(plan, err));
     if (!plan->captured) LORASYNCI_TRY(lorasynci_await_readers(plan, err));
     LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
@@ -8853,7 +8997,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
     if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, g->stream), "cudaMemsetAsync");
     if (plan->source && plan->source->payload_bytes)
         LORASYNCI_CUDA(cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault, g->stream), "copying the image to the GPU");
-    LORASYNCI_TRY(lorasynci_device_run(g, &g->pack, err));
+    LORASYNCI_TRY(lorasynci_device_pack(plan, err));
     if (!plan->captured) {
         LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord");
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->caller, g->packed, 0), "cudaStreamWaitEvent");
@@ -8881,7 +9025,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cu
     unsigned turns = 0;
     for (;;) {
         cudaError_t e = cudaEventQuery(event);
-        if (e == cudaSuccess) return LORASYNC_OK;
+        if (e == cudaSuccess) return with_peers && plan->comm.check ? plan->comm.check(plan->comm.user, err) : LORASYNC_OK; /* NCCL ends its work when it aborts */
         if (e != cudaErrorNotReady) return lorasynci_cuda_fail(err, e, "the GPU work of this sync failed");
         if (++turns % 64 != 0) continue; /* a sync takes microseconds: look again at once */
         if (with_peers && plan->comm.check && turns % 4096 == 0) LORASYNCI_TRY(plan->comm.check(plan->comm.user, err));
@@ -8895,7 +9039,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cu
 LORASYNCI_FN lorasync_status lorasynci_device_place(lorasync_plan *plan, uint32_t round, uint64_t deadline_ns, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    LORASYNCI_TRY(lorasynci_device_run(g, &g->place[round], err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], err));
     LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
     return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
 }
@@ -8920,6 +9064,17 @@ LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, l
     return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
 }
 
+/* Whether a tensor changes its dtype on the way. */
+LORASYNCI_FN int lorasynci_is_rounded(const lorasync_plan *plan, uint32_t tensor)
+{
+    size_t i;
+    for (i = 0; i < lorasynci_ops_num(&plan->pack); i++) {
+        const lorasynci_op *op = lorasynci_ops_at(&plan->pack, i);
+        if (op->tensor == tensor) return op->src_dtype != op->dst_dtype;
+    }
+    return 0;
+}
+
 /* Sums and the NaN check from pinned memory to where the host's run keeps them. */
 LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
 {
@@ -8933,8 +9088,10 @@ LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
             memcpy(&sum, g->host + at, 8);
             plan->tensor_digests[plan->receives[i].digests[k]] += sum;
         }
-    if (bad != UINT64_MAX && !plan->allow_nan && plan->begin_error.status == LORASYNC_OK)
-        lorasynci_nan_error(plan, (uint32_t)(bad >> 40), (int64_t)(bad & ((UINT64_C(1) << 40) - 1)), 1, &plan->begin_error);
+    if (bad != UINT64_MAX && !plan->allow_nan && plan->begin_error.status == LORASYNC_OK) {
+        uint32_t tensor = (uint32_t)(bad >> 40);
+        lorasynci_nan_error(plan, tensor, (int64_t)(bad & ((UINT64_C(1) << 40) - 1)), lorasynci_is_rounded(plan, tensor), &plan->begin_error);
+    }
 }
 
 LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasync_error *err)
@@ -15841,6 +15998,9 @@ LORASYNCI_FN const char *const *lorasynci_ptx_lines(size_t *num)
 #define LORASYNCD_FN static __device__ __forceinline__
 #define LORASYNCD_CALL static __device__ __noinline__ /* the slow path: one copy of it */
 #define LORASYNCD_TABLE static __device__ __align__(16) /* not __constant__: the threads of a warp read different keys */
+#define LORASYNCD_KERNEL extern "C" __global__ void __launch_bounds__(LORASYNCD_THREADS)
+#define LORASYNCD_UNROLL _Pragma("unroll")
+#define LORASYNCD_ROLLED _Pragma("unroll 1")
 #define LORASYNCD_BITS(value) __float_as_uint(value)
 #define LORASYNCD_FLOAT(bits) __uint_as_float(bits)
 typedef unsigned long long lorasyncd_u64;
@@ -16041,12 +16201,12 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
     if (wide_in) b = in[1];
     w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
     if (wide_in && !wide) {
-#pragma unroll
+        LORASYNCD_UNROLL
         for (i = 0; i < 8; i++) { /* a factor of 1 changes nothing but the bits of a NaN */
             w[i] = LORASYNCD_BITS(LORASYNCD_FLOAT(w[i]) * o->scale);
             w[i] = bf16 ? lorasyncd_round_bf16(w[i]) : lorasyncd_round_f16(w[i]);
         }
-#pragma unroll
+        LORASYNCD_UNROLL
         for (i = 0; i < 4; i++) w[i] = w[2 * i] | w[2 * i + 1] << 16;
     }
     a.x = w[0], a.y = w[1], a.z = w[2], a.w = w[3], b.x = w[4], b.y = w[5], b.z = w[6], b.w = w[7];
@@ -16060,7 +16220,7 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
         b = *(const uint4 *)(const void *)&lorasyncd_keys[((at >> 2) + 4) & 63];
         part += (lorasyncd_u64)w[4] * b.x + (lorasyncd_u64)w[5] * b.y + (lorasyncd_u64)w[6] * b.z + (lorasyncd_u64)w[7] * b.w;
     }
-#pragma unroll
+        LORASYNCD_UNROLL
     for (i = 0; i < 8; i++) {
         if (!mask || (i >= 4 && !wide)) break; /* no mask: 16-bit integers */
         x = w[i] & mask; /* a half whose exponent is all ones */
@@ -16069,7 +16229,7 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
     *sum += part * lorasyncd_factor((lorasyncd_u64)at >> 8); /* all in one block of 256 bytes */
     at /= wide ? 4 : 2;
     if (!hit) return;
-#pragma unroll 1
+        LORASYNCD_ROLLED
     for (i = 7; i >= 0; i--) { /* which of the 8: rare, so it is read back */
         int item = wide ? 4 : 2;
         if (lorasyncd_not_finite(lorasyncd_load((unsigned char *)out + i * item, item), o->dst_dtype) && *bad > (lorasyncd_u64)(at + i)) *bad = (lorasyncd_u64)(at + i);
@@ -16077,17 +16237,16 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
 }
 
 /* One block per tile. bad: the smallest tensor << 40 | element that is not finite, or all ones. */
-extern "C" __global__ void __launch_bounds__(LORASYNCD_THREADS)
-    lorasyncd_copy(const lorasyncd_op *ops, const lorasyncd_tile *tiles, lorasyncd_u64 *bad)
+LORASYNCD_KERNEL lorasyncd_copy(const lorasyncd_op *ops, const lorasyncd_tile *tiles, lorasyncd_u64 *bad)
 {
     const lorasyncd_tile tile = tiles[blockIdx.x];
     const lorasyncd_op   o    = ops[tile.op];
     lorasyncd_u64              sum = 0, hit = ~0ull;
     unsigned                   vectors = o.vector ? tile.count / 8u : 0u, k;
     long long                  e;
-#pragma unroll 1
+        LORASYNCD_ROLLED
     for (k = threadIdx.x; k < vectors; k += LORASYNCD_THREADS) lorasyncd_run(&o, tile.first + 8 * (long long)k, &sum, &hit);
-#pragma unroll 1
+        LORASYNCD_ROLLED
     for (e = tile.first + 8 * (long long)vectors + threadIdx.x; e < tile.first + tile.count; e += LORASYNCD_THREADS)
         lorasyncd_element(&o, e, &sum, &hit);
     if (!o.sum) return;

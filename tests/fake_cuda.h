@@ -36,14 +36,14 @@
 #define FAKE_MALLOC 0
 #endif
 
-/* -- the kernel: the block >>device of lorasync.h, as C. `extern "C" __global__ void f(...)` becomes
-   `static const char linkage[] = "C"; static void f(...)`. */
+/* -- the kernel: the block >>device of lorasync.h, as C */
 
 #define LORASYNC_DEVICE_CODE
 #define LORASYNC_DEVICE_EMULATED
 #define LORASYNCD_FN TEST_UNUSED static
 #define LORASYNCD_CALL TEST_UNUSED static
 #define LORASYNCD_TABLE TEST_UNUSED static
+#define LORASYNCD_KERNEL TEST_UNUSED static void
 #define LORASYNCD_UNROLL
 #define LORASYNCD_ROLLED
 #define LORASYNCD_BITS(value) fake_bits(value)
@@ -81,25 +81,10 @@ TEST_UNUSED static void fake_atomic_min(lorasyncd_u64 *at, lorasyncd_u64 value)
     while (value < old && !__atomic_compare_exchange_n(at, &old, value, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"
-#endif
-#undef __global__
-#undef __launch_bounds__
-#define extern TEST_UNUSED static const char fake_linkage[] =
-#define __global__ ; static
-#define __launch_bounds__(n)
 #ifndef FAKE_DEVICE_TEXT
 #define FAKE_DEVICE_TEXT "lorasync.h"
 #endif
 #include FAKE_DEVICE_TEXT
-#undef extern
-#undef __global__
-#undef __launch_bounds__
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
 #undef blockIdx
 #undef threadIdx
 
@@ -128,6 +113,7 @@ typedef struct fake_cuda_state {
     int  jit_fails;
     int  no_entry_points;
     int  hold;           /* "not ready" answers of cudaEventQuery before a stream goes on */
+    int  delay;          /* times that a kernel is asked to run before it does: other streams run ahead */
     long fail_at;        /* the nth cudaMalloc, cudaHostAlloc, stream or event fails; counts down; 0: none */
     long query_fails_at; /* the nth cudaEventQuery answers that an address was illegal */
     /* looked at by tests */
@@ -484,6 +470,18 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned flags)
     return fake_answer(s ? cudaSuccess : cudaErrorMemoryAllocation);
 }
 
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t *out, unsigned flags, int priority)
+{
+    (void)priority;
+    return cudaStreamCreateWithFlags(out, flags);
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest)
+{
+    *least = 0, *greatest = -5;
+    return cudaSuccess;
+}
+
 cudaError_t cudaStreamDestroy(cudaStream_t s)
 {
     struct CUstream_st **at;
@@ -683,6 +681,17 @@ cudaError_t cudaSetDevice(int device)
     return cudaSuccess;
 }
 
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *out, const void *p)
+{
+    int i;
+    memset(out, 0, sizeof *out);
+    pthread_mutex_lock(&fake_lock);
+    i         = fake_find(p);
+    out->type = i < 0 ? cudaMemoryTypeUnregistered : fake_cuda.memory[i].pinned ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+    pthread_mutex_unlock(&fake_lock);
+    return cudaSuccess;
+}
+
 cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer)
 {
     *can = device != peer && !fake_cuda.no_peer_access;
@@ -805,6 +814,7 @@ typedef struct fake_launch {
 static int fake_run_kernel(fake_item *item)
 {
     const fake_launch *l = (const fake_launch *)item->blob;
+    if (item->value-- > 0) return 0;
     fake_open();
     for (fake_block.x = 0; fake_block.x < l->blocks; fake_block.x++)
         for (fake_thread.x = 0; fake_thread.x < l->threads; fake_thread.x++) lorasyncd_copy(l->ops, l->tiles, l->bad);
@@ -825,6 +835,7 @@ static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, 
     memcpy(&l.tiles, parameters[1], sizeof l.tiles);
     memcpy(&l.bad, parameters[2], sizeof l.bad);
     item.run        = fake_run_kernel;
+    item.value      = fake_cuda.delay;
     item.blob       = &l;
     item.blob_bytes = sizeof l;
     pthread_mutex_lock(&fake_lock);

@@ -6,6 +6,7 @@
 #endif
 
 #ifdef HAVE_CUDA
+#define LORASYNCI_WAVE 3
 #define LORASYNC_CUDA
 #define LORASYNC_NCCL
 #endif
@@ -45,13 +46,14 @@ static void check_left(void)
     CHECK_EQ(cudaPeekAtLastError(), cudaSuccess);
 }
 
-static void cases(int way, int devices, int hold, int num)
+static void cases(int way, int devices, int slow, int num)
 {
     int kind;
     for (kind = LORASYNC_GATHER; kind <= LORASYNC_RESHARD; kind++) {
         reset();
         fake_cuda.devices              = devices;
-        fake_cuda.hold                 = hold;
+        fake_cuda.hold                 = slow;
+        fake_cuda.delay                = slow ? 40 : 0;
         device_options.way             = way;
         device_options.pageable_source = kind == LORASYNC_SCATTER;
         random_cases((lorasync_plan_kind)kind, num, 0, run_device_case);
@@ -74,6 +76,31 @@ static void slow_gpu(void)
 }
 
 /* -- graphs */
+
+/* A copy from pageable memory would be made once, when it is recorded. */
+static void graph_of_pageable_image(void)
+{
+    static random_case c;
+    rank_context       x;
+    unsigned           seed = 0;
+    reset();
+    device_options.capture = 1;
+    do {
+        make_case(&c, ++seed, LORASYNC_SCATTER, 0);
+        if (c.world == 1 && c.expected->payload_bytes) break;
+        free_case(&c);
+    } while (seed < 1000);
+    REQUIRE(seed < 1000);
+    memset(&x, 0, sizeof x);
+    x.world = 1;
+    x.user  = &c;
+    x.comm  = lorasync_solo();
+    run_device_case(&x);
+    CHECK_EQ(c.status[0], LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(c.text[0], "pinned or device memory");
+    free_case(&c);
+    check_left();
+}
 
 static void graphs(void)
 {
@@ -341,6 +368,7 @@ int main(void)
     RUN(slow_gpu);
     RUN(kept_on_device);
     RUN(graphs);
+    RUN(graph_of_pageable_image);
     RUN(processes);
     RUN(no_peer_access);
     RUN(driver_fails);
