@@ -912,7 +912,9 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 /* The shared-memory transport: engines of this host map the published image and read it in place. Nothing is durable: after a restart of the host
    it is empty.
    stage copies the image once, into a slot that nobody reads; commit is one atomic store; the engines see it at their next poll. Versions that
-   engines still hold never block a publish: more slots are made, and removed when they are free again. */
+   engines still hold never block a publish: more slots are made, and removed when they are free again.
+   A session does without the copy (report.in_place): it asks for the slot before the gather, and the image is made there, with direct placement by
+   all ranks at once. After a publication that failed, the next one is copied. */
 typedef struct lorasync_shm_desc {
     const char *name;  /* up to 100 letters, digits, ".", "_", "-"; not "." first. Copied */
     int         num_slots; /* slots of each adapter to keep when they are free, so that publishing touches no fresh memory: 2 or more; 0: 3 (the
@@ -1159,6 +1161,7 @@ typedef struct lorasync_report {
     int      num_behind;  /* that do not, with a quorum: lorasync_get_outcomes says which and why */
     int      skipped;     /* 1: nothing had changed and nothing was staged */
     int      direct;
+    int      in_place;    /* 1: the image was gathered in the slot of shared memory where engines read it, and not copied */
     uint64_t pack_ns;     /* on this rank */
     uint64_t exchange_ns;
     uint64_t place_ns;
@@ -8048,6 +8051,16 @@ typedef struct lorasynci_loan {
     char *host_payload; /* of a device plan whose image comes to the host; else NULL */
 } lorasynci_loan;
 
+/* From the next run on the image is made at `payload`, on a rank that has one with its header in front of it. Between runs; not on a device. */
+LORASYNCI_FN void lorasynci_plan_aim(lorasync_plan *plan, char *payload)
+{
+    if (plan->memory[LORASYNCI_IMAGE] == payload) return;
+    plan->memory[LORASYNCI_IMAGE] = payload;
+    if (!plan->has_image) return;
+    lorasynci_image_move_header(plan->image, payload - plan->image->header_bytes);
+    lorasync_image_bind(plan->image, payload);
+}
+
 /* Gives a lent plan its memory, once; it must outlive the plan. */
 LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lorasynci_loan *loan, lorasync_error *err)
 {
@@ -12008,6 +12021,13 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
 
 /* -- the transport */
 
+/* What was staged is not wanted. Its slot stays taken: the image that was staged without a copy lies there. */
+LORASYNCI_FN void lorasynci_shm_unstage(lorasynci_shm_place *p)
+{
+    if (p->next < 0) p->next = p->staged;
+    p->staged = -1;
+}
+
 /* Copies what is not in the slot already. */
 LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_image *image)
 {
@@ -12032,7 +12052,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     LORASYNCI_TRY(lorasynci_check_publishable(image, err));
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &adapter, err));
-    s->places[adapter].staged = -1;
+    lorasynci_shm_unstage(&s->places[adapter]);
     served                    = lorasynci_shm_served(s, adapter);
     if (served >= 0 && lorasynci_shm_head_of(s, served)->version >= image->version) {
         uint64_t now = lorasynci_shm_head_of(s, served)->version;
@@ -12078,22 +12098,46 @@ LORASYNCI_FN void lorasynci_shm_abort(void *user, const char *adapter, uint64_t 
 {
     lorasynci_shm *s = (lorasynci_shm *)user;
     int            i = adapter ? lorasynci_shm_find(s, adapter) : -1;
-    if (i >= 0 && s->places[i].version == version) s->places[i].staged = -1;
+    if (i >= 0 && s->places[i].version == version) lorasynci_shm_unstage(&s->places[i]);
 }
 
-/* The memory that the next stage of this adapter will use, num_bytes long and on a page boundary: an image that lies there, header first and the
-   payload behind it, is staged without a copy. Ask again after each stage. */
-LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter, size_t num_bytes, void **out_memory, lorasync_error *err)
+/* A slot as other processes find it. */
+typedef struct lorasynci_shm_target {
+    char     path[LORASYNCI_SHM_PATH];
+    uint64_t serial; /* 0: there is none */
+    uint64_t image_at;
+} lorasynci_shm_target;
+
+/* The memory that the next stage of this adapter will use, on a page boundary: an image that lies there, header first and the payload behind
+   it, is staged without a copy. Ask again after each stage. */
+LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter, size_t image_bytes, size_t config_bytes, char **out_memory,
+                                                lorasynci_shm_target *out, lorasync_error *err)
 {
     lorasynci_shm *s    = (lorasynci_shm *)user;
-    size_t         need = lorasynci_shm_need(num_bytes, LORASYNCI_SHM_SPARE / 2);
+    size_t         need = lorasynci_shm_need(image_bytes, config_bytes);
     int            i    = -1;
-    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", num_bytes);
+    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", image_bytes);
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, adapter, &i, err));
     LORASYNCI_TRY(lorasynci_shm_pick(s, i, need, err));
-    *out_memory = lorasynci_shm_image_of(s, s->places[i].next);
+    *out_memory   = lorasynci_shm_image_of(s, s->places[i].next);
+    out->serial   = s->map.control->slots[s->places[i].next].serial;
+    out->image_at = LORASYNCI_SHM_HEAD;
+    lorasynci_shm_path(out->path, s->name, out->serial);
     return LORASYNC_OK;
+}
+
+/* Maps another process's slot to write an image into it; *out_bytes for munmap. NULL when it cannot be had. */
+LORASYNCI_FN char *lorasynci_shm_map_target(const lorasynci_shm_target *t, size_t *out_bytes)
+{
+    struct stat st;
+    void       *map;
+    int         fd, reason;
+    if (lorasynci_shm_open_segment(t->path, O_RDWR, &fd, &st, NULL) < 0) return NULL;
+    *out_bytes = (size_t)st.st_size;
+    map        = lorasynci_shm_map_fd(fd, *out_bytes, 1, &reason);
+    close(fd);
+    return (char *)map;
 }
 
 LORASYNCI_FN void lorasynci_shm_close(void *user)
@@ -13171,6 +13215,27 @@ typedef struct lorasynci_added {
     uint64_t       raw, key, module, adapter;
 } lorasynci_added;
 
+/* Where the next run makes the image: in the plan's own memory, or straight in the slot of shared memory in which engines will read it.
+
+       root           own payload | slot 1 | slot 2 | slot 3         a slot that is free takes the next version; its transport keeps the slots mapped
+       other ranks    own payload | map    | map    | map            the same memory, by its name; without direct placement they need none */
+enum { LORASYNCI_AIMS = 8 };
+
+typedef struct lorasynci_aimed {
+    uint64_t serial; /* of the slot; 0: nothing here */
+    uint64_t used;   /* when it was aimed at last: the oldest is given up for another. Equal on all ranks */
+    char    *map;    /* not on the root */
+    size_t   map_bytes;
+} lorasynci_aimed;
+
+typedef struct lorasynci_aim {
+    char           *own;  /* NULL: this session never aims elsewhere */
+    char           *next; /* payload of the next run */
+    uint64_t        clock;
+    int             blind; /* some rank could not map a slot: none is aimed at any more */
+    lorasynci_aimed slots[LORASYNCI_AIMS];
+} lorasynci_aim;
+
 struct lorasync_session {
     lorasync_allocator     a;
     lorasync_comm          comm;
@@ -13195,6 +13260,7 @@ struct lorasync_session {
     uint64_t               last_digest;  /* of it, on the root */
     int                    published;    /* the plan's image is last_version */
     uint64_t               begin_ns;
+    lorasynci_aim          aim;
 };
 
 LORASYNCI_FN const lorasync_transport *lorasynci_transports(const lorasync_session *s) { return (const lorasync_transport *)(const void *)s->transports.data; }
@@ -13218,6 +13284,8 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
         if (t->close) t->close(t->user);
     }
     lorasync_plan_free(session->plan);
+    for (i = 0; i < LORASYNCI_AIMS; i++)
+        if (session->aim.slots[i].map) munmap(session->aim.slots[i].map, session->aim.slots[i].map_bytes);
     lorasync_config_free(session->config);
     lorasynci_buffer_free(&session->texts);
     lorasynci_buffer_free(&session->added);
@@ -13567,11 +13635,95 @@ LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, loras
     return LORASYNC_OK;
 }
 
+/* -- what the root hands to all */
+
+/* What the root found when publishing, and the slot for the next run; equal on all ranks afterwards. */
+typedef struct lorasynci_outcome {
+    uint64_t             digest, publish_ns;
+    int32_t              num_engines, num_behind, skipped, in_place;
+    lorasynci_shm_target target;
+} lorasynci_outcome;
+
+/* Agrees on the root's verdict and hands its outcome to all. */
+LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const lorasync_error *mine, lorasynci_outcome *outcome, lorasync_error *err)
+{
+    const lorasync_comm *c      = &s->comm;
+    lorasynci_outcome   *all    = (lorasynci_outcome *)s->votes;
+    lorasync_status      status = lorasynci_session_agree(s, mine, 0, "", err);
+    if (status == LORASYNC_OK) status = c->all_gather(c->user, outcome, all, sizeof *outcome, s->plan->timeout_ms, err);
+    if (status == LORASYNC_OK) *outcome = all[s->desc.root];
+    if (lorasync_is_lost(status) && !s->plan->lost) lorasynci_plan_lose(s->plan, status, err);
+    return status;
+}
+
+/* On the root: asks the first shared-memory transport for the slot of its next version. Without one the image is made in the plan's memory. */
+LORASYNCI_FN char *lorasynci_session_ask(lorasync_session *s, lorasynci_shm_target *out)
+{
+    const lorasync_image *image  = s->plan->image;
+    char                 *memory = NULL;
+    size_t                i;
+    memset(out, 0, sizeof *out);
+    if (!s->plan->has_image || !s->aim.own) return NULL;
+    for (i = 0; i < lorasynci_num_transports(s); i++) {
+        const lorasync_transport *t = &lorasynci_transports(s)[i];
+        if (t->stage != lorasynci_shm_stage) continue;
+        if (lorasynci_shm_slot(t->user, image->adapter, image->header_bytes + image->payload_bytes, image->config_json ? strlen(image->config_json) + 1 : 1, &memory,
+                               out, NULL) < 0) break;
+        out->image_at += image->header_bytes;
+        return memory + image->header_bytes;
+    }
+    memset(out, 0, sizeof *out);
+    return NULL;
+}
+
+/* The entry of a slot, new or not; the one that was not aimed at for longest makes room. */
+LORASYNCI_FN lorasynci_aimed *lorasynci_session_entry(lorasync_session *s, uint64_t serial)
+{
+    lorasynci_aimed *oldest = &s->aim.slots[0];
+    int              i;
+    for (i = 0; i < LORASYNCI_AIMS; i++) {
+        if (s->aim.slots[i].serial == serial) return &s->aim.slots[i];
+        if (s->aim.slots[i].used < oldest->used) oldest = &s->aim.slots[i];
+    }
+    if (oldest->map) munmap(oldest->map, oldest->map_bytes);
+    memset(oldest, 0, sizeof *oldest);
+    return oldest;
+}
+
+/* Aims the next run at the root's slot. Where ranks write to the image themselves, they all have to map it: a vote, the first time it comes up. */
+LORASYNCI_FN void lorasynci_session_aim(lorasync_session *s, const lorasynci_shm_target *t, char *on_root)
+{
+    lorasynci_aimed *entry;
+    lorasync_error   err;
+    int              mapped = 1, is_new;
+    s->aim.next = s->aim.own;
+    if (!t->serial || s->aim.blind) return;
+    if (!s->plan->direct) {
+        if (on_root) s->aim.next = on_root;
+        return;
+    }
+    entry         = lorasynci_session_entry(s, t->serial);
+    is_new        = !entry->serial;
+    entry->serial = t->serial;
+    entry->used   = ++s->aim.clock;
+    if (is_new && !s->plan->has_image) entry->map = lorasynci_shm_map_target(t, &entry->map_bytes);
+    if (is_new) {
+        lorasync_status status;
+        mapped = s->plan->has_image || (entry->map && entry->map_bytes > t->image_at);
+        status = lorasynci_agree(&s->comm, s->votes, s->plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, &err);
+        if (status < 0) lorasynci_plan_lose(s->plan, status, &err); /* what was published is; the next call will say it */
+        if (status < 0 || !mapped) s->aim.blind = 1;
+    }
+    if (!s->aim.blind) s->aim.next = s->plan->has_image ? on_root : entry->map + t->image_at;
+}
+
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err)
 {
-    lorasync_error  mine, why;
-    lorasync_piece *pieces = NULL;
-    lorasync_status status;
+    lorasync_error    mine, why;
+    lorasync_piece   *pieces = NULL;
+    lorasync_status   status;
+    lorasynci_outcome outcome;
+    char             *slot;
     if (!err) err = &why;
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_compile was called already");
@@ -13583,8 +13735,12 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     lorasynci_free(&session->a, pieces);
     if (lorasync_is_lost(status)) session->lost = status;
     if (status < 0) return status;
+    memset(&outcome, 0, sizeof outcome);
+    session->aim.own = session->plan->device ? NULL : session->plan->memory[LORASYNCI_IMAGE];
     lorasynci_session_config(session, &mine);
-    status = lorasynci_session_agree(session, &mine, 0, "", err);
+    slot   = lorasynci_session_ask(session, &outcome.target);
+    status = lorasynci_session_share(session, &mine, &outcome, err);
+    if (status == LORASYNC_OK) lorasynci_session_aim(session, &outcome.target, slot);
     if (status < 0) {
         session->lost = session->plan->lost;
         lorasync_plan_free(session->plan);
@@ -13615,14 +13771,10 @@ LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t 
     session->begin_ns  = lorasynci_now_ns();
     session->version   = version;
     session->published = 0;
+    if (session->aim.own && version > session->last_version && !session->plan->begun && !session->plan->lost) lorasynci_plan_aim(session->plan, session->aim.next);
     return lorasynci_begin_version(session->plan, version, session->last_version, err);
 }
 
-/* What the root found when publishing; equal on all ranks afterwards. */
-typedef struct lorasynci_outcome {
-    uint64_t digest, publish_ns;
-    int32_t  num_engines, num_behind, skipped, unused;
-} lorasynci_outcome;
 
 /* 1 when every engine has exactly this image, but for its version: then the image becomes that version again. */
 LORASYNCI_FN int lorasynci_session_skips(lorasync_session *s, lorasync_image *image)
@@ -13665,6 +13817,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lora
         status = lorasynci_session_to_engines(s, image, 0, err);
     }
     out->digest      = image->digest;
+    out->in_place    = !out->skipped && s->aim.own && image->payload != s->aim.own;
     out->num_engines = (int32_t)lorasynci_num_serving(lorasynci_outcomes(s), lorasynci_num_transports(s), image->version);
     out->num_behind  = (int32_t)lorasynci_num_transports(s) - out->num_engines;
     out->publish_ns  = lorasynci_now_ns() - start;
@@ -13684,6 +13837,7 @@ LORASYNCI_FN void lorasynci_session_report(const lorasync_session *s, const lora
     out->num_behind    = outcome->num_behind;
     out->skipped       = outcome->skipped;
     out->direct        = p->direct;
+    out->in_place      = outcome->in_place;
     out->pack_ns       = p->pack_ns;
     out->exchange_ns   = p->exchange_ns;
     out->place_ns      = p->place_ns;
@@ -13691,29 +13845,21 @@ LORASYNCI_FN void lorasynci_session_report(const lorasync_session *s, const lora
     out->total_ns      = lorasynci_now_ns() - s->begin_ns;
 }
 
-/* Agrees on the root's verdict and hands its outcome to all. */
-LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const lorasync_error *mine, lorasynci_outcome *outcome, lorasync_error *err)
-{
-    const lorasync_comm *c      = &s->comm;
-    lorasynci_outcome   *all    = (lorasynci_outcome *)s->votes;
-    lorasync_status      status = lorasynci_session_agree(s, mine, 0, "", err);
-    if (status == LORASYNC_OK) status = c->all_gather(c->user, outcome, all, sizeof *outcome, s->plan->timeout_ms, err);
-    if (status == LORASYNC_OK) *outcome = all[s->desc.root];
-    if (lorasync_is_lost(status) && !s->plan->lost) lorasynci_plan_lose(s->plan, status, err);
-    return status;
-}
-
 LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err)
 {
-    lorasynci_outcome  outcome;
-    lorasync_error     mine, why;
+    lorasynci_outcome outcome;
+    lorasync_error    mine, why;
+    char             *slot;
     if (!err) err = &why;
     if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_wait before lorasync_compile succeeded");
     LORASYNCI_TRY(lorasync_plan_wait(session->plan, err));
     memset(&mine, 0, sizeof mine);
     memset(&outcome, 0, sizeof outcome);
+    session->aim.next = session->aim.own; /* the slot is served from here on, whatever comes of the rest */
     lorasynci_session_publish(session, &outcome, &mine);
+    slot = lorasynci_session_ask(session, &outcome.target);
     LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, err));
+    lorasynci_session_aim(session, &outcome.target, slot);
     if (!outcome.skipped) session->last_version = session->version;
     session->last_digest = outcome.digest;
     session->published   = 1;
@@ -13738,6 +13884,7 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     lorasynci_outcome outcome;
     lorasync_error    mine, why;
     lorasync_status   status;
+    char             *slot;
     if (!err) err = &why;
     if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_republish before lorasync_compile succeeded");
     if (session->plan->lost) return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: close the session, make a new communicator, open again");
@@ -13746,8 +13893,11 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     if (!session->published) lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_republish: nothing was published since the last begin; call lorasync_sync");
     status = lorasynci_session_agree(session, &mine, session->last_version, "version to republish", err);
     if (status < 0) return status;
+    session->aim.next = session->aim.own;
     lorasynci_session_republish(session, &outcome, &mine);
+    slot = lorasynci_session_ask(session, &outcome.target);
     LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, err));
+    lorasynci_session_aim(session, &outcome.target, slot);
     return outcome.num_behind ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
 }
 

@@ -984,7 +984,7 @@ static void bench_names(void)
 
 /* -- sync: 4 processes, a session each */
 
-enum { SYNC_WORLD = 4, SYNC_MODES = 6, SYNC_RUNS = 41 };
+enum { SYNC_WORLD = 4, SYNC_TRANSPORTS = 4, SYNC_MODES = 2 * SYNC_TRANSPORTS, SYNC_RUNS = 41 };
 
 typedef struct sync_times {
     samples pack, exchange, place, publish, total;
@@ -1006,11 +1006,14 @@ typedef struct sync_rank {
     sync_shared       *shared;
 } sync_rank;
 
-/* 0..2 direct, 3..5 messages; no transport, directory without fsync, with. */
+static void sync_shm_name(char *out, size_t size, int mode) { snprintf(out, size, "bench-sync-%ld-%d", (long)getppid(), mode); }
+
+/* First direct, then messages; each without transport, to shared memory, to a directory without fsync and with. */
 static lorasync_session *sync_open(const sync_rank *r, int mode, counter *allocations)
 {
     lorasync_desc           d;
     lorasync_directory_desc dd;
+    lorasync_shm_desc       sd;
     lorasync_transport      transport;
     lorasync_session       *s;
     lorasync_error          err;
@@ -1021,15 +1024,22 @@ static lorasync_session *sync_open(const sync_rank *r, int mode, counter *alloca
     d.comm       = &r->comm;
     d.wire_dtype = LORASYNC_BF16;
     d.lora_alpha = 32;
-    d.no_direct  = mode >= 3;
+    d.no_direct  = mode >= SYNC_TRANSPORTS;
     d.allocator  = &a;
     must(lorasync_open(&d, &s, &err), "lorasync_open", &err);
     for (i = 0; i < r->list->num; i++) must(lorasync_add(s, &r->pieces[i], &err), "lorasync_add", &err);
-    if (mode % 3) {
+    if (mode % SYNC_TRANSPORTS == 1 && r->comm.rank == 0) {
+        memset(&sd, 0, sizeof sd);
+        sync_shm_name(directory, sizeof directory, mode);
+        sd.name      = directory;
+        sd.allocator = &a;
+        must(lorasync_shm_open(&sd, &transport, &err), "lorasync_shm_open", &err);
+        must(lorasync_attach(s, &transport, &err), "lorasync_attach", &err);
+    } else if (mode % SYNC_TRANSPORTS > 1) {
         snprintf(directory, sizeof directory, "%s/mode%d", option.directory, mode);
         memset(&dd, 0, sizeof dd);
         dd.directory = directory;
-        dd.no_fsync  = mode % 3 == 1;
+        dd.no_fsync  = mode % SYNC_TRANSPORTS == 2;
         dd.allocator = &a;
         must(lorasync_directory_open(&dd, &transport, &err), "lorasync_directory_open", &err);
         must(lorasync_attach(s, &transport, &err), "lorasync_attach", &err);
@@ -1058,6 +1068,11 @@ static void sync_mode(const sync_rank *r, int mode)
     }
     __atomic_fetch_add(&t->allocations, allocations.num, __ATOMIC_RELAXED);
     lorasync_close(s);
+    if (mode % SYNC_TRANSPORTS == 1 && r->comm.rank == 0) {
+        char name[64];
+        sync_shm_name(name, sizeof name, mode);
+        lorasync_shm_remove(name, NULL);
+    }
 }
 
 /* What a framework does without a plan: one collective per tensor, of the parts in the wire's type, or as they are and a cast behind. */
@@ -1124,7 +1139,7 @@ static void sync_process(sync_rank *r)
 
 static void print_sync(const sync_shared *shared)
 {
-    static const char *const transports[] = {"no transport", "directory, no fsync", "directory"};
+    static const char *const transports[] = {"no transport", "shared memory", "directory, no fsync", "directory"};
     double                   copied       = median(&shared->copy);
     char                     name[NAME];
     int                      mode;
@@ -1134,9 +1149,9 @@ static void print_sync(const sync_shared *shared)
     row_ms("sync", "one all_gather per tensor, cast behind", &shared->per_tensor_cast, copied, "memcpy");
     for (mode = 0; mode < SYNC_MODES; mode++) {
         const sync_times *t = &shared->mode[mode];
-        snprintf(name, sizeof name, "%s, %s", t->direct ? "direct" : "messages", transports[mode % 3]);
+        snprintf(name, sizeof name, "%s, %s", t->direct ? "direct" : "messages", transports[mode % SYNC_TRANSPORTS]);
         row_ms("sync", name, &t->total, copied, "memcpy");
-        if (mode % 3 == 0) row("sync", "  the same", median(&t->total) * 1e3, lowest(&t->total) * 1e3, "ms", median(&t->total) / median(&shared->per_tensor), "per tensor");
+        if (mode % SYNC_TRANSPORTS == 0) row("sync", "  the same", median(&t->total) * 1e3, lowest(&t->total) * 1e3, "ms", median(&t->total) / median(&shared->per_tensor), "per tensor");
         row_ms("sync", "  pack", &t->pack, 0, NULL);
         row_ms("sync", "  exchange", &t->exchange, 0, NULL);
         row_ms("sync", "  place", &t->place, 0, NULL);
