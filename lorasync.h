@@ -4434,22 +4434,46 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local)
     free(local);
 }
 
-/* 1 if the process is there and not a zombie that its parent has yet to collect. */
-LORASYNCI_FN int lorasynci_process_lives(int pid)
+/* Field 22 of /proc/<which>/stat, counted in clock ticks since boot; 0 when it cannot be read. *out_ended: 1 for a zombie of which no thread
+   is left. */
+LORASYNCI_FN uint64_t lorasynci_process_start(const char *which, int *out_ended)
 {
-    char    path[64], text[256], *state;
-    int     fd;
-    ssize_t n;
-    if (kill((pid_t)pid, 0) != 0 && errno == ESRCH) return 0;
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
+    char        path[64], text[1024];
+    const char *at;
+    ssize_t     n;
+    char        state;
+    long        num_threads = 0;
+    int         fd, field;
+    *out_ended = 0;
+    snprintf(path, sizeof path, "/proc/%.20s/stat", which);
     fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return 1; /* no /proc: the deadline has to do */
+    if (fd < 0) return 0;
     n = read(fd, text, sizeof text - 1);
     close(fd);
-    if (n <= 0) return 1;
+    if (n <= 0) return 0;
     text[n] = 0;
-    state   = strrchr(text, ')'); /* "pid (name) state" */
-    return !(state && state[1] == ' ' && (state[2] == 'Z' || state[2] == 'X'));
+    at      = strrchr(text, ')'); /* "pid (name) state ..." and the name may hold anything */
+    if (!at || at[1] != ' ') return 0;
+    state = at[2];
+    for (field = 2; field < 22; field++) {
+        at = strchr(at, ' ');
+        if (!at) return 0;
+        at++;
+        if (field == 19) num_threads = strtol(at, NULL, 10);
+    }
+    *out_ended = (state == 'Z' || state == 'X') && num_threads <= 1;
+    return strtoull(at, NULL, 10);
+}
+
+/* 1 unless it is certain that the process has ended; a zombie that its parent has yet to collect has. */
+LORASYNCI_FN int lorasynci_process_lives(int pid)
+{
+    char which[24];
+    int  ended;
+    if (kill((pid_t)pid, 0) != 0 && errno == ESRCH) return 0;
+    snprintf(which, sizeof which, "%d", pid);
+    lorasynci_process_start(which, &ended); /* without /proc the deadline has to do */
+    return !ended;
 }
 
 LORASYNCI_FN void lorasynci_local_abort(void *user, const char *why)
@@ -11427,37 +11451,6 @@ LORASYNCI_FN void lorasynci_shm_path(char out[LORASYNCI_SHM_PATH], const char *n
 
 /* -- who lives */
 
-/* Field 22 of /proc/<which>/stat, counted in clock ticks since boot; 0 when it cannot be read. *out_ended: 1 for a zombie of which no thread
-   is left. */
-LORASYNCI_FN uint64_t lorasynci_shm_start(const char *which, int *out_ended)
-{
-    char        path[64], text[1024];
-    const char *at;
-    ssize_t     n;
-    char        state;
-    long        num_threads = 0;
-    int         fd, field;
-    *out_ended = 0;
-    snprintf(path, sizeof path, "/proc/%.20s/stat", which);
-    fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return 0;
-    n = lorasynci_read_some(fd, text, sizeof text - 1);
-    close(fd);
-    if (n <= 0) return 0;
-    text[n] = 0;
-    at      = strrchr(text, ')'); /* "pid (name) state ..." and the name may hold anything */
-    if (!at || at[1] != ' ') return 0;
-    state = at[2];
-    for (field = 2; field < 22; field++) {
-        at = strchr(at, ' ');
-        if (!at) return 0;
-        at++;
-        if (field == 19) num_threads = strtol(at, NULL, 10);
-    }
-    *out_ended = (state == 'Z' || state == 'X') && num_threads <= 1;
-    return strtoull(at, NULL, 10);
-}
-
 /* 1 if /proc speaks of the pids that this process sees. In a container it may be another one's. */
 LORASYNCI_FN int lorasynci_shm_own_proc(void)
 {
@@ -11473,7 +11466,7 @@ LORASYNCI_FN uint64_t lorasynci_shm_self(void)
 {
     struct stat st;
     int         ended;
-    uint64_t    start = lorasynci_shm_start("self", &ended), space = 0;
+    uint64_t    start = lorasynci_process_start("self", &ended), space = 0;
     if (stat("/proc/self/ns/pid", &st) == 0) space = ((uint64_t)st.st_ino ^ (uint64_t)st.st_ino >> 16) & 0xffff;
     return (uint64_t)(uint32_t)getpid() << 40 | (start & 0x7fffff) << 17 | space;
 }
@@ -11513,7 +11506,7 @@ LORASYNCI_FN int lorasynci_shm_lives(int fd, int byte, uint64_t owner, uint64_t 
     if (kill((pid_t)lorasynci_shm_pid(owner), 0) != 0 && errno == ESRCH) return 0;
     if (!lorasynci_shm_own_proc()) return 1;
     snprintf(which, sizeof which, "%ld", lorasynci_shm_pid(owner));
-    start = lorasynci_shm_start(which, &ended) & 0x7fffff;
+    start = lorasynci_process_start(which, &ended) & 0x7fffff;
     return !ended && (!start || !(owner >> 17 & 0x7fffff) || start == (owner >> 17 & 0x7fffff));
 }
 
