@@ -130,7 +130,7 @@ interop: examples ## other programs against the same files (tests/interop_*.py)
 
 # ---- programs to look at
 
-demo: $(BUILD)/examples/demo$(if $(CUDA),-cuda)$(if $(NCCL),-nccl) ## builds and runs examples/demo.c (DEMO_ARGS="..."; on all GPUs: CUDA=1, NCCL=1)
+demo: $(BUILD)/examples/demo$(if $(CUDA),-cuda)$(if $(NCCL),-nccl) ## builds and runs examples/demo.c (DEMO_ARGS="..."; on all GPUs: CUDA=1, with NCCL: CUDA=1 NCCL=1)
 	@$< $(DEMO_ARGS)
 
 # With the GPU: the CUDA runtime's headers and library, no nvcc. NCCL_HOME where nccl.h is not beside them.
