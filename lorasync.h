@@ -5,7 +5,8 @@
        #define LORASYNC_IMPLEMENTATION
        #include "lorasync.h"
 
-   In every other file: #include "lorasync.h". Needs libc and POSIX, nothing else; CUDA and NCCL when asked for (see the macros below).
+   In every other file: #include "lorasync.h". Needs libc and POSIX, nothing else: link with -lm, and with -lrt where glibc is older than 2.34.
+   CUDA and NCCL when asked for (see the macros below).
 
 
    WHAT IT DOES
@@ -22,8 +23,8 @@
 
    WHAT IT DOES NOT DO
 
-   It does not train, does not serve, does not open network connections, does not start threads, and does not merge
-   adapters into base weights. It never prints, exits or aborts, and keeps no global state.
+   It does not train, does not serve, does not open network connections (NCCL does, when lorasync_nccl_open makes a communicator), does not
+   start threads, and does not merge adapters into base weights. It never prints, exits or aborts, and keeps no global state.
 
 
    QUICK START, TRAINER (every rank runs the same lines; without `comm` it is one rank)
@@ -60,7 +61,7 @@
    TABLE OF CONTENTS  (search for the mark; a room uses only rooms above it)
 
        >>types      status, errors, allocator, dtypes
-       >>api        names, layout, comm, plan, image, config, transport, engine, policy, session, base - each documented where declared
+       >>api        names, layout, comm, cuda, image, plan, config, transport, engine, policy, session, base - each documented where declared
                     "END OF THE PUBLIC PART": stop there if you only want the API
        >>support    errors, allocation, checked arithmetic, buffers, hashing, clock
        >>json       a small strict reader and writer
@@ -87,8 +88,8 @@
        LORASYNC_IMPLEMENTATION    one file                 compiles the implementation there
        LORASYNC_STATIC            same file, before both   every function static: a private copy inside that file only
        LORASYNC_CUDA              implementation file      pieces may be in device memory; needs the CUDA runtime's headers (12.0 or later, any C or
-                                                           C++ compiler, -isystem recommended) and -lcudart; no nvcc
-       LORASYNC_NCCL              implementation file      lorasync_nccl_open; needs LORASYNC_CUDA, nccl.h and -lnccl
+                                                           C++ compiler, -isystem recommended) and -lcudart; no nvcc; GPUs from Volta (sm_70) on
+       LORASYNC_NCCL              implementation file      lorasync_nccl_open; needs LORASYNC_CUDA, nccl.h (2.18 or later) and -lnccl
        LORASYNC_DEVICE_CODE       nobody but `make ptx`    shows the kernel's source to nvcc
 
    The public part does not depend on any of them: calls that need what was left out return LORASYNC_E_UNSUPPORTED and say what to define.
@@ -99,7 +100,7 @@
    Every function that can fail returns a lorasync_status: 0 is success, above 0 is not an error, below 0 is a failure.
    Its last argument is a lorasync_error (or NULL) that receives the status and a text naming what, where, expected and
    found, and what to do. Nothing is half done after a failure: what was served is still served, and the call can be made
-   again. Statuses of -100 and below say that the communicator is lost (lorasync_is_lost): close the session, make a new
+   again. (Of several engines some may serve the new version when a later one fails its commit; >>api: transport says how they meet again.) Statuses of -100 and below say that the communicator is lost (lorasync_is_lost): close the session, make a new
    communicator, open again.
 
    Collective calls (said at each) return the same status on every rank. An error on one rank - a bad argument, a missing
@@ -114,7 +115,7 @@
 
    MEMORY
 
-   All memory comes from the allocator given in a desc (default malloc/free). After lorasync_compile a sync allocates
+   All memory comes from the allocator given in a desc (default malloc/free; lorasync_nccl_open uses the latter). After lorasync_compile a sync allocates
    nothing. Borrowed pointers are said to be borrowed, with the time until which they must stay valid.
 */
 #if defined(LORASYNC_IMPLEMENTATION) && !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) && !defined(__APPLE__)
@@ -532,7 +533,8 @@ typedef struct lorasync_cuda {
 /* Ranks joined by NCCL. Needs LORASYNC_NCCL. Takes a communicator, borrowed until lorasync_nccl_close, or makes its own from a unique id. Calls
    no other copy of NCCL than the one the program is linked with. The device current now is the communicator's. */
 typedef struct lorasync_nccl_desc {
-    struct ncclComm *comm;      /* borrowed; or NULL, and then: */
+    struct ncclComm *comm;      /* borrowed: rank and world are its own, and the deadlines hold as far as it is non-blocking, since a call into a
+                                   blocking one returns when NCCL likes; or NULL, and then: */
     const void      *unique_id; /* 128 bytes from lorasync_nccl_unique_id on rank 0, brought to all ranks by the caller */
     int              rank;
     int              world;
@@ -673,11 +675,12 @@ typedef struct lorasync_plan_desc {
     lorasync_dtype        wire_dtype; /* float tensors travel, and lie in the image, as this; NONE: as their pieces are. SCATTER: as the image is */
     const lorasync_piece *have;       /* GATHER, GATHER_ALL, RESHARD: what this rank holds. Borrowed until return (their data longer) */
     size_t                num_have;
-    const lorasync_piece *want; /* SCATTER, RESHARD: what this rank wants; written by every wait */
+    const lorasync_piece *want; /* SCATTER, RESHARD: what this rank wants; written between begin and the end of wait. Not memory of `have` */
     size_t                num_want;
     const lorasync_image *image;        /* SCATTER, on the root: borrowed until the plan is freed; has a payload */
     const char           *adapter;      /* GATHER*: name for the image's metadata; NULL: none */
-    size_t                bucket_bytes; /* receive staging, and so each exchange, is bounded by about this; 0: 256 MiB */
+    size_t                bucket_bytes; /* receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged
+                                           whole: it is the snapshot that lets the caller go on */
     int                   allow_nan;    /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
     int                   no_direct;    /* 1: never place directly into shared memory, or another GPU's */
     const lorasync_cuda  *cuda;         /* NULL: pieces are in host memory. Else in device memory; copied. All ranks alike */
@@ -697,8 +700,8 @@ typedef struct lorasync_plan lorasync_plan;
    - SCATTER: every wanted tensor must be in the image with its shape, and every tensor of the image must be wanted by someone.
    GATHER* between ranks of one host whose image can be mapped by all of them place directly: each rank writes its pieces, converted, to
    their final place. Both ways make the same bytes.
-   Memory: under 200 bytes per piece on the rank that holds it and on the planning rank (about 400 while planning; names of some 80 bytes
-   included), the image, and staging.
+   Memory, names of some 80 bytes included: about 165 bytes per piece on the rank that holds it, and 100 on the planning rank with 8 ranks or more
+   (with fewer, the names weigh more: 240 with 2), about 400 while planning (750 with 2); the image, and staging.
    Errors, on all ranks alike: LORASYNC_E_ARGUMENT, LORASYNC_E_EMPTY (no tensor at all), LORASYNC_E_LAYOUT (gap, overlap, box out of
    bounds), LORASYNC_E_DISAGREE, LORASYNC_E_NOT_FOUND, LORASYNC_E_UNSUPPORTED (a conversion), LORASYNC_E_MEMORY, and those of the comm. */
 LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out, lorasync_error *err);
@@ -726,7 +729,7 @@ typedef struct lorasync_plan_stats {
     size_t   send_bytes; /* per run */
     size_t   receive_bytes;
     size_t   num_rounds;   /* exchanges per run; 0 when placing directly */
-    int      direct;       /* 1: pieces go straight to their place in shared memory */
+    int      direct;       /* 1: ranks write straight into the image: in shared memory, or in another GPU's */
     uint64_t pack_ns;      /* of the last run */
     uint64_t exchange_ns;
     uint64_t place_ns;
@@ -894,7 +897,7 @@ typedef struct lorasync_engine_outcome {
    effect. A commit fails with the new version visible only when the last fsync fails: it may then not survive a power cut. */
 typedef struct lorasync_directory_desc {
     const char *directory;     /* made if absent (its parent must exist); at most 3000 bytes. Copied */
-    int         keep_versions; /* older ones are deleted at commit; 0: 3. At least 1. A reader that has a version open or mapped keeps it */
+    int         keep_versions; /* older ones are deleted at commit; 0 stands for 3. A reader that has a version open or mapped keeps it */
     int         no_fsync;      /* 1: atomic but not durable: a power cut may lose the newest versions. For a RAM disk */
     const lorasync_allocator *allocator;
 } lorasync_directory_desc;
@@ -905,8 +908,8 @@ typedef struct lorasync_directory_desc {
    Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY; from stage and commit LORASYNC_E_IO with the path and the system's reason,
    LORASYNC_E_NAME for an adapter name that is empty, "latest", longer than 200 bytes, or holds a "/" or a leading ".", LORASYNC_E_VERSION when
    `latest` is already newer (another publisher) or is this version with other bytes, LORASYNC_E_FORMAT when `latest` is something else than such
-   a link, LORASYNC_E_CONFIG for an image without config_json, LORASYNC_E_ARGUMENT for one without payload or version, LORASYNC_E_STATE for
-   a commit of what was not staged. */
+   a link, LORASYNC_E_CONFIG for an image without config_json, LORASYNC_E_ARGUMENT for one without payload or version, LORASYNC_E_UNSUPPORTED for
+   one in device memory, LORASYNC_E_STATE for a commit of what was not staged. */
 LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_desc *desc, lorasync_transport *out, lorasync_error *err);
 
 /* The shared-memory transport: engines of this host map the published image and read it in place. Nothing is durable: after a restart of the host
@@ -1269,7 +1272,8 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
    LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT, LORASYNC_E_UNSUPPORTED, LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const lorasync_piece *piece, lorasync_error *err);
 
-/* Adds an engine before compile. Copied; its `close` is called when the stream closes. Used on the root, ignored elsewhere. */
+/* Adds an engine before compile. Copied; its `close` is called when the stream closes. Used on the root, ignored elsewhere.
+   LORASYNC_E_UNSUPPORTED for a shared-memory transport: those carry adapters. */
 LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err);
 
 /* Divides the tensors into buckets, plans each and allocates. Collective, once. The order is that of first declaration, on the lowest rank that has
@@ -7190,13 +7194,15 @@ LORASYNCI_FN lorasync_status lorasynci_star(lorasync_plan *plan, int to_all, cha
     return c->exchange(c->user, NULL, 0, plan->messages, n, plan->timeout_ms, err);
 }
 
+enum { LORASYNCI_FIRST_ROUND = 16 << 20 };
+
 /* Rounds that overlap share the bucket by two, and begin small: the first is soon packed, and travels while the rest is. */
 LORASYNCI_FN void lorasynci_planner_caps(lorasynci_planner *p)
 {
     const size_t bucket = p->desc->bucket_bytes ? p->desc->bucket_bytes : (size_t)256 << 20, others = p->world > 1 ? (size_t)p->world - 1 : 1;
     const int    overlap = lorasynci_is_pipelined(p->plan);
     p->pair_cap  = bucket / others / (overlap ? 2 : 1);
-    p->first_cap = overlap ? ((size_t)8 << 20) / others : p->pair_cap;
+    p->first_cap = overlap ? LORASYNCI_FIRST_ROUND / others : p->pair_cap;
 }
 
 /* The planner's arrays, one entry per rank. */
@@ -8441,11 +8447,12 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
    pack and to place. Events keep the order without the host:
 
        caller's stream   --ready-->                  --packed--> goes on: the parameters may change
-       plan's stream                pack 0 | pack 1 | .. | place 0 | place 1 | .. | copies to the host --done--> polled by wait, with a deadline
-       wire's stream                       | exchange 0 | exchange 1 | ..
-                                           ^ after pack 0            ^ exchange r after pack r and place r - 2: two halves of staging take turns
+       plan's stream                pack 0 | pack 1 | ..                                  | copies to the host --done--> polled, with a deadline
+       wire's stream                       | exchange 0 | exchange 1 | ..                 |
+       placing stream                                   | place 0    | place 1 | ..       |
+                                           ^ after pack 0 ..         ^ exchange r after place r - 2, too: two halves of staging take turns
 
-   The wire's stream comes first where both want the same multiprocessors. */
+   Where they want the same multiprocessors the wire comes first, placing second. */
 
 #ifdef LORASYNC_CUDA
 
@@ -8462,7 +8469,7 @@ typedef struct lorasynci_launch {
 struct lorasynci_device {
     int              ordinal;
     int              same_process; /* the image was made by a thread of this process: no IPC */
-    cudaStream_t     caller, stream, wire;
+    cudaStream_t     caller, stream, wire, placing;
     cudaEvent_t      ready, packed, done, arrived, placed[2];
     cudaEvent_t     *sendable;   /* per round: it is packed */
     uint32_t         num_events; /* of `sendable` that exist */
@@ -8587,6 +8594,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_open_wire(lorasync_plan *plan, lor
     if (!lorasynci_is_pipelined(plan) || plan->num_rounds == 0) return LORASYNC_OK;
     LORASYNCI_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
     LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->wire, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+    LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->placing, cudaStreamNonBlocking, greatest < least ? greatest + 1 : least), "cudaStreamCreateWithPriority");
     LORASYNCI_TRY(lorasynci_device_event(&g->arrived, err));
     LORASYNCI_TRY(lorasynci_device_event(&g->placed[0], err));
     LORASYNCI_TRY(lorasynci_device_event(&g->placed[1], err));
@@ -8604,6 +8612,7 @@ LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
     if (g->arrived) cudaEventDestroy(g->arrived);
     if (g->placed[0]) cudaEventDestroy(g->placed[0]);
     if (g->placed[1]) cudaEventDestroy(g->placed[1]);
+    if (g->placing) cudaStreamDestroy(g->placing);
     if (g->wire) cudaStreamDestroy(g->wire);
 }
 
@@ -8626,6 +8635,7 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     if (!g) return;
     lorasynci_device_enter(g, &old);
     if (g->wire && !plan->lost) cudaStreamSynchronize(g->wire);
+    if (g->placing && !plan->lost) cudaStreamSynchronize(g->placing);
     if (g->stream && !plan->lost) cudaStreamSynchronize(g->stream);
     lorasynci_device_unmap(plan);
     /* freeing memory that another rank has open is undefined: wait for them to close, for those that can */
@@ -8923,7 +8933,7 @@ LORASYNCI_FN void lorasynci_device_put(int pinned, char *memory)
 #endif
 
 /* In one launch; where rounds overlap, in waves: between two of them a kernel of NCCL, which wants whole multiprocessors, finds its place. */
-LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch, cudaStream_t stream, lorasync_error *err)
 {
     const lorasynci_device *g     = plan->device;
     lorasyncd_op           *ops   = launch->ops;
@@ -8938,7 +8948,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, con
     for (at = 0; at < launch->num; at += num) {
         num   = launch->num - at < most ? launch->num - at : most;
         tiles = launch->tiles + at;
-        r     = g->launch(g->kernel, num, 1, 1, LORASYNCD_THREADS, 1, 1, 0, g->stream, parameters, NULL);
+        r     = g->launch(g->kernel, num, 1, 1, LORASYNCD_THREADS, 1, 1, 0, stream, parameters, NULL);
         if (r != CUDA_SUCCESS) return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
     }
     return LORASYNC_OK;
@@ -8979,7 +8989,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync
     lorasynci_device *g = plan->device;
     uint32_t          i;
     for (i = 0; i < lorasynci_device_packs(plan); i++) {
-        LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], err));
+        LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], g->stream, err));
         if (i < g->num_events) LORASYNCI_CUDA(cudaEventRecord(g->sendable[i], g->stream), "cudaEventRecord");
     }
     return LORASYNC_OK;
@@ -8998,10 +9008,11 @@ LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasy
         if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
         LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives, g->wire, plan->timeout_ms, err));
         LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
-        LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived, 0), "cudaStreamWaitEvent");
-        LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], err));
-        LORASYNCI_CUDA(cudaEventRecord(g->placed[round % 2], g->stream), "cudaEventRecord");
+        LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived, 0), "cudaStreamWaitEvent");
+        LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
+        LORASYNCI_CUDA(cudaEventRecord(g->placed[round % 2], g->placing), "cudaEventRecord");
     }
+    if (round) LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->placed[(round - 1) % 2], 0), "cudaStreamWaitEvent");
     return LORASYNC_OK;
 }
 
@@ -9076,7 +9087,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cu
 LORASYNCI_FN lorasync_status lorasynci_device_place(lorasync_plan *plan, uint32_t round, uint64_t deadline_ns, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->stream, err));
     LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
     return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
 }
@@ -14172,6 +14183,8 @@ LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, con
     if (!stream || !transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: stream or transport is NULL");
     if (stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_attach after lorasync_stream_compile: attach every engine before");
     LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
+    if (t.stage == lorasynci_shm_stage)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "'%.60s' is shared memory, which carries adapters; send base weights to a directory, or through a transport of your own", t.name);
     outcome = lorasynci_new_outcome(&t);
     lorasynci_put(&stream->outcomes, &outcome, sizeof outcome);
     if (!stream->outcomes.failed) lorasynci_put(&stream->transports, &t, sizeof t);
