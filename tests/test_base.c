@@ -896,6 +896,18 @@ static void transport_without_buckets(void)
     CHECK_EQ(lorasynci_check_publishable(image, &err), LORASYNC_E_UNSUPPORTED); /* as shared memory does */
     lorasync_image_free(image);
     keeper_free(&k);
+    {
+        lorasync_shm_desc sd;
+        char              name[60];
+        memset(&sd, 0, sizeof sd);
+        snprintf(name, sizeof name, "test-base-%ld", (long)getpid());
+        sd.name = name;
+        REQUIRE(lorasync_shm_open(&sd, &t, &err) == LORASYNC_OK);
+        CHECK_EQ(compile_with(&t, 0, &err), LORASYNC_E_UNSUPPORTED); /* also one bucket */
+        CHECK_HAS(err.text, "send base weights to a directory");
+        t.close(t.user); /* it was not taken */
+        lorasync_shm_remove(name, NULL);
+    }
 }
 
 static void arguments(void)
