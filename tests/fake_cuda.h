@@ -808,7 +808,7 @@ typedef struct fake_launch {
     unsigned              blocks, threads;
     const lorasyncd_op   *ops;
     const lorasyncd_tile *tiles;
-    lorasyncd_u64        *bad;
+    lorasyncd_u64        *bad, image_shift;
 } fake_launch;
 
 static int fake_run_kernel(fake_item *item)
@@ -817,7 +817,7 @@ static int fake_run_kernel(fake_item *item)
     if (item->value-- > 0) return 0;
     fake_open();
     for (fake_block.x = 0; fake_block.x < l->blocks; fake_block.x++)
-        for (fake_thread.x = 0; fake_thread.x < l->threads; fake_thread.x++) lorasyncd_copy(l->ops, l->tiles, l->bad);
+        for (fake_thread.x = 0; fake_thread.x < l->threads; fake_thread.x++) lorasyncd_copy(l->ops, l->tiles, l->bad, l->image_shift);
     return 1;
 }
 
@@ -834,6 +834,7 @@ static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, 
     memcpy(&l.ops, parameters[0], sizeof l.ops);
     memcpy(&l.tiles, parameters[1], sizeof l.tiles);
     memcpy(&l.bad, parameters[2], sizeof l.bad);
+    memcpy(&l.image_shift, parameters[3], sizeof l.image_shift);
     item.run        = fake_run_kernel;
     item.value      = fake_cuda.delay;
     item.blob       = &l;
