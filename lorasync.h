@@ -1182,13 +1182,15 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
    (box out of bounds), LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err);
 
-/* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes. Used on the root, ignored elsewhere. */
+/* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes, unless this call failed. Used on the root,
+   ignored elsewhere. An error is also remembered: lorasync_compile then fails on every rank. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_STATE after
+   compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err);
 
-/* lorasync_directory_open with defaults, then lorasync_attach. */
+/* lorasync_directory_open with defaults, then lorasync_attach; an error of either is remembered. */
 LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session, const char *directory, lorasync_error *err);
 
-/* Filters, pairs, plans and allocates. Collective, once. Errors, the same on all ranks: those remembered by lorasync_add;
+/* Filters, pairs, plans and allocates. Collective, once. Errors, the same on all ranks: those remembered by lorasync_add and lorasync_attach;
    LORASYNC_E_EMPTY (no LoRA parameter on any rank); LORASYNC_E_PAIR (A without B); LORASYNC_E_NAME (two parameters of one key);
    LORASYNC_E_ARGUMENT (quorum over the number of engines); LORASYNC_E_CONFIG (rank against config, no alpha); LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create. */
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err);
@@ -13409,21 +13411,27 @@ LORASYNCI_FN lorasync_status lorasynci_add_piece(lorasync_session *s, const lora
     return s->texts.failed || s->added.failed || s->modules.failed ? lorasynci_fail_memory(err, s->texts.size) : LORASYNC_OK;
 }
 
+/* A session that lacks a parameter or an engine it was given would do without and not say so: compile fails. */
+LORASYNCI_FN lorasync_status lorasynci_remember(lorasync_session *s, const lorasync_error *err)
+{
+    if (s->add_error.status == LORASYNC_OK) s->add_error = *err;
+    return err->status;
+}
+
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err)
 {
     lorasync_error why;
     if (!err) err = &why;
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
     if (lorasynci_add_piece(session, piece, err) == LORASYNC_OK) return LORASYNC_OK;
-    if (session->add_error.status == LORASYNC_OK) session->add_error = *err;
-    return err->status;
+    return lorasynci_remember(session, err);
 }
 
-LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err)
 {
     lorasync_transport      t;
     lorasync_engine_outcome outcome;
-    if (!session || !transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: session or transport is NULL");
+    if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: transport is NULL");
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_attach after lorasync_compile: attach every engine before");
     LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
     outcome = lorasynci_new_outcome(&t);
@@ -13432,16 +13440,27 @@ LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lo
     return session->outcomes.failed || session->transports.failed ? lorasynci_fail_memory(err, sizeof outcome) : LORASYNC_OK;
 }
 
+LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err)
+{
+    lorasync_error why;
+    if (!err) err = &why;
+    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: session is NULL");
+    if (lorasynci_session_attach(session, transport, err) == LORASYNC_OK) return LORASYNC_OK;
+    return lorasynci_remember(session, err);
+}
+
 LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session, const char *directory, lorasync_error *err)
 {
     lorasync_directory_desc d;
     lorasync_transport      t;
     lorasync_status         status;
+    lorasync_error          why;
+    if (!err) err = &why;
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
     memset(&d, 0, sizeof d);
     d.directory = directory;
     d.allocator = &session->a;
-    LORASYNCI_TRY(lorasync_directory_open(&d, &t, err));
+    if (lorasync_directory_open(&d, &t, err) < 0) return lorasynci_remember(session, err);
     status = lorasync_attach(session, &t, err);
     if (status < 0) t.close(t.user);
     return status;

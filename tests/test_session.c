@@ -269,6 +269,7 @@ static void bad_calls(void)
     lorasync_error     err;
     lorasync_comm      c = lorasync_solo();
     lorasync_piece     p;
+    int                i;
     CHECK_EQ(lorasync_open(NULL, &s, &err), LORASYNC_E_ARGUMENT);
     CHECK_EQ(lorasync_open(&d, NULL, &err), LORASYNC_E_ARGUMENT);
     d.lora_alpha = -1;
@@ -287,10 +288,6 @@ static void bad_calls(void)
     CHECK_EQ(lorasync_sync(s, 1, NULL, NULL), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_load(s, "x", &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_add(NULL, NULL, &err), LORASYNC_E_ARGUMENT);
-    CHECK_EQ(lorasync_attach(s, NULL, &err), LORASYNC_E_ARGUMENT);
-    t.stage = NULL;
-    CHECK_EQ(lorasync_attach(s, &t, &err), LORASYNC_E_ARGUMENT);
-    CHECK_EQ(lorasync_attach_directory(s, NULL, &err), LORASYNC_E_ARGUMENT);
     make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
     CHECK_EQ(add_all(s, &m, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_compile(s, &err), LORASYNC_OK);
@@ -304,6 +301,15 @@ static void bad_calls(void)
     CHECK_EQ(lorasync_load(s, "x", &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_wait(s, NULL, &err), LORASYNC_OK);
     lorasync_close(s);
+    for (i = 0; i < 3; i++) { /* an engine that could not be attached is not left out in silence */
+        REQUIRE(lorasync_open(&d, &s, &err) == LORASYNC_OK);
+        t.stage = NULL;
+        CHECK_EQ(i == 0 ? lorasync_attach(s, NULL, NULL) : i == 1 ? lorasync_attach(s, &t, &err) : lorasync_attach_directory(s, NULL, NULL), LORASYNC_E_ARGUMENT);
+        CHECK_EQ(add_all(s, &m, &err), LORASYNC_OK);
+        CHECK_EQ(lorasync_compile(s, &err), LORASYNC_E_ARGUMENT);
+        CHECK_HAS(err.text, i == 0 ? "transport is NULL" : i == 1 ? "stage" : "directory");
+        lorasync_close(s);
+    }
     memset(&p, 0, sizeof p);
     REQUIRE(lorasync_open(&d, &s, &err) == LORASYNC_OK); /* an error of add comes again at compile */
     CHECK_EQ(lorasync_add(s, &p, &err), LORASYNC_E_ARGUMENT);
