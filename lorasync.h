@@ -564,7 +564,7 @@ typedef struct lorasync_tensor {
     int64_t        shape[LORASYNC_MAX_DIMS];
     size_t         offset; /* in the payload */
     size_t         num_bytes;
-    const void    *data; /* payload + offset; NULL while the image has no payload */
+    const void    *data; /* payload + offset; NULL while the image has no payload. Of a delta just made: in the full image's payload */
 } lorasync_tensor;
 
 /* What makes an image a delta (lorasync_image_delta): which full image it applies to, and which one comes out. */
@@ -659,8 +659,8 @@ LORASYNC_API uint64_t lorasync_digest(const void *bytes, size_t num_bytes, uint6
 LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, const uint64_t *tensor_digests, size_t num_tensors);
 
 /* Which tensors changed between two versions of one layout (lorasync_image_delta makes what is to be sent of them). old_digests: a copy of the
-   old version's image->tensor_digests (they change with the image; the layout of a session's image never does), num_tensors values. out_indices: room for
-   num_tensors; receives *out_num indices into image->tensors, ascending. Allocates nothing; any thread.
+   old version's image->tensor_digests (they change with the image; the layout of a session's image never does), num_tensors values.
+   out_indices: room for num_tensors; receives *out_num indices into image->tensors, ascending. Allocates nothing; any thread.
    Errors: LORASYNC_E_ARGUMENT for NULL or 2^32 tensors, LORASYNC_E_STATE when the image has no tensor_digests (lorasync_image_digest makes some). */
 LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image, const uint64_t *old_digests, uint32_t *out_indices,
                                                     size_t *out_num, lorasync_error *err);
@@ -678,13 +678,13 @@ LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image,
 
    A delta is a safetensors image of the changed tensors. Its metadata holds, beside lorasync.adapter, lorasync.version (the new one) and
    lorasync.digest (of its own tensors), lorasync.base_version, lorasync.base_digest and lorasync.full_digest. Its tensors' names end in ":delta",
-   so that a reader that knows nothing of deltas finds no weight that it knows; lorasync's engine, lorasync_open_adapter and the transports above
-   refuse a delta by name.
+   so that a reader that knows nothing of deltas finds no weight that it knows. lorasync_open_adapter, the engine, and the directory and
+   shared-memory transports refuse a delta and say what it is.
 
-   Makes a delta from base_version, whose tensors had base_digests, to `image`. base_digests: a copy of that version's image->tensor_digests (or what
-   lorasync_image_digest gave), num_tensors values. Tensor data is not copied: the delta's payload is NULL, its tensors' data point into the image's
-   payload, its config_json is the image's; it is good until either changes. When nothing changed it has no tensors, and moves the engine to the new
-   version all the same. The image may be in device memory if it has tensor_digests; without them its payload is read.
+   Makes a delta from base_version, whose tensors had base_digests, to `image`. base_digests: a copy of that version's image->tensor_digests (or
+   what lorasync_image_digest gave), num_tensors values. Tensor data is not copied: the delta's payload is NULL, its tensors' data point into the
+   image's payload, its config_json is the image's; so it is good as long as they are. When nothing changed it has no tensors, and moves the engine
+   to the new version all the same. The image may be in device memory if it has tensor_digests; without them its payload is read.
    Errors: LORASYNC_E_ARGUMENT for NULL or for an image that is a delta, LORASYNC_E_VERSION when the image is not newer than base_version,
    LORASYNC_E_STATE for an image without adapter and digest, or with neither payload nor tensor_digests, LORASYNC_E_UNSUPPORTED when its header is
    another than lorasync_image_layout writes (the receiver could not make it again), LORASYNC_E_FORMAT, LORASYNC_E_MEMORY. */
@@ -696,11 +696,11 @@ LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, u
    base->payload_bytes bytes that must outlive the image; NULL: from the allocator, freed with the image. config_json is "", as after
    lorasync_image_parse: it travels beside a delta as it does beside an image. The delta's digest is checked before, the result's after.
    Whatever fails, the full image helps; what is in `memory` is undefined then.
-   Errors: LORASYNC_E_BASE when the base is of another adapter, version or digest than the delta says; LORASYNC_E_ARGUMENT for NULL, a base that is
-   a delta, a delta that is none, or `memory` that overlaps either; LORASYNC_E_STATE for missing payload or one in device memory; LORASYNC_E_DIGEST for
-   a damaged delta, and for a result that is not the promised one (the base is damaged); LORASYNC_E_FORMAT naming a tensor that is not of the base or has
-   another dtype or shape there; LORASYNC_E_VERSION when the delta is not newer than its base; LORASYNC_E_UNSUPPORTED for a base whose header
-   lorasync_image_layout would write in another way; LORASYNC_E_MEMORY. */
+   Errors: LORASYNC_E_BASE when the base is of another adapter, version or digest than the delta says; LORASYNC_E_DIGEST for a damaged delta, and for
+   a result that is not the promised one (the base is damaged); LORASYNC_E_FORMAT naming a tensor that is not of the base or has another dtype or
+   shape there; LORASYNC_E_VERSION when the delta is not newer than its base; LORASYNC_E_UNSUPPORTED for a base whose header is another than
+   lorasync_image_layout writes; LORASYNC_E_ARGUMENT for NULL, a base that is a delta, a delta that is none, or `memory` that overlaps either;
+   LORASYNC_E_STATE for missing payload or one in device memory; LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, const lorasync_image *delta, void *memory,
                                                   const lorasync_allocator *allocator, lorasync_image **out, lorasync_error *err);
 
@@ -887,7 +887,8 @@ typedef struct lorasync_transport {
     size_t      size;
     const char *name; /* for messages and the report; borrowed */
     void       *user;
-    /* Take the image: copy or send what is needed, it is valid only during the call. Staging the same version again is legal (a retry). */
+    /* Take the image: copy or send what is needed, it is valid only during the call. Staging the same version again is legal (a retry). To an
+       engine that holds the version before, what changed is enough: lorasync_image_delta. */
     lorasync_status (*stage)(void *user, const lorasync_image *image, lorasync_error *err);
     /* Make the staged version the served one. NULL: stage did it already. */
     lorasync_status (*commit)(void *user, const char *adapter, uint64_t version, lorasync_error *err);
@@ -1037,7 +1038,7 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine);
    In a directory: adapter_model.safetensors, or the only *.safetensors there; and adapter_config.json, which must be there and fit. For a
    directory *out_config is that config, for a file NULL. The image maps the file; free both with lorasync_image_free and lorasync_config_free.
    out_config may be NULL. The digest is verified when the file carries one.
-   Errors: LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED (pickled files), and those of lorasync_image_parse, lorasync_image_verify,
+   Errors: LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED (pickled files, deltas), and those of lorasync_image_parse, lorasync_image_verify,
    lorasync_config_parse and lorasync_config_check, all with the path. */
 LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator, lorasync_image **out_image,
                                                    lorasync_config **out_config, lorasync_error *err);
@@ -5621,7 +5622,8 @@ LORASYNCI_FN lorasync_status lorasynci_delta_metadata(lorasynci_image *m, lorasy
     if (first == 3) return LORASYNC_OK;
     for (i = 0; i < LORASYNCI_COUNT(keys); i++) {
         if (lorasync_image_metadata(image, keys[i])) continue;
-        return lorasynci_fail(err, LORASYNC_E_FORMAT, "__metadata__ has \"%s\", as a delta, but no \"%s\"; a delta has both", keys[first], keys[i]);
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "__metadata__ has \"%s\", as a delta, but no \"%s\"; a delta has both", keys[first],
+                              keys[i]);
     }
     LORASYNCI_TRY(lorasynci_read_stamp(image, keys[0], 1, &m->delta.base_digest, err));
     LORASYNCI_TRY(lorasynci_read_stamp(image, keys[1], 0, &m->delta.base_version, err));
@@ -5736,8 +5738,9 @@ LORASYNCI_FN void lorasynci_put_metadata(lorasynci_image *m, lorasynci_buffer *b
     if (adapter) {
         lorasynci_put_text(b, ",\"lorasync.adapter\":");
         lorasynci_json_put_string(b, adapter, strlen(adapter));
-        if (d) lorasynci_put_format(b, ",\"lorasync.base_digest\":\"%016llx\"", (unsigned long long)d->base_digest);
-        if (d) lorasynci_put_format(b, ",\"lorasync.base_version\":\"%020llu\"", (unsigned long long)d->base_version);
+        if (d)
+            lorasynci_put_format(b, ",\"lorasync.base_digest\":\"%016llx\",\"lorasync.base_version\":\"%020llu\"",
+                                 (unsigned long long)d->base_digest, (unsigned long long)d->base_version);
         lorasynci_put_text(b, ",\"lorasync.digest\":\"");
         m->digest_at = b->size;
         lorasynci_put_text(b, "0000000000000000\"");
@@ -6048,8 +6051,9 @@ LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image,
        delta    | header: v2, base v1, digests | b:delta | d:delta |
        result   | header v2 | a    | b'   | c    | d'   |
 
-   The result's header is not sent. A header that the writer made follows from the tensors' names, dtypes and shapes, the adapter, the version and
-   the digest, and the digest covers those names, dtypes and shapes. So the receiver writes it again; both sides check that theirs is such a header. */
+   The result's header is not sent. A header that the writer made follows from the tensors' names, dtypes and shapes, the adapter, the version
+   and the digest, and the digest covers those names, dtypes and shapes. So the receiver writes it again; both sides check that theirs is such a
+   header. */
 
 #define LORASYNCI_DELTA_NAME ":delta"
 
@@ -6058,8 +6062,8 @@ LORASYNCI_FN lorasync_status lorasynci_refuse_delta(const lorasync_image *image,
 {
     if (!image->delta) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                          "adapter \"%.60s\" version %llu is here only as a delta against version %llu, digest %016llx; lorasync_image_apply makes the "
-                          "adapter of both, or send the full image",
+                          "adapter \"%.60s\" version %llu is here only as a delta against version %llu, digest %016llx; lorasync_image_apply "
+                          "makes the adapter of both, or send the full image",
                           image->adapter, (unsigned long long)image->version, (unsigned long long)image->delta->base_version,
                           (unsigned long long)image->delta->base_digest);
 }
@@ -6212,7 +6216,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_readable(const lorasync_image *imag
         overlaps = overlaps || (memory && lorasynci_overlaps(t->data, t->num_bytes, memory, memory_bytes));
     }
     if (!overlaps) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: memory overlaps the %s, which is only read; give other memory", what);
+    return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: memory overlaps the %s, which is only read; give other memory",
+                          what);
 }
 
 /* Is it a delta against this base? */
@@ -6223,18 +6228,19 @@ LORASYNCI_FN lorasync_status lorasynci_check_delta_base(const lorasync_image *ba
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: %s",
                               d ? "the base is a delta itself; apply it to its own base first" : "the delta is none; a full image needs no base");
     if (!base->has_digest)
-        return lorasynci_fail(err, LORASYNC_E_BASE, "the base carries no lorasync.digest, so the delta cannot be told to be its; send the full image");
+        return lorasynci_fail(err, LORASYNC_E_BASE, "the base carries no lorasync.digest, so it may not be the delta's; send the full image");
     if (strcmp(base->adapter, delta->adapter) != 0)
-        return lorasynci_fail(err, LORASYNC_E_BASE, "the delta is of adapter \"%.100s\", the base is of \"%.100s\"; send the full image", delta->adapter,
-                              base->adapter);
+        return lorasynci_fail(err, LORASYNC_E_BASE, "the delta is of adapter \"%.100s\", the base is of \"%.100s\"; send the full image",
+                              delta->adapter, base->adapter);
     if (base->version != d->base_version || base->digest != d->base_digest)
         return lorasynci_fail(err, LORASYNC_E_BASE,
-                              "adapter \"%.100s\" version %llu is a delta against version %llu, digest %016llx; the base is version %llu, digest %016llx; "
-                              "send the full image",
+                              "adapter \"%.100s\" version %llu is a delta against version %llu, digest %016llx; the base is version %llu, "
+                              "digest %016llx; send the full image",
                               delta->adapter, (unsigned long long)delta->version, (unsigned long long)d->base_version,
                               (unsigned long long)d->base_digest, (unsigned long long)base->version, (unsigned long long)base->digest);
     if (delta->version > base->version) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_VERSION, "adapter \"%.100s\": the delta makes version %llu of version %llu, which is not newer; send the full image",
+    return lorasynci_fail(err, LORASYNC_E_VERSION,
+                          "adapter \"%.100s\": the delta makes version %llu of version %llu, which is not newer; send the full image",
                           delta->adapter, (unsigned long long)delta->version, (unsigned long long)base->version);
 }
 
@@ -6247,11 +6253,12 @@ LORASYNCI_FN lorasync_status lorasynci_merge_delta(const lorasync_image *base, c
     for (i = 0; i < delta->num_tensors; i++) {
         const lorasync_tensor *t = &delta->tensors[i], *target = lorasynci_delta_target(base, t->name, room);
         if (!target)
-            return lorasynci_fail(err, LORASYNC_E_FORMAT, "the delta's tensor \"%.150s\" has no tensor of that name without \"" LORASYNCI_DELTA_NAME
-                                  "\" in the base; send the full image", t->name);
+            return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                                  "the delta's tensor \"%.150s\": the base has none of that name without \"" LORASYNCI_DELTA_NAME
+                                  "\" at its end; send the full image", t->name);
         if (t->dtype != target->dtype || t->ndim != target->ndim || memcmp(t->shape, target->shape, (size_t)t->ndim * sizeof *t->shape) != 0)
-            return lorasynci_fail(err, LORASYNC_E_FORMAT, "the delta's tensor \"%.100s\" is %.120s, the base has %.120s; send the full image", t->name,
-                                  lorasynci_type_of(t).text, lorasynci_type_of(target).text);
+            return lorasynci_fail(err, LORASYNC_E_FORMAT, "the delta's tensor \"%.100s\" is %.120s, the base has %.120s; send the full image",
+                                  t->name, lorasynci_type_of(t).text, lorasynci_type_of(target).text);
         from[target - base->tensors] = t;
     }
     return LORASYNC_OK;
