@@ -69,7 +69,7 @@
        >>names      wrapper segments, LoRA leaf, adapter name, PEFT key, filter, patterns
        >>layout     boxes, flat intervals, the trainers' rules
        >>comm       solo, local (shared memory), NCCL
-       >>image      safetensors write, read, validate; digest
+       >>image      safetensors write, read, validate; digest; deltas
        >>plan       catalogues, coverage, owners, routes, copy operations
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
        >>config     adapter_config.json read, write, check
@@ -175,6 +175,7 @@ struct ncclComm;    /* ncclComm_t is a pointer to this */
     X(LORASYNC_E_NOT_FOUND, -16, "not found")                                                                          \
     X(LORASYNC_E_BUSY, -17, "still in use")                                                                            \
     X(LORASYNC_E_CUDA, -18, "CUDA failed")                                                                             \
+    X(LORASYNC_E_BASE, -19, "not the base of this delta")                                                              \
     /* the communicator is lost: close, make a new one, open again */                                                  \
     X(LORASYNC_E_TIMEOUT, -100, "deadline passed")                                                                     \
     X(LORASYNC_E_PEER, -101, "a rank is gone")                                                                         \
@@ -565,8 +566,14 @@ typedef struct lorasync_tensor {
     int64_t        shape[LORASYNC_MAX_DIMS];
     size_t         offset; /* in the payload */
     size_t         num_bytes;
-    const void    *data; /* payload + offset; NULL while the image has no payload */
+    const void    *data; /* payload + offset; NULL while the image has no payload. Of a delta just made: in the full image's payload */
 } lorasync_tensor;
+
+/* What makes an image a delta (lorasync_image_delta): which full image it applies to, and which one comes out. */
+typedef struct lorasync_delta {
+    uint64_t base_version, base_digest;
+    uint64_t full_digest; /* the version of the full image is the delta's own */
+} lorasync_delta;
 
 /* One version of one adapter: a safetensors file in memory. The wire format, the file format and the memory format are this one
    public format (github.com/huggingface/safetensors, README "Format"):
@@ -592,6 +599,7 @@ typedef struct lorasync_image {
     size_t                 bucket;         /* base weights come as several images, */
     size_t                 num_buckets;    /* this one is bucket 0 to num_buckets - 1; 0 and 0: an adapter, whole */
     const char            *index_json;     /* of more than one bucket, the same with each: model.safetensors.index.json; "" when none */
+    const lorasync_delta  *delta;          /* NULL: a full image. Else it holds only what changed, and is no adapter */
 } lorasync_image;
 
 /* What to write: name, dtype, ndim and shape of each tensor are read; offset and num_bytes come out. */
@@ -620,7 +628,7 @@ LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, 
 /* Reads num_bytes of a safetensors file without copying tensor data. Strict and safe on hostile input: every rule of the reference reader
    (safetensors/src/tensor.rs, Metadata::validate), and in addition refuses white space before `{`, duplicate names and keys, control
    characters in names, NUL in strings, more than LORASYNC_MAX_DIMS dimensions, dimensions over 2^63 - 1 and unknown dtypes. Metadata keys that
-   begin with "lorasync." must be well formed. `bytes` is borrowed and must outlive the image.
+   begin with "lorasync." must be well formed. A delta is read too: look at image->delta. `bytes` is borrowed and must outlive the image.
    Errors: LORASYNC_E_FORMAT naming the tensor, the rule, the expected and the found value; LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_bytes, const lorasync_allocator *allocator, lorasync_image **out,
                                                   lorasync_error *err);
@@ -652,12 +660,51 @@ LORASYNC_API uint64_t lorasync_digest(const void *bytes, size_t num_bytes, uint6
 /* The image's digest from its tensors' (one per tensor of image->tensors, in that order). */
 LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, const uint64_t *tensor_digests, size_t num_tensors);
 
-/* Which tensors changed between two versions of one layout, for a transport that sends only those. old_digests: a copy of the old version's
-   image->tensor_digests (they change with the image; the layout of a session's image never does), num_tensors values. out_indices: room for
-   num_tensors; receives *out_num indices into image->tensors, ascending. Allocates nothing; any thread.
+/* Which tensors changed between two versions of one layout (lorasync_image_delta makes what is to be sent of them). old_digests: a copy of the
+   old version's image->tensor_digests (they change with the image; the layout of a session's image never does), num_tensors values.
+   out_indices: room for num_tensors; receives *out_num indices into image->tensors, ascending. Allocates nothing; any thread.
    Errors: LORASYNC_E_ARGUMENT for NULL or 2^32 tensors, LORASYNC_E_STATE when the image has no tensor_digests (lorasync_image_digest makes some). */
 LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image, const uint64_t *old_digests, uint32_t *out_indices,
                                                     size_t *out_num, lorasync_error *err);
+
+/* Deltas: an engine that holds an older version whole needs only the tensors that changed since. A transport keeps the version and a copy of the
+   tensor_digests of what it sent last; the engine says which version and digest it holds.
+
+       sender      lorasync_image_delta(image, kept_version, kept_digests, NULL, &delta, &err);     // in stage
+                   if (delta->header_bytes + delta->payload_bytes < 3 * (image->header_bytes + image->payload_bytes) / 4) {
+                       send(delta->header, delta->header_bytes);
+                       for (i = 0; i < delta->num_tensors; i++) send(delta->tensors[i].data, delta->tensors[i].num_bytes);
+                   } else ...                                                                       // the full image
+       receiver    lorasync_image_parse(bytes, num_bytes, NULL, &delta, &err);
+                   if (delta->delta) lorasync_image_apply(held, delta, NULL, NULL, &full, &err);    // failed: ask for the full image
+
+   A delta is a safetensors image of the changed tensors. Its metadata holds, beside lorasync.adapter, lorasync.version (the new one) and
+   lorasync.digest (of its own tensors), lorasync.base_version, lorasync.base_digest and lorasync.full_digest. Its tensors' names end in ":delta",
+   so that a reader that knows nothing of deltas finds no weight that it knows. lorasync_open_adapter, the engine, and the directory and
+   shared-memory transports refuse a delta and say what it is.
+
+   Makes a delta from base_version, whose tensors had base_digests, to `image`. base_digests: a copy of that version's image->tensor_digests (or
+   what lorasync_image_digest gave), num_tensors values. Tensor data is not copied: the delta's payload is NULL, its tensors' data point into the
+   image's payload, its config_json is the image's; so it is good as long as they are. When nothing changed it has no tensors, and moves the engine
+   to the new version all the same. The image may be in device memory if it has tensor_digests; without them its payload is read.
+   Errors: LORASYNC_E_ARGUMENT for NULL or for an image that is a delta, LORASYNC_E_VERSION when the image is not newer than base_version,
+   LORASYNC_E_STATE for an image without adapter and digest, or with neither payload nor tensor_digests, LORASYNC_E_UNSUPPORTED when its header is
+   another than lorasync_image_layout writes (the receiver could not make it again), LORASYNC_E_FORMAT, LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, uint64_t base_version, const uint64_t *base_digests,
+                                                  const lorasync_allocator *allocator, lorasync_image **out, lorasync_error *err);
+
+/* Makes the full image of a base and a delta: the same bytes, header too, as those of the image that the delta was made of. Base and delta are only
+   read (the base may be the pinned one that is served), and are not needed afterwards. `memory`: where to write it, base->header_bytes +
+   base->payload_bytes bytes that must outlive the image; NULL: from the allocator, freed with the image. config_json is "", as after
+   lorasync_image_parse: it travels beside a delta as it does beside an image. The delta's digest is checked before, the result's after.
+   Whatever fails, the full image helps; what is in `memory` is undefined then.
+   Errors: LORASYNC_E_BASE when the base is of another adapter, version or digest than the delta says; LORASYNC_E_DIGEST for a damaged delta, and for
+   a result that is not the promised one (the base is damaged); LORASYNC_E_FORMAT naming a tensor that is not of the base or has another dtype or
+   shape there; LORASYNC_E_VERSION when the delta is not newer than its base; LORASYNC_E_UNSUPPORTED for a base whose header is another than
+   lorasync_image_layout writes; LORASYNC_E_ARGUMENT for NULL, a base that is a delta, a delta that is none, or `memory` that overlaps either;
+   LORASYNC_E_STATE for missing payload or one in device memory; LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, const lorasync_image *delta, void *memory,
+                                                  const lorasync_allocator *allocator, lorasync_image **out, lorasync_error *err);
 
 /* -------------------------------------------------------------------------------------------------- >>api: plan -- */
 
@@ -843,7 +890,8 @@ typedef struct lorasync_transport {
     size_t      size;
     const char *name; /* for messages and the report; borrowed */
     void       *user;
-    /* Take the image: copy or send what is needed, it is valid only during the call. Staging the same version again is legal (a retry). */
+    /* Take the image: copy or send what is needed, it is valid only during the call. Staging the same version again is legal (a retry). To an
+       engine that holds the version before, what changed is enough: lorasync_image_delta. */
     lorasync_status (*stage)(void *user, const lorasync_image *image, lorasync_error *err);
     /* Make the staged version the served one. NULL: stage did it already. */
     lorasync_status (*commit)(void *user, const char *adapter, uint64_t version, lorasync_error *err);
@@ -995,7 +1043,7 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine);
    In a directory: adapter_model.safetensors, or the only *.safetensors there; and adapter_config.json, which must be there and fit. For a
    directory *out_config is that config, for a file NULL. The image maps the file; free both with lorasync_image_free and lorasync_config_free.
    out_config may be NULL. The digest is verified when the file carries one.
-   Errors: LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED (pickled files), and those of lorasync_image_parse, lorasync_image_verify,
+   Errors: LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED (pickled files, deltas), and those of lorasync_image_parse, lorasync_image_verify,
    lorasync_config_parse and lorasync_config_check, all with the path. */
 LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator, lorasync_image **out_image,
                                                    lorasync_config **out_config, lorasync_error *err);
@@ -5186,7 +5234,7 @@ LORASYNC_API void lorasync_nccl_close(lorasync_comm *comm) { (void)comm; }
 
 /* -------------------------------------------------------------------------------------------------------- >>image -- */
 
-/* safetensors images: reading and checking a header, laying one out, stamping it, and the digest. Uses >>support, >>json and >>dtype.
+/* safetensors images: reading and checking a header, laying one out, stamping it, the digest, and deltas. Uses >>support, >>json and >>dtype.
 
    There is one reader. A layout writes its header and then reads it as if it came from a file, so that both kinds of image are made, checked
    and searched by the same code. */
@@ -5210,6 +5258,7 @@ typedef struct lorasynci_image {
     void              *mapping;                /* unmapped with the image */
     size_t             mapping_bytes;
     char              *own_config;
+    lorasync_delta     delta; /* image.delta points here, or is NULL */
 } lorasynci_image;
 
 LORASYNCI_FN void lorasynci_image_free(lorasynci_image *m)
@@ -5587,20 +5636,44 @@ LORASYNC_API const char *lorasync_image_metadata(const lorasync_image *image, co
     return member ? member->value : NULL;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_read_stamp(const lorasync_image *image, const char *key, int hex, uint64_t *out, lorasync_error *err)
 {
-    const char *adapter = lorasync_image_metadata(image, "lorasync.adapter");
-    const char *version = lorasync_image_metadata(image, "lorasync.version");
-    const char *digest  = lorasync_image_metadata(image, "lorasync.digest");
-    if (adapter) image->adapter = adapter;
-    if (version && !lorasynci_read_decimal(version, &image->version))
-        return lorasynci_fail(err, LORASYNC_E_FORMAT,
-                              "__metadata__ key \"lorasync.version\": expected a decimal number below 2^64, found \"%.60s\"", version);
-    if (digest && !lorasynci_read_hex16(digest, &image->digest))
-        return lorasynci_fail(err, LORASYNC_E_FORMAT,
-                              "__metadata__ key \"lorasync.digest\": expected 16 lower-case hex digits, found \"%.60s\"", digest);
-    image->has_digest = digest != NULL;
+    const char *text = lorasync_image_metadata(image, key);
+    if (!text || (hex ? lorasynci_read_hex16(text, out) : lorasynci_read_decimal(text, out))) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_FORMAT, "__metadata__ key \"%s\": expected %s, found \"%.60s\"", key,
+                          hex ? "16 lower-case hex digits" : "a decimal number below 2^64", text);
+}
+
+/* A delta says all of it, a full image nothing. */
+LORASYNCI_FN lorasync_status lorasynci_delta_metadata(lorasynci_image *m, lorasync_error *err)
+{
+    static const char *const keys[] = {"lorasync.base_digest", "lorasync.base_version", "lorasync.full_digest",
+                                       "lorasync.adapter",     "lorasync.digest",       "lorasync.version"};
+    const lorasync_image    *image  = &m->image;
+    size_t                   i, first = 0;
+    while (first < 3 && !lorasync_image_metadata(image, keys[first])) first++;
+    if (first == 3) return LORASYNC_OK;
+    for (i = 0; i < LORASYNCI_COUNT(keys); i++) {
+        if (lorasync_image_metadata(image, keys[i])) continue;
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "__metadata__ has \"%s\", as a delta, but no \"%s\"; a delta has both", keys[first],
+                              keys[i]);
+    }
+    LORASYNCI_TRY(lorasynci_read_stamp(image, keys[0], 1, &m->delta.base_digest, err));
+    LORASYNCI_TRY(lorasynci_read_stamp(image, keys[1], 0, &m->delta.base_version, err));
+    LORASYNCI_TRY(lorasynci_read_stamp(image, keys[2], 1, &m->delta.full_digest, err));
+    m->image.delta = &m->delta;
     return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasynci_image *m, lorasync_error *err)
+{
+    lorasync_image *image = &m->image;
+    const char     *adapter = lorasync_image_metadata(image, "lorasync.adapter");
+    if (adapter) image->adapter = adapter;
+    LORASYNCI_TRY(lorasynci_read_stamp(image, "lorasync.version", 0, &image->version, err));
+    LORASYNCI_TRY(lorasynci_read_stamp(image, "lorasync.digest", 1, &image->digest, err));
+    image->has_digest = lorasync_image_metadata(image, "lorasync.digest") != NULL;
+    return lorasynci_delta_metadata(m, err);
 }
 
 /* -- parse */
@@ -5625,7 +5698,7 @@ LORASYNCI_FN lorasync_status lorasynci_parse(lorasynci_image *m, const unsigned 
     LORASYNCI_TRY(lorasynci_read_json(m, (const char *)bytes + 8, (size_t)n, m->image.payload_bytes, err));
     LORASYNCI_TRY(lorasynci_check_payload(m, m->image.payload_bytes, err));
     LORASYNCI_TRY(lorasynci_index_names(m, LORASYNC_E_FORMAT, err));
-    LORASYNCI_TRY(lorasynci_own_metadata(&m->image, err));
+    LORASYNCI_TRY(lorasynci_own_metadata(m, err));
     lorasync_image_bind(&m->image, bytes + m->image.header_bytes);
     return LORASYNC_OK;
 }
@@ -5693,13 +5766,19 @@ LORASYNCI_FN lorasync_status lorasynci_check_tensor(const lorasync_tensor *t, si
 
 LORASYNCI_FN void lorasynci_put_metadata(lorasynci_image *m, lorasynci_buffer *b, const char *adapter)
 {
+    const lorasync_delta *d = m->image.delta;
     lorasynci_put_text(b, "{\"__metadata__\":{\"format\":\"pt\"");
     if (adapter) {
         lorasynci_put_text(b, ",\"lorasync.adapter\":");
         lorasynci_json_put_string(b, adapter, strlen(adapter));
+        if (d)
+            lorasynci_put_format(b, ",\"lorasync.base_digest\":\"%016llx\",\"lorasync.base_version\":\"%020llu\"",
+                                 (unsigned long long)d->base_digest, (unsigned long long)d->base_version);
         lorasynci_put_text(b, ",\"lorasync.digest\":\"");
         m->digest_at = b->size;
-        lorasynci_put_text(b, "0000000000000000\",\"lorasync.version\":\"");
+        lorasynci_put_text(b, "0000000000000000\"");
+        if (d) lorasynci_put_format(b, ",\"lorasync.full_digest\":\"%016llx\"", (unsigned long long)d->full_digest);
+        lorasynci_put_text(b, ",\"lorasync.version\":\"");
         m->version_at = b->size;
         lorasynci_put_text(b, "00000000000000000000\"");
     }
@@ -5767,13 +5846,14 @@ LORASYNCI_FN lorasync_status lorasynci_take_header(lorasynci_image *m, lorasynci
     LORASYNCI_TRY(lorasynci_read_json(m, b->data + 8, b->size - 8, m->image.payload_bytes, err));
     LORASYNCI_TRY(lorasynci_check_payload(m, m->image.payload_bytes, err));
     LORASYNCI_TRY(lorasynci_index_names(m, LORASYNC_E_NAME, err));
-    LORASYNCI_TRY(lorasynci_own_metadata(&m->image, err));
+    LORASYNCI_TRY(lorasynci_own_metadata(m, err));
     m->image.has_digest = 0; /* zeros, until it is stamped */
     return LORASYNC_OK;
 }
 
-LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator, lorasync_image **out,
-                                                   lorasync_error *err)
+/* delta: NULL, or what the metadata says of it. */
+LORASYNCI_FN lorasync_status lorasynci_layout(const lorasync_image_desc *desc, const lorasync_delta *delta, const lorasync_allocator *allocator,
+                                              lorasync_image **out, lorasync_error *err)
 {
     lorasynci_image        *m = NULL;
     const lorasync_tensor **order;
@@ -5781,6 +5861,7 @@ LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *de
     lorasync_status         status;
     *out = NULL;
     LORASYNCI_TRY(lorasynci_image_new(allocator, &m, err));
+    m->image.delta = delta;
     lorasynci_buffer_init(&b, &m->a);
     order  = (const lorasync_tensor **)lorasynci_alloc_array(&m->a, desc->num_tensors, sizeof *order);
     status = order ? lorasynci_write_header(m, desc, order, &b, err) : lorasynci_fail_memory(err, desc->num_tensors * sizeof *order);
@@ -5793,6 +5874,12 @@ LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *de
     }
     *out = &m->image;
     return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator, lorasync_image **out,
+                                                   lorasync_error *err)
+{
+    return lorasynci_layout(desc, NULL, allocator, out, err);
 }
 
 LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, uint64_t digest)
@@ -5966,7 +6053,8 @@ LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, 
     if (!image->has_digest)
         return lorasynci_fail(err, LORASYNC_E_FORMAT,
                               "the image carries no lorasync.digest to compare with: it was not written by this library");
-    if (!image->payload) return lorasynci_fail(err, LORASYNC_E_STATE, "the image has no payload; bind one with lorasync_image_bind");
+    if (!image->payload && !image->delta) /* a delta's tensors may lie scattered */
+        return lorasynci_fail(err, LORASYNC_E_STATE, "the image has no payload; bind one with lorasync_image_bind");
     found = lorasync_image_digest(image, NULL);
     if (found == image->digest) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_DIGEST,
@@ -5988,6 +6076,278 @@ LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image,
         if (image->tensor_digests[i] != old_digests[i]) out_indices[n++] = (uint32_t)i;
     *out_num = n;
     return LORASYNC_OK;
+}
+
+/* -- deltas
+
+       base     | header v1 | a    | b    | c    | d    |
+       delta    | header: v2, base v1, digests | b:delta | d:delta |
+       result   | header v2 | a    | b'   | c    | d'   |
+
+   The result's header is not sent. A header that the writer made follows from the tensors' names, dtypes and shapes, the adapter, the version
+   and the digest, and the digest covers those names, dtypes and shapes. So the receiver writes it again; both sides check that theirs is such a
+   header. */
+
+#define LORASYNCI_DELTA_NAME ":delta"
+
+/* For readers of adapters. */
+LORASYNCI_FN lorasync_status lorasynci_refuse_delta(const lorasync_image *image, lorasync_error *err)
+{
+    if (!image->delta) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                          "adapter \"%.60s\" version %llu is here only as a delta against version %llu, digest %016llx; lorasync_image_apply "
+                          "makes the adapter of both, or send the full image",
+                          image->adapter, (unsigned long long)image->version, (unsigned long long)image->delta->base_version,
+                          (unsigned long long)image->delta->base_digest);
+}
+
+/* The tensor of a full image that a delta's tensor of this name replaces, or NULL. `room` is memory for the name. */
+LORASYNCI_FN const lorasync_tensor *lorasynci_delta_target(const lorasync_image *full, const char *name, char *room)
+{
+    size_t n = strlen(name), tail = sizeof LORASYNCI_DELTA_NAME - 1;
+    if (n < tail || strcmp(name + n - tail, LORASYNCI_DELTA_NAME) != 0) return NULL;
+    memcpy(room, name, n - tail);
+    room[n - tail] = 0;
+    return lorasync_image_find(full, room);
+}
+
+/* The layout of the image's tensors, with its version and digest, if that is its header byte for byte. */
+LORASYNCI_FN lorasync_status lorasynci_layout_again(const lorasync_image *image, const lorasync_allocator *a, lorasync_image **out,
+                                                    lorasync_error *err)
+{
+    lorasync_image_desc desc;
+    lorasync_status     status;
+    desc.tensors     = image->tensors;
+    desc.num_tensors = image->num_tensors;
+    desc.adapter     = image->adapter;
+    status           = lorasync_image_layout(&desc, a, out, err);
+    if (status == LORASYNC_E_MEMORY) return status;
+    if (status >= 0) {
+        lorasync_image_stamp(*out, image->version, image->digest);
+        if ((*out)->header_bytes == image->header_bytes && memcmp((*out)->header, image->header, image->header_bytes) == 0) return LORASYNC_OK;
+        lorasync_image_free(*out);
+        *out = NULL;
+    }
+    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                          "adapter \"%.100s\" version %llu: its header is not as lorasync_image_layout writes it, so a delta cannot restore it; send "
+                          "the full image", image->adapter, (unsigned long long)image->version);
+}
+
+/* Can there be a delta that makes this image? */
+LORASYNCI_FN lorasync_status lorasynci_check_delta_source(const lorasync_image *image, uint64_t base_version, const lorasync_allocator *a,
+                                                          lorasync_error *err)
+{
+    lorasync_image *again;
+    if (image->delta) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_delta: the image is a delta itself; give the full image");
+    if (!image->has_digest || !image->adapter[0])
+        return lorasynci_fail(err, LORASYNC_E_STATE, "the image has no %s; a delta needs both", image->has_digest ? "adapter" : "digest");
+    if (image->version <= base_version)
+        return lorasynci_fail(err, LORASYNC_E_VERSION, "adapter \"%.100s\": a delta from version %llu to version %llu, which is not newer",
+                              image->adapter, (unsigned long long)base_version, (unsigned long long)image->version);
+    if (!image->tensor_digests && (!image->payload || image->on_device))
+        return lorasynci_fail(err, LORASYNC_E_STATE, "the image has neither tensor_digests nor a payload to make them of");
+    if (((const lorasynci_image *)image)->stamped) return LORASYNC_OK; /* it is a layout */
+    LORASYNCI_TRY(lorasynci_layout_again(image, a, &again, err));
+    lorasync_image_free(again);
+    return LORASYNC_OK;
+}
+
+/* What is needed while a delta is made. */
+typedef struct lorasynci_changed {
+    uint64_t        *digests; /* of all tensors of the image */
+    lorasync_tensor *tensors; /* the changed ones, under a delta's names */
+    size_t           num;
+    char            *names;
+} lorasynci_changed;
+
+LORASYNCI_FN lorasync_status lorasynci_find_changed(const lorasync_image *image, const uint64_t *base_digests, const lorasync_allocator *a,
+                                                    lorasynci_changed *c, lorasync_error *err)
+{
+    size_t i, n = image->num_tensors, room = 0;
+    char  *name;
+    /* every name stands in the header; a length more would not have fitted there either */
+    if (!lorasynci_mul(n, sizeof LORASYNCI_DELTA_NAME, &room) || !lorasynci_add(room, image->header_bytes, &room)) room = SIZE_MAX;
+    c->digests = (uint64_t *)lorasynci_alloc_array(a, n, sizeof *c->digests);
+    c->tensors = (lorasync_tensor *)lorasynci_alloc_array(a, n, sizeof *c->tensors);
+    c->names = name = (char *)lorasynci_alloc(a, room);
+    if (!c->digests || !c->tensors || !c->names) return lorasynci_fail_memory(err, room);
+    if (!image->tensor_digests) lorasync_image_digest(image, c->digests);
+    else if (n) memcpy(c->digests, image->tensor_digests, n * sizeof *c->digests);
+    for (i = 0; i < n; i++) {
+        if (c->digests[i] == base_digests[i]) continue;
+        c->tensors[c->num]        = image->tensors[i];
+        c->tensors[c->num++].name = name;
+        memcpy(name, image->tensors[i].name, strlen(image->tensors[i].name));
+        name += strlen(image->tensors[i].name);
+        memcpy(name, LORASYNCI_DELTA_NAME, sizeof LORASYNCI_DELTA_NAME);
+        name += sizeof LORASYNCI_DELTA_NAME;
+    }
+    return LORASYNC_OK;
+}
+
+/* Points the delta's tensors at the image's data, and stamps it. */
+LORASYNCI_FN void lorasynci_bind_delta(lorasync_image *delta, const lorasync_image *image, lorasynci_changed *c)
+{
+    lorasync_tensor *t   = ((lorasynci_image *)delta)->tensors;
+    uint64_t         sum = 0;
+    size_t           i;
+    for (i = 0; i < c->num; i++) {
+        const lorasync_tensor *target = lorasynci_delta_target(image, t[i].name, c->names); /* the layout has names of its own */
+        lorasynci_term         term   = lorasynci_digest_term(&t[i]);
+        t[i].data                     = target->data;
+        sum += (c->digests[target - image->tensors] + term.summand) * term.factor;
+    }
+    delta->on_device   = image->on_device;
+    delta->config_json = image->config_json;
+    lorasync_image_stamp(delta, image->version, lorasynci_mix(sum));
+}
+
+LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, uint64_t base_version, const uint64_t *base_digests,
+                                                  const lorasync_allocator *allocator, lorasync_image **out, lorasync_error *err)
+{
+    lorasync_allocator  a;
+    lorasynci_changed   c;
+    lorasync_delta      delta;
+    lorasync_image_desc desc;
+    lorasync_status     status;
+    if (out) *out = NULL;
+    if (!image || !base_digests || !out)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_delta: image, base_digests or out is NULL");
+    if (!lorasynci_allocator(allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    LORASYNCI_TRY(lorasynci_check_delta_source(image, base_version, &a, err));
+    memset(&c, 0, sizeof c);
+    status             = lorasynci_find_changed(image, base_digests, &a, &c, err);
+    delta.base_version = base_version;
+    delta.base_digest  = lorasync_digest_image(image->tensors, base_digests, image->num_tensors);
+    delta.full_digest  = image->digest;
+    desc.tensors       = c.tensors;
+    desc.num_tensors   = c.num;
+    desc.adapter       = image->adapter;
+    if (status >= 0) status = lorasynci_layout(&desc, &delta, &a, out, err);
+    if (status >= 0) lorasynci_bind_delta(*out, image, &c);
+    lorasynci_free(&a, c.digests), lorasynci_free(&a, c.tensors), lorasynci_free(&a, c.names);
+    return status;
+}
+
+/* Does a range of num_bytes share a byte with `memory`? */
+LORASYNCI_FN int lorasynci_overlaps(const void *range, size_t num_bytes, const void *memory, size_t memory_bytes)
+{
+    uintptr_t x = (uintptr_t)range, y = (uintptr_t)memory;
+    return num_bytes && memory_bytes && (x <= y ? y - x < num_bytes : x - y < memory_bytes);
+}
+
+/* Payload there, readable, and not in the memory for the result? */
+LORASYNCI_FN lorasync_status lorasynci_check_readable(const lorasync_image *image, const char *what, const void *memory, size_t memory_bytes,
+                                                      lorasync_error *err)
+{
+    size_t i;
+    int    overlaps = memory && lorasynci_overlaps(image->header, image->header_bytes, memory, memory_bytes);
+    for (i = 0; i < image->num_tensors; i++) {
+        const lorasync_tensor *t = &image->tensors[i];
+        if (image->on_device || (!t->data && t->num_bytes))
+            return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_image_apply: the %s has no payload in host memory; give it one", what);
+        overlaps = overlaps || (memory && lorasynci_overlaps(t->data, t->num_bytes, memory, memory_bytes));
+    }
+    if (!overlaps) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: memory overlaps the %s, which is only read; give other memory",
+                          what);
+}
+
+/* Is it a delta against this base? */
+LORASYNCI_FN lorasync_status lorasynci_check_delta_base(const lorasync_image *base, const lorasync_image *delta, lorasync_error *err)
+{
+    const lorasync_delta *d = delta->delta;
+    if (base->delta || !d)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: %s",
+                              d ? "the base is a delta itself; apply it to its own base first" : "the delta is none; a full image needs no base");
+    if (!base->has_digest)
+        return lorasynci_fail(err, LORASYNC_E_BASE, "the base carries no lorasync.digest, so it may not be the delta's; send the full image");
+    if (strcmp(base->adapter, delta->adapter) != 0)
+        return lorasynci_fail(err, LORASYNC_E_BASE, "the delta is of adapter \"%.100s\", the base is of \"%.100s\"; send the full image",
+                              delta->adapter, base->adapter);
+    if (base->version != d->base_version || base->digest != d->base_digest)
+        return lorasynci_fail(err, LORASYNC_E_BASE,
+                              "adapter \"%.100s\" version %llu is a delta against version %llu, digest %016llx; the base is version %llu, "
+                              "digest %016llx; send the full image",
+                              delta->adapter, (unsigned long long)delta->version, (unsigned long long)d->base_version,
+                              (unsigned long long)d->base_digest, (unsigned long long)base->version, (unsigned long long)base->digest);
+    if (delta->version > base->version) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_VERSION,
+                          "adapter \"%.100s\": the delta makes version %llu of version %llu, which is not newer; send the full image",
+                          delta->adapter, (unsigned long long)delta->version, (unsigned long long)base->version);
+}
+
+/* Where each tensor of the result comes from: base or delta. `room` is memory for a name. */
+LORASYNCI_FN lorasync_status lorasynci_merge_delta(const lorasync_image *base, const lorasync_image *delta, const lorasync_tensor **from,
+                                                   char *room, lorasync_error *err)
+{
+    size_t i;
+    for (i = 0; i < base->num_tensors; i++) from[i] = &base->tensors[i];
+    for (i = 0; i < delta->num_tensors; i++) {
+        const lorasync_tensor *t = &delta->tensors[i], *target = lorasynci_delta_target(base, t->name, room);
+        if (!target)
+            return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                                  "the delta's tensor \"%.150s\": the base has none of that name without \"" LORASYNCI_DELTA_NAME
+                                  "\" at its end; send the full image", t->name);
+        if (t->dtype != target->dtype || t->ndim != target->ndim || memcmp(t->shape, target->shape, (size_t)t->ndim * sizeof *t->shape) != 0)
+            return lorasynci_fail(err, LORASYNC_E_FORMAT, "the delta's tensor \"%.100s\" is %.120s, the base has %.120s; send the full image",
+                                  t->name, lorasynci_type_of(t).text, lorasynci_type_of(target).text);
+        from[target - base->tensors] = t;
+    }
+    return LORASYNC_OK;
+}
+
+/* Writes the result behind a layout of the base's tensors, and checks it. */
+LORASYNCI_FN lorasync_status lorasynci_fill_result(lorasync_image *full, const lorasync_image *delta, const lorasync_tensor *const *from,
+                                                   void *memory, lorasync_error *err)
+{
+    lorasynci_image *m   = (lorasynci_image *)full;
+    void            *own = memory ? NULL : lorasynci_alloc(&m->a, full->header_bytes + full->payload_bytes); /* as many as the base has */
+    unsigned char   *payload;
+    lorasync_status  status;
+    size_t           i;
+    if (!memory && !own) return lorasynci_fail_memory(err, full->header_bytes + full->payload_bytes);
+    lorasynci_image_move_header(full, own ? own : memory);
+    m->own_header = (unsigned char *)own;
+    payload       = m->stamped + full->header_bytes;
+    for (i = 0; i < full->num_tensors; i++)
+        if (from[i]->num_bytes) memcpy(payload + full->tensors[i].offset, from[i]->data, from[i]->num_bytes);
+    lorasync_image_bind(full, payload);
+    lorasync_image_stamp(full, delta->version, delta->delta->full_digest);
+    m->stamped = NULL; /* from here on it is as if read */
+    status     = lorasync_image_verify(full, err);
+    if (status < 0) lorasynci_prefix(err, "base and delta do not make the promised image, send the full one");
+    return status;
+}
+
+LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, const lorasync_image *delta, void *memory,
+                                                  const lorasync_allocator *allocator, lorasync_image **out, lorasync_error *err)
+{
+    lorasync_allocator      a;
+    lorasync_image         *full = NULL;
+    const lorasync_tensor **from;
+    char                   *room;
+    size_t                  num_bytes;
+    lorasync_status         status;
+    if (out) *out = NULL;
+    if (!base || !delta || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: base, delta or out is NULL");
+    if (!lorasynci_allocator(allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    LORASYNCI_TRY(lorasynci_check_delta_base(base, delta, err));
+    if (!lorasynci_add(base->header_bytes, base->payload_bytes, &num_bytes)) return lorasynci_fail_memory(err, SIZE_MAX);
+    LORASYNCI_TRY(lorasynci_check_readable(base, "base", memory, num_bytes, err));
+    LORASYNCI_TRY(lorasynci_check_readable(delta, "delta", memory, num_bytes, err));
+    status = lorasync_image_verify(delta, err);
+    if (status < 0) lorasynci_prefix(err, "the delta");
+    if (status >= 0) status = lorasynci_layout_again(base, &a, &full, err);
+    if (status < 0) return status;
+    from   = (const lorasync_tensor **)lorasynci_alloc_array(&a, base->num_tensors, sizeof *from);
+    room   = (char *)lorasynci_alloc(&a, delta->header_bytes);
+    status = from && room ? lorasynci_merge_delta(base, delta, from, room, err) : lorasynci_fail_memory(err, delta->header_bytes);
+    if (status >= 0) status = lorasynci_fill_result(full, delta, from, memory, err);
+    lorasynci_free(&a, (void *)from), lorasynci_free(&a, room);
+    if (status < 0) lorasync_image_free(full);
+    else *out = full;
+    return status;
 }
 
 /* --------------------------------------------------------------------------------------------------------- >>plan -- */
@@ -11208,6 +11568,7 @@ LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, int adap
 /* What both built-in transports ask of an image. */
 LORASYNCI_FN lorasync_status lorasynci_check_bytes(const lorasync_image *image, lorasync_error *err)
 {
+    LORASYNCI_TRY(lorasynci_refuse_delta(image, err));
     if (!image->header || (!image->payload && image->payload_bytes)) {
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image has no %s; bind one first", image->header ? "payload" : "header");
     }
@@ -12409,7 +12770,8 @@ LORASYNCI_FN lorasync_status lorasynci_open_model(int at, const char *name, cons
     status = lorasync_image_parse(map ? map : (const void *)"", num_bytes, a, &out->image, err);
     if (status >= 0) {
         lorasynci_image_own_mapping(out->image, map, num_bytes);
-        if (!no_verify && out->image->has_digest) status = lorasync_image_verify(out->image, err);
+        status = lorasynci_refuse_delta(out->image, err);
+        if (status >= 0 && !no_verify && out->image->has_digest) status = lorasync_image_verify(out->image, err);
     } else if (map) {
         munmap(map, num_bytes);
     }
@@ -12846,6 +13208,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const cha
         return status;
     }
     lorasynci_image_own_mapping(out->image, map, num_bytes);
+    LORASYNCI_TRY(lorasynci_refuse_delta(out->image, err));
     out->image->config_json = memory + h->image_bytes;
     if (!e->no_verify && out->image->has_digest) LORASYNCI_TRY(lorasync_image_verify(out->image, err));
     LORASYNCI_TRY(lorasync_config_parse(out->image->config_json, (size_t)h->config_bytes - 1, &e->a, &out->config, err));
@@ -16157,6 +16520,7 @@ LORASYNCI_FN const char *const *lorasynci_ptx_lines(size_t *num)
 #undef LORASYNCI_RE_FOREVER
 #undef LORASYNCI_NORESERVE
 #undef LORASYNCI_MAX_HEADER
+#undef LORASYNCI_DELTA_NAME
 #undef LORASYNCI_ALL
 #undef LORASYNCI_COVERS
 #undef LORASYNCI_MODEL_FILE

@@ -9,7 +9,7 @@
              exit status 1 when a path is no valid adapter or file (the reason is on stderr), 2 for wrong options
 
    A directory whose config is no PEFT LoRA config (another method, another framework) is still printed, with a note, as long as its tensors
-   do not claim to be LoRA. */
+   do not claim to be LoRA. A delta, which is no adapter, is printed with what it is against. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -26,6 +26,7 @@ typedef struct subject {
     const char      *path;
     char             file[4200]; /* the safetensors file */
     lorasync_image  *image;      /* NULL: unreadable, see error */
+    char            *bytes;      /* of a delta: what the image points to */
     lorasync_config *config;     /* NULL: a file alone, or see note and error */
     uint64_t        *digests;    /* one per tensor */
     char             note[600];  /* why there is no config, where that is no error */
@@ -70,6 +71,24 @@ static int find_file(const char *directory, char *out, size_t out_size)
     return num == 1;
 }
 
+/* A delta: only adapters are opened by lorasync_open_adapter. */
+static int read_delta(subject *s)
+{
+    struct stat info;
+    FILE       *f = fopen(s->file, "rb");
+    size_t      n = 0;
+    if (f && fstat(fileno(f), &info) == 0 && S_ISREG(info.st_mode)) {
+        s->bytes = (char *)malloc((size_t)info.st_size + 1);
+        n        = s->bytes ? fread(s->bytes, 1, (size_t)info.st_size, f) : 0;
+    }
+    if (f) fclose(f);
+    if (!s->bytes || lorasync_image_parse(s->bytes, n, NULL, &s->image, NULL) < 0) return 0;
+    if (s->image->delta && lorasync_image_verify(s->image, &s->error) == LORASYNC_OK) return 1;
+    lorasync_image_free(s->image);
+    s->image = NULL;
+    return 0;
+}
+
 /* Fills in everything, errors too. */
 static void look_at(subject *s, const char *path)
 {
@@ -82,8 +101,9 @@ static void look_at(subject *s, const char *path)
     if (is_directory && !find_file(path, s->file, sizeof s->file)) snprintf(s->file, sizeof s->file, "%.4100s", path);
     if (lorasync_open_adapter(path, NULL, &s->image, &s->config, &why) < 0) {
         s->error = why;
-        if (!is_directory || lorasync_open_adapter(s->file, NULL, &s->image, NULL, &why) < 0) return;
-        if (!has_lora(s->image)) { /* no LoRA, so the config may say what it likes */
+        if (why.status == LORASYNC_E_UNSUPPORTED && read_delta(s)) s->error.status = LORASYNC_OK;
+        else if (!is_directory || lorasync_open_adapter(s->file, NULL, &s->image, NULL, &why) < 0) return;
+        if (!s->image->delta && !has_lora(s->image)) { /* no LoRA, so the config may say what it likes */
             snprintf(s->note, sizeof s->note, "no PEFT LoRA adapter: %s", s->error.text);
             s->error.status = LORASYNC_OK;
         }
@@ -96,6 +116,7 @@ static void forget(subject *s)
 {
     lorasync_config_free(s->config);
     lorasync_image_free(s->image);
+    free(s->bytes);
     free(s->digests);
 }
 
@@ -211,6 +232,11 @@ static void print_subject(const subject *s)
         print_safe(s->image->adapter);
         printf(", version %llu\n", (unsigned long long)s->image->version);
     }
+    if (s->image->delta) {
+        printf("a delta, no adapter: against version %llu with digest %016llx it makes digest %016llx\n",
+               (unsigned long long)s->image->delta->base_version, (unsigned long long)s->image->delta->base_digest,
+               (unsigned long long)s->image->delta->full_digest);
+    }
     if (s->image->has_digest) printf("digest %016llx, verified\n", (unsigned long long)s->image->digest); /* opening verified it */
     else printf("no digest in the file\n");
     if (s->config) print_config(lorasync_config_view(s->config));
@@ -315,6 +341,13 @@ static void json_subject(const subject *s)
         else printf(", \"version\": null");
         if (s->image->has_digest) printf(", \"digest\": \"%016llx\", \"verified\": true", (unsigned long long)s->image->digest);
         else printf(", \"digest\": null, \"verified\": false");
+        if (s->image->delta) {
+            printf(",\n  \"delta\": {\"base_version\": %llu, \"base_digest\": \"%016llx\", \"full_digest\": \"%016llx\"}",
+                   (unsigned long long)s->image->delta->base_version, (unsigned long long)s->image->delta->base_digest,
+                   (unsigned long long)s->image->delta->full_digest);
+        } else {
+            printf(",\n  \"delta\": null");
+        }
         if (s->config) json_config(lorasync_config_view(s->config));
         else printf(",\n  \"config\": null");
         printf(",\n  \"tensors\": [");

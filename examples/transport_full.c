@@ -7,24 +7,39 @@
                                           in its environment. It must see the same files; and put your model's parameters in place of the
                                           toy ones below, or it will refuse them
    output    server: loads policy-v1
-             version 1: requests go to policy-v1
-             server: loads policy-v2
-             version 2: requests go to policy-v2
+             version 1: full image of 4736 bytes, requests go to policy-v1
+             server: loads policy-v2 from a delta
+             version 2: delta of 2584 bytes instead of 4736, requests go to policy-v2
              server: has no room for policy-v3
-             version 3 failed: transport 'http' could not stage: POST /v1/load_lora_adapter: 507 no room
+             version 3 failed: transport 'http' could not stage: POST /v1/load_lora_delta: 507 no room
              requests still go to policy-v2
-             server: loads policy-v3
+             server: loads policy-v3 from a delta
              server: unloads policy-v1
-             version 3: requests go to policy-v3
-             server: unloads policy-v2
-             server: unloads policy-v3
+             version 3: delta of 2584 bytes instead of 4736, requests go to policy-v3
+             server: restarts with nothing
+             server: cannot load policy-v4 from a delta: not found
+             server: loads policy-v4
+             version 4: full image of 4736 bytes, a delta of 2584 was refused, requests go to policy-v4
+             server: loads policy-v5
+             version 5: full image of 4736 bytes, requests go to policy-v5
+             server: restarts with policy-v4
+             server: cannot load policy-v6 from a delta: not the base of this delta
+             server: loads policy-v6
+             server: unloads policy-v4
+             version 6: full image of 4736 bytes, a delta of 2584 was refused, requests go to policy-v6
+             server: unloads policy-v6
 
    Every version is loaded under a name of its own, so nothing that runs is disturbed, no cache goes stale, and loading early is harmless:
 
        stage    write <folder>/policy-v7/, POST /v1/load_lora_adapter        loaded, and nobody asks for it
        commit   from now on requests name policy-v7; unload the one before the last      one slot for requests that are still running
        abort    POST /v1/unload_lora_adapter, remove the files
-       close    unload and remove what is left */
+       close    unload and remove what is left
+
+   And only what changed is sent, where the engine can make the rest of what it holds. It says so in its answers: "holds policy-v6 <digest>". If that
+   is what was sent last, stage writes a delta instead, and POSTs /v1/load_lora_delta. The full image follows when the engine refuses (it was
+   restarted, it holds something else, it has no such call); it is sent at once when the engine says nothing, as vLLM does, or when nearly all has
+   changed. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -58,7 +73,7 @@ fail(lorasync_error *err, lorasync_status status, const char *format, ...)
 
 /* -- one HTTP request. Returns the status code, or 0 with a reason in `reply`; `reply` gets the beginning of the body. At most 60 seconds. */
 
-enum { REPLY = 200 };
+enum { REPLY = 400 };
 
 #ifdef USE_CURL
 
@@ -149,7 +164,7 @@ static int post(const char *host, int port, const char *path, const char *json, 
         snprintf(reply, REPLY, "no answer within 60 seconds");
         return 0;
     }
-    snprintf(reply, REPLY, "%.199s", body + 4);
+    snprintf(reply, REPLY, "%.*s", REPLY - 1, body + 4);
     return http;
 }
 
@@ -157,12 +172,24 @@ static int post(const char *host, int port, const char *path, const char *json, 
 
 /* -- the transport */
 
+#define FULL_FILE "adapter_model.safetensors" /* as vLLM wants it */
+#define DELTA_FILE "adapter_delta.safetensors"
+
+/* A version that was sent, as far as the next delta needs it. */
+typedef struct sent_version {
+    uint64_t  version, digest; /* version 0: none */
+    uint64_t *tensor_digests;  /* NULL: there was no memory, so no delta */
+} sent_version;
+
 typedef struct http_engine {
-    const char *host;
-    int         port;
-    char        folder[600];
-    uint64_t    served;   /* requests name it */
-    uint64_t    previous; /* requests that run may still use it */
+    const char  *host;
+    int          port;
+    char         folder[600];
+    uint64_t     previous; /* requests that run may still use it */
+    sent_version served;   /* requests name it */
+    sent_version staged;
+    uint64_t     held_version, held_digest; /* what the engine says it holds; 0: it does not say */
+    char         how[120];                  /* how the last version was sent */
 } http_engine;
 
 static void name_of(char out[64], uint64_t version) { snprintf(out, 64, "policy-v%llu", (unsigned long long)version); }
@@ -172,92 +199,157 @@ static void path_of(const http_engine *e, uint64_t version, const char *file, ch
     snprintf(out, 800, "%s/policy-v%llu%s%s", e->folder, (unsigned long long)version, *file ? "/" : "", file);
 }
 
-static int write_file(const char *path, const void *first, size_t num_first, const void *second, size_t num_second)
+static size_t size_of(const lorasync_image *image) { return image->header_bytes + image->payload_bytes; }
+
+/* A full image or a delta: the header, then every tensor. */
+static int write_image(const char *path, const lorasync_image *image)
 {
-    FILE *f = fopen(path, "wb");
-    int   ok;
+    FILE  *f = fopen(path, "wb");
+    size_t i;
+    int    ok;
     if (!f) return 0;
-    ok = fwrite(first, 1, num_first, f) == num_first && fwrite(second, 1, num_second, f) == num_second;
+    ok = fwrite(image->header, 1, image->header_bytes, f) == image->header_bytes;
+    for (i = 0; i < image->num_tensors && ok; i++)
+        ok = fwrite(image->tensors[i].data, 1, image->tensors[i].num_bytes, f) == image->tensors[i].num_bytes;
     return (fclose(f) == 0) && ok;
 }
 
-/* A PEFT directory, as vLLM wants it. */
-static lorasync_status write_directory(const http_engine *e, const lorasync_image *image, lorasync_error *err)
+static int write_text(const char *path, const char *text)
 {
-    char path[800];
+    FILE *f  = fopen(path, "wb");
+    int   ok = f && fputs(text, f) >= 0;
+    return f && (fclose(f) == 0) && ok;
+}
+
+/* After every answer: what does the engine hold now? */
+static void note(http_engine *e, const char *reply)
+{
+    unsigned long long version = 0, digest = 0;
+    if (sscanf(reply, "holds policy-v%llu %llx", &version, &digest) != 2) version = digest = 0;
+    e->held_version = version;
+    e->held_digest  = digest;
+}
+
+/* Writes a PEFT directory, or one with a delta in it, and has the server load it. The HTTP code, or 0. */
+static int load(http_engine *e, const lorasync_image *image, const char *file, const char *call, char *reply)
+{
+    char name[64], path[800], json[1000];
+    int  http;
+    name_of(name, image->version);
     path_of(e, image->version, "", path);
     mkdir(path, 0755);
+    snprintf(json, sizeof json, "{\"lora_name\": \"%s\", \"lora_path\": \"%s\"}", name, path);
     path_of(e, image->version, "adapter_config.json", path);
-    if (!write_file(path, image->config_json, strlen(image->config_json), "", 0)) return fail(err, LORASYNC_E_IO, "cannot write %s", path);
-    path_of(e, image->version, "adapter_model.safetensors", path);
-    if (!write_file(path, image->header, image->header_bytes, image->payload, image->payload_bytes))
-        return fail(err, LORASYNC_E_IO, "cannot write %s", path);
-    return LORASYNC_OK;
+    snprintf(reply, REPLY, "cannot write into %.300s", e->folder);
+    if (!write_text(path, image->config_json)) return 0;
+    path_of(e, image->version, file, path);
+    if (!write_image(path, image)) return 0;
+    http = post(e->host, e->port, call, json, reply);
+    if (http == 200) note(e, reply);
+    return http;
 }
 
 /* Takes a version from the server and from the disk. A name that is not loaded is no harm. */
-static void drop(const http_engine *e, uint64_t version)
+static void drop(http_engine *e, uint64_t version)
 {
-    char name[64], json[100], reply[REPLY], path[800];
+    static const char *const files[] = {"adapter_config.json", FULL_FILE, DELTA_FILE};
+    char                     name[64], json[100], reply[REPLY], path[800];
+    int                      i;
     if (!version) return;
     name_of(name, version);
     snprintf(json, sizeof json, "{\"lora_name\": \"%s\"}", name);
-    post(e->host, e->port, "/v1/unload_lora_adapter", json, reply);
-    path_of(e, version, "adapter_config.json", path);
-    remove(path);
-    path_of(e, version, "adapter_model.safetensors", path);
-    remove(path);
+    if (post(e->host, e->port, "/v1/unload_lora_adapter", json, reply) == 200) note(e, reply);
+    for (i = 0; i < 3; i++) {
+        path_of(e, version, files[i], path);
+        remove(path);
+    }
     path_of(e, version, "", path);
     rmdir(path);
 }
 
+/* What changed since the served version, if that is what the engine holds and if it is much less than all. NULL: send the full image. */
+static lorasync_image *delta_for(const http_engine *e, const lorasync_image *image)
+{
+    const sent_version *s     = &e->served;
+    lorasync_image     *delta = NULL;
+    if (!s->version || !s->tensor_digests || s->version != e->held_version || s->digest != e->held_digest) return NULL;
+    if (lorasync_image_delta(image, s->version, s->tensor_digests, NULL, &delta, NULL) < 0) return NULL;
+    if (size_of(delta) <= size_of(image) / 4 * 3) return delta;
+    lorasync_image_free(delta);
+    return NULL;
+}
+
+static void keep(sent_version *s, const lorasync_image *image)
+{
+    size_t num_bytes = image->num_tensors * sizeof *s->tensor_digests;
+    free(s->tensor_digests);
+    s->version        = image->version;
+    s->digest         = image->digest;
+    s->tensor_digests = (uint64_t *)malloc(num_bytes);
+    if (s->tensor_digests) memcpy(s->tensor_digests, image->tensor_digests, num_bytes);
+}
+
 static lorasync_status http_stage(void *user, const lorasync_image *image, lorasync_error *err)
 {
-    http_engine *e = (http_engine *)user;
-    char         name[64], path[800], json[1000], reply[REPLY];
-    int          http;
-    if (image->version == e->served) return LORASYNC_OK; /* a retry for the sake of another engine */
-    if (write_directory(e, image, err) < 0) return err->status;
-    name_of(name, image->version);
-    path_of(e, image->version, "", path);
-    snprintf(json, sizeof json, "{\"lora_name\": \"%s\", \"lora_path\": \"%s\"}", name, path);
-    http = post(e->host, e->port, "/v1/load_lora_adapter", json, reply);
-    if (http == 200) return LORASYNC_OK;
-    return fail(err, LORASYNC_E_IO, "POST /v1/load_lora_adapter: %d %s", http, reply);
+    http_engine    *e = (http_engine *)user;
+    const char     *call = "/v1/load_lora_delta";
+    lorasync_image *delta;
+    char            reply[REPLY];
+    int             http = 409; /* no delta, and the engine refuses it: all the same */
+    if (image->version == e->served.version) return LORASYNC_OK; /* a retry for the sake of another engine */
+    delta = delta_for(e, image);
+    if (delta) http = load(e, delta, DELTA_FILE, call, reply);
+    if (http == 404 || http == 409) { /* no such call; not with what it holds */
+        snprintf(e->how, sizeof e->how, "full image of %d bytes", (int)size_of(image));
+        if (delta) snprintf(e->how, sizeof e->how, "full image of %d bytes, a delta of %d was refused", (int)size_of(image), (int)size_of(delta));
+        call = "/v1/load_lora_adapter";
+        http = load(e, image, FULL_FILE, call, reply);
+    } else {
+        snprintf(e->how, sizeof e->how, "delta of %d bytes instead of %d", (int)size_of(delta), (int)size_of(image));
+    }
+    lorasync_image_free(delta);
+    if (http != 200) return fail(err, LORASYNC_E_IO, "POST %s: %d %s", call, http, reply);
+    keep(&e->staged, image);
+    return LORASYNC_OK;
 }
 
 static lorasync_status http_commit(void *user, const char *adapter, uint64_t version, lorasync_error *err)
 {
     http_engine *e = (http_engine *)user;
+    sent_version before = e->served;
     (void)adapter, (void)err;
-    if (version == e->served) return LORASYNC_OK;
+    if (version == before.version) return LORASYNC_OK;
     drop(e, e->previous);
-    e->previous = e->served;
-    e->served   = version; /* the commit: nothing can go wrong here */
+    e->previous = before.version;
+    e->served   = e->staged; /* the commit: nothing can go wrong here */
+    e->staged   = before;    /* its memory is used again */
     return LORASYNC_OK;
 }
 
 static void http_abort(void *user, const char *adapter, uint64_t version)
 {
-    const http_engine *e = (const http_engine *)user;
+    http_engine *e = (http_engine *)user;
     (void)adapter;
-    if (version != e->served) drop(e, version);
+    if (version != e->served.version) drop(e, version);
 }
 
 static void http_close(void *user)
 {
     http_engine *e = (http_engine *)user;
     drop(e, e->previous);
-    drop(e, e->served);
+    drop(e, e->served.version);
     rmdir(e->folder);
+    free(e->served.tensor_digests);
+    free(e->staged.tensor_digests);
 }
 
-/* -- a server for the demonstration: one request per connection, two calls, three slots, and once it has no room */
+/* -- a server for the demonstration: one request per connection, three calls, three slots, and once it has no room */
 
 typedef struct fake_server {
-    int  listener, port;
-    char loaded[3][64];
-    int  refuse; /* 1: the next policy-v3 is refused */
+    int             listener, port;
+    pthread_mutex_t lock;      /* the rest: the trainer's thread looks, and restarts it */
+    lorasync_image *loaded[3]; /* NULL: empty */
+    int             refuse;    /* 1: the next policy-v3 is refused */
 } fake_server;
 
 /* The text between the quotes of "key": "...". */
@@ -269,38 +361,133 @@ static void json_text(const char *json, const char *key, char *out, size_t size)
     if (at) snprintf(out, size, "%.*s", (int)strcspn(at + 1, "\""), at + 1);
 }
 
-static int fake_load(fake_server *s, const char *body)
+/* The whole file; NULL when it cannot be read. */
+static char *read_file(const char *path, size_t *num_bytes)
+{
+    struct stat st;
+    FILE       *f     = fopen(path, "rb");
+    char       *bytes = f && fstat(fileno(f), &st) == 0 ? (char *)malloc((size_t)st.st_size + 1) : NULL;
+    *num_bytes        = bytes ? fread(bytes, 1, (size_t)st.st_size, f) : 0;
+    if (f) fclose(f);
+    return bytes;
+}
+
+static const lorasync_image *newest(const fake_server *s)
+{
+    const lorasync_image *found = NULL;
+    int                   i;
+    for (i = 0; i < 3; i++)
+        if (s->loaded[i] && (!found || s->loaded[i]->version > found->version)) found = s->loaded[i];
+    return found;
+}
+
+/* Makes the full image of the delta in a folder and of the newest one that is held. */
+static lorasync_status apply_delta(const fake_server *s, const char *folder, lorasync_image **out, lorasync_error *err)
+{
+    char            path[900];
+    lorasync_image *delta = NULL;
+    size_t          num_bytes;
+    char           *bytes;
+    lorasync_status status;
+    snprintf(path, sizeof path, "%s/" DELTA_FILE, folder);
+    bytes = read_file(path, &num_bytes);
+    if (!bytes) return fail(err, LORASYNC_E_IO, "cannot read %s", path);
+    status = lorasync_image_parse(bytes, num_bytes, NULL, &delta, err);
+    if (status == LORASYNC_OK && !newest(s)) status = fail(err, LORASYNC_E_NOT_FOUND, "nothing is held here; send the full image");
+    if (status == LORASYNC_OK) status = lorasync_image_apply(newest(s), delta, NULL, NULL, out, err);
+    lorasync_image_free(delta);
+    free(bytes);
+    return status;
+}
+
+/* Both kinds of load. The HTTP code, and what the body says. */
+static int fake_load(fake_server *s, const char *body, int is_delta, char *said)
 {
     char            name[64], path[800];
-    lorasync_image *image = NULL;
+    lorasync_error  err;
+    lorasync_status status;
     int             i;
     json_text(body, "lora_name", name, sizeof name);
     json_text(body, "lora_path", path, sizeof path);
-    for (i = 0; i < 3 && s->loaded[i][0];) i++;
+    for (i = 0; i < 3 && s->loaded[i];) i++;
     if (i == 3 || (s->refuse && strcmp(name, "policy-v3") == 0)) {
         s->refuse = 0;
         printf("server: has no room for %s\n", name);
+        snprintf(said, REPLY, "no room");
         return 507;
     }
-    if (lorasync_open_adapter(path, NULL, &image, NULL, NULL) < 0) return 400;
-    lorasync_image_free(image);
-    snprintf(s->loaded[i], sizeof s->loaded[i], "%s", name);
-    printf("server: loads %s\n", name);
-    return 200;
+    if (is_delta) status = apply_delta(s, path, &s->loaded[i], &err);
+    else status = lorasync_open_adapter(path, NULL, &s->loaded[i], NULL, &err);
+    if (status == LORASYNC_OK) {
+        printf("server: loads %s%s\n", name, is_delta ? " from a delta" : "");
+        return 200;
+    }
+    printf("server: cannot load %s%s: %s\n", name, is_delta ? " from a delta" : "", lorasync_status_text(status));
+    snprintf(said, REPLY, "%.*s", REPLY - 1, err.text);
+    return is_delta ? 409 : 400;
 }
 
 static int fake_unload(fake_server *s, const char *body)
 {
-    char name[64];
+    char name[64], loaded[64];
     int  i;
     json_text(body, "lora_name", name, sizeof name);
     for (i = 0; i < 3; i++) {
-        if (strcmp(s->loaded[i], name) != 0) continue;
-        s->loaded[i][0] = 0;
+        if (!s->loaded[i]) continue;
+        name_of(loaded, s->loaded[i]->version);
+        if (strcmp(loaded, name) != 0) continue;
+        lorasync_image_free(s->loaded[i]);
+        s->loaded[i] = NULL;
         printf("server: unloads %s\n", name);
         return 200;
     }
     return 404;
+}
+
+/* The HTTP code. When all is well the body says what is held now. */
+static int fake_answer(fake_server *s, const char *request, const char *body, char *said)
+{
+    int http = 404;
+    snprintf(said, REPLY, "not found");
+    pthread_mutex_lock(&s->lock);
+    if (strncmp(request, "POST /v1/load_lora_adapter ", 27) == 0) http = fake_load(s, body, 0, said);
+    else if (strncmp(request, "POST /v1/load_lora_delta ", 25) == 0) http = fake_load(s, body, 1, said);
+    else if (strncmp(request, "POST /v1/unload_lora_adapter ", 29) == 0) http = fake_unload(s, body);
+    if (http == 200 && newest(s)) {
+        snprintf(said, REPLY, "holds policy-v%llu %016llx", (unsigned long long)newest(s)->version, (unsigned long long)newest(s)->digest);
+    } else if (http == 200) {
+        snprintf(said, REPLY, "holds nothing");
+    }
+    pthread_mutex_unlock(&s->lock);
+    return http;
+}
+
+/* The server is gone and comes back with one version, or with none (0), as after a crash. */
+static void fake_restart(fake_server *s, uint64_t version)
+{
+    int i;
+    pthread_mutex_lock(&s->lock);
+    for (i = 0; i < 3; i++) {
+        if (!s->loaded[i] || s->loaded[i]->version == version) continue;
+        lorasync_image_free(s->loaded[i]);
+        s->loaded[i] = NULL;
+    }
+    if (version) printf("server: restarts with policy-v%d\n", (int)version);
+    else printf("server: restarts with nothing\n");
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* Is the newest image of the server the trainer's, header and payload, to the byte? */
+static int same_bytes(fake_server *s, const lorasync_image *image)
+{
+    const lorasync_image *got;
+    int                   same;
+    pthread_mutex_lock(&s->lock);
+    got  = newest(s);
+    same = got && got->header_bytes == image->header_bytes && got->payload_bytes == image->payload_bytes &&
+           memcmp(got->header, image->header, image->header_bytes) == 0 && memcmp(got->payload, image->payload, image->payload_bytes) == 0;
+    pthread_mutex_unlock(&s->lock);
+    return same;
 }
 
 /* The whole request: the head, and as many bytes as it announces. NULL when it ends before. */
@@ -323,15 +510,15 @@ static void *fake_main(void *user)
 {
     fake_server *s = (fake_server *)user;
     for (;;) {
-        char        text[4096], answer[200];
-        const char *body, *word;
+        char        text[4096], said[REPLY], answer[REPLY + 200];
+        const char *body;
         int         http, fd = accept(s->listener, NULL, NULL);
         if (fd < 0) return NULL; /* shut down */
         body = receive(fd, text, sizeof text);
-        http = !body ? 400 : strncmp(text, "POST /v1/load_lora_adapter ", 27) == 0 ? fake_load(s, body)
-             : strncmp(text, "POST /v1/unload_lora_adapter ", 29) == 0 ? fake_unload(s, body) : 404;
-        word = http == 200 ? "ok" : http == 507 ? "no room" : "bad request";
-        snprintf(answer, sizeof answer, "HTTP/1.1 %d %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", http, word, (int)strlen(word), word);
+        http = body ? fake_answer(s, text, body, said) : 400;
+        if (!body) snprintf(said, sizeof said, "bad request");
+        snprintf(answer, sizeof answer, "HTTP/1.1 %d %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", http, http == 200 ? "OK" : "Error",
+                 (int)strlen(said), said);
         send(fd, answer, strlen(answer), MSG_NOSIGNAL);
         close(fd);
     }
@@ -346,6 +533,7 @@ static int fake_open(fake_server *s)
     address.sin_family      = AF_INET;
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     s->refuse               = 1;
+    pthread_mutex_init(&s->lock, NULL);
     s->listener             = socket(AF_INET, SOCK_STREAM, 0);
     if (s->listener < 0 || bind(s->listener, (struct sockaddr *)&address, size) != 0 || listen(s->listener, 8) != 0) return 0;
     if (getsockname(s->listener, (struct sockaddr *)&address, &size) != 0) return 0;
@@ -361,28 +549,37 @@ static int complain(const lorasync_error *err)
     return 1;
 }
 
-static float values[2][8 * 64];
+/* A and B of two layers. The first layer is trained in few steps only, so there is something to save. */
+static float values[4][8 * 64];
+
+static void optimizer_step(uint64_t version)
+{
+    int i, k, first = version == 1 || version == 5 ? 0 : 2;
+    for (k = first; k < 4; k++)
+        for (i = 0; i < 8 * 64; i++) values[k][i] = (float)version + (float)i / 512.0f + (float)k;
+}
 
 static lorasync_status open_trainer(http_engine *e, lorasync_session **session, lorasync_error *err)
 {
-    static const char *const names[2] = {"model.layers.0.self_attn.q_proj.lora_A.policy.weight", "model.layers.0.self_attn.q_proj.lora_B.policy.weight"};
-    lorasync_desc            desc;
-    lorasync_transport       transport;
-    lorasync_status          status;
-    int                      i;
+    lorasync_desc     desc;
+    lorasync_transport transport;
+    lorasync_status   status;
+    char              name[100];
+    int               i;
     memset(&desc, 0, sizeof desc);
     desc.adapter    = "policy";
     desc.lora_alpha = 16;
     desc.wire_dtype = LORASYNC_BF16;
     status          = lorasync_open(&desc, session, err);
-    for (i = 0; i < 2 && status == LORASYNC_OK; i++) {
+    for (i = 0; i < 4 && status == LORASYNC_OK; i++) {
         lorasync_piece piece;
         memset(&piece, 0, sizeof piece);
-        piece.name     = names[i];
+        snprintf(name, sizeof name, "model.layers.%d.self_attn.q_proj.lora_%c.policy.weight", i / 2, "AB"[i % 2]);
+        piece.name     = name;
         piece.dtype    = LORASYNC_F32;
         piece.ndim     = 2;
-        piece.shape[0] = i == 0 ? 8 : 64;
-        piece.shape[1] = i == 0 ? 64 : 8;
+        piece.shape[0] = i % 2 == 0 ? 8 : 64;
+        piece.shape[1] = i % 2 == 0 ? 64 : 8;
         piece.box      = lorasync_whole(piece.shape, piece.ndim);
         piece.data     = values[i];
         status         = lorasync_add(*session, &piece, err);
@@ -399,19 +596,24 @@ static lorasync_status open_trainer(http_engine *e, lorasync_session **session, 
     return status == LORASYNC_OK ? lorasync_compile(*session, err) : status;
 }
 
-static int train(http_engine *e)
+/* server: NULL for a real one, whose bytes nobody can look at. */
+static int train(http_engine *e, fake_server *server)
 {
     lorasync_session *session = NULL;
     lorasync_error    err;
     uint64_t          version;
-    int               i, tries = 0, failed = open_trainer(e, &session, &err) < 0 ? complain(&err) : 0;
-    for (version = 1; version <= 3 && !failed; version += tries == 0) {
-        for (i = 0; i < 8 * 64; i++) values[0][i] = values[1][i] = (float)version + (float)i / 512.0f;
+    int               tries = 0, failed = open_trainer(e, &session, &err) < 0 ? complain(&err) : 0;
+    for (version = 1; version <= 6 && !failed; version += tries == 0) {
+        optimizer_step(version);
+        if (server && version == 4) fake_restart(server, 0);
+        if (server && version == 6) fake_restart(server, 4);
         if (lorasync_sync(session, version, NULL, &err) == LORASYNC_OK) {
             tries = 0;
-            printf("version %d: requests go to policy-v%d\n", (int)version, (int)e->served);
+            printf("version %d: %s, requests go to policy-v%d\n", (int)version, e->how, (int)e->served.version);
+            failed = server && !same_bytes(server, lorasync_session_image(session));
+            if (failed) printf("version %d: the server has other bytes than the trainer\n", (int)version);
         } else {
-            printf("version %d failed: %s\nrequests still go to policy-v%d\n", (int)version, err.text, (int)e->served);
+            printf("version %d failed: %s\nrequests still go to policy-v%d\n", (int)version, err.text, (int)e->served.version);
             failed = ++tries > 1; /* the same version may be tried again */
         }
     }
@@ -440,11 +642,12 @@ int main(int argc, char **argv)
         return 1;
     }
     if (!real) e.port = server.port;
-    failed = train(&e);
+    failed = train(&e, real ? NULL : &server);
     if (!real) {
         shutdown(server.listener, SHUT_RDWR);
         pthread_join(thread, NULL);
         close(server.listener);
+        pthread_mutex_destroy(&server.lock);
     }
     return failed;
 }

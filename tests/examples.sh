@@ -69,8 +69,22 @@ for p in transport_minimal transport_full; do
     elif [ ! -s "$T/$p.expected" ] || ! cmp -s "$T/out" "$T/$p.expected"; then bad "$p" "other lines than its comment says"
     else ok "$p"
     fi
+    cp "$T/out" "$T/$p.out"
     if ls -d "$T"/lorasync-* >/dev/null 2>&1; then bad "$p-cleans-up" "its folder is still there"; else ok "$p-cleans-up"; fi
 done
+# What changed was sent alone, in fewer bytes; and the full image when the engine had nothing, something else, or when all had changed.
+says() # NAME COUNT PATTERN
+{
+    if [ "$(grep -c -e "$3" "$T/transport_full.out")" -eq "$2" ]; then ok "$1"; else bad "$1" "not $2 lines of: $3"; fi
+}
+says transport_full-loads-deltas 2 '^server: loads policy-v[23] from a delta$'
+says transport_full-refuses-deltas 2 '^server: cannot load policy-v[46] from a delta'
+says transport_full-falls-back 2 '^version [46]: full image of .*, a delta of [0-9]* was refused'
+says transport_full-all-changed 1 '^version 5: full image of [0-9]* bytes, requests'
+if sed -n 's/^version [23]: delta of \([0-9]*\) bytes instead of \([0-9]*\),.*/\1 \2/p' "$T/transport_full.out" |
+    awk '{ n += 1; small += $1 > 0 && 4 * $1 <= 3 * $2 } END { exit !(n == 2 && small == 2) }'; then ok transport_full-fewer-bytes
+else bad transport_full-fewer-bytes "a delta is over 3/4 of the full image"; fi
+
 expect transport_minimal-file 0 'read back and verified$' "$E/transport_minimal" "$T/mine.safetensors"
 expect transport_minimal-inspect 0 '' "$E/inspect" "$T/mine.safetensors"
 expect transport_minimal-nowhere 1 'cannot write' "$E/transport_minimal" "$T/no/such/folder"
@@ -127,6 +141,24 @@ expect inspect-closed-stdout 1 'cannot write' sh -c "'$E/inspect' '$T/left' >&-"
 cp -r "$T/left" "$T/damaged"
 printf 'X' | dd of="$T/damaged/adapter_model.safetensors" bs=1 seek="$(($(wc -c <"$T/damaged/adapter_model.safetensors") - 9))" conv=notrunc 2>/dev/null
 expect inspect-damaged 1 'digest' "$E/inspect" "$T/damaged"
+
+# a delta against version 6 in which nothing changed: shown for what it is, and no adapter
+delta_file() # DIGEST
+{
+    text='{"__metadata__":{"format":"pt","lorasync.adapter":"policy","lorasync.base_digest":"00000000000000aa","lorasync.base_version":"6",'
+    text=$text'"lorasync.digest":"'$1'","lorasync.full_digest":"00000000000000aa","lorasync.version":"7"}}'
+    printf "\\$(printf %o ${#text})"'\0\0\0\0\0\0\0%s' "$text"
+}
+mkdir "$T/delta"
+delta_file 0000000000000000 >"$T/delta/adapter_model.safetensors"
+expect inspect-delta 0 'verified$' "$E/inspect" "$T/delta"
+grep -q 'a delta, no adapter: against version 6 with digest 00000000000000aa' "$T/out" && ok inspect-delta-says-so || bad inspect-delta-says-so "no such line"
+expect inspect-delta-file 0 'verified$' "$E/inspect" "$T/delta/adapter_model.safetensors"
+expect inspect-delta-json 0 ']' "$E/inspect" --json "$T/delta"
+grep -q '"delta": {"base_version": 6,' "$T/out" && ok inspect-delta-json-says-so || bad inspect-delta-json-says-so "no such member"
+delta_file 0000000000000001 >"$T/damaged-delta.safetensors"
+expect inspect-damaged-delta 1 'digest' "$E/inspect" "$T/damaged-delta.safetensors"
+expect demo-delta 2 'delta against version 6' "$E/demo" --adapter "$T/delta"
 
 json_ok() # FILE NUMBER: an array of that many objects
 {
