@@ -918,7 +918,23 @@ typedef struct lorasync_shm_desc {
     int         num_slots; /* slots of each adapter to keep when they are free, so that publishing touches no fresh memory: 2 or more; 0: 3 (the
                               served one, the next one, one that engines are leaving). More are made when needed, up to 1,024 in all */
     const lorasync_allocator *allocator;
+    const lorasync_cuda *cuda; /* NULL: payloads lie in shared memory. Else in device memory, see below; needs LORASYNC_CUDA. keep_on_device means
+                                  nothing here. Read by lorasync_shm_open only, but cuda->stream is borrowed until close */
 } lorasync_shm_desc;
+
+/* With lorasync_shm_desc.cuda, for engines that share a GPU with the publisher (or have a GPU with peer access to it) and say accept_device:
+       shared memory    | head | header | config_json |      device memory of the publisher, one cudaMalloc per slot    | payload |
+   Where. In memory of the device that is current at lorasync_shm_open. Images may be on the host or on any device that it can copy from. The
+   memory is the transport's: made once with its slot, used for many versions, opened by engines once over CUDA IPC. An engine of the
+   publisher's own process uses the address.
+   When. stage copies after what is on cuda->stream at the call, on a stream of its own, and waits on the CPU until the copy has ended (at most
+   60 s), so commit is one atomic store as ever, and a publisher that is killed has named no half written slot.
+   How long. Memory that an engine has open is not freed. After close the versions that engines have open stay served as long as the publisher's
+   process lives; all other memory is freed. What is still open then is freed with the process, or goes to the next transport of this name that
+   the process opens on that device. When the process ends, its device memory goes with it: engines keep what they have open, until they close
+   it (CUDA promises nothing for that case; Linux drivers do so), and no other engine can open it. They report that, naming the process,
+   until the version, or a newer one, is published again. The next publisher never writes into memory of a dead one.
+   The same version published again is compared by header and config_json, in which the digest is; without a digest it counts as other content. */
 
 /* Fills *out; end with out->close(out->user), which a session that it is attached to does. The last version stays served after close and after
    the end of the process, until lorasync_shm_remove; the next publisher of that name goes on from there, also after a kill.
@@ -928,7 +944,9 @@ typedef struct lorasync_shm_desc {
    Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY, LORASYNC_E_IO (the system's reason), LORASYNC_E_FORMAT (size or layout),
    LORASYNC_E_BUSY naming the process that publishes there; from stage and commit LORASYNC_E_IO also when shared memory is full, LORASYNC_E_BUSY when
    1,024 slots are held or 64 adapters published, LORASYNC_E_STATE in a fork or when the name was removed, and as the directory transport
-   LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT, LORASYNC_E_STATE. LORASYNC_E_UNSUPPORTED for an image on a device. */
+   LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT, LORASYNC_E_STATE. LORASYNC_E_UNSUPPORTED for an image on a device, unless
+   desc.cuda is set. With desc.cuda: LORASYNC_E_UNSUPPORTED from open without LORASYNC_CUDA; LORASYNC_E_CUDA and LORASYNC_E_MEMORY from open and stage, for what
+   CUDA refuses (no IPC, no memory left) and for a copy that has not ended after 60 s. */
 LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lorasync_transport *out, lorasync_error *err);
 
 /* Removes what is published under a name, and gives its memory back once engines let go of it: they keep what they serve, and follow whoever
@@ -946,7 +964,15 @@ typedef struct lorasync_engine_desc {
     const char *adapter;   /* NULL: every adapter found there. Copied */
     int         no_verify; /* 1: skip the digest (the header is always checked) */
     const lorasync_allocator *allocator;
+    int accept_device; /* 1, with shm: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda), see below. Needs LORASYNC_CUDA */
 } lorasync_engine_desc;
+
+/* With accept_device an adapter's image may have on_device = 1: the tensors' data are device addresses, good on the device that was current at
+   lorasync_engine_open and on those with peer access to the memory. A poll makes that device current and restores the old one; it opens the memory of
+   a slot once, digests each version there on a stream of the engine's own, and waits on the CPU for that, at most 60 s.
+   Reading: in place, or by cudaMemcpyAsync to memory of the host program's. Either way keep the pin until the stream that reads has passed (an
+   event behind the last read): a released slot is written again.
+   Versions in host memory are served as without accept_device. Without it one in device memory is LORASYNC_E_UNSUPPORTED, which says so. */
 
 typedef struct lorasync_engine lorasync_engine;
 
@@ -958,8 +984,8 @@ typedef struct lorasync_adapter {
     const lorasync_config  *config;
 } lorasync_adapter;
 
-/* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY. The directory, or the publisher, need not be there yet. With shm, use the engine
-   in the process that opened it: each process, and a fork too, opens its own. */
+/* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY; with accept_device LORASYNC_E_CUDA, and LORASYNC_E_UNSUPPORTED without LORASYNC_CUDA. The directory, or the
+   publisher, need not be there yet. With shm, use the engine in the process that opened it: each process, and a fork too, opens its own. */
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out, lorasync_error *err);
 
 /* Looks for versions newer than the served ones, up to timeout_ms (0: once). Each is opened, its header, config and digest are checked, and it
@@ -970,7 +996,8 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
    held: the served one and 7 older ones that readers pin. The served version published again with other bytes is LORASYNC_E_VERSION. An adapter
    that fails does not hold up the others; the first failure is returned. Files without lorasync metadata are served too, without a digest to
    check. With shm, LORASYNC_E_BUSY also when 256 engines are attached, LORASYNC_E_STATE in a fork; a version that readers have released is given
-   back at the next poll. One thread at a time. */
+   back at the next poll. With accept_device LORASYNC_E_CUDA for memory that cannot be opened or read, and LORASYNC_E_IO when it was a publisher's
+   that has ended or closed. One thread at a time. */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
 
 /* Pins the served version of an adapter; NULL if there is none. Wait-free but for a retry when a poll swaps versions in between; no system
@@ -1318,7 +1345,7 @@ LORASYNC_API void lorasync_stream_close(lorasync_stream *stream);
 
        ops    [ op 0 | op 1 | ... ]                   tiles  [ op 0, 0 .. 16384 | op 0, 16384 .. 17000 | op 1, 0 .. 512 | ... ]       */
 typedef struct lorasyncd_op {
-    unsigned long long src, dst;
+    unsigned long long src, dst; /* dst 0: digested only. Then both dtypes are the same integer type, which the NaN check leaves alone */
     unsigned long long sum; /* address of the tensor's digest, or 0: not digested, not checked */
     long long          num, n1, s0, s1, d0, d1, pos, row;
     unsigned           tensor;
@@ -5927,6 +5954,15 @@ LORASYNC_API uint64_t lorasync_image_digest(const lorasync_image *image, uint64_
     return lorasynci_mix(sum);
 }
 
+LORASYNCI_FN lorasync_status lorasynci_compare_digest(const lorasync_image *image, uint64_t found, lorasync_error *err)
+{
+    if (found == image->digest) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_DIGEST,
+                          "adapter \"%.100s\" version %llu: the header says digest %016llx, the payload has %016llx; "
+                          "the bytes are damaged or incomplete, transfer them again", image->adapter, (unsigned long long)image->version,
+                          (unsigned long long)image->digest, (unsigned long long)found);
+}
+
 LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, lorasync_error *err)
 {
     uint64_t found;
@@ -5935,11 +5971,7 @@ LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, 
                               "the image carries no lorasync.digest to compare with: it was not written by this library");
     if (!image->payload) return lorasynci_fail(err, LORASYNC_E_STATE, "the image has no payload; bind one with lorasync_image_bind");
     found = lorasync_image_digest(image, NULL);
-    if (found == image->digest) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_DIGEST,
-                          "adapter \"%.100s\" version %llu: the header says digest %016llx, the payload has %016llx; "
-                          "the bytes are damaged or incomplete, transfer them again", image->adapter, (unsigned long long)image->version,
-                          (unsigned long long)image->digest, (unsigned long long)found);
+    return lorasynci_compare_digest(image, found, err);
 }
 
 LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image, const uint64_t *old_digests, uint32_t *out_indices,
@@ -8424,6 +8456,7 @@ typedef struct lorasynci_launch {
 
 struct lorasynci_device {
     int              ordinal;
+    pid_t            pid;          /* without a plan: of the process that opened it */
     int              same_process; /* the image was made by a thread of this process: no IPC */
     cudaStream_t     caller, stream, wire;
     cudaEvent_t      ready, packed, done, arrived, placed[2];
@@ -9140,7 +9173,81 @@ LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasyn
     return status;
 }
 
+/* -- a GPU outside any plan: transports and engines with payloads in device memory */
+
+LORASYNCI_FN void lorasynci_device_stop(const lorasync_allocator *a, lorasynci_device *g)
+{
+    int old;
+    if (!g) return;
+    if (g->pid == getpid()) { /* a fork cannot use its parent's */
+        lorasynci_device_enter(g, &old);
+        if (g->ready) cudaEventDestroy(g->ready);
+        if (g->done) cudaEventDestroy(g->done);
+        if (g->stream) cudaStreamDestroy(g->stream);
+        if (g->module) g->unload(g->module);
+        lorasynci_device_leave(g, old);
+        (void)cudaGetLastError();
+    }
+    lorasynci_free(a, g);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_device_fill(lorasynci_device *g, const lorasync_allocator *a, int with_kernel, lorasync_error *err)
+{
+    LORASYNCI_CUDA(cudaGetDevice(&g->ordinal), "no usable GPU");
+    LORASYNCI_CUDA(cudaFree(NULL), "no usable GPU");
+    if (with_kernel) LORASYNCI_TRY(lorasynci_device_load(g, a, err));
+    LORASYNCI_CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    LORASYNCI_TRY(lorasynci_device_event(&g->ready, err));
+    return lorasynci_device_event(&g->done, err);
+}
+
+/* The current GPU: a stream, events, and the kernel where it is wanted. `what` is the field that asks for it. */
+LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller, int with_kernel, const char *what,
+                                                    lorasynci_device **out, lorasync_error *err)
+{
+    lorasynci_device *g = (lorasynci_device *)lorasynci_alloc_array(a, 1, sizeof *g);
+    lorasync_status   status;
+    if (!g) return lorasynci_fail_memory(err, sizeof *g);
+    g->caller = caller;
+    g->pid    = getpid();
+    status    = lorasynci_device_fill(g, a, with_kernel, err);
+    if (status >= 0) {
+        *out = g;
+        return LORASYNC_OK;
+    }
+    lorasynci_prefix(err, "%s", what);
+    lorasynci_device_stop(a, g);
+    return status;
+}
+
+enum { LORASYNCI_DEVICE_PATIENCE_MS = 60000 };
+
+/* Waits until all that is on its stream has ended. Asks again at once: this takes microseconds. */
+LORASYNCI_FN lorasync_status lorasynci_device_drain(lorasynci_device *g, const char *what, lorasync_error *err)
+{
+    uint64_t deadline = lorasynci_deadline_ns(LORASYNCI_DEVICE_PATIENCE_MS);
+    unsigned turns    = 0;
+    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
+    for (;;) {
+        cudaError_t e = cudaEventQuery(g->done);
+        if (e == cudaSuccess) return LORASYNC_OK;
+        if (e != cudaErrorNotReady) return lorasynci_cuda_fail(err, e, what);
+        if (++turns % 64 != 0) continue;
+        if (lorasynci_now_ns() >= deadline)
+            return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: %s: not ended after %d ms; is the GPU, or the stream that it waits for, stuck?", what, LORASYNCI_DEVICE_PATIENCE_MS);
+        if (turns > 20000) sched_yield();
+    }
+}
+
 #else /* without CUDA: a desc that asks for it is refused, and no plan has a device */
+
+LORASYNCI_FN void lorasynci_device_stop(const lorasync_allocator *a, lorasynci_device *g) { (void)a, (void)g; }
+LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller, int with_kernel, const char *what,
+                                                    lorasynci_device **out, lorasync_error *err)
+{
+    (void)a, (void)caller, (void)with_kernel, (void)out;
+    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%s is set, but this library was compiled without LORASYNC_CUDA; define it beside LORASYNC_IMPLEMENTATION", what);
+}
 
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err)
 {
@@ -11326,10 +11433,11 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 
        /lorasync-<name>            control   | magic | publisher | last serial | adapters | slots | readers |
        /lorasync-<name>@<serial>   a slot    | head, one page | header, payload | config_json, NUL | spare |
+                                   or        | head, one page | header          | config_json, NUL | spare |   and the payload in device memory
 
        adapters  [ "default" word | "b" word | ... ]       word = number of commits << 12 | slot + 1; 0: nothing is published
        slots     [ serial, size, adapter | ... ]           a segment keeps its serial and size for life; serial 0: no segment
-       readers   [ owner, a pin bit for each slot | ... ]  one per engine; owner 0: free
+       readers   [ owner, a pin bit and an opened bit for each slot | ... ]    one per engine; owner 0: free
 
    A reader:     w = word;  pins[slot of w] = 1;  if word is still w, that slot is pinned;  else pins[slot of w] = 0 and again.
    The publisher: take a slot that no word names and no living reader pins;  write it;  word = next number, slot.
@@ -11342,7 +11450,10 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 
    An owner is one word, so that taking a dead owner's place is one compare and swap:  pid 24 bits | start time 23 | locked 1 | pid namespace 16.
    The start time tells a process from a later one with its pid. A process of another container has no pid here: it holds a lock on a byte of
-   the control, which the kernel drops when it ends. */
+   the control, which the kernel drops when it ends.
+
+   Device memory is freed in the order  retired = 1;  opened by no living reader?;  free.  A reader that opens some does  opened = 1;  retired?;
+   open.  One of both sees the other. A killed reader's bits go with its place. */
 enum {
     LORASYNCI_SHM_ADAPTERS  = 64,
     LORASYNCI_SHM_SLOTS     = 1024,
@@ -11365,11 +11476,14 @@ typedef struct lorasynci_shm_adapter {
 
 typedef struct lorasynci_shm_segment {
     uint64_t serial, num_bytes, adapter; /* for which adapter it was made */
+    uint64_t device_bytes; /* 0: the payload lies in the segment, else in this much device memory */
+    uint64_t retired;      /* atomic. 1: the device memory is to be freed; who has it open and needs it no more closes it */
 } lorasynci_shm_segment;
 
 typedef struct lorasynci_shm_reader {
     uint64_t owner; /* atomic */
     uint64_t pins[LORASYNCI_SHM_PINS]; /* atomic. Only the owner's engine writes; without an owner they mean nothing */
+    uint64_t opened[LORASYNCI_SHM_PINS]; /* the same, for slots whose device memory it has open, pinned or not */
 } lorasynci_shm_reader;
 
 typedef struct lorasynci_shm_control {
@@ -11380,9 +11494,21 @@ typedef struct lorasynci_shm_control {
     lorasynci_shm_reader  readers[LORASYNCI_SHM_READERS];
 } lorasynci_shm_control;
 
+/* Device memory of a slot, written when the slot is made. */
+typedef struct lorasynci_shm_memory {
+    uint64_t num_bytes; /* 0: none */
+    uint64_t owner;     /* the publisher */
+    uint64_t pointer;   /* in its process; 0: freed */
+    int64_t  ordinal;   /* of the GPU, in its process */
+    char     gpu[24];   /* the GPU for all processes: its PCI address */
+    char     handle[64];
+} lorasynci_shm_memory;
+
 /* The first bytes of a slot. */
 typedef struct lorasynci_shm_head {
-    uint64_t magic, version, image_bytes, config_bytes; /* with the NUL */
+    uint64_t             magic, version, image_bytes, config_bytes; /* in the segment: of a payload in device memory the image's header only; with the NUL */
+    uint64_t             payload_bytes; /* in device memory */
+    lorasynci_shm_memory memory;
 } lorasynci_shm_head;
 
 /* The slot that a word names; -1 when it names none, also when it is damaged. */
@@ -11758,11 +11884,22 @@ typedef struct lorasynci_shm {
     uint64_t            used[LORASYNCI_SHM_PINS]; /* a bit per slot, by lorasynci_shm_look */
     void               *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
     size_t              sizes[LORASYNCI_SHM_SLOTS];
+    lorasynci_device   *device;        /* NULL: payloads in the segments */
+    size_t              payload_bytes; /* of the image that is being staged to the device */
+    char               *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked at yet */
+    int                 stuck; /* the last copy to the device did not end well: freeing memory could wait for ever */
 } lorasynci_shm;
 
 LORASYNCI_FN lorasynci_shm_head *lorasynci_shm_head_of(const lorasynci_shm *s, int slot) { return (lorasynci_shm_head *)s->memory[slot]; }
 
 LORASYNCI_FN char *lorasynci_shm_image_of(const lorasynci_shm *s, int slot) { return (char *)s->memory[slot] + LORASYNCI_SHM_HEAD; }
+
+/* The device's part, below; without CUDA these refuse or do nothing. */
+LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int slot, lorasync_error *err);
+LORASYNCI_FN void            lorasynci_shm_free_payload(lorasynci_shm *s, int slot);
+LORASYNCI_FN int             lorasynci_shm_have_payload(lorasynci_shm *s, int slot);
+LORASYNCI_FN int             lorasynci_shm_retire(lorasynci_shm *s, int slot);
+LORASYNCI_FN int             lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g);
 
 /* A fork has the parent's mappings, but not its place. */
 LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lorasync_error *err)
@@ -11804,6 +11941,7 @@ LORASYNCI_FN void lorasynci_shm_drop_slot(lorasynci_shm *s, int slot)
 {
     lorasynci_shm_segment *g = &s->map.control->slots[slot];
     char                   path[LORASYNCI_SHM_PATH];
+    lorasynci_shm_free_payload(s, slot);
     if (s->memory[slot]) munmap(s->memory[slot], s->sizes[slot]);
     s->memory[slot] = NULL;
     lorasynci_shm_path(path, s->name, g->serial);
@@ -11858,15 +11996,17 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot,
     lorasync_status        status;
     int                    fd = -1;
     if (!c->last_serial) c->last_serial = lorasynci_shm_first_serial();
-    g->num_bytes = num_bytes;
-    g->adapter   = (uint64_t)adapter;
-    g->serial    = ++c->last_serial;
+    g->num_bytes    = num_bytes;
+    g->adapter      = (uint64_t)adapter;
+    g->device_bytes = g->retired = 0;
+    g->serial       = ++c->last_serial;
     lorasynci_shm_path(path, s->name, g->serial);
     status = lorasynci_shm_open_segment(path, O_RDWR | O_CREAT | O_EXCL, &fd, &st, err);
     if (status >= 0) {
         status = lorasynci_shm_enter_slot(s, slot, fd, path, err);
         close(fd);
     }
+    if (status >= 0 && s->device) status = lorasynci_shm_make_payload(s, slot, err);
     if (status < 0) lorasynci_shm_drop_slot(s, slot);
     return status;
 }
@@ -11885,9 +12025,9 @@ LORASYNCI_FN size_t lorasynci_shm_size(size_t need)
     return (need + LORASYNCI_SHM_SPARE + LORASYNCI_SHM_HEAD - 1) / LORASYNCI_SHM_HEAD * LORASYNCI_SHM_HEAD;
 }
 
-LORASYNCI_FN int lorasynci_shm_fits(const lorasynci_shm_segment *g, size_t need)
+LORASYNCI_FN int lorasynci_shm_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g, size_t need)
 {
-    return g->num_bytes >= need && g->num_bytes / 2 <= lorasynci_shm_size(need);
+    return g->num_bytes >= need && g->num_bytes / 2 <= lorasynci_shm_size(need) && lorasynci_shm_payload_fits(s, g);
 }
 
 /* Removes the unused slots of an adapter that do not fit, and those that fit beyond `keep` slots in all. */
@@ -11899,7 +12039,8 @@ LORASYNCI_FN void lorasynci_shm_trim(lorasynci_shm *s, int adapter, size_t need,
     for (i = LORASYNCI_SHM_SLOTS; i-- > 0;) {
         const lorasynci_shm_segment *g = &c->slots[i];
         if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i)) continue;
-        if (lorasynci_shm_fits(g, need) && num <= keep) continue;
+        if (lorasynci_shm_fits(s, g, need) && num <= keep) continue;
+        if (!lorasynci_shm_retire(s, i)) continue; /* an engine has it open */
         lorasynci_shm_drop_slot(s, i);
         num--;
     }
@@ -11912,8 +12053,8 @@ LORASYNCI_FN int lorasynci_shm_unused(lorasynci_shm *s, int adapter, size_t need
     int                          i;
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
         const lorasynci_shm_segment *g = &c->slots[i];
-        if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i) || !lorasynci_shm_fits(g, need)) continue;
-        if (lorasynci_shm_have_slot(s, i)) return i;
+        if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i) || !lorasynci_shm_fits(s, g, need)) continue;
+        if (lorasynci_shm_have_slot(s, i) && lorasynci_shm_have_payload(s, i)) return i;
         lorasynci_shm_drop_slot(s, i);
     }
     return -1;
@@ -11938,7 +12079,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_pick(lorasynci_shm *s, int adapter, s
 {
     lorasynci_shm_place *p = &s->places[adapter];
     int                  slot;
-    if (p->next >= 0 && lorasynci_shm_fits(&s->map.control->slots[p->next], need)) return LORASYNC_OK;
+    if (p->next >= 0 && lorasynci_shm_fits(s, &s->map.control->slots[p->next], need)) return LORASYNC_OK;
     lorasynci_shm_look(s, 0); /* marks p->next too: the image may lie there */
     slot = lorasynci_shm_unused(s, adapter, need);
     if (slot < 0) {
@@ -11999,11 +12140,202 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
     const char               *memory  = lorasynci_shm_image_of(s, slot);
     size_t                    config  = strlen(image->config_json) + 1;
     uint64_t                  in_slot = s->sizes[slot] - LORASYNCI_SHM_HEAD;
-    if (h->image_bytes != (uint64_t)image->header_bytes + image->payload_bytes || h->config_bytes != config) return 0;
-    if (h->image_bytes > in_slot || config > in_slot - h->image_bytes) return 0;
+    int                       on_device = h->memory.num_bytes || image->on_device; /* then the digest in the header speaks for the payload */
+    if (h->image_bytes + h->payload_bytes != (uint64_t)image->header_bytes + image->payload_bytes || h->config_bytes != config) return 0;
+    if (h->image_bytes > in_slot || config > in_slot - h->image_bytes || image->header_bytes > in_slot || (on_device && !image->has_digest)) return 0;
     return memcmp(memory, image->header, image->header_bytes) == 0 &&
-           (!image->payload_bytes || memcmp(memory + image->header_bytes, image->payload, image->payload_bytes) == 0) &&
+           (!image->payload_bytes || on_device || memcmp(memory + image->header_bytes, image->payload, image->payload_bytes) == 0) &&
            memcmp(memory + h->image_bytes, image->config_json, config) == 0;
+}
+
+/* -- payloads in device memory: the publisher's side */
+
+/* Whether two owners are one process: the locked bit says nothing about that. */
+LORASYNCI_FN int lorasynci_shm_is_same_owner(uint64_t a, uint64_t b) { return ((a ^ b) & ~lorasynci_shm_locked) == 0; }
+
+#ifdef LORASYNC_CUDA
+
+LORASYNCI_FN lorasync_status lorasynci_shm_allocate(lorasynci_shm *s, int slot, size_t num_bytes, lorasync_error *err)
+{
+    lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
+    void                 *p = NULL;
+    LORASYNCI_CUDA(cudaMalloc(&p, num_bytes), "memory for a slot");
+    s->payloads[slot] = (char *)p;
+    LORASYNCI_CUDA(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)m->handle, p), "this GPU's memory cannot be shared over CUDA IPC; publish in host memory");
+    LORASYNCI_CUDA(cudaDeviceGetPCIBusId(m->gpu, (int)sizeof m->gpu, s->device->ordinal), "cudaDeviceGetPCIBusId");
+    m->owner     = s->mine;
+    m->pointer   = (uint64_t)(uintptr_t)p;
+    m->ordinal   = s->device->ordinal;
+    m->num_bytes = num_bytes;
+    return LORASYNC_OK;
+}
+
+/* Gives a new slot its device memory. */
+LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int slot, lorasync_error *err)
+{
+    size_t          n = s->payload_bytes ? s->payload_bytes : 1;
+    lorasync_status status;
+    int             old;
+    if (n > SIZE_MAX - 256) return lorasynci_fail_memory(err, n);
+    n = (n + 255) / 256 * 256;
+    lorasynci_device_enter(s->device, &old);
+    status = lorasynci_shm_allocate(s, slot, n, err);
+    lorasynci_device_leave(s->device, old);
+    if (status >= 0) s->map.control->slots[slot].device_bytes = n;
+    return status;
+}
+
+/* Frees it. No engine has it open. */
+LORASYNCI_FN void lorasynci_shm_free_payload(lorasynci_shm *s, int slot)
+{
+    int old;
+    if (!s->payloads[slot]) return;
+    lorasynci_shm_head_of(s, slot)->memory.pointer = 0;
+    lorasynci_device_enter(s->device, &old);
+    if (!s->stuck) cudaFree(s->payloads[slot]); /* would wait for the copy */
+    lorasynci_device_leave(s->device, old);
+    (void)cudaGetLastError();
+    s->payloads[slot] = NULL;
+}
+
+/* The device memory of a mapped slot, if it is this process's: also what an earlier transport of the process has left. */
+LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
+{
+    const lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
+    if (!s->payloads[slot] && m->num_bytes && m->num_bytes == s->map.control->slots[slot].device_bytes && m->ordinal == s->device->ordinal &&
+        lorasynci_shm_is_same_owner(m->owner, s->mine)) {
+        s->payloads[slot] = (char *)(uintptr_t)m->pointer;
+    }
+    return s->payloads[slot];
+}
+
+LORASYNCI_FN lorasync_status lorasynci_shm_enqueue(lorasynci_shm *s, int slot, const lorasync_image *image, lorasync_error *err)
+{
+    lorasynci_device *g = s->device;
+    LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
+    if (!image->payload_bytes || image->payload == s->payloads[slot]) return LORASYNC_OK;
+    LORASYNCI_CUDA(cudaMemcpyAsync(s->payloads[slot], image->payload, image->payload_bytes, cudaMemcpyDefault, g->stream), "copying the payload into a slot");
+    return LORASYNC_OK;
+}
+
+/* Starts the copy of the payload. */
+LORASYNCI_FN lorasync_status lorasynci_shm_copy_begin(lorasynci_shm *s, int slot, const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_status status;
+    int             old;
+    lorasynci_device_enter(s->device, &old);
+    status = lorasynci_shm_enqueue(s, slot, image, err);
+    lorasynci_device_leave(s->device, old);
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_error *err)
+{
+    lorasync_status status;
+    int             old;
+    lorasynci_device_enter(s->device, &old);
+    status   = lorasynci_device_drain(s->device, "copying the payload into a slot", err);
+    s->stuck = status < 0;
+    lorasynci_device_leave(s->device, old);
+    return status;
+}
+
+#else
+
+LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int slot, lorasync_error *err)
+{
+    (void)s, (void)slot, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN void  lorasynci_shm_free_payload(lorasynci_shm *s, int slot) { (void)s, (void)slot; }
+LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
+{
+    (void)s, (void)slot;
+    return NULL;
+}
+LORASYNCI_FN lorasync_status lorasynci_shm_copy_begin(lorasynci_shm *s, int slot, const lorasync_image *image, lorasync_error *err)
+{
+    (void)s, (void)slot, (void)image, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_error *err)
+{
+    (void)s, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+
+#endif
+
+LORASYNCI_FN int lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g)
+{
+    if (!s->device) return g->device_bytes == 0;
+    return g->device_bytes >= s->payload_bytes && g->device_bytes != 0 && g->device_bytes / 2 <= (uint64_t)s->payload_bytes + LORASYNCI_SHM_SPARE;
+}
+
+/* 1 while an engine that lives has a slot's device memory open. Engines that are dead lose their places here. */
+LORASYNCI_FN int lorasynci_shm_is_open(lorasynci_shm *s, int slot)
+{
+    int i;
+    for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
+        lorasynci_shm_reader *r     = &s->map.control->readers[i];
+        uint64_t              owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
+        if (!owner || !(__atomic_load_n(&r->opened[slot / 64], __ATOMIC_SEQ_CST) >> (slot % 64) & 1)) continue;
+        if (lorasynci_shm_lives(s->map.fd, i, owner, s->mine)) return 1;
+        lorasynci_shm_disown(&r->owner, owner);
+    }
+    return 0;
+}
+
+/* Whether a slot can be written. Device memory must be this process's own, on the device in use; it then is out of retirement. */
+LORASYNCI_FN int lorasynci_shm_have_payload(lorasynci_shm *s, int slot)
+{
+    lorasynci_shm_segment *g = &s->map.control->slots[slot];
+    if (!s->device) return g->device_bytes == 0;
+    if (!lorasynci_shm_find_payload(s, slot)) return 0;
+    __atomic_store_n(&g->retired, (uint64_t)0, __ATOMIC_SEQ_CST);
+    return 1;
+}
+
+/* Takes a slot's device memory out of use. 0 while an engine has it open and it must not be freed; engines see the mark at their next poll. */
+LORASYNCI_FN int lorasynci_shm_retire(lorasynci_shm *s, int slot)
+{
+    if (!s->device || !s->map.control->slots[slot].device_bytes || !lorasynci_shm_have_slot(s, slot) || !lorasynci_shm_find_payload(s, slot)) return 1;
+    __atomic_store_n(&s->map.control->slots[slot].retired, (uint64_t)1, __ATOMIC_SEQ_CST);
+    return !lorasynci_shm_is_open(s, slot);
+}
+
+/* 1 if the slot holds this very version, but in device memory that nobody can open any more. */
+LORASYNCI_FN int lorasynci_shm_is_lost(const lorasynci_shm *s, int slot, const lorasync_image *image)
+{
+    const lorasynci_shm_head *h = lorasynci_shm_head_of(s, slot);
+    if (!h->memory.num_bytes || h->version != image->version || !lorasynci_shm_same(s, slot, image)) return 0;
+    return !h->memory.pointer || s->map.control->slots[slot].retired || !lorasynci_shm_lives(s->map.fd, LORASYNCI_SHM_PUBLISHER, h->memory.owner, s->mine);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_shm_check_image(const lorasynci_shm *s, const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_image plain = *image;
+    if (s->device) plain.on_device = 0;
+    return lorasynci_check_publishable(&plain, err);
+}
+
+/* What close leaves: slots that engines have open, with their memory; of the others only those that are named, without. */
+LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
+{
+    int i, mine = lorasynci_shm_pid(s->mine) == (long)getpid();
+    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
+    if (mine && s->device) lorasynci_shm_look(s, 0);
+    for (i = 0; mine && s->device && i < LORASYNCI_SHM_SLOTS; i++) {
+        if (!s->payloads[i]) continue;
+        if (lorasynci_shm_retire(s, i)) {
+            lorasynci_shm_free_payload(s, i);
+            if (!lorasynci_shm_is_marked(s->used, i)) lorasynci_shm_drop_slot(s, i);
+        } else if (lorasynci_shm_is_marked(s->used, i)) {
+            __atomic_store_n(&s->map.control->slots[i].retired, (uint64_t)0, __ATOMIC_SEQ_CST); /* served on while the process lives */
+        }
+    }
+    lorasynci_device_stop(&s->a, s->device);
 }
 
 /* -- the transport */
@@ -12015,9 +12347,10 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     char               *memory = lorasynci_shm_image_of(s, slot);
     h->magic                   = lorasynci_shm_magic;
     h->version                 = image->version;
-    h->image_bytes             = (uint64_t)image->header_bytes + image->payload_bytes;
+    h->payload_bytes           = s->device ? image->payload_bytes : 0;
+    h->image_bytes             = (uint64_t)image->header_bytes + image->payload_bytes - h->payload_bytes;
     h->config_bytes            = strlen(image->config_json) + 1;
-    if (image->payload_bytes && image->payload != memory + image->header_bytes) {
+    if (image->payload_bytes && !s->device && image->payload != memory + image->header_bytes) {
         memmove(memory + image->header_bytes, image->payload, image->payload_bytes);
     }
     if (image->header != memory) memcpy(memory, image->header, image->header_bytes);
@@ -12029,12 +12362,12 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     lorasynci_shm *s = (lorasynci_shm *)user;
     size_t         bytes, need = 0;
     int            adapter = -1, served;
-    LORASYNCI_TRY(lorasynci_check_publishable(image, err));
+    LORASYNCI_TRY(lorasynci_shm_check_image(s, image, err));
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &adapter, err));
     s->places[adapter].staged = -1;
     served                    = lorasynci_shm_served(s, adapter);
-    if (served >= 0 && lorasynci_shm_head_of(s, served)->version >= image->version) {
+    if (served >= 0 && lorasynci_shm_head_of(s, served)->version >= image->version && !lorasynci_shm_is_lost(s, served, image)) {
         uint64_t now = lorasynci_shm_head_of(s, served)->version;
         if (now == image->version && lorasynci_shm_same(s, served, image)) return LORASYNC_OK;
         return lorasynci_fail(err, LORASYNC_E_VERSION, now == image->version ?
@@ -12042,10 +12375,13 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
                               "'%.60s' in shared memory '%s' is version %llu, which is newer than %llu; go on with a greater version, or publish elsewhere",
                               image->adapter, s->name, (unsigned long long)now, (unsigned long long)image->version);
     }
-    if (lorasynci_add(image->header_bytes, image->payload_bytes, &bytes)) need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
+    s->payload_bytes = image->payload_bytes;
+    if (lorasynci_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes)) need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image does not fit memory");
     LORASYNCI_TRY(lorasynci_shm_pick(s, adapter, need, err));
+    if (s->device) LORASYNCI_TRY(lorasynci_shm_copy_begin(s, s->places[adapter].next, image, err));
     lorasynci_shm_fill(s, s->places[adapter].next, image);
+    if (s->device) LORASYNCI_TRY(lorasynci_shm_copy_end(s, err));
     s->places[adapter].staged  = s->places[adapter].next;
     s->places[adapter].version = image->version;
     s->places[adapter].next    = -1;
@@ -12089,6 +12425,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter,
     size_t         need = lorasynci_shm_need(num_bytes, LORASYNCI_SHM_SPARE / 2);
     int            i    = -1;
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", num_bytes);
+    if (s->device) return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "a slot in device memory is not lent");
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, adapter, &i, err));
     LORASYNCI_TRY(lorasynci_shm_pick(s, i, need, err));
@@ -12101,6 +12438,7 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
     lorasynci_shm     *s = (lorasynci_shm *)user;
     lorasync_allocator a = s->a;
     int                i;
+    lorasynci_shm_leave_payloads(s);
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
         if (s->memory[i]) munmap(s->memory[i], s->sizes[i]);
     if (lorasynci_shm_pid(s->mine) == (long)getpid()) lorasynci_shm_disown(&s->map.control->publisher, s->mine);
@@ -12126,8 +12464,10 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     s->num_slots = desc->num_slots ? desc->num_slots : 3;
     strcpy(s->name, desc->name);
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
-    status = lorasynci_shm_take(s->name, 1, &s->map, &s->mine, err);
+    status = desc->cuda ? lorasynci_device_start(&a, desc->cuda->stream, 0, "lorasync_shm_desc.cuda", &s->device, err) : LORASYNC_OK;
+    if (status >= 0) status = lorasynci_shm_take(s->name, 1, &s->map, &s->mine, err);
     if (status < 0) {
+        lorasynci_device_stop(&a, s->device);
         lorasynci_free(&a, s);
         return status;
     }
@@ -12172,7 +12512,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_enter(lorasynci_shm_view *v, con
     for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
         lorasynci_shm_reader *r = &v->map.control->readers[i];
         if (lorasynci_shm_claim(v->map.fd, i, &r->owner, self, &v->mine) != 0) continue;
-        for (k = 0; k < LORASYNCI_SHM_PINS; k++) __atomic_store_n(&r->pins[k], (uint64_t)0, __ATOMIC_SEQ_CST); /* a dead reader's */
+        for (k = 0; k < LORASYNCI_SHM_PINS; k++) { /* a dead reader's */
+            __atomic_store_n(&r->pins[k], (uint64_t)0, __ATOMIC_SEQ_CST);
+            __atomic_store_n(&r->opened[k], (uint64_t)0, __ATOMIC_SEQ_CST);
+        }
         v->reader = r;
         return LORASYNC_OK;
     }
@@ -12255,6 +12598,296 @@ LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(const lorasynci_shm_view *v,
     *out_bytes = (size_t)g.num_bytes;
     return LORASYNC_OK;
 }
+/* -- payloads in device memory: the engine's side
+
+   An engine opens the device memory of a slot once and keeps it open, whatever versions the slot holds, until the slot is retired or goes away:
+
+       engine.imports -> slot 0, 2 users -> slot 1 -> slot 2, 1 user -> NULL          users: versions that the engine holds
+
+       table (device)  | operations | tiles | sums |         the digest's work, one operation per tensor, made again only when the layout changes
+       host (pinned)   | operations | tiles | sums | terms | */
+typedef struct lorasynci_import {
+    struct lorasynci_import *next;
+    lorasynci_shm_view      *view;
+    lorasynci_shm_memory     memory; /* as the slot's head has it */
+    uint64_t                 serial;
+    int                      slot, num_users;
+    int                      is_ipc;
+    char                    *payload;
+    char                    *table, *host;
+    size_t                   num_ops, num_tiles, tiles_at, sums_at, terms_at;
+} lorasynci_import;
+
+LORASYNCI_FN void lorasynci_shm_mark_opened(lorasynci_shm_view *v, int slot, int opened)
+{
+    uint64_t bit = (uint64_t)1 << (slot % 64), *word = &v->reader->opened[slot / 64];
+    if (!lorasynci_shm_is_ours(v)) return;
+    __atomic_store_n(word, opened ? *word | bit : *word & ~bit, __ATOMIC_SEQ_CST);
+}
+
+#ifdef LORASYNC_CUDA
+
+LORASYNCI_FN void lorasynci_import_close(lorasynci_device *g, lorasynci_import *m)
+{
+    lorasync_allocator a = m->view->a;
+    int                old;
+    if (g->pid == getpid()) {
+        lorasynci_device_enter(g, &old);
+        cudaFree(m->table);
+        cudaFreeHost(m->host);
+        if (m->is_ipc && m->payload) cudaIpcCloseMemHandle(m->payload);
+        lorasynci_device_leave(g, old);
+        (void)cudaGetLastError();
+    }
+    if (m->payload) lorasynci_shm_mark_opened(m->view, m->slot, 0); /* only now that it is closed */
+    lorasynci_shm_view_drop(m->view);
+    lorasynci_free(&a, m);
+}
+
+/* Closes what nothing uses and the publisher wants back, or has given up. */
+LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import **first, const lorasynci_shm_view *now)
+{
+    while (*first) {
+        lorasynci_import            *m = *first;
+        const lorasynci_shm_segment *s = &m->view->map.control->slots[m->slot];
+        if (m->num_users || (m->view == now && s->serial == m->serial && !__atomic_load_n(&s->retired, __ATOMIC_SEQ_CST))) {
+            first = &m->next;
+            continue;
+        }
+        *first = m->next;
+        lorasynci_import_close(g, m);
+    }
+}
+
+/* Memory of this process, on this or on another GPU. */
+LORASYNCI_FN lorasync_status lorasynci_import_own(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
+{
+    int         ordinal = (int)m->memory.ordinal, can = 1;
+    cudaError_t e       = cudaSuccess;
+    if (ordinal != g->ordinal) {
+        e = cudaDeviceCanAccessPeer(&can, g->ordinal, ordinal);
+        if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(ordinal, 0);
+        (void)cudaGetLastError();
+        if (e == cudaErrorPeerAccessAlreadyEnabled) e = cudaSuccess;
+    }
+    if (!can || e != cudaSuccess) {
+        return lorasynci_fail(err, LORASYNC_E_CUDA, "the payload is on GPU %d, which GPU %d of the engine cannot access; open the engine on GPU %d", ordinal, g->ordinal, ordinal);
+    }
+    m->payload = (char *)(uintptr_t)m->memory.pointer;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_import_open_ipc(lorasynci_import *m, lorasync_error *err)
+{
+    void       *p = NULL;
+    cudaError_t e = cudaIpcOpenMemHandle(&p, *(const cudaIpcMemHandle_t *)(const void *)m->memory.handle, cudaIpcMemLazyEnablePeerAccess);
+    if (e == cudaSuccess) {
+        m->payload = (char *)p;
+        m->is_ipc  = 1;
+        return LORASYNC_OK;
+    }
+    (void)cudaGetLastError();
+    return lorasynci_fail(err, LORASYNC_E_CUDA,
+                          "cannot open device memory of process %ld on GPU %s over CUDA IPC: %s (%s); the engine's GPU must be that one or have peer access to it, and "
+                          "both processes must share host, user and IPC namespace; or publish in host memory",
+                          lorasynci_shm_pid(m->memory.owner), m->memory.gpu, cudaGetErrorString(e), cudaGetErrorName(e));
+}
+
+/* Marks the memory as opened, and then looks whether it is still there: see above. The device is current. */
+LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
+{
+    const lorasynci_shm_control *c     = m->view->map.control;
+    uint64_t                     owner = m->memory.owner;
+    lorasync_status              status;
+    lorasynci_shm_mark_opened(m->view, m->slot, 1);
+    if (!lorasynci_shm_lives(m->view->map.fd, LORASYNCI_SHM_PUBLISHER, owner, m->view->mine)) {
+        status = lorasynci_fail(err, LORASYNC_E_IO, "the payload was in device memory of publisher process %ld, which has ended; publish it again", lorasynci_shm_pid(owner));
+    } else if (__atomic_load_n(&c->slots[m->slot].retired, __ATOMIC_SEQ_CST)) {
+        status = lorasynci_fail(err, LORASYNC_E_IO, "the payload was in device memory of publisher process %ld, which has closed the transport; publish it again",
+                                lorasynci_shm_pid(owner));
+    } else {
+        status = lorasynci_shm_is_same_owner(owner, m->view->mine) ? lorasynci_import_own(g, m, err) : lorasynci_import_open_ipc(m, err);
+    }
+    if (status < 0) lorasynci_shm_mark_opened(m->view, m->slot, 0);
+    return status;
+}
+
+/* The memory of a pinned slot, opened now or before. */
+LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci_import **first, lorasynci_shm_view *v, int slot,
+                                                  const lorasynci_shm_memory *memory, lorasynci_import **out, lorasync_error *err)
+{
+    uint64_t          serial = v->map.control->slots[slot].serial;
+    lorasynci_import *m;
+    lorasync_status   status;
+    int               old;
+    lorasynci_imports_sweep(g, first, v); /* an earlier slot's of this number must be closed first */
+    for (m = *first; m && (m->view != v || m->slot != slot || m->serial != serial); m = m->next) {}
+    *out = m;
+    if (m) return LORASYNC_OK;
+    m = (lorasynci_import *)lorasynci_alloc_array(&v->a, 1, sizeof *m);
+    if (!m) return lorasynci_fail_memory(err, sizeof *m);
+    m->view   = v;
+    m->slot   = slot;
+    m->serial = serial;
+    m->memory = *memory;
+    v->num_users++;
+    lorasynci_device_enter(g, &old);
+    status = lorasynci_import_open(g, m, err);
+    lorasynci_device_leave(g, old);
+    if (status < 0) {
+        lorasynci_import_close(g, m);
+        return status;
+    }
+    m->next = *first;
+    *out = *first = m;
+    return LORASYNC_OK;
+}
+
+/* What digests one tensor: its bytes as 16-bit words where they are, else as bytes. */
+LORASYNCI_FN lorasyncd_op lorasynci_import_op(const lorasynci_import *m, const lorasync_tensor *t, size_t index)
+{
+    lorasyncd_op o;
+    int          wide = t->offset % 2 == 0 && t->num_bytes % 2 == 0;
+    memset(&o, 0, sizeof o);
+    o.src       = (uint64_t)(uintptr_t)m->payload + t->offset;
+    o.sum       = (uint64_t)(uintptr_t)m->table + m->sums_at + index * 8;
+    o.num = o.n1 = (long long)(t->num_bytes / (wide ? 2 : 1));
+    o.s0 = o.row = o.n1;
+    o.s1 = o.d1 = 1;
+    o.tensor    = (unsigned)index;
+    o.scale     = 1.0f;
+    o.src_dtype = o.dst_dtype = wide ? LORASYNC_U16 : LORASYNC_U8;
+    o.vector    = (unsigned char)lorasynci_is_vector(&o);
+    return o;
+}
+
+LORASYNCI_FN size_t lorasynci_import_tiles(const lorasync_tensor *t)
+{
+    size_t n = t->offset % 2 == 0 && t->num_bytes % 2 == 0 ? t->num_bytes / 2 : t->num_bytes;
+    return n / LORASYNCD_TILE + (n % LORASYNCD_TILE != 0);
+}
+
+/* 1 if the tables are those of this image. */
+LORASYNCI_FN int lorasynci_import_fits(const lorasynci_import *m, const lorasync_image *image)
+{
+    const lorasyncd_op *ops = (const lorasyncd_op *)(const void *)m->host;
+    size_t              i;
+    if (!m->host || m->num_ops != image->num_tensors) return 0;
+    for (i = 0; i < m->num_ops; i++) {
+        lorasyncd_op o = lorasynci_import_op(m, &image->tensors[i], i);
+        if (memcmp(&o, &ops[i], sizeof o) != 0) return 0;
+    }
+    return 1;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_import_reserve(lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    size_t i;
+    cudaFree(m->table);
+    cudaFreeHost(m->host);
+    m->table = m->host = NULL;
+    m->num_ops         = image->num_tensors;
+    for (m->num_tiles = i = 0; i < m->num_ops; i++) m->num_tiles += lorasynci_import_tiles(&image->tensors[i]);
+    if (m->num_tiles > 0x7fffffffu) return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
+    m->tiles_at = m->num_ops * sizeof(lorasyncd_op);
+    m->sums_at  = m->tiles_at + m->num_tiles * sizeof(lorasyncd_tile);
+    m->terms_at = m->sums_at + m->num_ops * 8;
+    LORASYNCI_CUDA(cudaMalloc((void **)&m->table, m->terms_at + 8), "memory for the digest's tables");
+    LORASYNCI_CUDA(cudaHostAlloc((void **)&m->host, m->terms_at + m->num_ops * sizeof(lorasynci_term) + 8, cudaHostAllocDefault), "pinned memory for the digest's tables");
+    return LORASYNC_OK;
+}
+
+/* Makes the tables and copies them to the device. */
+LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    lorasyncd_op   *ops;
+    lorasyncd_tile *tiles;
+    size_t          i, num = 0;
+    LORASYNCI_TRY(lorasynci_import_reserve(m, image, err));
+    ops   = (lorasyncd_op *)(void *)m->host;
+    tiles = (lorasyncd_tile *)(void *)(m->host + m->tiles_at);
+    for (i = 0; i < m->num_ops; i++) {
+        long long first;
+        ops[i] = lorasynci_import_op(m, &image->tensors[i], i);
+        for (first = 0; first < ops[i].num; first += LORASYNCD_TILE, num++) {
+            tiles[num].first = first;
+            tiles[num].op    = (unsigned)i;
+            tiles[num].count = ops[i].num - first < LORASYNCD_TILE ? (unsigned)(ops[i].num - first) : LORASYNCD_TILE;
+        }
+    }
+    LORASYNCI_CUDA(cudaMemcpyAsync(m->table, m->host, m->sums_at, cudaMemcpyDefault, g->stream), "copying the digest's tables");
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    void    *parameters[3];
+    char    *ops, *tiles, *bad;
+    CUresult r = CUDA_SUCCESS;
+    if (!lorasynci_import_fits(m, image)) {
+        LORASYNCI_TRY(lorasynci_import_tabulate(g, m, image, err));
+    }
+    ops           = m->table;
+    tiles         = m->table + m->tiles_at;
+    bad           = m->table + m->sums_at; /* never written: integers are not checked */
+    parameters[0] = &ops;
+    parameters[1] = &tiles;
+    parameters[2] = &bad;
+    LORASYNCI_CUDA(cudaMemsetAsync(m->table + m->sums_at, 0, m->num_ops * 8, g->stream), "cudaMemsetAsync");
+    if (m->num_tiles) r = g->launch(g->kernel, (unsigned)m->num_tiles, 1, 1, LORASYNCD_THREADS, 1, 1, 0, g->stream, parameters, NULL);
+    if (r != CUDA_SUCCESS) return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the digest's kernel was not launched (CUresult %d)", (int)r);
+    LORASYNCI_CUDA(cudaMemcpyAsync(m->host + m->sums_at, m->table + m->sums_at, m->num_ops * 8, cudaMemcpyDefault, g->stream), "copying digests");
+    return LORASYNC_OK;
+}
+
+/* Starts digesting the image where it lies. */
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_status status;
+    int             old;
+    lorasynci_device_enter(g, &old);
+    status = lorasynci_import_launch(g, m, image, err);
+    lorasynci_device_leave(g, old);
+    return status;
+}
+
+/* Waits for the digest and compares it. */
+LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    lorasynci_term *terms = (lorasynci_term *)(void *)(m->host + m->terms_at);
+    lorasync_status status;
+    size_t          i;
+    int             old;
+    for (i = 0; i < m->num_ops; i++) terms[i] = lorasynci_digest_term(&image->tensors[i]); /* while the GPU is at it */
+    lorasynci_device_enter(g, &old);
+    status = lorasynci_device_drain(g, "digesting the payload", err);
+    lorasynci_device_leave(g, old);
+    if (status < 0) return status;
+    return lorasynci_compare_digest(image, lorasynci_digest_terms(terms, (const uint64_t *)(const void *)(m->host + m->sums_at), m->num_ops), err);
+}
+
+#else
+
+LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import **first, const lorasynci_shm_view *now) { (void)g, (void)first, (void)now; }
+LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci_import **first, lorasynci_shm_view *v, int slot,
+                                                  const lorasynci_shm_memory *memory, lorasynci_import **out, lorasync_error *err)
+{
+    (void)g, (void)first, (void)v, (void)slot, (void)memory, (void)out, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    (void)g, (void)m, (void)image, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    (void)g, (void)m, (void)image, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+
+#endif
+
 /* ------------------------------------------------------------------------------------------------------- >>engine -- */
 
 /* Opens published adapters, checks them, and serves them to threads that come and go. Relies on image, config, the names of publish, and shm. */
@@ -12288,12 +12921,14 @@ typedef struct lorasynci_opened {
     lorasynci_file_id   id;     /* of the model file */
     lorasynci_shm_view *view;   /* NULL for files; else that slot of it is pinned */
     int                 slot;
+    lorasynci_import   *import; /* NULL: the payload is not in device memory */
 } lorasynci_opened;
 
 LORASYNCI_FN void lorasynci_opened_free(lorasynci_opened *o)
 {
     if (o->image) lorasync_image_free(o->image);
     if (o->config) lorasync_config_free(o->config);
+    if (o->import) o->import->num_users--;
     if (o->view) {
         lorasynci_shm_unpin(o->view, o->slot); /* only now that it is unmapped */
         lorasynci_shm_view_drop(o->view);
@@ -12530,6 +13165,8 @@ struct lorasync_engine {
     char               *shm;       /* or NULL */
     char               *adapter;   /* or NULL: all */
     int                 no_verify;
+    lorasynci_device   *device;  /* NULL: versions in device memory are refused */
+    lorasynci_import   *imports; /* device memory that is open */
     lorasynci_shm_view *view;  /* NULL: not found yet */
     lorasynci_served   *first; /* atomic */
 };
@@ -12631,9 +13268,10 @@ LORASYNCI_FN lorasync_status lorasynci_open_version(lorasync_engine *e, int adap
 
 LORASYNCI_FN int lorasynci_same_content(const lorasync_image *a, const lorasync_image *b)
 {
+    int on_device = a->on_device || b->on_device; /* then the digest in the header speaks for the payload */
     return a->header_bytes == b->header_bytes && memcmp(a->header, b->header, a->header_bytes) == 0 &&
-           a->payload_bytes == b->payload_bytes &&
-           (!a->payload_bytes || memcmp(a->payload, b->payload, a->payload_bytes) == 0) && strcmp(a->config_json, b->config_json) == 0;
+           a->payload_bytes == b->payload_bytes && (!on_device || a->has_digest) &&
+           (!a->payload_bytes || on_device || memcmp(a->payload, b->payload, a->payload_bytes) == 0) && strcmp(a->config_json, b->config_json) == 0;
 }
 
 /* The served version is also the published one: is it still the same? Reads the file only if it is another one than before. */
@@ -12779,22 +13417,49 @@ LORASYNCI_FN lorasync_status lorasynci_find_control(lorasync_engine *e, lorasync
     return lorasynci_shm_view_open(e->shm, &e->a, &e->view, err);
 }
 
+/* Reads the header of a mapped slot, and finds its payload: behind the header, or in device memory. The image then has the mapping. */
+LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, void *map, size_t num_bytes, lorasynci_opened *out, lorasync_error *err)
+{
+    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
+    const unsigned char      *memory = (const unsigned char *)map + LORASYNCI_SHM_HEAD;
+    size_t                    total  = (size_t)h->image_bytes;
+    if (h->memory.num_bytes) {
+        if (!e->device) {
+            return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                                  "the payload is in device memory of process %ld on GPU %s; set accept_device when the engine is opened, or publish in host memory",
+                                  lorasynci_shm_pid(h->memory.owner), h->memory.gpu);
+        }
+        if (h->payload_bytes > h->memory.num_bytes || total < 8 || lorasynci_load_le64(memory, 8) != total - 8 || !lorasynci_add(total, (size_t)h->payload_bytes, &total))
+            return lorasynci_fail(err, LORASYNC_E_FORMAT, "the slot is damaged: its head does not fit its header and device memory; publish again");
+        LORASYNCI_TRY(lorasynci_import_get(e->device, &e->imports, out->view, out->slot, &h->memory, &out->import, err));
+        out->import->num_users++;
+    }
+    LORASYNCI_TRY(lorasync_image_parse(memory, total, &e->a, &out->image, err)); /* looks at the header only */
+    lorasynci_image_own_mapping(out->image, map, num_bytes);
+    if (!out->import) return LORASYNC_OK;
+    lorasync_image_bind(out->image, out->import->payload);
+    out->image->on_device = 1;
+    return LORASYNC_OK;
+}
+
 /* Opens and checks what is mapped, in place. */
 LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const char *adapter, const char *where, void *map, size_t num_bytes,
                                                    lorasynci_opened *out, lorasync_error *err)
 {
     const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
     const char               *memory = (const char *)map + LORASYNCI_SHM_HEAD;
-    lorasync_status           status = lorasync_image_parse(memory, (size_t)h->image_bytes, &e->a, &out->image, err);
+    lorasync_status           status = lorasynci_parse_mapped(e, map, num_bytes, out, err);
+    int                       verify = status >= 0 && !e->no_verify && out->image->has_digest;
     if (status < 0) {
-        munmap(map, num_bytes);
+        if (!out->image) munmap(map, num_bytes);
         return status;
     }
-    lorasynci_image_own_mapping(out->image, map, num_bytes);
     out->image->config_json = memory + h->image_bytes;
-    if (!e->no_verify && out->image->has_digest) LORASYNCI_TRY(lorasync_image_verify(out->image, err));
+    if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_begin(e->device, out->import, out->image, err));
+    else if (verify) LORASYNCI_TRY(lorasync_image_verify(out->image, err));
     LORASYNCI_TRY(lorasync_config_parse(out->image->config_json, (size_t)h->config_bytes - 1, &e->a, &out->config, err));
     LORASYNCI_TRY(lorasync_config_check(out->config, out->image->tensors, out->image->num_tensors, err));
+    if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_end(e->device, out->import, out->image, err));
     return lorasynci_check_names(out->image, where, adapter, h->version, err);
 }
 
@@ -12862,6 +13527,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_shm(lorasync_engine *e, lorasync_err
     int               i;
     for (s = e->first; s; s = s->next) lorasynci_empty_slot(s);
     found = lorasynci_find_control(e, err);
+    lorasynci_imports_sweep(e->device, &e->imports, e->view);
     if (found != LORASYNC_OK) return found;
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
         const lorasynci_shm_adapter *entry = &e->view->map.control->adapters[i];
@@ -12935,6 +13601,7 @@ LORASYNC_API void lorasync_release(const lorasync_adapter *adapter)
 LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lorasync_engine_desc *desc, lorasync_error *err)
 {
     e->no_verify = desc->no_verify;
+    if (desc->accept_device && !desc->shm) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "accept_device goes with shm: what lies in a directory is in host memory");
     if (desc->directory && desc->shm) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory and shm are both set; an engine has one source");
     if (desc->shm) {
         LORASYNCI_TRY(lorasynci_shm_check_name(desc->shm, err));
@@ -12942,6 +13609,9 @@ LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lor
         if (!e->shm) return lorasynci_fail_memory(err, strlen(desc->shm) + 1);
     } else {
         LORASYNCI_TRY(lorasynci_copy_directory(&e->a, desc->directory, &e->directory, err));
+    }
+    if (desc->accept_device) {
+        LORASYNCI_TRY(lorasynci_device_start(&e->a, NULL, !desc->no_verify, "lorasync_engine_desc.accept_device", &e->device, err));
     }
     if (!desc->adapter) return LORASYNC_OK;
     LORASYNCI_TRY(lorasynci_check_adapter_name(desc->adapter, err));
@@ -12975,6 +13645,8 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
         engine->first       = s->next;
         lorasynci_served_free(engine, s);
     }
+    lorasynci_imports_sweep(engine->device, &engine->imports, NULL);
+    lorasynci_device_stop(&a, engine->device);
     lorasynci_shm_view_drop(engine->view);
     lorasynci_free(&a, engine->directory);
     lorasynci_free(&a, engine->shm);
@@ -14949,62 +15621,62 @@ static const char *const lorasynci_ptx[] = {
     ")",
     ".maxntid 256, 1, 1",
     "{",
-    " .reg .pred %p<176>;",
+    " .reg .pred %p<180>;",
     " .reg .b16 %rs<49>;",
     " .reg .f32 %f<39>;",
     " .reg .b32 %r<273>;",
-    " .reg .b64 %rd<355>;",
-    " ld.param.u64 %rd116, [lorasyncd_copy_param_0];",
-    " ld.param.u64 %rd117, [lorasyncd_copy_param_1];",
-    " cvta.to.global.u64 %rd118, %rd116;",
-    " mov.u32 %r66, %ctaid.x;",
+    " .reg .b64 %rd<354>;",
+    " ld.param.u64 %rd117, [lorasyncd_copy_param_0];",
+    " ld.param.u64 %rd118, [lorasyncd_copy_param_1];",
     " cvta.to.global.u64 %rd119, %rd117;",
-    " mul.wide.u32 %rd120, %r66, 16;",
-    " add.s64 %rd121, %rd119, %rd120;",
-    " ld.global.u64 %rd1, [%rd121];",
-    " mov.u64 %rd353, 0;",
-    " ld.global.v2.u32 {%r67, %r68}, [%rd121+8];",
-    " mul.wide.u32 %rd122, %r67, 104;",
-    " add.s64 %rd123, %rd118, %rd122;",
-    " ld.global.u64 %rd2, [%rd123];",
-    " ld.global.u64 %rd3, [%rd123+8];",
-    " ld.global.u64 %rd4, [%rd123+16];",
-    " ld.global.u64 %rd5, [%rd123+24];",
-    " ld.global.u64 %rd6, [%rd123+32];",
-    " ld.global.u64 %rd7, [%rd123+40];",
-    " ld.global.u64 %rd8, [%rd123+48];",
-    " ld.global.u64 %rd9, [%rd123+56];",
-    " ld.global.u64 %rd10, [%rd123+64];",
-    " ld.global.u64 %rd11, [%rd123+72];",
-    " ld.global.u64 %rd12, [%rd123+80];",
-    " ld.global.v2.u32 {%r70, %r71}, [%rd123+88];",
-    " ld.global.v4.u8 {%rs9, %rs10, %rs11, %rs12}, [%rd123+96];",
+    " mov.u32 %r66, %ctaid.x;",
+    " cvta.to.global.u64 %rd120, %rd118;",
+    " mul.wide.u32 %rd121, %r66, 16;",
+    " add.s64 %rd122, %rd120, %rd121;",
+    " ld.global.u64 %rd1, [%rd122];",
+    " mov.u64 %rd352, 0;",
+    " ld.global.v2.u32 {%r67, %r68}, [%rd122+8];",
+    " mul.wide.u32 %rd123, %r67, 104;",
+    " add.s64 %rd124, %rd119, %rd123;",
+    " ld.global.u64 %rd2, [%rd124];",
+    " ld.global.u64 %rd3, [%rd124+8];",
+    " ld.global.u64 %rd4, [%rd124+16];",
+    " ld.global.u64 %rd5, [%rd124+24];",
+    " ld.global.u64 %rd6, [%rd124+32];",
+    " ld.global.u64 %rd7, [%rd124+40];",
+    " ld.global.u64 %rd8, [%rd124+48];",
+    " ld.global.u64 %rd9, [%rd124+56];",
+    " ld.global.u64 %rd10, [%rd124+64];",
+    " ld.global.u64 %rd11, [%rd124+72];",
+    " ld.global.u64 %rd12, [%rd124+80];",
+    " ld.global.v2.u32 {%r70, %r71}, [%rd124+88];",
+    " ld.global.v4.u8 {%rs9, %rs10, %rs11, %rs12}, [%rd124+96];",
     " setp.eq.s16 %p24, %rs12, 0;",
     " shr.u32 %r72, %r68, 3;",
     " selp.b32 %r4, 0, %r72, %p24;",
     " mov.u32 %r249, %tid.x;",
     " setp.ge.u32 %p25, %r249, %r4;",
-    " mov.u64 %rd331, -1;",
-    " @%p25 bra $L__BB4_36;",
+    " mov.u64 %rd330, -1;",
+    " @%p25 bra $L__BB4_38;",
     " setp.ne.s16 %p26, %rs10, 18;",
-    " mov.u64 %rd125, 0;",
+    " mov.u64 %rd126, 0;",
     " setp.eq.s16 %p27, %rs9, 18;",
     " and.pred %p1, %p27, %p26;",
-    " mov.u64 %rd331, -1;",
+    " mov.u64 %rd330, -1;",
     " not.pred %p31, %p1;",
     " mov.b32 %f2, %r71;",
-    " mov.u64 %rd353, %rd125;",
+    " mov.u64 %rd352, %rd126;",
     "$L__BB4_2:",
     " .pragma \"nounroll\";",
     " setp.eq.s64 %p28, %rd5, %rd6;",
-    " mov.u64 %rd324, %rd125;",
+    " mov.u64 %rd323, %rd126;",
     " @%p28 bra $L__BB4_4;",
-    " mul.wide.u32 %rd127, %r249, 8;",
-    " add.s64 %rd128, %rd127, %rd1;",
+    " mul.wide.u32 %rd128, %r249, 8;",
+    " add.s64 %rd129, %rd128, %rd1;",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd128;",
+    " st.param.b64 [param0+0], %rd129;",
     " .param .b64 param1;",
     " st.param.b64 [param1+0], %rd6;",
     " .param .b64 retval0;",
@@ -15014,22 +15686,22 @@ static const char *const lorasynci_ptx[] = {
     " param0,",
     " param1",
     " );",
-    " ld.param.b64 %rd324, [retval0+0];",
+    " ld.param.b64 %rd323, [retval0+0];",
     " }",
     "$L__BB4_4:",
     " setp.ne.s16 %p29, %rs9, 18;",
-    " mul.wide.u32 %rd129, %r249, 8;",
-    " add.s64 %rd130, %rd129, %rd1;",
-    " mul.lo.s64 %rd131, %rd324, %rd6;",
-    " sub.s64 %rd17, %rd130, %rd131;",
-    " mul.lo.s64 %rd132, %rd324, %rd12;",
-    " add.s64 %rd133, %rd132, %rd11;",
-    " add.s64 %rd18, %rd133, %rd17;",
-    " mul.lo.s64 %rd134, %rd324, %rd7;",
-    " add.s64 %rd135, %rd17, %rd134;",
-    " selp.b64 %rd136, 4, 2, %p27;",
-    " mul.lo.s64 %rd137, %rd135, %rd136;",
-    " add.s64 %rd19, %rd2, %rd137;",
+    " mul.wide.u32 %rd130, %r249, 8;",
+    " add.s64 %rd131, %rd130, %rd1;",
+    " mul.lo.s64 %rd132, %rd323, %rd6;",
+    " sub.s64 %rd17, %rd131, %rd132;",
+    " mul.lo.s64 %rd133, %rd323, %rd12;",
+    " add.s64 %rd134, %rd133, %rd11;",
+    " add.s64 %rd18, %rd134, %rd17;",
+    " mul.lo.s64 %rd135, %rd323, %rd7;",
+    " add.s64 %rd136, %rd17, %rd135;",
+    " selp.b64 %rd137, 4, 2, %p27;",
+    " mul.lo.s64 %rd138, %rd136, %rd137;",
+    " add.s64 %rd19, %rd2, %rd138;",
     " ld.v4.u32 {%r269, %r268, %r267, %r266}, [%rd19];",
     " mov.u32 %r250, %r269;",
     " mov.u32 %r251, %r268;",
@@ -15173,300 +15845,306 @@ static const char *const lorasynci_ptx[] = {
     " shl.b32 %r140, %r253, 16;",
     " or.b32 %r266, %r140, %r252;",
     "$L__BB4_11:",
-    " mul.wide.u32 %rd319, %r249, 8;",
-    " mul.lo.s64 %rd318, %rd324, %rd6;",
-    " add.s64 %rd317, %rd319, %rd1;",
-    " sub.s64 %rd316, %rd317, %rd318;",
-    " mul.lo.s64 %rd138, %rd324, %rd9;",
-    " add.s64 %rd139, %rd316, %rd138;",
-    " setp.eq.s16 %p42, %rs10, 18;",
-    " selp.b64 %rd140, 4, 2, %p42;",
-    " mul.lo.s64 %rd141, %rd139, %rd140;",
-    " add.s64 %rd21, %rd3, %rd141;",
+    " mul.wide.u32 %rd318, %r249, 8;",
+    " mul.lo.s64 %rd317, %rd323, %rd6;",
+    " add.s64 %rd316, %rd318, %rd1;",
+    " sub.s64 %rd315, %rd316, %rd317;",
+    " mul.lo.s64 %rd139, %rd323, %rd9;",
+    " add.s64 %rd140, %rd315, %rd139;",
+    " setp.eq.s16 %p41, %rs10, 18;",
+    " selp.b64 %rd141, 4, 2, %p41;",
+    " mul.lo.s64 %rd142, %rd140, %rd141;",
+    " add.s64 %rd21, %rd3, %rd142;",
+    " setp.eq.s64 %p42, %rd3, 0;",
+    " @%p42 bra $L__BB4_13;",
     " st.v4.u32 [%rd21], {%r269, %r268, %r267, %r266};",
-    " @%p26 bra $L__BB4_13;",
-    " st.v4.u32 [%rd21+16], {%r250, %r251, %r252, %r253};",
     "$L__BB4_13:",
-    " setp.eq.s64 %p43, %rd4, 0;",
-    " @%p43 bra $L__BB4_35;",
-    " setp.eq.s16 %p168, %rs10, 18;",
-    " selp.b64 %rd320, 4, 2, %p168;",
-    " mul.lo.s64 %rd143, %rd18, %rd320;",
-    " and.b64 %rd144, %rd143, 252;",
-    " mov.u64 %rd145, lorasyncd_keys;",
-    " add.s64 %rd146, %rd145, %rd144;",
-    " ld.global.nc.v4.u32 {%r141, %r142, %r143, %r144}, [%rd146];",
-    " mul.wide.u32 %rd147, %r269, %r141;",
-    " mul.wide.u32 %rd148, %r268, %r142;",
-    " add.s64 %rd149, %rd148, %rd147;",
-    " mul.wide.u32 %rd150, %r267, %r143;",
-    " add.s64 %rd151, %rd149, %rd150;",
-    " mul.wide.u32 %rd152, %r266, %r144;",
-    " add.s64 %rd325, %rd151, %rd152;",
-    " @%p26 bra $L__BB4_16;",
-    " add.s64 %rd156, %rd144, 16;",
-    " and.b64 %rd157, %rd156, 252;",
-    " add.s64 %rd159, %rd145, %rd157;",
-    " ld.global.nc.v4.u32 {%r149, %r150, %r151, %r152}, [%rd159];",
-    " mul.wide.u32 %rd160, %r250, %r149;",
-    " mul.wide.u32 %rd161, %r251, %r150;",
-    " mul.wide.u32 %rd162, %r252, %r151;",
-    " mul.wide.u32 %rd163, %r253, %r152;",
-    " add.s64 %rd164, %rd160, %rd325;",
+    " or.pred %p45, %p42, %p26;",
+    " @%p45 bra $L__BB4_15;",
+    " st.v4.u32 [%rd21+16], {%r250, %r251, %r252, %r253};",
+    "$L__BB4_15:",
+    " setp.eq.s64 %p46, %rd4, 0;",
+    " @%p46 bra $L__BB4_37;",
+    " setp.eq.s16 %p172, %rs10, 18;",
+    " selp.b64 %rd319, 4, 2, %p172;",
+    " mul.lo.s64 %rd144, %rd18, %rd319;",
+    " shr.s64 %rd22, %rd144, 2;",
+    " and.b64 %rd145, %rd144, 252;",
+    " mov.u64 %rd146, lorasyncd_keys;",
+    " add.s64 %rd147, %rd146, %rd145;",
+    " ld.global.nc.v4.u32 {%r141, %r142, %r143, %r144}, [%rd147];",
+    " mul.wide.u32 %rd148, %r269, %r141;",
+    " mul.wide.u32 %rd149, %r268, %r142;",
+    " add.s64 %rd150, %rd149, %rd148;",
+    " mul.wide.u32 %rd151, %r267, %r143;",
+    " add.s64 %rd152, %rd150, %rd151;",
+    " mul.wide.u32 %rd153, %r266, %r144;",
+    " add.s64 %rd324, %rd152, %rd153;",
+    " @%p26 bra $L__BB4_18;",
+    " shl.b64 %rd154, %rd22, 2;",
+    " add.s64 %rd155, %rd154, 16;",
+    " and.b64 %rd156, %rd155, 252;",
+    " add.s64 %rd158, %rd146, %rd156;",
+    " ld.global.nc.v4.u32 {%r149, %r150, %r151, %r152}, [%rd158];",
+    " mul.wide.u32 %rd159, %r250, %r149;",
+    " mul.wide.u32 %rd160, %r251, %r150;",
+    " mul.wide.u32 %rd161, %r252, %r151;",
+    " mul.wide.u32 %rd162, %r253, %r152;",
+    " add.s64 %rd163, %rd159, %rd324;",
+    " add.s64 %rd164, %rd163, %rd160;",
     " add.s64 %rd165, %rd164, %rd161;",
-    " add.s64 %rd166, %rd165, %rd162;",
-    " add.s64 %rd325, %rd166, %rd163;",
-    "$L__BB4_16:",
-    " selp.b32 %r158, 2139095040, 0, %p42;",
-    " mov.u32 %r270, 0;",
-    " setp.eq.s16 %p48, %rs10, 14;",
-    " selp.b32 %r159, 2080406528, %r158, %p48;",
-    " setp.eq.s16 %p49, %rs10, 15;",
-    " selp.b32 %r160, 2139127680, %r159, %p49;",
-    " setp.eq.s32 %p50, %r160, 0;",
-    " @%p50 bra $L__BB4_21;",
-    " @%p42 bra $L__BB4_19;",
-    " bra.uni $L__BB4_18;",
-    "$L__BB4_19:",
-    " and.b32 %r179, %r269, %r160;",
-    " setp.eq.s32 %p72, %r179, %r160;",
-    " and.b32 %r180, %r268, %r160;",
-    " setp.eq.s32 %p73, %r180, %r160;",
-    " or.pred %p74, %p72, %p73;",
-    " and.b32 %r181, %r267, %r160;",
-    " setp.eq.s32 %p75, %r181, %r160;",
-    " or.pred %p76, %p74, %p75;",
-    " and.b32 %r182, %r266, %r160;",
-    " setp.eq.s32 %p77, %r182, %r160;",
-    " or.pred %p78, %p76, %p77;",
-    " and.b32 %r183, %r250, %r160;",
-    " setp.eq.s32 %p79, %r183, %r160;",
-    " or.pred %p80, %p78, %p79;",
-    " and.b32 %r184, %r251, %r160;",
-    " setp.eq.s32 %p81, %r184, %r160;",
-    " or.pred %p82, %p80, %p81;",
-    " and.b32 %r185, %r252, %r160;",
-    " setp.eq.s32 %p83, %r185, %r160;",
-    " or.pred %p84, %p82, %p83;",
-    " and.b32 %r186, %r253, %r160;",
-    " setp.eq.s32 %p85, %r186, %r160;",
-    " or.pred %p172, %p84, %p85;",
-    " bra.uni $L__BB4_20;",
+    " add.s64 %rd324, %rd165, %rd162;",
     "$L__BB4_18:",
+    " setp.eq.s16 %p49, %rs10, 15;",
+    " setp.eq.s16 %p50, %rs10, 14;",
+    " selp.b32 %r158, 2139095040, 0, %p41;",
+    " mov.u32 %r270, 0;",
+    " selp.b32 %r159, 2080406528, %r158, %p50;",
+    " selp.b32 %r160, 2139127680, %r159, %p49;",
+    " setp.eq.s32 %p52, %r160, 0;",
+    " @%p52 bra $L__BB4_23;",
+    " @%p41 bra $L__BB4_21;",
+    " bra.uni $L__BB4_20;",
+    "$L__BB4_21:",
+    " and.b32 %r179, %r269, %r160;",
+    " setp.eq.s32 %p74, %r179, %r160;",
+    " and.b32 %r180, %r268, %r160;",
+    " setp.eq.s32 %p75, %r180, %r160;",
+    " or.pred %p76, %p74, %p75;",
+    " and.b32 %r181, %r267, %r160;",
+    " setp.eq.s32 %p77, %r181, %r160;",
+    " or.pred %p78, %p76, %p77;",
+    " and.b32 %r182, %r266, %r160;",
+    " setp.eq.s32 %p79, %r182, %r160;",
+    " or.pred %p80, %p78, %p79;",
+    " and.b32 %r183, %r250, %r160;",
+    " setp.eq.s32 %p81, %r183, %r160;",
+    " or.pred %p82, %p80, %p81;",
+    " and.b32 %r184, %r251, %r160;",
+    " setp.eq.s32 %p83, %r184, %r160;",
+    " or.pred %p84, %p82, %p83;",
+    " and.b32 %r185, %r252, %r160;",
+    " setp.eq.s32 %p85, %r185, %r160;",
+    " or.pred %p86, %p84, %p85;",
+    " and.b32 %r186, %r253, %r160;",
+    " setp.eq.s32 %p87, %r186, %r160;",
+    " or.pred %p176, %p86, %p87;",
+    " bra.uni $L__BB4_22;",
+    "$L__BB4_20:",
     " not.b32 %r161, %r269;",
     " and.b32 %r165, %r160, %r161;",
     " and.b32 %r166, %r165, 32640;",
-    " setp.eq.s32 %p55, %r166, 0;",
-    " setp.lt.u32 %p56, %r165, 65536;",
-    " or.pred %p57, %p56, %p55;",
+    " setp.eq.s32 %p57, %r166, 0;",
+    " setp.lt.u32 %p58, %r165, 65536;",
+    " or.pred %p59, %p58, %p57;",
     " not.b32 %r167, %r268;",
     " and.b32 %r168, %r160, %r167;",
     " and.b32 %r169, %r168, 32640;",
-    " setp.eq.s32 %p58, %r169, 0;",
-    " setp.lt.u32 %p59, %r168, 65536;",
-    " or.pred %p60, %p59, %p58;",
-    " or.pred %p61, %p57, %p60;",
+    " setp.eq.s32 %p60, %r169, 0;",
+    " setp.lt.u32 %p61, %r168, 65536;",
+    " or.pred %p62, %p61, %p60;",
+    " or.pred %p63, %p59, %p62;",
     " not.b32 %r170, %r267;",
     " and.b32 %r171, %r160, %r170;",
     " and.b32 %r172, %r171, 32640;",
-    " setp.eq.s32 %p62, %r172, 0;",
-    " setp.lt.u32 %p63, %r171, 65536;",
-    " or.pred %p64, %p63, %p62;",
-    " or.pred %p65, %p61, %p64;",
+    " setp.eq.s32 %p64, %r172, 0;",
+    " setp.lt.u32 %p65, %r171, 65536;",
+    " or.pred %p66, %p65, %p64;",
+    " or.pred %p67, %p63, %p66;",
     " not.b32 %r173, %r266;",
     " and.b32 %r174, %r160, %r173;",
     " and.b32 %r175, %r174, 32640;",
-    " setp.eq.s32 %p66, %r175, 0;",
-    " setp.lt.u32 %p67, %r174, 65536;",
-    " or.pred %p68, %p67, %p66;",
-    " or.pred %p172, %p65, %p68;",
-    "$L__BB4_20:",
-    " selp.u32 %r270, 1, 0, %p172;",
-    "$L__BB4_21:",
-    " shr.u64 %rd169, %rd143, 8;",
-    " add.s64 %rd170, %rd169, -7046029254386353131;",
-    " shr.u64 %rd171, %rd170, 30;",
-    " xor.b64 %rd172, %rd171, %rd170;",
-    " mul.lo.s64 %rd173, %rd172, -4658895280553007687;",
-    " shr.u64 %rd174, %rd173, 27;",
-    " xor.b64 %rd175, %rd174, %rd173;",
-    " mul.lo.s64 %rd176, %rd175, -7723592293110705685;",
-    " shr.u64 %rd177, %rd176, 31;",
-    " xor.b64 %rd178, %rd177, %rd176;",
-    " or.b64 %rd179, %rd178, 1;",
-    " mul.lo.s64 %rd180, %rd325, %rd179;",
-    " add.s64 %rd353, %rd180, %rd353;",
-    " setp.eq.s32 %p87, %r270, 0;",
-    " @%p87 bra $L__BB4_35;",
-    " @%p42 bra $L__BB4_33;",
-    " bra.uni $L__BB4_23;",
-    "$L__BB4_33:",
-    " selp.b32 %r59, 4, 2, %p42;",
+    " setp.eq.s32 %p68, %r175, 0;",
+    " setp.lt.u32 %p69, %r174, 65536;",
+    " or.pred %p70, %p69, %p68;",
+    " or.pred %p176, %p67, %p70;",
+    "$L__BB4_22:",
+    " selp.u32 %r270, 1, 0, %p176;",
+    "$L__BB4_23:",
+    " shr.u64 %rd168, %rd144, 8;",
+    " add.s64 %rd169, %rd168, -7046029254386353131;",
+    " shr.u64 %rd170, %rd169, 30;",
+    " xor.b64 %rd171, %rd170, %rd169;",
+    " mul.lo.s64 %rd172, %rd171, -4658895280553007687;",
+    " shr.u64 %rd173, %rd172, 27;",
+    " xor.b64 %rd174, %rd173, %rd172;",
+    " mul.lo.s64 %rd175, %rd174, -7723592293110705685;",
+    " shr.u64 %rd176, %rd175, 31;",
+    " xor.b64 %rd177, %rd176, %rd175;",
+    " or.b64 %rd178, %rd177, 1;",
+    " mul.lo.s64 %rd179, %rd324, %rd178;",
+    " add.s64 %rd352, %rd179, %rd352;",
+    " setp.eq.s32 %p89, %r270, 0;",
+    " @%p89 bra $L__BB4_37;",
+    " @%p41 bra $L__BB4_35;",
+    " bra.uni $L__BB4_25;",
+    "$L__BB4_35:",
+    " selp.b32 %r59, 4, 2, %p41;",
     " mov.u32 %r272, 7;",
-    "$L__BB4_34:",
+    "$L__BB4_36:",
     " .pragma \"nounroll\";",
     " mul.lo.s32 %r192, %r272, %r59;",
-    " cvt.s64.s32 %rd199, %r192;",
-    " add.s64 %rd200, %rd21, %rd199;",
-    " ld.u32 %r193, [%rd200];",
+    " cvt.s64.s32 %rd198, %r192;",
+    " add.s64 %rd199, %rd21, %rd198;",
+    " ld.u32 %r193, [%rd199];",
     " and.b32 %r194, %r193, 2139095040;",
-    " setp.eq.s32 %p100, %r194, 2139095040;",
-    " cvt.s64.s32 %rd201, %r272;",
-    " add.s64 %rd202, %rd18, %rd201;",
-    " setp.gt.u64 %p101, %rd331, %rd202;",
-    " and.pred %p102, %p101, %p100;",
-    " selp.b64 %rd331, %rd202, %rd331, %p102;",
+    " setp.eq.s32 %p102, %r194, 2139095040;",
+    " cvt.s64.s32 %rd200, %r272;",
+    " add.s64 %rd201, %rd18, %rd200;",
+    " setp.gt.u64 %p103, %rd330, %rd201;",
+    " and.pred %p104, %p103, %p102;",
+    " selp.b64 %rd330, %rd201, %rd330, %p104;",
     " add.s32 %r61, %r272, -1;",
-    " setp.ne.s32 %p103, %r272, 0;",
+    " setp.ne.s32 %p105, %r272, 0;",
     " mov.u32 %r272, %r61;",
-    " @%p103 bra $L__BB4_34;",
-    " bra.uni $L__BB4_35;",
-    "$L__BB4_23:",
-    " setp.eq.s16 %p169, %rs10, 18;",
-    " selp.b64 %rd321, 4, 2, %p169;",
-    " mul.wide.u32 %rd314, %r249, 8;",
-    " add.s64 %rd313, %rd314, %rd1;",
-    " add.s64 %rd181, %rd1, %rd11;",
-    " add.s64 %rd183, %rd181, %rd314;",
-    " sub.s64 %rd184, %rd12, %rd6;",
-    " mul.lo.s64 %rd185, %rd184, %rd324;",
-    " add.s64 %rd186, %rd183, %rd185;",
-    " add.s64 %rd327, %rd186, 7;",
-    " sub.s64 %rd187, %rd9, %rd6;",
-    " mul.lo.s64 %rd188, %rd187, %rd324;",
-    " add.s64 %rd190, %rd313, %rd188;",
-    " mul.lo.s64 %rd192, %rd321, %rd190;",
-    " selp.b32 %r188, 4, 2, %p169;",
+    " @%p105 bra $L__BB4_36;",
+    " bra.uni $L__BB4_37;",
+    "$L__BB4_25:",
+    " setp.eq.s16 %p173, %rs10, 18;",
+    " selp.b64 %rd320, 4, 2, %p173;",
+    " mul.wide.u32 %rd313, %r249, 8;",
+    " add.s64 %rd312, %rd313, %rd1;",
+    " add.s64 %rd180, %rd1, %rd11;",
+    " add.s64 %rd182, %rd180, %rd313;",
+    " sub.s64 %rd183, %rd12, %rd6;",
+    " mul.lo.s64 %rd184, %rd183, %rd323;",
+    " add.s64 %rd185, %rd182, %rd184;",
+    " add.s64 %rd326, %rd185, 7;",
+    " sub.s64 %rd186, %rd9, %rd6;",
+    " mul.lo.s64 %rd187, %rd186, %rd323;",
+    " add.s64 %rd189, %rd312, %rd187;",
+    " mul.lo.s64 %rd191, %rd320, %rd189;",
+    " selp.b32 %r188, 4, 2, %p173;",
     " mul.lo.s32 %r189, %r188, 7;",
-    " cvt.u64.u32 %rd193, %r189;",
-    " add.s64 %rd194, %rd3, %rd193;",
-    " add.s64 %rd326, %rd194, %rd192;",
+    " cvt.u64.u32 %rd192, %r189;",
+    " add.s64 %rd193, %rd3, %rd192;",
+    " add.s64 %rd325, %rd193, %rd191;",
     " neg.s32 %r190, %r188;",
-    " cvt.s64.s32 %rd28, %r190;",
+    " cvt.s64.s32 %rd29, %r190;",
     " mov.u32 %r271, 8;",
-    "$L__BB4_24:",
+    "$L__BB4_26:",
     " .pragma \"nounroll\";",
-    " ld.u16 %rd32, [%rd326];",
-    " mov.pred %p173, 0;",
-    " setp.gt.s16 %p91, %rs10, 13;",
-    " @%p91 bra $L__BB4_28;",
-    " setp.eq.s16 %p94, %rs10, 7;",
-    " @%p94 bra $L__BB4_31;",
-    " setp.eq.s16 %p95, %rs10, 8;",
-    " @%p95 bra $L__BB4_27;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_27:",
-    " and.b64 %rd195, %rd32, 127;",
-    " setp.eq.s64 %p173, %rd195, 127;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_28:",
-    " setp.eq.s16 %p170, %rs10, 14;",
-    " @%p170 bra $L__BB4_116;",
-    " setp.eq.s16 %p171, %rs10, 15;",
-    " @%p171 bra $L__BB4_30;",
-    " bra.uni $L__BB4_32;",
+    " ld.u16 %rd33, [%rd325];",
+    " mov.pred %p177, 0;",
+    " setp.gt.s16 %p93, %rs10, 13;",
+    " @%p93 bra $L__BB4_30;",
+    " setp.eq.s16 %p96, %rs10, 7;",
+    " @%p96 bra $L__BB4_33;",
+    " setp.eq.s16 %p97, %rs10, 8;",
+    " @%p97 bra $L__BB4_29;",
+    " bra.uni $L__BB4_34;",
+    "$L__BB4_29:",
+    " and.b64 %rd194, %rd33, 127;",
+    " setp.eq.s64 %p177, %rd194, 127;",
+    " bra.uni $L__BB4_34;",
     "$L__BB4_30:",
-    " and.b64 %rd197, %rd32, 32640;",
-    " setp.eq.s64 %p173, %rd197, 32640;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_31:",
-    " and.b64 %rd198, %rd32, 124;",
-    " setp.eq.s64 %p173, %rd198, 124;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_116:",
-    " and.b64 %rd196, %rd32, 31744;",
-    " setp.eq.s64 %p173, %rd196, 31744;",
+    " setp.eq.s16 %p174, %rs10, 14;",
+    " @%p174 bra $L__BB4_120;",
+    " setp.eq.s16 %p175, %rs10, 15;",
+    " @%p175 bra $L__BB4_32;",
+    " bra.uni $L__BB4_34;",
     "$L__BB4_32:",
-    " setp.gt.u64 %p96, %rd331, %rd327;",
-    " and.pred %p97, %p96, %p173;",
-    " selp.b64 %rd331, %rd327, %rd331, %p97;",
-    " add.s64 %rd327, %rd327, -1;",
-    " add.s64 %rd326, %rd326, %rd28;",
+    " and.b64 %rd196, %rd33, 32640;",
+    " setp.eq.s64 %p177, %rd196, 32640;",
+    " bra.uni $L__BB4_34;",
+    "$L__BB4_33:",
+    " and.b64 %rd197, %rd33, 124;",
+    " setp.eq.s64 %p177, %rd197, 124;",
+    " bra.uni $L__BB4_34;",
+    "$L__BB4_120:",
+    " and.b64 %rd195, %rd33, 31744;",
+    " setp.eq.s64 %p177, %rd195, 31744;",
+    "$L__BB4_34:",
+    " setp.gt.u64 %p98, %rd330, %rd326;",
+    " and.pred %p99, %p98, %p177;",
+    " selp.b64 %rd330, %rd326, %rd330, %p99;",
+    " add.s64 %rd326, %rd326, -1;",
+    " add.s64 %rd325, %rd325, %rd29;",
     " add.s32 %r271, %r271, -1;",
-    " setp.gt.s32 %p98, %r271, 0;",
-    " @%p98 bra $L__BB4_24;",
-    "$L__BB4_35:",
+    " setp.gt.s32 %p100, %r271, 0;",
+    " @%p100 bra $L__BB4_26;",
+    "$L__BB4_37:",
     " add.s32 %r249, %r249, 256;",
-    " setp.lt.u32 %p104, %r249, %r4;",
-    " @%p104 bra $L__BB4_2;",
-    "$L__BB4_36:",
+    " setp.lt.u32 %p106, %r249, %r4;",
+    " @%p106 bra $L__BB4_2;",
+    "$L__BB4_38:",
     " shl.b32 %r195, %r4, 3;",
-    " cvt.u64.u32 %rd42, %r195;",
+    " cvt.u64.u32 %rd43, %r195;",
     " mov.u32 %r196, %tid.x;",
-    " cvt.u64.u32 %rd43, %r196;",
-    " add.s64 %rd203, %rd1, %rd43;",
-    " add.s64 %rd334, %rd203, %rd42;",
-    " cvt.u64.u32 %rd204, %r68;",
-    " add.s64 %rd45, %rd1, %rd204;",
-    " setp.ge.s64 %p105, %rd334, %rd45;",
-    " @%p105 bra $L__BB4_110;",
-    " setp.eq.s64 %p106, %rd5, %rd6;",
+    " cvt.u64.u32 %rd44, %r196;",
+    " add.s64 %rd202, %rd1, %rd44;",
+    " add.s64 %rd333, %rd202, %rd43;",
+    " cvt.u64.u32 %rd203, %r68;",
+    " add.s64 %rd46, %rd1, %rd203;",
+    " setp.ge.s64 %p107, %rd333, %rd46;",
+    " @%p107 bra $L__BB4_114;",
+    " setp.eq.s64 %p108, %rd5, %rd6;",
     " cvt.u32.u16 %r197, %rs9;",
     " and.b32 %r63, %r197, 255;",
     " cvt.u32.u16 %r198, %rs10;",
     " and.b32 %r64, %r198, 255;",
-    " setp.lt.u16 %p107, %rs10, 19;",
-    " selp.b32 %r199, 4, 8, %p107;",
-    " setp.lt.u16 %p108, %rs10, 16;",
-    " selp.b32 %r200, 2, %r199, %p108;",
     " setp.lt.u16 %p109, %rs10, 12;",
+    " setp.lt.u16 %p110, %rs10, 16;",
+    " setp.lt.u16 %p111, %rs10, 19;",
+    " selp.b32 %r199, 4, 8, %p111;",
+    " selp.b32 %r200, 2, %r199, %p110;",
     " selp.b32 %r201, 1, %r200, %p109;",
-    " setp.lt.u16 %p110, %rs9, 12;",
-    " setp.lt.u16 %p111, %rs9, 16;",
-    " setp.lt.u16 %p112, %rs9, 19;",
-    " selp.b32 %r202, 4, 8, %p112;",
-    " selp.b32 %r203, 2, %r202, %p111;",
-    " selp.b32 %r204, 1, %r203, %p110;",
-    " cvt.u64.u32 %rd46, %r204;",
+    " setp.lt.u16 %p112, %rs9, 12;",
+    " setp.lt.u16 %p113, %rs9, 16;",
+    " setp.lt.u16 %p114, %rs9, 19;",
+    " selp.b32 %r202, 4, 8, %p114;",
+    " selp.b32 %r203, 2, %r202, %p113;",
+    " selp.b32 %r204, 1, %r203, %p112;",
+    " cvt.u64.u32 %rd47, %r204;",
     " cvt.u16.u32 %rs6, %r204;",
-    " cvt.u64.u32 %rd47, %r201;",
-    " cvt.u16.u32 %rs7, %r201;",
     " cvt.u32.u16 %r205, %rs11;",
     " and.b32 %r65, %r205, 255;",
-    " @%p106 bra $L__BB4_74;",
-    " bra.uni $L__BB4_38;",
-    "$L__BB4_74:",
-    " mul.lo.s64 %rd251, %rd8, %rd334;",
-    " mul.lo.s64 %rd252, %rd251, %rd46;",
-    " add.s64 %rd344, %rd2, %rd252;",
-    " mul.lo.s64 %rd253, %rd8, %rd46;",
-    " shl.b64 %rd77, %rd253, 8;",
-    " mul.lo.s64 %rd254, %rd10, %rd334;",
-    " mul.lo.s64 %rd255, %rd254, %rd47;",
-    " add.s64 %rd343, %rd3, %rd255;",
-    " mul.lo.s64 %rd256, %rd10, %rd47;",
-    " shl.b64 %rd79, %rd256, 8;",
-    " add.s64 %rd257, %rd1, %rd11;",
-    " add.s64 %rd258, %rd257, %rd42;",
-    " add.s64 %rd259, %rd258, %rd43;",
-    " mul.lo.s64 %rd342, %rd259, %rd47;",
-    " shl.b64 %rd81, %rd47, 8;",
+    " cvt.u64.u32 %rd48, %r201;",
+    " cvt.u16.u32 %rs8, %r201;",
+    " @%p108 bra $L__BB4_77;",
+    " bra.uni $L__BB4_40;",
+    "$L__BB4_77:",
+    " mul.lo.s64 %rd250, %rd8, %rd333;",
+    " mul.lo.s64 %rd251, %rd250, %rd47;",
+    " add.s64 %rd343, %rd2, %rd251;",
+    " mul.lo.s64 %rd252, %rd8, %rd47;",
+    " shl.b64 %rd78, %rd252, 8;",
+    " mul.lo.s64 %rd253, %rd10, %rd333;",
+    " mul.lo.s64 %rd254, %rd253, %rd48;",
+    " add.s64 %rd342, %rd3, %rd254;",
+    " mul.lo.s64 %rd255, %rd10, %rd48;",
+    " shl.b64 %rd80, %rd255, 8;",
+    " add.s64 %rd256, %rd1, %rd11;",
+    " add.s64 %rd257, %rd256, %rd43;",
+    " add.s64 %rd258, %rd257, %rd44;",
+    " mul.lo.s64 %rd341, %rd258, %rd48;",
+    " shl.b64 %rd82, %rd48, 8;",
     " mov.b32 %f37, %r71;",
-    "$L__BB4_75:",
+    "$L__BB4_78:",
     " .pragma \"nounroll\";",
-    " setp.eq.s16 %p133, %rs6, 1;",
-    " @%p133 bra $L__BB4_80;",
-    " setp.eq.s16 %p134, %rs6, 2;",
-    " @%p134 bra $L__BB4_79;",
-    " setp.ne.s16 %p135, %rs6, 4;",
-    " @%p135 bra $L__BB4_81;",
-    " ld.u32 %rd348, [%rd344];",
-    " bra.uni $L__BB4_82;",
-    "$L__BB4_79:",
-    " ld.u16 %rd348, [%rd344];",
-    " bra.uni $L__BB4_82;",
-    "$L__BB4_80:",
-    " ld.u8 %rd348, [%rd344];",
-    " bra.uni $L__BB4_82;",
-    "$L__BB4_81:",
-    " ld.u64 %rd348, [%rd344];",
+    " setp.eq.s16 %p136, %rs6, 1;",
+    " @%p136 bra $L__BB4_83;",
+    " setp.eq.s16 %p137, %rs6, 2;",
+    " @%p137 bra $L__BB4_82;",
+    " setp.ne.s16 %p138, %rs6, 4;",
+    " @%p138 bra $L__BB4_84;",
+    " ld.u32 %rd347, [%rd343];",
+    " bra.uni $L__BB4_85;",
     "$L__BB4_82:",
-    " setp.eq.s16 %p136, %rs11, 0;",
-    " @%p136 bra $L__BB4_84;",
+    " ld.u16 %rd347, [%rd343];",
+    " bra.uni $L__BB4_85;",
+    "$L__BB4_83:",
+    " ld.u8 %rd347, [%rd343];",
+    " bra.uni $L__BB4_85;",
+    "$L__BB4_84:",
+    " ld.u64 %rd347, [%rd343];",
+    "$L__BB4_85:",
+    " setp.eq.s16 %p139, %rs11, 0;",
+    " @%p139 bra $L__BB4_87;",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd348;",
+    " st.param.b64 [param0+0], %rd347;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r63;",
     " .param .b32 param2;",
@@ -15482,12 +16160,12 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd260, [retval0+0];",
+    " ld.param.b64 %rd259, [retval0+0];",
     " }",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd260;",
+    " st.param.b64 [param0+0], %rd259;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r65;",
     " .param .b32 param2;",
@@ -15503,14 +16181,14 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd95, [retval0+0];",
+    " ld.param.b64 %rd96, [retval0+0];",
     " }",
-    " bra.uni $L__BB4_85;",
-    "$L__BB4_84:",
+    " bra.uni $L__BB4_88;",
+    "$L__BB4_87:",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd348;",
+    " st.param.b64 [param0+0], %rd347;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r63;",
     " .param .b32 param2;",
@@ -15526,137 +16204,139 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd95, [retval0+0];",
+    " ld.param.b64 %rd96, [retval0+0];",
     " }",
-    "$L__BB4_85:",
-    " setp.eq.s16 %p137, %rs7, 1;",
-    " @%p137 bra $L__BB4_90;",
-    " setp.eq.s16 %p138, %rs7, 2;",
-    " @%p138 bra $L__BB4_89;",
-    " setp.ne.s16 %p139, %rs7, 4;",
-    " @%p139 bra $L__BB4_91;",
-    " st.u32 [%rd343], %rd95;",
-    " bra.uni $L__BB4_92;",
-    "$L__BB4_89:",
-    " st.u16 [%rd343], %rd95;",
-    " bra.uni $L__BB4_92;",
-    "$L__BB4_90:",
-    " st.u8 [%rd343], %rd95;",
-    " bra.uni $L__BB4_92;",
-    "$L__BB4_91:",
-    " st.u64 [%rd343], %rd95;",
-    "$L__BB4_92:",
-    " setp.eq.s64 %p140, %rd4, 0;",
-    " @%p140 bra $L__BB4_109;",
-    " cvt.u32.u64 %r213, %rd47;",
-    " setp.eq.s32 %p141, %r213, 8;",
-    " shr.u64 %rd97, %rd342, 2;",
-    " and.b64 %rd261, %rd342, 252;",
-    " mov.u64 %rd262, lorasyncd_keys;",
-    " add.s64 %rd98, %rd262, %rd261;",
-    " @%p141 bra $L__BB4_95;",
-    " bra.uni $L__BB4_94;",
-    "$L__BB4_95:",
-    " and.b64 %rd266, %rd95, 4294967295;",
-    " ld.global.nc.u32 %r218, [%rd98];",
-    " cvt.u64.u32 %rd267, %r218;",
-    " mul.lo.s64 %rd268, %rd266, %rd267;",
-    " shl.b64 %rd269, %rd97, 2;",
-    " add.s64 %rd270, %rd269, 4;",
-    " and.b64 %rd271, %rd270, 252;",
-    " add.s64 %rd273, %rd262, %rd271;",
-    " ld.global.nc.u32 %r219, [%rd273];",
-    " cvt.u64.u32 %rd274, %r219;",
-    " shr.u64 %rd275, %rd95, 32;",
-    " mul.lo.s64 %rd276, %rd275, %rd274;",
-    " add.s64 %rd350, %rd276, %rd268;",
+    "$L__BB4_88:",
+    " setp.eq.s64 %p140, %rd3, 0;",
+    " @%p140 bra $L__BB4_96;",
+    " setp.eq.s16 %p141, %rs8, 1;",
+    " @%p141 bra $L__BB4_94;",
+    " setp.eq.s16 %p142, %rs8, 2;",
+    " @%p142 bra $L__BB4_93;",
+    " setp.ne.s16 %p143, %rs8, 4;",
+    " @%p143 bra $L__BB4_95;",
+    " st.u32 [%rd342], %rd96;",
+    " bra.uni $L__BB4_96;",
+    "$L__BB4_93:",
+    " st.u16 [%rd342], %rd96;",
     " bra.uni $L__BB4_96;",
     "$L__BB4_94:",
-    " cvt.u32.u64 %r214, %rd342;",
+    " st.u8 [%rd342], %rd96;",
+    " bra.uni $L__BB4_96;",
+    "$L__BB4_95:",
+    " st.u64 [%rd342], %rd96;",
+    "$L__BB4_96:",
+    " setp.eq.s64 %p144, %rd4, 0;",
+    " @%p144 bra $L__BB4_113;",
+    " cvt.u32.u64 %r213, %rd48;",
+    " setp.eq.s32 %p145, %r213, 8;",
+    " shr.u64 %rd98, %rd341, 2;",
+    " and.b64 %rd260, %rd341, 252;",
+    " mov.u64 %rd261, lorasyncd_keys;",
+    " add.s64 %rd99, %rd261, %rd260;",
+    " @%p145 bra $L__BB4_99;",
+    " bra.uni $L__BB4_98;",
+    "$L__BB4_99:",
+    " and.b64 %rd265, %rd96, 4294967295;",
+    " ld.global.nc.u32 %r218, [%rd99];",
+    " cvt.u64.u32 %rd266, %r218;",
+    " mul.lo.s64 %rd267, %rd265, %rd266;",
+    " shl.b64 %rd268, %rd98, 2;",
+    " add.s64 %rd269, %rd268, 4;",
+    " and.b64 %rd270, %rd269, 252;",
+    " add.s64 %rd272, %rd261, %rd270;",
+    " ld.global.nc.u32 %r219, [%rd272];",
+    " cvt.u64.u32 %rd273, %r219;",
+    " shr.u64 %rd274, %rd96, 32;",
+    " mul.lo.s64 %rd275, %rd274, %rd273;",
+    " add.s64 %rd349, %rd275, %rd267;",
+    " bra.uni $L__BB4_100;",
+    "$L__BB4_98:",
+    " cvt.u32.u64 %r214, %rd341;",
     " shl.b32 %r215, %r214, 3;",
     " and.b32 %r216, %r215, 24;",
-    " shl.b64 %rd263, %rd95, %r216;",
-    " and.b64 %rd264, %rd263, 4294967295;",
-    " ld.global.nc.u32 %r217, [%rd98];",
-    " cvt.u64.u32 %rd265, %r217;",
-    " mul.lo.s64 %rd350, %rd264, %rd265;",
-    "$L__BB4_96:",
-    " setp.gt.s16 %p142, %rs10, 13;",
-    " @%p142 bra $L__BB4_100;",
-    " bra.uni $L__BB4_97;",
+    " shl.b64 %rd262, %rd96, %r216;",
+    " and.b64 %rd263, %rd262, 4294967295;",
+    " ld.global.nc.u32 %r217, [%rd99];",
+    " cvt.u64.u32 %rd264, %r217;",
+    " mul.lo.s64 %rd349, %rd263, %rd264;",
     "$L__BB4_100:",
-    " setp.eq.s16 %p143, %rs10, 14;",
-    " @%p143 bra $L__BB4_105;",
-    " setp.eq.s16 %p144, %rs10, 15;",
-    " @%p144 bra $L__BB4_106;",
-    " setp.eq.s16 %p145, %rs10, 18;",
-    " @%p145 bra $L__BB4_103;",
-    " bra.uni $L__BB4_107;",
-    "$L__BB4_103:",
-    " and.b64 %rd281, %rd95, 2139095040;",
-    " setp.eq.s64 %p175, %rd281, 2139095040;",
-    " bra.uni $L__BB4_108;",
-    "$L__BB4_97:",
-    " setp.eq.s16 %p146, %rs10, 7;",
+    " setp.gt.s16 %p146, %rs10, 13;",
     " @%p146 bra $L__BB4_104;",
-    " setp.eq.s16 %p147, %rs10, 8;",
-    " @%p147 bra $L__BB4_99;",
-    " bra.uni $L__BB4_107;",
-    "$L__BB4_99:",
-    " and.b64 %rd278, %rd95, 127;",
-    " setp.eq.s64 %p175, %rd278, 127;",
-    " bra.uni $L__BB4_108;",
-    "$L__BB4_105:",
-    " and.b64 %rd279, %rd95, 31744;",
-    " setp.eq.s64 %p175, %rd279, 31744;",
-    " bra.uni $L__BB4_108;",
-    "$L__BB4_106:",
-    " and.b64 %rd280, %rd95, 32640;",
-    " setp.eq.s64 %p175, %rd280, 32640;",
-    " bra.uni $L__BB4_108;",
+    " bra.uni $L__BB4_101;",
     "$L__BB4_104:",
-    " and.b64 %rd277, %rd95, 124;",
-    " setp.eq.s64 %p175, %rd277, 124;",
-    " bra.uni $L__BB4_108;",
+    " setp.eq.s16 %p147, %rs10, 14;",
+    " @%p147 bra $L__BB4_109;",
+    " setp.eq.s16 %p148, %rs10, 15;",
+    " @%p148 bra $L__BB4_110;",
+    " setp.eq.s16 %p149, %rs10, 18;",
+    " @%p149 bra $L__BB4_107;",
+    " bra.uni $L__BB4_111;",
     "$L__BB4_107:",
-    " setp.eq.s16 %p148, %rs10, 20;",
-    " and.b64 %rd282, %rd95, 9218868437227405312;",
-    " setp.eq.s64 %p149, %rd282, 9218868437227405312;",
-    " and.pred %p175, %p148, %p149;",
-    "$L__BB4_108:",
-    " add.s64 %rd283, %rd11, %rd334;",
-    " shr.u64 %rd284, %rd342, 8;",
-    " add.s64 %rd285, %rd284, -7046029254386353131;",
-    " shr.u64 %rd286, %rd285, 30;",
-    " xor.b64 %rd287, %rd286, %rd285;",
-    " mul.lo.s64 %rd288, %rd287, -4658895280553007687;",
-    " shr.u64 %rd289, %rd288, 27;",
-    " xor.b64 %rd290, %rd289, %rd288;",
-    " mul.lo.s64 %rd291, %rd290, -7723592293110705685;",
-    " setp.gt.u64 %p150, %rd331, %rd283;",
-    " and.pred %p151, %p150, %p175;",
-    " selp.b64 %rd331, %rd283, %rd331, %p151;",
-    " shr.u64 %rd292, %rd291, 31;",
-    " xor.b64 %rd293, %rd292, %rd291;",
-    " or.b64 %rd294, %rd293, 1;",
-    " mul.lo.s64 %rd295, %rd350, %rd294;",
-    " add.s64 %rd353, %rd295, %rd353;",
+    " and.b64 %rd280, %rd96, 2139095040;",
+    " setp.eq.s64 %p179, %rd280, 2139095040;",
+    " bra.uni $L__BB4_112;",
+    "$L__BB4_101:",
+    " setp.eq.s16 %p150, %rs10, 7;",
+    " @%p150 bra $L__BB4_108;",
+    " setp.eq.s16 %p151, %rs10, 8;",
+    " @%p151 bra $L__BB4_103;",
+    " bra.uni $L__BB4_111;",
+    "$L__BB4_103:",
+    " and.b64 %rd277, %rd96, 127;",
+    " setp.eq.s64 %p179, %rd277, 127;",
+    " bra.uni $L__BB4_112;",
     "$L__BB4_109:",
-    " add.s64 %rd344, %rd344, %rd77;",
-    " add.s64 %rd343, %rd343, %rd79;",
-    " add.s64 %rd342, %rd342, %rd81;",
-    " add.s64 %rd334, %rd334, 256;",
-    " setp.lt.s64 %p152, %rd334, %rd45;",
-    " @%p152 bra $L__BB4_75;",
-    " bra.uni $L__BB4_110;",
-    "$L__BB4_38:",
+    " and.b64 %rd278, %rd96, 31744;",
+    " setp.eq.s64 %p179, %rd278, 31744;",
+    " bra.uni $L__BB4_112;",
+    "$L__BB4_110:",
+    " and.b64 %rd279, %rd96, 32640;",
+    " setp.eq.s64 %p179, %rd279, 32640;",
+    " bra.uni $L__BB4_112;",
+    "$L__BB4_108:",
+    " and.b64 %rd276, %rd96, 124;",
+    " setp.eq.s64 %p179, %rd276, 124;",
+    " bra.uni $L__BB4_112;",
+    "$L__BB4_111:",
+    " setp.eq.s16 %p152, %rs10, 20;",
+    " and.b64 %rd281, %rd96, 9218868437227405312;",
+    " setp.eq.s64 %p153, %rd281, 9218868437227405312;",
+    " and.pred %p179, %p152, %p153;",
+    "$L__BB4_112:",
+    " add.s64 %rd282, %rd11, %rd333;",
+    " shr.u64 %rd283, %rd341, 8;",
+    " add.s64 %rd284, %rd283, -7046029254386353131;",
+    " shr.u64 %rd285, %rd284, 30;",
+    " xor.b64 %rd286, %rd285, %rd284;",
+    " mul.lo.s64 %rd287, %rd286, -4658895280553007687;",
+    " shr.u64 %rd288, %rd287, 27;",
+    " xor.b64 %rd289, %rd288, %rd287;",
+    " mul.lo.s64 %rd290, %rd289, -7723592293110705685;",
+    " setp.gt.u64 %p154, %rd330, %rd282;",
+    " and.pred %p155, %p154, %p179;",
+    " selp.b64 %rd330, %rd282, %rd330, %p155;",
+    " shr.u64 %rd291, %rd290, 31;",
+    " xor.b64 %rd292, %rd291, %rd290;",
+    " or.b64 %rd293, %rd292, 1;",
+    " mul.lo.s64 %rd294, %rd349, %rd293;",
+    " add.s64 %rd352, %rd294, %rd352;",
+    "$L__BB4_113:",
+    " add.s64 %rd343, %rd343, %rd78;",
+    " add.s64 %rd342, %rd342, %rd80;",
+    " add.s64 %rd341, %rd341, %rd82;",
+    " add.s64 %rd333, %rd333, 256;",
+    " setp.lt.s64 %p156, %rd333, %rd46;",
+    " @%p156 bra $L__BB4_78;",
+    " bra.uni $L__BB4_114;",
+    "$L__BB4_40:",
     " mov.b32 %f35, %r71;",
-    "$L__BB4_39:",
+    "$L__BB4_41:",
     " .pragma \"nounroll\";",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd334;",
+    " st.param.b64 [param0+0], %rd333;",
     " .param .b64 param1;",
     " st.param.b64 [param1+0], %rd6;",
     " .param .b64 retval0;",
@@ -15666,38 +16346,38 @@ static const char *const lorasynci_ptx[] = {
     " param0,",
     " param1",
     " );",
-    " ld.param.b64 %rd52, [retval0+0];",
+    " ld.param.b64 %rd53, [retval0+0];",
     " }",
-    " mul.lo.s64 %rd205, %rd52, %rd6;",
-    " sub.s64 %rd53, %rd334, %rd205;",
-    " mul.lo.s64 %rd206, %rd52, %rd7;",
-    " mul.lo.s64 %rd207, %rd53, %rd8;",
-    " add.s64 %rd208, %rd207, %rd206;",
-    " mul.lo.s64 %rd209, %rd208, %rd46;",
-    " add.s64 %rd54, %rd2, %rd209;",
-    " setp.eq.s16 %p113, %rs6, 1;",
-    " @%p113 bra $L__BB4_44;",
-    " setp.eq.s16 %p114, %rs6, 2;",
-    " @%p114 bra $L__BB4_43;",
-    " setp.ne.s16 %p115, %rs6, 4;",
-    " @%p115 bra $L__BB4_45;",
-    " ld.u32 %rd337, [%rd54];",
-    " bra.uni $L__BB4_46;",
-    "$L__BB4_43:",
-    " ld.u16 %rd337, [%rd54];",
-    " bra.uni $L__BB4_46;",
-    "$L__BB4_44:",
-    " ld.u8 %rd337, [%rd54];",
-    " bra.uni $L__BB4_46;",
+    " mul.lo.s64 %rd204, %rd53, %rd6;",
+    " sub.s64 %rd54, %rd333, %rd204;",
+    " mul.lo.s64 %rd205, %rd53, %rd7;",
+    " mul.lo.s64 %rd206, %rd54, %rd8;",
+    " add.s64 %rd207, %rd206, %rd205;",
+    " mul.lo.s64 %rd208, %rd207, %rd47;",
+    " add.s64 %rd55, %rd2, %rd208;",
+    " setp.eq.s16 %p115, %rs6, 1;",
+    " @%p115 bra $L__BB4_46;",
+    " setp.eq.s16 %p116, %rs6, 2;",
+    " @%p116 bra $L__BB4_45;",
+    " setp.ne.s16 %p117, %rs6, 4;",
+    " @%p117 bra $L__BB4_47;",
+    " ld.u32 %rd336, [%rd55];",
+    " bra.uni $L__BB4_48;",
     "$L__BB4_45:",
-    " ld.u64 %rd337, [%rd54];",
+    " ld.u16 %rd336, [%rd55];",
+    " bra.uni $L__BB4_48;",
     "$L__BB4_46:",
-    " setp.eq.s16 %p116, %rs11, 0;",
-    " @%p116 bra $L__BB4_48;",
+    " ld.u8 %rd336, [%rd55];",
+    " bra.uni $L__BB4_48;",
+    "$L__BB4_47:",
+    " ld.u64 %rd336, [%rd55];",
+    "$L__BB4_48:",
+    " setp.eq.s16 %p118, %rs11, 0;",
+    " @%p118 bra $L__BB4_50;",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd337;",
+    " st.param.b64 [param0+0], %rd336;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r63;",
     " .param .b32 param2;",
@@ -15713,12 +16393,12 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd210, [retval0+0];",
+    " ld.param.b64 %rd209, [retval0+0];",
     " }",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd210;",
+    " st.param.b64 [param0+0], %rd209;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r65;",
     " .param .b32 param2;",
@@ -15734,14 +16414,14 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd62, [retval0+0];",
+    " ld.param.b64 %rd63, [retval0+0];",
     " }",
-    " bra.uni $L__BB4_49;",
-    "$L__BB4_48:",
+    " bra.uni $L__BB4_51;",
+    "$L__BB4_50:",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd337;",
+    " st.param.b64 [param0+0], %rd336;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r63;",
     " .param .b32 param2;",
@@ -15757,185 +16437,187 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd62, [retval0+0];",
+    " ld.param.b64 %rd63, [retval0+0];",
     " }",
-    "$L__BB4_49:",
-    " mul.lo.s64 %rd211, %rd53, %rd10;",
-    " mul.lo.s64 %rd212, %rd52, %rd9;",
-    " add.s64 %rd213, %rd211, %rd212;",
-    " mul.lo.s64 %rd214, %rd213, %rd47;",
-    " add.s64 %rd63, %rd3, %rd214;",
-    " setp.eq.s16 %p117, %rs7, 1;",
-    " @%p117 bra $L__BB4_54;",
-    " setp.eq.s16 %p118, %rs7, 2;",
-    " @%p118 bra $L__BB4_53;",
-    " setp.ne.s16 %p119, %rs7, 4;",
-    " @%p119 bra $L__BB4_55;",
-    " st.u32 [%rd63], %rd62;",
-    " bra.uni $L__BB4_56;",
-    "$L__BB4_53:",
-    " st.u16 [%rd63], %rd62;",
-    " bra.uni $L__BB4_56;",
-    "$L__BB4_54:",
-    " st.u8 [%rd63], %rd62;",
-    " bra.uni $L__BB4_56;",
-    "$L__BB4_55:",
-    " st.u64 [%rd63], %rd62;",
+    "$L__BB4_51:",
+    " setp.eq.s64 %p119, %rd3, 0;",
+    " @%p119 bra $L__BB4_59;",
+    " mul.lo.s64 %rd210, %rd54, %rd10;",
+    " mul.lo.s64 %rd211, %rd53, %rd9;",
+    " add.s64 %rd212, %rd210, %rd211;",
+    " mul.lo.s64 %rd213, %rd212, %rd48;",
+    " add.s64 %rd64, %rd3, %rd213;",
+    " setp.eq.s16 %p120, %rs8, 1;",
+    " @%p120 bra $L__BB4_57;",
+    " setp.eq.s16 %p121, %rs8, 2;",
+    " @%p121 bra $L__BB4_56;",
+    " setp.ne.s16 %p122, %rs8, 4;",
+    " @%p122 bra $L__BB4_58;",
+    " st.u32 [%rd64], %rd63;",
+    " bra.uni $L__BB4_59;",
     "$L__BB4_56:",
-    " setp.eq.s64 %p120, %rd4, 0;",
-    " @%p120 bra $L__BB4_73;",
-    " cvt.u32.u64 %r206, %rd47;",
-    " setp.eq.s32 %p121, %r206, 8;",
-    " mul.lo.s64 %rd215, %rd52, %rd12;",
-    " add.s64 %rd216, %rd215, %rd11;",
-    " add.s64 %rd64, %rd216, %rd53;",
-    " mul.lo.s64 %rd65, %rd64, %rd47;",
-    " shr.u64 %rd66, %rd65, 2;",
-    " and.b64 %rd217, %rd65, 252;",
-    " mov.u64 %rd218, lorasyncd_keys;",
-    " add.s64 %rd67, %rd218, %rd217;",
-    " @%p121 bra $L__BB4_59;",
-    " bra.uni $L__BB4_58;",
-    "$L__BB4_59:",
-    " and.b64 %rd222, %rd62, 4294967295;",
-    " ld.global.nc.u32 %r211, [%rd67];",
-    " cvt.u64.u32 %rd223, %r211;",
-    " mul.lo.s64 %rd224, %rd222, %rd223;",
-    " shl.b64 %rd225, %rd66, 2;",
-    " add.s64 %rd226, %rd225, 4;",
-    " and.b64 %rd227, %rd226, 252;",
-    " add.s64 %rd229, %rd218, %rd227;",
-    " ld.global.nc.u32 %r212, [%rd229];",
-    " cvt.u64.u32 %rd230, %r212;",
-    " shr.u64 %rd231, %rd62, 32;",
-    " mul.lo.s64 %rd232, %rd231, %rd230;",
-    " add.s64 %rd339, %rd232, %rd224;",
-    " bra.uni $L__BB4_60;",
+    " st.u16 [%rd64], %rd63;",
+    " bra.uni $L__BB4_59;",
+    "$L__BB4_57:",
+    " st.u8 [%rd64], %rd63;",
+    " bra.uni $L__BB4_59;",
     "$L__BB4_58:",
-    " cvt.u32.u64 %r207, %rd65;",
+    " st.u64 [%rd64], %rd63;",
+    "$L__BB4_59:",
+    " setp.eq.s64 %p123, %rd4, 0;",
+    " @%p123 bra $L__BB4_76;",
+    " cvt.u32.u64 %r206, %rd48;",
+    " setp.eq.s32 %p124, %r206, 8;",
+    " mul.lo.s64 %rd214, %rd53, %rd12;",
+    " add.s64 %rd215, %rd214, %rd11;",
+    " add.s64 %rd65, %rd215, %rd54;",
+    " mul.lo.s64 %rd66, %rd65, %rd48;",
+    " shr.u64 %rd67, %rd66, 2;",
+    " and.b64 %rd216, %rd66, 252;",
+    " mov.u64 %rd217, lorasyncd_keys;",
+    " add.s64 %rd68, %rd217, %rd216;",
+    " @%p124 bra $L__BB4_62;",
+    " bra.uni $L__BB4_61;",
+    "$L__BB4_62:",
+    " and.b64 %rd221, %rd63, 4294967295;",
+    " ld.global.nc.u32 %r211, [%rd68];",
+    " cvt.u64.u32 %rd222, %r211;",
+    " mul.lo.s64 %rd223, %rd221, %rd222;",
+    " shl.b64 %rd224, %rd67, 2;",
+    " add.s64 %rd225, %rd224, 4;",
+    " and.b64 %rd226, %rd225, 252;",
+    " add.s64 %rd228, %rd217, %rd226;",
+    " ld.global.nc.u32 %r212, [%rd228];",
+    " cvt.u64.u32 %rd229, %r212;",
+    " shr.u64 %rd230, %rd63, 32;",
+    " mul.lo.s64 %rd231, %rd230, %rd229;",
+    " add.s64 %rd338, %rd231, %rd223;",
+    " bra.uni $L__BB4_63;",
+    "$L__BB4_61:",
+    " cvt.u32.u64 %r207, %rd66;",
     " shl.b32 %r208, %r207, 3;",
     " and.b32 %r209, %r208, 24;",
-    " shl.b64 %rd219, %rd62, %r209;",
-    " and.b64 %rd220, %rd219, 4294967295;",
-    " ld.global.nc.u32 %r210, [%rd67];",
-    " cvt.u64.u32 %rd221, %r210;",
-    " mul.lo.s64 %rd339, %rd220, %rd221;",
-    "$L__BB4_60:",
-    " shr.u64 %rd233, %rd65, 8;",
-    " add.s64 %rd234, %rd233, -7046029254386353131;",
-    " shr.u64 %rd235, %rd234, 30;",
-    " xor.b64 %rd236, %rd235, %rd234;",
-    " mul.lo.s64 %rd237, %rd236, -4658895280553007687;",
-    " shr.u64 %rd238, %rd237, 27;",
-    " xor.b64 %rd239, %rd238, %rd237;",
-    " mul.lo.s64 %rd240, %rd239, -7723592293110705685;",
-    " shr.u64 %rd241, %rd240, 31;",
-    " xor.b64 %rd242, %rd241, %rd240;",
-    " or.b64 %rd243, %rd242, 1;",
-    " mul.lo.s64 %rd244, %rd339, %rd243;",
-    " add.s64 %rd353, %rd244, %rd353;",
-    " setp.gt.s16 %p122, %rs10, 13;",
-    " @%p122 bra $L__BB4_64;",
-    " bra.uni $L__BB4_61;",
-    "$L__BB4_64:",
-    " setp.eq.s16 %p123, %rs10, 14;",
-    " @%p123 bra $L__BB4_69;",
-    " setp.eq.s16 %p124, %rs10, 15;",
-    " @%p124 bra $L__BB4_70;",
-    " setp.eq.s16 %p125, %rs10, 18;",
-    " @%p125 bra $L__BB4_67;",
-    " bra.uni $L__BB4_71;",
-    "$L__BB4_67:",
-    " and.b64 %rd249, %rd62, 2139095040;",
-    " setp.eq.s64 %p174, %rd249, 2139095040;",
-    " bra.uni $L__BB4_72;",
-    "$L__BB4_61:",
-    " setp.eq.s16 %p126, %rs10, 7;",
-    " @%p126 bra $L__BB4_68;",
-    " setp.eq.s16 %p127, %rs10, 8;",
-    " @%p127 bra $L__BB4_63;",
-    " bra.uni $L__BB4_71;",
+    " shl.b64 %rd218, %rd63, %r209;",
+    " and.b64 %rd219, %rd218, 4294967295;",
+    " ld.global.nc.u32 %r210, [%rd68];",
+    " cvt.u64.u32 %rd220, %r210;",
+    " mul.lo.s64 %rd338, %rd219, %rd220;",
     "$L__BB4_63:",
-    " and.b64 %rd246, %rd62, 127;",
-    " setp.eq.s64 %p174, %rd246, 127;",
-    " bra.uni $L__BB4_72;",
-    "$L__BB4_69:",
-    " and.b64 %rd247, %rd62, 31744;",
-    " setp.eq.s64 %p174, %rd247, 31744;",
-    " bra.uni $L__BB4_72;",
+    " shr.u64 %rd232, %rd66, 8;",
+    " add.s64 %rd233, %rd232, -7046029254386353131;",
+    " shr.u64 %rd234, %rd233, 30;",
+    " xor.b64 %rd235, %rd234, %rd233;",
+    " mul.lo.s64 %rd236, %rd235, -4658895280553007687;",
+    " shr.u64 %rd237, %rd236, 27;",
+    " xor.b64 %rd238, %rd237, %rd236;",
+    " mul.lo.s64 %rd239, %rd238, -7723592293110705685;",
+    " shr.u64 %rd240, %rd239, 31;",
+    " xor.b64 %rd241, %rd240, %rd239;",
+    " or.b64 %rd242, %rd241, 1;",
+    " mul.lo.s64 %rd243, %rd338, %rd242;",
+    " add.s64 %rd352, %rd243, %rd352;",
+    " setp.gt.s16 %p125, %rs10, 13;",
+    " @%p125 bra $L__BB4_67;",
+    " bra.uni $L__BB4_64;",
+    "$L__BB4_67:",
+    " setp.eq.s16 %p126, %rs10, 14;",
+    " @%p126 bra $L__BB4_72;",
+    " setp.eq.s16 %p127, %rs10, 15;",
+    " @%p127 bra $L__BB4_73;",
+    " setp.eq.s16 %p128, %rs10, 18;",
+    " @%p128 bra $L__BB4_70;",
+    " bra.uni $L__BB4_74;",
     "$L__BB4_70:",
-    " and.b64 %rd248, %rd62, 32640;",
-    " setp.eq.s64 %p174, %rd248, 32640;",
-    " bra.uni $L__BB4_72;",
-    "$L__BB4_68:",
-    " and.b64 %rd245, %rd62, 124;",
-    " setp.eq.s64 %p174, %rd245, 124;",
-    " bra.uni $L__BB4_72;",
-    "$L__BB4_71:",
-    " setp.eq.s16 %p128, %rs10, 20;",
-    " and.b64 %rd250, %rd62, 9218868437227405312;",
-    " setp.eq.s64 %p129, %rd250, 9218868437227405312;",
-    " and.pred %p174, %p128, %p129;",
+    " and.b64 %rd248, %rd63, 2139095040;",
+    " setp.eq.s64 %p178, %rd248, 2139095040;",
+    " bra.uni $L__BB4_75;",
+    "$L__BB4_64:",
+    " setp.eq.s16 %p129, %rs10, 7;",
+    " @%p129 bra $L__BB4_71;",
+    " setp.eq.s16 %p130, %rs10, 8;",
+    " @%p130 bra $L__BB4_66;",
+    " bra.uni $L__BB4_74;",
+    "$L__BB4_66:",
+    " and.b64 %rd245, %rd63, 127;",
+    " setp.eq.s64 %p178, %rd245, 127;",
+    " bra.uni $L__BB4_75;",
     "$L__BB4_72:",
-    " setp.gt.u64 %p130, %rd331, %rd64;",
-    " and.pred %p131, %p130, %p174;",
-    " selp.b64 %rd331, %rd64, %rd331, %p131;",
+    " and.b64 %rd246, %rd63, 31744;",
+    " setp.eq.s64 %p178, %rd246, 31744;",
+    " bra.uni $L__BB4_75;",
     "$L__BB4_73:",
-    " add.s64 %rd334, %rd334, 256;",
-    " setp.lt.s64 %p132, %rd334, %rd45;",
-    " @%p132 bra $L__BB4_39;",
-    "$L__BB4_110:",
-    " setp.eq.s64 %p153, %rd4, 0;",
-    " @%p153 bra $L__BB4_115;",
-    " setp.eq.s64 %p154, %rd331, -1;",
-    " @%p154 bra $L__BB4_113;",
-    " ld.param.u64 %rd315, [lorasyncd_copy_param_2];",
-    " cvt.u64.u32 %rd296, %r70;",
-    " shl.b64 %rd297, %rd296, 40;",
-    " min.u64 %rd298, %rd331, 1099511627775;",
-    " or.b64 %rd299, %rd298, %rd297;",
-    " cvta.to.global.u64 %rd300, %rd315;",
-    " atom.global.min.u64 %rd301, [%rd300], %rd299;",
-    "$L__BB4_113:",
-    " mov.b64 {%r220,%r221}, %rd353;",
+    " and.b64 %rd247, %rd63, 32640;",
+    " setp.eq.s64 %p178, %rd247, 32640;",
+    " bra.uni $L__BB4_75;",
+    "$L__BB4_71:",
+    " and.b64 %rd244, %rd63, 124;",
+    " setp.eq.s64 %p178, %rd244, 124;",
+    " bra.uni $L__BB4_75;",
+    "$L__BB4_74:",
+    " setp.eq.s16 %p131, %rs10, 20;",
+    " and.b64 %rd249, %rd63, 9218868437227405312;",
+    " setp.eq.s64 %p132, %rd249, 9218868437227405312;",
+    " and.pred %p178, %p131, %p132;",
+    "$L__BB4_75:",
+    " setp.gt.u64 %p133, %rd330, %rd65;",
+    " and.pred %p134, %p133, %p178;",
+    " selp.b64 %rd330, %rd65, %rd330, %p134;",
+    "$L__BB4_76:",
+    " add.s64 %rd333, %rd333, 256;",
+    " setp.lt.s64 %p135, %rd333, %rd46;",
+    " @%p135 bra $L__BB4_41;",
+    "$L__BB4_114:",
+    " setp.eq.s64 %p157, %rd4, 0;",
+    " @%p157 bra $L__BB4_119;",
+    " setp.eq.s64 %p158, %rd330, -1;",
+    " @%p158 bra $L__BB4_117;",
+    " ld.param.u64 %rd314, [lorasyncd_copy_param_2];",
+    " cvt.u64.u32 %rd295, %r70;",
+    " shl.b64 %rd296, %rd295, 40;",
+    " min.u64 %rd297, %rd330, 1099511627775;",
+    " or.b64 %rd298, %rd297, %rd296;",
+    " cvta.to.global.u64 %rd299, %rd314;",
+    " atom.global.min.u64 %rd300, [%rd299], %rd298;",
+    "$L__BB4_117:",
+    " mov.b64 {%r220,%r221}, %rd352;",
     " mov.u32 %r240, 2;",
     " mov.u32 %r241, 31;",
     " mov.u32 %r242, 16;",
     " mov.u32 %r243, -1;",
-    " shfl.sync.down.b32 %r223|%p155, %r221, %r242, %r241, %r243;",
-    " shfl.sync.down.b32 %r222|%p156, %r220, %r242, %r241, %r243;",
-    " mov.b64 %rd303, {%r222,%r223};",
-    " add.s64 %rd304, %rd303, %rd353;",
-    " mov.b64 {%r224,%r225}, %rd304;",
+    " shfl.sync.down.b32 %r223|%p159, %r221, %r242, %r241, %r243;",
+    " shfl.sync.down.b32 %r222|%p160, %r220, %r242, %r241, %r243;",
+    " mov.b64 %rd302, {%r222,%r223};",
+    " add.s64 %rd303, %rd302, %rd352;",
+    " mov.b64 {%r224,%r225}, %rd303;",
     " mov.u32 %r244, 8;",
-    " shfl.sync.down.b32 %r227|%p157, %r225, %r244, %r241, %r243;",
-    " shfl.sync.down.b32 %r226|%p158, %r224, %r244, %r241, %r243;",
-    " mov.b64 %rd305, {%r226,%r227};",
-    " add.s64 %rd306, %rd305, %rd304;",
-    " mov.b64 {%r228,%r229}, %rd306;",
+    " shfl.sync.down.b32 %r227|%p161, %r225, %r244, %r241, %r243;",
+    " shfl.sync.down.b32 %r226|%p162, %r224, %r244, %r241, %r243;",
+    " mov.b64 %rd304, {%r226,%r227};",
+    " add.s64 %rd305, %rd304, %rd303;",
+    " mov.b64 {%r228,%r229}, %rd305;",
     " mov.u32 %r245, 4;",
-    " shfl.sync.down.b32 %r231|%p159, %r229, %r245, %r241, %r243;",
-    " shfl.sync.down.b32 %r230|%p160, %r228, %r245, %r241, %r243;",
-    " mov.b64 %rd307, {%r230,%r231};",
-    " add.s64 %rd308, %rd307, %rd306;",
-    " mov.b64 {%r232,%r233}, %rd308;",
-    " shfl.sync.down.b32 %r235|%p161, %r233, %r240, %r241, %r243;",
-    " shfl.sync.down.b32 %r234|%p162, %r232, %r240, %r241, %r243;",
-    " mov.b64 %rd309, {%r234,%r235};",
-    " add.s64 %rd310, %rd309, %rd308;",
-    " mov.b64 {%r236,%r237}, %rd310;",
+    " shfl.sync.down.b32 %r231|%p163, %r229, %r245, %r241, %r243;",
+    " shfl.sync.down.b32 %r230|%p164, %r228, %r245, %r241, %r243;",
+    " mov.b64 %rd306, {%r230,%r231};",
+    " add.s64 %rd307, %rd306, %rd305;",
+    " mov.b64 {%r232,%r233}, %rd307;",
+    " shfl.sync.down.b32 %r235|%p165, %r233, %r240, %r241, %r243;",
+    " shfl.sync.down.b32 %r234|%p166, %r232, %r240, %r241, %r243;",
+    " mov.b64 %rd308, {%r234,%r235};",
+    " add.s64 %rd309, %rd308, %rd307;",
+    " mov.b64 {%r236,%r237}, %rd309;",
     " mov.u32 %r246, 1;",
-    " shfl.sync.down.b32 %r239|%p163, %r237, %r246, %r241, %r243;",
-    " shfl.sync.down.b32 %r238|%p164, %r236, %r246, %r241, %r243;",
-    " mov.b64 %rd311, {%r238,%r239};",
-    " add.s64 %rd112, %rd311, %rd310;",
+    " shfl.sync.down.b32 %r239|%p167, %r237, %r246, %r241, %r243;",
+    " shfl.sync.down.b32 %r238|%p168, %r236, %r246, %r241, %r243;",
+    " mov.b64 %rd310, {%r238,%r239};",
+    " add.s64 %rd113, %rd310, %rd309;",
     " and.b32 %r248, %r196, 31;",
-    " setp.ne.s32 %p165, %r248, 0;",
-    " setp.eq.s64 %p166, %rd112, 0;",
-    " or.pred %p167, %p165, %p166;",
-    " @%p167 bra $L__BB4_115;",
-    " atom.add.u64 %rd312, [%rd4], %rd112;",
-    "$L__BB4_115:",
+    " setp.ne.s32 %p169, %r248, 0;",
+    " setp.eq.s64 %p170, %rd113, 0;",
+    " or.pred %p171, %p169, %p170;",
+    " @%p171 bra $L__BB4_119;",
+    " atom.add.u64 %rd311, [%rd4], %rd113;",
+    "$L__BB4_119:",
     " ret;",
     "}",
 };
@@ -16181,7 +16863,7 @@ LORASYNCD_FN void lorasyncd_element(const lorasyncd_op *o, long long e, lorasync
     lorasyncd_u64 v = lorasyncd_load((const unsigned char *)(o->src) + (i0 * o->s0 + i1 * o->s1) * lorasyncd_item(from), lorasyncd_item(from));
     if (o->via) v = lorasyncd_convert(lorasyncd_convert(v, from, o->via, o->scale), o->via, to, 1.0f);
     else v = lorasyncd_convert(v, from, to, o->scale);
-    lorasyncd_store((unsigned char *)(o->dst) + (i0 * o->d0 + i1 * o->d1) * item, item, v);
+    if (o->dst) lorasyncd_store((unsigned char *)(o->dst) + (i0 * o->d0 + i1 * o->d1) * item, item, v);
     if (!o->sum) return;
     e = o->pos + i0 * o->row + i1;
     *sum += lorasyncd_digest(v, item, (lorasyncd_u64)e * (unsigned)item);
@@ -16210,8 +16892,8 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
         for (i = 0; i < 4; i++) w[i] = w[2 * i] | w[2 * i + 1] << 16;
     }
     a.x = w[0], a.y = w[1], a.z = w[2], a.w = w[3], b.x = w[4], b.y = w[5], b.z = w[6], b.w = w[7];
-    out[0] = a;
-    if (wide) out[1] = b;
+    if (o->dst) out[0] = a;
+    if (o->dst && wide) out[1] = b;
     if (!o->sum) return;
     at *= wide ? 4 : 2;
     a = *(const uint4 *)(const void *)&lorasyncd_keys[(at >> 2) & 63]; /* at is a multiple of 16, or of 32 */
