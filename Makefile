@@ -158,9 +158,13 @@ $(BUILD)/gpu_plan: tests/gpu_plan.c tests/test.h tests/ranks.h tests/random_case
 	@mkdir -p $(@D)
 	$(COMPILE) -isystem $(CUDA_HOME)/include $(if $(NCCL_HOME),-isystem $(NCCL_HOME)/include) -o $@ $< $(NCCL_LIBS) $(CUDA_LIBS) $(LDLIBS)
 
+$(BUILD)/gpu_shm: tests/gpu_shm.c tests/test.h lorasync.h
+	@mkdir -p $(@D)
+	$(COMPILE) -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
+
 test-gpu: ## tests on the GPUs of this machine
 	@if ! [ -e $(CUDA_HOME)/include/cuda_runtime_api.h ]; then echo "skip test-gpu: no CUDA in CUDA_HOME"; else \
-	    $(MAKE) $(BUILD)/gpu_plan && $(BUILD)/gpu_plan; fi
+	    $(MAKE) $(BUILD)/gpu_shm && $(BUILD)/gpu_shm && $(MAKE) $(BUILD)/gpu_plan && $(BUILD)/gpu_plan; fi
 
 # Calls that fail and are handled (NCCL makes some at its start; peer access may be on already) are not errors. initcheck does not see what other
 # processes write into memory that they have opened, so it looks at ranks that are threads.

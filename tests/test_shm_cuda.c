@@ -336,6 +336,29 @@ static void same_process(void)
     CHECK_EQ(fake_cuda_left(), 0);
 }
 
+/* Another layout in the same slots: the digest's tables are made again, for that version only. */
+static void layouts(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    uint64_t           v;
+    long               memory = 0;
+    fresh_name();
+    e = open_engine(1, 0);
+    t = open_transport(1);
+    for (v = 1; v <= 20; v++) {
+        CHECK_EQ(publish_as(&t, v, 0, v == 1 ? 64 : 40 + (size_t)(v * v % 24), (int)(v % 2), &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, 1), v);
+        if (v == 6) memory = fake_cuda.live_memory;
+    }
+    CHECK(fake_cuda.live_memory <= memory + 2);
+    lorasync_engine_close(e);
+    t.close(t.user);
+    CHECK_EQ(fake_cuda_left(), 0);
+}
+
 static void other_process(void)
 {
     lorasync_transport t;
@@ -777,9 +800,11 @@ static void dead_publisher(void)
 static void dead_engine(void)
 {
     lorasync_transport t;
+    lorasync_engine   *next;
     lorasync_error     err;
     remote             r;
     uint64_t           v;
+    int                i;
     SKIP_WITHOUT_SHARING();
     fresh_name();
     r = start_remote();
@@ -790,10 +815,19 @@ static void dead_engine(void)
         if (v == 1) ask(&r, 'h');
     }
     end_remote(&r, SIGKILL);
-    for (; v <= 10; v++) CHECK_EQ(publish(&t, v, &err), 0);
-    CHECK(fake_cuda.live_memory <= 4);
-    for (; v <= 14; v++) CHECK_EQ(publish_as(&t, v, 0, 30000, 1, &err), 0); /* nothing of the small ones stays */
-    CHECK(fake_cuda.live_memory <= 3);
+    next = open_engine(1, 0); /* takes the dead one's place, not its marks */
+    CHECK_EQ(lorasync_engine_poll(next, 0, &err), 0);
+    for (; v <= 10; v++) {
+        CHECK_EQ(publish_as(&t, v, 0, 30000, (int)(v % 2), &err), 0);
+        CHECK_EQ(lorasync_engine_poll(next, 0, &err), 0);
+        CHECK_EQ(served(next, 1), v);
+    }
+    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) { /* nothing of the small ones is left */
+        const lorasynci_shm_segment *g = &inside(&t)->map.control->slots[i];
+        CHECK(!g->serial || g->device_bytes > 30000);
+    }
+    CHECK(fake_cuda.live_memory <= 3 + 3); /* slots and tables */
+    lorasync_engine_close(next);
     t.close(t.user);
     CHECK_EQ(fake_cuda_left(), 0);
 }
@@ -895,6 +929,7 @@ static void two_gpus(void)
 int main(void)
 {
     RUN(same_process);
+    RUN(layouts);
     RUN(other_process);
     RUN(pins);
     RUN(growth);
