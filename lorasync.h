@@ -86,7 +86,7 @@
        macro                      where                    effect
        LORASYNC_IMPLEMENTATION    one file                 compiles the implementation there
        LORASYNC_STATIC            same file, before both   every function static: a private copy inside that file only
-       LORASYNC_CUDA              implementation file      pieces may be in device memory; needs the CUDA runtime's headers (12.0 or later, any C or
+       LORASYNC_CUDA              implementation file      pieces and published payloads may be in device memory; needs the CUDA runtime's headers (12.0 or later, any C or
                                                            C++ compiler, -isystem recommended) and -lcudart; no nvcc
        LORASYNC_NCCL              implementation file      lorasync_nccl_open; needs LORASYNC_CUDA, nccl.h and -lnccl
        LORASYNC_DEVICE_CODE       nobody but `make ptx`    shows the kernel's source to nvcc

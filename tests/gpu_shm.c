@@ -12,16 +12,22 @@
 #ifndef LAYERS
 #define LAYERS 36
 #endif
-enum { NUM_TENSORS = LAYERS * 14, RANK = 32, CHECKED = 6, WARM = 4, MAX_ROUNDS = 1000 };
-#define CONFIG                                                                                                         \
+enum {
+    NUM_TENSORS = LAYERS * 14,
+    RANK        = 32,
+    CHECKED     = 6,
+    WARM        = 4,
+    MAX_ROUNDS  = 1000
+};
+#define CONFIG                                                                                                                             \
     "{\"peft_type\":\"LORA\",\"r\":32,\"lora_alpha\":64,\"target_modules\":[\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\",\"gate_proj\",\"up_proj\",\"down_proj\"]}"
 
 /* What the three processes share. */
 typedef struct board {
-    uint64_t asked, staged, served; /* versions. Atomic */
+    uint64_t asked, staged, served;          /* versions. Atomic */
     uint64_t start_ns, staged_ns, served_ns; /* of the last one */
-    uint64_t engine; /* versions up to this one are for the engine that checks digests; atomic */
-    int      failed; /* atomic */
+    uint64_t engine;                         /* versions up to this one are for the engine that checks digests; atomic */
+    int      failed;                         /* atomic */
     uint64_t total_ns[2][MAX_ROUNDS], stage_ns[2][MAX_ROUNDS];
 } board;
 
@@ -49,7 +55,8 @@ static void await(const char *who, const uint64_t *p, uint64_t v)
 
 static lorasync_image *lay_out(void)
 {
-    static const char *const modules[7] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"};
+    static const char *const modules[7] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                                           "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
     static const int         in[7] = {4096, 4096, 4096, 4096, 4096, 4096, 12288}, out[7] = {4096, 1024, 1024, 4096, 12288, 12288, 4096};
     static char              names[NUM_TENSORS][128];
     static lorasync_tensor   t[NUM_TENSORS];
@@ -59,7 +66,8 @@ static lorasync_image *lay_out(void)
     int                      i;
     for (i = 0; i < NUM_TENSORS; i++) {
         int module = i / 2 % 7;
-        snprintf(names[i], sizeof names[i], "base_model.model.model.layers.%d.%s.lora_%s.weight", i / 14, modules[module], i % 2 ? "B" : "A");
+        snprintf(names[i], sizeof names[i], "base_model.model.model.layers.%d.%s.lora_%s.weight", i / 14, modules[module],
+                 i % 2 ? "B" : "A");
         t[i].name     = names[i];
         t[i].dtype    = LORASYNC_BF16;
         t[i].ndim     = 2;
@@ -91,7 +99,8 @@ static void publish(lorasync_transport *t, lorasync_image *image, void *host, vo
     fill((uint64_t *)host, image->payload_bytes, version);
     lorasync_image_bind(image, host);
     lorasync_image_stamp(image, version, lorasync_image_digest(image, NULL));
-    if (cudaMemcpy(device, host, image->payload_bytes, cudaMemcpyDefault) != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess) fail("publisher", "cudaMemcpy");
+    if (cudaMemcpy(device, host, image->payload_bytes, cudaMemcpyDefault) != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess)
+        fail("publisher", "cudaMemcpy");
     lorasync_image_bind(image, device);
     image->on_device = 1;
     store(&shared->asked, version);
@@ -127,7 +136,9 @@ static void run_publisher(void)
     desc.name = name;
     desc.cuda = &cuda;
     if (lorasync_shm_open(&desc, &t, &err) < 0) fail("publisher", err.text);
-    if (cudaHostAlloc(&host, image->payload_bytes, cudaHostAllocDefault) != cudaSuccess || cudaMalloc(&device, image->payload_bytes) != cudaSuccess) fail("publisher", "no memory");
+    if (cudaHostAlloc(&host, image->payload_bytes, cudaHostAllocDefault) != cudaSuccess ||
+        cudaMalloc(&device, image->payload_bytes) != cudaSuccess)
+        fail("publisher", "no memory");
     for (i = 0; i < CHECKED; i++) publish(&t, image, host, device, ++v);
     for (kind = 0; kind < 2; kind++)
         for (i = 0; i < WARM + (uint64_t)rounds; i++) {
@@ -162,18 +173,21 @@ static void check_bytes(const lorasync_adapter *a, uint64_t version, uint64_t *h
     if (memcmp(host, expected, a->image->payload_bytes) != 0) fail("engine", "wrong bytes");
 }
 
+/* Polls from the moment that the publisher begins to stage. An engine that is new finds the version before first. */
 static void follow(lorasync_engine *e, uint64_t version)
 {
-    const lorasync_adapter *a;
+    const lorasync_adapter *a = NULL;
     lorasync_error          err;
-    lorasync_status         status;
-    await("engine", &shared->asked, version); /* polls while the publisher stages */
-    while ((status = lorasync_engine_poll(e, 0, &err)) == LORASYNC_NOTHING_NEW)
+    await("engine", &shared->asked, version);
+    while (!a || a->version < version) {
+        lorasync_status status = lorasync_engine_poll(e, 0, &err);
+        if (status < 0) fail("engine", err.text);
         if (__atomic_load_n(&shared->failed, __ATOMIC_SEQ_CST)) fail("engine", "the publisher failed");
-    if (status < 0) fail("engine", err.text);
-    a                 = lorasync_acquire(e, "default");
+        lorasync_release(a);
+        a = lorasync_acquire(e, "default");
+    }
     shared->served_ns = lorasynci_now_ns();
-    if (!a || a->version != version) fail("engine", "another version was served");
+    if (a->version != version) fail("engine", "another version was served");
     lorasync_release(a);
     await("engine", &shared->staged, version); /* the publisher has written its times */
 }
@@ -267,8 +281,9 @@ static void device_payloads(void)
     image = lay_out();
     gb    = (double)image->payload_bytes / 1e9;
     for (kind = 0; kind < 2; kind++) ms[kind] = median_ms(shared->total_ns[kind]), stage[kind] = median_ms(shared->stage_ns[kind]);
-    printf("%d tensors, %.1f MB, device to served, median of %d: %.3f ms (%.0f GB/s), of it stage and commit %.3f ms; without verify %.3f ms (%.0f GB/s), %.3f ms\n",
-           NUM_TENSORS, gb * 1e3, rounds, ms[0], gb / ms[0] * 1e3, stage[0], ms[1], gb / ms[1] * 1e3, stage[1]);
+    printf(
+        "%d tensors, %.1f MB, device to served, median of %d: %.3f ms (%.0f GB/s), of it stage and commit %.3f ms; without verify %.3f ms (%.0f GB/s), %.3f ms\n",
+        NUM_TENSORS, gb * 1e3, rounds, ms[0], gb / ms[0] * 1e3, stage[0], ms[1], gb / ms[1] * 1e3, stage[1]);
     lorasync_image_free(image);
 }
 
@@ -276,7 +291,7 @@ static void device_payloads(void)
 static int count_gpus(void)
 {
     int   status = 0, num = 0;
-    pid_t pid    = fork();
+    pid_t pid = fork();
     if (pid == 0) _exit(cudaGetDeviceCount(&num) == cudaSuccess ? num : 0);
     return pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
 }

@@ -32,9 +32,9 @@ int main(void)
 #define KEY_A "base_model.model.layers.0.q_proj.lora_A.weight"
 #define KEY_B "base_model.model.layers.0.q_proj.lora_B.weight"
 #define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
-#define SKIP_WITHOUT_SHARING()                                                                                         \
-    do {                                                                                                               \
-        if (FAKE_MALLOC) SKIP("the address sanitizer's device memory is not shared between processes");                \
+#define SKIP_WITHOUT_SHARING()                                                                                                             \
+    do {                                                                                                                                   \
+        if (FAKE_MALLOC) SKIP("the address sanitizer's device memory is not shared between processes");                                    \
     } while (0)
 
 static char name[64];
@@ -81,20 +81,20 @@ static picture make_picture(uint64_t version, int seed, size_t width, int on_dev
     memset(tensors, 0, sizeof tensors);
     memset(&desc, 0, sizeof desc);
     memset(&p, 0, sizeof p);
-    tensors[0].name     = KEY_A;
-    tensors[1].name     = KEY_B;
-    tensors[2].name     = "base_model.model.layers.1.q_proj.lora_A.weight";
-    tensors[3].name     = "base_model.model.layers.1.q_proj.lora_B.weight";
-    tensors[0].dtype    = tensors[1].dtype = LORASYNC_F32;
-    tensors[2].dtype    = LORASYNC_BF16;
-    tensors[3].dtype    = LORASYNC_F8_E4M3;
-    tensors[0].ndim     = tensors[1].ndim = tensors[2].ndim = tensors[3].ndim = 2;
+    tensors[0].name  = KEY_A;
+    tensors[1].name  = KEY_B;
+    tensors[2].name  = "base_model.model.layers.1.q_proj.lora_A.weight";
+    tensors[3].name  = "base_model.model.layers.1.q_proj.lora_B.weight";
+    tensors[0].dtype = tensors[1].dtype = LORASYNC_F32;
+    tensors[2].dtype                    = LORASYNC_BF16;
+    tensors[3].dtype                    = LORASYNC_F8_E4M3;
+    tensors[0].ndim = tensors[1].ndim = tensors[2].ndim = tensors[3].ndim = 2;
     tensors[0].shape[0] = tensors[1].shape[1] = tensors[2].shape[0] = tensors[3].shape[1] = 4;
     tensors[0].shape[1] = tensors[1].shape[0] = tensors[3].shape[0] = (int64_t)width;
-    tensors[2].shape[1] = (int64_t)width + 1;
-    desc.tensors        = tensors;
-    desc.num_tensors    = 4;
-    desc.adapter        = "default";
+    tensors[2].shape[1]                                             = (int64_t)width + 1;
+    desc.tensors                                                    = tensors;
+    desc.num_tensors                                                = 4;
+    desc.adapter                                                    = "default";
     if (lorasync_image_layout(&desc, NULL, &p.image, &err) < 0) {
         fprintf(stderr, "layout: %s\n", err.text);
         exit(1);
@@ -124,7 +124,8 @@ static long wrong_bytes(const lorasync_adapter *a)
 {
     size_t i, k;
     long   wrong = 0;
-    if (!a || !lorasync_find(a, KEY_A) || !lorasync_find(a, KEY_B) || a->image->num_tensors != 4 || lorasync_config_view(a->config)->r != 4) return -1;
+    if (!a || !lorasync_find(a, KEY_A) || !lorasync_find(a, KEY_B) || a->image->num_tensors != 4 || lorasync_config_view(a->config)->r != 4)
+        return -1;
     if (a->image->version != a->version || strcmp(a->image->config_json, CONFIG) != 0) return -1;
     for (i = 0; i < a->image->num_tensors; i++) {
         const lorasync_tensor *t    = &a->image->tensors[i];
@@ -192,7 +193,10 @@ static lorasync_status publish_as(lorasync_transport *t, uint64_t version, int s
     return status;
 }
 
-static lorasync_status publish(lorasync_transport *t, uint64_t version, lorasync_error *err) { return publish_as(t, version, 0, 64, (int)(version % 2), err); }
+static lorasync_status publish(lorasync_transport *t, uint64_t version, lorasync_error *err)
+{
+    return publish_as(t, version, 0, 64, (int)(version % 2), err);
+}
 
 static uint64_t served(lorasync_engine *e, int on_device)
 {
@@ -235,9 +239,9 @@ static void remote_answer(lorasync_engine *e, const lorasync_adapter *held, char
     if (command == 'f') fake_cuda.ipc_fails = 2;
     if (command == 'o') fake_cuda.ipc_fails = 0;
     if (command == 'p') out->status = lorasync_engine_poll(e, 0, &err);
-    a            = held && command == 'l' ? held : lorasync_acquire(e, "default");
-    out->version = a ? a->version : 0;
-    out->wrong   = a ? wrong_bytes(a) : 0;
+    a              = held && command == 'l' ? held : lorasync_acquire(e, "default");
+    out->version   = a ? a->version : 0;
+    out->wrong     = a ? wrong_bytes(a) : 0;
     out->on_device = a ? a->image->on_device : 0;
     if (a != held || command != 'l') lorasync_release(a);
     out->opened      = fake_cuda.live_opened;
@@ -270,7 +274,8 @@ static remote start_remote(void)
     r.pid = fork();
     if (r.pid == 0) {
         close(to[1]), close(from[0]);
-        fake_cuda.live_memory = fake_cuda.live_pinned = fake_cuda.live_streams = fake_cuda.live_events = fake_cuda.live_modules = fake_cuda.live_opened = 0;
+        fake_cuda.live_memory = fake_cuda.live_pinned = fake_cuda.live_streams = fake_cuda.live_events = fake_cuda.live_modules =
+            fake_cuda.live_opened                                                                      = 0;
         fake_cuda.num_memory = fake_cuda.opened = 0;
         _exit(run_remote(to[0], from[1]));
     }
@@ -629,7 +634,7 @@ static void kinds(void)
     CHECK_EQ(served(plain, 0), 1);
     CHECK_EQ(served(both, 0), 1);
     t.close(t.user);
-    t = open_transport(1); /* the next publisher of the name uses the device */
+    t = open_transport(1);                          /* the next publisher of the name uses the device */
     CHECK_EQ(publish_as(&t, 1, 0, 64, 1, &err), 0); /* is served already */
     CHECK_EQ(publish_as(&t, 1, 1, 64, 1, &err), LORASYNC_E_VERSION);
     CHECK_EQ(publish_as(&t, 2, 0, 64, 1, &err), 0);
@@ -870,11 +875,11 @@ static void killed_anywhere(void)
 /* The mark that an engine sets before it opens: a publisher that closes in between does not free. */
 static void marks(void)
 {
-    lorasync_transport t;
-    lorasync_engine   *e;
-    lorasync_error     err;
+    lorasync_transport  t;
+    lorasync_engine    *e;
+    lorasync_error      err;
     lorasynci_shm_view *view;
-    int                slot;
+    int                 slot;
     fresh_name();
     t = open_transport(1);
     e = open_engine(1, 0);
