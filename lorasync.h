@@ -87,8 +87,9 @@
        macro                      where                    effect
        LORASYNC_IMPLEMENTATION    one file                 compiles the implementation there
        LORASYNC_STATIC            same file, before both   every function static: a private copy inside that file only
-       LORASYNC_CUDA              implementation file      pieces may be in device memory; needs the CUDA runtime's headers (12.0 or later, any C or
-                                                           C++ compiler, -isystem recommended) and -lcudart; no nvcc; GPUs from Volta (sm_70) on
+       LORASYNC_CUDA              implementation file      pieces and published payloads may be in device memory; needs the CUDA runtime's headers (12.0 or
+                                                           later, any C or C++ compiler, -isystem recommended) and -lcudart; no nvcc; GPUs from
+                                                           Volta (sm_70) on
        LORASYNC_NCCL              implementation file      lorasync_nccl_open; needs LORASYNC_CUDA, nccl.h (2.18 or later) and -lnccl
        LORASYNC_DEVICE_CODE       nobody but `make ptx`    shows the kernel's source to nvcc
 
@@ -971,7 +972,23 @@ typedef struct lorasync_shm_desc {
     int         num_slots; /* slots of each adapter to keep when they are free, so that publishing touches no fresh memory: 2 or more; 0: 3 (the
                               served one, the next one, one that engines are leaving). More are made when needed, up to 1,024 in all */
     const lorasync_allocator *allocator;
+    const lorasync_cuda *cuda; /* NULL: payloads lie in shared memory. Else in device memory, see below; needs LORASYNC_CUDA. keep_on_device means
+                                  nothing here. Read by lorasync_shm_open only, but cuda->stream is borrowed until close */
 } lorasync_shm_desc;
+
+/* With lorasync_shm_desc.cuda, for engines that share a GPU with the publisher (or have a GPU with peer access to it) and say accept_device:
+       shared memory    | head | header | config_json |      device memory of the publisher, one cudaMalloc per slot    | payload |
+   Where. In memory of the device that is current at lorasync_shm_open. Images may be on the host or on any device that it can copy from. The
+   memory is the transport's: made once with its slot, used for many versions, opened by engines once over CUDA IPC. An engine of the
+   publisher's own process uses the address.
+   When. stage copies after what is on cuda->stream at the call, on a stream of its own, and waits on the CPU until the copy has ended (at most
+   60 s), so commit is one atomic store as ever, and a publisher that is killed has named no half written slot.
+   How long. Memory that an engine has open is not freed. After close the versions that engines have open stay served as long as the publisher's
+   process lives; all other memory is freed. What is still open then is freed with the process, or goes to the next transport of this name that
+   the process opens on that device. When the process ends, its device memory goes with it: engines keep what they have open, until they close
+   it (CUDA promises nothing for that case; Linux drivers do so), and no other engine can open it. They report that, naming the process,
+   until the version, or a newer one, is published again. The next publisher never writes into memory of a dead one.
+   The same version published again is compared by header and config_json, in which the digest is; without a digest it counts as other content. */
 
 /* Fills *out; end with out->close(out->user), which a session that it is attached to does. The last version stays served after close and after
    the end of the process, until lorasync_shm_remove; the next publisher of that name goes on from there, also after a kill.
@@ -981,7 +998,9 @@ typedef struct lorasync_shm_desc {
    Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY, LORASYNC_E_IO (the system's reason), LORASYNC_E_FORMAT (size or layout),
    LORASYNC_E_BUSY naming the process that publishes there; from stage and commit LORASYNC_E_IO also when shared memory is full, LORASYNC_E_BUSY when
    1,024 slots are held or 64 adapters published, LORASYNC_E_STATE in a fork or when the name was removed, and as the directory transport
-   LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT, LORASYNC_E_STATE. LORASYNC_E_UNSUPPORTED for an image on a device. */
+   LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT, LORASYNC_E_STATE. LORASYNC_E_UNSUPPORTED for an image on a device, unless
+   desc.cuda is set. With desc.cuda: LORASYNC_E_UNSUPPORTED from open without LORASYNC_CUDA; LORASYNC_E_CUDA and LORASYNC_E_MEMORY from open and stage, for what
+   CUDA refuses (no IPC, no memory left) and for a copy that has not ended after 60 s. */
 LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lorasync_transport *out, lorasync_error *err);
 
 /* Removes what is published under a name, and gives its memory back once engines let go of it: they keep what they serve, and follow whoever
@@ -999,7 +1018,15 @@ typedef struct lorasync_engine_desc {
     const char *adapter;   /* NULL: every adapter found there. Copied */
     int         no_verify; /* 1: skip the digest (the header is always checked) */
     const lorasync_allocator *allocator;
+    int accept_device; /* 1, with shm: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda), see below. Needs LORASYNC_CUDA */
 } lorasync_engine_desc;
+
+/* With accept_device an adapter's image may have on_device = 1: the tensors' data are device addresses, good on the device that was current at
+   lorasync_engine_open and on those with peer access to the memory. A poll makes that device current and restores the old one; it opens the memory of
+   a slot once, digests each version there on a stream of the engine's own, and waits on the CPU for that, at most 60 s.
+   Reading: in place, or by cudaMemcpyAsync to memory of the host program's. Either way keep the pin until the stream that reads has passed (an
+   event behind the last read): a released slot is written again.
+   Versions in host memory are served as without accept_device. Without it one in device memory is LORASYNC_E_UNSUPPORTED, which says so. */
 
 typedef struct lorasync_engine lorasync_engine;
 
@@ -1011,8 +1038,8 @@ typedef struct lorasync_adapter {
     const lorasync_config  *config;
 } lorasync_adapter;
 
-/* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY. The directory, or the publisher, need not be there yet. With shm, use the engine
-   in the process that opened it: each process, and a fork too, opens its own. */
+/* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY; with accept_device LORASYNC_E_CUDA, and LORASYNC_E_UNSUPPORTED without LORASYNC_CUDA. The directory, or the
+   publisher, need not be there yet. With shm, use the engine in the process that opened it: each process, and a fork too, opens its own. */
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out, lorasync_error *err);
 
 /* Looks for versions newer than the served ones, up to timeout_ms (0: once). Each is opened, its header, config and digest are checked, and it
@@ -1023,7 +1050,8 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
    held: the served one and 7 older ones that readers pin. The served version published again with other bytes is LORASYNC_E_VERSION. An adapter
    that fails does not hold up the others; the first failure is returned. Files without lorasync metadata are served too, without a digest to
    check. With shm, LORASYNC_E_BUSY also when 256 engines are attached, LORASYNC_E_STATE in a fork; a version that readers have released is given
-   back at the next poll. One thread at a time. */
+   back at the next poll. With accept_device LORASYNC_E_CUDA for memory that cannot be opened or read, and LORASYNC_E_IO when it was a publisher's
+   that has ended or closed. One thread at a time. */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
 
 /* Pins the served version of an adapter; NULL if there is none. Wait-free but for a retry when a poll swaps versions in between; no system
@@ -1375,7 +1403,7 @@ LORASYNC_API void lorasync_stream_close(lorasync_stream *stream);
 
        ops    [ op 0 | op 1 | ... ]                   tiles  [ op 0, 0 .. 16384 | op 0, 16384 .. 17000 | op 1, 0 .. 512 | ... ]       */
 typedef struct lorasyncd_op {
-    unsigned long long src, dst;
+    unsigned long long src, dst; /* dst 0: digested only. Then both dtypes are the same integer type, which the NaN check leaves alone */
     unsigned long long sum; /* address of the tensor's digest, or 0: not digested, not checked */
     long long          num, n1, s0, s1, d0, d1, pos, row;
     unsigned           tensor;
@@ -6047,6 +6075,15 @@ LORASYNC_API uint64_t lorasync_image_digest(const lorasync_image *image, uint64_
     return lorasynci_mix(sum);
 }
 
+LORASYNCI_FN lorasync_status lorasynci_compare_digest(const lorasync_image *image, uint64_t found, lorasync_error *err)
+{
+    if (found == image->digest) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_DIGEST,
+                          "adapter \"%.100s\" version %llu: the header says digest %016llx, the payload has %016llx; "
+                          "the bytes are damaged or incomplete, transfer them again", image->adapter, (unsigned long long)image->version,
+                          (unsigned long long)image->digest, (unsigned long long)found);
+}
+
 LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, lorasync_error *err)
 {
     uint64_t found;
@@ -6056,11 +6093,7 @@ LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, 
     if (!image->payload && !image->delta) /* a delta's tensors may lie scattered */
         return lorasynci_fail(err, LORASYNC_E_STATE, "the image has no payload; bind one with lorasync_image_bind");
     found = lorasync_image_digest(image, NULL);
-    if (found == image->digest) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_DIGEST,
-                          "adapter \"%.100s\" version %llu: the header says digest %016llx, the payload has %016llx; "
-                          "the bytes are damaged or incomplete, transfer them again", image->adapter, (unsigned long long)image->version,
-                          (unsigned long long)image->digest, (unsigned long long)found);
+    return lorasynci_compare_digest(image, found, err);
 }
 
 LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image, const uint64_t *old_digests, uint32_t *out_indices,
@@ -8830,6 +8863,7 @@ typedef struct lorasynci_launch {
 
 struct lorasynci_device {
     int              ordinal;
+    pid_t            pid;          /* without a plan: of the process that opened it */
     int              same_process; /* the image was made by a thread of this process: no IPC */
     cudaStream_t     caller, stream, wire, placing;
     cudaEvent_t      ready, packed, done, arrived, placed[2];
@@ -9293,6 +9327,17 @@ LORASYNCI_FN void lorasynci_device_put(int pinned, char *memory)
 
 /* -- running */
 
+LORASYNCI_FN CUresult lorasynci_device_launch(const lorasynci_device *g, const void *ops, const void *tiles, unsigned num, void *bad, unsigned long long image_shift,
+                                              cudaStream_t stream)
+{
+    void *parameters[4];
+    parameters[0] = &ops;
+    parameters[1] = &tiles;
+    parameters[2] = &bad;
+    parameters[3] = &image_shift;
+    return g->launch(g->kernel, num, 1, 1, LORASYNCD_THREADS, 1, 1, 0, stream, parameters, NULL);
+}
+
 #ifndef LORASYNCI_WAVE /* tests make it small */
 #define LORASYNCI_WAVE 1024 /* tiles: about as many as an H100 runs at once */
 #endif
@@ -9301,21 +9346,12 @@ LORASYNCI_FN void lorasynci_device_put(int pinned, char *memory)
 LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch, cudaStream_t stream, lorasync_error *err)
 {
     const lorasynci_device *g     = plan->device;
-    lorasyncd_op           *ops   = launch->ops;
-    lorasyncd_tile         *tiles = launch->tiles;
-    unsigned long long     *bad   = g->bad;
+    unsigned long long      shift = (unsigned long long)((uintptr_t)plan->memory[LORASYNCI_IMAGE] - (uintptr_t)g->home);
     unsigned                at, num, most = lorasynci_is_pipelined(plan) ? LORASYNCI_WAVE : UINT_MAX;
-    unsigned long long      image_shift = (unsigned long long)((uintptr_t)plan->memory[LORASYNCI_IMAGE] - (uintptr_t)g->home);
-    void                   *parameters[4];
-    CUresult                r;
-    parameters[0] = &ops;
-    parameters[1] = &tiles;
-    parameters[2] = &bad;
-    parameters[3] = &image_shift;
     for (at = 0; at < launch->num; at += num) {
-        num   = launch->num - at < most ? launch->num - at : most;
-        tiles = launch->tiles + at;
-        r     = g->launch(g->kernel, num, 1, 1, LORASYNCD_THREADS, 1, 1, 0, stream, parameters, NULL);
+        CUresult r;
+        num = launch->num - at < most ? launch->num - at : most;
+        r   = lorasynci_device_launch(g, launch->ops, launch->tiles + at, num, g->bad, shift, stream);
         if (r != CUDA_SUCCESS) return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
     }
     return LORASYNC_OK;
@@ -9555,7 +9591,81 @@ LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasyn
     return status;
 }
 
+/* -- a GPU outside any plan: transports and engines with payloads in device memory */
+
+LORASYNCI_FN void lorasynci_device_stop(const lorasync_allocator *a, lorasynci_device *g)
+{
+    int old;
+    if (!g) return;
+    if (g->pid == getpid()) { /* a fork cannot use its parent's */
+        lorasynci_device_enter(g, &old);
+        if (g->ready) cudaEventDestroy(g->ready);
+        if (g->done) cudaEventDestroy(g->done);
+        if (g->stream) cudaStreamDestroy(g->stream);
+        if (g->module) g->unload(g->module);
+        lorasynci_device_leave(g, old);
+        (void)cudaGetLastError();
+    }
+    lorasynci_free(a, g);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_device_fill(lorasynci_device *g, const lorasync_allocator *a, int with_kernel, lorasync_error *err)
+{
+    LORASYNCI_CUDA(cudaGetDevice(&g->ordinal), "no usable GPU");
+    LORASYNCI_CUDA(cudaFree(NULL), "no usable GPU");
+    if (with_kernel) LORASYNCI_TRY(lorasynci_device_load(g, a, err));
+    LORASYNCI_CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    LORASYNCI_TRY(lorasynci_device_event(&g->ready, err));
+    return lorasynci_device_event(&g->done, err);
+}
+
+/* The current GPU: a stream, events, and the kernel where it is wanted. `what` is the field that asks for it. */
+LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller, int with_kernel, const char *what,
+                                                    lorasynci_device **out, lorasync_error *err)
+{
+    lorasynci_device *g = (lorasynci_device *)lorasynci_alloc_array(a, 1, sizeof *g);
+    lorasync_status   status;
+    if (!g) return lorasynci_fail_memory(err, sizeof *g);
+    g->caller = caller;
+    g->pid    = getpid();
+    status    = lorasynci_device_fill(g, a, with_kernel, err);
+    if (status >= 0) {
+        *out = g;
+        return LORASYNC_OK;
+    }
+    lorasynci_prefix(err, "%s", what);
+    lorasynci_device_stop(a, g);
+    return status;
+}
+
+enum { LORASYNCI_DEVICE_PATIENCE_MS = 60000 };
+
+/* Waits until all that is on its stream has ended. Asks again at once: this takes microseconds. */
+LORASYNCI_FN lorasync_status lorasynci_device_drain(lorasynci_device *g, const char *what, lorasync_error *err)
+{
+    uint64_t deadline = lorasynci_deadline_ns(LORASYNCI_DEVICE_PATIENCE_MS);
+    unsigned turns    = 0;
+    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
+    for (;;) {
+        cudaError_t e = cudaEventQuery(g->done);
+        if (e == cudaSuccess) return LORASYNC_OK;
+        if (e != cudaErrorNotReady) return lorasynci_cuda_fail(err, e, what);
+        if (++turns % 64 != 0) continue;
+        if (lorasynci_now_ns() >= deadline)
+            return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: %s: not ended after %d ms; is the GPU, or the stream that it waits for, stuck?", what, LORASYNCI_DEVICE_PATIENCE_MS);
+        if (turns > 20000) sched_yield();
+    }
+}
+
 #else /* without CUDA: a desc that asks for it is refused, and no plan has a device */
+
+LORASYNCI_FN void lorasynci_device_stop(const lorasync_allocator *a, lorasynci_device *g) { (void)a, (void)g; }
+LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller, int with_kernel, const char *what,
+                                                    lorasynci_device **out, lorasync_error *err)
+{
+    (void)a, (void)caller, (void)with_kernel, (void)out;
+    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%s is set, but this library was compiled without LORASYNC_CUDA; define it beside LORASYNC_IMPLEMENTATION", what);
+}
 
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err)
 {
@@ -11742,10 +11852,11 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 
        /lorasync-<name>            control   | magic | publisher | last serial | adapters | slots | readers |
        /lorasync-<name>@<serial>   a slot    | head, one page | header, payload | config_json, NUL | spare |
+                                   or        | head, one page | header          | config_json, NUL | spare |   and the payload in device memory
 
        adapters  [ "default" word | "b" word | ... ]       word = number of commits << 12 | slot + 1; 0: nothing is published
        slots     [ serial, size, adapter | ... ]           a segment keeps its serial and size for life; serial 0: no segment
-       readers   [ owner, a pin bit for each slot | ... ]  one per engine; owner 0: free
+       readers   [ owner, a pin bit and an opened bit for each slot | ... ]    one per engine; owner 0: free
 
    A reader:     w = word;  pins[slot of w] = 1;  if word is still w, that slot is pinned;  else pins[slot of w] = 0 and again.
    The publisher: take a slot that no word names and no living reader pins;  write it;  word = next number, slot.
@@ -11758,7 +11869,10 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 
    An owner is one word, so that taking a dead owner's place is one compare and swap:  pid 24 bits | start time 23 | locked 1 | pid namespace 16.
    The start time tells a process from a later one with its pid. A process of another container has no pid here: it holds a lock on a byte of
-   the control, which the kernel drops when it ends. */
+   the control, which the kernel drops when it ends.
+
+   Device memory is freed in the order  retired = 1;  opened by no living reader?;  free.  A reader that opens some does  opened = 1;  retired?;
+   open.  One of both sees the other. A killed reader's bits go with its place. */
 enum {
     LORASYNCI_SHM_ADAPTERS  = 64,
     LORASYNCI_SHM_SLOTS     = 1024,
@@ -11781,11 +11895,14 @@ typedef struct lorasynci_shm_adapter {
 
 typedef struct lorasynci_shm_segment {
     uint64_t serial, num_bytes, adapter; /* for which adapter it was made */
+    uint64_t device_bytes; /* 0: the payload lies in the segment, else in this much device memory */
+    uint64_t retired;      /* atomic. 1: the device memory is to be freed; who has it open and needs it no more closes it */
 } lorasynci_shm_segment;
 
 typedef struct lorasynci_shm_reader {
     uint64_t owner; /* atomic */
     uint64_t pins[LORASYNCI_SHM_PINS]; /* atomic. Only the owner's engine writes; without an owner they mean nothing */
+    uint64_t opened[LORASYNCI_SHM_PINS]; /* the same, for slots whose device memory it has open, pinned or not */
 } lorasynci_shm_reader;
 
 typedef struct lorasynci_shm_control {
@@ -11796,9 +11913,21 @@ typedef struct lorasynci_shm_control {
     lorasynci_shm_reader  readers[LORASYNCI_SHM_READERS];
 } lorasynci_shm_control;
 
+/* Device memory of a slot, written when the slot is made. */
+typedef struct lorasynci_shm_memory {
+    uint64_t num_bytes; /* 0: none */
+    uint64_t owner;     /* the publisher */
+    uint64_t pointer;   /* in its process; 0: freed */
+    int64_t  ordinal;   /* of the GPU, in its process */
+    char     gpu[24];   /* the GPU for all processes: its PCI address */
+    char     handle[64];
+} lorasynci_shm_memory;
+
 /* The first bytes of a slot. */
 typedef struct lorasynci_shm_head {
-    uint64_t magic, version, image_bytes, config_bytes; /* with the NUL */
+    uint64_t             magic, version, image_bytes, config_bytes; /* in the segment: of a payload in device memory the image's header only; with the NUL */
+    uint64_t             payload_bytes; /* in device memory */
+    lorasynci_shm_memory memory;
 } lorasynci_shm_head;
 
 /* The slot that a word names; -1 when it names none, also when it is damaged. */
@@ -12143,11 +12272,22 @@ typedef struct lorasynci_shm {
     uint64_t            used[LORASYNCI_SHM_PINS]; /* a bit per slot, by lorasynci_shm_look */
     void               *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
     size_t              sizes[LORASYNCI_SHM_SLOTS];
+    lorasynci_device   *device;        /* NULL: payloads in the segments */
+    size_t              payload_bytes; /* of the image that is being staged to the device */
+    char               *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked at yet */
+    int                 stuck; /* the last copy to the device did not end well: freeing memory could wait for ever */
 } lorasynci_shm;
 
 LORASYNCI_FN lorasynci_shm_head *lorasynci_shm_head_of(const lorasynci_shm *s, int slot) { return (lorasynci_shm_head *)s->memory[slot]; }
 
 LORASYNCI_FN char *lorasynci_shm_image_of(const lorasynci_shm *s, int slot) { return (char *)s->memory[slot] + LORASYNCI_SHM_HEAD; }
+
+/* The device's part, below; without CUDA these refuse or do nothing. */
+LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int slot, lorasync_error *err);
+LORASYNCI_FN void            lorasynci_shm_free_payload(lorasynci_shm *s, int slot);
+LORASYNCI_FN int             lorasynci_shm_have_payload(lorasynci_shm *s, int slot);
+LORASYNCI_FN int             lorasynci_shm_retire(lorasynci_shm *s, int slot);
+LORASYNCI_FN int             lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g);
 
 /* A fork has the parent's mappings, but not its place. */
 LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lorasync_error *err)
@@ -12189,6 +12329,7 @@ LORASYNCI_FN void lorasynci_shm_drop_slot(lorasynci_shm *s, int slot)
 {
     lorasynci_shm_segment *g = &s->map.control->slots[slot];
     char                   path[LORASYNCI_SHM_PATH];
+    lorasynci_shm_free_payload(s, slot);
     if (s->memory[slot]) munmap(s->memory[slot], s->sizes[slot]);
     s->memory[slot] = NULL;
     lorasynci_shm_path(path, s->name, g->serial);
@@ -12243,15 +12384,17 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot,
     lorasync_status        status;
     int                    fd = -1;
     if (!c->last_serial) c->last_serial = lorasynci_shm_first_serial();
-    g->num_bytes = num_bytes;
-    g->adapter   = (uint64_t)adapter;
-    g->serial    = ++c->last_serial;
+    g->num_bytes    = num_bytes;
+    g->adapter      = (uint64_t)adapter;
+    g->device_bytes = g->retired = 0;
+    g->serial       = ++c->last_serial;
     lorasynci_shm_path(path, s->name, g->serial);
     status = lorasynci_shm_open_segment(path, O_RDWR | O_CREAT | O_EXCL, &fd, &st, err);
     if (status >= 0) {
         status = lorasynci_shm_enter_slot(s, slot, fd, path, err);
         close(fd);
     }
+    if (status >= 0 && s->device) status = lorasynci_shm_make_payload(s, slot, err);
     if (status < 0) lorasynci_shm_drop_slot(s, slot);
     return status;
 }
@@ -12270,9 +12413,9 @@ LORASYNCI_FN size_t lorasynci_shm_size(size_t need)
     return (need + LORASYNCI_SHM_SPARE + LORASYNCI_SHM_HEAD - 1) / LORASYNCI_SHM_HEAD * LORASYNCI_SHM_HEAD;
 }
 
-LORASYNCI_FN int lorasynci_shm_fits(const lorasynci_shm_segment *g, size_t need)
+LORASYNCI_FN int lorasynci_shm_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g, size_t need)
 {
-    return g->num_bytes >= need && g->num_bytes / 2 <= lorasynci_shm_size(need);
+    return g->num_bytes >= need && g->num_bytes / 2 <= lorasynci_shm_size(need) && lorasynci_shm_payload_fits(s, g);
 }
 
 /* Removes the unused slots of an adapter that do not fit, and those that fit beyond `keep` slots in all. */
@@ -12284,7 +12427,8 @@ LORASYNCI_FN void lorasynci_shm_trim(lorasynci_shm *s, int adapter, size_t need,
     for (i = LORASYNCI_SHM_SLOTS; i-- > 0;) {
         const lorasynci_shm_segment *g = &c->slots[i];
         if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i)) continue;
-        if (lorasynci_shm_fits(g, need) && num <= keep) continue;
+        if (lorasynci_shm_fits(s, g, need) && num <= keep) continue;
+        if (!lorasynci_shm_retire(s, i)) continue; /* an engine has it open */
         lorasynci_shm_drop_slot(s, i);
         num--;
     }
@@ -12297,8 +12441,8 @@ LORASYNCI_FN int lorasynci_shm_unused(lorasynci_shm *s, int adapter, size_t need
     int                          i;
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
         const lorasynci_shm_segment *g = &c->slots[i];
-        if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i) || !lorasynci_shm_fits(g, need)) continue;
-        if (lorasynci_shm_have_slot(s, i)) return i;
+        if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i) || !lorasynci_shm_fits(s, g, need)) continue;
+        if (lorasynci_shm_have_slot(s, i) && lorasynci_shm_have_payload(s, i)) return i;
         lorasynci_shm_drop_slot(s, i);
     }
     return -1;
@@ -12323,7 +12467,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_pick(lorasynci_shm *s, int adapter, s
 {
     lorasynci_shm_place *p = &s->places[adapter];
     int                  slot;
-    if (p->next >= 0 && lorasynci_shm_fits(&s->map.control->slots[p->next], need)) return LORASYNC_OK;
+    if (p->next >= 0 && lorasynci_shm_fits(s, &s->map.control->slots[p->next], need)) return LORASYNC_OK;
     lorasynci_shm_look(s, 0); /* marks p->next too: the image may lie there */
     slot = lorasynci_shm_unused(s, adapter, need);
     if (slot < 0) {
@@ -12384,11 +12528,202 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
     const char               *memory  = lorasynci_shm_image_of(s, slot);
     size_t                    config  = strlen(image->config_json) + 1;
     uint64_t                  in_slot = s->sizes[slot] - LORASYNCI_SHM_HEAD;
-    if (h->image_bytes != (uint64_t)image->header_bytes + image->payload_bytes || h->config_bytes != config) return 0;
-    if (h->image_bytes > in_slot || config > in_slot - h->image_bytes) return 0;
+    int                       on_device = h->memory.num_bytes || image->on_device; /* then the digest in the header speaks for the payload */
+    if (h->image_bytes + h->payload_bytes != (uint64_t)image->header_bytes + image->payload_bytes || h->config_bytes != config) return 0;
+    if (h->image_bytes > in_slot || config > in_slot - h->image_bytes || image->header_bytes > in_slot || (on_device && !image->has_digest)) return 0;
     return memcmp(memory, image->header, image->header_bytes) == 0 &&
-           (!image->payload_bytes || memcmp(memory + image->header_bytes, image->payload, image->payload_bytes) == 0) &&
+           (!image->payload_bytes || on_device || memcmp(memory + image->header_bytes, image->payload, image->payload_bytes) == 0) &&
            memcmp(memory + h->image_bytes, image->config_json, config) == 0;
+}
+
+/* -- payloads in device memory: the publisher's side */
+
+/* Whether two owners are one process: the locked bit says nothing about that. */
+LORASYNCI_FN int lorasynci_shm_is_same_owner(uint64_t a, uint64_t b) { return ((a ^ b) & ~lorasynci_shm_locked) == 0; }
+
+#ifdef LORASYNC_CUDA
+
+LORASYNCI_FN lorasync_status lorasynci_shm_allocate(lorasynci_shm *s, int slot, size_t num_bytes, lorasync_error *err)
+{
+    lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
+    void                 *p = NULL;
+    LORASYNCI_CUDA(cudaMalloc(&p, num_bytes), "memory for a slot");
+    s->payloads[slot] = (char *)p;
+    LORASYNCI_CUDA(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)m->handle, p), "this GPU's memory cannot be shared over CUDA IPC; publish in host memory");
+    LORASYNCI_CUDA(cudaDeviceGetPCIBusId(m->gpu, (int)sizeof m->gpu, s->device->ordinal), "cudaDeviceGetPCIBusId");
+    m->owner     = s->mine;
+    m->pointer   = (uint64_t)(uintptr_t)p;
+    m->ordinal   = s->device->ordinal;
+    m->num_bytes = num_bytes;
+    return LORASYNC_OK;
+}
+
+/* Gives a new slot its device memory. */
+LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int slot, lorasync_error *err)
+{
+    size_t          n = s->payload_bytes ? s->payload_bytes : 1;
+    lorasync_status status;
+    int             old;
+    if (n > SIZE_MAX - 256) return lorasynci_fail_memory(err, n);
+    n = (n + 255) / 256 * 256;
+    lorasynci_device_enter(s->device, &old);
+    status = lorasynci_shm_allocate(s, slot, n, err);
+    lorasynci_device_leave(s->device, old);
+    if (status >= 0) s->map.control->slots[slot].device_bytes = n;
+    return status;
+}
+
+/* Frees it. No engine has it open. */
+LORASYNCI_FN void lorasynci_shm_free_payload(lorasynci_shm *s, int slot)
+{
+    int old;
+    if (!s->payloads[slot]) return;
+    lorasynci_shm_head_of(s, slot)->memory.pointer = 0;
+    lorasynci_device_enter(s->device, &old);
+    if (!s->stuck) cudaFree(s->payloads[slot]); /* would wait for the copy */
+    lorasynci_device_leave(s->device, old);
+    (void)cudaGetLastError();
+    s->payloads[slot] = NULL;
+}
+
+/* The device memory of a mapped slot, if it is this process's: also what an earlier transport of the process has left. */
+LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
+{
+    const lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
+    if (!s->payloads[slot] && m->num_bytes && m->num_bytes == s->map.control->slots[slot].device_bytes && m->ordinal == s->device->ordinal &&
+        lorasynci_shm_is_same_owner(m->owner, s->mine)) {
+        s->payloads[slot] = (char *)(uintptr_t)m->pointer;
+    }
+    return s->payloads[slot];
+}
+
+LORASYNCI_FN lorasync_status lorasynci_shm_enqueue(lorasynci_shm *s, int slot, const lorasync_image *image, lorasync_error *err)
+{
+    lorasynci_device *g = s->device;
+    LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
+    if (!image->payload_bytes || image->payload == s->payloads[slot]) return LORASYNC_OK;
+    LORASYNCI_CUDA(cudaMemcpyAsync(s->payloads[slot], image->payload, image->payload_bytes, cudaMemcpyDefault, g->stream), "copying the payload into a slot");
+    return LORASYNC_OK;
+}
+
+/* Starts the copy of the payload. */
+LORASYNCI_FN lorasync_status lorasynci_shm_copy_begin(lorasynci_shm *s, int slot, const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_status status;
+    int             old;
+    lorasynci_device_enter(s->device, &old);
+    status = lorasynci_shm_enqueue(s, slot, image, err);
+    lorasynci_device_leave(s->device, old);
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_error *err)
+{
+    lorasync_status status;
+    int             old;
+    lorasynci_device_enter(s->device, &old);
+    status   = lorasynci_device_drain(s->device, "copying the payload into a slot", err);
+    s->stuck = status < 0;
+    lorasynci_device_leave(s->device, old);
+    return status;
+}
+
+#else
+
+LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int slot, lorasync_error *err)
+{
+    (void)s, (void)slot, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN void  lorasynci_shm_free_payload(lorasynci_shm *s, int slot) { (void)s, (void)slot; }
+LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
+{
+    (void)s, (void)slot;
+    return NULL;
+}
+LORASYNCI_FN lorasync_status lorasynci_shm_copy_begin(lorasynci_shm *s, int slot, const lorasync_image *image, lorasync_error *err)
+{
+    (void)s, (void)slot, (void)image, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_error *err)
+{
+    (void)s, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+
+#endif
+
+LORASYNCI_FN int lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g)
+{
+    if (!s->device) return g->device_bytes == 0;
+    return g->device_bytes >= s->payload_bytes && g->device_bytes != 0 && g->device_bytes / 2 <= (uint64_t)s->payload_bytes + LORASYNCI_SHM_SPARE;
+}
+
+/* 1 while an engine that lives has a slot's device memory open. Engines that are dead lose their places here. */
+LORASYNCI_FN int lorasynci_shm_is_open(lorasynci_shm *s, int slot)
+{
+    int i;
+    for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
+        lorasynci_shm_reader *r     = &s->map.control->readers[i];
+        uint64_t              owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
+        if (!owner || !(__atomic_load_n(&r->opened[slot / 64], __ATOMIC_SEQ_CST) >> (slot % 64) & 1)) continue;
+        if (lorasynci_shm_lives(s->map.fd, i, owner, s->mine)) return 1;
+        lorasynci_shm_disown(&r->owner, owner);
+    }
+    return 0;
+}
+
+/* Whether a slot can be written. Device memory must be this process's own, on the device in use; it then is out of retirement. */
+LORASYNCI_FN int lorasynci_shm_have_payload(lorasynci_shm *s, int slot)
+{
+    lorasynci_shm_segment *g = &s->map.control->slots[slot];
+    if (!s->device) return g->device_bytes == 0;
+    if (!lorasynci_shm_find_payload(s, slot)) return 0;
+    __atomic_store_n(&g->retired, (uint64_t)0, __ATOMIC_SEQ_CST);
+    return 1;
+}
+
+/* Takes a slot's device memory out of use. 0 while an engine has it open and it must not be freed; engines see the mark at their next poll. */
+LORASYNCI_FN int lorasynci_shm_retire(lorasynci_shm *s, int slot)
+{
+    if (!s->device || !s->map.control->slots[slot].device_bytes || !lorasynci_shm_have_slot(s, slot) || !lorasynci_shm_find_payload(s, slot)) return 1;
+    __atomic_store_n(&s->map.control->slots[slot].retired, (uint64_t)1, __ATOMIC_SEQ_CST);
+    return !lorasynci_shm_is_open(s, slot);
+}
+
+/* 1 if the slot holds this very version, but in device memory that nobody can open any more. */
+LORASYNCI_FN int lorasynci_shm_is_lost(const lorasynci_shm *s, int slot, const lorasync_image *image)
+{
+    const lorasynci_shm_head *h = lorasynci_shm_head_of(s, slot);
+    if (!h->memory.num_bytes || h->version != image->version || !lorasynci_shm_same(s, slot, image)) return 0;
+    return !h->memory.pointer || s->map.control->slots[slot].retired || !lorasynci_shm_lives(s->map.fd, LORASYNCI_SHM_PUBLISHER, h->memory.owner, s->mine);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_shm_check_image(const lorasynci_shm *s, const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_image plain = *image;
+    if (s->device) plain.on_device = 0;
+    return lorasynci_check_publishable(&plain, err);
+}
+
+/* What close leaves: slots that engines have open, with their memory; of the others only those that are named, without. */
+LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
+{
+    int i, mine = lorasynci_shm_pid(s->mine) == (long)getpid();
+    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
+    if (mine && s->device) lorasynci_shm_look(s, 0);
+    for (i = 0; mine && s->device && i < LORASYNCI_SHM_SLOTS; i++) {
+        if (!s->payloads[i]) continue;
+        if (lorasynci_shm_retire(s, i)) {
+            lorasynci_shm_free_payload(s, i);
+            if (!lorasynci_shm_is_marked(s->used, i)) lorasynci_shm_drop_slot(s, i);
+        } else if (lorasynci_shm_is_marked(s->used, i)) {
+            __atomic_store_n(&s->map.control->slots[i].retired, (uint64_t)0, __ATOMIC_SEQ_CST); /* served on while the process lives */
+        }
+    }
+    lorasynci_device_stop(&s->a, s->device);
 }
 
 /* -- the transport */
@@ -12407,9 +12742,10 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     char               *memory = lorasynci_shm_image_of(s, slot);
     h->magic                   = lorasynci_shm_magic;
     h->version                 = image->version;
-    h->image_bytes             = (uint64_t)image->header_bytes + image->payload_bytes;
+    h->payload_bytes           = s->device ? image->payload_bytes : 0;
+    h->image_bytes             = (uint64_t)image->header_bytes + image->payload_bytes - h->payload_bytes;
     h->config_bytes            = strlen(image->config_json) + 1;
-    if (image->payload_bytes && image->payload != memory + image->header_bytes) {
+    if (image->payload_bytes && !s->device && image->payload != memory + image->header_bytes) {
         memmove(memory + image->header_bytes, image->payload, image->payload_bytes);
     }
     if (image->header != memory) memcpy(memory, image->header, image->header_bytes);
@@ -12421,12 +12757,12 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     lorasynci_shm *s = (lorasynci_shm *)user;
     size_t         bytes, need = 0;
     int            adapter = -1, served;
-    LORASYNCI_TRY(lorasynci_check_publishable(image, err));
+    LORASYNCI_TRY(lorasynci_shm_check_image(s, image, err));
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &adapter, err));
     lorasynci_shm_unstage(&s->places[adapter]);
     served                    = lorasynci_shm_served(s, adapter);
-    if (served >= 0 && lorasynci_shm_head_of(s, served)->version >= image->version) {
+    if (served >= 0 && lorasynci_shm_head_of(s, served)->version >= image->version && !lorasynci_shm_is_lost(s, served, image)) {
         uint64_t now = lorasynci_shm_head_of(s, served)->version;
         if (now == image->version && lorasynci_shm_same(s, served, image)) return LORASYNC_OK;
         return lorasynci_fail(err, LORASYNC_E_VERSION, now == image->version ?
@@ -12434,10 +12770,13 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
                               "'%.60s' in shared memory '%s' is version %llu, which is newer than %llu; go on with a greater version, or publish elsewhere",
                               image->adapter, s->name, (unsigned long long)now, (unsigned long long)image->version);
     }
-    if (lorasynci_add(image->header_bytes, image->payload_bytes, &bytes)) need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
+    s->payload_bytes = image->payload_bytes;
+    if (lorasynci_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes)) need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image does not fit memory");
     LORASYNCI_TRY(lorasynci_shm_pick(s, adapter, need, err));
+    if (s->device) LORASYNCI_TRY(lorasynci_shm_copy_begin(s, s->places[adapter].next, image, err));
     lorasynci_shm_fill(s, s->places[adapter].next, image);
+    if (s->device) LORASYNCI_TRY(lorasynci_shm_copy_end(s, err));
     s->places[adapter].staged  = s->places[adapter].next;
     s->places[adapter].version = image->version;
     s->places[adapter].next    = -1;
@@ -12489,6 +12828,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter,
     size_t         need = lorasynci_shm_need(image_bytes, config_bytes);
     int            i    = -1;
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", image_bytes);
+    if (s->device) return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "a slot in device memory is not lent");
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, adapter, &i, err));
     LORASYNCI_TRY(lorasynci_shm_pick(s, i, need, err));
@@ -12517,6 +12857,7 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
     lorasynci_shm     *s = (lorasynci_shm *)user;
     lorasync_allocator a = s->a;
     int                i;
+    lorasynci_shm_leave_payloads(s);
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
         if (s->memory[i]) munmap(s->memory[i], s->sizes[i]);
     if (lorasynci_shm_pid(s->mine) == (long)getpid()) lorasynci_shm_disown(&s->map.control->publisher, s->mine);
@@ -12542,8 +12883,10 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     s->num_slots = desc->num_slots ? desc->num_slots : 3;
     strcpy(s->name, desc->name);
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
-    status = lorasynci_shm_take(s->name, 1, &s->map, &s->mine, err);
+    status = desc->cuda ? lorasynci_device_start(&a, desc->cuda->stream, 0, "lorasync_shm_desc.cuda", &s->device, err) : LORASYNC_OK;
+    if (status >= 0) status = lorasynci_shm_take(s->name, 1, &s->map, &s->mine, err);
     if (status < 0) {
+        lorasynci_device_stop(&a, s->device);
         lorasynci_free(&a, s);
         return status;
     }
@@ -12588,7 +12931,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_enter(lorasynci_shm_view *v, con
     for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
         lorasynci_shm_reader *r = &v->map.control->readers[i];
         if (lorasynci_shm_claim(v->map.fd, i, &r->owner, self, &v->mine) != 0) continue;
-        for (k = 0; k < LORASYNCI_SHM_PINS; k++) __atomic_store_n(&r->pins[k], (uint64_t)0, __ATOMIC_SEQ_CST); /* a dead reader's */
+        for (k = 0; k < LORASYNCI_SHM_PINS; k++) { /* a dead reader's */
+            __atomic_store_n(&r->pins[k], (uint64_t)0, __ATOMIC_SEQ_CST);
+            __atomic_store_n(&r->opened[k], (uint64_t)0, __ATOMIC_SEQ_CST);
+        }
         v->reader = r;
         return LORASYNC_OK;
     }
@@ -12671,6 +13017,289 @@ LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(const lorasynci_shm_view *v,
     *out_bytes = (size_t)g.num_bytes;
     return LORASYNC_OK;
 }
+/* -- payloads in device memory: the engine's side
+
+   An engine opens the device memory of a slot once and keeps it open, whatever versions the slot holds, until the slot is retired or goes away:
+
+       engine.imports -> slot 0, 2 users -> slot 1 -> slot 2, 1 user -> NULL          users: versions that the engine holds
+
+       table (device)  | operations | tiles | sums |         the digest's work, one operation per tensor, made again only when the layout changes
+       host (pinned)   | operations | tiles | sums | terms | */
+typedef struct lorasynci_import {
+    struct lorasynci_import *next;
+    lorasynci_shm_view      *view;
+    lorasynci_shm_memory     memory; /* as the slot's head has it */
+    uint64_t                 serial;
+    int                      slot, num_users;
+    int                      is_ipc;
+    char                    *payload;
+    char                    *table, *host;
+    size_t                   num_ops, num_tiles, tiles_at, sums_at, terms_at;
+} lorasynci_import;
+
+LORASYNCI_FN void lorasynci_shm_mark_opened(lorasynci_shm_view *v, int slot, int opened)
+{
+    uint64_t bit = (uint64_t)1 << (slot % 64), *word = &v->reader->opened[slot / 64];
+    if (!lorasynci_shm_is_ours(v)) return;
+    __atomic_store_n(word, opened ? *word | bit : *word & ~bit, __ATOMIC_SEQ_CST);
+}
+
+#ifdef LORASYNC_CUDA
+
+LORASYNCI_FN void lorasynci_import_close(lorasynci_device *g, lorasynci_import *m)
+{
+    lorasync_allocator a = m->view->a;
+    int                old;
+    if (g->pid == getpid()) {
+        lorasynci_device_enter(g, &old);
+        cudaFree(m->table);
+        cudaFreeHost(m->host);
+        if (m->is_ipc && m->payload) cudaIpcCloseMemHandle(m->payload);
+        lorasynci_device_leave(g, old);
+        (void)cudaGetLastError();
+    }
+    if (m->payload) lorasynci_shm_mark_opened(m->view, m->slot, 0); /* only now that it is closed */
+    lorasynci_shm_view_drop(m->view);
+    lorasynci_free(&a, m);
+}
+
+/* Closes what nothing uses and the publisher wants back, or has given up. */
+LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import **first, const lorasynci_shm_view *now)
+{
+    while (*first) {
+        lorasynci_import            *m = *first;
+        const lorasynci_shm_segment *s = &m->view->map.control->slots[m->slot];
+        if (m->num_users || (m->view == now && s->serial == m->serial && !__atomic_load_n(&s->retired, __ATOMIC_SEQ_CST))) {
+            first = &m->next;
+            continue;
+        }
+        *first = m->next;
+        lorasynci_import_close(g, m);
+    }
+}
+
+/* Memory of this process, on this or on another GPU. */
+LORASYNCI_FN lorasync_status lorasynci_import_own(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
+{
+    int         ordinal = (int)m->memory.ordinal, can = 1;
+    cudaError_t e       = cudaSuccess;
+    if (ordinal != g->ordinal) {
+        e = cudaDeviceCanAccessPeer(&can, g->ordinal, ordinal);
+        if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(ordinal, 0);
+        (void)cudaGetLastError();
+        if (e == cudaErrorPeerAccessAlreadyEnabled) e = cudaSuccess;
+    }
+    if (!can || e != cudaSuccess) {
+        return lorasynci_fail(err, LORASYNC_E_CUDA, "the payload is on GPU %d, which GPU %d of the engine cannot access; open the engine on GPU %d", ordinal, g->ordinal, ordinal);
+    }
+    m->payload = (char *)(uintptr_t)m->memory.pointer;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_import_open_ipc(lorasynci_import *m, lorasync_error *err)
+{
+    void       *p = NULL;
+    cudaError_t e = cudaIpcOpenMemHandle(&p, *(const cudaIpcMemHandle_t *)(const void *)m->memory.handle, cudaIpcMemLazyEnablePeerAccess);
+    if (e == cudaSuccess) {
+        m->payload = (char *)p;
+        m->is_ipc  = 1;
+        return LORASYNC_OK;
+    }
+    (void)cudaGetLastError();
+    return lorasynci_fail(err, LORASYNC_E_CUDA,
+                          "cannot open device memory of process %ld on GPU %s over CUDA IPC: %s (%s); the engine's GPU must be that one or have peer access to it, and "
+                          "both processes must share host, user and IPC namespace; or publish in host memory",
+                          lorasynci_shm_pid(m->memory.owner), m->memory.gpu, cudaGetErrorString(e), cudaGetErrorName(e));
+}
+
+/* Marks the memory as opened, and then looks whether it is still there: see above. The device is current. */
+LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
+{
+    const lorasynci_shm_control *c     = m->view->map.control;
+    uint64_t                     owner = m->memory.owner;
+    lorasync_status              status;
+    lorasynci_shm_mark_opened(m->view, m->slot, 1);
+    if (!lorasynci_shm_lives(m->view->map.fd, LORASYNCI_SHM_PUBLISHER, owner, m->view->mine)) {
+        status = lorasynci_fail(err, LORASYNC_E_IO, "the payload was in device memory of publisher process %ld, which has ended; publish it again", lorasynci_shm_pid(owner));
+    } else if (__atomic_load_n(&c->slots[m->slot].retired, __ATOMIC_SEQ_CST)) {
+        status = lorasynci_fail(err, LORASYNC_E_IO, "the payload was in device memory of publisher process %ld, which has closed the transport; publish it again",
+                                lorasynci_shm_pid(owner));
+    } else {
+        status = lorasynci_shm_is_same_owner(owner, m->view->mine) ? lorasynci_import_own(g, m, err) : lorasynci_import_open_ipc(m, err);
+    }
+    if (status < 0) lorasynci_shm_mark_opened(m->view, m->slot, 0);
+    return status;
+}
+
+/* The memory of a pinned slot, opened now or before. */
+LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci_import **first, lorasynci_shm_view *v, int slot,
+                                                  const lorasynci_shm_memory *memory, lorasynci_import **out, lorasync_error *err)
+{
+    uint64_t          serial = v->map.control->slots[slot].serial;
+    lorasynci_import *m;
+    lorasync_status   status;
+    int               old;
+    lorasynci_imports_sweep(g, first, v); /* an earlier slot's of this number must be closed first */
+    for (m = *first; m && (m->view != v || m->slot != slot || m->serial != serial); m = m->next) {}
+    *out = m;
+    if (m) return LORASYNC_OK;
+    m = (lorasynci_import *)lorasynci_alloc_array(&v->a, 1, sizeof *m);
+    if (!m) return lorasynci_fail_memory(err, sizeof *m);
+    m->view   = v;
+    m->slot   = slot;
+    m->serial = serial;
+    m->memory = *memory;
+    v->num_users++;
+    lorasynci_device_enter(g, &old);
+    status = lorasynci_import_open(g, m, err);
+    lorasynci_device_leave(g, old);
+    if (status < 0) {
+        lorasynci_import_close(g, m);
+        return status;
+    }
+    m->next = *first;
+    *out = *first = m;
+    return LORASYNC_OK;
+}
+
+/* What digests one tensor: its bytes as 16-bit words where they are, else as bytes. */
+LORASYNCI_FN lorasyncd_op lorasynci_import_op(const lorasynci_import *m, const lorasync_tensor *t, size_t index)
+{
+    lorasyncd_op o;
+    int          wide = t->offset % 2 == 0 && t->num_bytes % 2 == 0;
+    memset(&o, 0, sizeof o);
+    o.src       = (uint64_t)(uintptr_t)m->payload + t->offset;
+    o.sum       = (uint64_t)(uintptr_t)m->table + m->sums_at + index * 8;
+    o.num = o.n1 = (long long)(t->num_bytes / (wide ? 2 : 1));
+    o.s0 = o.row = o.n1;
+    o.s1 = o.d1 = 1;
+    o.tensor    = (unsigned)index;
+    o.scale     = 1.0f;
+    o.src_dtype = o.dst_dtype = wide ? LORASYNC_U16 : LORASYNC_U8;
+    o.vector    = (unsigned char)lorasynci_is_vector(&o);
+    return o;
+}
+
+LORASYNCI_FN size_t lorasynci_import_tiles(const lorasync_tensor *t)
+{
+    size_t n = t->offset % 2 == 0 && t->num_bytes % 2 == 0 ? t->num_bytes / 2 : t->num_bytes;
+    return n / LORASYNCD_TILE + (n % LORASYNCD_TILE != 0);
+}
+
+/* 1 if the tables are those of this image. */
+LORASYNCI_FN int lorasynci_import_fits(const lorasynci_import *m, const lorasync_image *image)
+{
+    const lorasyncd_op *ops = (const lorasyncd_op *)(const void *)m->host;
+    size_t              i;
+    if (!m->host || m->num_ops != image->num_tensors) return 0;
+    for (i = 0; i < m->num_ops; i++) {
+        lorasyncd_op o = lorasynci_import_op(m, &image->tensors[i], i);
+        if (memcmp(&o, &ops[i], sizeof o) != 0) return 0;
+    }
+    return 1;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_import_reserve(lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    size_t i;
+    cudaFree(m->table);
+    cudaFreeHost(m->host);
+    m->table = m->host = NULL;
+    m->num_ops         = image->num_tensors;
+    for (m->num_tiles = i = 0; i < m->num_ops; i++) m->num_tiles += lorasynci_import_tiles(&image->tensors[i]);
+    if (m->num_tiles > 0x7fffffffu) return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
+    m->tiles_at = m->num_ops * sizeof(lorasyncd_op);
+    m->sums_at  = m->tiles_at + m->num_tiles * sizeof(lorasyncd_tile);
+    m->terms_at = m->sums_at + m->num_ops * 8;
+    LORASYNCI_CUDA(cudaMalloc((void **)&m->table, m->terms_at + 8), "memory for the digest's tables");
+    LORASYNCI_CUDA(cudaHostAlloc((void **)&m->host, m->terms_at + m->num_ops * sizeof(lorasynci_term) + 8, cudaHostAllocDefault), "pinned memory for the digest's tables");
+    return LORASYNC_OK;
+}
+
+/* Makes the tables and copies them to the device. */
+LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    lorasyncd_op   *ops;
+    lorasyncd_tile *tiles;
+    size_t          i, num = 0;
+    LORASYNCI_TRY(lorasynci_import_reserve(m, image, err));
+    ops   = (lorasyncd_op *)(void *)m->host;
+    tiles = (lorasyncd_tile *)(void *)(m->host + m->tiles_at);
+    for (i = 0; i < m->num_ops; i++) {
+        long long first;
+        ops[i] = lorasynci_import_op(m, &image->tensors[i], i);
+        for (first = 0; first < ops[i].num; first += LORASYNCD_TILE, num++) {
+            tiles[num].first = first;
+            tiles[num].op    = (unsigned)i;
+            tiles[num].count = ops[i].num - first < LORASYNCD_TILE ? (unsigned)(ops[i].num - first) : LORASYNCD_TILE;
+        }
+    }
+    LORASYNCI_CUDA(cudaMemcpyAsync(m->table, m->host, m->sums_at, cudaMemcpyDefault, g->stream), "copying the digest's tables");
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    CUresult r = CUDA_SUCCESS;
+    if (!lorasynci_import_fits(m, image)) {
+        LORASYNCI_TRY(lorasynci_import_tabulate(g, m, image, err));
+    }
+    LORASYNCI_CUDA(cudaMemsetAsync(m->table + m->sums_at, 0, m->num_ops * 8, g->stream), "cudaMemsetAsync");
+    if (m->num_tiles) /* integers are not checked: bad is never written */
+        r = lorasynci_device_launch(g, m->table, m->table + m->tiles_at, (unsigned)m->num_tiles, m->table + m->sums_at, 0, g->stream);
+    if (r != CUDA_SUCCESS) return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the digest's kernel was not launched (CUresult %d)", (int)r);
+    LORASYNCI_CUDA(cudaMemcpyAsync(m->host + m->sums_at, m->table + m->sums_at, m->num_ops * 8, cudaMemcpyDefault, g->stream), "copying digests");
+    return LORASYNC_OK;
+}
+
+/* Starts digesting the image where it lies. */
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_status status;
+    int             old;
+    lorasynci_device_enter(g, &old);
+    status = lorasynci_import_launch(g, m, image, err);
+    lorasynci_device_leave(g, old);
+    return status;
+}
+
+/* Waits for the digest and compares it. */
+LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    lorasynci_term *terms = (lorasynci_term *)(void *)(m->host + m->terms_at);
+    lorasync_status status;
+    size_t          i;
+    int             old;
+    for (i = 0; i < m->num_ops; i++) terms[i] = lorasynci_digest_term(&image->tensors[i]); /* while the GPU is at it */
+    lorasynci_device_enter(g, &old);
+    status = lorasynci_device_drain(g, "digesting the payload", err);
+    lorasynci_device_leave(g, old);
+    if (status < 0) return status;
+    return lorasynci_compare_digest(image, lorasynci_digest_terms(terms, (const uint64_t *)(const void *)(m->host + m->sums_at), m->num_ops), err);
+}
+
+#else
+
+LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import **first, const lorasynci_shm_view *now) { (void)g, (void)first, (void)now; }
+LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci_import **first, lorasynci_shm_view *v, int slot,
+                                                  const lorasynci_shm_memory *memory, lorasynci_import **out, lorasync_error *err)
+{
+    (void)g, (void)first, (void)v, (void)slot, (void)memory, (void)out, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    (void)g, (void)m, (void)image, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+{
+    (void)g, (void)m, (void)image, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+
+#endif
+
 /* ------------------------------------------------------------------------------------------------------- >>engine -- */
 
 /* Opens published adapters, checks them, and serves them to threads that come and go. Relies on image, config, the names of publish, and shm. */
@@ -12704,12 +13333,14 @@ typedef struct lorasynci_opened {
     lorasynci_file_id   id;     /* of the model file */
     lorasynci_shm_view *view;   /* NULL for files; else that slot of it is pinned */
     int                 slot;
+    lorasynci_import   *import; /* NULL: the payload is not in device memory */
 } lorasynci_opened;
 
 LORASYNCI_FN void lorasynci_opened_free(lorasynci_opened *o)
 {
     if (o->image) lorasync_image_free(o->image);
     if (o->config) lorasync_config_free(o->config);
+    if (o->import) o->import->num_users--;
     if (o->view) {
         lorasynci_shm_unpin(o->view, o->slot); /* only now that it is unmapped */
         lorasynci_shm_view_drop(o->view);
@@ -12947,6 +13578,8 @@ struct lorasync_engine {
     char               *shm;       /* or NULL */
     char               *adapter;   /* or NULL: all */
     int                 no_verify;
+    lorasynci_device   *device;  /* NULL: versions in device memory are refused */
+    lorasynci_import   *imports; /* device memory that is open */
     lorasynci_shm_view *view;  /* NULL: not found yet */
     lorasynci_served   *first; /* atomic */
 };
@@ -13048,9 +13681,10 @@ LORASYNCI_FN lorasync_status lorasynci_open_version(lorasync_engine *e, int adap
 
 LORASYNCI_FN int lorasynci_same_content(const lorasync_image *a, const lorasync_image *b)
 {
+    int on_device = a->on_device || b->on_device; /* then the digest in the header speaks for the payload */
     return a->header_bytes == b->header_bytes && memcmp(a->header, b->header, a->header_bytes) == 0 &&
-           a->payload_bytes == b->payload_bytes &&
-           (!a->payload_bytes || memcmp(a->payload, b->payload, a->payload_bytes) == 0) && strcmp(a->config_json, b->config_json) == 0;
+           a->payload_bytes == b->payload_bytes && (!on_device || a->has_digest) &&
+           (!a->payload_bytes || on_device || memcmp(a->payload, b->payload, a->payload_bytes) == 0) && strcmp(a->config_json, b->config_json) == 0;
 }
 
 /* The served version is also the published one: is it still the same? Reads the file only if it is another one than before. */
@@ -13196,23 +13830,50 @@ LORASYNCI_FN lorasync_status lorasynci_find_control(lorasync_engine *e, lorasync
     return lorasynci_shm_view_open(e->shm, &e->a, &e->view, err);
 }
 
+/* Reads the header of a mapped slot, and finds its payload: behind the header, or in device memory. The image then has the mapping. */
+LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, void *map, size_t num_bytes, lorasynci_opened *out, lorasync_error *err)
+{
+    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
+    const unsigned char      *memory = (const unsigned char *)map + LORASYNCI_SHM_HEAD;
+    size_t                    total  = (size_t)h->image_bytes;
+    if (h->memory.num_bytes) {
+        if (!e->device) {
+            return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                                  "the payload is in device memory of process %ld on GPU %s; set accept_device when the engine is opened, or publish in host memory",
+                                  lorasynci_shm_pid(h->memory.owner), h->memory.gpu);
+        }
+        if (h->payload_bytes > h->memory.num_bytes || total < 8 || lorasynci_load_le64(memory, 8) != total - 8 || !lorasynci_add(total, (size_t)h->payload_bytes, &total))
+            return lorasynci_fail(err, LORASYNC_E_FORMAT, "the slot is damaged: its head does not fit its header and device memory; publish again");
+        LORASYNCI_TRY(lorasynci_import_get(e->device, &e->imports, out->view, out->slot, &h->memory, &out->import, err));
+        out->import->num_users++;
+    }
+    LORASYNCI_TRY(lorasync_image_parse(memory, total, &e->a, &out->image, err)); /* looks at the header only */
+    lorasynci_image_own_mapping(out->image, map, num_bytes);
+    if (!out->import) return LORASYNC_OK;
+    lorasync_image_bind(out->image, out->import->payload);
+    out->image->on_device = 1;
+    return LORASYNC_OK;
+}
+
 /* Opens and checks what is mapped, in place. */
 LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const char *adapter, const char *where, void *map, size_t num_bytes,
                                                    lorasynci_opened *out, lorasync_error *err)
 {
     const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
     const char               *memory = (const char *)map + LORASYNCI_SHM_HEAD;
-    lorasync_status           status = lorasync_image_parse(memory, (size_t)h->image_bytes, &e->a, &out->image, err);
+    lorasync_status           status = lorasynci_parse_mapped(e, map, num_bytes, out, err);
+    int                       verify = status >= 0 && !e->no_verify && out->image->has_digest;
     if (status < 0) {
-        munmap(map, num_bytes);
+        if (!out->image) munmap(map, num_bytes);
         return status;
     }
-    lorasynci_image_own_mapping(out->image, map, num_bytes);
     LORASYNCI_TRY(lorasynci_refuse_delta(out->image, err));
     out->image->config_json = memory + h->image_bytes;
-    if (!e->no_verify && out->image->has_digest) LORASYNCI_TRY(lorasync_image_verify(out->image, err));
+    if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_begin(e->device, out->import, out->image, err));
+    else if (verify) LORASYNCI_TRY(lorasync_image_verify(out->image, err));
     LORASYNCI_TRY(lorasync_config_parse(out->image->config_json, (size_t)h->config_bytes - 1, &e->a, &out->config, err));
     LORASYNCI_TRY(lorasync_config_check(out->config, out->image->tensors, out->image->num_tensors, err));
+    if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_end(e->device, out->import, out->image, err));
     return lorasynci_check_names(out->image, where, adapter, h->version, err);
 }
 
@@ -13280,6 +13941,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_shm(lorasync_engine *e, lorasync_err
     int               i;
     for (s = e->first; s; s = s->next) lorasynci_empty_slot(s);
     found = lorasynci_find_control(e, err);
+    lorasynci_imports_sweep(e->device, &e->imports, e->view);
     if (found != LORASYNC_OK) return found;
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
         const lorasynci_shm_adapter *entry = &e->view->map.control->adapters[i];
@@ -13353,6 +14015,7 @@ LORASYNC_API void lorasync_release(const lorasync_adapter *adapter)
 LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lorasync_engine_desc *desc, lorasync_error *err)
 {
     e->no_verify = desc->no_verify;
+    if (desc->accept_device && !desc->shm) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "accept_device goes with shm: what lies in a directory is in host memory");
     if (desc->directory && desc->shm) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory and shm are both set; an engine has one source");
     if (desc->shm) {
         LORASYNCI_TRY(lorasynci_shm_check_name(desc->shm, err));
@@ -13360,6 +14023,9 @@ LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lor
         if (!e->shm) return lorasynci_fail_memory(err, strlen(desc->shm) + 1);
     } else {
         LORASYNCI_TRY(lorasynci_copy_directory(&e->a, desc->directory, &e->directory, err));
+    }
+    if (desc->accept_device) {
+        LORASYNCI_TRY(lorasynci_device_start(&e->a, NULL, !desc->no_verify, "lorasync_engine_desc.accept_device", &e->device, err));
     }
     if (!desc->adapter) return LORASYNC_OK;
     LORASYNCI_TRY(lorasynci_check_adapter_name(desc->adapter, err));
@@ -13393,6 +14059,8 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
         engine->first       = s->next;
         lorasynci_served_free(engine, s);
     }
+    lorasynci_imports_sweep(engine->device, &engine->imports, NULL);
+    lorasynci_device_stop(&a, engine->device);
     lorasynci_shm_view_drop(engine->view);
     lorasynci_free(&a, engine->directory);
     lorasynci_free(&a, engine->shm);
@@ -15493,71 +16161,71 @@ static const char *const lorasynci_ptx[] = {
     ")",
     ".maxntid 256, 1, 1",
     "{",
-    " .reg .pred %p<178>;",
+    " .reg .pred %p<183>;",
     " .reg .b16 %rs<51>;",
     " .reg .f32 %f<39>;",
-    " .reg .b32 %r<277>;",
-    " .reg .b64 %rd<359>;",
-    " ld.param.u64 %rd117, [lorasyncd_copy_param_0];",
-    " ld.param.u64 %rd118, [lorasyncd_copy_param_1];",
-    " ld.param.u64 %rd119, [lorasyncd_copy_param_3];",
-    " cvta.to.global.u64 %rd120, %rd117;",
+    " .reg .b32 %r<278>;",
+    " .reg .b64 %rd<341>;",
+    " ld.param.u64 %rd116, [lorasyncd_copy_param_0];",
+    " ld.param.u64 %rd117, [lorasyncd_copy_param_1];",
+    " ld.param.u64 %rd118, [lorasyncd_copy_param_3];",
+    " cvta.to.global.u64 %rd119, %rd116;",
     " mov.u32 %r65, %ctaid.x;",
-    " cvta.to.global.u64 %rd121, %rd118;",
-    " mul.wide.u32 %rd122, %r65, 16;",
-    " add.s64 %rd123, %rd121, %rd122;",
-    " ld.global.u64 %rd1, [%rd123];",
-    " mov.u64 %rd357, 0;",
-    " ld.global.v2.u32 {%r66, %r67}, [%rd123+8];",
-    " mul.wide.u32 %rd124, %r66, 104;",
-    " add.s64 %rd125, %rd120, %rd124;",
-    " ld.global.u64 %rd2, [%rd125];",
-    " ld.global.u64 %rd3, [%rd125+16];",
-    " ld.global.u64 %rd4, [%rd125+24];",
-    " ld.global.u64 %rd5, [%rd125+32];",
-    " ld.global.u64 %rd6, [%rd125+40];",
-    " ld.global.u64 %rd7, [%rd125+48];",
-    " ld.global.u64 %rd8, [%rd125+56];",
-    " ld.global.u64 %rd9, [%rd125+64];",
-    " ld.global.u64 %rd10, [%rd125+72];",
-    " ld.global.u64 %rd11, [%rd125+80];",
-    " ld.global.v2.u32 {%r69, %r70}, [%rd125+88];",
-    " ld.global.v4.u8 {%rs9, %rs10, %rs11, %rs12}, [%rd125+96];",
-    " setp.eq.s16 %p24, %rs12, 0;",
+    " cvta.to.global.u64 %rd120, %rd117;",
+    " mul.wide.u32 %rd121, %r65, 16;",
+    " add.s64 %rd122, %rd120, %rd121;",
+    " ld.global.u64 %rd1, [%rd122];",
+    " mov.u64 %rd339, 0;",
+    " ld.global.v2.u32 {%r66, %r67}, [%rd122+8];",
+    " mul.wide.u32 %rd123, %r66, 104;",
+    " add.s64 %rd124, %rd119, %rd123;",
+    " ld.global.u64 %rd2, [%rd124];",
+    " ld.global.u64 %rd3, [%rd124+16];",
+    " ld.global.u64 %rd4, [%rd124+24];",
+    " ld.global.u64 %rd5, [%rd124+32];",
+    " ld.global.u64 %rd6, [%rd124+40];",
+    " ld.global.u64 %rd7, [%rd124+48];",
+    " ld.global.u64 %rd8, [%rd124+56];",
+    " ld.global.u64 %rd9, [%rd124+64];",
+    " ld.global.u64 %rd10, [%rd124+72];",
+    " ld.global.u64 %rd11, [%rd124+80];",
+    " ld.global.v2.u32 {%r69, %r70}, [%rd124+88];",
+    " ld.global.v4.u8 {%rs9, %rs10, %rs11, %rs12}, [%rd124+96];",
+    " setp.eq.s16 %p25, %rs12, 0;",
     " shr.u32 %r71, %r67, 3;",
-    " selp.b32 %r72, 0, %r71, %p24;",
-    " ld.global.u32 %r73, [%rd125+100];",
-    " setp.eq.s32 %p25, %r73, 0;",
-    " selp.b64 %rd126, 0, %rd119, %p25;",
-    " ld.global.u64 %rd127, [%rd125+8];",
-    " add.s64 %rd12, %rd126, %rd127;",
-    " mov.u32 %r253, %tid.x;",
-    " setp.ge.u32 %p26, %r253, %r72;",
-    " mov.u64 %rd335, -1;",
-    " @%p26 bra $L__BB4_36;",
-    " setp.eq.s16 %p27, %rs10, 18;",
-    " setp.ne.s16 %p28, %rs10, 18;",
-    " mov.u64 %rd129, 0;",
-    " setp.eq.s16 %p29, %rs9, 18;",
-    " and.pred %p1, %p29, %p28;",
-    " selp.b32 %r74, 28, 14, %p27;",
-    " cvt.u64.u32 %rd130, %r74;",
-    " add.s64 %rd13, %rd12, %rd130;",
-    " mov.u64 %rd335, -1;",
-    " not.pred %p33, %p1;",
+    " selp.b32 %r72, 0, %r71, %p25;",
+    " ld.global.u32 %r73, [%rd124+100];",
+    " setp.eq.s32 %p26, %r73, 0;",
+    " selp.b64 %rd125, 0, %rd118, %p26;",
+    " ld.global.u64 %rd126, [%rd124+8];",
+    " add.s64 %rd12, %rd125, %rd126;",
+    " mov.u32 %r254, %tid.x;",
+    " setp.ge.u32 %p27, %r254, %r72;",
+    " mov.u64 %rd317, -1;",
+    " @%p27 bra $L__BB4_38;",
+    " setp.eq.s16 %p28, %rs10, 18;",
+    " setp.ne.s16 %p29, %rs10, 18;",
+    " mov.u64 %rd128, 0;",
+    " setp.eq.s16 %p30, %rs9, 18;",
+    " and.pred %p1, %p30, %p29;",
+    " setp.ne.s64 %p31, %rd12, 0;",
+    " and.pred %p2, %p28, %p31;",
+    " mov.u64 %rd317, -1;",
+    " not.pred %p36, %p1;",
     " mov.b32 %f2, %r70;",
-    " mov.u64 %rd357, %rd129;",
+    " not.pred %p47, %p2;",
+    " mov.u64 %rd339, %rd128;",
     "$L__BB4_2:",
     " .pragma \"nounroll\";",
-    " setp.eq.s64 %p30, %rd4, %rd5;",
-    " mov.u64 %rd328, %rd129;",
-    " @%p30 bra $L__BB4_4;",
-    " mul.wide.u32 %rd132, %r253, 8;",
-    " add.s64 %rd133, %rd132, %rd1;",
+    " mul.wide.u32 %rd15, %r254, 8;",
+    " add.s64 %rd16, %rd15, %rd1;",
+    " setp.eq.s64 %p32, %rd4, %rd5;",
+    " mov.u64 %rd310, %rd128;",
+    " @%p32 bra $L__BB4_4;",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd133;",
+    " st.param.b64 [param0+0], %rd16;",
     " .param .b64 param1;",
     " st.param.b64 [param1+0], %rd5;",
     " .param .b64 retval0;",
@@ -15567,453 +16235,446 @@ static const char *const lorasynci_ptx[] = {
     " param0,",
     " param1",
     " );",
-    " ld.param.b64 %rd328, [retval0+0];",
+    " ld.param.b64 %rd310, [retval0+0];",
     " }",
     "$L__BB4_4:",
-    " setp.ne.s16 %p31, %rs9, 18;",
-    " mul.wide.u32 %rd134, %r253, 8;",
-    " add.s64 %rd135, %rd134, %rd1;",
-    " mul.lo.s64 %rd136, %rd328, %rd5;",
-    " sub.s64 %rd18, %rd135, %rd136;",
-    " mul.lo.s64 %rd137, %rd328, %rd11;",
-    " add.s64 %rd138, %rd137, %rd10;",
-    " add.s64 %rd19, %rd138, %rd18;",
-    " mul.lo.s64 %rd139, %rd328, %rd6;",
-    " add.s64 %rd140, %rd18, %rd139;",
-    " selp.b64 %rd141, 4, 2, %p29;",
-    " mul.lo.s64 %rd142, %rd140, %rd141;",
-    " add.s64 %rd20, %rd2, %rd142;",
-    " ld.v4.u32 {%r273, %r272, %r271, %r270}, [%rd20];",
-    " mov.u32 %r254, %r273;",
-    " mov.u32 %r255, %r272;",
-    " mov.u32 %r256, %r271;",
-    " mov.u32 %r257, %r270;",
-    " @%p31 bra $L__BB4_6;",
-    " ld.v4.u32 {%r254, %r255, %r256, %r257}, [%rd20+16];",
+    " setp.ne.s16 %p33, %rs9, 18;",
+    " mul.lo.s64 %rd130, %rd310, %rd5;",
+    " sub.s64 %rd131, %rd16, %rd130;",
+    " mul.lo.s64 %rd132, %rd310, %rd11;",
+    " add.s64 %rd133, %rd132, %rd10;",
+    " add.s64 %rd19, %rd133, %rd131;",
+    " mul.lo.s64 %rd134, %rd310, %rd6;",
+    " add.s64 %rd135, %rd131, %rd134;",
+    " selp.b64 %rd136, 4, 2, %p30;",
+    " mul.lo.s64 %rd137, %rd135, %rd136;",
+    " add.s64 %rd21, %rd2, %rd137;",
+    " mul.lo.s64 %rd138, %rd310, %rd8;",
+    " add.s64 %rd139, %rd131, %rd138;",
+    " selp.b64 %rd140, 4, 2, %p28;",
+    " mul.lo.s64 %rd141, %rd139, %rd140;",
+    " add.s64 %rd20, %rd141, %rd12;",
+    " ld.v4.u32 {%r274, %r273, %r272, %r271}, [%rd21];",
+    " mov.u32 %r255, %r274;",
+    " mov.u32 %r256, %r273;",
+    " mov.u32 %r257, %r272;",
+    " mov.u32 %r258, %r271;",
+    " @%p33 bra $L__BB4_6;",
+    " ld.v4.u32 {%r255, %r256, %r257, %r258}, [%rd21+16];",
     "$L__BB4_6:",
-    " @%p33 bra $L__BB4_11;",
-    " setp.eq.s16 %p34, %rs10, 15;",
-    " mov.b32 %f3, %r273;",
+    " @%p36 bra $L__BB4_11;",
+    " setp.eq.s16 %p37, %rs10, 15;",
+    " mov.b32 %f3, %r274;",
     " mul.f32 %f1, %f2, %f3;",
-    " @%p34 bra $L__BB4_9;",
+    " @%p37 bra $L__BB4_9;",
     " bra.uni $L__BB4_8;",
     "$L__BB4_9:",
-    " mov.b32 %r83, %f1;",
-    " and.b32 %r84, %r83, 2147483647;",
-    " setp.gt.u32 %p35, %r84, 2139095040;",
-    " shr.u32 %r85, %r83, 16;",
-    " and.b32 %r86, %r85, 1;",
-    " add.s32 %r87, %r83, %r86;",
-    " add.s32 %r88, %r87, 32767;",
-    " shr.u32 %r89, %r88, 16;",
-    " selp.b32 %r265, 32704, %r89, %p35;",
-    " mov.b32 %f21, %r272;",
+    " mov.b32 %r82, %f1;",
+    " and.b32 %r83, %r82, 2147483647;",
+    " setp.gt.u32 %p38, %r83, 2139095040;",
+    " shr.u32 %r84, %r82, 16;",
+    " and.b32 %r85, %r84, 1;",
+    " add.s32 %r86, %r82, %r85;",
+    " add.s32 %r87, %r86, 32767;",
+    " shr.u32 %r88, %r87, 16;",
+    " selp.b32 %r266, 32704, %r88, %p38;",
+    " mov.b32 %f21, %r273;",
     " mul.f32 %f22, %f2, %f21;",
-    " mov.b32 %r90, %f22;",
-    " and.b32 %r91, %r90, 2147483647;",
-    " setp.gt.u32 %p36, %r91, 2139095040;",
-    " shr.u32 %r92, %r90, 16;",
-    " and.b32 %r93, %r92, 1;",
-    " add.s32 %r94, %r90, %r93;",
-    " add.s32 %r95, %r94, 32767;",
-    " shr.u32 %r96, %r95, 16;",
-    " selp.b32 %r264, 32704, %r96, %p36;",
-    " mov.b32 %f23, %r271;",
+    " mov.b32 %r89, %f22;",
+    " and.b32 %r90, %r89, 2147483647;",
+    " setp.gt.u32 %p39, %r90, 2139095040;",
+    " shr.u32 %r91, %r89, 16;",
+    " and.b32 %r92, %r91, 1;",
+    " add.s32 %r93, %r89, %r92;",
+    " add.s32 %r94, %r93, 32767;",
+    " shr.u32 %r95, %r94, 16;",
+    " selp.b32 %r265, 32704, %r95, %p39;",
+    " mov.b32 %f23, %r272;",
     " mul.f32 %f24, %f2, %f23;",
-    " mov.b32 %r97, %f24;",
-    " and.b32 %r98, %r97, 2147483647;",
-    " setp.gt.u32 %p37, %r98, 2139095040;",
-    " shr.u32 %r99, %r97, 16;",
-    " and.b32 %r100, %r99, 1;",
-    " add.s32 %r101, %r97, %r100;",
-    " add.s32 %r102, %r101, 32767;",
-    " shr.u32 %r103, %r102, 16;",
-    " selp.b32 %r263, 32704, %r103, %p37;",
-    " mov.b32 %f25, %r270;",
+    " mov.b32 %r96, %f24;",
+    " and.b32 %r97, %r96, 2147483647;",
+    " setp.gt.u32 %p40, %r97, 2139095040;",
+    " shr.u32 %r98, %r96, 16;",
+    " and.b32 %r99, %r98, 1;",
+    " add.s32 %r100, %r96, %r99;",
+    " add.s32 %r101, %r100, 32767;",
+    " shr.u32 %r102, %r101, 16;",
+    " selp.b32 %r264, 32704, %r102, %p40;",
+    " mov.b32 %f25, %r271;",
     " mul.f32 %f26, %f2, %f25;",
-    " mov.b32 %r104, %f26;",
-    " and.b32 %r105, %r104, 2147483647;",
-    " setp.gt.u32 %p38, %r105, 2139095040;",
-    " shr.u32 %r106, %r104, 16;",
-    " and.b32 %r107, %r106, 1;",
-    " add.s32 %r108, %r104, %r107;",
-    " add.s32 %r109, %r108, 32767;",
-    " shr.u32 %r110, %r109, 16;",
-    " selp.b32 %r262, 32704, %r110, %p38;",
-    " mov.b32 %f27, %r254;",
+    " mov.b32 %r103, %f26;",
+    " and.b32 %r104, %r103, 2147483647;",
+    " setp.gt.u32 %p41, %r104, 2139095040;",
+    " shr.u32 %r105, %r103, 16;",
+    " and.b32 %r106, %r105, 1;",
+    " add.s32 %r107, %r103, %r106;",
+    " add.s32 %r108, %r107, 32767;",
+    " shr.u32 %r109, %r108, 16;",
+    " selp.b32 %r263, 32704, %r109, %p41;",
+    " mov.b32 %f27, %r255;",
     " mul.f32 %f28, %f2, %f27;",
-    " mov.b32 %r111, %f28;",
-    " and.b32 %r112, %r111, 2147483647;",
-    " setp.gt.u32 %p39, %r112, 2139095040;",
-    " shr.u32 %r113, %r111, 16;",
-    " and.b32 %r114, %r113, 1;",
-    " add.s32 %r115, %r111, %r114;",
-    " add.s32 %r116, %r115, 32767;",
-    " shr.u32 %r117, %r116, 16;",
-    " selp.b32 %r254, 32704, %r117, %p39;",
-    " mov.b32 %f29, %r255;",
+    " mov.b32 %r110, %f28;",
+    " and.b32 %r111, %r110, 2147483647;",
+    " setp.gt.u32 %p42, %r111, 2139095040;",
+    " shr.u32 %r112, %r110, 16;",
+    " and.b32 %r113, %r112, 1;",
+    " add.s32 %r114, %r110, %r113;",
+    " add.s32 %r115, %r114, 32767;",
+    " shr.u32 %r116, %r115, 16;",
+    " selp.b32 %r255, 32704, %r116, %p42;",
+    " mov.b32 %f29, %r256;",
     " mul.f32 %f30, %f2, %f29;",
-    " mov.b32 %r118, %f30;",
-    " and.b32 %r119, %r118, 2147483647;",
-    " setp.gt.u32 %p40, %r119, 2139095040;",
-    " shr.u32 %r120, %r118, 16;",
-    " and.b32 %r121, %r120, 1;",
-    " add.s32 %r122, %r118, %r121;",
-    " add.s32 %r123, %r122, 32767;",
-    " shr.u32 %r124, %r123, 16;",
-    " selp.b32 %r255, 32704, %r124, %p40;",
-    " mov.b32 %f31, %r256;",
+    " mov.b32 %r117, %f30;",
+    " and.b32 %r118, %r117, 2147483647;",
+    " setp.gt.u32 %p43, %r118, 2139095040;",
+    " shr.u32 %r119, %r117, 16;",
+    " and.b32 %r120, %r119, 1;",
+    " add.s32 %r121, %r117, %r120;",
+    " add.s32 %r122, %r121, 32767;",
+    " shr.u32 %r123, %r122, 16;",
+    " selp.b32 %r256, 32704, %r123, %p43;",
+    " mov.b32 %f31, %r257;",
     " mul.f32 %f32, %f2, %f31;",
-    " mov.b32 %r125, %f32;",
-    " and.b32 %r126, %r125, 2147483647;",
-    " setp.gt.u32 %p41, %r126, 2139095040;",
-    " shr.u32 %r127, %r125, 16;",
-    " and.b32 %r128, %r127, 1;",
-    " add.s32 %r129, %r125, %r128;",
-    " add.s32 %r130, %r129, 32767;",
-    " shr.u32 %r131, %r130, 16;",
-    " selp.b32 %r256, 32704, %r131, %p41;",
-    " mov.b32 %f33, %r257;",
+    " mov.b32 %r124, %f32;",
+    " and.b32 %r125, %r124, 2147483647;",
+    " setp.gt.u32 %p44, %r125, 2139095040;",
+    " shr.u32 %r126, %r124, 16;",
+    " and.b32 %r127, %r126, 1;",
+    " add.s32 %r128, %r124, %r127;",
+    " add.s32 %r129, %r128, 32767;",
+    " shr.u32 %r130, %r129, 16;",
+    " selp.b32 %r257, 32704, %r130, %p44;",
+    " mov.b32 %f33, %r258;",
     " mul.f32 %f34, %f2, %f33;",
-    " mov.b32 %r132, %f34;",
-    " and.b32 %r133, %r132, 2147483647;",
-    " setp.gt.u32 %p42, %r133, 2139095040;",
-    " shr.u32 %r134, %r132, 16;",
-    " and.b32 %r135, %r134, 1;",
-    " add.s32 %r136, %r132, %r135;",
-    " add.s32 %r137, %r136, 32767;",
-    " shr.u32 %r138, %r137, 16;",
-    " selp.b32 %r257, 32704, %r138, %p42;",
+    " mov.b32 %r131, %f34;",
+    " and.b32 %r132, %r131, 2147483647;",
+    " setp.gt.u32 %p45, %r132, 2139095040;",
+    " shr.u32 %r133, %r131, 16;",
+    " and.b32 %r134, %r133, 1;",
+    " add.s32 %r135, %r131, %r134;",
+    " add.s32 %r136, %r135, 32767;",
+    " shr.u32 %r137, %r136, 16;",
+    " selp.b32 %r258, 32704, %r137, %p45;",
     " bra.uni $L__BB4_10;",
     "$L__BB4_8:",
-    " cvt.rn.f16.f32 %rs17, %f1;",
-    " cvt.u32.u16 %r265, %rs17;",
-    " mov.b32 %f13, %r272;",
+    " cvt.rn.f16.f32 %rs18, %f1;",
+    " cvt.u32.u16 %r266, %rs18;",
+    " mov.b32 %f13, %r273;",
     " mul.f32 %f5, %f2, %f13;",
-    " cvt.rn.f16.f32 %rs18, %f5;",
-    " cvt.u32.u16 %r264, %rs18;",
-    " mov.b32 %f14, %r271;",
+    " cvt.rn.f16.f32 %rs19, %f5;",
+    " cvt.u32.u16 %r265, %rs19;",
+    " mov.b32 %f14, %r272;",
     " mul.f32 %f6, %f2, %f14;",
-    " cvt.rn.f16.f32 %rs19, %f6;",
-    " cvt.u32.u16 %r263, %rs19;",
-    " mov.b32 %f15, %r270;",
+    " cvt.rn.f16.f32 %rs20, %f6;",
+    " cvt.u32.u16 %r264, %rs20;",
+    " mov.b32 %f15, %r271;",
     " mul.f32 %f7, %f2, %f15;",
-    " cvt.rn.f16.f32 %rs20, %f7;",
-    " cvt.u32.u16 %r262, %rs20;",
-    " mov.b32 %f16, %r254;",
+    " cvt.rn.f16.f32 %rs21, %f7;",
+    " cvt.u32.u16 %r263, %rs21;",
+    " mov.b32 %f16, %r255;",
     " mul.f32 %f8, %f2, %f16;",
-    " cvt.rn.f16.f32 %rs21, %f8;",
-    " cvt.u32.u16 %r254, %rs21;",
-    " mov.b32 %f17, %r255;",
-    " mul.f32 %f9, %f2, %f17;",
-    " cvt.rn.f16.f32 %rs22, %f9;",
+    " cvt.rn.f16.f32 %rs22, %f8;",
     " cvt.u32.u16 %r255, %rs22;",
-    " mov.b32 %f18, %r256;",
-    " mul.f32 %f10, %f2, %f18;",
-    " cvt.rn.f16.f32 %rs23, %f10;",
+    " mov.b32 %f17, %r256;",
+    " mul.f32 %f9, %f2, %f17;",
+    " cvt.rn.f16.f32 %rs23, %f9;",
     " cvt.u32.u16 %r256, %rs23;",
-    " mov.b32 %f19, %r257;",
-    " mul.f32 %f11, %f2, %f19;",
-    " cvt.rn.f16.f32 %rs24, %f11;",
+    " mov.b32 %f18, %r257;",
+    " mul.f32 %f10, %f2, %f18;",
+    " cvt.rn.f16.f32 %rs24, %f10;",
     " cvt.u32.u16 %r257, %rs24;",
+    " mov.b32 %f19, %r258;",
+    " mul.f32 %f11, %f2, %f19;",
+    " cvt.rn.f16.f32 %rs25, %f11;",
+    " cvt.u32.u16 %r258, %rs25;",
     "$L__BB4_10:",
-    " shl.b32 %r139, %r264, 16;",
-    " or.b32 %r273, %r139, %r265;",
-    " shl.b32 %r140, %r262, 16;",
-    " or.b32 %r272, %r140, %r263;",
-    " shl.b32 %r141, %r255, 16;",
-    " or.b32 %r271, %r141, %r254;",
-    " shl.b32 %r142, %r257, 16;",
-    " or.b32 %r270, %r142, %r256;",
+    " shl.b32 %r138, %r265, 16;",
+    " or.b32 %r274, %r138, %r266;",
+    " shl.b32 %r139, %r263, 16;",
+    " or.b32 %r273, %r139, %r264;",
+    " shl.b32 %r140, %r256, 16;",
+    " or.b32 %r272, %r140, %r255;",
+    " shl.b32 %r141, %r258, 16;",
+    " or.b32 %r271, %r141, %r257;",
     "$L__BB4_11:",
-    " mul.wide.u32 %rd323, %r253, 8;",
-    " mul.lo.s64 %rd322, %rd328, %rd5;",
-    " add.s64 %rd321, %rd323, %rd1;",
-    " sub.s64 %rd320, %rd321, %rd322;",
-    " mul.lo.s64 %rd143, %rd328, %rd8;",
-    " add.s64 %rd144, %rd320, %rd143;",
-    " selp.b64 %rd145, 4, 2, %p27;",
-    " mul.lo.s64 %rd146, %rd144, %rd145;",
-    " add.s64 %rd22, %rd12, %rd146;",
-    " st.v4.u32 [%rd22], {%r273, %r272, %r271, %r270};",
-    " @%p28 bra $L__BB4_13;",
-    " st.v4.u32 [%rd22+16], {%r254, %r255, %r256, %r257};",
+    " setp.eq.s64 %p46, %rd12, 0;",
+    " @%p46 bra $L__BB4_13;",
+    " st.v4.u32 [%rd20], {%r274, %r273, %r272, %r271};",
     "$L__BB4_13:",
-    " setp.eq.s64 %p45, %rd3, 0;",
-    " @%p45 bra $L__BB4_35;",
-    " selp.b64 %rd319, 4, 2, %p27;",
-    " mul.lo.s64 %rd148, %rd19, %rd319;",
-    " and.b64 %rd149, %rd148, 252;",
-    " mov.u64 %rd150, lorasyncd_keys;",
-    " add.s64 %rd151, %rd150, %rd149;",
-    " ld.global.nc.v4.u32 {%r143, %r144, %r145, %r146}, [%rd151];",
-    " mul.wide.u32 %rd152, %r273, %r143;",
-    " mul.wide.u32 %rd153, %r272, %r144;",
-    " add.s64 %rd154, %rd153, %rd152;",
-    " mul.wide.u32 %rd155, %r271, %r145;",
-    " add.s64 %rd156, %rd154, %rd155;",
-    " mul.wide.u32 %rd157, %r270, %r146;",
-    " add.s64 %rd329, %rd156, %rd157;",
-    " @%p28 bra $L__BB4_16;",
-    " add.s64 %rd161, %rd149, 16;",
-    " and.b64 %rd162, %rd161, 252;",
-    " add.s64 %rd164, %rd150, %rd162;",
-    " ld.global.nc.v4.u32 {%r151, %r152, %r153, %r154}, [%rd164];",
-    " mul.wide.u32 %rd165, %r254, %r151;",
-    " mul.wide.u32 %rd166, %r255, %r152;",
-    " mul.wide.u32 %rd167, %r256, %r153;",
-    " mul.wide.u32 %rd168, %r257, %r154;",
-    " add.s64 %rd169, %rd165, %rd329;",
-    " add.s64 %rd170, %rd169, %rd166;",
-    " add.s64 %rd171, %rd170, %rd167;",
-    " add.s64 %rd329, %rd171, %rd168;",
-    "$L__BB4_16:",
-    " selp.b32 %r160, 2139095040, 0, %p27;",
-    " mov.u32 %r274, 0;",
-    " setp.eq.s16 %p50, %rs10, 14;",
-    " selp.b32 %r161, 2080406528, %r160, %p50;",
-    " setp.eq.s16 %p51, %rs10, 15;",
-    " selp.b32 %r162, 2139127680, %r161, %p51;",
-    " setp.eq.s32 %p52, %r162, 0;",
-    " @%p52 bra $L__BB4_21;",
-    " @%p27 bra $L__BB4_19;",
-    " bra.uni $L__BB4_18;",
-    "$L__BB4_19:",
-    " and.b32 %r181, %r273, %r162;",
-    " setp.eq.s32 %p74, %r181, %r162;",
-    " and.b32 %r182, %r272, %r162;",
-    " setp.eq.s32 %p75, %r182, %r162;",
-    " or.pred %p76, %p74, %p75;",
-    " and.b32 %r183, %r271, %r162;",
-    " setp.eq.s32 %p77, %r183, %r162;",
-    " or.pred %p78, %p76, %p77;",
-    " and.b32 %r184, %r270, %r162;",
-    " setp.eq.s32 %p79, %r184, %r162;",
-    " or.pred %p80, %p78, %p79;",
-    " and.b32 %r185, %r254, %r162;",
-    " setp.eq.s32 %p81, %r185, %r162;",
-    " or.pred %p82, %p80, %p81;",
-    " and.b32 %r186, %r255, %r162;",
-    " setp.eq.s32 %p83, %r186, %r162;",
-    " or.pred %p84, %p82, %p83;",
-    " and.b32 %r187, %r256, %r162;",
-    " setp.eq.s32 %p85, %r187, %r162;",
-    " or.pred %p86, %p84, %p85;",
-    " and.b32 %r188, %r257, %r162;",
-    " setp.eq.s32 %p87, %r188, %r162;",
-    " or.pred %p174, %p86, %p87;",
-    " bra.uni $L__BB4_20;",
+    " @%p47 bra $L__BB4_15;",
+    " st.v4.u32 [%rd20+16], {%r255, %r256, %r257, %r258};",
+    "$L__BB4_15:",
+    " setp.eq.s64 %p48, %rd3, 0;",
+    " @%p48 bra $L__BB4_37;",
+    " selp.b64 %rd307, 4, 2, %p28;",
+    " mul.lo.s64 %rd143, %rd19, %rd307;",
+    " and.b64 %rd144, %rd143, 252;",
+    " mov.u64 %rd145, lorasyncd_keys;",
+    " add.s64 %rd146, %rd145, %rd144;",
+    " ld.global.nc.v4.u32 {%r142, %r143, %r144, %r145}, [%rd146];",
+    " mul.wide.u32 %rd147, %r274, %r142;",
+    " mul.wide.u32 %rd148, %r273, %r143;",
+    " add.s64 %rd149, %rd148, %rd147;",
+    " mul.wide.u32 %rd150, %r272, %r144;",
+    " add.s64 %rd151, %rd149, %rd150;",
+    " mul.wide.u32 %rd152, %r271, %r145;",
+    " add.s64 %rd311, %rd151, %rd152;",
+    " @%p29 bra $L__BB4_18;",
+    " add.s64 %rd156, %rd144, 16;",
+    " and.b64 %rd157, %rd156, 252;",
+    " add.s64 %rd159, %rd145, %rd157;",
+    " ld.global.nc.v4.u32 {%r150, %r151, %r152, %r153}, [%rd159];",
+    " mul.wide.u32 %rd160, %r255, %r150;",
+    " mul.wide.u32 %rd161, %r256, %r151;",
+    " mul.wide.u32 %rd162, %r257, %r152;",
+    " mul.wide.u32 %rd163, %r258, %r153;",
+    " add.s64 %rd164, %rd160, %rd311;",
+    " add.s64 %rd165, %rd164, %rd161;",
+    " add.s64 %rd166, %rd165, %rd162;",
+    " add.s64 %rd311, %rd166, %rd163;",
     "$L__BB4_18:",
-    " not.b32 %r163, %r273;",
-    " and.b32 %r167, %r162, %r163;",
-    " and.b32 %r168, %r167, 32640;",
-    " setp.eq.s32 %p57, %r168, 0;",
-    " setp.lt.u32 %p58, %r167, 65536;",
-    " or.pred %p59, %p58, %p57;",
-    " not.b32 %r169, %r272;",
-    " and.b32 %r170, %r162, %r169;",
-    " and.b32 %r171, %r170, 32640;",
-    " setp.eq.s32 %p60, %r171, 0;",
-    " setp.lt.u32 %p61, %r170, 65536;",
-    " or.pred %p62, %p61, %p60;",
-    " or.pred %p63, %p59, %p62;",
-    " not.b32 %r172, %r271;",
-    " and.b32 %r173, %r162, %r172;",
-    " and.b32 %r174, %r173, 32640;",
-    " setp.eq.s32 %p64, %r174, 0;",
-    " setp.lt.u32 %p65, %r173, 65536;",
-    " or.pred %p66, %p65, %p64;",
-    " or.pred %p67, %p63, %p66;",
-    " not.b32 %r175, %r270;",
-    " and.b32 %r176, %r162, %r175;",
-    " and.b32 %r177, %r176, 32640;",
-    " setp.eq.s32 %p68, %r177, 0;",
-    " setp.lt.u32 %p69, %r176, 65536;",
-    " or.pred %p70, %p69, %p68;",
-    " or.pred %p174, %p67, %p70;",
-    "$L__BB4_20:",
-    " selp.u32 %r274, 1, 0, %p174;",
+    " setp.eq.s16 %p52, %rs10, 15;",
+    " setp.eq.s16 %p53, %rs10, 14;",
+    " selp.b32 %r159, 2139095040, 0, %p28;",
+    " mov.u32 %r275, 0;",
+    " selp.b32 %r160, 2080406528, %r159, %p53;",
+    " selp.b32 %r161, 2139127680, %r160, %p52;",
+    " setp.eq.s32 %p55, %r161, 0;",
+    " @%p55 bra $L__BB4_23;",
+    " @%p28 bra $L__BB4_21;",
+    " bra.uni $L__BB4_20;",
     "$L__BB4_21:",
-    " shr.u64 %rd174, %rd148, 8;",
-    " add.s64 %rd175, %rd174, -7046029254386353131;",
-    " shr.u64 %rd176, %rd175, 30;",
-    " xor.b64 %rd177, %rd176, %rd175;",
-    " mul.lo.s64 %rd178, %rd177, -4658895280553007687;",
-    " shr.u64 %rd179, %rd178, 27;",
-    " xor.b64 %rd180, %rd179, %rd178;",
-    " mul.lo.s64 %rd181, %rd180, -7723592293110705685;",
-    " shr.u64 %rd182, %rd181, 31;",
-    " xor.b64 %rd183, %rd182, %rd181;",
-    " or.b64 %rd184, %rd183, 1;",
-    " mul.lo.s64 %rd185, %rd329, %rd184;",
-    " add.s64 %rd357, %rd185, %rd357;",
-    " setp.eq.s32 %p89, %r274, 0;",
-    " @%p89 bra $L__BB4_35;",
-    " @%p27 bra $L__BB4_33;",
-    " bra.uni $L__BB4_23;",
-    "$L__BB4_33:",
-    " selp.b32 %r58, 4, 2, %p27;",
-    " mov.u32 %r276, 7;",
-    "$L__BB4_34:",
-    " .pragma \"nounroll\";",
-    " mul.lo.s32 %r192, %r276, %r58;",
-    " cvt.s64.s32 %rd202, %r192;",
-    " add.s64 %rd203, %rd22, %rd202;",
-    " ld.u32 %r193, [%rd203];",
-    " and.b32 %r194, %r193, 2139095040;",
-    " setp.eq.s32 %p102, %r194, 2139095040;",
-    " cvt.s64.s32 %rd204, %r276;",
-    " add.s64 %rd205, %rd19, %rd204;",
-    " setp.gt.u64 %p103, %rd335, %rd205;",
-    " and.pred %p104, %p103, %p102;",
-    " selp.b64 %rd335, %rd205, %rd335, %p104;",
-    " add.s32 %r60, %r276, -1;",
-    " setp.ne.s32 %p105, %r276, 0;",
-    " mov.u32 %r276, %r60;",
-    " @%p105 bra $L__BB4_34;",
-    " bra.uni $L__BB4_35;",
+    " and.b32 %r180, %r274, %r161;",
+    " setp.eq.s32 %p77, %r180, %r161;",
+    " and.b32 %r181, %r273, %r161;",
+    " setp.eq.s32 %p78, %r181, %r161;",
+    " or.pred %p79, %p77, %p78;",
+    " and.b32 %r182, %r272, %r161;",
+    " setp.eq.s32 %p80, %r182, %r161;",
+    " or.pred %p81, %p79, %p80;",
+    " and.b32 %r183, %r271, %r161;",
+    " setp.eq.s32 %p82, %r183, %r161;",
+    " or.pred %p83, %p81, %p82;",
+    " and.b32 %r184, %r255, %r161;",
+    " setp.eq.s32 %p84, %r184, %r161;",
+    " or.pred %p85, %p83, %p84;",
+    " and.b32 %r185, %r256, %r161;",
+    " setp.eq.s32 %p86, %r185, %r161;",
+    " or.pred %p87, %p85, %p86;",
+    " and.b32 %r186, %r257, %r161;",
+    " setp.eq.s32 %p88, %r186, %r161;",
+    " or.pred %p89, %p87, %p88;",
+    " and.b32 %r187, %r258, %r161;",
+    " setp.eq.s32 %p90, %r187, %r161;",
+    " or.pred %p179, %p89, %p90;",
+    " bra.uni $L__BB4_22;",
+    "$L__BB4_20:",
+    " not.b32 %r162, %r274;",
+    " and.b32 %r166, %r161, %r162;",
+    " and.b32 %r167, %r166, 32640;",
+    " setp.eq.s32 %p60, %r167, 0;",
+    " setp.lt.u32 %p61, %r166, 65536;",
+    " or.pred %p62, %p61, %p60;",
+    " not.b32 %r168, %r273;",
+    " and.b32 %r169, %r161, %r168;",
+    " and.b32 %r170, %r169, 32640;",
+    " setp.eq.s32 %p63, %r170, 0;",
+    " setp.lt.u32 %p64, %r169, 65536;",
+    " or.pred %p65, %p64, %p63;",
+    " or.pred %p66, %p62, %p65;",
+    " not.b32 %r171, %r272;",
+    " and.b32 %r172, %r161, %r171;",
+    " and.b32 %r173, %r172, 32640;",
+    " setp.eq.s32 %p67, %r173, 0;",
+    " setp.lt.u32 %p68, %r172, 65536;",
+    " or.pred %p69, %p68, %p67;",
+    " or.pred %p70, %p66, %p69;",
+    " not.b32 %r174, %r271;",
+    " and.b32 %r175, %r161, %r174;",
+    " and.b32 %r176, %r175, 32640;",
+    " setp.eq.s32 %p71, %r176, 0;",
+    " setp.lt.u32 %p72, %r175, 65536;",
+    " or.pred %p73, %p72, %p71;",
+    " or.pred %p179, %p70, %p73;",
+    "$L__BB4_22:",
+    " selp.u32 %r275, 1, 0, %p179;",
     "$L__BB4_23:",
-    " mul.wide.u32 %rd325, %r253, 8;",
-    " add.s64 %rd324, %rd325, %rd1;",
-    " mul.wide.u32 %rd317, %r253, 8;",
-    " selp.b64 %rd316, 4, 2, %p27;",
-    " add.s64 %rd186, %rd1, %rd10;",
-    " add.s64 %rd188, %rd186, %rd317;",
-    " sub.s64 %rd189, %rd11, %rd5;",
-    " mul.lo.s64 %rd190, %rd189, %rd328;",
-    " add.s64 %rd191, %rd188, %rd190;",
-    " add.s64 %rd331, %rd191, 7;",
-    " sub.s64 %rd192, %rd8, %rd5;",
-    " mul.lo.s64 %rd193, %rd192, %rd328;",
-    " add.s64 %rd195, %rd324, %rd193;",
-    " mul.lo.s64 %rd197, %rd316, %rd195;",
-    " add.s64 %rd330, %rd13, %rd197;",
-    " selp.b32 %r190, -4, -2, %p27;",
-    " cvt.s64.s32 %rd29, %r190;",
-    " mov.u32 %r275, 8;",
-    "$L__BB4_24:",
-    " .pragma \"nounroll\";",
-    " ld.u16 %rd33, [%rd330];",
-    " mov.pred %p175, 0;",
-    " setp.gt.s16 %p93, %rs10, 13;",
-    " @%p93 bra $L__BB4_28;",
-    " setp.eq.s16 %p96, %rs10, 7;",
-    " @%p96 bra $L__BB4_31;",
-    " setp.eq.s16 %p97, %rs10, 8;",
-    " @%p97 bra $L__BB4_27;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_27:",
-    " and.b64 %rd198, %rd33, 127;",
-    " setp.eq.s64 %p175, %rd198, 127;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_28:",
-    " setp.eq.s16 %p172, %rs10, 14;",
-    " @%p172 bra $L__BB4_116;",
-    " setp.eq.s16 %p173, %rs10, 15;",
-    " @%p173 bra $L__BB4_30;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_30:",
-    " and.b64 %rd200, %rd33, 32640;",
-    " setp.eq.s64 %p175, %rd200, 32640;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_31:",
-    " and.b64 %rd201, %rd33, 124;",
-    " setp.eq.s64 %p175, %rd201, 124;",
-    " bra.uni $L__BB4_32;",
-    "$L__BB4_116:",
-    " and.b64 %rd199, %rd33, 31744;",
-    " setp.eq.s64 %p175, %rd199, 31744;",
-    "$L__BB4_32:",
-    " setp.gt.u64 %p98, %rd335, %rd331;",
-    " and.pred %p99, %p98, %p175;",
-    " selp.b64 %rd335, %rd331, %rd335, %p99;",
-    " add.s64 %rd331, %rd331, -1;",
-    " add.s64 %rd330, %rd330, %rd29;",
-    " add.s32 %r275, %r275, -1;",
-    " setp.gt.s32 %p100, %r275, 0;",
-    " @%p100 bra $L__BB4_24;",
+    " shr.u64 %rd169, %rd143, 8;",
+    " add.s64 %rd170, %rd169, -7046029254386353131;",
+    " shr.u64 %rd171, %rd170, 30;",
+    " xor.b64 %rd172, %rd171, %rd170;",
+    " mul.lo.s64 %rd173, %rd172, -4658895280553007687;",
+    " shr.u64 %rd174, %rd173, 27;",
+    " xor.b64 %rd175, %rd174, %rd173;",
+    " mul.lo.s64 %rd176, %rd175, -7723592293110705685;",
+    " shr.u64 %rd177, %rd176, 31;",
+    " xor.b64 %rd178, %rd177, %rd176;",
+    " or.b64 %rd179, %rd178, 1;",
+    " mul.lo.s64 %rd180, %rd311, %rd179;",
+    " add.s64 %rd339, %rd180, %rd339;",
+    " setp.eq.s32 %p92, %r275, 0;",
+    " @%p92 bra $L__BB4_37;",
+    " @%p28 bra $L__BB4_35;",
+    " bra.uni $L__BB4_25;",
     "$L__BB4_35:",
-    " add.s32 %r253, %r253, 256;",
-    " setp.lt.u32 %p107, %r253, %r72;",
-    " @%p107 bra $L__BB4_2;",
+    " selp.b32 %r58, 4, 2, %p28;",
+    " mov.u32 %r277, 7;",
     "$L__BB4_36:",
-    " shl.b32 %r199, %r72, 3;",
-    " cvt.u64.u32 %rd43, %r199;",
-    " mov.u32 %r200, %tid.x;",
-    " cvt.u64.u32 %rd44, %r200;",
-    " add.s64 %rd206, %rd1, %rd44;",
-    " add.s64 %rd338, %rd206, %rd43;",
-    " cvt.u64.u32 %rd207, %r67;",
-    " add.s64 %rd46, %rd1, %rd207;",
-    " setp.ge.s64 %p109, %rd338, %rd46;",
-    " @%p109 bra $L__BB4_110;",
-    " setp.eq.s64 %p110, %rd4, %rd5;",
-    " cvt.u32.u16 %r201, %rs9;",
-    " and.b32 %r62, %r201, 255;",
-    " cvt.u32.u16 %r202, %rs10;",
-    " and.b32 %r63, %r202, 255;",
-    " setp.lt.u16 %p111, %rs10, 19;",
-    " selp.b32 %r203, 4, 8, %p111;",
-    " setp.lt.u16 %p112, %rs10, 16;",
-    " selp.b32 %r204, 2, %r203, %p112;",
-    " setp.lt.u16 %p113, %rs10, 12;",
-    " selp.b32 %r205, 1, %r204, %p113;",
-    " setp.lt.u16 %p114, %rs9, 12;",
-    " setp.lt.u16 %p115, %rs9, 16;",
-    " setp.lt.u16 %p116, %rs9, 19;",
-    " selp.b32 %r206, 4, 8, %p116;",
-    " selp.b32 %r207, 2, %r206, %p115;",
-    " selp.b32 %r208, 1, %r207, %p114;",
-    " cvt.u64.u32 %rd47, %r208;",
-    " cvt.u16.u32 %rs6, %r208;",
-    " cvt.u64.u32 %rd48, %r205;",
-    " cvt.u16.u32 %rs7, %r205;",
-    " cvt.u32.u16 %r209, %rs11;",
-    " and.b32 %r64, %r209, 255;",
-    " @%p110 bra $L__BB4_74;",
-    " bra.uni $L__BB4_38;",
-    "$L__BB4_74:",
-    " mul.lo.s64 %rd254, %rd7, %rd338;",
-    " mul.lo.s64 %rd255, %rd254, %rd47;",
-    " add.s64 %rd348, %rd2, %rd255;",
-    " mul.lo.s64 %rd256, %rd7, %rd47;",
-    " shl.b64 %rd78, %rd256, 8;",
-    " mul.lo.s64 %rd257, %rd9, %rd338;",
-    " mul.lo.s64 %rd258, %rd257, %rd48;",
-    " add.s64 %rd347, %rd12, %rd258;",
-    " mul.lo.s64 %rd259, %rd9, %rd48;",
-    " shl.b64 %rd80, %rd259, 8;",
-    " add.s64 %rd260, %rd1, %rd10;",
-    " add.s64 %rd261, %rd260, %rd43;",
-    " add.s64 %rd262, %rd261, %rd44;",
-    " mul.lo.s64 %rd346, %rd262, %rd48;",
-    " shl.b64 %rd82, %rd48, 8;",
-    " mov.b32 %f37, %r70;",
-    "$L__BB4_75:",
     " .pragma \"nounroll\";",
-    " setp.eq.s16 %p137, %rs6, 1;",
-    " @%p137 bra $L__BB4_80;",
-    " setp.eq.s16 %p138, %rs6, 2;",
-    " @%p138 bra $L__BB4_79;",
-    " setp.ne.s16 %p139, %rs6, 4;",
-    " @%p139 bra $L__BB4_81;",
-    " ld.u32 %rd352, [%rd348];",
-    " bra.uni $L__BB4_82;",
-    "$L__BB4_79:",
-    " ld.u16 %rd352, [%rd348];",
-    " bra.uni $L__BB4_82;",
-    "$L__BB4_80:",
-    " ld.u8 %rd352, [%rd348];",
-    " bra.uni $L__BB4_82;",
-    "$L__BB4_81:",
-    " ld.u64 %rd352, [%rd348];",
+    " mul.lo.s32 %r193, %r277, %r58;",
+    " cvt.s64.s32 %rd191, %r193;",
+    " add.s64 %rd192, %rd20, %rd191;",
+    " ld.u32 %r194, [%rd192];",
+    " and.b32 %r195, %r194, 2139095040;",
+    " setp.eq.s32 %p105, %r195, 2139095040;",
+    " cvt.s64.s32 %rd193, %r277;",
+    " add.s64 %rd194, %rd19, %rd193;",
+    " setp.gt.u64 %p106, %rd317, %rd194;",
+    " and.pred %p107, %p106, %p105;",
+    " selp.b64 %rd317, %rd194, %rd317, %p107;",
+    " add.s32 %r60, %r277, -1;",
+    " setp.ne.s32 %p108, %r277, 0;",
+    " mov.u32 %r277, %r60;",
+    " @%p108 bra $L__BB4_36;",
+    " bra.uni $L__BB4_37;",
+    "$L__BB4_25:",
+    " mul.wide.u32 %rd305, %r254, 8;",
+    " add.s64 %rd181, %rd1, %rd10;",
+    " add.s64 %rd182, %rd181, %rd305;",
+    " sub.s64 %rd183, %rd11, %rd5;",
+    " mul.lo.s64 %rd184, %rd183, %rd310;",
+    " add.s64 %rd185, %rd182, %rd184;",
+    " add.s64 %rd313, %rd185, 7;",
+    " selp.b32 %r189, 4, 2, %p28;",
+    " mul.lo.s32 %r190, %r189, 7;",
+    " cvt.u64.u32 %rd186, %r190;",
+    " add.s64 %rd312, %rd20, %rd186;",
+    " neg.s32 %r191, %r189;",
+    " cvt.s64.s32 %rd28, %r191;",
+    " mov.u32 %r276, 8;",
+    "$L__BB4_26:",
+    " .pragma \"nounroll\";",
+    " ld.u16 %rd32, [%rd312];",
+    " mov.pred %p180, 0;",
+    " setp.gt.s16 %p96, %rs10, 13;",
+    " @%p96 bra $L__BB4_30;",
+    " setp.eq.s16 %p99, %rs10, 7;",
+    " @%p99 bra $L__BB4_33;",
+    " setp.eq.s16 %p100, %rs10, 8;",
+    " @%p100 bra $L__BB4_29;",
+    " bra.uni $L__BB4_34;",
+    "$L__BB4_29:",
+    " and.b64 %rd187, %rd32, 127;",
+    " setp.eq.s64 %p180, %rd187, 127;",
+    " bra.uni $L__BB4_34;",
+    "$L__BB4_30:",
+    " setp.eq.s16 %p177, %rs10, 14;",
+    " @%p177 bra $L__BB4_120;",
+    " setp.eq.s16 %p178, %rs10, 15;",
+    " @%p178 bra $L__BB4_32;",
+    " bra.uni $L__BB4_34;",
+    "$L__BB4_32:",
+    " and.b64 %rd189, %rd32, 32640;",
+    " setp.eq.s64 %p180, %rd189, 32640;",
+    " bra.uni $L__BB4_34;",
+    "$L__BB4_33:",
+    " and.b64 %rd190, %rd32, 124;",
+    " setp.eq.s64 %p180, %rd190, 124;",
+    " bra.uni $L__BB4_34;",
+    "$L__BB4_120:",
+    " and.b64 %rd188, %rd32, 31744;",
+    " setp.eq.s64 %p180, %rd188, 31744;",
+    "$L__BB4_34:",
+    " setp.gt.u64 %p101, %rd317, %rd313;",
+    " and.pred %p102, %p101, %p180;",
+    " selp.b64 %rd317, %rd313, %rd317, %p102;",
+    " add.s64 %rd313, %rd313, -1;",
+    " add.s64 %rd312, %rd312, %rd28;",
+    " add.s32 %r276, %r276, -1;",
+    " setp.gt.s32 %p103, %r276, 0;",
+    " @%p103 bra $L__BB4_26;",
+    "$L__BB4_37:",
+    " add.s32 %r254, %r254, 256;",
+    " setp.lt.u32 %p110, %r254, %r72;",
+    " @%p110 bra $L__BB4_2;",
+    "$L__BB4_38:",
+    " shl.b32 %r200, %r72, 3;",
+    " cvt.u64.u32 %rd42, %r200;",
+    " mov.u32 %r201, %tid.x;",
+    " cvt.u64.u32 %rd43, %r201;",
+    " add.s64 %rd195, %rd1, %rd43;",
+    " add.s64 %rd320, %rd195, %rd42;",
+    " cvt.u64.u32 %rd196, %r67;",
+    " add.s64 %rd45, %rd1, %rd196;",
+    " setp.ge.s64 %p112, %rd320, %rd45;",
+    " @%p112 bra $L__BB4_114;",
+    " setp.eq.s64 %p113, %rd4, %rd5;",
+    " cvt.u32.u16 %r202, %rs9;",
+    " and.b32 %r62, %r202, 255;",
+    " cvt.u32.u16 %r203, %rs10;",
+    " and.b32 %r63, %r203, 255;",
+    " setp.lt.u16 %p114, %rs10, 12;",
+    " setp.lt.u16 %p115, %rs10, 16;",
+    " setp.lt.u16 %p116, %rs10, 19;",
+    " selp.b32 %r204, 4, 8, %p116;",
+    " selp.b32 %r205, 2, %r204, %p115;",
+    " selp.b32 %r206, 1, %r205, %p114;",
+    " setp.lt.u16 %p117, %rs9, 12;",
+    " setp.lt.u16 %p118, %rs9, 16;",
+    " setp.lt.u16 %p119, %rs9, 19;",
+    " selp.b32 %r207, 4, 8, %p119;",
+    " selp.b32 %r208, 2, %r207, %p118;",
+    " selp.b32 %r209, 1, %r208, %p117;",
+    " cvt.u64.u32 %rd46, %r209;",
+    " cvt.u16.u32 %rs6, %r209;",
+    " cvt.u32.u16 %r210, %rs11;",
+    " and.b32 %r64, %r210, 255;",
+    " cvt.u64.u32 %rd47, %r206;",
+    " cvt.u16.u32 %rs8, %r206;",
+    " @%p113 bra $L__BB4_77;",
+    " bra.uni $L__BB4_40;",
+    "$L__BB4_77:",
+    " mul.lo.s64 %rd243, %rd7, %rd320;",
+    " mul.lo.s64 %rd244, %rd243, %rd46;",
+    " add.s64 %rd330, %rd2, %rd244;",
+    " mul.lo.s64 %rd245, %rd7, %rd46;",
+    " shl.b64 %rd77, %rd245, 8;",
+    " mul.lo.s64 %rd246, %rd9, %rd320;",
+    " mul.lo.s64 %rd247, %rd246, %rd47;",
+    " add.s64 %rd329, %rd12, %rd247;",
+    " mul.lo.s64 %rd248, %rd9, %rd47;",
+    " shl.b64 %rd79, %rd248, 8;",
+    " add.s64 %rd249, %rd1, %rd10;",
+    " add.s64 %rd250, %rd249, %rd42;",
+    " add.s64 %rd251, %rd250, %rd43;",
+    " mul.lo.s64 %rd328, %rd251, %rd47;",
+    " shl.b64 %rd81, %rd47, 8;",
+    " mov.b32 %f37, %r70;",
+    "$L__BB4_78:",
+    " .pragma \"nounroll\";",
+    " setp.eq.s16 %p141, %rs6, 1;",
+    " @%p141 bra $L__BB4_83;",
+    " setp.eq.s16 %p142, %rs6, 2;",
+    " @%p142 bra $L__BB4_82;",
+    " setp.ne.s16 %p143, %rs6, 4;",
+    " @%p143 bra $L__BB4_84;",
+    " ld.u32 %rd334, [%rd330];",
+    " bra.uni $L__BB4_85;",
     "$L__BB4_82:",
-    " setp.eq.s16 %p140, %rs11, 0;",
-    " @%p140 bra $L__BB4_84;",
+    " ld.u16 %rd334, [%rd330];",
+    " bra.uni $L__BB4_85;",
+    "$L__BB4_83:",
+    " ld.u8 %rd334, [%rd330];",
+    " bra.uni $L__BB4_85;",
+    "$L__BB4_84:",
+    " ld.u64 %rd334, [%rd330];",
+    "$L__BB4_85:",
+    " setp.eq.s16 %p144, %rs11, 0;",
+    " @%p144 bra $L__BB4_87;",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd352;",
+    " st.param.b64 [param0+0], %rd334;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r62;",
     " .param .b32 param2;",
@@ -16029,12 +16690,12 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd263, [retval0+0];",
+    " ld.param.b64 %rd252, [retval0+0];",
     " }",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd263;",
+    " st.param.b64 [param0+0], %rd252;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r64;",
     " .param .b32 param2;",
@@ -16050,14 +16711,14 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd96, [retval0+0];",
+    " ld.param.b64 %rd95, [retval0+0];",
     " }",
-    " bra.uni $L__BB4_85;",
-    "$L__BB4_84:",
+    " bra.uni $L__BB4_88;",
+    "$L__BB4_87:",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd352;",
+    " st.param.b64 [param0+0], %rd334;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r62;",
     " .param .b32 param2;",
@@ -16073,137 +16734,139 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd96, [retval0+0];",
+    " ld.param.b64 %rd95, [retval0+0];",
     " }",
-    "$L__BB4_85:",
-    " setp.eq.s16 %p141, %rs7, 1;",
-    " @%p141 bra $L__BB4_90;",
-    " setp.eq.s16 %p142, %rs7, 2;",
-    " @%p142 bra $L__BB4_89;",
-    " setp.ne.s16 %p143, %rs7, 4;",
-    " @%p143 bra $L__BB4_91;",
-    " st.u32 [%rd347], %rd96;",
-    " bra.uni $L__BB4_92;",
-    "$L__BB4_89:",
-    " st.u16 [%rd347], %rd96;",
-    " bra.uni $L__BB4_92;",
-    "$L__BB4_90:",
-    " st.u8 [%rd347], %rd96;",
-    " bra.uni $L__BB4_92;",
-    "$L__BB4_91:",
-    " st.u64 [%rd347], %rd96;",
-    "$L__BB4_92:",
-    " setp.eq.s64 %p144, %rd3, 0;",
-    " @%p144 bra $L__BB4_109;",
-    " cvt.u32.u64 %r217, %rd48;",
-    " setp.eq.s32 %p145, %r217, 8;",
-    " shr.u64 %rd98, %rd346, 2;",
-    " and.b64 %rd264, %rd346, 252;",
-    " mov.u64 %rd265, lorasyncd_keys;",
-    " add.s64 %rd99, %rd265, %rd264;",
-    " @%p145 bra $L__BB4_95;",
-    " bra.uni $L__BB4_94;",
-    "$L__BB4_95:",
-    " and.b64 %rd269, %rd96, 4294967295;",
-    " ld.global.nc.u32 %r222, [%rd99];",
-    " cvt.u64.u32 %rd270, %r222;",
-    " mul.lo.s64 %rd271, %rd269, %rd270;",
-    " shl.b64 %rd272, %rd98, 2;",
-    " add.s64 %rd273, %rd272, 4;",
-    " and.b64 %rd274, %rd273, 252;",
-    " add.s64 %rd276, %rd265, %rd274;",
-    " ld.global.nc.u32 %r223, [%rd276];",
-    " cvt.u64.u32 %rd277, %r223;",
-    " shr.u64 %rd278, %rd96, 32;",
-    " mul.lo.s64 %rd279, %rd278, %rd277;",
-    " add.s64 %rd354, %rd279, %rd271;",
+    "$L__BB4_88:",
+    " setp.eq.s64 %p145, %rd12, 0;",
+    " @%p145 bra $L__BB4_96;",
+    " setp.eq.s16 %p146, %rs8, 1;",
+    " @%p146 bra $L__BB4_94;",
+    " setp.eq.s16 %p147, %rs8, 2;",
+    " @%p147 bra $L__BB4_93;",
+    " setp.ne.s16 %p148, %rs8, 4;",
+    " @%p148 bra $L__BB4_95;",
+    " st.u32 [%rd329], %rd95;",
+    " bra.uni $L__BB4_96;",
+    "$L__BB4_93:",
+    " st.u16 [%rd329], %rd95;",
     " bra.uni $L__BB4_96;",
     "$L__BB4_94:",
-    " cvt.u32.u64 %r218, %rd346;",
-    " shl.b32 %r219, %r218, 3;",
-    " and.b32 %r220, %r219, 24;",
-    " shl.b64 %rd266, %rd96, %r220;",
-    " and.b64 %rd267, %rd266, 4294967295;",
-    " ld.global.nc.u32 %r221, [%rd99];",
-    " cvt.u64.u32 %rd268, %r221;",
-    " mul.lo.s64 %rd354, %rd267, %rd268;",
+    " st.u8 [%rd329], %rd95;",
+    " bra.uni $L__BB4_96;",
+    "$L__BB4_95:",
+    " st.u64 [%rd329], %rd95;",
     "$L__BB4_96:",
-    " setp.gt.s16 %p146, %rs10, 13;",
-    " @%p146 bra $L__BB4_100;",
-    " bra.uni $L__BB4_97;",
-    "$L__BB4_100:",
-    " setp.eq.s16 %p147, %rs10, 14;",
-    " @%p147 bra $L__BB4_105;",
-    " setp.eq.s16 %p148, %rs10, 15;",
-    " @%p148 bra $L__BB4_106;",
-    " setp.eq.s16 %p149, %rs10, 18;",
-    " @%p149 bra $L__BB4_103;",
-    " bra.uni $L__BB4_107;",
-    "$L__BB4_103:",
-    " and.b64 %rd284, %rd96, 2139095040;",
-    " setp.eq.s64 %p177, %rd284, 2139095040;",
-    " bra.uni $L__BB4_108;",
-    "$L__BB4_97:",
-    " setp.eq.s16 %p150, %rs10, 7;",
-    " @%p150 bra $L__BB4_104;",
-    " setp.eq.s16 %p151, %rs10, 8;",
-    " @%p151 bra $L__BB4_99;",
-    " bra.uni $L__BB4_107;",
+    " setp.eq.s64 %p149, %rd3, 0;",
+    " @%p149 bra $L__BB4_113;",
+    " cvt.u32.u64 %r218, %rd47;",
+    " setp.eq.s32 %p150, %r218, 8;",
+    " shr.u64 %rd97, %rd328, 2;",
+    " and.b64 %rd253, %rd328, 252;",
+    " mov.u64 %rd254, lorasyncd_keys;",
+    " add.s64 %rd98, %rd254, %rd253;",
+    " @%p150 bra $L__BB4_99;",
+    " bra.uni $L__BB4_98;",
     "$L__BB4_99:",
-    " and.b64 %rd281, %rd96, 127;",
-    " setp.eq.s64 %p177, %rd281, 127;",
-    " bra.uni $L__BB4_108;",
-    "$L__BB4_105:",
-    " and.b64 %rd282, %rd96, 31744;",
-    " setp.eq.s64 %p177, %rd282, 31744;",
-    " bra.uni $L__BB4_108;",
-    "$L__BB4_106:",
-    " and.b64 %rd283, %rd96, 32640;",
-    " setp.eq.s64 %p177, %rd283, 32640;",
-    " bra.uni $L__BB4_108;",
+    " and.b64 %rd258, %rd95, 4294967295;",
+    " ld.global.nc.u32 %r223, [%rd98];",
+    " cvt.u64.u32 %rd259, %r223;",
+    " mul.lo.s64 %rd260, %rd258, %rd259;",
+    " shl.b64 %rd261, %rd97, 2;",
+    " add.s64 %rd262, %rd261, 4;",
+    " and.b64 %rd263, %rd262, 252;",
+    " add.s64 %rd265, %rd254, %rd263;",
+    " ld.global.nc.u32 %r224, [%rd265];",
+    " cvt.u64.u32 %rd266, %r224;",
+    " shr.u64 %rd267, %rd95, 32;",
+    " mul.lo.s64 %rd268, %rd267, %rd266;",
+    " add.s64 %rd336, %rd268, %rd260;",
+    " bra.uni $L__BB4_100;",
+    "$L__BB4_98:",
+    " cvt.u32.u64 %r219, %rd328;",
+    " shl.b32 %r220, %r219, 3;",
+    " and.b32 %r221, %r220, 24;",
+    " shl.b64 %rd255, %rd95, %r221;",
+    " and.b64 %rd256, %rd255, 4294967295;",
+    " ld.global.nc.u32 %r222, [%rd98];",
+    " cvt.u64.u32 %rd257, %r222;",
+    " mul.lo.s64 %rd336, %rd256, %rd257;",
+    "$L__BB4_100:",
+    " setp.gt.s16 %p151, %rs10, 13;",
+    " @%p151 bra $L__BB4_104;",
+    " bra.uni $L__BB4_101;",
     "$L__BB4_104:",
-    " and.b64 %rd280, %rd96, 124;",
-    " setp.eq.s64 %p177, %rd280, 124;",
-    " bra.uni $L__BB4_108;",
+    " setp.eq.s16 %p152, %rs10, 14;",
+    " @%p152 bra $L__BB4_109;",
+    " setp.eq.s16 %p153, %rs10, 15;",
+    " @%p153 bra $L__BB4_110;",
+    " setp.eq.s16 %p154, %rs10, 18;",
+    " @%p154 bra $L__BB4_107;",
+    " bra.uni $L__BB4_111;",
     "$L__BB4_107:",
-    " setp.eq.s16 %p152, %rs10, 20;",
-    " and.b64 %rd285, %rd96, 9218868437227405312;",
-    " setp.eq.s64 %p153, %rd285, 9218868437227405312;",
-    " and.pred %p177, %p152, %p153;",
-    "$L__BB4_108:",
-    " add.s64 %rd286, %rd10, %rd338;",
-    " shr.u64 %rd287, %rd346, 8;",
-    " add.s64 %rd288, %rd287, -7046029254386353131;",
-    " shr.u64 %rd289, %rd288, 30;",
-    " xor.b64 %rd290, %rd289, %rd288;",
-    " mul.lo.s64 %rd291, %rd290, -4658895280553007687;",
-    " shr.u64 %rd292, %rd291, 27;",
-    " xor.b64 %rd293, %rd292, %rd291;",
-    " mul.lo.s64 %rd294, %rd293, -7723592293110705685;",
-    " setp.gt.u64 %p154, %rd335, %rd286;",
-    " and.pred %p155, %p154, %p177;",
-    " selp.b64 %rd335, %rd286, %rd335, %p155;",
-    " shr.u64 %rd295, %rd294, 31;",
-    " xor.b64 %rd296, %rd295, %rd294;",
-    " or.b64 %rd297, %rd296, 1;",
-    " mul.lo.s64 %rd298, %rd354, %rd297;",
-    " add.s64 %rd357, %rd298, %rd357;",
+    " and.b64 %rd273, %rd95, 2139095040;",
+    " setp.eq.s64 %p182, %rd273, 2139095040;",
+    " bra.uni $L__BB4_112;",
+    "$L__BB4_101:",
+    " setp.eq.s16 %p155, %rs10, 7;",
+    " @%p155 bra $L__BB4_108;",
+    " setp.eq.s16 %p156, %rs10, 8;",
+    " @%p156 bra $L__BB4_103;",
+    " bra.uni $L__BB4_111;",
+    "$L__BB4_103:",
+    " and.b64 %rd270, %rd95, 127;",
+    " setp.eq.s64 %p182, %rd270, 127;",
+    " bra.uni $L__BB4_112;",
     "$L__BB4_109:",
-    " add.s64 %rd348, %rd348, %rd78;",
-    " add.s64 %rd347, %rd347, %rd80;",
-    " add.s64 %rd346, %rd346, %rd82;",
-    " add.s64 %rd338, %rd338, 256;",
-    " setp.lt.s64 %p156, %rd338, %rd46;",
-    " @%p156 bra $L__BB4_75;",
-    " bra.uni $L__BB4_110;",
-    "$L__BB4_38:",
+    " and.b64 %rd271, %rd95, 31744;",
+    " setp.eq.s64 %p182, %rd271, 31744;",
+    " bra.uni $L__BB4_112;",
+    "$L__BB4_110:",
+    " and.b64 %rd272, %rd95, 32640;",
+    " setp.eq.s64 %p182, %rd272, 32640;",
+    " bra.uni $L__BB4_112;",
+    "$L__BB4_108:",
+    " and.b64 %rd269, %rd95, 124;",
+    " setp.eq.s64 %p182, %rd269, 124;",
+    " bra.uni $L__BB4_112;",
+    "$L__BB4_111:",
+    " setp.eq.s16 %p157, %rs10, 20;",
+    " and.b64 %rd274, %rd95, 9218868437227405312;",
+    " setp.eq.s64 %p158, %rd274, 9218868437227405312;",
+    " and.pred %p182, %p157, %p158;",
+    "$L__BB4_112:",
+    " add.s64 %rd275, %rd10, %rd320;",
+    " shr.u64 %rd276, %rd328, 8;",
+    " add.s64 %rd277, %rd276, -7046029254386353131;",
+    " shr.u64 %rd278, %rd277, 30;",
+    " xor.b64 %rd279, %rd278, %rd277;",
+    " mul.lo.s64 %rd280, %rd279, -4658895280553007687;",
+    " shr.u64 %rd281, %rd280, 27;",
+    " xor.b64 %rd282, %rd281, %rd280;",
+    " mul.lo.s64 %rd283, %rd282, -7723592293110705685;",
+    " setp.gt.u64 %p159, %rd317, %rd275;",
+    " and.pred %p160, %p159, %p182;",
+    " selp.b64 %rd317, %rd275, %rd317, %p160;",
+    " shr.u64 %rd284, %rd283, 31;",
+    " xor.b64 %rd285, %rd284, %rd283;",
+    " or.b64 %rd286, %rd285, 1;",
+    " mul.lo.s64 %rd287, %rd336, %rd286;",
+    " add.s64 %rd339, %rd287, %rd339;",
+    "$L__BB4_113:",
+    " add.s64 %rd330, %rd330, %rd77;",
+    " add.s64 %rd329, %rd329, %rd79;",
+    " add.s64 %rd328, %rd328, %rd81;",
+    " add.s64 %rd320, %rd320, 256;",
+    " setp.lt.s64 %p161, %rd320, %rd45;",
+    " @%p161 bra $L__BB4_78;",
+    " bra.uni $L__BB4_114;",
+    "$L__BB4_40:",
     " mov.b32 %f35, %r70;",
-    "$L__BB4_39:",
+    "$L__BB4_41:",
     " .pragma \"nounroll\";",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd338;",
+    " st.param.b64 [param0+0], %rd320;",
     " .param .b64 param1;",
     " st.param.b64 [param1+0], %rd5;",
     " .param .b64 retval0;",
@@ -16213,38 +16876,38 @@ static const char *const lorasynci_ptx[] = {
     " param0,",
     " param1",
     " );",
-    " ld.param.b64 %rd53, [retval0+0];",
+    " ld.param.b64 %rd52, [retval0+0];",
     " }",
-    " mul.lo.s64 %rd208, %rd53, %rd5;",
-    " sub.s64 %rd54, %rd338, %rd208;",
-    " mul.lo.s64 %rd209, %rd53, %rd6;",
-    " mul.lo.s64 %rd210, %rd54, %rd7;",
-    " add.s64 %rd211, %rd210, %rd209;",
-    " mul.lo.s64 %rd212, %rd211, %rd47;",
-    " add.s64 %rd55, %rd2, %rd212;",
-    " setp.eq.s16 %p117, %rs6, 1;",
-    " @%p117 bra $L__BB4_44;",
-    " setp.eq.s16 %p118, %rs6, 2;",
-    " @%p118 bra $L__BB4_43;",
-    " setp.ne.s16 %p119, %rs6, 4;",
-    " @%p119 bra $L__BB4_45;",
-    " ld.u32 %rd341, [%rd55];",
-    " bra.uni $L__BB4_46;",
-    "$L__BB4_43:",
-    " ld.u16 %rd341, [%rd55];",
-    " bra.uni $L__BB4_46;",
-    "$L__BB4_44:",
-    " ld.u8 %rd341, [%rd55];",
-    " bra.uni $L__BB4_46;",
+    " mul.lo.s64 %rd197, %rd52, %rd5;",
+    " sub.s64 %rd53, %rd320, %rd197;",
+    " mul.lo.s64 %rd198, %rd52, %rd6;",
+    " mul.lo.s64 %rd199, %rd53, %rd7;",
+    " add.s64 %rd200, %rd199, %rd198;",
+    " mul.lo.s64 %rd201, %rd200, %rd46;",
+    " add.s64 %rd54, %rd2, %rd201;",
+    " setp.eq.s16 %p120, %rs6, 1;",
+    " @%p120 bra $L__BB4_46;",
+    " setp.eq.s16 %p121, %rs6, 2;",
+    " @%p121 bra $L__BB4_45;",
+    " setp.ne.s16 %p122, %rs6, 4;",
+    " @%p122 bra $L__BB4_47;",
+    " ld.u32 %rd323, [%rd54];",
+    " bra.uni $L__BB4_48;",
     "$L__BB4_45:",
-    " ld.u64 %rd341, [%rd55];",
+    " ld.u16 %rd323, [%rd54];",
+    " bra.uni $L__BB4_48;",
     "$L__BB4_46:",
-    " setp.eq.s16 %p120, %rs11, 0;",
-    " @%p120 bra $L__BB4_48;",
+    " ld.u8 %rd323, [%rd54];",
+    " bra.uni $L__BB4_48;",
+    "$L__BB4_47:",
+    " ld.u64 %rd323, [%rd54];",
+    "$L__BB4_48:",
+    " setp.eq.s16 %p123, %rs11, 0;",
+    " @%p123 bra $L__BB4_50;",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd341;",
+    " st.param.b64 [param0+0], %rd323;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r62;",
     " .param .b32 param2;",
@@ -16260,12 +16923,12 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd213, [retval0+0];",
+    " ld.param.b64 %rd202, [retval0+0];",
     " }",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd213;",
+    " st.param.b64 [param0+0], %rd202;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r64;",
     " .param .b32 param2;",
@@ -16281,14 +16944,14 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd63, [retval0+0];",
+    " ld.param.b64 %rd62, [retval0+0];",
     " }",
-    " bra.uni $L__BB4_49;",
-    "$L__BB4_48:",
+    " bra.uni $L__BB4_51;",
+    "$L__BB4_50:",
     " {",
     " .reg .b32 temp_param_reg;",
     " .param .b64 param0;",
-    " st.param.b64 [param0+0], %rd341;",
+    " st.param.b64 [param0+0], %rd323;",
     " .param .b32 param1;",
     " st.param.b32 [param1+0], %r62;",
     " .param .b32 param2;",
@@ -16304,185 +16967,187 @@ static const char *const lorasynci_ptx[] = {
     " param2,",
     " param3",
     " );",
-    " ld.param.b64 %rd63, [retval0+0];",
+    " ld.param.b64 %rd62, [retval0+0];",
     " }",
-    "$L__BB4_49:",
-    " mul.lo.s64 %rd214, %rd54, %rd9;",
-    " mul.lo.s64 %rd215, %rd53, %rd8;",
-    " add.s64 %rd216, %rd214, %rd215;",
-    " mul.lo.s64 %rd217, %rd216, %rd48;",
-    " add.s64 %rd64, %rd12, %rd217;",
-    " setp.eq.s16 %p121, %rs7, 1;",
-    " @%p121 bra $L__BB4_54;",
-    " setp.eq.s16 %p122, %rs7, 2;",
-    " @%p122 bra $L__BB4_53;",
-    " setp.ne.s16 %p123, %rs7, 4;",
-    " @%p123 bra $L__BB4_55;",
-    " st.u32 [%rd64], %rd63;",
-    " bra.uni $L__BB4_56;",
-    "$L__BB4_53:",
-    " st.u16 [%rd64], %rd63;",
-    " bra.uni $L__BB4_56;",
-    "$L__BB4_54:",
-    " st.u8 [%rd64], %rd63;",
-    " bra.uni $L__BB4_56;",
-    "$L__BB4_55:",
-    " st.u64 [%rd64], %rd63;",
+    "$L__BB4_51:",
+    " setp.eq.s64 %p124, %rd12, 0;",
+    " @%p124 bra $L__BB4_59;",
+    " mul.lo.s64 %rd203, %rd53, %rd9;",
+    " mul.lo.s64 %rd204, %rd52, %rd8;",
+    " add.s64 %rd205, %rd203, %rd204;",
+    " mul.lo.s64 %rd206, %rd205, %rd47;",
+    " add.s64 %rd63, %rd12, %rd206;",
+    " setp.eq.s16 %p125, %rs8, 1;",
+    " @%p125 bra $L__BB4_57;",
+    " setp.eq.s16 %p126, %rs8, 2;",
+    " @%p126 bra $L__BB4_56;",
+    " setp.ne.s16 %p127, %rs8, 4;",
+    " @%p127 bra $L__BB4_58;",
+    " st.u32 [%rd63], %rd62;",
+    " bra.uni $L__BB4_59;",
     "$L__BB4_56:",
-    " setp.eq.s64 %p124, %rd3, 0;",
-    " @%p124 bra $L__BB4_73;",
-    " cvt.u32.u64 %r210, %rd48;",
-    " setp.eq.s32 %p125, %r210, 8;",
-    " mul.lo.s64 %rd218, %rd53, %rd11;",
-    " add.s64 %rd219, %rd218, %rd10;",
-    " add.s64 %rd65, %rd219, %rd54;",
-    " mul.lo.s64 %rd66, %rd65, %rd48;",
-    " shr.u64 %rd67, %rd66, 2;",
-    " and.b64 %rd220, %rd66, 252;",
-    " mov.u64 %rd221, lorasyncd_keys;",
-    " add.s64 %rd68, %rd221, %rd220;",
-    " @%p125 bra $L__BB4_59;",
-    " bra.uni $L__BB4_58;",
-    "$L__BB4_59:",
-    " and.b64 %rd225, %rd63, 4294967295;",
-    " ld.global.nc.u32 %r215, [%rd68];",
-    " cvt.u64.u32 %rd226, %r215;",
-    " mul.lo.s64 %rd227, %rd225, %rd226;",
-    " shl.b64 %rd228, %rd67, 2;",
-    " add.s64 %rd229, %rd228, 4;",
-    " and.b64 %rd230, %rd229, 252;",
-    " add.s64 %rd232, %rd221, %rd230;",
-    " ld.global.nc.u32 %r216, [%rd232];",
-    " cvt.u64.u32 %rd233, %r216;",
-    " shr.u64 %rd234, %rd63, 32;",
-    " mul.lo.s64 %rd235, %rd234, %rd233;",
-    " add.s64 %rd343, %rd235, %rd227;",
-    " bra.uni $L__BB4_60;",
+    " st.u16 [%rd63], %rd62;",
+    " bra.uni $L__BB4_59;",
+    "$L__BB4_57:",
+    " st.u8 [%rd63], %rd62;",
+    " bra.uni $L__BB4_59;",
     "$L__BB4_58:",
-    " cvt.u32.u64 %r211, %rd66;",
-    " shl.b32 %r212, %r211, 3;",
-    " and.b32 %r213, %r212, 24;",
-    " shl.b64 %rd222, %rd63, %r213;",
-    " and.b64 %rd223, %rd222, 4294967295;",
-    " ld.global.nc.u32 %r214, [%rd68];",
-    " cvt.u64.u32 %rd224, %r214;",
-    " mul.lo.s64 %rd343, %rd223, %rd224;",
-    "$L__BB4_60:",
-    " shr.u64 %rd236, %rd66, 8;",
-    " add.s64 %rd237, %rd236, -7046029254386353131;",
-    " shr.u64 %rd238, %rd237, 30;",
-    " xor.b64 %rd239, %rd238, %rd237;",
-    " mul.lo.s64 %rd240, %rd239, -4658895280553007687;",
-    " shr.u64 %rd241, %rd240, 27;",
-    " xor.b64 %rd242, %rd241, %rd240;",
-    " mul.lo.s64 %rd243, %rd242, -7723592293110705685;",
-    " shr.u64 %rd244, %rd243, 31;",
-    " xor.b64 %rd245, %rd244, %rd243;",
-    " or.b64 %rd246, %rd245, 1;",
-    " mul.lo.s64 %rd247, %rd343, %rd246;",
-    " add.s64 %rd357, %rd247, %rd357;",
-    " setp.gt.s16 %p126, %rs10, 13;",
-    " @%p126 bra $L__BB4_64;",
+    " st.u64 [%rd63], %rd62;",
+    "$L__BB4_59:",
+    " setp.eq.s64 %p128, %rd3, 0;",
+    " @%p128 bra $L__BB4_76;",
+    " cvt.u32.u64 %r211, %rd47;",
+    " setp.eq.s32 %p129, %r211, 8;",
+    " mul.lo.s64 %rd207, %rd52, %rd11;",
+    " add.s64 %rd208, %rd207, %rd10;",
+    " add.s64 %rd64, %rd208, %rd53;",
+    " mul.lo.s64 %rd65, %rd64, %rd47;",
+    " shr.u64 %rd66, %rd65, 2;",
+    " and.b64 %rd209, %rd65, 252;",
+    " mov.u64 %rd210, lorasyncd_keys;",
+    " add.s64 %rd67, %rd210, %rd209;",
+    " @%p129 bra $L__BB4_62;",
     " bra.uni $L__BB4_61;",
-    "$L__BB4_64:",
-    " setp.eq.s16 %p127, %rs10, 14;",
-    " @%p127 bra $L__BB4_69;",
-    " setp.eq.s16 %p128, %rs10, 15;",
-    " @%p128 bra $L__BB4_70;",
-    " setp.eq.s16 %p129, %rs10, 18;",
-    " @%p129 bra $L__BB4_67;",
-    " bra.uni $L__BB4_71;",
-    "$L__BB4_67:",
-    " and.b64 %rd252, %rd63, 2139095040;",
-    " setp.eq.s64 %p176, %rd252, 2139095040;",
-    " bra.uni $L__BB4_72;",
+    "$L__BB4_62:",
+    " and.b64 %rd214, %rd62, 4294967295;",
+    " ld.global.nc.u32 %r216, [%rd67];",
+    " cvt.u64.u32 %rd215, %r216;",
+    " mul.lo.s64 %rd216, %rd214, %rd215;",
+    " shl.b64 %rd217, %rd66, 2;",
+    " add.s64 %rd218, %rd217, 4;",
+    " and.b64 %rd219, %rd218, 252;",
+    " add.s64 %rd221, %rd210, %rd219;",
+    " ld.global.nc.u32 %r217, [%rd221];",
+    " cvt.u64.u32 %rd222, %r217;",
+    " shr.u64 %rd223, %rd62, 32;",
+    " mul.lo.s64 %rd224, %rd223, %rd222;",
+    " add.s64 %rd325, %rd224, %rd216;",
+    " bra.uni $L__BB4_63;",
     "$L__BB4_61:",
-    " setp.eq.s16 %p130, %rs10, 7;",
-    " @%p130 bra $L__BB4_68;",
-    " setp.eq.s16 %p131, %rs10, 8;",
-    " @%p131 bra $L__BB4_63;",
-    " bra.uni $L__BB4_71;",
+    " cvt.u32.u64 %r212, %rd65;",
+    " shl.b32 %r213, %r212, 3;",
+    " and.b32 %r214, %r213, 24;",
+    " shl.b64 %rd211, %rd62, %r214;",
+    " and.b64 %rd212, %rd211, 4294967295;",
+    " ld.global.nc.u32 %r215, [%rd67];",
+    " cvt.u64.u32 %rd213, %r215;",
+    " mul.lo.s64 %rd325, %rd212, %rd213;",
     "$L__BB4_63:",
-    " and.b64 %rd249, %rd63, 127;",
-    " setp.eq.s64 %p176, %rd249, 127;",
-    " bra.uni $L__BB4_72;",
-    "$L__BB4_69:",
-    " and.b64 %rd250, %rd63, 31744;",
-    " setp.eq.s64 %p176, %rd250, 31744;",
-    " bra.uni $L__BB4_72;",
+    " shr.u64 %rd225, %rd65, 8;",
+    " add.s64 %rd226, %rd225, -7046029254386353131;",
+    " shr.u64 %rd227, %rd226, 30;",
+    " xor.b64 %rd228, %rd227, %rd226;",
+    " mul.lo.s64 %rd229, %rd228, -4658895280553007687;",
+    " shr.u64 %rd230, %rd229, 27;",
+    " xor.b64 %rd231, %rd230, %rd229;",
+    " mul.lo.s64 %rd232, %rd231, -7723592293110705685;",
+    " shr.u64 %rd233, %rd232, 31;",
+    " xor.b64 %rd234, %rd233, %rd232;",
+    " or.b64 %rd235, %rd234, 1;",
+    " mul.lo.s64 %rd236, %rd325, %rd235;",
+    " add.s64 %rd339, %rd236, %rd339;",
+    " setp.gt.s16 %p130, %rs10, 13;",
+    " @%p130 bra $L__BB4_67;",
+    " bra.uni $L__BB4_64;",
+    "$L__BB4_67:",
+    " setp.eq.s16 %p131, %rs10, 14;",
+    " @%p131 bra $L__BB4_72;",
+    " setp.eq.s16 %p132, %rs10, 15;",
+    " @%p132 bra $L__BB4_73;",
+    " setp.eq.s16 %p133, %rs10, 18;",
+    " @%p133 bra $L__BB4_70;",
+    " bra.uni $L__BB4_74;",
     "$L__BB4_70:",
-    " and.b64 %rd251, %rd63, 32640;",
-    " setp.eq.s64 %p176, %rd251, 32640;",
-    " bra.uni $L__BB4_72;",
-    "$L__BB4_68:",
-    " and.b64 %rd248, %rd63, 124;",
-    " setp.eq.s64 %p176, %rd248, 124;",
-    " bra.uni $L__BB4_72;",
-    "$L__BB4_71:",
-    " setp.eq.s16 %p132, %rs10, 20;",
-    " and.b64 %rd253, %rd63, 9218868437227405312;",
-    " setp.eq.s64 %p133, %rd253, 9218868437227405312;",
-    " and.pred %p176, %p132, %p133;",
+    " and.b64 %rd241, %rd62, 2139095040;",
+    " setp.eq.s64 %p181, %rd241, 2139095040;",
+    " bra.uni $L__BB4_75;",
+    "$L__BB4_64:",
+    " setp.eq.s16 %p134, %rs10, 7;",
+    " @%p134 bra $L__BB4_71;",
+    " setp.eq.s16 %p135, %rs10, 8;",
+    " @%p135 bra $L__BB4_66;",
+    " bra.uni $L__BB4_74;",
+    "$L__BB4_66:",
+    " and.b64 %rd238, %rd62, 127;",
+    " setp.eq.s64 %p181, %rd238, 127;",
+    " bra.uni $L__BB4_75;",
     "$L__BB4_72:",
-    " setp.gt.u64 %p134, %rd335, %rd65;",
-    " and.pred %p135, %p134, %p176;",
-    " selp.b64 %rd335, %rd65, %rd335, %p135;",
+    " and.b64 %rd239, %rd62, 31744;",
+    " setp.eq.s64 %p181, %rd239, 31744;",
+    " bra.uni $L__BB4_75;",
     "$L__BB4_73:",
-    " add.s64 %rd338, %rd338, 256;",
-    " setp.lt.s64 %p136, %rd338, %rd46;",
-    " @%p136 bra $L__BB4_39;",
-    "$L__BB4_110:",
-    " setp.eq.s64 %p157, %rd3, 0;",
-    " @%p157 bra $L__BB4_115;",
-    " setp.eq.s64 %p158, %rd335, -1;",
-    " @%p158 bra $L__BB4_113;",
-    " ld.param.u64 %rd318, [lorasyncd_copy_param_2];",
-    " cvt.u64.u32 %rd299, %r69;",
-    " shl.b64 %rd300, %rd299, 40;",
-    " min.u64 %rd301, %rd335, 1099511627775;",
-    " or.b64 %rd302, %rd301, %rd300;",
-    " cvta.to.global.u64 %rd303, %rd318;",
-    " atom.global.min.u64 %rd304, [%rd303], %rd302;",
-    "$L__BB4_113:",
-    " mov.b64 {%r224,%r225}, %rd357;",
-    " mov.u32 %r244, 2;",
-    " mov.u32 %r245, 31;",
-    " mov.u32 %r246, 16;",
-    " mov.u32 %r247, -1;",
-    " shfl.sync.down.b32 %r227|%p159, %r225, %r246, %r245, %r247;",
-    " shfl.sync.down.b32 %r226|%p160, %r224, %r246, %r245, %r247;",
-    " mov.b64 %rd306, {%r226,%r227};",
-    " add.s64 %rd307, %rd306, %rd357;",
-    " mov.b64 {%r228,%r229}, %rd307;",
-    " mov.u32 %r248, 8;",
-    " shfl.sync.down.b32 %r231|%p161, %r229, %r248, %r245, %r247;",
-    " shfl.sync.down.b32 %r230|%p162, %r228, %r248, %r245, %r247;",
-    " mov.b64 %rd308, {%r230,%r231};",
-    " add.s64 %rd309, %rd308, %rd307;",
-    " mov.b64 {%r232,%r233}, %rd309;",
-    " mov.u32 %r249, 4;",
-    " shfl.sync.down.b32 %r235|%p163, %r233, %r249, %r245, %r247;",
-    " shfl.sync.down.b32 %r234|%p164, %r232, %r249, %r245, %r247;",
-    " mov.b64 %rd310, {%r234,%r235};",
-    " add.s64 %rd311, %rd310, %rd309;",
-    " mov.b64 {%r236,%r237}, %rd311;",
-    " shfl.sync.down.b32 %r239|%p165, %r237, %r244, %r245, %r247;",
-    " shfl.sync.down.b32 %r238|%p166, %r236, %r244, %r245, %r247;",
-    " mov.b64 %rd312, {%r238,%r239};",
-    " add.s64 %rd313, %rd312, %rd311;",
-    " mov.b64 {%r240,%r241}, %rd313;",
-    " mov.u32 %r250, 1;",
-    " shfl.sync.down.b32 %r243|%p167, %r241, %r250, %r245, %r247;",
-    " shfl.sync.down.b32 %r242|%p168, %r240, %r250, %r245, %r247;",
-    " mov.b64 %rd314, {%r242,%r243};",
-    " add.s64 %rd113, %rd314, %rd313;",
-    " and.b32 %r252, %r200, 31;",
-    " setp.ne.s32 %p169, %r252, 0;",
-    " setp.eq.s64 %p170, %rd113, 0;",
-    " or.pred %p171, %p169, %p170;",
-    " @%p171 bra $L__BB4_115;",
-    " atom.add.u64 %rd315, [%rd3], %rd113;",
-    "$L__BB4_115:",
+    " and.b64 %rd240, %rd62, 32640;",
+    " setp.eq.s64 %p181, %rd240, 32640;",
+    " bra.uni $L__BB4_75;",
+    "$L__BB4_71:",
+    " and.b64 %rd237, %rd62, 124;",
+    " setp.eq.s64 %p181, %rd237, 124;",
+    " bra.uni $L__BB4_75;",
+    "$L__BB4_74:",
+    " setp.eq.s16 %p136, %rs10, 20;",
+    " and.b64 %rd242, %rd62, 9218868437227405312;",
+    " setp.eq.s64 %p137, %rd242, 9218868437227405312;",
+    " and.pred %p181, %p136, %p137;",
+    "$L__BB4_75:",
+    " setp.gt.u64 %p138, %rd317, %rd64;",
+    " and.pred %p139, %p138, %p181;",
+    " selp.b64 %rd317, %rd64, %rd317, %p139;",
+    "$L__BB4_76:",
+    " add.s64 %rd320, %rd320, 256;",
+    " setp.lt.s64 %p140, %rd320, %rd45;",
+    " @%p140 bra $L__BB4_41;",
+    "$L__BB4_114:",
+    " setp.eq.s64 %p162, %rd3, 0;",
+    " @%p162 bra $L__BB4_119;",
+    " setp.eq.s64 %p163, %rd317, -1;",
+    " @%p163 bra $L__BB4_117;",
+    " ld.param.u64 %rd306, [lorasyncd_copy_param_2];",
+    " cvt.u64.u32 %rd288, %r69;",
+    " shl.b64 %rd289, %rd288, 40;",
+    " min.u64 %rd290, %rd317, 1099511627775;",
+    " or.b64 %rd291, %rd290, %rd289;",
+    " cvta.to.global.u64 %rd292, %rd306;",
+    " atom.global.min.u64 %rd293, [%rd292], %rd291;",
+    "$L__BB4_117:",
+    " mov.b64 {%r225,%r226}, %rd339;",
+    " mov.u32 %r245, 2;",
+    " mov.u32 %r246, 31;",
+    " mov.u32 %r247, 16;",
+    " mov.u32 %r248, -1;",
+    " shfl.sync.down.b32 %r228|%p164, %r226, %r247, %r246, %r248;",
+    " shfl.sync.down.b32 %r227|%p165, %r225, %r247, %r246, %r248;",
+    " mov.b64 %rd295, {%r227,%r228};",
+    " add.s64 %rd296, %rd295, %rd339;",
+    " mov.b64 {%r229,%r230}, %rd296;",
+    " mov.u32 %r249, 8;",
+    " shfl.sync.down.b32 %r232|%p166, %r230, %r249, %r246, %r248;",
+    " shfl.sync.down.b32 %r231|%p167, %r229, %r249, %r246, %r248;",
+    " mov.b64 %rd297, {%r231,%r232};",
+    " add.s64 %rd298, %rd297, %rd296;",
+    " mov.b64 {%r233,%r234}, %rd298;",
+    " mov.u32 %r250, 4;",
+    " shfl.sync.down.b32 %r236|%p168, %r234, %r250, %r246, %r248;",
+    " shfl.sync.down.b32 %r235|%p169, %r233, %r250, %r246, %r248;",
+    " mov.b64 %rd299, {%r235,%r236};",
+    " add.s64 %rd300, %rd299, %rd298;",
+    " mov.b64 {%r237,%r238}, %rd300;",
+    " shfl.sync.down.b32 %r240|%p170, %r238, %r245, %r246, %r248;",
+    " shfl.sync.down.b32 %r239|%p171, %r237, %r245, %r246, %r248;",
+    " mov.b64 %rd301, {%r239,%r240};",
+    " add.s64 %rd302, %rd301, %rd300;",
+    " mov.b64 {%r241,%r242}, %rd302;",
+    " mov.u32 %r251, 1;",
+    " shfl.sync.down.b32 %r244|%p172, %r242, %r251, %r246, %r248;",
+    " shfl.sync.down.b32 %r243|%p173, %r241, %r251, %r246, %r248;",
+    " mov.b64 %rd303, {%r243,%r244};",
+    " add.s64 %rd112, %rd303, %rd302;",
+    " and.b32 %r253, %r201, 31;",
+    " setp.ne.s32 %p174, %r253, 0;",
+    " setp.eq.s64 %p175, %rd112, 0;",
+    " or.pred %p176, %p174, %p175;",
+    " @%p176 bra $L__BB4_119;",
+    " atom.add.u64 %rd304, [%rd3], %rd112;",
+    "$L__BB4_119:",
     " ret;",
     "}",
 };
@@ -16729,7 +17394,7 @@ LORASYNCD_FN void lorasyncd_element(const lorasyncd_op *o, long long e, lorasync
     lorasyncd_u64 v = lorasyncd_load((const unsigned char *)(o->src) + (i0 * o->s0 + i1 * o->s1) * lorasyncd_item(from), lorasyncd_item(from));
     if (o->via) v = lorasyncd_convert(lorasyncd_convert(v, from, o->via, o->scale), o->via, to, 1.0f);
     else v = lorasyncd_convert(v, from, to, o->scale);
-    lorasyncd_store((unsigned char *)(o->dst) + (i0 * o->d0 + i1 * o->d1) * item, item, v);
+    if (o->dst) lorasyncd_store((unsigned char *)(o->dst) + (i0 * o->d0 + i1 * o->d1) * item, item, v);
     if (!o->sum) return;
     e = o->pos + i0 * o->row + i1;
     *sum += lorasyncd_digest(v, item, (lorasyncd_u64)e * (unsigned)item);
@@ -16742,7 +17407,7 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
     long long     i0 = lorasyncd_row(o, e), i1 = e - i0 * o->n1, at = o->pos + i0 * o->row + i1;
     int           bf16 = o->dst_dtype == LORASYNCD_BF16, wide_in = o->src_dtype == LORASYNCD_F32, wide = o->dst_dtype == LORASYNCD_F32, i;
     const uint4  *in  = (const uint4 *)((const unsigned char *)(o->src) + (i0 * o->s0 + i1) * (wide_in ? 4 : 2));
-    uint4        *out = (uint4 *)((unsigned char *)(o->dst) + (i0 * o->d0 + i1) * (wide ? 4 : 2));
+    uint4        *out = (uint4 *)(o->dst + (lorasyncd_u64)((i0 * o->d0 + i1) * (wide ? 4 : 2)));
     uint4         a = in[0], b = a;
     unsigned      w[8], mask = bf16 ? 0x7f807f80u : o->dst_dtype == LORASYNCD_F16 ? 0x7c007c00u : wide ? 0x7f800000u : 0, hit = 0, x;
     lorasyncd_u64 part;
@@ -16758,8 +17423,8 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
         for (i = 0; i < 4; i++) w[i] = w[2 * i] | w[2 * i + 1] << 16;
     }
     a.x = w[0], a.y = w[1], a.z = w[2], a.w = w[3], b.x = w[4], b.y = w[5], b.z = w[6], b.w = w[7];
-    out[0] = a;
-    if (wide) out[1] = b;
+    if (o->dst) out[0] = a;
+    if (o->dst && wide) out[1] = b;
     if (!o->sum) return;
     at *= wide ? 4 : 2;
     a = *(const uint4 *)(const void *)&lorasyncd_keys[(at >> 2) & 63]; /* at is a multiple of 16, or of 32 */

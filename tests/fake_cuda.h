@@ -90,7 +90,7 @@ TEST_UNUSED static void fake_atomic_min(lorasyncd_u64 *at, lorasyncd_u64 value)
 
 /* -- state */
 
-enum { FAKE_DEVICES = 16, FAKE_BLOCKS = 4096, FAKE_SLICES = 16, FAKE_STUCK_S = 20 };
+enum { FAKE_DEVICES = 16, FAKE_BLOCKS = 4096, FAKE_SLICES = 64, FAKE_STUCK_S = 20 };
 #define FAKE_SLICE ((size_t)256 << 20)
 
 typedef struct fake_item fake_item;
@@ -204,6 +204,14 @@ TEST_UNUSED static void fake_cuda_share(void)
 {
     pthread_mutex_lock(&fake_lock);
     fake_reserve();
+    pthread_mutex_unlock(&fake_lock);
+}
+
+/* When all other processes have ended: what was theirs can be given out again. */
+TEST_UNUSED static void fake_cuda_reclaim(void)
+{
+    pthread_mutex_lock(&fake_lock);
+    if (fake_cuda.arena) fake_cuda.arena->taken = fake_cuda.slice_pid == getpid() ? (int)((size_t)(fake_cuda.slice - fake_cuda.base) / FAKE_SLICE) + 1 : 0;
     pthread_mutex_unlock(&fake_lock);
 }
 
@@ -689,6 +697,13 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *out, const vo
     i         = fake_find(p);
     out->type = i < 0 ? cudaMemoryTypeUnregistered : fake_cuda.memory[i].pinned ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
     pthread_mutex_unlock(&fake_lock);
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char *out, int num_bytes, int device)
+{
+    if (device < 0 || device >= fake_devices()) return fake_answer(cudaErrorInvalidDevice);
+    snprintf(out, (size_t)num_bytes, "0000:%02x:00.0", (unsigned)device & 255u);
     return cudaSuccess;
 }
 

@@ -295,7 +295,7 @@ static void nccl_hangs(void)
             CHECK(c.status[r] == LORASYNC_OK || lorasync_is_lost(c.status[r]));
             if (at < 5) CHECK(c.status[r] < 0);
         }
-        CHECK(lorasynci_now_ns() - start < UINT64_C(2800000000));
+        CHECK(lorasynci_now_ns() - start < UINT64_C(15000000000));
         free_case(&c);
         check_left();
         CHECK_EQ(fake_nccl.aborts, c.status[0] < 0 ? c.world : 0);

@@ -715,7 +715,7 @@ static void test_two_phases(void)
     for (mix = 0; mix < 625; mix++) { /* each: 0 good, 1 fails stage, 2 fails commit, 3 good without commit, 4 fails without commit */
         lorasync_transport t[4];
         fake               f[4];
-        char               names[4][8];
+        char               names[4][16];
         lorasync_error     err;
         int                kind[4], m = mix, num = -1, stage_fails = 0, commit_fails = 0, one_phase_ok = 0, good = 0, expect_new = 0;
         lorasync_status    status;

@@ -672,6 +672,29 @@ static void test_bad_arguments(void)
 }
 
 /* A control that is not what it should be: both sides refuse it, and it can be removed. */
+/* Device memory in a library that was compiled without it. */
+static void test_no_cuda(void)
+{
+    lorasync_transport   t;
+    lorasync_shm_desc    desc;
+    lorasync_engine_desc ed;
+    lorasync_engine     *e = NULL;
+    lorasync_cuda        cuda;
+    lorasync_error       err;
+    fresh_name();
+    memset(&desc, 0, sizeof desc);
+    memset(&ed, 0, sizeof ed);
+    memset(&cuda, 0, sizeof cuda);
+    desc.name        = ed.shm = name;
+    desc.cuda        = &cuda;
+    ed.accept_device = 1;
+    CHECK_EQ(lorasync_shm_open(&desc, &t, &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(err.text, "define it beside LORASYNC_IMPLEMENTATION");
+    CHECK_EQ(lorasync_engine_open(&ed, &e, &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(err.text, "accept_device is set, but this library was compiled without LORASYNC_CUDA");
+    CHECK(e == NULL);
+}
+
 static void expect_refused(lorasync_status status, const char *text)
 {
     lorasync_transport t;
@@ -1361,6 +1384,7 @@ int main(void)
     RUN(test_direct);
     RUN(test_bad_names);
     RUN(test_bad_arguments);
+    RUN(test_no_cuda);
     RUN(test_bad_control);
     RUN(test_stranger);
     RUN(test_damage);
