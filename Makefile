@@ -73,11 +73,12 @@ $(B)/%: tests/%.c lorasync.h tests/test.h $(B)/flags
 	$(COMPILE) -o $@ $< $(LDLIBS)
 
 # Tests of the GPU and NCCL rooms, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
-$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_base_cuda $(B)/test_shm_cuda: private CPPFLAGS += -isystem $(CUDA_HOME)/include
-$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_base_cuda $(B)/test_shm_cuda: tests/fake_cuda.h tests/fake_nccl.h
+$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: private CPPFLAGS += -isystem $(CUDA_HOME)/include
+$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: tests/fake_cuda.h tests/fake_nccl.h
 $(B)/test_plan $(B)/test_cuda_fake $(B)/test_base: tests/random_case.h
 $(B)/test_comm $(B)/test_nccl: tests/traffic.h
 $(B)/test_cuda_fake: tests/device_case.h
+$(B)/test_in_place_cuda: tests/test_in_place.c tests/in_place_cuda.h
 
 # Changes only when the command does: other flags, new programs.
 $(B)/flags: FORCE
@@ -162,9 +163,13 @@ $(BUILD)/gpu_shm: tests/gpu_shm.c tests/test.h lorasync.h
 	@mkdir -p $(@D)
 	$(COMPILE) -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
 
+$(BUILD)/gpu_in_place: tests/test_in_place_cuda.c tests/test_in_place.c tests/in_place_cuda.h tests/test.h tests/ranks.h lorasync.h
+	@mkdir -p $(@D)
+	$(COMPILE) -DIN_PLACE_GPU -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
+
 test-gpu: ## tests on the GPUs of this machine
 	@if ! [ -e $(CUDA_HOME)/include/cuda_runtime_api.h ]; then echo "skip test-gpu: no CUDA in CUDA_HOME"; else \
-	    $(MAKE) $(BUILD)/gpu_shm && $(BUILD)/gpu_shm && $(MAKE) $(BUILD)/gpu_plan && $(BUILD)/gpu_plan; fi
+	    $(MAKE) $(BUILD)/gpu_shm $(BUILD)/gpu_in_place $(BUILD)/gpu_plan && $(BUILD)/gpu_shm && $(BUILD)/gpu_in_place && $(BUILD)/gpu_plan; fi
 
 # Calls that fail and are handled (NCCL makes some at its start; peer access may be on already) are not errors. initcheck does not see what other
 # processes write into memory that they have opened, so it looks at ranks that are threads.

@@ -6979,6 +6979,10 @@ LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *ho
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err);
+LORASYNCI_FN void            lorasynci_device_await_importers(lorasync_plan *plan);
+LORASYNCI_FN int             lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b);
+LORASYNCI_FN int             lorasynci_device_is_captured(const lorasync_plan *plan);
+LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g);
 
 /* Whether the rounds of a run overlap: while one travels, the one before is placed and the one behind packed. */
 LORASYNCI_FN int lorasynci_is_pipelined(const lorasync_plan *plan) { return plan->device && plan->comm.exchange_stream; }
@@ -8476,13 +8480,13 @@ typedef struct lorasynci_loan {
     char *host_payload; /* of a device plan whose image comes to the host; else NULL */
 } lorasynci_loan;
 
-/* From the next run on the image is made at `payload`, on a rank that has one with its header in front of it. Between runs; not on a device. */
+/* From the next run on the image is made at `payload`; in host memory, on a rank that has the image, with its header in front. Between runs. */
 LORASYNCI_FN void lorasynci_plan_aim(lorasync_plan *plan, char *payload)
 {
     if (plan->memory[LORASYNCI_IMAGE] == payload) return;
     plan->memory[LORASYNCI_IMAGE] = payload;
     if (!plan->has_image) return;
-    lorasynci_image_move_header(plan->image, payload - plan->image->header_bytes);
+    if (!plan->device) lorasynci_image_move_header(plan->image, payload - plan->image->header_bytes);
     lorasync_image_bind(plan->image, payload);
 }
 
@@ -8863,7 +8867,7 @@ typedef struct lorasynci_launch {
 
 struct lorasynci_device {
     int              ordinal;
-    pid_t            pid;          /* without a plan: of the process that opened it */
+    pid_t            pid;          /* that opened it */
     int              same_process; /* the image was made by a thread of this process: no IPC */
     cudaStream_t     caller, stream, wire, placing;
     cudaEvent_t      ready, packed, done, arrived, placed[2];
@@ -8973,6 +8977,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lo
     lorasynci_device *g = (lorasynci_device *)lorasynci_alloc_array(&plan->a, 1, sizeof *g);
     if (!g) return lorasynci_fail_memory(err, sizeof *g);
     plan->device      = g;
+    g->pid            = getpid();
     g->caller         = cuda->stream;
     g->keep_on_device = cuda->keep_on_device;
     LORASYNCI_CUDA(cudaGetDevice(&g->ordinal), "no usable GPU");
@@ -9023,11 +9028,30 @@ LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan)
     g->peer_image = NULL;
 }
 
+/* Freeing memory that another rank has open is undefined: waits for them to close, for those that can. */
+LORASYNCI_FN void lorasynci_device_await_importers(lorasync_plan *plan)
+{
+    uint64_t deadline = lorasynci_deadline_ns(5000);
+    unsigned turns    = 0;
+    if (!plan->device || !plan->device->image || !plan->importers || plan->lost) return;
+    while (__atomic_load_n(plan->importers, __ATOMIC_ACQUIRE) > 0 && lorasynci_now_ns() < deadline) lorasynci_pause(&turns);
+}
+
+/* Whether two are on one GPU, or both none. */
+LORASYNCI_FN int lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b) { return a && b ? a->ordinal == b->ordinal : !a && !b; }
+
+/* Whether the caller's stream is being captured now. */
+LORASYNCI_FN int lorasynci_device_is_captured(const lorasync_plan *plan)
+{
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    return plan->device && (cudaStreamIsCapturing(plan->device->caller, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone);
+}
+
+LORASYNCI_FN int lorasynci_device_keeps(const lorasynci_device *g) { return g->keep_on_device; }
+
 LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
-    uint64_t          deadline = lorasynci_deadline_ns(5000);
-    unsigned          turns    = 0;
     int               old;
     if (!g) return;
     lorasynci_device_enter(g, &old);
@@ -9035,8 +9059,7 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     if (g->placing && !plan->lost) cudaStreamSynchronize(g->placing);
     if (g->stream && !plan->lost) cudaStreamSynchronize(g->stream);
     lorasynci_device_unmap(plan);
-    /* freeing memory that another rank has open is undefined: wait for them to close, for those that can */
-    while (g->image && plan->importers && !plan->lost && __atomic_load_n(plan->importers, __ATOMIC_ACQUIRE) > 0 && lorasynci_now_ns() < deadline) lorasynci_pause(&turns);
+    lorasynci_device_await_importers(plan);
     cudaFree(g->image);
     cudaFree(g->table);
     cudaFreeHost(g->host);
@@ -9674,6 +9697,10 @@ LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lo
 }
 
 LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan) { (void)plan; }
+LORASYNCI_FN void            lorasynci_device_await_importers(lorasync_plan *plan) { (void)plan; }
+LORASYNCI_FN int             lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b) { return !a && !b; }
+LORASYNCI_FN int             lorasynci_device_is_captured(const lorasync_plan *plan) { return plan->device != NULL; }
+LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g) { return g != NULL; }
 LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer, lorasync_error *err)
 {
     (void)plan, (void)offer, (void)err;
@@ -12814,38 +12841,47 @@ LORASYNCI_FN void lorasynci_shm_abort(void *user, const char *adapter, uint64_t 
 
 /* A slot as other processes find it. */
 typedef struct lorasynci_shm_target {
-    char     path[LORASYNCI_SHM_PATH];
-    uint64_t serial; /* 0: there is none */
-    uint64_t image_at;
+    char                 name[104]; /* of the shared memory */
+    int64_t              slot;
+    uint64_t             serial;     /* 0: there is none */
+    uint64_t             payload_at; /* in its segment; or: */
+    lorasynci_shm_memory memory;
 } lorasynci_shm_target;
 
-/* The memory that the next stage of this adapter will use, on a page boundary: an image that lies there, header first and the payload behind
-   it, is staged without a copy. Ask again after each stage. */
-LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter, size_t image_bytes, size_t config_bytes, char **out_memory,
+/* The memory that the next stage of this adapter will use: an image whose payload lies there, in host memory with its header in front, is staged
+   without a copy. Ask again after each stage. */
+LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter, size_t header_bytes, size_t payload_bytes, size_t config_bytes, char **out_payload,
                                                 lorasynci_shm_target *out, lorasync_error *err)
 {
-    lorasynci_shm *s    = (lorasynci_shm *)user;
-    size_t         need = lorasynci_shm_need(image_bytes, config_bytes);
-    int            i    = -1;
-    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", image_bytes);
-    if (s->device) return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "a slot in device memory is not lent");
+    lorasynci_shm *s = (lorasynci_shm *)user;
+    size_t         bytes, need = 0;
+    int            i = -1, slot;
+    if (lorasynci_add(header_bytes, s->device ? 0 : payload_bytes, &bytes)) need = lorasynci_shm_need(bytes, config_bytes);
+    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", payload_bytes);
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, adapter, &i, err));
+    s->payload_bytes = payload_bytes;
     LORASYNCI_TRY(lorasynci_shm_pick(s, i, need, err));
-    *out_memory   = lorasynci_shm_image_of(s, s->places[i].next);
-    out->serial   = s->map.control->slots[s->places[i].next].serial;
-    out->image_at = LORASYNCI_SHM_HEAD;
-    lorasynci_shm_path(out->path, s->name, out->serial);
+    slot         = s->places[i].next;
+    *out_payload = s->device ? s->payloads[slot] : lorasynci_shm_image_of(s, slot) + header_bytes;
+    memset(out, 0, sizeof *out);
+    memcpy(out->name, s->name, sizeof out->name);
+    out->slot       = slot;
+    out->serial     = s->map.control->slots[slot].serial;
+    out->payload_at = (uint64_t)LORASYNCI_SHM_HEAD + header_bytes;
+    out->memory     = lorasynci_shm_head_of(s, slot)->memory;
     return LORASYNC_OK;
 }
 
 /* Maps another process's slot to write an image into it; *out_bytes for munmap. NULL when it cannot be had. */
 LORASYNCI_FN char *lorasynci_shm_map_target(const lorasynci_shm_target *t, size_t *out_bytes)
 {
+    char        path[LORASYNCI_SHM_PATH];
     struct stat st;
     void       *map;
     int         fd, reason;
-    if (lorasynci_shm_open_segment(t->path, O_RDWR, &fd, &st, NULL) < 0) return NULL;
+    lorasynci_shm_path(path, t->name, t->serial);
+    if (lorasynci_shm_open_segment(path, O_RDWR, &fd, &st, NULL) < 0) return NULL;
     *out_bytes = (size_t)st.st_size;
     map        = lorasynci_shm_map_fd(fd, *out_bytes, 1, &reason);
     close(fd);
@@ -14260,22 +14296,27 @@ typedef struct lorasynci_added {
 /* Where the next run makes the image: in the plan's own memory, or straight in the slot of shared memory in which engines will read it.
 
        root           own payload | slot 1 | slot 2 | slot 3         a slot that is free takes the next version; its transport keeps the slots mapped
-       other ranks    own payload | map    | map    | map            the same memory, by its name; without direct placement they need none */
-enum { LORASYNCI_AIMS = 8 };
+       other ranks    own payload | map    | map    | map            the same memory, by its name; on a GPU opened over CUDA IPC. Without direct
+                                                                     placement they need none */
+enum { LORASYNCI_AIMS = 4 };
 
 typedef struct lorasynci_aimed {
-    uint64_t serial; /* of the slot; 0: nothing here */
-    uint64_t used;   /* when it was aimed at last: the oldest is given up for another. Equal on all ranks */
-    char    *map;    /* not on the root */
-    size_t   map_bytes;
+    uint64_t          serial; /* of the slot; 0: nothing here */
+    uint64_t          used;   /* when it was aimed at last: the oldest is given up for another. Equal on all ranks */
+    char             *map;    /* not on the root; or: */
+    size_t            map_bytes;
+    lorasynci_import *import;
 } lorasynci_aimed;
 
 typedef struct lorasynci_aim {
-    char           *own;  /* NULL: this session never aims elsewhere */
-    char           *next; /* payload of the next run */
-    uint64_t        clock;
-    int             blind; /* some rank could not map a slot: none is aimed at any more */
-    lorasynci_aimed slots[LORASYNCI_AIMS];
+    char               *own;  /* NULL: this session never aims elsewhere */
+    char               *next; /* payload of the next run */
+    uint64_t            serial; /* of the slot that it lies in, or 0 */
+    uint64_t            clock;
+    int                 blind; /* some rank could not map a slot: none is aimed at any more */
+    lorasynci_aimed     slots[LORASYNCI_AIMS];
+    lorasynci_shm_view *view; /* of the shared memory with slots on a GPU; not on the root */
+    lorasynci_import   *imports;
 } lorasynci_aim;
 
 struct lorasync_session {
@@ -14315,19 +14356,36 @@ LORASYNCI_FN lorasynci_added *lorasynci_added_at(const lorasync_session *s, size
 
 LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s) { return s->added.size / sizeof(lorasynci_added); }
 
+LORASYNCI_FN void lorasynci_aimed_drop(lorasynci_aimed *entry)
+{
+    if (entry->map) munmap(entry->map, entry->map_bytes);
+    if (entry->import) entry->import->num_users--;
+    memset(entry, 0, sizeof *entry);
+}
+
+/* Before the root closes the transport whose slots these are; the root waits for the others to have done so. */
+LORASYNCI_FN void lorasynci_session_drop_aims(lorasync_session *s)
+{
+    int i;
+    for (i = 0; i < LORASYNCI_AIMS; i++) lorasynci_aimed_drop(&s->aim.slots[i]);
+    if (!s->plan || !s->plan->device) return;
+    lorasynci_imports_sweep(s->plan->device, &s->aim.imports, NULL);
+    lorasynci_shm_view_drop(s->aim.view);
+    if (s->aim.clock) lorasynci_device_await_importers(s->plan);
+}
+
 LORASYNC_API void lorasync_close(lorasync_session *session)
 {
     lorasync_allocator a;
     size_t             i;
     if (!session) return;
     a = session->a;
+    lorasynci_session_drop_aims(session);
     for (i = 0; i < lorasynci_num_transports(session); i++) {
         const lorasync_transport *t = &lorasynci_transports(session)[i];
         if (t->close) t->close(t->user);
     }
     lorasync_plan_free(session->plan);
-    for (i = 0; i < LORASYNCI_AIMS; i++)
-        if (session->aim.slots[i].map) munmap(session->aim.slots[i].map, session->aim.slots[i].map_bytes);
     lorasync_config_free(session->config);
     lorasynci_buffer_free(&session->texts);
     lorasynci_buffer_free(&session->added);
@@ -14718,18 +14776,17 @@ LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const 
 /* On the root: asks the first shared-memory transport for the slot of its next version. Without one the image is made in the plan's memory. */
 LORASYNCI_FN char *lorasynci_session_ask(lorasync_session *s, lorasynci_shm_target *out)
 {
-    const lorasync_image *image  = s->plan->image;
-    char                 *memory = NULL;
-    size_t                i;
+    const lorasync_image *image   = s->plan->image;
+    char                 *payload = NULL;
+    size_t                i, config_bytes;
     memset(out, 0, sizeof *out);
     if (!s->plan->has_image || !s->aim.own) return NULL;
+    config_bytes = image->config_json ? strlen(image->config_json) + 1 : 1;
     for (i = 0; i < lorasynci_num_transports(s); i++) {
         const lorasync_transport *t = &lorasynci_transports(s)[i];
-        if (t->stage != lorasynci_shm_stage) continue;
-        if (lorasynci_shm_slot(t->user, image->adapter, image->header_bytes + image->payload_bytes, image->config_json ? strlen(image->config_json) + 1 : 1, &memory,
-                               out, NULL) < 0) break;
-        out->image_at += image->header_bytes;
-        return memory + image->header_bytes;
+        if (t->stage != lorasynci_shm_stage || !lorasynci_device_is_same(((const lorasynci_shm *)t->user)->device, s->plan->device)) continue;
+        if (lorasynci_shm_slot(t->user, image->adapter, image->header_bytes, image->payload_bytes, config_bytes, &payload, out, NULL) < 0) break;
+        return payload;
     }
     memset(out, 0, sizeof *out);
     return NULL;
@@ -14744,36 +14801,56 @@ LORASYNCI_FN lorasynci_aimed *lorasynci_session_entry(lorasync_session *s, uint6
         if (s->aim.slots[i].serial == serial) return &s->aim.slots[i];
         if (s->aim.slots[i].used < oldest->used) oldest = &s->aim.slots[i];
     }
-    if (oldest->map) munmap(oldest->map, oldest->map_bytes);
-    memset(oldest, 0, sizeof *oldest);
+    lorasynci_aimed_drop(oldest);
     return oldest;
 }
 
-/* Aims the next run at the root's slot. Where ranks write to the image themselves, they all have to map it: a vote, the first time it comes up. */
+/* Opens the root's slot on another rank; 0 when it cannot be had. */
+LORASYNCI_FN int lorasynci_session_open_slot(lorasync_session *s, const lorasynci_shm_target *t, lorasynci_aimed *entry)
+{
+    lorasync_error err;
+    if (!s->plan->device) {
+        entry->map = lorasynci_shm_map_target(t, &entry->map_bytes);
+        return entry->map && entry->map_bytes > t->payload_at;
+    }
+    if (t->slot < 0 || t->slot >= LORASYNCI_SHM_SLOTS) return 0;
+    if (!s->aim.view && lorasynci_shm_view_open(t->name, &s->a, &s->aim.view, &err) != LORASYNC_OK) return 0;
+    if (lorasynci_import_get(s->plan->device, &s->aim.imports, s->aim.view, (int)t->slot, &t->memory, &entry->import, &err) < 0) return 0;
+    entry->import->num_users++;
+    return 1;
+}
+
+/* Aims the next run at the root's slot. Where ranks write to the image themselves, they all have to open it: a vote, the first time it comes up. */
 LORASYNCI_FN void lorasynci_session_aim(lorasync_session *s, const lorasynci_shm_target *t, char *on_root)
 {
     lorasynci_aimed *entry;
     lorasync_error   err;
-    int              mapped = 1, is_new;
-    s->aim.next = s->aim.own;
+    lorasync_status  status;
+    int              opened = 1;
     if (!t->serial || s->aim.blind) return;
     if (!s->plan->direct) {
         if (on_root) s->aim.next = on_root;
         return;
     }
-    entry         = lorasynci_session_entry(s, t->serial);
-    is_new        = !entry->serial;
+    entry = lorasynci_session_entry(s, t->serial);
+    if (!entry->serial) {
+        if (!s->plan->has_image) opened = lorasynci_session_open_slot(s, t, entry);
+        status = lorasynci_agree(&s->comm, s->votes, s->plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &opened, &err);
+        if (status < 0) lorasynci_plan_lose(s->plan, status, &err); /* what was published is; the next call will say it */
+        if (status < 0 || !opened) s->aim.blind = 1;
+    }
     entry->serial = t->serial;
     entry->used   = ++s->aim.clock;
-    if (is_new && !s->plan->has_image) entry->map = lorasynci_shm_map_target(t, &entry->map_bytes);
-    if (is_new) {
-        lorasync_status status;
-        mapped = s->plan->has_image || (entry->map && entry->map_bytes > t->image_at);
-        status = lorasynci_agree(&s->comm, s->votes, s->plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, &err);
-        if (status < 0) lorasynci_plan_lose(s->plan, status, &err); /* what was published is; the next call will say it */
-        if (status < 0 || !mapped) s->aim.blind = 1;
-    }
-    if (!s->aim.blind) s->aim.next = s->plan->has_image ? on_root : entry->map + t->image_at;
+    if (s->aim.blind) return;
+    s->aim.serial = t->serial;
+    s->aim.next   = s->plan->has_image ? on_root : entry->import ? entry->import->payload : entry->map + t->payload_at;
+}
+
+/* Until it is known better: the plan's own memory. */
+LORASYNCI_FN void lorasynci_session_aim_home(lorasync_session *s)
+{
+    s->aim.next   = s->aim.own;
+    s->aim.serial = 0;
 }
 
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err)
@@ -14795,7 +14872,8 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     if (lorasync_is_lost(status)) session->lost = status;
     if (status < 0) return status;
     memset(&outcome, 0, sizeof outcome);
-    session->aim.own = session->plan->device ? NULL : session->plan->memory[LORASYNCI_IMAGE];
+    if (!session->plan->device || lorasynci_device_keeps(session->plan->device)) session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
+    lorasynci_session_aim_home(session);
     lorasynci_session_config(session, &mine);
     slot   = lorasynci_session_ask(session, &outcome.target);
     status = lorasynci_session_share(session, &mine, &outcome, err);
@@ -14824,14 +14902,28 @@ LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64
     return LORASYNC_E_VERSION;
 }
 
+/* What the run about to begin writes to, as a number that is equal on all ranks. A CUDA graph writes to the same memory at each launch, which no
+   engine must then hold. */
+LORASYNCI_FN uint64_t lorasynci_session_take_aim(lorasync_session *s)
+{
+    if (!s->aim.own) return 0;
+    if (s->plan->device && lorasynci_device_is_captured(s->plan)) lorasynci_session_aim_home(s);
+    lorasynci_plan_aim(s->plan, s->aim.next);
+    return s->plan->device && s->plan->direct && s->aim.serial ? lorasynci_mix(s->aim.serial) : 0;
+}
+
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)
 {
+    lorasync_status status;
+    uint64_t        aimed_at = 0;
     if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_begin before lorasync_compile succeeded");
     session->begin_ns  = lorasynci_now_ns();
     session->version   = version;
     session->published = 0;
-    if (session->aim.own && version > session->last_version && !session->plan->begun && !session->plan->lost) lorasynci_plan_aim(session->plan, session->aim.next);
-    return lorasynci_begin_version(session->plan, version, session->last_version, err);
+    if (version > session->last_version && !session->plan->begun && !session->plan->lost) aimed_at = lorasynci_session_take_aim(session);
+    status             = lorasynci_begin_version(session->plan, version, session->last_version, err);
+    session->plan->tag ^= aimed_at; /* ranks that write to different memory must not agree */
+    return status;
 }
 
 
@@ -14914,7 +15006,7 @@ LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_r
     LORASYNCI_TRY(lorasync_plan_wait(session->plan, err));
     memset(&mine, 0, sizeof mine);
     memset(&outcome, 0, sizeof outcome);
-    session->aim.next = session->aim.own; /* the slot is served from here on, whatever comes of the rest */
+    lorasynci_session_aim_home(session); /* the slot is served from here on, whatever comes of the rest */
     lorasynci_session_publish(session, &outcome, &mine);
     slot = lorasynci_session_ask(session, &outcome.target);
     LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, err));
@@ -14952,7 +15044,7 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     if (!session->published) lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_republish: nothing was published since the last begin; call lorasync_sync");
     status = lorasynci_session_agree(session, &mine, session->last_version, "version to republish", err);
     if (status < 0) return status;
-    session->aim.next = session->aim.own;
+    lorasynci_session_aim_home(session);
     lorasynci_session_republish(session, &outcome, &mine);
     slot = lorasynci_session_ask(session, &outcome.target);
     LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, err));

@@ -524,15 +524,15 @@ static void test_direct(void)
     e     = open_engine("default", 0);
     image = lay_out("default", 64);
     for (v = 1; v <= 10; v++) {
-        size_t bytes = image->header_bytes + image->payload_bytes;
-        CHECK_EQ(lorasynci_shm_slot(t.user, "default", bytes, 1000, &memory, &target, &err), 0);
-        CHECK_EQ(lorasynci_shm_slot(t.user, "default", bytes, 1000, &again, &target, &err), 0);
+        size_t h = image->header_bytes, n = image->payload_bytes;
+        CHECK_EQ(lorasynci_shm_slot(t.user, "default", h, n, 1000, &memory, &target, &err), 0);
+        CHECK_EQ(lorasynci_shm_slot(t.user, "default", h, n, 1000, &again, &target, &err), 0);
         CHECK(memory == again);
-        CHECK_EQ((uintptr_t)memory % 4096, 0);
+        CHECK_EQ((uintptr_t)(memory - h) % 4096, 0);
         slot = inside(&t)->places[0].next;
         CHECK(slot >= 0 && slot != lorasynci_shm_slot_of(inside(&t)->map.control->adapters[0].word));
-        lorasynci_image_move_header(image, memory);
-        set_version(image, memory + image->header_bytes, v, 0);
+        lorasynci_image_move_header(image, memory - image->header_bytes);
+        set_version(image, memory, v, 0);
         CHECK_EQ(put(&t, image, &err), 0);
         CHECK_EQ(lorasynci_shm_slot_of(inside(&t)->map.control->adapters[0].word), slot); /* the very same memory is served */
         CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
@@ -545,9 +545,9 @@ static void test_direct(void)
     memset(longer, ' ', 300000);
     memcpy(longer, CONFIG, sizeof CONFIG - 1);
     longer[299999] = 0;
-    CHECK_EQ(lorasynci_shm_slot(t.user, "default", image->header_bytes + image->payload_bytes, 1000, &memory, &target, &err), 0);
-    lorasynci_image_move_header(image, memory);
-    set_version(image, memory + image->header_bytes, 11, 0);
+    CHECK_EQ(lorasynci_shm_slot(t.user, "default", image->header_bytes, image->payload_bytes, 1000, &memory, &target, &err), 0);
+    lorasynci_image_move_header(image, memory - image->header_bytes);
+    set_version(image, memory, 11, 0);
     image->config_json = longer;
     CHECK_EQ(put(&t, image, &err), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
@@ -559,14 +559,14 @@ static void test_direct(void)
     }
 
     /* another image than the one that was announced */
-    CHECK_EQ(lorasynci_shm_slot(t.user, "default", 5000, 100, &memory, &target, &err), 0);
+    CHECK_EQ(lorasynci_shm_slot(t.user, "default", 1000, 4000, 100, &memory, &target, &err), 0);
     other = make_image("default", 12, 0, 4096);
     CHECK_EQ(put(&t, other, &err), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     CHECK_EQ(served(e, "default"), 12);
     drop_image(other);
-    CHECK_EQ(lorasynci_shm_slot(t.user, "a/b", 5000, 100, &memory, &target, &err), LORASYNC_E_NAME);
-    CHECK_EQ(lorasynci_shm_slot(t.user, "default", SIZE_MAX - 5, 100, &memory, &target, &err), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(lorasynci_shm_slot(t.user, "a/b", 1000, 4000, 100, &memory, &target, &err), LORASYNC_E_NAME);
+    CHECK_EQ(lorasynci_shm_slot(t.user, "default", 1000, SIZE_MAX - 5, 100, &memory, &target, &err), LORASYNC_E_ARGUMENT);
     free(longer);
     lorasync_image_free(image);
     lorasync_engine_close(e);
