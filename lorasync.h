@@ -988,6 +988,8 @@ typedef struct lorasync_shm_desc {
    the process opens on that device. When the process ends, its device memory goes with it: engines keep what they have open, until they close
    it (CUDA promises nothing for that case; Linux drivers do so), and no other engine can open it. They report that, naming the process,
    until the version, or a newer one, is published again. The next publisher never writes into memory of a dead one.
+   A session whose desc.cuda has keep_on_device, on the same device, gathers straight into the slot (report.in_place); so do its other ranks, where they
+   place directly. A begin that is captured in a CUDA graph does not: its launches write to the session's own image.
    The same version published again is compared by header and config_json, in which the digest is; without a digest it counts as other content. */
 
 /* Fills *out; end with out->close(out->user), which a session that it is attached to does. The last version stays served after close and after
@@ -12629,7 +12631,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_enqueue(lorasynci_shm *s, int slot, c
     lorasynci_device *g = s->device;
     LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
-    if (!image->payload_bytes || image->payload == s->payloads[slot]) return LORASYNC_OK;
+    if (!image->payload_bytes) return LORASYNC_OK;
     LORASYNCI_CUDA(cudaMemcpyAsync(s->payloads[slot], image->payload, image->payload_bytes, cudaMemcpyDefault, g->stream), "copying the payload into a slot");
     return LORASYNC_OK;
 }
@@ -12783,7 +12785,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
 {
     lorasynci_shm *s = (lorasynci_shm *)user;
     size_t         bytes, need = 0;
-    int            adapter = -1, served;
+    int            adapter = -1, served, copies;
     LORASYNCI_TRY(lorasynci_shm_check_image(s, image, err));
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &adapter, err));
@@ -12801,9 +12803,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     if (lorasynci_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes)) need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image does not fit memory");
     LORASYNCI_TRY(lorasynci_shm_pick(s, adapter, need, err));
-    if (s->device) LORASYNCI_TRY(lorasynci_shm_copy_begin(s, s->places[adapter].next, image, err));
+    copies = s->device && image->payload != s->payloads[s->places[adapter].next]; /* a gather into the slot has ended before it is published */
+    if (copies) LORASYNCI_TRY(lorasynci_shm_copy_begin(s, s->places[adapter].next, image, err));
     lorasynci_shm_fill(s, s->places[adapter].next, image);
-    if (s->device) LORASYNCI_TRY(lorasynci_shm_copy_end(s, err));
+    if (copies) LORASYNCI_TRY(lorasynci_shm_copy_end(s, err));
     s->places[adapter].staged  = s->places[adapter].next;
     s->places[adapter].version = image->version;
     s->places[adapter].next    = -1;
@@ -13891,8 +13894,21 @@ LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, void *ma
     return LORASYNC_OK;
 }
 
-/* Opens and checks what is mapped, in place. */
-LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const char *adapter, const char *where, void *map, size_t num_bytes,
+/* 1 if one's config fits its tensors because another's, which has been checked, does: the same text, and tensors of the same names and shapes. */
+LORASYNCI_FN int lorasynci_is_checked(const lorasynci_opened *o, const lorasynci_opened *checked)
+{
+    const lorasync_image *a = o->image, *b = checked ? checked->image : NULL;
+    size_t                i;
+    if (!b || a->num_tensors != b->num_tensors || strcmp(a->config_json, b->config_json) != 0) return 0;
+    for (i = 0; i < a->num_tensors; i++) {
+        const lorasync_tensor *x = &a->tensors[i], *y = &b->tensors[i];
+        if (x->dtype != y->dtype || x->ndim != y->ndim || memcmp(x->shape, y->shape, (size_t)x->ndim * sizeof x->shape[0]) != 0 || strcmp(x->name, y->name) != 0) return 0;
+    }
+    return 1;
+}
+
+/* Opens and checks what is mapped, in place. `served`: the adapter's version before, or NULL. */
+LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const lorasynci_opened *served, const char *adapter, const char *where, void *map, size_t num_bytes,
                                                    lorasynci_opened *out, lorasync_error *err)
 {
     const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
@@ -13908,14 +13924,14 @@ LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const cha
     if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_begin(e->device, out->import, out->image, err));
     else if (verify) LORASYNCI_TRY(lorasync_image_verify(out->image, err));
     LORASYNCI_TRY(lorasync_config_parse(out->image->config_json, (size_t)h->config_bytes - 1, &e->a, &out->config, err));
-    LORASYNCI_TRY(lorasync_config_check(out->config, out->image->tensors, out->image->num_tensors, err));
+    if (!lorasynci_is_checked(out, served)) LORASYNCI_TRY(lorasync_config_check(out->config, out->image->tensors, out->image->num_tensors, err));
     if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_end(e->device, out->import, out->image, err));
     return lorasynci_check_names(out->image, where, adapter, h->version, err);
 }
 
 /* Pins, opens and checks what an adapter's place in the control names. */
-LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, int place, const char *adapter, uint64_t *out_word, uint64_t *out_version,
-                                                   lorasynci_opened *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lorasynci_opened *served, int place, const char *adapter, uint64_t *out_word,
+                                                   uint64_t *out_version, lorasynci_opened *out, lorasync_error *err)
 {
     char            where[200];
     void           *map       = NULL;
@@ -13933,7 +13949,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, int place
     status = lorasynci_shm_map_slot(e->view, e->shm, out->slot, &map, &num_bytes, err);
     if (status >= 0) {
         *out_version = ((const lorasynci_shm_head *)map)->version;
-        status       = lorasynci_open_mapped(e, adapter, where, map, num_bytes, out, err);
+        status       = lorasynci_open_mapped(e, served, adapter, where, map, num_bytes, out, err);
         if (status < 0) lorasynci_prefix(err, "%s", where);
     }
     if (status < 0) lorasynci_opened_free(out);
@@ -13955,7 +13971,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_place(lorasync_engine *e, int place,
         return lorasynci_fail(err, LORASYNC_E_BUSY, "adapter '%.60s': a newer version is there, but %d versions are held by readers and the engine; release some",
                               adapter, LORASYNCI_SLOTS);
     }
-    LORASYNCI_TRY(lorasynci_open_shared(e, place, adapter, &word, &version, &opened, err));
+    LORASYNCI_TRY(lorasynci_open_shared(e, now ? &now->held : NULL, place, adapter, &word, &version, &opened, err));
     if (!now || version > now->seen.version) {
         lorasynci_serve(s, slot, version, &opened);
         s->word = word;

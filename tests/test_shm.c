@@ -91,7 +91,7 @@ static void fill_payload(void *payload, size_t num_bytes, uint64_t version, int 
     }
 }
 
-static lorasync_image *lay_out(const char *adapter, size_t width)
+static lorasync_image *lay_out_rank(const char *adapter, size_t width, int64_t rank)
 {
     lorasync_tensor     tensors[2];
     lorasync_image_desc desc;
@@ -104,7 +104,7 @@ static lorasync_image *lay_out(const char *adapter, size_t width)
     tensors[1].name     = KEY_B;
     tensors[0].dtype    = tensors[1].dtype = LORASYNC_F32;
     tensors[0].ndim     = tensors[1].ndim = 2;
-    tensors[0].shape[0] = tensors[1].shape[1] = 4;
+    tensors[0].shape[0] = tensors[1].shape[1] = rank;
     tensors[0].shape[1] = tensors[1].shape[0] = (int64_t)width;
     desc.tensors        = tensors;
     desc.num_tensors    = 2;
@@ -116,6 +116,8 @@ static lorasync_image *lay_out(const char *adapter, size_t width)
     image->config_json = CONFIG;
     return image;
 }
+
+static lorasync_image *lay_out(const char *adapter, size_t width) { return lay_out_rank(adapter, width, 4); }
 
 static void set_version(lorasync_image *image, void *payload, uint64_t version, int seed)
 {
@@ -1371,10 +1373,36 @@ static void test_memory_fails(void)
     CHECK_EQ(m.live, 0);
 }
 
+/* Each version's config is held against its tensors, also when only one of both is new. */
+static void test_config_of_each_version(void)
+{
+    static const char other[] = "{\"peft_type\":\"LORA\",\"r\":5,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}";
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    uint64_t           v;
+    fresh_name();
+    t = open_transport();
+    e = open_engine("default", 0);
+    for (v = 1; v <= 8; v++) {
+        lorasync_image *image = v == 4 || v == 7 ? lay_out_rank("default", 64, 5) : lay_out("default", 64);
+        int             good  = v != 3 && v != 4; /* 3: another config; 4: other tensors; 7: both */
+        set_version(image, malloc(image->payload_bytes), v, 0);
+        if (v == 3 || v == 7) image->config_json = other;
+        CHECK_EQ(put(&t, image, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), good ? LORASYNC_OK : LORASYNC_E_CONFIG);
+        if (v != 7) CHECK_EQ(served(e, "default"), good ? v : 2);
+        drop_image(image);
+    }
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
 int main(void)
 {
     RUN(test_publish);
     RUN(test_abort);
+    RUN(test_config_of_each_version);
     RUN(test_versions);
     RUN(test_two_adapters);
     RUN(test_growth);
