@@ -218,7 +218,7 @@ $(BUILD)/examples/transport_full: LDLIBS += $(CURL)
 
 $(BUILD)/bench/%: bench/%.c lorasync.h
 	@mkdir -p $(@D)
-	$(COMPILE) -o $@ $< $(LDLIBS)
+	$(COMPILE) -DBENCH_FLAGS='"$(OPT)"' -o $@ $< $(LDLIBS)
 
 # ---- housekeeping
 
