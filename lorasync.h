@@ -154,33 +154,33 @@ struct ncclComm;    /* ncclComm_t is a pointer to this */
 /* ------------------------------------------------------------------------------------------------------- >>types -- */
 
 /* One list makes the enum and lorasync_status_text. */
-#define LORASYNC_STATUS_LIST(X)                                                                                        \
-    X(LORASYNC_OK, 0, "ok")                                                                                            \
-    X(LORASYNC_NOTHING_NEW, 1, "nothing new")                                                                          \
-    /* this call failed: mend what the text names and call again */                                                    \
-    X(LORASYNC_E_ARGUMENT, -1, "bad argument")                                                                         \
-    X(LORASYNC_E_MEMORY, -2, "out of memory")                                                                          \
-    X(LORASYNC_E_STATE, -3, "call out of order")                                                                       \
-    X(LORASYNC_E_NAME, -4, "parameter name")                                                                           \
-    X(LORASYNC_E_EMPTY, -5, "no LoRA tensor")                                                                          \
-    X(LORASYNC_E_PAIR, -6, "lora_A and lora_B do not pair")                                                            \
-    X(LORASYNC_E_LAYOUT, -7, "pieces do not make the tensor")                                                          \
-    X(LORASYNC_E_DISAGREE, -8, "ranks disagree")                                                                       \
-    X(LORASYNC_E_NAN, -9, "NaN or Inf")                                                                                \
-    X(LORASYNC_E_FORMAT, -10, "malformed data")                                                                        \
-    X(LORASYNC_E_CONFIG, -11, "adapter config")                                                                        \
-    X(LORASYNC_E_DIGEST, -12, "digest mismatch")                                                                       \
-    X(LORASYNC_E_IO, -13, "file system")                                                                               \
-    X(LORASYNC_E_VERSION, -14, "version is not newer")                                                                 \
-    X(LORASYNC_E_UNSUPPORTED, -15, "not supported")                                                                    \
-    X(LORASYNC_E_NOT_FOUND, -16, "not found")                                                                          \
-    X(LORASYNC_E_BUSY, -17, "still in use")                                                                            \
-    X(LORASYNC_E_CUDA, -18, "CUDA failed")                                                                             \
-    X(LORASYNC_E_BASE, -19, "not the base of this delta")                                                              \
-    /* the communicator is lost: close, make a new one, open again */                                                  \
-    X(LORASYNC_E_TIMEOUT, -100, "deadline passed")                                                                     \
-    X(LORASYNC_E_PEER, -101, "a rank is gone")                                                                         \
-    X(LORASYNC_E_COMM, -102, "communication failed")                                                                   \
+#define LORASYNC_STATUS_LIST(X)                                                                                                            \
+    X(LORASYNC_OK, 0, "ok")                                                                                                                \
+    X(LORASYNC_NOTHING_NEW, 1, "nothing new")                                                                                              \
+    /* this call failed: mend what the text names and call again */                                                                        \
+    X(LORASYNC_E_ARGUMENT, -1, "bad argument")                                                                                             \
+    X(LORASYNC_E_MEMORY, -2, "out of memory")                                                                                              \
+    X(LORASYNC_E_STATE, -3, "call out of order")                                                                                           \
+    X(LORASYNC_E_NAME, -4, "parameter name")                                                                                               \
+    X(LORASYNC_E_EMPTY, -5, "no LoRA tensor")                                                                                              \
+    X(LORASYNC_E_PAIR, -6, "lora_A and lora_B do not pair")                                                                                \
+    X(LORASYNC_E_LAYOUT, -7, "pieces do not make the tensor")                                                                              \
+    X(LORASYNC_E_DISAGREE, -8, "ranks disagree")                                                                                           \
+    X(LORASYNC_E_NAN, -9, "NaN or Inf")                                                                                                    \
+    X(LORASYNC_E_FORMAT, -10, "malformed data")                                                                                            \
+    X(LORASYNC_E_CONFIG, -11, "adapter config")                                                                                            \
+    X(LORASYNC_E_DIGEST, -12, "digest mismatch")                                                                                           \
+    X(LORASYNC_E_IO, -13, "file system")                                                                                                   \
+    X(LORASYNC_E_VERSION, -14, "version is not newer")                                                                                     \
+    X(LORASYNC_E_UNSUPPORTED, -15, "not supported")                                                                                        \
+    X(LORASYNC_E_NOT_FOUND, -16, "not found")                                                                                              \
+    X(LORASYNC_E_BUSY, -17, "still in use")                                                                                                \
+    X(LORASYNC_E_CUDA, -18, "CUDA failed")                                                                                                 \
+    X(LORASYNC_E_BASE, -19, "not the base of this delta")                                                                                  \
+    /* the communicator is lost: close, make a new one, open again */                                                                      \
+    X(LORASYNC_E_TIMEOUT, -100, "deadline passed")                                                                                         \
+    X(LORASYNC_E_PEER, -101, "a rank is gone")                                                                                             \
+    X(LORASYNC_E_COMM, -102, "communication failed")                                                                                       \
     X(LORASYNC_E_LOST, -103, "communicator already lost")
 
 typedef enum lorasync_status {
@@ -215,28 +215,28 @@ typedef struct lorasync_allocator {
 /* Element types: those of safetensors (safetensors/src/tensor.rs, enum Dtype), same order, so that a larger value sorts
    first in a file. F4 and the F6 types are packed: a tensor of them occupies shape product x bits / 8 bytes. Only F32, F16,
    BF16, F8_E4M3 and F8_E5M2 are ever converted into one another; all others travel as they are. */
-#define LORASYNC_DTYPE_LIST(X)                                                                                         \
-    X(LORASYNC_BOOL, 1, "BOOL", 8)                                                                                     \
-    X(LORASYNC_F4, 2, "F4", 4)                                                                                         \
-    X(LORASYNC_F6_E2M3, 3, "F6_E2M3", 6)                                                                               \
-    X(LORASYNC_F6_E3M2, 4, "F6_E3M2", 6)                                                                               \
-    X(LORASYNC_U8, 5, "U8", 8)                                                                                         \
-    X(LORASYNC_I8, 6, "I8", 8)                                                                                         \
-    X(LORASYNC_F8_E5M2, 7, "F8_E5M2", 8)                                                                               \
-    X(LORASYNC_F8_E4M3, 8, "F8_E4M3", 8)                                                                               \
-    X(LORASYNC_F8_E8M0, 9, "F8_E8M0", 8)                                                                               \
-    X(LORASYNC_F8_E4M3FNUZ, 10, "F8_E4M3FNUZ", 8)                                                                      \
-    X(LORASYNC_F8_E5M2FNUZ, 11, "F8_E5M2FNUZ", 8)                                                                      \
-    X(LORASYNC_I16, 12, "I16", 16)                                                                                     \
-    X(LORASYNC_U16, 13, "U16", 16)                                                                                     \
-    X(LORASYNC_F16, 14, "F16", 16)                                                                                     \
-    X(LORASYNC_BF16, 15, "BF16", 16)                                                                                   \
-    X(LORASYNC_I32, 16, "I32", 32)                                                                                     \
-    X(LORASYNC_U32, 17, "U32", 32)                                                                                     \
-    X(LORASYNC_F32, 18, "F32", 32)                                                                                     \
-    X(LORASYNC_C64, 19, "C64", 64)                                                                                     \
-    X(LORASYNC_F64, 20, "F64", 64)                                                                                     \
-    X(LORASYNC_I64, 21, "I64", 64)                                                                                     \
+#define LORASYNC_DTYPE_LIST(X)                                                                                                             \
+    X(LORASYNC_BOOL, 1, "BOOL", 8)                                                                                                         \
+    X(LORASYNC_F4, 2, "F4", 4)                                                                                                             \
+    X(LORASYNC_F6_E2M3, 3, "F6_E2M3", 6)                                                                                                   \
+    X(LORASYNC_F6_E3M2, 4, "F6_E3M2", 6)                                                                                                   \
+    X(LORASYNC_U8, 5, "U8", 8)                                                                                                             \
+    X(LORASYNC_I8, 6, "I8", 8)                                                                                                             \
+    X(LORASYNC_F8_E5M2, 7, "F8_E5M2", 8)                                                                                                   \
+    X(LORASYNC_F8_E4M3, 8, "F8_E4M3", 8)                                                                                                   \
+    X(LORASYNC_F8_E8M0, 9, "F8_E8M0", 8)                                                                                                   \
+    X(LORASYNC_F8_E4M3FNUZ, 10, "F8_E4M3FNUZ", 8)                                                                                          \
+    X(LORASYNC_F8_E5M2FNUZ, 11, "F8_E5M2FNUZ", 8)                                                                                          \
+    X(LORASYNC_I16, 12, "I16", 16)                                                                                                         \
+    X(LORASYNC_U16, 13, "U16", 16)                                                                                                         \
+    X(LORASYNC_F16, 14, "F16", 16)                                                                                                         \
+    X(LORASYNC_BF16, 15, "BF16", 16)                                                                                                       \
+    X(LORASYNC_I32, 16, "I32", 32)                                                                                                         \
+    X(LORASYNC_U32, 17, "U32", 32)                                                                                                         \
+    X(LORASYNC_F32, 18, "F32", 32)                                                                                                         \
+    X(LORASYNC_C64, 19, "C64", 64)                                                                                                         \
+    X(LORASYNC_F64, 20, "F64", 64)                                                                                                         \
+    X(LORASYNC_I64, 21, "I64", 64)                                                                                                         \
     X(LORASYNC_U64, 22, "U64", 64)
 
 typedef enum lorasync_dtype {
@@ -337,8 +337,8 @@ typedef struct lorasync_pattern lorasync_pattern;
 
 /* Compiles. allocator may be NULL. Errors: LORASYNC_E_UNSUPPORTED or LORASYNC_E_FORMAT naming the construct and its position,
    LORASYNC_E_MEMORY, LORASYNC_E_ARGUMENT. Free with lorasync_pattern_free (NULL is fine). */
-LORASYNC_API lorasync_status lorasync_pattern_compile(const char *pattern, const lorasync_allocator *allocator,
-                                                      lorasync_pattern **out, lorasync_error *err);
+LORASYNC_API lorasync_status lorasync_pattern_compile(const char *pattern, const lorasync_allocator *allocator, lorasync_pattern **out,
+                                                      lorasync_error *err);
 LORASYNC_API void            lorasync_pattern_free(lorasync_pattern *pattern);
 
 /* 1 if the whole text matches (Python re.fullmatch), else 0. Uses memory of the pattern: one thread per pattern. Allocates nothing. */
@@ -351,8 +351,8 @@ LORASYNC_API int lorasync_pattern_matches(lorasync_pattern *pattern, const char 
    modules_to_save and trainable tokens are not restricted by either. Give a pattern or a list, not both.
    All pointers are borrowed until the call that takes the filter returns. */
 typedef struct lorasync_filter {
-    const char        *target_pattern;  /* a pattern, or "all-linear" (any case): every linear module except the output embedding */
-    const char *const *target_modules;  /* list form, one entry or more; NULL: no restriction */
+    const char        *target_pattern; /* a pattern, or "all-linear" (any case): every linear module except the output embedding */
+    const char *const *target_modules; /* list form, one entry or more; NULL: no restriction */
     size_t             num_target_modules;
     const char        *exclude_pattern;
     const char *const *exclude_modules;
@@ -374,9 +374,9 @@ typedef struct lorasync_module {
    Errors: those of lorasync_pattern_compile; LORASYNC_E_ARGUMENT for both forms at once, an empty entry or an empty target list;
    LORASYNC_E_EMPTY when "all-linear" finds no linear module. */
 typedef struct lorasync_matcher lorasync_matcher;
-LORASYNC_API lorasync_status lorasync_matcher_create(const lorasync_filter *filter, const lorasync_module *modules, size_t num_modules,
-                                                     const lorasync_allocator *allocator, lorasync_matcher **out, lorasync_error *err);
-LORASYNC_API void            lorasync_matcher_free(lorasync_matcher *matcher);
+LORASYNC_API lorasync_status    lorasync_matcher_create(const lorasync_filter *filter, const lorasync_module *modules, size_t num_modules,
+                                                        const lorasync_allocator *allocator, lorasync_matcher **out, lorasync_error *err);
+LORASYNC_API void               lorasync_matcher_free(lorasync_matcher *matcher);
 
 /* 1 if a parameter of this name is taken for this adapter (NULL: for any), else 0. A name without an adapter component belongs to any.
    Allocates nothing. */
@@ -433,8 +433,7 @@ typedef struct lorasync_flat_piece {
 /* FSDP1 FlatParameter (torch/distributed/fsdp/_flat_param.py): where each of num parameters starts. With use_orig_params every
    parameter starts at a multiple of 16 / itemsize elements (itemsize of the forward dtype) and the total is padded to a multiple
    of world; without it nothing is padded. Writes start[num]; returns the total, or -1 for a bad argument or an overflow. */
-LORASYNC_API int64_t lorasync_fsdp1_layout(const int64_t *numel, size_t num, int itemsize, int use_orig_params, int world,
-                                           int64_t *start);
+LORASYNC_API int64_t lorasync_fsdp1_layout(const int64_t *numel, size_t num, int itemsize, int use_orig_params, int world, int64_t *start);
 
 /* Megatron distributed optimizer (core/optimizer/param_layout.py): one bucket, parameters in reverse order of registration, each at
    a multiple of 64 elements, the end padded to lcm(world, 128), or lcm(world, 65536) with high_busbw. Writes start[num]; returns
@@ -448,16 +447,16 @@ LORASYNC_API lorasync_flat_piece lorasync_flat_part(int64_t start, int64_t numel
 /* A piece: a box (or flat interval) of one named tensor, at an address, on this rank. What a rank has, and what a rank wants, are
    lists of pieces. One tensor may have several pieces on a rank. */
 typedef struct lorasync_piece {
-    const char    *name;                     /* borrowed until the call returns */
-    lorasync_dtype dtype;                    /* of the elements at data */
-    int            ndim;                     /* 0 (a scalar) to LORASYNC_MAX_DIMS */
-    int64_t        shape[LORASYNC_MAX_DIMS]; /* of the whole tensor */
-    lorasync_box   box;                      /* what is at data */
-    void          *data;                     /* the box's first element; borrowed until the handle is closed; only lorasync_load and a
+    const char    *name;                      /* borrowed until the call returns */
+    lorasync_dtype dtype;                     /* of the elements at data */
+    int            ndim;                      /* 0 (a scalar) to LORASYNC_MAX_DIMS */
+    int64_t        shape[LORASYNC_MAX_DIMS];  /* of the whole tensor */
+    lorasync_box   box;                       /* what is at data */
+    void          *data;                      /* the box's first element; borrowed until the handle is closed; only lorasync_load and a
                                                 wanted piece are written. May be NULL for an empty box. Aligned to its element. */
-    int64_t stride[LORASYNC_MAX_DIMS];       /* elements between neighbours along each dimension; all 0: row-major and contiguous over the
+    int64_t        stride[LORASYNC_MAX_DIMS]; /* elements between neighbours along each dimension; all 0: row-major and contiguous over the
                                                 box. Only with flat == 0. */
-    double scale;                            /* the values are multiplied by it in F32 before rounding; 0 means 1. Float types only. */
+    double         scale;                     /* the values are multiplied by it in F32 before rounding; 0 means 1. Float types only. */
 } lorasync_piece;
 
 /* -------------------------------------------------------------------------------------------------- >>api: comm -- */
@@ -528,14 +527,14 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local);
    CUDA graphs: lorasync_begin may be called while `stream` is being captured (unless the exchange goes through the host); it then records the
    run instead of starting it, on `stream`. After each launch of the graph call lorasync_wait. Nothing else may be captured. */
 typedef struct lorasync_cuda {
-    struct CUstream_st *stream;         /* the caller's, borrowed until close; NULL: the default stream */
-    int                 keep_on_device; /* 1: the root's image stays in device memory (image->on_device); 0: wait copies it to pinned memory too */
+    struct CUstream_st *stream; /* the caller's, borrowed until close; NULL: the default stream */
+    int keep_on_device;         /* 1: the root's image stays in device memory (image->on_device); 0: wait copies it to pinned memory too */
 } lorasync_cuda;
 
 /* Ranks joined by NCCL. Needs LORASYNC_NCCL. Takes a communicator, borrowed until lorasync_nccl_close, or makes its own from a unique id. Calls
    no other copy of NCCL than the one the program is linked with. The device current now is the communicator's. */
 typedef struct lorasync_nccl_desc {
-    struct ncclComm *comm;      /* borrowed: rank and world are its own, and the deadlines hold as far as it is non-blocking, since a call into a
+    struct ncclComm *comm; /* borrowed: rank and world are its own, and the deadlines hold as far as it is non-blocking, since a call into a
                                    blocking one returns when NCCL likes; or NULL, and then: */
     const void      *unique_id; /* 128 bytes from lorasync_nccl_unique_id on rank 0, brought to all ranks by the caller */
     int              rank;
@@ -584,23 +583,23 @@ typedef struct lorasync_delta {
 
    Read-only for callers. */
 typedef struct lorasync_image {
-    const void            *header;       /* 8 + N bytes */
+    const void            *header; /* 8 + N bytes */
     size_t                 header_bytes;
-    const void            *payload;      /* usually header + header_bytes; may be elsewhere (a device), then the header travels beside it */
+    const void            *payload; /* usually header + header_bytes; may be elsewhere (a device), then the header travels beside it */
     size_t                 payload_bytes;
-    int                    on_device;    /* 1: payload and the tensors' data are device addresses */
-    const lorasync_tensor *tensors;      /* in payload order */
+    int                    on_device; /* 1: payload and the tensors' data are device addresses */
+    const lorasync_tensor *tensors;   /* in payload order */
     size_t                 num_tensors;
-    const char            *adapter;      /* "" when the file does not say */
-    uint64_t               version;      /* 0 when the file does not say */
-    uint64_t               digest;       /* of tensors and payload, as the header says; 0 when it does not */
+    const char            *adapter; /* "" when the file does not say */
+    uint64_t               version; /* 0 when the file does not say */
+    uint64_t               digest;  /* of tensors and payload, as the header says; 0 when it does not */
     int                    has_digest;
     const uint64_t        *tensor_digests; /* one per tensor, or NULL when not known */
-    const char            *config_json;  /* adapter_config.json that belongs to it (of base weights: the model's config.json); "" when none */
-    size_t                 bucket;         /* base weights come as several images, */
-    size_t                 num_buckets;    /* this one is bucket 0 to num_buckets - 1; 0 and 0: an adapter, whole */
-    const char            *index_json;     /* of more than one bucket, the same with each: model.safetensors.index.json; "" when none */
-    const lorasync_delta  *delta;          /* NULL: a full image. Else it holds only what changed, and is no adapter */
+    const char           *config_json; /* adapter_config.json that belongs to it (of base weights: the model's config.json); "" when none */
+    size_t                bucket;      /* base weights come as several images, */
+    size_t                num_buckets; /* this one is bucket 0 to num_buckets - 1; 0 and 0: an adapter, whole */
+    const char           *index_json;  /* of more than one bucket, the same with each: model.safetensors.index.json; "" when none */
+    const lorasync_delta *delta;       /* NULL: a full image. Else it holds only what changed, and is no adapter */
 } lorasync_image;
 
 /* What to write: name, dtype, ndim and shape of each tensor are read; offset and num_bytes come out. */
@@ -616,8 +615,8 @@ typedef struct lorasync_image_desc {
    "lorasync.version":20 digits}; without, {"format":"pt"}. Free with lorasync_image_free.
    Errors: LORASYNC_E_NAME (two of one name, empty name, `__metadata__`, not UTF-8, control characters), LORASYNC_E_ARGUMENT (shape, size
    over SIZE_MAX or a packed type that does not fill bytes), LORASYNC_E_FORMAT (header over 100,000,000 bytes), LORASYNC_E_MEMORY. */
-LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator, lorasync_image **out,
-                                                   lorasync_error *err);
+LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator,
+                                                   lorasync_image **out, lorasync_error *err);
 
 /* Points an image and its tensors at its payload (borrowed; payload_bytes long), or at none (NULL). Allocates nothing. */
 LORASYNC_API void lorasync_image_bind(lorasync_image *image, const void *payload);
@@ -631,8 +630,8 @@ LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, 
    characters in names, NUL in strings, more than LORASYNC_MAX_DIMS dimensions, dimensions over 2^63 - 1 and unknown dtypes. Metadata keys that
    begin with "lorasync." must be well formed. A delta is read too: look at image->delta. `bytes` is borrowed and must outlive the image.
    Errors: LORASYNC_E_FORMAT naming the tensor, the rule, the expected and the found value; LORASYNC_E_MEMORY. */
-LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_bytes, const lorasync_allocator *allocator, lorasync_image **out,
-                                                  lorasync_error *err);
+LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_bytes, const lorasync_allocator *allocator,
+                                                  lorasync_image **out, lorasync_error *err);
 
 /* The tensor of that name, or NULL. Any thread. */
 LORASYNC_API const lorasync_tensor *lorasync_image_find(const lorasync_image *image, const char *name);
@@ -717,22 +716,24 @@ typedef enum lorasync_plan_kind {
 } lorasync_plan_kind;
 
 typedef struct lorasync_plan_desc {
-    const lorasync_comm  *comm; /* NULL: solo. Copied; its user pointer is borrowed until the plan is freed */
-    lorasync_plan_kind    kind;
-    int                   root; /* GATHER: who gets the image. SCATTER: who has it. Elsewhere: who does the planning */
-    lorasync_dtype        wire_dtype; /* float tensors travel, and lie in the image, as this; NONE: as their pieces are. SCATTER: as the image is */
-    const lorasync_piece *have;       /* GATHER, GATHER_ALL, RESHARD: what this rank holds. Borrowed until return (their data longer) */
+    const lorasync_comm *comm; /* NULL: solo. Copied; its user pointer is borrowed until the plan is freed */
+    lorasync_plan_kind   kind;
+    int                  root; /* GATHER: who gets the image. SCATTER: who has it. Elsewhere: who does the planning */
+    lorasync_dtype
+        wire_dtype; /* float tensors travel, and lie in the image, as this; NONE: as their pieces are. SCATTER: as the image is */
+    const lorasync_piece *have; /* GATHER, GATHER_ALL, RESHARD: what this rank holds. Borrowed until return (their data longer) */
     size_t                num_have;
-    const lorasync_piece *want; /* SCATTER, RESHARD: what this rank wants; written between begin and the end of wait. Not memory of `have` */
-    size_t                num_want;
-    const lorasync_image *image;        /* SCATTER, on the root: borrowed until the plan is freed; has a payload */
-    const char           *adapter;      /* GATHER*: name for the image's metadata; NULL: none */
-    size_t                bucket_bytes; /* receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged
+    const lorasync_piece
+          *want; /* SCATTER, RESHARD: what this rank wants; written between begin and the end of wait. Not memory of `have` */
+    size_t num_want;
+    const lorasync_image *image;   /* SCATTER, on the root: borrowed until the plan is freed; has a payload */
+    const char           *adapter; /* GATHER*: name for the image's metadata; NULL: none */
+    size_t bucket_bytes; /* receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged
                                            whole: it is the snapshot that lets the caller go on */
-    int                   allow_nan;    /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
-    int                   no_direct;    /* 1: never place directly into shared memory, or another GPU's */
-    const lorasync_cuda  *cuda;         /* NULL: pieces are in host memory. Else in device memory; copied. All ranks alike */
-    int                   timeout_ms;   /* deadline of each collective step; 0: 60000 */
+    int    allow_nan;    /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
+    int    no_direct;    /* 1: never place directly into shared memory, or another GPU's */
+    const lorasync_cuda      *cuda;       /* NULL: pieces are in host memory. Else in device memory; copied. All ranks alike */
+    int                       timeout_ms; /* deadline of each collective step; 0: 60000 */
     const lorasync_allocator *allocator;
 } lorasync_plan_desc;
 
@@ -768,17 +769,17 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
 LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan);
 
 typedef struct lorasync_plan_stats {
-    size_t   num_tensors;    /* tensors this rank holds, wants, or finds in its image */
-    size_t   num_pieces;     /* pieces this rank contributes or receives, and, where it plans, those of all ranks */
-    size_t   plan_bytes;     /* memory of the plan without image and staging */
+    size_t   num_tensors;     /* tensors this rank holds, wants, or finds in its image */
+    size_t   num_pieces;      /* pieces this rank contributes or receives, and, where it plans, those of all ranks */
+    size_t   plan_bytes;      /* memory of the plan without image and staging */
     size_t   peak_plan_bytes; /* the same at its highest, while planning */
     size_t   staging_bytes;
     size_t   image_bytes;
     size_t   send_bytes; /* per run */
     size_t   receive_bytes;
-    size_t   num_rounds;   /* exchanges per run; 0 when placing directly */
-    int      direct;       /* 1: ranks write straight into the image: in shared memory, or in another GPU's */
-    uint64_t pack_ns;      /* of the last run */
+    size_t   num_rounds; /* exchanges per run; 0 when placing directly */
+    int      direct;     /* 1: ranks write straight into the image: in shared memory, or in another GPU's */
+    uint64_t pack_ns;    /* of the last run */
     uint64_t exchange_ns;
     uint64_t place_ns;
 } lorasync_plan_stats;
@@ -797,8 +798,8 @@ typedef struct lorasync_config lorasync_config;
 /* The fields that change what an engine computes (peft/tuners/lora/config.py), with PEFT's defaults where the file is silent. Strings and
    lists live as long as the config. */
 typedef struct lorasync_config_info {
-    const char        *peft_type; /* "LORA" */
-    const char        *task_type; /* or NULL */
+    const char        *peft_type;  /* "LORA" */
+    const char        *task_type;  /* or NULL */
     const char        *base_model; /* base_model_name_or_path, or NULL */
     const char        *bias;       /* "none", "all", "lora_only" */
     int64_t            r;
@@ -820,8 +821,8 @@ typedef struct lorasync_config_info {
    Errors: LORASYNC_E_FORMAT naming key, line and column for malformed JSON, a key twice in one object, NaN or Infinity (which Python would
    write), a wrong type or a rank below 1, and for a file without peft_type; LORASYNC_E_UNSUPPORTED for a peft_type other than LORA, naming
    it; those of lorasync_pattern_compile for target_modules, exclude_modules, rank_pattern and alpha_pattern; LORASYNC_E_MEMORY. */
-LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_bytes, const lorasync_allocator *allocator, lorasync_config **out,
-                                                   lorasync_error *err);
+LORASYNC_API lorasync_status             lorasync_config_parse(const char *json, size_t num_bytes, const lorasync_allocator *allocator,
+                                                               lorasync_config **out, lorasync_error *err);
 LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config);
 LORASYNC_API void                        lorasync_config_free(lorasync_config *config);
 
@@ -869,8 +870,9 @@ typedef struct lorasync_config_write_desc {
    The result is read back and checked: should sorting make other patterns match first, so that a module's rank or scale would change, the
    call fails with LORASYNC_E_CONFIG.
    *out is NUL-terminated, from the allocator; free with lorasync_free. Errors as lorasync_config_check. */
-LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_desc *desc, const lorasync_tensor *tensors, size_t num_tensors,
-                                                   const lorasync_allocator *allocator, char **out, lorasync_error *err);
+LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_desc *desc, const lorasync_tensor *tensors,
+                                                   size_t num_tensors, const lorasync_allocator *allocator, char **out,
+                                                   lorasync_error *err);
 
 /* Frees text that a function returned through `out`, with the same allocator. */
 LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memory);
@@ -906,11 +908,11 @@ typedef struct lorasync_transport {
 } lorasync_transport;
 
 /* What is known of an engine after a sync. */
-#define LORASYNC_ENGINE_STATE_LIST(X)                                                                                  \
-    X(LORASYNC_ENGINE_IDLE, "idle")           /* nothing was published yet */                                         \
-    X(LORASYNC_ENGINE_STAGED, "staged")       /* took the last one, and was told to forget it because others failed */ \
-    X(LORASYNC_ENGINE_COMMITTED, "committed") /* serves outcome.version */                                            \
-    X(LORASYNC_ENGINE_BEHIND, "behind")       /* failed to stage or commit the last one */                            \
+#define LORASYNC_ENGINE_STATE_LIST(X)                                                                                                      \
+    X(LORASYNC_ENGINE_IDLE, "idle")           /* nothing was published yet */                                                              \
+    X(LORASYNC_ENGINE_STAGED, "staged")       /* took the last one, and was told to forget it because others failed */                     \
+    X(LORASYNC_ENGINE_COMMITTED, "committed") /* serves outcome.version */                                                                 \
+    X(LORASYNC_ENGINE_BEHIND, "behind")       /* failed to stage or commit the last one */                                                 \
     X(LORASYNC_ENGINE_DEAD, "dead")           /* ... LORASYNC_DEAD_AFTER times in a row; it is still tried */
 
 #define LORASYNC_DEAD_AFTER 3
@@ -926,8 +928,8 @@ typedef enum lorasync_engine_state {
 LORASYNC_API const char *lorasync_engine_state_text(lorasync_engine_state state);
 
 typedef struct lorasync_engine_outcome {
-    const char           *name;  /* the transport's */
-    lorasync_engine_state state; /* of an engine that the last sync did not reach, because it had failed before: what it was */
+    const char           *name;         /* the transport's */
+    lorasync_engine_state state;        /* of an engine that the last sync did not reach, because it had failed before: what it was */
     uint64_t              version;      /* that it serves; 0: none, or not known, since a commit failed */
     int                   num_failures; /* in a row */
     lorasync_error        error;        /* of the last try; status 0 when it did not fail */
@@ -968,11 +970,12 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    A session does without the copy (report.in_place): it asks for the slot before the gather, and the image is made there, with direct placement by
    all ranks at once. After a publication that failed, the next one is copied. */
 typedef struct lorasync_shm_desc {
-    const char *name;  /* up to 100 letters, digits, ".", "_", "-"; not "." first. Copied */
-    int         num_slots; /* slots of each adapter to keep when they are free, so that publishing touches no fresh memory: 2 or more; 0: 3 (the
+    const char *name; /* up to 100 letters, digits, ".", "_", "-"; not "." first. Copied */
+    int num_slots;    /* slots of each adapter to keep when they are free, so that publishing touches no fresh memory: 2 or more; 0: 3 (the
                               served one, the next one, one that engines are leaving). More are made when needed, up to 1,024 in all */
     const lorasync_allocator *allocator;
-    const lorasync_cuda *cuda; /* NULL: payloads lie in shared memory. Else in device memory, see below; needs LORASYNC_CUDA. keep_on_device means
+    const lorasync_cuda
+        *cuda; /* NULL: payloads lie in shared memory. Else in device memory, see below; needs LORASYNC_CUDA. keep_on_device means
                                   nothing here. Read by lorasync_shm_open only, but cuda->stream is borrowed until close */
 } lorasync_shm_desc;
 
@@ -1020,7 +1023,7 @@ typedef struct lorasync_engine_desc {
     const char *adapter;   /* NULL: every adapter found there. Copied */
     int         no_verify; /* 1: skip the digest (the header is always checked) */
     const lorasync_allocator *allocator;
-    int accept_device; /* 1, with shm: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda), see below. Needs LORASYNC_CUDA */
+    int                       accept_device; /* 1, with shm: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda), see below. Needs LORASYNC_CUDA */
 } lorasync_engine_desc;
 
 /* With accept_device an adapter's image may have on_device = 1: the tensors' data are device addresses, good on the device that was current at
@@ -1034,10 +1037,10 @@ typedef struct lorasync_engine lorasync_engine;
 
 /* One pinned version of one adapter. Stays valid, and its bytes unchanged, until released. */
 typedef struct lorasync_adapter {
-    const char             *name;
-    uint64_t                version;
-    const lorasync_image   *image;
-    const lorasync_config  *config;
+    const char            *name;
+    uint64_t               version;
+    const lorasync_image  *image;
+    const lorasync_config *config;
 } lorasync_adapter;
 
 /* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY; with accept_device LORASYNC_E_CUDA, and LORASYNC_E_UNSUPPORTED without LORASYNC_CUDA. The directory, or the
@@ -1091,44 +1094,50 @@ typedef enum lorasync_memory_tag {
 } lorasync_memory_tag;
 
 /* What the engine's prefix cache tells adapters apart by. */
-#define LORASYNC_CACHE_KEY_LIST(X)                                                                                     \
-    X(LORASYNC_CACHE_BY_NAME, "by a name that stays") /* or an id that stays: old entries would answer for the new version */ \
-    X(LORASYNC_CACHE_BY_ID, "by an id of each load")  /* or a name with the version in it: old entries are never hit again */ \
+#define LORASYNC_CACHE_KEY_LIST(X)                                                                                                         \
+    X(LORASYNC_CACHE_BY_NAME, "by a name that stays") /* or an id that stays: old entries would answer for the new version */              \
+    X(LORASYNC_CACHE_BY_ID, "by an id of each load")  /* or a name with the version in it: old entries are never hit again */              \
     X(LORASYNC_CACHE_NONE, "no prefix cache")
 
-#define LORASYNC_BASE_REASON_LIST(X)                                                                                   \
-    X(LORASYNC_BASE_KEPT, "the engine has it")                                                                         \
-    X(LORASYNC_BASE_NEVER_SENT, "never sent")                                                                          \
-    X(LORASYNC_BASE_LOST, "the engine gave its weights back")                                                          \
-    X(LORASYNC_BASE_CHANGED, "it changed")                                                                             \
+#define LORASYNC_BASE_REASON_LIST(X)                                                                                                       \
+    X(LORASYNC_BASE_KEPT, "the engine has it")                                                                                             \
+    X(LORASYNC_BASE_NEVER_SENT, "never sent")                                                                                              \
+    X(LORASYNC_BASE_LOST, "the engine gave its weights back")                                                                              \
+    X(LORASYNC_BASE_CHANGED, "it changed")                                                                                                 \
     X(LORASYNC_BASE_VERIFY, "verification asked for")
 
-#define LORASYNC_ADAPTER_REASON_LIST(X)                                                                                \
-    X(LORASYNC_ADAPTER_KEPT, "the engine has these values")                                                            \
-    X(LORASYNC_ADAPTER_NONE, "there is no adapter")                                                                    \
-    X(LORASYNC_ADAPTER_NEVER_SENT, "never sent")                                                                       \
-    X(LORASYNC_ADAPTER_LOST, "the engine gave its weights back")                                                       \
-    X(LORASYNC_ADAPTER_CHANGED, "it changed")                                                                          \
+#define LORASYNC_ADAPTER_REASON_LIST(X)                                                                                                    \
+    X(LORASYNC_ADAPTER_KEPT, "the engine has these values")                                                                                \
+    X(LORASYNC_ADAPTER_NONE, "there is no adapter")                                                                                        \
+    X(LORASYNC_ADAPTER_NEVER_SENT, "never sent")                                                                                           \
+    X(LORASYNC_ADAPTER_LOST, "the engine gave its weights back")                                                                           \
+    X(LORASYNC_ADAPTER_CHANGED, "it changed")                                                                                              \
     X(LORASYNC_ADAPTER_ASKED, "asked for")
 
 /* In the order in which they occur, each at most once. */
-#define LORASYNC_STEP_LIST(X)                                                                                          \
-    X(LORASYNC_STEP_PAUSE, "pause")                         /* hold requests: what they compute with is about to change */ \
-    X(LORASYNC_STEP_RESUME_WEIGHTS, "resume weights")       /* take the memory again */                               \
-    X(LORASYNC_STEP_SEND_BASE, "send base")                 /* lorasync_stream_sync; only here may a weight update be opened, it holds all of the base */ \
-    X(LORASYNC_STEP_SEND_ADAPTER, "send adapter")           /* stage and commit: lorasync_sync */                     \
-    X(LORASYNC_STEP_RESUME_KV_CACHE, "resume kv_cache")     /* after the sends: that bounds the peak */               \
-    X(LORASYNC_STEP_RESUME_CUDA_GRAPH, "resume cuda_graph") /* graphs hold addresses of the two others */             \
-    X(LORASYNC_STEP_FLUSH, "flush prefix cache")                                                                       \
-    X(LORASYNC_STEP_CONTINUE, "continue")                   /* let requests go on */
+#define LORASYNC_STEP_LIST(X)                                                                                                              \
+    X(LORASYNC_STEP_PAUSE, "pause")                   /* hold requests: what they compute with is about to change */                       \
+    X(LORASYNC_STEP_RESUME_WEIGHTS, "resume weights") /* take the memory again */                                                          \
+    X(LORASYNC_STEP_SEND_BASE, "send base") /* lorasync_stream_sync; only here may a weight update be opened, it holds all of the base */  \
+    X(LORASYNC_STEP_SEND_ADAPTER, "send adapter")           /* stage and commit: lorasync_sync */                                          \
+    X(LORASYNC_STEP_RESUME_KV_CACHE, "resume kv_cache")     /* after the sends: that bounds the peak */                                    \
+    X(LORASYNC_STEP_RESUME_CUDA_GRAPH, "resume cuda_graph") /* graphs hold addresses of the two others */                                  \
+    X(LORASYNC_STEP_FLUSH, "flush prefix cache")                                                                                           \
+    X(LORASYNC_STEP_CONTINUE, "continue") /* let requests go on */
 
 #define LORASYNC_X(name, text) name,
-typedef enum lorasync_cache_key { LORASYNC_CACHE_KEY_LIST(LORASYNC_X) LORASYNC_CACHE_KEY_FORCE_INT = 0x7fffffff } lorasync_cache_key;
-typedef enum lorasync_base_reason { LORASYNC_BASE_REASON_LIST(LORASYNC_X) LORASYNC_BASE_REASON_FORCE_INT = 0x7fffffff } lorasync_base_reason;
+typedef enum lorasync_cache_key {
+    LORASYNC_CACHE_KEY_LIST(LORASYNC_X) LORASYNC_CACHE_KEY_FORCE_INT = 0x7fffffff
+} lorasync_cache_key;
+typedef enum lorasync_base_reason {
+    LORASYNC_BASE_REASON_LIST(LORASYNC_X) LORASYNC_BASE_REASON_FORCE_INT = 0x7fffffff
+} lorasync_base_reason;
 typedef enum lorasync_adapter_reason {
     LORASYNC_ADAPTER_REASON_LIST(LORASYNC_X) LORASYNC_ADAPTER_REASON_FORCE_INT = 0x7fffffff
 } lorasync_adapter_reason;
-typedef enum lorasync_step { LORASYNC_STEP_LIST(LORASYNC_X) LORASYNC_STEP_FORCE_INT = 0x7fffffff } lorasync_step;
+typedef enum lorasync_step {
+    LORASYNC_STEP_LIST(LORASYNC_X) LORASYNC_STEP_FORCE_INT = 0x7fffffff
+} lorasync_step;
 #undef LORASYNC_X
 
 #define LORASYNC_MAX_STEPS 8
@@ -1197,13 +1206,14 @@ LORASYNC_API lorasync_status lorasync_policy_verl(const lorasync_verl_knobs *kno
 /* The state of an engine as miles runs it (SGLang with one adapter slot), before its rollout: the base is skipped when LoRA is trained and it was
    sent before and weights are not offloaded, or the engine has a CPU copy of it; an equality check sends it all the same. */
 typedef struct lorasync_miles_knobs {
-    const char *offload_rollout_level; /* any of `kv_cache` and `weight`, between blanks or commas; NULL: nothing is offloaded. "kv_cache" takes
+    const char
+        *offload_rollout_level; /* any of `kv_cache` and `weight`, between blanks or commas; NULL: nothing is offloaded. "kv_cache" takes
                                           the CUDA graphs with it */
-    int         lora;                  /* 0: full fine-tuning, the base is sent each time and there is no adapter */
-    int         base_sent;
-    int         cpu_backup;            /* the engine has a CPU copy of the base (enable_weights_cpu_backup) */
-    int         check_equal;           /* --check-lora-weight-equal and its like */
-    int         has_cuda_graph_tag;    /* 0: this SGLang has no such tag */
+    int  lora;                  /* 0: full fine-tuning, the base is sent each time and there is no adapter */
+    int  base_sent;
+    int  cpu_backup;         /* the engine has a CPU copy of the base (enable_weights_cpu_backup) */
+    int  check_equal;        /* --check-lora-weight-equal and its like */
+    int  has_cuda_graph_tag; /* 0: this SGLang has no such tag */
 } lorasync_miles_knobs;
 LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *knobs, lorasync_policy_state *out, lorasync_error *err);
 
@@ -1225,9 +1235,9 @@ typedef struct lorasync_desc {
     const lorasync_cuda   *cuda; /* NULL: parameters are in host memory. Copied */
     size_t                 bucket_bytes;
     int                    timeout_ms; /* 0: 60000 */
-    int                    quorum; /* 0: all engines must take a version, or none does. n: at least n must; those that fail keep the old one, are reported
+    int quorum; /* 0: all engines must take a version, or none does. n: at least n must; those that fail keep the old one, are reported
                                       and tried again at the next sync; with fewer than n nobody gets it. Used on the root */
-    int                    skip_unchanged; /* 1: when every engine serves exactly these bytes already, nothing is staged (report.skipped). Used on the root */
+    int skip_unchanged; /* 1: when every engine serves exactly these bytes already, nothing is staged (report.skipped). Used on the root */
     const lorasync_allocator *allocator;
 } lorasync_desc;
 
@@ -1235,15 +1245,15 @@ typedef struct lorasync_session lorasync_session;
 
 typedef struct lorasync_report {
     uint64_t version; /* that is served now: the one asked for, or when skipped the one before */
-    uint64_t digest; /* of the image; equal on all ranks */
+    uint64_t digest;  /* of the image; equal on all ranks */
     size_t   num_tensors;
     size_t   payload_bytes;
     int      num_engines; /* that serve it */
     int      num_behind;  /* that do not, with a quorum: lorasync_get_outcomes says which and why */
     int      skipped;     /* 1: nothing had changed and nothing was staged */
     int      direct;
-    int      in_place;    /* 1: the image was gathered in the slot of shared memory where engines read it, and not copied */
-    uint64_t pack_ns;     /* on this rank */
+    int      in_place; /* 1: the image was gathered in the slot of shared memory where engines read it, and not copied */
+    uint64_t pack_ns;  /* on this rank */
     uint64_t exchange_ns;
     uint64_t place_ns;
     uint64_t publish_ns; /* stage and commit; as the root measured it */
@@ -1335,11 +1345,12 @@ typedef struct lorasync_stream_desc {
     size_t               bucket_bytes; /* of payload; 0: 1 GiB. A tensor, or a lora_A with its lora_B, that is larger travels alone */
     const char          *name;         /* NULL: "base". What it is published as: image->adapter. Copied */
     const char          *config_json;  /* the model's config.json, published with the last bucket; NULL: none. Used on the root. Copied */
-    int                  keep_names;   /* 1: names are published as given. 0: as lorasync_parse_name's key: without wrappers and `base_layer` */
-    int                  allow_nan;
-    int                  no_direct;
-    const lorasync_cuda *cuda; /* NULL: parameters are in host memory. Copied. Device memory travels over exchange_stream or pinned memory */
-    int                  timeout_ms; /* 0: 60000 */
+    int keep_names; /* 1: names are published as given. 0: as lorasync_parse_name's key: without wrappers and `base_layer` */
+    int allow_nan;
+    int no_direct;
+    const lorasync_cuda
+        *cuda;       /* NULL: parameters are in host memory. Copied. Device memory travels over exchange_stream or pinned memory */
+    int  timeout_ms; /* 0: 60000 */
     const lorasync_allocator *allocator;
 } lorasync_stream_desc;
 
@@ -1369,7 +1380,8 @@ LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lo
    take it. On failure, in whichever bucket, all that was staged is aborted, engines keep the old version, and every rank returns the same error:
    LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE (ranks pass different versions), whatever a transport returned, LORASYNC_E_STATE before
    compile, and those of the comm. Allocates nothing. out_report may be NULL; its digest is over the digests of the buckets, its times are sums. */
-LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version, lorasync_report *out_report, lorasync_error *err);
+LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version, lorasync_report *out_report,
+                                                  lorasync_error *err);
 
 /* What compile found; zeros before. */
 typedef struct lorasync_stream_info {
@@ -1406,7 +1418,7 @@ LORASYNC_API void lorasync_stream_close(lorasync_stream *stream);
        ops    [ op 0 | op 1 | ... ]                   tiles  [ op 0, 0 .. 16384 | op 0, 16384 .. 17000 | op 1, 0 .. 512 | ... ]       */
 typedef struct lorasyncd_op {
     unsigned long long src, dst; /* dst 0: digested only. Then both dtypes are the same integer type, which the NaN check leaves alone */
-    unsigned long long sum; /* address of the tensor's digest, or 0: not digested, not checked */
+    unsigned long long sum;      /* address of the tensor's digest, or 0: not digested, not checked */
     long long          num, n1, s0, s1, d0, d1, pos, row;
     unsigned           tensor;
     float              scale;
@@ -1466,10 +1478,10 @@ typedef struct lorasyncd_tile {
 #endif
 #define LORASYNCI_FN LORASYNCI_UNUSED static
 
-#define LORASYNCI_TRY(call)                                                                                            \
-    do {                                                                                                               \
-        lorasync_status lorasynci_try_ = (call);                                                                       \
-        if (lorasynci_try_ < 0) return lorasynci_try_;                                                                 \
+#define LORASYNCI_TRY(call)                                                                                                                \
+    do {                                                                                                                                   \
+        lorasync_status lorasynci_try_ = (call);                                                                                           \
+        if (lorasynci_try_ < 0) return lorasynci_try_;                                                                                     \
     } while (0)
 
 #define LORASYNCI_COUNT(array) (sizeof(array) / sizeof((array)[0]))
@@ -1477,7 +1489,7 @@ typedef struct lorasyncd_tile {
 LORASYNC_API const char *lorasync_status_text(lorasync_status status)
 {
     switch ((int)status) {
-#define LORASYNC_X(name, value, text)                                                                                  \
+#define LORASYNC_X(name, value, text)                                                                                                      \
     case value: return text;
         LORASYNC_STATUS_LIST(LORASYNC_X)
 #undef LORASYNC_X
@@ -1761,7 +1773,10 @@ LORASYNCI_FN uint64_t lorasynci_now_ns(void)
     return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
 }
 
-LORASYNCI_FN uint64_t lorasynci_deadline_ns(int timeout_ms) { return lorasynci_now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u; }
+LORASYNCI_FN uint64_t lorasynci_deadline_ns(int timeout_ms)
+{
+    return lorasynci_now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u;
+}
 
 /* Waiting for another process: first yields, then sleeps, up to 100 microseconds at a time. *turns starts at 0. */
 LORASYNCI_FN void lorasynci_pause(unsigned *turns)
@@ -2540,7 +2555,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lora
    addition, whose result is rounded to nearest even: the mode that C programs start in. */
 
 #define LORASYNCI_TILE 64
-#define LORASYNCI_SHORT 16 /* runs of up to this many elements use loops of this length */
+#define LORASYNCI_SHORT 16   /* runs of up to this many elements use loops of this length */
 #define LORASYNCI_AHEAD 2048 /* bytes to prefetch ahead; a core then reads about as fast as memcpy */
 
 #if defined(__GNUC__)
@@ -2552,7 +2567,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lora
 LORASYNC_API const char *lorasync_dtype_name(lorasync_dtype dtype)
 {
     switch ((int)dtype) {
-#define LORASYNC_X(name, value, text, bits)                                                                            \
+#define LORASYNC_X(name, value, text, bits)                                                                                                \
     case value: return text;
         LORASYNC_DTYPE_LIST(LORASYNC_X)
 #undef LORASYNC_X
@@ -2563,7 +2578,7 @@ LORASYNC_API const char *lorasync_dtype_name(lorasync_dtype dtype)
 LORASYNC_API int lorasync_dtype_bits(lorasync_dtype dtype)
 {
     switch ((int)dtype) {
-#define LORASYNC_X(name, value, text, bits)                                                                            \
+#define LORASYNC_X(name, value, text, bits)                                                                                                \
     case value: return bits;
         LORASYNC_DTYPE_LIST(LORASYNC_X)
 #undef LORASYNC_X
@@ -2574,7 +2589,7 @@ LORASYNC_API int lorasync_dtype_bits(lorasync_dtype dtype)
 LORASYNC_API lorasync_dtype lorasync_dtype_from_name(const char *name)
 {
     if (!name) return LORASYNC_DTYPE_NONE;
-#define LORASYNC_X(id, value, text, bits)                                                                              \
+#define LORASYNC_X(id, value, text, bits)                                                                                                  \
     if (strcmp(name, text) == 0) return id;
     LORASYNC_DTYPE_LIST(LORASYNC_X)
 #undef LORASYNC_X
@@ -2628,7 +2643,7 @@ LORASYNCI_FN uint32_t lorasynci_float_to_bits(float value)
 #define LORASYNCI_E4M3(X) X(e4m3, 8, 20, 0x3c800000u, 0x43f00000u, 0x7fu, 0x7fu)
 
 /* All ones where a < b, both below 2^31: SSE2 compares signed only. */
-LORASYNCI_FN uint32_t lorasynci_less(uint32_t a, uint32_t b) { return (uint32_t)-(int32_t)((int32_t)a < (int32_t)b); }
+LORASYNCI_FN uint32_t lorasynci_less(uint32_t a, uint32_t b) { return (uint32_t) - (int32_t)((int32_t)a < (int32_t)b); }
 
 /* Adding half a unit less one, and the lowest kept bit, rounds to nearest even; a carry walks into the exponent, up to Inf. The lower half
    of the result is rubbish. */
@@ -2664,44 +2679,45 @@ LORASYNCI_FN uint32_t lorasynci_widen_small(uint32_t bits, uint32_t normal, uint
 
 /* -- one tile. What lies in it behind the n-th element is computed along and ignored. */
 
-#define LORASYNCI_EACH(n, i, statement)                                                                                \
-    do {                                                                                                               \
-        int i;                                                                                                         \
-        if ((n) <= LORASYNCI_SHORT) {                                                                                  \
-            for (i = 0; i < LORASYNCI_SHORT; i++) statement;                                                           \
-        } else {                                                                                                       \
-            for (i = 0; i < LORASYNCI_TILE; i++) statement;                                                            \
-        }                                                                                                              \
+#define LORASYNCI_EACH(n, i, statement)                                                                                                    \
+    do {                                                                                                                                   \
+        int i;                                                                                                                             \
+        if ((n) <= LORASYNCI_SHORT) {                                                                                                      \
+            for (i = 0; i < LORASYNCI_SHORT; i++) statement;                                                                               \
+        } else {                                                                                                                           \
+            for (i = 0; i < LORASYNCI_TILE; i++) statement;                                                                                \
+        }                                                                                                                                  \
     } while (0)
 
 /* Copies n elements into a tile, or out of one. A full tile has a constant size, which compilers turn into plain loads and stores. */
-#define LORASYNCI_COPY(dst, src, n, element_size)                                                                      \
-    do {                                                                                                               \
-        if ((n) == LORASYNCI_TILE) memcpy(dst, src, (size_t)LORASYNCI_TILE * (element_size));                          \
-        else memcpy(dst, src, (n) * (element_size));                                                                   \
+#define LORASYNCI_COPY(dst, src, n, element_size)                                                                                          \
+    do {                                                                                                                                   \
+        if ((n) == LORASYNCI_TILE) memcpy(dst, src, (size_t)LORASYNCI_TILE *(element_size));                                               \
+        else memcpy(dst, src, (n) * (element_size));                                                                                       \
     } while (0)
 
-#define LORASYNCI_SMALL_TILES(name, width, shift, normal, limit, over, nan)                                            \
-    LORASYNCI_FN uint32_t lorasynci_round_special_##name(uint32_t magnitude)                                           \
-    {                                                                                                                  \
-        if (magnitude < limit) return lorasynci_round_small(magnitude, shift, normal);                                 \
-        return magnitude > 0x7f800000u ? nan : over;                                                                   \
-    }                                                                                                                  \
-    LORASYNCI_FN void lorasynci_round_tile_##name(uint32_t *tile, size_t n)                                            \
-    {                                                                                                                  \
-        uint32_t any = 0;                                                                                              \
-        LORASYNCI_EACH(n, i, any |= (tile[i] & 0x7fffffffu) + (0x80000000u - limit));                                  \
-        if (any & 0x80000000u)                                                                                         \
-            LORASYNCI_EACH(n, i, tile[i] = (tile[i] & 0x80000000u) |                                                   \
-                                           (lorasynci_round_special_##name(tile[i] & 0x7fffffffu) << (32 - width)));   \
-        else                                                                                                           \
-            LORASYNCI_EACH(n, i, tile[i] = (tile[i] & 0x80000000u) |                                                   \
-                                           (lorasynci_round_small(tile[i] & 0x7fffffffu, shift, normal) << (32 - width))); \
-    }                                                                                                                  \
-    LORASYNCI_FN void lorasynci_widen_tile_##name(uint32_t *tile, size_t n)                                            \
-    {                                                                                                                  \
-        LORASYNCI_EACH(n, i, tile[i] = (tile[i] & 0x80000000u) |                                                       \
-                                       lorasynci_widen_small((tile[i] & 0x7fffffffu) >> (32 - width - shift), normal, over << shift)); \
+#define LORASYNCI_SMALL_TILES(name, width, shift, normal, limit, over, nan)                                                                \
+    LORASYNCI_FN uint32_t lorasynci_round_special_##name(uint32_t magnitude)                                                               \
+    {                                                                                                                                      \
+        if (magnitude < limit) return lorasynci_round_small(magnitude, shift, normal);                                                     \
+        return magnitude > 0x7f800000u ? nan : over;                                                                                       \
+    }                                                                                                                                      \
+    LORASYNCI_FN void lorasynci_round_tile_##name(uint32_t *tile, size_t n)                                                                \
+    {                                                                                                                                      \
+        uint32_t any = 0;                                                                                                                  \
+        LORASYNCI_EACH(n, i, any |= (tile[i] & 0x7fffffffu) + (0x80000000u - limit));                                                      \
+        if (any & 0x80000000u)                                                                                                             \
+            LORASYNCI_EACH(n, i,                                                                                                           \
+                           tile[i] = (tile[i] & 0x80000000u) | (lorasynci_round_special_##name(tile[i] & 0x7fffffffu) << (32 - width)));   \
+        else                                                                                                                               \
+            LORASYNCI_EACH(                                                                                                                \
+                n, i, tile[i] = (tile[i] & 0x80000000u) | (lorasynci_round_small(tile[i] & 0x7fffffffu, shift, normal) << (32 - width)));  \
+    }                                                                                                                                      \
+    LORASYNCI_FN void lorasynci_widen_tile_##name(uint32_t *tile, size_t n)                                                                \
+    {                                                                                                                                      \
+        LORASYNCI_EACH(n, i,                                                                                                               \
+                       tile[i] = (tile[i] & 0x80000000u) |                                                                                 \
+                                 lorasynci_widen_small((tile[i] & 0x7fffffffu) >> (32 - width - shift), normal, over << shift));           \
     }
 
 LORASYNCI_F16(LORASYNCI_SMALL_TILES)
@@ -2798,7 +2814,8 @@ LORASYNCI_AVX2 LORASYNCI_FN size_t lorasynci_f32_to_bf16_avx2(unsigned char *dst
         lorasynci_prefetch(dst);
         for (i = 0; i < LORASYNCI_TILE; i += 16) {
             __m256i both = _mm256_packs_epi32(lorasynci_round_bf16_avx2(src + i * 4), lorasynci_round_bf16_avx2(src + i * 4 + 32));
-            _mm256_storeu_si256((__m256i *)(void *)(dst + i * 2), _mm256_permute4x64_epi64(both, 0xd8)); /* packing works on 128-bit halves */
+            _mm256_storeu_si256((__m256i *)(void *)(dst + i * 2),
+                                _mm256_permute4x64_epi64(both, 0xd8)); /* packing works on 128-bit halves */
         }
     }
     return done;
@@ -2846,8 +2863,8 @@ LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtyp
                               from ? from : "no dtype", (int)src_dtype, to ? to : "no dtype", (int)dst_dtype);
     if (num_elements % 8 * (size_t)lorasync_dtype_bits(src_dtype) % 8 != 0)
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                              "cannot copy %zu elements of %s: they end inside a byte; pass an even number of bytes' worth",
-                              num_elements, from);
+                              "cannot copy %zu elements of %s: they end inside a byte; pass an even number of bytes' worth", num_elements,
+                              from);
     if ((!dst || !src) && num_elements)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_convert: %s is NULL with %zu elements to convert", dst ? "src" : "dst",
                               num_elements);
@@ -3212,7 +3229,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_base(const lorasynci_path *p, loras
 LORASYNCI_FN lorasync_status lorasynci_name_from_base(lorasynci_path *p, lorasync_name *n, lorasync_error *err)
 {
     size_t i = 0;
-    n->role = LORASYNC_ROLE_BASE;
+    n->role  = LORASYNC_ROLE_BASE;
     while (i + 1 < p->num) {
         lorasynci_segment s = p->seg[i];
         if (lorasynci_segment_is(s, "base_layer") || lorasynci_segment_is(s, "original_module") ||
@@ -3278,9 +3295,9 @@ LORASYNC_API void lorasync_drop_adapter(const char *key, const char *adapter, ch
                                                                    <---- read this way
 */
 
-#define LORASYNCI_RE_MAX_BYTES 65536u  /* of a pattern */
-#define LORASYNCI_RE_MAX_DEPTH 64      /* of groups in groups: bounds the recursion of parsing and emitting */
-#define LORASYNCI_RE_MAX_WORK 65536u   /* tree nodes emitted, copies for {m,n} counted: bounds the states */
+#define LORASYNCI_RE_MAX_BYTES 65536u /* of a pattern */
+#define LORASYNCI_RE_MAX_DEPTH 64     /* of groups in groups: bounds the recursion of parsing and emitting */
+#define LORASYNCI_RE_MAX_WORK 65536u  /* tree nodes emitted, copies for {m,n} counted: bounds the states */
 #define LORASYNCI_RE_FOREVER 0xffffffffu
 
 typedef enum lorasynci_re_kind {
@@ -3420,9 +3437,9 @@ LORASYNCI_FN int lorasynci_hex_digit(unsigned c)
 LORASYNCI_FN lorasync_status lorasynci_re_escape(lorasynci_re *r, unsigned char *set, int *byte)
 {
     static const char from[] = "ntrfva", to[] = "\n\t\r\f\v\a";
-    size_t            at     = r->at - 1;
-    unsigned          c      = lorasynci_re_peek(r, 0);
-    *byte                    = -1;
+    size_t            at = r->at - 1;
+    unsigned          c  = lorasynci_re_peek(r, 0);
+    *byte                = -1;
     if (c == 0) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a backslash with nothing behind it");
     r->at++;
     if (lorasynci_re_include_class(set, c)) return LORASYNC_OK;
@@ -3489,7 +3506,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_class(lorasynci_re *r, uint32_t *out)
 LORASYNCI_FN int lorasynci_re_quantifier(lorasynci_re *r, uint32_t *min, uint32_t *max)
 {
     uint32_t value[2] = {0, 0};
-    size_t   i        = 1, digits[2] = {0, 0};
+    size_t   i = 1, digits[2] = {0, 0};
     int      part = 0;
     unsigned c    = lorasynci_re_peek(r, 0);
     *min          = c == '+' ? 1 : 0;
@@ -3626,11 +3643,9 @@ LORASYNCI_FN lorasync_status lorasynci_re_piece(lorasynci_re *r, uint32_t *out)
     at   = r->at;
     *out = atom;
     if (!lorasynci_re_quantifier(r, &min, &max)) return LORASYNC_OK;
-    if (lorasynci_re_tree(r, atom)->kind == LORASYNCI_RE_ASSERT)
-        return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "nothing to repeat");
+    if (lorasynci_re_tree(r, atom)->kind == LORASYNCI_RE_ASSERT) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "nothing to repeat");
     if (min > max) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a {m,n} with m above n");
-    if (lorasynci_re_peek(r, 0) == '+')
-        return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, at, "a possessive quantifier is not supported");
+    if (lorasynci_re_peek(r, 0) == '+') return lorasynci_re_fail(r, LORASYNC_E_UNSUPPORTED, at, "a possessive quantifier is not supported");
     if (lorasynci_re_peek(r, 0) == '?') r->at++;
     at = r->at;
     if (lorasynci_re_quantifier(r, &more_min, &more_max))
@@ -4296,7 +4311,8 @@ LORASYNCI_FN const char *lorasynci_box_text(const int64_t *off, const int64_t *l
     int    d;
     text[0] = 0;
     for (d = 0; d < ndim && n + 48 < size; d++)
-        n += (size_t)snprintf(text + n, size - n, "%s%lld:%lld", d ? ", " : "[", (long long)off[d], (long long)((uint64_t)off[d] + (uint64_t)len[d]));
+        n += (size_t)snprintf(text + n, size - n, "%s%lld:%lld", d ? ", " : "[", (long long)off[d],
+                              (long long)((uint64_t)off[d] + (uint64_t)len[d]));
     snprintf(text + n, size - n, ndim ? "]" : "[]");
     return text;
 }
@@ -4324,18 +4340,20 @@ LORASYNCI_FN lorasync_status lorasynci_box_check(const lorasync_piece *p, lorasy
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: shape %s is negative or its product passes 2^63", p->name,
                               lorasynci_shape_text(p->shape, p->ndim, shape, sizeof shape));
     if (b->ndim != (b->flat ? 1 : p->ndim))
-        return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.200s: the box has %d dimensions, the tensor %d; make it from lorasync_whole(p.shape, p.ndim)",
-                              p->name, b->ndim, p->ndim);
+        return lorasynci_fail(err, LORASYNC_E_LAYOUT,
+                              "%.200s: the box has %d dimensions, the tensor %d; make it from lorasync_whole(p.shape, p.ndim)", p->name,
+                              b->ndim, p->ndim);
     for (d = 0; d < b->ndim; d++) {
         extent = b->flat ? numel : p->shape[d];
         if (b->len[d] < 0)
-            return lorasynci_fail(err, LORASYNC_E_LAYOUT,
-                                  "%.200s: the box is impossible (a dimension or rank out of range, or an even split that does not divide %s); "
-                                  "check the arguments of the layout function",
-                                  p->name, lorasynci_shape_text(p->shape, p->ndim, shape, sizeof shape));
+            return lorasynci_fail(
+                err, LORASYNC_E_LAYOUT,
+                "%.200s: the box is impossible (a dimension or rank out of range, or an even split that does not divide %s); "
+                "check the arguments of the layout function",
+                p->name, lorasynci_shape_text(p->shape, p->ndim, shape, sizeof shape));
         if (b->off[d] < 0 || b->off[d] > extent || b->len[d] > extent - b->off[d])
-            return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.200s: %s %.150s does not lie in shape %s", p->name, b->flat ? "flat interval" : "box",
-                                  lorasynci_box_text(b->off, b->len, b->ndim, box, sizeof box),
+            return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.200s: %s %.150s does not lie in shape %s", p->name,
+                                  b->flat ? "flat interval" : "box", lorasynci_box_text(b->off, b->len, b->ndim, box, sizeof box),
                                   lorasynci_shape_text(p->shape, p->ndim, shape, sizeof shape));
     }
     return LORASYNC_OK;
@@ -4349,7 +4367,8 @@ LORASYNCI_FN lorasync_status lorasynci_box_check(const lorasync_piece *p, lorasy
                                        c c . . .      c: [2:3, 0:2] at 7                                              */
 typedef lorasync_status (*lorasynci_emit_box)(void *user, const int64_t *off, const int64_t *len, int64_t before);
 
-LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim, int64_t first, int64_t num, lorasynci_emit_box emit, void *user)
+LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim, int64_t first, int64_t num, lorasynci_emit_box emit,
+                                                  void *user)
 {
     int64_t off[LORASYNC_MAX_DIMS] = {0}, len[LORASYNC_MAX_DIMS], done = 0;
     while (done < num) {
@@ -4382,15 +4401,17 @@ LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim
 #define LORASYNCI_NORESERVE 0
 #endif
 
-LORASYNCI_FN lorasync_status lorasynci_solo_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_solo_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                                       lorasync_error *err)
 {
     (void)user, (void)timeout_ms, (void)err;
     memcpy(out, in, num_bytes);
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_solo_exchange(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
-                                                     size_t num_receives, int timeout_ms, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_solo_exchange(void *user, const lorasync_message *sends, size_t num_sends,
+                                                     const lorasync_message *receives, size_t num_receives, int timeout_ms,
+                                                     lorasync_error *err)
 {
     (void)user, (void)sends, (void)receives, (void)timeout_ms;
     if (num_sends || num_receives) return lorasynci_fail(err, LORASYNC_E_COMM, "a solo communicator has no peer to talk to");
@@ -4421,7 +4442,8 @@ LORASYNCI_FN lorasync_comm lorasynci_comm_copy(const lorasync_comm *given)
 
 LORASYNCI_FN int lorasynci_comm_ok(const lorasync_comm *c)
 {
-    return !c || (c->size >= offsetof(lorasync_comm, abort) && c->all_gather && c->exchange && c->world >= 1 && c->rank >= 0 && c->rank < c->world);
+    return !c || (c->size >= offsetof(lorasync_comm, abort) && c->all_gather && c->exchange && c->world >= 1 && c->rank >= 0 &&
+                  c->rank < c->world);
 }
 
 /* Wakes the others after a failure, where the communicator can. At most once per communicator. */
@@ -4440,7 +4462,11 @@ LORASYNCI_FN void lorasynci_comm_abort(const lorasync_comm *c, const char *why)
        sizes   [  65536  ][  1200   ][  65536  ][  65536  ]
 
    The first chunk of a message begins with its size, so that a receiver that expects another size can say so. */
-enum { LORASYNCI_CHUNK = 65536, LORASYNCI_SLOTS = 4, LORASYNCI_MAX_LOCAL = 256 };
+enum {
+    LORASYNCI_CHUNK     = 65536,
+    LORASYNCI_SLOTS     = 4,
+    LORASYNCI_MAX_LOCAL = 256
+};
 
 typedef struct lorasynci_channel {
     uint64_t sent;
@@ -4579,7 +4605,8 @@ LORASYNCI_FN lorasync_status lorasynci_local_check(const lorasynci_seat *seat, i
     if (__atomic_load_n(&l->head->aborted, __ATOMIC_ACQUIRE) == 2)
         return lorasynci_fail(err, LORASYNC_E_COMM, "the communicator was given up by %.240s", l->head->why);
     if (__atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) == 2 && !lorasynci_process_lives(r->pid))
-        return lorasynci_fail(err, LORASYNC_E_PEER, "rank %d (process %d) is gone; restart it, make a new communicator and open again", peer, (int)r->pid);
+        return lorasynci_fail(err, LORASYNC_E_PEER, "rank %d (process %d) is gone; restart it, make a new communicator and open again",
+                              peer, (int)r->pid);
     if (lorasynci_now_ns() >= deadline_ns)
         return lorasynci_fail(err, LORASYNC_E_TIMEOUT, "rank %d did not answer rank %d before the deadline%s", peer, seat->rank,
                               __atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) ? "; did it make the same call?" : "; it never joined");
@@ -4617,8 +4644,8 @@ LORASYNCI_FN size_t lorasynci_flow_chunk(const lorasynci_flow *f, size_t *skip)
 /* Sends what fits now; 1 if anything moved. */
 LORASYNCI_FN int lorasynci_flow_send(lorasynci_flow *f)
 {
-    lorasynci_channel *c     = f->channel;
-    uint64_t           sent  = c->sent, start = f->at;
+    lorasynci_channel *c    = f->channel;
+    uint64_t           sent = c->sent, start = f->at;
     while (f->at < f->total && sent - __atomic_load_n(&c->taken, __ATOMIC_ACQUIRE) < LORASYNCI_SLOTS) {
         size_t slot = (size_t)(sent % LORASYNCI_SLOTS), skip, n = lorasynci_flow_chunk(f, &skip);
         if (skip) memcpy(c->chunks[slot], &f->num_bytes, 8);
@@ -4640,7 +4667,8 @@ LORASYNCI_FN lorasync_status lorasynci_flow_receive(lorasynci_flow *f, int rank,
         uint64_t size = f->num_bytes;
         if (skip) memcpy(&size, c->chunks[slot], 8);
         if (size != f->num_bytes || c->sizes[slot] != n)
-            return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d expected %llu bytes from rank %d, which sends %llu; do both make the same calls?", rank,
+            return lorasynci_fail(err, LORASYNC_E_COMM,
+                                  "rank %d expected %llu bytes from rank %d, which sends %llu; do both make the same calls?", rank,
                                   (unsigned long long)f->num_bytes, f->peer, (unsigned long long)size);
         if (n > skip) memcpy(f->data + (f->at + skip - 8), c->chunks[slot] + skip, n - skip);
         f->at += n;
@@ -4652,7 +4680,8 @@ LORASYNCI_FN lorasync_status lorasynci_flow_receive(lorasynci_flow *f, int rank,
 
 /* As lorasynci_local_check, for a flow that is being received. What a rank sent before it ended is still there: only when nothing more is, the
    failure counts. */
-LORASYNCI_FN lorasync_status lorasynci_local_check_sender(const lorasynci_seat *seat, lorasynci_flow *f, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_local_check_sender(const lorasynci_seat *seat, lorasynci_flow *f, uint64_t deadline_ns,
+                                                          lorasync_error *err)
 {
     lorasync_error  late;
     lorasync_status status = lorasynci_local_check(seat, f->peer, deadline_ns, &late);
@@ -4667,10 +4696,12 @@ LORASYNCI_FN lorasync_status lorasynci_local_check_sender(const lorasynci_seat *
 /* Moves every flow until all are done. Flows are kept on the stack in groups, so that nothing is allocated; a group of receives is served
    together with a group of sends, and what a rank has sent waits in the channel. To be free of deadlock whatever the group sizes, rank r
    talks to peer (r + k) while it listens to peer (r - k): the caller orders the lists so (lorasynci_local_exchange). */
-enum { LORASYNCI_GROUP = 32 };
+enum {
+    LORASYNCI_GROUP = 32
+};
 
-LORASYNCI_FN lorasync_status lorasynci_local_run(const lorasynci_seat *seat, lorasynci_flow *sends, size_t num_sends, lorasynci_flow *receives,
-                                                 size_t num_receives, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_local_run(const lorasynci_seat *seat, lorasynci_flow *sends, size_t num_sends,
+                                                 lorasynci_flow *receives, size_t num_receives, uint64_t deadline_ns, lorasync_error *err)
 {
     unsigned turns = 0;
     for (;;) {
@@ -4703,8 +4734,9 @@ LORASYNCI_FN const lorasync_message *lorasynci_message_for(const lorasync_messag
     return NULL;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_local_exchange(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
-                                                      size_t num_receives, int timeout_ms, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_local_exchange(void *user, const lorasync_message *sends, size_t num_sends,
+                                                      const lorasync_message *receives, size_t num_receives, int timeout_ms,
+                                                      lorasync_error *err)
 {
     const lorasynci_seat *seat     = (const lorasynci_seat *)user;
     const lorasync_local *l        = seat->local;
@@ -4717,7 +4749,8 @@ LORASYNCI_FN lorasync_status lorasynci_local_exchange(void *user, const lorasync
         size_t         num_out = 0, num_in = 0;
         for (; k < l->world && num_out < LORASYNCI_GROUP && num_in < LORASYNCI_GROUP; k++) {
             int                     to = (seat->rank + k) % l->world, from = (seat->rank + l->world - k) % l->world;
-            const lorasync_message *s = lorasynci_message_for(sends, num_sends, to), *r = lorasynci_message_for(receives, num_receives, from);
+            const lorasync_message *s = lorasynci_message_for(sends, num_sends, to),
+                                   *r = lorasynci_message_for(receives, num_receives, from);
             if (s) out[num_out++] = lorasynci_flow_start(lorasynci_local_channel(l, seat->rank, to), s);
             if (r) in[num_in++] = lorasynci_flow_start(lorasynci_local_channel(l, from, seat->rank), r);
         }
@@ -4727,7 +4760,8 @@ LORASYNCI_FN lorasync_status lorasynci_local_exchange(void *user, const lorasync
 }
 
 /* Every rank sends to every other: a local host has few ranks, and the messages are small. */
-LORASYNCI_FN lorasync_status lorasynci_local_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_local_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                                        lorasync_error *err)
 {
     const lorasynci_seat *seat     = (const lorasynci_seat *)user;
     int                   world    = seat->local->world, k;
@@ -4735,9 +4769,9 @@ LORASYNCI_FN lorasync_status lorasynci_local_all_gather(void *user, const void *
     memcpy((char *)out + (size_t)seat->rank * num_bytes, in, num_bytes);
     for (k = 1; k < world; k += LORASYNCI_GROUP) {
         lorasync_message s[LORASYNCI_GROUP], r[LORASYNCI_GROUP];
-        uint64_t         now = lorasynci_now_ns();
+        uint64_t         now  = lorasynci_now_ns();
         int              left = now < deadline ? (int)((deadline - now) / 1000000u) : 0, j;
-        size_t           n = 0;
+        size_t           n    = 0;
         for (j = k; j < world && j < k + LORASYNCI_GROUP; j++, n++) {
             s[n].peer      = (seat->rank + j) % world;
             s[n].data      = (char *)out + (size_t)seat->rank * num_bytes;
@@ -4765,7 +4799,8 @@ LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank
 {
     int32_t none = 0;
     if (!local || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_local_join: local or out is NULL");
-    if (rank < 0 || rank >= local->world) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "rank is %d, must be 0 to %d", rank, local->world - 1);
+    if (rank < 0 || rank >= local->world)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "rank is %d, must be 0 to %d", rank, local->world - 1);
     if (!__atomic_compare_exchange_n(&local->ranks[rank].joined, &none, 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
         return lorasynci_fail(err, LORASYNC_E_STATE, "rank %d has joined already", rank);
     local->ranks[rank].pid = (int32_t)getpid();
@@ -4808,7 +4843,11 @@ LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank
 
    Longer messages go in parts. The size of the scratch depends on nothing but the world, so all ranks cut alike, and nothing is allocated
    after opening. */
-enum { LORASYNCI_NCCL_SCRATCH = 8 << 20, LORASYNCI_NCCL_PER_RANK = 8192, LORASYNCI_NCCL_CLOSE_MS = 5000 };
+enum {
+    LORASYNCI_NCCL_SCRATCH  = 8 << 20,
+    LORASYNCI_NCCL_PER_RANK = 8192,
+    LORASYNCI_NCCL_CLOSE_MS = 5000
+};
 
 typedef struct lorasynci_nccl {
     ncclComm_t   comm;
@@ -4817,7 +4856,7 @@ typedef struct lorasynci_nccl {
     int          rank, world;
     int          device;
     int          close_ms; /* how long an orderly end may take */
-    cudaStream_t stream; /* of the calls for host memory */
+    cudaStream_t stream;   /* of the calls for host memory */
     cudaEvent_t  done;
     char        *host, *scratch;
     size_t       scratch_bytes;
@@ -4833,7 +4872,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_cuda_fail(lorasynci_nccl *n, cudaErr
 {
     (void)cudaGetLastError(); /* handled here: not left behind for the caller's next check */
     n->lost = 1;
-    return lorasynci_fail(err, LORASYNC_E_COMM, "NCCL: %s: CUDA says: %s (%s); close, make a new communicator, open again", what, cudaGetErrorString(e), cudaGetErrorName(e));
+    return lorasynci_fail(err, LORASYNC_E_COMM, "NCCL: %s: CUDA says: %s (%s); close, make a new communicator, open again", what,
+                          cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
 /* A remote error is how NCCL reports that a peer's connection broke. */
@@ -4843,14 +4883,16 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_fail(lorasynci_nccl *n, ncclResult_t
     int         some = more && more[0];
     n->lost          = 1;
     return lorasynci_fail(err, r == ncclRemoteError ? LORASYNC_E_PEER : LORASYNC_E_COMM,
-                          "NCCL: %s: %s%s%.240s%s; close, make a new communicator, open again (NCCL_DEBUG=WARN says more)", what, ncclGetErrorString(r),
-                          some ? " (" : "", some ? more : "", some ? ")" : "");
+                          "NCCL: %s: %s%s%.240s%s; close, make a new communicator, open again (NCCL_DEBUG=WARN says more)", what,
+                          ncclGetErrorString(r), some ? " (" : "", some ? more : "", some ? ")" : "");
 }
 
 LORASYNCI_FN lorasync_status lorasynci_nccl_late(lorasynci_nccl *n, const char *what, lorasync_error *err)
 {
     n->lost = 1;
-    return lorasynci_fail(err, LORASYNC_E_TIMEOUT, "NCCL: %s: rank %d of %d waited in vain until the deadline; did every rank make the same call?", what, n->rank, n->world);
+    return lorasynci_fail(err, LORASYNC_E_TIMEOUT,
+                          "NCCL: %s: rank %d of %d waited in vain until the deadline; did every rank make the same call?", what, n->rank,
+                          n->world);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_nccl_is_lost(const lorasynci_nccl *n, lorasync_error *err)
@@ -4886,7 +4928,8 @@ LORASYNCI_FN ncclResult_t lorasynci_nccl_state(const lorasynci_nccl *n)
 }
 
 /* Waits as long as a non-blocking communicator says that it is still at it. r is what the call before has answered. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_settle(lorasynci_nccl *n, ncclResult_t r, const char *what, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_settle(lorasynci_nccl *n, ncclResult_t r, const char *what, uint64_t deadline_ns,
+                                                   lorasync_error *err)
 {
     unsigned turns = 0;
     while (r == ncclInProgress) {
@@ -4918,7 +4961,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_wait(lorasynci_nccl *n, const char *
 }
 
 /* cudaMemcpyAsync on the own stream; nothing to do is done. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_copy(lorasynci_nccl *n, void *dst, const void *src, size_t num_bytes, const char *what, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_copy(lorasynci_nccl *n, void *dst, const void *src, size_t num_bytes, const char *what,
+                                                 lorasync_error *err)
 {
     cudaError_t e = num_bytes ? cudaMemcpyAsync(dst, src, num_bytes, cudaMemcpyDefault, n->stream) : cudaSuccess;
     return e == cudaSuccess ? LORASYNC_OK : lorasynci_nccl_cuda_fail(n, e, what, err);
@@ -4934,8 +4978,8 @@ LORASYNCI_FN size_t lorasynci_nccl_part_bytes(const lorasync_message *m, const l
 LORASYNCI_FN size_t lorasynci_nccl_behind(size_t at, size_t num_bytes) { return at + (num_bytes + 15) / 16 * 16; }
 
 /* Adds sends (or receives) to the open group. *at runs through the scratch. */
-LORASYNCI_FN ncclResult_t lorasynci_nccl_add(const lorasynci_nccl *n, const lorasync_message *m, size_t num, int receiving, const lorasynci_nccl_part *part, size_t *at,
-                                             cudaStream_t stream)
+LORASYNCI_FN ncclResult_t lorasynci_nccl_add(const lorasynci_nccl *n, const lorasync_message *m, size_t num, int receiving,
+                                             const lorasynci_nccl_part *part, size_t *at, cudaStream_t stream)
 {
     size_t i;
     for (i = 0; i < num; i++) {
@@ -4945,15 +4989,17 @@ LORASYNCI_FN ncclResult_t lorasynci_nccl_add(const lorasynci_nccl *n, const lora
         if (num_bytes == 0) continue;
         data = part->scratch ? part->scratch + *at : (char *)m[i].data + part->at;
         *at  = lorasynci_nccl_behind(*at, num_bytes);
-        r    = receiving ? ncclRecv(data, num_bytes, ncclUint8, m[i].peer, n->comm, stream) : ncclSend(data, num_bytes, ncclUint8, m[i].peer, n->comm, stream);
+        r    = receiving ? ncclRecv(data, num_bytes, ncclUint8, m[i].peer, n->comm, stream)
+                         : ncclSend(data, num_bytes, ncclUint8, m[i].peer, n->comm, stream);
         if (r != ncclSuccess && r != ncclInProgress) return r;
     }
     return ncclSuccess;
 }
 
 /* All messages as one group, closed also after an error; enqueued when it returns. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_group(lorasynci_nccl *n, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives, size_t num_receives,
-                                                  const lorasynci_nccl_part *part, cudaStream_t stream, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_group(lorasynci_nccl *n, const lorasync_message *sends, size_t num_sends,
+                                                  const lorasync_message *receives, size_t num_receives, const lorasynci_nccl_part *part,
+                                                  cudaStream_t stream, uint64_t deadline_ns, lorasync_error *err)
 {
     size_t       at = 0;
     ncclResult_t r, end;
@@ -4975,7 +5021,8 @@ LORASYNCI_FN size_t lorasynci_nccl_longest(const lorasync_message *m, size_t num
     return longest;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_stream(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives, size_t num_receives,
+LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_stream(void *user, const lorasync_message *sends, size_t num_sends,
+                                                            const lorasync_message *receives, size_t num_receives,
                                                             struct CUstream_st *stream, int timeout_ms, lorasync_error *err)
 {
     lorasynci_nccl     *n = (lorasynci_nccl *)user;
@@ -4994,8 +5041,9 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_stream(void *user, const lo
 }
 
 /* One part of every message: into the scratch, over, and out of it. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_part(lorasynci_nccl *n, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
-                                                          size_t num_receives, const lorasynci_nccl_part *part, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_part(lorasynci_nccl *n, const lorasync_message *sends, size_t num_sends,
+                                                          const lorasync_message *receives, size_t num_receives,
+                                                          const lorasynci_nccl_part *part, uint64_t deadline_ns, lorasync_error *err)
 {
     size_t at = 0, sent, i;
     for (i = 0; i < num_sends; i++) {
@@ -5019,8 +5067,9 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_part(lorasynci_nccl *n, con
 }
 
 /* Part k of a message is in group k on both sides, so no group waits for a later one. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_exchange(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives, size_t num_receives,
-                                                     int timeout_ms, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_exchange(void *user, const lorasync_message *sends, size_t num_sends,
+                                                     const lorasync_message *receives, size_t num_receives, int timeout_ms,
+                                                     lorasync_error *err)
 {
     lorasynci_nccl     *n        = (lorasynci_nccl *)user;
     uint64_t            deadline = lorasynci_deadline_ns(timeout_ms);
@@ -5030,7 +5079,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange(void *user, const lorasync_
     int                 old;
     LORASYNCI_TRY(lorasynci_nccl_is_lost(n, err));
     if (num_sends > (size_t)n->world || num_receives > (size_t)n->world)
-        return lorasynci_fail(err, LORASYNC_E_COMM, "exchange: %zu sends and %zu receives, but there are %d ranks", num_sends, num_receives, n->world);
+        return lorasynci_fail(err, LORASYNC_E_COMM, "exchange: %zu sends and %zu receives, but there are %d ranks", num_sends, num_receives,
+                              n->world);
     if (other > longest) longest = other;
     part.scratch = n->scratch;
     part.max     = n->scratch_bytes / 2 / (size_t)n->world / 16 * 16;
@@ -5042,18 +5092,21 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange(void *user, const lorasync_
 }
 
 /* num_bytes of every rank, from `in` to n->host. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_gather_part(lorasynci_nccl *n, const char *in, size_t num_bytes, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_gather_part(lorasynci_nccl *n, const char *in, size_t num_bytes, uint64_t deadline_ns,
+                                                        lorasync_error *err)
 {
     size_t own = (size_t)n->rank * num_bytes;
     memcpy(n->host + own, in, num_bytes);
     LORASYNCI_TRY(lorasynci_nccl_settle(n, ncclInProgress, "before an all_gather", deadline_ns, err));
     LORASYNCI_TRY(lorasynci_nccl_copy(n, n->scratch + own, n->host + own, num_bytes, "all_gather", err));
-    LORASYNCI_TRY(lorasynci_nccl_settle(n, ncclAllGather(n->scratch + own, n->scratch, num_bytes, ncclUint8, n->comm, n->stream), "all_gather", deadline_ns, err));
+    LORASYNCI_TRY(lorasynci_nccl_settle(n, ncclAllGather(n->scratch + own, n->scratch, num_bytes, ncclUint8, n->comm, n->stream),
+                                        "all_gather", deadline_ns, err));
     LORASYNCI_TRY(lorasynci_nccl_copy(n, n->host, n->scratch, (size_t)n->world * num_bytes, "all_gather", err));
     return lorasynci_nccl_wait(n, "all_gather", deadline_ns, err);
 }
 
-LORASYNCI_FN lorasync_status lorasynci_nccl_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                                       lorasync_error *err)
 {
     lorasynci_nccl *n        = (lorasynci_nccl *)user;
     uint64_t        deadline = lorasynci_deadline_ns(timeout_ms);
@@ -5101,13 +5154,15 @@ LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *
     ncclResult_t r;
     if (!out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_nccl_unique_id: out is NULL");
     r = ncclGetUniqueId(&id);
-    if (r != ncclSuccess) return lorasynci_fail(err, LORASYNC_E_COMM, "ncclGetUniqueId: %s (NCCL_DEBUG=WARN says more)", ncclGetErrorString(r));
+    if (r != ncclSuccess)
+        return lorasynci_fail(err, LORASYNC_E_COMM, "ncclGetUniqueId: %s (NCCL_DEBUG=WARN says more)", ncclGetErrorString(r));
     memcpy(out, id.internal, sizeof id.internal);
     return LORASYNC_OK;
 }
 
 /* Joins the others, without blocking: a rank that never comes ends in the deadline. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_join(lorasynci_nccl *n, const lorasync_nccl_desc *desc, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_join(lorasynci_nccl *n, const lorasync_nccl_desc *desc, uint64_t deadline_ns,
+                                                 lorasync_error *err)
 {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     ncclUniqueId id;
@@ -5123,7 +5178,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_join(lorasynci_nccl *n, const lorasy
 }
 
 /* Takes the caller's communicator, which may still be on its way. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_borrow(lorasynci_nccl *n, const lorasync_nccl_desc *desc, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_borrow(lorasynci_nccl *n, const lorasync_nccl_desc *desc, uint64_t deadline_ns,
+                                                   lorasync_error *err)
 {
     int          device = n->device;
     ncclResult_t r;
@@ -5134,7 +5190,9 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_borrow(lorasynci_nccl *n, const lora
     if (r == ncclSuccess) r = ncclCommCuDevice(n->comm, &device);
     if (r != ncclSuccess) return lorasynci_nccl_fail(n, r, "desc.comm", err);
     if (device != n->device)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.comm is on device %d, but device %d is current; call cudaSetDevice(%d) before", device, n->device, device);
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "desc.comm is on device %d, but device %d is current; call cudaSetDevice(%d) before", device, n->device,
+                              device);
     return LORASYNC_OK;
 }
 
@@ -5150,8 +5208,9 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_allocate(lorasynci_nccl *n, lorasync
     if (e == cudaSuccess) e = cudaHostAlloc((void **)&n->host, n->scratch_bytes, cudaHostAllocDefault);
     if (e == cudaSuccess) return LORASYNC_OK;
     (void)cudaGetLastError();
-    return lorasynci_fail(err, e == cudaErrorMemoryAllocation ? LORASYNC_E_MEMORY : LORASYNC_E_CUDA, "NCCL scratch of %zu bytes, on the device and pinned: %s (%s)",
-                          n->scratch_bytes, cudaGetErrorString(e), cudaGetErrorName(e));
+    return lorasynci_fail(err, e == cudaErrorMemoryAllocation ? LORASYNC_E_MEMORY : LORASYNC_E_CUDA,
+                          "NCCL scratch of %zu bytes, on the device and pinned: %s (%s)", n->scratch_bytes, cudaGetErrorString(e),
+                          cudaGetErrorName(e));
 }
 
 /* Destroying waits for what is under way; what cannot end is aborted. */
@@ -5184,12 +5243,15 @@ LORASYNCI_FN void lorasynci_nccl_free(lorasynci_nccl *n)
 LORASYNCI_FN lorasync_status lorasynci_nccl_valid(const lorasync_nccl_desc *desc, const lorasync_comm *out, lorasync_error *err)
 {
     if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_nccl_open: desc or out is NULL");
-    if (desc->timeout_ms < 0) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.timeout_ms is %d, must not be negative", desc->timeout_ms);
-    if (desc->comm && desc->unique_id) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc has both comm and unique_id; give one of them");
+    if (desc->timeout_ms < 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.timeout_ms is %d, must not be negative", desc->timeout_ms);
+    if (desc->comm && desc->unique_id)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc has both comm and unique_id; give one of them");
     if (desc->comm) return LORASYNC_OK;
     if (!desc->unique_id) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc has neither comm nor unique_id; give one of them");
     if (desc->world < 1) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.world is %d, must be 1 or more", desc->world);
-    if (desc->rank < 0 || desc->rank >= desc->world) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.rank is %d, must be 0 to %d", desc->rank, desc->world - 1);
+    if (desc->rank < 0 || desc->rank >= desc->world)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.rank is %d, must be 0 to %d", desc->rank, desc->world - 1);
     return LORASYNC_OK;
 }
 
@@ -5242,7 +5304,8 @@ LORASYNC_API void lorasync_nccl_close(lorasync_comm *comm)
 
 LORASYNCI_FN lorasync_status lorasynci_nccl_absent(lorasync_error *err)
 {
-    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "this library was compiled without NCCL; define LORASYNC_CUDA and LORASYNC_NCCL beside LORASYNC_IMPLEMENTATION");
+    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                          "this library was compiled without NCCL; define LORASYNC_CUDA and LORASYNC_NCCL beside LORASYNC_IMPLEMENTATION");
 }
 
 LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *err)
@@ -5281,11 +5344,11 @@ typedef struct lorasynci_image {
     lorasync_tensor   *tensors;
     char              *pool;
     lorasynci_table    names;
-    lorasynci_members  metadata;               /* the values are decoded, in pool */
-    unsigned char     *own_header;             /* a layout's, until it is moved elsewhere */
-    unsigned char     *stamped;                /* where the header of a layout can be written; NULL for an image that was read */
-    size_t             version_at, digest_at;  /* in it; 0 without an adapter */
-    void              *mapping;                /* unmapped with the image */
+    lorasynci_members  metadata;              /* the values are decoded, in pool */
+    unsigned char     *own_header;            /* a layout's, until it is moved elsewhere */
+    unsigned char     *stamped;               /* where the header of a layout can be written; NULL for an image that was read */
+    size_t             version_at, digest_at; /* in it; 0 without an adapter */
+    void              *mapping;               /* unmapped with the image */
     size_t             mapping_bytes;
     char              *own_config;
     lorasync_delta     delta; /* image.delta points here, or is NULL */
@@ -5355,8 +5418,7 @@ LORASYNCI_FN lorasynci_type_text lorasynci_type_of(const lorasync_tensor *t)
     size_t              n;
     int                 d;
     n = (size_t)snprintf(out.text, sizeof out.text, "%s [", lorasync_dtype_name(t->dtype));
-    for (d = 0; d < t->ndim; d++)
-        n += (size_t)snprintf(out.text + n, sizeof out.text - n, d ? ",%lld" : "%lld", (long long)t->shape[d]);
+    for (d = 0; d < t->ndim; d++) n += (size_t)snprintf(out.text + n, sizeof out.text - n, d ? ",%lld" : "%lld", (long long)t->shape[d]);
     snprintf(out.text + n, sizeof out.text - n, "]");
     return out;
 }
@@ -5490,8 +5552,8 @@ LORASYNCI_FN lorasync_status lorasynci_read_offsets(lorasynci_image_reader *r, l
     }
     if (more < 0) return (lorasync_status)more;
     if (num != 2)
-        return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": data_offsets must be [begin,end], found %zu numbers",
-                              t->name, num);
+        return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": data_offsets must be [begin,end], found %zu numbers", t->name,
+                              num);
     if (at[0] > at[1] || at[1] > r->payload_bytes)
         return lorasynci_fail(r->err, LORASYNC_E_FORMAT,
                               "tensor \"%.150s\": data_offsets [%llu,%llu] are no range of the %zu bytes behind the header; "
@@ -5513,8 +5575,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_entry(lorasynci_image_reader *r, lor
     while ((more = lorasynci_json_key(&r->j, &key)) > 0) {
         for (i = 0; i < 3 && !lorasynci_json_is(&key, fields[i]);) i++;
         if (i < 3 && (seen & 1u << i))
-            return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": \"%s\" occurs twice", t->name,
-                                  fields[i]);
+            return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": \"%s\" occurs twice", t->name, fields[i]);
         seen |= 1u << i;
         if (i == 0) LORASYNCI_TRY(lorasynci_read_dtype(r, t));
         else if (i == 1) LORASYNCI_TRY(lorasynci_read_shape(r, t));
@@ -5553,7 +5614,8 @@ LORASYNCI_FN size_t lorasynci_max_tensors(const char *text, size_t num_bytes)
 }
 
 /* All of the JSON, into tensors in the header's order. Nothing is checked across tensors yet. */
-LORASYNCI_FN lorasync_status lorasynci_read_json(lorasynci_image *m, const char *text, size_t num_bytes, size_t payload_bytes, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_read_json(lorasynci_image *m, const char *text, size_t num_bytes, size_t payload_bytes,
+                                                 lorasync_error *err)
 {
     lorasynci_image_reader r;
     lorasynci_slice        key;
@@ -5697,7 +5759,7 @@ LORASYNCI_FN lorasync_status lorasynci_delta_metadata(lorasynci_image *m, lorasy
 
 LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasynci_image *m, lorasync_error *err)
 {
-    lorasync_image *image = &m->image;
+    lorasync_image *image   = &m->image;
     const char     *adapter = lorasync_image_metadata(image, "lorasync.adapter");
     if (adapter) image->adapter = adapter;
     LORASYNCI_TRY(lorasynci_read_stamp(image, "lorasync.version", 0, &image->version, err));
@@ -5712,16 +5774,14 @@ LORASYNCI_FN lorasync_status lorasynci_parse(lorasynci_image *m, const unsigned 
 {
     uint64_t n;
     if (num_bytes < 8)
-        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%zu bytes are too few for a safetensors file, which has at least 10",
-                              num_bytes);
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%zu bytes are too few for a safetensors file, which has at least 10", num_bytes);
     n = lorasynci_load_le64(bytes, 8);
     if (n > LORASYNCI_MAX_HEADER)
         return lorasynci_fail(err, LORASYNC_E_FORMAT, "the header length is %llu, over the limit of %llu; this is no safetensors file",
                               (unsigned long long)n, (unsigned long long)LORASYNCI_MAX_HEADER);
     if (n > num_bytes - 8)
         return lorasynci_fail(err, LORASYNC_E_FORMAT, "the header length is %llu, but only %zu bytes follow; the file is truncated",
-                              (unsigned long long)n,
-                              num_bytes - 8);
+                              (unsigned long long)n, num_bytes - 8);
     m->image.header        = bytes;
     m->image.header_bytes  = 8 + (size_t)n;
     m->image.payload_bytes = num_bytes - m->image.header_bytes;
@@ -5733,8 +5793,8 @@ LORASYNCI_FN lorasync_status lorasynci_parse(lorasynci_image *m, const unsigned 
     return LORASYNC_OK;
 }
 
-LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_bytes, const lorasync_allocator *allocator, lorasync_image **out,
-                                                  lorasync_error *err)
+LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_bytes, const lorasync_allocator *allocator,
+                                                  lorasync_image **out, lorasync_error *err)
 {
     lorasynci_image *m = NULL;
     lorasync_status  status;
@@ -5836,8 +5896,7 @@ LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image *m, lorasynci_
         LORASYNCI_TRY(lorasynci_tensor_bytes(order[i], LORASYNC_E_ARGUMENT, &size, err));
         if (!lorasynci_add(begin, size, &end))
             return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "tensor \"%.150s\": %s and the tensors before it do not fit memory",
-                                  order[i]->name,
-                                  lorasynci_type_of(order[i]).text);
+                                  order[i]->name, lorasynci_type_of(order[i]).text);
         lorasynci_put_tensor(b, order[i], begin, end);
     }
     lorasynci_put_text(b, "}");
@@ -5857,8 +5916,7 @@ LORASYNCI_FN lorasync_status lorasynci_write_header(lorasynci_image *m, const lo
                                                     lorasynci_buffer *b, lorasync_error *err)
 {
     size_t i;
-    if (desc->adapter && !lorasynci_is_utf8(desc->adapter))
-        return lorasynci_fail(err, LORASYNC_E_NAME, "the adapter's name is not UTF-8");
+    if (desc->adapter && !lorasynci_is_utf8(desc->adapter)) return lorasynci_fail(err, LORASYNC_E_NAME, "the adapter's name is not UTF-8");
     for (i = 0; i < desc->num_tensors; i++) {
         LORASYNCI_TRY(lorasynci_check_tensor(&desc->tensors[i], i, err));
         order[i] = &desc->tensors[i];
@@ -5882,8 +5940,8 @@ LORASYNCI_FN lorasync_status lorasynci_take_header(lorasynci_image *m, lorasynci
 }
 
 /* delta: NULL, or what the metadata says of it. */
-LORASYNCI_FN lorasync_status lorasynci_layout(const lorasync_image_desc *desc, const lorasync_delta *delta, const lorasync_allocator *allocator,
-                                              lorasync_image **out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_layout(const lorasync_image_desc *desc, const lorasync_delta *delta,
+                                              const lorasync_allocator *allocator, lorasync_image **out, lorasync_error *err)
 {
     lorasynci_image        *m = NULL;
     const lorasync_tensor **order;
@@ -5906,8 +5964,8 @@ LORASYNCI_FN lorasync_status lorasynci_layout(const lorasync_image_desc *desc, c
     return LORASYNC_OK;
 }
 
-LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator, lorasync_image **out,
-                                                   lorasync_error *err)
+LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator,
+                                                   lorasync_image **out, lorasync_error *err)
 {
     return lorasynci_layout(desc, NULL, allocator, out, err);
 }
@@ -5941,14 +5999,13 @@ LORASYNCI_FN void lorasynci_image_move_header(lorasync_image *image, void *to)
 
 /* Key i is the upper half of the i-th number of splitmix64 from state 0, lorasynci_mix((i + 1) * 0x9e3779b97f4a7c15) >> 32, made odd. */
 static const uint32_t lorasynci_digest_keys[64] = {
-    0xe220a839u, 0x6e789e6bu, 0x06c45d19u, 0xf88bb8a9u, 0x1b39896bu, 0x53cb9f0du, 0x2c829abfu, 0xc584133bu,
-    0x3ee57891u, 0xf3b8488du, 0x657eecddu, 0xc2d326e1u, 0x8621a03fu, 0x8e1f7555u, 0xb54e0f17u, 0x84bb3f97u,
-    0x7d29825du, 0xc3cf1711u, 0x3466e9a1u, 0xd81a8d2bu, 0xdb01602bu, 0xa9038a93u, 0xedf5f1d9u, 0x54496ad7u,
-    0xdd7c01d5u, 0x935e82f1u, 0x69b82ebdu, 0x40d29eb5u, 0xa2f09dabu, 0xee521d7bu, 0xf16952efu, 0x377d35dfu,
-    0x0c7de807u, 0x05582d37u, 0xd254741fu, 0x69630f75u, 0x417ef961u, 0x3c3c41a3u, 0x6e19905du, 0x4fa9fa73u,
-    0x84eb4455u, 0x134f7097u, 0x07dc930bu, 0x12c015a9u, 0xcc06c317u, 0xecee6563u, 0x3e84ecb1u, 0x690ed477u,
-    0x774615d7u, 0x22b353f1u, 0xe3ddd86bu, 0xdf268adfu, 0x2098eb73u, 0x03d68453u, 0xc952c563u, 0x9b196bcbu,
-    0x30260345u, 0xcf448a59u, 0xf4a578ddu, 0xbfdeaed9u, 0xed79402du, 0x55f070abu, 0x3e00a349u, 0xe255b237u};
+    0xe220a839u, 0x6e789e6bu, 0x06c45d19u, 0xf88bb8a9u, 0x1b39896bu, 0x53cb9f0du, 0x2c829abfu, 0xc584133bu, 0x3ee57891u, 0xf3b8488du,
+    0x657eecddu, 0xc2d326e1u, 0x8621a03fu, 0x8e1f7555u, 0xb54e0f17u, 0x84bb3f97u, 0x7d29825du, 0xc3cf1711u, 0x3466e9a1u, 0xd81a8d2bu,
+    0xdb01602bu, 0xa9038a93u, 0xedf5f1d9u, 0x54496ad7u, 0xdd7c01d5u, 0x935e82f1u, 0x69b82ebdu, 0x40d29eb5u, 0xa2f09dabu, 0xee521d7bu,
+    0xf16952efu, 0x377d35dfu, 0x0c7de807u, 0x05582d37u, 0xd254741fu, 0x69630f75u, 0x417ef961u, 0x3c3c41a3u, 0x6e19905du, 0x4fa9fa73u,
+    0x84eb4455u, 0x134f7097u, 0x07dc930bu, 0x12c015a9u, 0xcc06c317u, 0xecee6563u, 0x3e84ecb1u, 0x690ed477u, 0x774615d7u, 0x22b353f1u,
+    0xe3ddd86bu, 0xdf268adfu, 0x2098eb73u, 0x03d68453u, 0xc952c563u, 0x9b196bcbu, 0x30260345u, 0xcf448a59u, 0xf4a578ddu, 0xbfdeaed9u,
+    0xed79402du, 0x55f070abu, 0x3e00a349u, 0xe255b237u};
 
 /* The factor of a 256-byte block. Odd, so that no bit of the block's sum is lost. */
 LORASYNCI_FN uint64_t lorasynci_digest_factor(uint64_t block) { return lorasynci_mix(block + UINT64_C(0x9e3779b97f4a7c15)) | 1u; }
@@ -6082,8 +6139,8 @@ LORASYNCI_FN lorasync_status lorasynci_compare_digest(const lorasync_image *imag
     if (found == image->digest) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_DIGEST,
                           "adapter \"%.100s\" version %llu: the header says digest %016llx, the payload has %016llx; "
-                          "the bytes are damaged or incomplete, transfer them again", image->adapter, (unsigned long long)image->version,
-                          (unsigned long long)image->digest, (unsigned long long)found);
+                          "the bytes are damaged or incomplete, transfer them again",
+                          image->adapter, (unsigned long long)image->version, (unsigned long long)image->digest, (unsigned long long)found);
 }
 
 LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, lorasync_error *err)
@@ -6106,7 +6163,8 @@ LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image,
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_changes: image, old_digests, out_indices or out_num is NULL");
     if (image->num_tensors > UINT32_MAX) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu tensors are too many", image->num_tensors);
     if (!image->tensor_digests)
-        return lorasynci_fail(err, LORASYNC_E_STATE, "the image has no tensor_digests; lorasync_image_digest makes them, a gathered image has them");
+        return lorasynci_fail(err, LORASYNC_E_STATE,
+                              "the image has no tensor_digests; lorasync_image_digest makes them, a gathered image has them");
     for (i = 0; i < image->num_tensors; i++)
         if (image->tensor_digests[i] != old_digests[i]) out_indices[n++] = (uint32_t)i;
     *out_num = n;
@@ -6129,11 +6187,12 @@ LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image,
 LORASYNCI_FN lorasync_status lorasynci_refuse_delta(const lorasync_image *image, lorasync_error *err)
 {
     if (!image->delta) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                          "adapter \"%.60s\" version %llu is here only as a delta against version %llu, digest %016llx; lorasync_image_apply "
-                          "makes the adapter of both, or send the full image",
-                          image->adapter, (unsigned long long)image->version, (unsigned long long)image->delta->base_version,
-                          (unsigned long long)image->delta->base_digest);
+    return lorasynci_fail(
+        err, LORASYNC_E_UNSUPPORTED,
+        "adapter \"%.60s\" version %llu is here only as a delta against version %llu, digest %016llx; lorasync_image_apply "
+        "makes the adapter of both, or send the full image",
+        image->adapter, (unsigned long long)image->version, (unsigned long long)image->delta->base_version,
+        (unsigned long long)image->delta->base_digest);
 }
 
 /* The tensor of a full image that a delta's tensor of this name replaces, or NULL. `room` is memory for the name. */
@@ -6159,13 +6218,16 @@ LORASYNCI_FN lorasync_status lorasynci_layout_again(const lorasync_image *image,
     if (status == LORASYNC_E_MEMORY) return status;
     if (status >= 0) {
         lorasync_image_stamp(*out, image->version, image->digest);
-        if ((*out)->header_bytes == image->header_bytes && memcmp((*out)->header, image->header, image->header_bytes) == 0) return LORASYNC_OK;
+        if ((*out)->header_bytes == image->header_bytes && memcmp((*out)->header, image->header, image->header_bytes) == 0)
+            return LORASYNC_OK;
         lorasync_image_free(*out);
         *out = NULL;
     }
-    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                          "adapter \"%.100s\" version %llu: its header is not as lorasync_image_layout writes it, so a delta cannot restore it; send "
-                          "the full image", image->adapter, (unsigned long long)image->version);
+    return lorasynci_fail(
+        err, LORASYNC_E_UNSUPPORTED,
+        "adapter \"%.100s\" version %llu: its header is not as lorasync_image_layout writes it, so a delta cannot restore it; send "
+        "the full image",
+        image->adapter, (unsigned long long)image->version);
 }
 
 /* Can there be a delta that makes this image? */
@@ -6173,7 +6235,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_delta_source(const lorasync_image *
                                                           lorasync_error *err)
 {
     lorasync_image *again;
-    if (image->delta) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_delta: the image is a delta itself; give the full image");
+    if (image->delta)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_delta: the image is a delta itself; give the full image");
     if (!image->has_digest || !image->adapter[0])
         return lorasynci_fail(err, LORASYNC_E_STATE, "the image has no %s; a delta needs both", image->has_digest ? "adapter" : "digest");
     if (image->version <= base_version)
@@ -6272,8 +6335,8 @@ LORASYNCI_FN int lorasynci_overlaps(const void *range, size_t num_bytes, const v
 }
 
 /* Payload there, readable, and not in the memory for the result? */
-LORASYNCI_FN lorasync_status lorasynci_check_readable(const lorasync_image *image, const char *what, const void *memory, size_t memory_bytes,
-                                                      lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_check_readable(const lorasync_image *image, const char *what, const void *memory,
+                                                      size_t memory_bytes, lorasync_error *err)
 {
     size_t i;
     int    overlaps = memory && lorasynci_overlaps(image->header, image->header_bytes, memory, memory_bytes);
@@ -6294,9 +6357,11 @@ LORASYNCI_FN lorasync_status lorasynci_check_delta_base(const lorasync_image *ba
     const lorasync_delta *d = delta->delta;
     if (base->delta || !d)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: %s",
-                              d ? "the base is a delta itself; apply it to its own base first" : "the delta is none; a full image needs no base");
+                              d ? "the base is a delta itself; apply it to its own base first"
+                                : "the delta is none; a full image needs no base");
     if (!base->has_digest)
-        return lorasynci_fail(err, LORASYNC_E_BASE, "the base carries no lorasync.digest, so it may not be the delta's; send the full image");
+        return lorasynci_fail(err, LORASYNC_E_BASE,
+                              "the base carries no lorasync.digest, so it may not be the delta's; send the full image");
     if (strcmp(base->adapter, delta->adapter) != 0)
         return lorasynci_fail(err, LORASYNC_E_BASE, "the delta is of adapter \"%.100s\", the base is of \"%.100s\"; send the full image",
                               delta->adapter, base->adapter);
@@ -6323,10 +6388,13 @@ LORASYNCI_FN lorasync_status lorasynci_merge_delta(const lorasync_image *base, c
         if (!target)
             return lorasynci_fail(err, LORASYNC_E_FORMAT,
                                   "the delta's tensor \"%.150s\": the base has none of that name without \"" LORASYNCI_DELTA_NAME
-                                  "\" at its end; send the full image", t->name);
-        if (t->dtype != target->dtype || t->ndim != target->ndim || memcmp(t->shape, target->shape, (size_t)t->ndim * sizeof *t->shape) != 0)
-            return lorasynci_fail(err, LORASYNC_E_FORMAT, "the delta's tensor \"%.100s\" is %.120s, the base has %.120s; send the full image",
-                                  t->name, lorasynci_type_of(t).text, lorasynci_type_of(target).text);
+                                  "\" at its end; send the full image",
+                                  t->name);
+        if (t->dtype != target->dtype || t->ndim != target->ndim ||
+            memcmp(t->shape, target->shape, (size_t)t->ndim * sizeof *t->shape) != 0)
+            return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                                  "the delta's tensor \"%.100s\" is %.120s, the base has %.120s; send the full image", t->name,
+                                  lorasynci_type_of(t).text, lorasynci_type_of(target).text);
         from[target - base->tensors] = t;
     }
     return LORASYNC_OK;
@@ -6398,7 +6466,9 @@ LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, co
 
    Votes between the steps make every rank return the same verdict. */
 
-enum { LORASYNCI_ALIGN = 16 }; /* of a part in a message: vector loads on any machine */
+enum {
+    LORASYNCI_ALIGN = 16
+}; /* of a part in a message: vector loads on any machine */
 
 /* -- memory: the caller's allocator with a count in front */
 
@@ -6407,7 +6477,9 @@ typedef struct lorasynci_meter {
     size_t             live, peak;
 } lorasynci_meter;
 
-enum { LORASYNCI_METER_HEAD = 16 }; /* the size, in front of each block; keeps 16-byte alignment */
+enum {
+    LORASYNCI_METER_HEAD = 16
+}; /* the size, in front of each block; keeps 16-byte alignment */
 
 LORASYNCI_FN void *lorasynci_meter_alloc(void *user, size_t num_bytes)
 {
@@ -6445,8 +6517,9 @@ LORASYNCI_FN size_t lorasynci_vote_scratch(int world) { return (size_t)world * s
 /* Collective: turns each rank's status into one verdict for all, the failure of the lowest failing rank. A comm failure is the verdict too.
    `tag` must be equal on all ranks (what tags are is said in `tag_name`); *all_flags, if wanted, becomes 1 if every rank passed flag 1.
    scratch: lorasynci_vote_scratch bytes. */
-LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scratch, int timeout_ms, lorasync_status mine, const lorasync_error *why,
-                                             uint64_t tag, const char *tag_name, int *all_flags, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scratch, int timeout_ms, lorasync_status mine,
+                                             const lorasync_error *why, uint64_t tag, const char *tag_name, int *all_flags,
+                                             lorasync_error *err)
 {
     lorasynci_vote  vote, *votes = (lorasynci_vote *)scratch;
     lorasync_error *texts = (lorasync_error *)scratch, text;
@@ -6469,7 +6542,7 @@ LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scrat
     if (mine < 0 && why) text = *why;
     text.text[sizeof text.text - 1] = 0;
     LORASYNCI_TRY(c->all_gather(c->user, &text, texts, sizeof text, timeout_ms, err));
-    text = texts[failed];
+    text                            = texts[failed];
     text.text[sizeof text.text - 1] = 0;
     if (c->world == 1) return lorasynci_fail(err, text.status, "%s", text.text);
     return lorasynci_fail(err, text.status, "rank %d: %.480s", failed, text.text);
@@ -6519,8 +6592,8 @@ LORASYNCI_FN void lorasynci_catalogue_free(lorasynci_catalogue *c)
     lorasynci_buffer_free(&c->at);
 }
 
-LORASYNCI_FN lorasync_status lorasynci_catalogue_add(lorasynci_catalogue *c, const char *name, lorasync_dtype dtype, int ndim, const int64_t *shape,
-                                                     int wanted, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_catalogue_add(lorasynci_catalogue *c, const char *name, lorasync_dtype dtype, int ndim,
+                                                     const int64_t *shape, int wanted, lorasync_error *err)
 {
     static const char padding[8] = {0};
     lorasynci_record  r;
@@ -6550,11 +6623,12 @@ LORASYNCI_FN lorasync_status lorasynci_catalogue_index(lorasynci_catalogue *c, i
     while (at < c->bytes.size) {
         const lorasynci_record *r    = (const lorasynci_record *)(const void *)(c->bytes.data + at);
         uint64_t                left = c->bytes.size - at, need;
-        need = sizeof *r;
+        need                         = sizeof *r;
         if (left >= need) need += (uint64_t)r->ndim * 8 + r->name_bytes;
-        if (left < need || r->ndim > LORASYNC_MAX_DIMS || r->name_bytes % 8 != 0 || r->name_bytes == 0 || r->name_bytes > LORASYNC_MAX_NAME + 8 ||
-            c->bytes.data[at + need - 1] != 0)
-            return lorasynci_fail(err, LORASYNC_E_COMM, "the catalogue of rank %d is damaged at byte %llu; do all ranks use the same lorasync.h?", rank,
+        if (left < need || r->ndim > LORASYNC_MAX_DIMS || r->name_bytes % 8 != 0 || r->name_bytes == 0 ||
+            r->name_bytes > LORASYNC_MAX_NAME + 8 || c->bytes.data[at + need - 1] != 0)
+            return lorasynci_fail(err, LORASYNC_E_COMM,
+                                  "the catalogue of rank %d is damaged at byte %llu; do all ranks use the same lorasync.h?", rank,
                                   (unsigned long long)at);
         unit = (uint32_t)(at / 8);
         lorasynci_put(&c->at, &unit, sizeof unit);
@@ -6582,7 +6656,10 @@ typedef struct lorasynci_parts {
 
 LORASYNCI_FN size_t lorasynci_parts_num(const lorasynci_parts *p) { return p->list.size / sizeof(lorasynci_part); }
 
-LORASYNCI_FN const lorasynci_part *lorasynci_part_at(const lorasynci_parts *p, size_t i) { return (const lorasynci_part *)(const void *)p->list.data + i; }
+LORASYNCI_FN const lorasynci_part *lorasynci_part_at(const lorasynci_parts *p, size_t i)
+{
+    return (const lorasynci_part *)(const void *)p->list.data + i;
+}
 
 LORASYNCI_FN const int64_t *lorasynci_part_geometry(const lorasynci_parts *p, const lorasynci_part *part)
 {
@@ -6615,10 +6692,10 @@ LORASYNCI_FN void lorasynci_row_major(const int64_t *len, int ndim, int64_t *str
 }
 
 typedef struct lorasynci_flat_user {
-    lorasynci_parts     *parts;
+    lorasynci_parts      *parts;
     const lorasync_piece *piece;
-    uint32_t             tensor;
-    size_t               item;
+    uint32_t              tensor;
+    size_t                item;
 } lorasynci_flat_user;
 
 /* A box of a flat piece lies in memory as in the whole tensor: same strides, first element at its place in the interval. */
@@ -6627,7 +6704,8 @@ LORASYNCI_FN lorasync_status lorasynci_flat_part_add(void *user, const int64_t *
     lorasynci_flat_user *u = (lorasynci_flat_user *)user;
     int64_t              stride[LORASYNC_MAX_DIMS];
     lorasynci_row_major(u->piece->shape, u->piece->ndim, stride);
-    lorasynci_parts_add(u->parts, u->tensor, (char *)u->piece->data + (size_t)before * u->item, (float)u->piece->scale, off, len, stride, u->piece->ndim);
+    lorasynci_parts_add(u->parts, u->tensor, (char *)u->piece->data + (size_t)before * u->item, (float)u->piece->scale, off, len, stride,
+                        u->piece->ndim);
     return LORASYNC_OK;
 }
 
@@ -6641,29 +6719,34 @@ LORASYNCI_FN lorasync_status lorasynci_piece_check(const lorasync_piece *p, int 
         return lorasynci_fail(err, LORASYNC_E_NAME, "%.200s...: names may have %d bytes at most", p->name, LORASYNC_MAX_NAME - 1);
     if (bits == 0) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: dtype %d is none; set piece.dtype", p->name, (int)p->dtype);
     if (bits < 8)
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: %s packs several elements into a byte and cannot be cut; pass the bytes as U8", p->name,
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "%.200s: %s packs several elements into a byte and cannot be cut; pass the bytes as U8", p->name,
                               lorasync_dtype_name(p->dtype));
     LORASYNCI_TRY(lorasynci_box_check(p, err));
     for (d = 0; d < p->ndim; d++) strided |= p->stride[d] != 0;
     for (d = 0; d < p->box.ndim; d++) empty |= p->box.len[d] == 0;
     if (!lorasynci_numel(p->shape, p->ndim, &numel) || numel > INT64_MAX / (bits / 8))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensor passes 2^63 bytes", p->name);
-    if (strided && p->box.flat) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: a flat interval has no strides; leave piece.stride zero", p->name);
+    if (strided && p->box.flat)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: a flat interval has no strides; leave piece.stride zero", p->name);
     if (!p->data && !empty)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: data is NULL but the box is not empty; pass an empty box where a rank holds nothing", p->name);
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "%.200s: data is NULL but the box is not empty; pass an empty box where a rank holds nothing", p->name);
     for (d = 0; strided && wanted && d < p->ndim; d++)
         if (p->stride[d] == 0 && p->box.len[d] > 1)
-            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: stride 0 along dimension %d would write several elements to one place", p->name, d);
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: stride 0 along dimension %d would write several elements to one place",
+                                  p->name, d);
     if (p->scale != 0 && p->scale != 1 && !lorasynci_is_float(p->dtype))
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: %s cannot be scaled; leave piece.scale 0", p->name, lorasync_dtype_name(p->dtype));
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: %s cannot be scaled; leave piece.scale 0", p->name,
+                              lorasync_dtype_name(p->dtype));
     if (p->scale != p->scale || p->scale - p->scale != 0)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: scale is not a finite number", p->name);
     return LORASYNC_OK;
 }
 
 /* The number of a piece's tensor in the catalogue; a new tensor is added. Pieces of one tensor must agree on shape and dtype. */
-LORASYNCI_FN lorasync_status lorasynci_describe_tensor(const lorasync_piece *p, int wanted, lorasynci_table *names, lorasynci_catalogue *catalogue,
-                                                       uint32_t *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_describe_tensor(const lorasync_piece *p, int wanted, lorasynci_table *names,
+                                                       lorasynci_catalogue *catalogue, uint32_t *out, lorasync_error *err)
 {
     size_t                  t = lorasynci_table_enter(names, p->name, catalogue->num, lorasynci_catalogue_key, catalogue);
     const lorasynci_record *r;
@@ -6705,7 +6788,9 @@ LORASYNCI_FN lorasync_status lorasynci_describe(const lorasync_piece *pieces, si
     size_t          i;
     uint32_t        tensor;
     if (!num) return LORASYNC_OK;
-    if (!pieces) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu %s pieces are announced but the list is NULL", num, wanted ? "wanted" : "held");
+    if (!pieces)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu %s pieces are announced but the list is NULL", num,
+                              wanted ? "wanted" : "held");
     if (num > UINT32_MAX / 2 || !lorasynci_table_init(&names, a, num)) return lorasynci_fail_memory(err, num * 8);
     for (i = 0; i < num && status == LORASYNC_OK; i++) {
         status = lorasynci_piece_check(&pieces[i], wanted, err);
@@ -6769,9 +6854,15 @@ typedef struct lorasynci_ops {
 
 LORASYNCI_FN size_t lorasynci_ops_num(const lorasynci_ops *o) { return o->list.size / sizeof(lorasynci_op); }
 
-LORASYNCI_FN const lorasynci_op *lorasynci_ops_at(const lorasynci_ops *o, size_t i) { return (const lorasynci_op *)(const void *)o->list.data + i; }
+LORASYNCI_FN const lorasynci_op *lorasynci_ops_at(const lorasynci_ops *o, size_t i)
+{
+    return (const lorasynci_op *)(const void *)o->list.data + i;
+}
 
-LORASYNCI_FN const lorasynci_grid *lorasynci_op_grid(const lorasynci_ops *o, const lorasynci_op *op) { return (const lorasynci_grid *)(const void *)o->grids.data + op->grid; }
+LORASYNCI_FN const lorasynci_grid *lorasynci_op_grid(const lorasynci_ops *o, const lorasynci_op *op)
+{
+    return (const lorasynci_grid *)(const void *)o->grids.data + op->grid;
+}
 
 /* The number of a grid: one of the last two if it is equal (lora_A and lora_B take turns), else a new one. */
 LORASYNCI_FN uint32_t lorasynci_ops_grid(lorasynci_ops *o, const lorasynci_grid *grid)
@@ -6816,7 +6907,8 @@ typedef struct lorasynci_dims {
     int64_t len[LORASYNC_MAX_DIMS + 1], src[LORASYNC_MAX_DIMS + 1], dst[LORASYNC_MAX_DIMS + 1], pos[LORASYNC_MAX_DIMS + 1];
 } lorasynci_dims;
 
-LORASYNCI_FN void lorasynci_join_dims(lorasynci_dims *out, const int64_t *len, int ndim, const int64_t *src, const int64_t *dst, const int64_t *pos)
+LORASYNCI_FN void lorasynci_join_dims(lorasynci_dims *out, const int64_t *len, int ndim, const int64_t *src, const int64_t *dst,
+                                      const int64_t *pos)
 {
     lorasynci_dims in; /* innermost first */
     int            d, i;
@@ -6853,7 +6945,8 @@ LORASYNCI_FN void lorasynci_join_dims(lorasynci_dims *out, const int64_t *len, i
 
 /* Appends the ops that move box (off, len) of a tensor from one end to the other: one, or one per index of the dimensions beyond two. */
 LORASYNCI_FN void lorasynci_add_ops(lorasynci_ops *ops, const int64_t *off, const int64_t *len, const int64_t *shape, int ndim,
-                                    const lorasynci_end *src, const lorasynci_end *dst, uint32_t tensor, float scale, uint32_t round, int digest, lorasync_dtype via)
+                                    const lorasynci_end *src, const lorasynci_end *dst, uint32_t tensor, float scale, uint32_t round,
+                                    int digest, lorasync_dtype via)
 {
     int64_t        tensor_stride[LORASYNC_MAX_DIMS], index[LORASYNC_MAX_DIMS + 1] = {0};
     lorasynci_dims dims;
@@ -6910,56 +7003,57 @@ LORASYNCI_FN void lorasynci_add_ops(lorasynci_ops *ops, const int64_t *off, cons
 typedef struct lorasynci_link {
     lorasynci_buffer ends; /* uint64_t per round */
     uint64_t         base; /* where the stream (sending), or the round at hand (receiving), lies in staging */
-    uint64_t         half; /* receiving: odd rounds lie this much further, so that one can arrive while the one before is placed; 0: all at base */
-    uint32_t        *digests; /* receiving: the image tensor of each */
-    size_t           num_digests;
+    uint64_t  half; /* receiving: odd rounds lie this much further, so that one can arrive while the one before is placed; 0: all at base */
+    uint32_t *digests; /* receiving: the image tensor of each */
+    size_t    num_digests;
 } lorasynci_link;
 
 typedef struct lorasynci_device lorasynci_device;
 
 struct lorasync_plan {
-    lorasynci_meter     meter; /* counts what the plan allocates */
-    lorasync_allocator  a;     /* goes through the meter */
-    lorasync_comm       comm;
-    lorasync_plan_kind  kind;
-    int                 root, timeout_ms, allow_nan;
-    int                 has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a gather-all */
-    int                 direct;    /* the image is mapped by every rank */
-    int                 lent;      /* staging and payload are not its own: lorasynci_plan_lend gives them before the first run */
-    int                 begun;
-    lorasync_status     lost;        /* the status with which the communicator went, or 0 */
-    lorasync_error      begin_error; /* of the last begin; status 0 when it succeeded */
-    const lorasync_error *objection; /* a failure in it is this rank's vote on a run, too; or NULL */
-    uint64_t            tag;         /* what all ranks must agree on at each run: the session's version */
-    uint64_t            run;         /* counts waits: equal on all ranks, whoever did not begin */
-    lorasynci_catalogue catalogue;   /* this rank's tensors */
-    lorasynci_ops       pack;        /* out of the caller's memory (or the image) */
-    lorasynci_ops       place;       /* out of receive staging, rounds in order */
-    lorasynci_link     *sends, *receives;              /* world each; a gather-all sends one stream to all: sends[0] */
-    lorasync_message   *messages;                      /* 2 * world: scratch of an exchange */
-    char               *memory[LORASYNCI_NUM_SPACES];  /* base of each space; LORASYNCI_MEMORY stays NULL */
-    size_t              staging_bytes[LORASYNCI_NUM_SPACES];
-    uint32_t            num_rounds;
-    void               *votes;
-    uint64_t           *sums;  /* digest of each catalogue tensor, as far as this rank packs it */
-    uint32_t           *index; /* per catalogue tensor: its place in the image of a gather */
-    uint32_t           *slots; /* catalogue tensors whose sums are sent, in stream order */
-    size_t              num_slots;
+    lorasynci_meter       meter; /* counts what the plan allocates */
+    lorasync_allocator    a;     /* goes through the meter */
+    lorasync_comm         comm;
+    lorasync_plan_kind    kind;
+    int                   root, timeout_ms, allow_nan;
+    int                   has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a gather-all */
+    int                   direct;    /* the image is mapped by every rank */
+    int                   lent;      /* staging and payload are not its own: lorasynci_plan_lend gives them before the first run */
+    int                   begun;
+    lorasync_status       lost;                         /* the status with which the communicator went, or 0 */
+    lorasync_error        begin_error;                  /* of the last begin; status 0 when it succeeded */
+    const lorasync_error *objection;                    /* a failure in it is this rank's vote on a run, too; or NULL */
+    uint64_t              tag;                          /* what all ranks must agree on at each run: the session's version */
+    uint64_t              run;                          /* counts waits: equal on all ranks, whoever did not begin */
+    lorasynci_catalogue   catalogue;                    /* this rank's tensors */
+    lorasynci_ops         pack;                         /* out of the caller's memory (or the image) */
+    lorasynci_ops         place;                        /* out of receive staging, rounds in order */
+    lorasynci_link       *sends, *receives;             /* world each; a gather-all sends one stream to all: sends[0] */
+    lorasync_message     *messages;                     /* 2 * world: scratch of an exchange */
+    char                 *memory[LORASYNCI_NUM_SPACES]; /* base of each space; LORASYNCI_MEMORY stays NULL */
+    size_t                staging_bytes[LORASYNCI_NUM_SPACES];
+    uint32_t              num_rounds;
+    void                 *votes;
+    uint64_t             *sums;  /* digest of each catalogue tensor, as far as this rank packs it */
+    uint32_t             *index; /* per catalogue tensor: its place in the image of a gather */
+    uint32_t             *slots; /* catalogue tensors whose sums are sent, in stream order */
+    size_t                num_slots;
     /* the image of a gather */
     lorasync_image *image;
     char           *image_memory; /* | header | payload | ; inside `mapping` when direct */
-    uint64_t           *tensor_digests;
-    lorasynci_term     *terms; /* per image tensor: its part in the image's digest */
-    char           *mapping;      /* direct: | header | payload | to 64 | sums of run 0, 3, .. | 1, 4, .. | 2, 5, .. | to 64 | marks: 64 per rank | importers: 64 | */
-    size_t          mapping_bytes;
-    uint64_t       *shared_sums;  /* in mapping, 3 * num_tensors: a run adds to one third; the next one's is zeroed meanwhile */
-    size_t              num_image_tensors;
-    uint64_t           *marks;     /* in mapping, one per 64 bytes: the run that a rank has begun, from 1 */
-    int64_t            *importers; /* in mapping, behind the sums: ranks that have the device image open */
-    lorasynci_device   *device;    /* with desc.cuda; else NULL */
-    int                 captured;  /* begin was recorded in a CUDA graph: each launch of it is a run */
-    const lorasync_image *source;  /* scatter, on the root */
-    lorasync_plan_stats stats;
+    uint64_t       *tensor_digests;
+    lorasynci_term *terms; /* per image tensor: its part in the image's digest */
+    char                   *
+        mapping; /* direct: | header | payload | to 64 | sums of run 0, 3, .. | 1, 4, .. | 2, 5, .. | to 64 | marks: 64 per rank | importers: 64 | */
+    size_t                mapping_bytes;
+    uint64_t             *shared_sums; /* in mapping, 3 * num_tensors: a run adds to one third; the next one's is zeroed meanwhile */
+    size_t                num_image_tensors;
+    uint64_t             *marks;     /* in mapping, one per 64 bytes: the run that a rank has begun, from 1 */
+    int64_t              *importers; /* in mapping, behind the sums: ranks that have the device image open */
+    lorasynci_device     *device;    /* with desc.cuda; else NULL */
+    int                   captured;  /* begin was recorded in a CUDA graph: each launch of it is a run */
+    const lorasync_image *source;    /* scatter, on the root */
+    lorasync_plan_stats   stats;
 };
 
 /* What another process needs to write to an image in device memory. */
@@ -6993,7 +7087,7 @@ LORASYNCI_FN int lorasynci_is_pipelined(const lorasync_plan *plan) { return plan
 
 /* A non-empty box of some rank, as it arrived. */
 typedef struct lorasynci_region {
-    const int64_t *box; /* off, then len; inside the rank's message */
+    const int64_t *box;    /* off, then len; inside the rank's message */
     uint32_t       tensor; /* merged number */
     uint32_t       rank;
     uint32_t       item; /* number of the part on that rank */
@@ -7022,52 +7116,59 @@ typedef struct lorasynci_route {
 } lorasynci_route;
 
 typedef struct lorasynci_planner {
-    lorasync_plan       *plan;
+    lorasync_plan            *plan;
     const lorasync_plan_desc *desc;
-    int                  world;
-    lorasynci_catalogue *catalogues; /* per rank; num 0 where another rank's is meant */
-    int                 *same_as;    /* per rank: whose catalogue it has */
-    uint32_t           **numbers;    /* per rank with a catalogue: merged number of each of its tensors */
-    char               **parts;      /* per rank: its parts as received */
-    size_t              *parts_bytes;
-    lorasynci_catalogue  merged;     /* tensors that are held; of a scatter, those of the image */
-    lorasynci_table      names;
-    int                 *first_rank; /* per merged tensor: who named it first, for messages */
-    lorasynci_regions    held, wanted;
-    uint32_t            *image_index;  /* per merged tensor: its place in the image */
-    uint32_t            *merged_index; /* the inverse */
-    lorasynci_stream    *streams;
-    uint64_t            *load;      /* per rank: bytes it sends */
-    uint64_t             pair_cap;  /* bytes of one stream in one round */
-    uint64_t             first_cap; /* the same of round 0; each further round may have four times as much, until pair_cap */
-    uint32_t             num_rounds;
-    lorasynci_buffer    *sends, *receives; /* per rank: lorasynci_route ... */
-    lorasynci_buffer    *digests;          /* per rank: uint32_t image tensor of each digest it sends */
+    int                       world;
+    lorasynci_catalogue      *catalogues; /* per rank; num 0 where another rank's is meant */
+    int                      *same_as;    /* per rank: whose catalogue it has */
+    uint32_t                **numbers;    /* per rank with a catalogue: merged number of each of its tensors */
+    char                    **parts;      /* per rank: its parts as received */
+    size_t                   *parts_bytes;
+    lorasynci_catalogue       merged; /* tensors that are held; of a scatter, those of the image */
+    lorasynci_table           names;
+    int                      *first_rank; /* per merged tensor: who named it first, for messages */
+    lorasynci_regions         held, wanted;
+    uint32_t                 *image_index;  /* per merged tensor: its place in the image */
+    uint32_t                 *merged_index; /* the inverse */
+    lorasynci_stream         *streams;
+    uint64_t                 *load;      /* per rank: bytes it sends */
+    uint64_t                  pair_cap;  /* bytes of one stream in one round */
+    uint64_t                  first_cap; /* the same of round 0; each further round may have four times as much, until pair_cap */
+    uint32_t                  num_rounds;
+    lorasynci_buffer         *sends, *receives; /* per rank: lorasynci_route ... */
+    lorasynci_buffer         *digests;          /* per rank: uint32_t image tensor of each digest it sends */
 } lorasynci_planner;
 
-LORASYNCI_FN const char *lorasynci_merged_name(const lorasynci_planner *p, size_t t) { return lorasynci_record_name(lorasynci_record_at(&p->merged, t)); }
+LORASYNCI_FN const char *lorasynci_merged_name(const lorasynci_planner *p, size_t t)
+{
+    return lorasynci_record_name(lorasynci_record_at(&p->merged, t));
+}
 
 /* Two descriptions of one tensor must agree in shape, and in dtype unless one is what is wanted. */
-LORASYNCI_FN lorasync_status lorasynci_merge_check(const lorasynci_planner *p, size_t t, const lorasynci_record *r, int rank, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_merge_check(const lorasynci_planner *p, size_t t, const lorasynci_record *r, int rank,
+                                                   lorasync_error *err)
 {
     const lorasynci_record *m = lorasynci_record_at(&p->merged, t);
     char                    ours[128], theirs[128];
     int                     first = p->first_rank[t];
     if (m->ndim != r->ndim || memcmp(lorasynci_record_shape(m), lorasynci_record_shape(r), (size_t)m->ndim * 8) != 0)
         return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%.200s: shape %s %s %d, %s on rank %d", lorasynci_record_name(r),
-                              lorasynci_shape_text(lorasynci_record_shape(m), m->ndim, ours, sizeof ours), first < 0 ? "in the image of rank" : "on rank",
-                              first < 0 ? p->plan->root : first, lorasynci_shape_text(lorasynci_record_shape(r), r->ndim, theirs, sizeof theirs), rank);
+                              lorasynci_shape_text(lorasynci_record_shape(m), m->ndim, ours, sizeof ours),
+                              first < 0 ? "in the image of rank" : "on rank", first < 0 ? p->plan->root : first,
+                              lorasynci_shape_text(lorasynci_record_shape(r), r->ndim, theirs, sizeof theirs), rank);
     if (!r->wanted && m->dtype != r->dtype)
         return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%.200s: dtype %s on rank %d, %s on rank %d", lorasynci_record_name(r),
                               lorasync_dtype_name((lorasync_dtype)m->dtype), first, lorasync_dtype_name((lorasync_dtype)r->dtype), rank);
     if (r->wanted && !lorasynci_can_convert((lorasync_dtype)m->dtype, (lorasync_dtype)r->dtype))
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: is held as %s and wanted as %s by rank %d; only float types are converted", lorasynci_record_name(r),
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "%.200s: is held as %s and wanted as %s by rank %d; only float types are converted", lorasynci_record_name(r),
                               lorasync_dtype_name((lorasync_dtype)m->dtype), lorasync_dtype_name((lorasync_dtype)r->dtype), rank);
     return LORASYNC_OK;
 }
 
 /* Enters one tensor of a rank; *number is its merged number. A wanted tensor must be held already. */
-LORASYNCI_FN lorasync_status lorasynci_merge_record(lorasynci_planner *p, const lorasynci_record *r, int rank, uint32_t *number, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_merge_record(lorasynci_planner *p, const lorasynci_record *r, int rank, uint32_t *number,
+                                                    lorasync_error *err)
 {
     const char *name = lorasynci_record_name(r);
     size_t      t;
@@ -7202,9 +7303,9 @@ LORASYNCI_FN void lorasynci_sort_regions(lorasynci_region *r, size_t n, int ndim
             hole = --i;
             x    = r[hole];
         } else {
-            x    = r[--end];
+            x      = r[--end];
             r[end] = r[0];
-            hole = 0;
+            hole   = 0;
         }
         while ((child = 2 * hole + 1) < end) {
             if (child + 1 < end && lorasynci_region_order(&r[child], &r[child + 1], ndim) < 0) child++;
@@ -7255,17 +7356,20 @@ LORASYNCI_FN int lorasynci_find_gap(const int64_t *box, int ndim, const lorasync
     return 0;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_gap_error(const lorasynci_planner *p, size_t t, const int64_t *box, const char *who, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_gap_error(const lorasynci_planner *p, size_t t, const int64_t *box, const char *who,
+                                                 lorasync_error *err)
 {
-    const lorasynci_record *m    = lorasynci_record_at(&p->merged, t);
-    int                     ndim = m->ndim;
+    const lorasynci_record *m                          = lorasynci_record_at(&p->merged, t);
+    int                     ndim                       = m->ndim;
     int64_t                 gap[2 * LORASYNC_MAX_DIMS] = {0};
     char                    text[160], shape[128];
     const lorasynci_region *r = p->held.list + p->held.starts[t];
     lorasynci_find_gap(box, ndim, r, p->held.starts[t + 1] - p->held.starts[t], 0, gap);
-    return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.200s: elements %s of shape %s are held by no rank%s; check the rank and world size given to the layout function",
-                          lorasynci_record_name(m), lorasynci_box_text(gap, gap + ndim, ndim, text, sizeof text),
-                          lorasynci_shape_text(lorasynci_record_shape(m), ndim, shape, sizeof shape), who);
+    return lorasynci_fail(
+        err, LORASYNC_E_LAYOUT,
+        "%.200s: elements %s of shape %s are held by no rank%s; check the rank and world size given to the layout function",
+        lorasynci_record_name(m), lorasynci_box_text(gap, gap + ndim, ndim, text, sizeof text),
+        lorasynci_shape_text(lorasynci_record_shape(m), ndim, shape, sizeof shape), who);
 }
 
 /* Overlaps of boxes that are not replicas. Sorted regions that differ first in dimension s can stop at the first one that begins behind. */
@@ -7284,9 +7388,11 @@ LORASYNCI_FN lorasync_status lorasynci_check_overlap(const lorasynci_planner *p,
         for (j = i + 1; j < n && r[j].box[s] < r[i].box[s] + r[i].box[ndim + s]; j++) {
             char a[160], b[160];
             if (lorasynci_same_box(&r[i], &r[j], ndim) || !lorasynci_intersect(r[i].box, r[j].box, ndim, NULL)) continue;
-            return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.180s: rank %u holds %.100s and rank %u holds %.100s, which overlap without being equal; only whole replicas may repeat",
-                                  lorasynci_merged_name(p, t), r[i].rank, lorasynci_box_text(r[i].box, r[i].box + ndim, ndim, a, sizeof a), r[j].rank,
-                                  lorasynci_box_text(r[j].box, r[j].box + ndim, ndim, b, sizeof b));
+            return lorasynci_fail(
+                err, LORASYNC_E_LAYOUT,
+                "%.180s: rank %u holds %.100s and rank %u holds %.100s, which overlap without being equal; only whole replicas may repeat",
+                lorasynci_merged_name(p, t), r[i].rank, lorasynci_box_text(r[i].box, r[i].box + ndim, ndim, a, sizeof a), r[j].rank,
+                lorasynci_box_text(r[j].box, r[j].box + ndim, ndim, b, sizeof b));
         }
     return LORASYNC_OK;
 }
@@ -7322,11 +7428,14 @@ LORASYNCI_FN lorasync_dtype lorasynci_wire_dtype(const lorasync_plan_desc *d, lo
     return d->wire_dtype != LORASYNC_DTYPE_NONE && d->kind != LORASYNC_SCATTER && lorasynci_is_float(own) ? d->wire_dtype : own;
 }
 
-enum { LORASYNCI_MAX_ROUNDS = 65535 };
+enum {
+    LORASYNCI_MAX_ROUNDS = 65535
+};
 
 #define LORASYNCI_ALL UINT32_MAX /* as a peer: every other rank */
 
-LORASYNCI_FN void lorasynci_put_route(lorasynci_buffer *b, uint32_t item, uint32_t peer, uint64_t at, uint32_t round, const int64_t *box, int ndim)
+LORASYNCI_FN void lorasynci_put_route(lorasynci_buffer *b, uint32_t item, uint32_t peer, uint64_t at, uint32_t round, const int64_t *box,
+                                      int ndim)
 {
     lorasynci_route r;
     r.item  = item;
@@ -7344,13 +7453,16 @@ LORASYNCI_FN uint64_t lorasynci_round_cap(const lorasynci_planner *p, uint32_t r
 }
 
 /* Where the next box of a stream goes, and in which round. */
-LORASYNCI_FN lorasync_status lorasynci_stream_put(lorasynci_planner *p, lorasynci_stream *s, uint64_t num_bytes, uint64_t *at, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_stream_put(lorasynci_planner *p, lorasynci_stream *s, uint64_t num_bytes, uint64_t *at,
+                                                  lorasync_error *err)
 {
     *at = (s->at + LORASYNCI_ALIGN - 1) / LORASYNCI_ALIGN * LORASYNCI_ALIGN;
     if (*at > s->round_start && *at + num_bytes > s->round_start + lorasynci_round_cap(p, s->round)) {
         s->round_start = *at;
         if (++s->round >= LORASYNCI_MAX_ROUNDS)
-            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "bucket_bytes is so small that more than %d exchanges would be needed; raise it", (int)LORASYNCI_MAX_ROUNDS);
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                                  "bucket_bytes is so small that more than %d exchanges would be needed; raise it",
+                                  (int)LORASYNCI_MAX_ROUNDS);
     }
     s->at = *at + num_bytes;
     if (s->round + 1 > p->num_rounds) p->num_rounds = s->round + 1;
@@ -7358,19 +7470,19 @@ LORASYNCI_FN lorasync_status lorasynci_stream_put(lorasynci_planner *p, lorasync
 }
 
 /* One box of tensor t from an item of rank src to an item of rank dst (or of all others). whole: the box is all of the sender's part. */
-LORASYNCI_FN lorasync_status lorasynci_route_box(lorasynci_planner *p, size_t t, const lorasynci_region *src, uint32_t dst, uint32_t dst_item,
-                                                 const int64_t *box, int whole, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_route_box(lorasynci_planner *p, size_t t, const lorasynci_region *src, uint32_t dst,
+                                                 uint32_t dst_item, const int64_t *box, int whole, lorasync_error *err)
 {
     const lorasynci_record *m     = lorasynci_record_at(&p->merged, t);
     lorasync_dtype          wire  = lorasynci_wire_dtype(p->desc, (lorasync_dtype)m->dtype);
     uint64_t                bytes = (uint64_t)lorasynci_box_numel(box + m->ndim, m->ndim) * (uint64_t)lorasynci_item(wire), at = dst_item;
-    lorasynci_stream       *s     = NULL;
+    lorasynci_stream       *s = NULL;
     uint32_t                rank, round = 0;
     p->load[src->rank] += bytes;
     if (dst != src->rank) {
-        s = p->desc->kind == LORASYNC_RESHARD ? &p->streams[(size_t)src->rank * (size_t)p->world + dst] :
-            p->desc->kind == LORASYNC_SCATTER ? &p->streams[dst] :
-                                                &p->streams[src->rank];
+        s = p->desc->kind == LORASYNC_RESHARD   ? &p->streams[(size_t)src->rank * (size_t)p->world + dst]
+            : p->desc->kind == LORASYNC_SCATTER ? &p->streams[dst]
+                                                : &p->streams[src->rank];
         LORASYNCI_TRY(lorasynci_stream_put(p, s, bytes, &at, err));
         round = s->round;
     }
@@ -7416,7 +7528,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasy
     for (i = 0; i < p->merged.num; i++) {
         size_t            t    = p->merged_index[i];
         int               ndim = lorasynci_record_at(&p->merged, t)->ndim;
-        lorasynci_region *r    = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
+        lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
         for (; r < end; r += n) {
             const lorasynci_region *owner;
             for (n = 1; r + n < end && lorasynci_same_box(r, r + n, ndim); n++) {}
@@ -7437,7 +7549,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasy
 LORASYNCI_FN lorasync_status lorasynci_route_wanted(lorasynci_planner *p, size_t t, const lorasynci_region *want, lorasync_error *err)
 {
     int               ndim = lorasynci_record_at(&p->merged, t)->ndim;
-    lorasynci_region *r    = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
+    lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
     int64_t           cut[2 * LORASYNC_MAX_DIMS] = {0}, got = 0;
     size_t            n;
     for (; r < end; r += n) {
@@ -7460,7 +7572,8 @@ LORASYNCI_FN lorasync_status lorasynci_route_reshard(lorasynci_planner *p, loras
 {
     size_t t, i;
     for (t = 0; t < p->merged.num; t++)
-        for (i = p->wanted.starts[t]; i < p->wanted.starts[t + 1]; i++) LORASYNCI_TRY(lorasynci_route_wanted(p, t, &p->wanted.list[i], err));
+        for (i = p->wanted.starts[t]; i < p->wanted.starts[t + 1]; i++)
+            LORASYNCI_TRY(lorasynci_route_wanted(p, t, &p->wanted.list[i], err));
     return LORASYNC_OK;
 }
 
@@ -7473,8 +7586,12 @@ LORASYNCI_FN lorasync_status lorasynci_route_scatter(lorasynci_planner *p, loras
         memset(&image, 0, sizeof image);
         image.rank = (uint32_t)p->plan->root;
         image.item = (uint32_t)t;
-        if (p->wanted.starts[t] == p->wanted.starts[t + 1] && lorasynci_box_numel(lorasynci_record_shape(lorasynci_record_at(&p->merged, t)), lorasynci_record_at(&p->merged, t)->ndim) > 0)
-            return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "%.200s: in the image, but no rank wants it; is it the adapter of another model or of other target modules?", lorasynci_merged_name(p, t));
+        if (p->wanted.starts[t] == p->wanted.starts[t + 1] &&
+            lorasynci_box_numel(lorasynci_record_shape(lorasynci_record_at(&p->merged, t)), lorasynci_record_at(&p->merged, t)->ndim) > 0)
+            return lorasynci_fail(
+                err, LORASYNC_E_NOT_FOUND,
+                "%.200s: in the image, but no rank wants it; is it the adapter of another model or of other target modules?",
+                lorasynci_merged_name(p, t));
         for (i = p->wanted.starts[t]; i < p->wanted.starts[t + 1]; i++)
             LORASYNCI_TRY(lorasynci_route_box(p, t, &image, p->wanted.list[i].rank, p->wanted.list[i].item, p->wanted.list[i].box, 0, err));
     }
@@ -7486,7 +7603,8 @@ LORASYNCI_FN lorasync_status lorasynci_route_scatter(lorasynci_planner *p, loras
 LORASYNCI_FN size_t lorasynci_align64(size_t n) { return (n + 63) / 64 * 64; }
 
 /* The layout of the image from the tensors of `c`, in the plan's allocator. */
-LORASYNCI_FN lorasync_status lorasynci_layout_image(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_catalogue *c, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_layout_image(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_catalogue *c,
+                                                    lorasync_error *err)
 {
     lorasync_image_desc image;
     lorasync_tensor    *tensors = (lorasync_tensor *)lorasynci_alloc_array(&plan->a, c->num, sizeof *tensors);
@@ -7525,28 +7643,30 @@ LORASYNCI_FN char *lorasynci_map_named(const char *name, size_t num_bytes, int c
 
 /* What the planner tells every rank before routing. */
 typedef struct lorasynci_offer {
-    lorasync_error verdict;
-    uint64_t       catalogue_bytes; /* gather-all: the merged catalogue follows, for the image */
-    uint64_t       mapping_bytes;   /* direct: what to map; 0 without */
-    uint64_t       sums_at;         /* direct: where the shared sums lie in it */
-    uint64_t       header_bytes;
-    uint64_t       num_tensors; /* of the image */
+    lorasync_error         verdict;
+    uint64_t               catalogue_bytes; /* gather-all: the merged catalogue follows, for the image */
+    uint64_t               mapping_bytes;   /* direct: what to map; 0 without */
+    uint64_t               sums_at;         /* direct: where the shared sums lie in it */
+    uint64_t               header_bytes;
+    uint64_t               num_tensors; /* of the image */
     lorasynci_device_offer device;
-    char           name[64];
+    char                   name[64];
 } lorasynci_offer;
 
 /* A name for shared memory that nobody else uses: process, time, address. */
 LORASYNCI_FN void lorasynci_mapping_name(char out[64], const void *owner)
 {
-    snprintf(out, 64, "/lorasync-%ld-%016llx", (long)getpid(), (unsigned long long)lorasynci_mix(lorasynci_now_ns() ^ (uint64_t)(uintptr_t)owner));
+    snprintf(out, 64, "/lorasync-%ld-%016llx", (long)getpid(),
+             (unsigned long long)lorasynci_mix(lorasynci_now_ns() ^ (uint64_t)(uintptr_t)owner));
 }
 
 LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *offer)
 {
     const lorasync_image *image     = plan->image;
     size_t                sums_at   = lorasynci_align64(image->header_bytes + (plan->device || plan->lent ? 0 : image->payload_bytes));
-    size_t                num_bytes = lorasynci_align64(sums_at + 3 * image->num_tensors * sizeof(uint64_t) ) + ((size_t)plan->comm.world + 1) * 64; /* marks and importers last */
-    lorasync_error        unused;
+    size_t                num_bytes = lorasynci_align64(sums_at + 3 * image->num_tensors * sizeof(uint64_t)) +
+                       ((size_t)plan->comm.world + 1) * 64; /* marks and importers last */
+    lorasync_error unused;
     if (plan->device && lorasynci_device_make_image(plan, &offer->device, &unused) < 0) return; /* said again when it is needed */
     lorasynci_mapping_name(offer->name, plan);
     plan->mapping = lorasynci_map_named(offer->name, num_bytes, 1);
@@ -7572,7 +7692,8 @@ LORASYNCI_FN int lorasynci_is_planner(const lorasync_plan *plan) { return plan->
 
 /* From every rank to the planner, or (to_all) from the planner to every rank: one block each. `blocks` and `sizes` are used by the planner,
    block and size by the others. */
-LORASYNCI_FN lorasync_status lorasynci_star(lorasync_plan *plan, int to_all, char **blocks, const size_t *sizes, void *block, size_t size, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_star(lorasync_plan *plan, int to_all, char **blocks, const size_t *sizes, void *block, size_t size,
+                                            lorasync_error *err)
 {
     const lorasync_comm *c = &plan->comm;
     size_t               n = 0;
@@ -7595,19 +7716,23 @@ LORASYNCI_FN lorasync_status lorasynci_star(lorasync_plan *plan, int to_all, cha
     return c->exchange(c->user, NULL, 0, plan->messages, n, plan->timeout_ms, err);
 }
 
-enum { LORASYNCI_FIRST_ROUND = 16 << 20 };
+enum {
+    LORASYNCI_FIRST_ROUND = 16 << 20
+};
 
 /* Rounds that overlap share the bucket by two, and begin small: the first is soon packed, and travels while the rest is. */
 LORASYNCI_FN void lorasynci_planner_caps(lorasynci_planner *p)
 {
-    const size_t bucket = p->desc->bucket_bytes ? p->desc->bucket_bytes : (size_t)256 << 20, others = p->world > 1 ? (size_t)p->world - 1 : 1;
-    const int    overlap = lorasynci_is_pipelined(p->plan);
-    p->pair_cap  = bucket / others / (overlap ? 2 : 1);
-    p->first_cap = overlap ? LORASYNCI_FIRST_ROUND / others : p->pair_cap;
+    const size_t bucket = p->desc->bucket_bytes ? p->desc->bucket_bytes : (size_t)256 << 20,
+                 others = p->world > 1 ? (size_t)p->world - 1 : 1;
+    const int overlap   = lorasynci_is_pipelined(p->plan);
+    p->pair_cap         = bucket / others / (overlap ? 2 : 1);
+    p->first_cap        = overlap ? LORASYNCI_FIRST_ROUND / others : p->pair_cap;
 }
 
 /* The planner's arrays, one entry per rank. */
-LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasync_plan *plan, const lorasync_plan_desc *desc, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasync_plan *plan, const lorasync_plan_desc *desc,
+                                                    lorasync_error *err)
 {
     const lorasync_allocator *a = &plan->a;
     size_t                    n = (size_t)plan->comm.world, i, streams = desc->kind == LORASYNC_RESHARD ? n * n : n;
@@ -7626,7 +7751,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasy
     p->receives    = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->receives);
     p->digests     = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->digests);
     lorasynci_catalogue_init(&p->merged, a);
-    if (!p->catalogues || !p->same_as || !p->numbers || !p->parts || !p->parts_bytes || !p->streams || !p->load || !p->sends || !p->receives || !p->digests)
+    if (!p->catalogues || !p->same_as || !p->numbers || !p->parts || !p->parts_bytes || !p->streams || !p->load || !p->sends ||
+        !p->receives || !p->digests)
         return lorasynci_fail_memory(err, n * sizeof *p->catalogues);
     for (i = 0; i < n; i++) {
         lorasynci_catalogue_init(&p->catalogues[i], a);
@@ -7657,13 +7783,15 @@ LORASYNCI_FN void lorasynci_planner_free(lorasynci_planner *p)
     lorasynci_free(a, p->catalogues), lorasynci_free(a, p->same_as), lorasynci_free(a, p->numbers), lorasynci_free(a, p->parts);
     lorasynci_free(a, p->parts_bytes), lorasynci_free(a, p->streams), lorasynci_free(a, p->load), lorasynci_free(a, p->sends);
     lorasynci_free(a, p->receives), lorasynci_free(a, p->digests), lorasynci_free(a, p->first_rank), lorasynci_free(a, p->image_index);
-    lorasynci_free(a, p->merged_index), lorasynci_free(a, p->held.list), lorasynci_free(a, p->held.starts), lorasynci_free(a, p->wanted.list);
+    lorasynci_free(a, p->merged_index), lorasynci_free(a, p->held.list), lorasynci_free(a, p->held.starts),
+        lorasynci_free(a, p->wanted.list);
     lorasynci_free(a, p->wanted.starts);
     memset(p, 0, sizeof *p);
 }
 
 /* Who sends a catalogue: the first rank that has it. The planner makes room for what will come. */
-LORASYNCI_FN lorasync_status lorasynci_planner_expect(lorasynci_planner *p, const lorasynci_hello *hellos, size_t *sizes, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_planner_expect(lorasynci_planner *p, const lorasynci_hello *hellos, size_t *sizes,
+                                                      lorasync_error *err)
 {
     int i, j;
     for (i = 0; i < p->world; i++) {
@@ -7672,7 +7800,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_expect(lorasynci_planner *p, cons
         p->same_as[i]     = j;
         p->parts_bytes[i] = (size_t)hellos[i].parts_bytes;
         n                 = j == i ? (size_t)hellos[i].catalogue_bytes : 0;
-        if (!lorasynci_add(n, p->parts_bytes[i], &sizes[i])) return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d announces an impossible size", i);
+        if (!lorasynci_add(n, p->parts_bytes[i], &sizes[i]))
+            return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d announces an impossible size", i);
         p->parts[i] = (char *)lorasynci_alloc(&p->plan->a, sizes[i]);
         if (!p->parts[i]) return lorasynci_fail_memory(err, sizes[i]);
     }
@@ -7713,7 +7842,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, const
 {
     lorasync_dtype wire = p->desc->wire_dtype;
     if (wire != LORASYNC_DTYPE_NONE && !lorasynci_is_float(wire))
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "wire_dtype %s is not one of F32, F16, BF16, F8_E4M3, F8_E5M2", lorasync_dtype_name(wire) ? lorasync_dtype_name(wire) : "(none)");
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "wire_dtype %s is not one of F32, F16, BF16, F8_E4M3, F8_E5M2",
+                              lorasync_dtype_name(wire) ? lorasync_dtype_name(wire) : "(none)");
     LORASYNCI_TRY(lorasynci_planner_unpack(p, sizes, err));
     LORASYNCI_TRY(lorasynci_merge(p, err));
     LORASYNCI_TRY(lorasynci_group_parts(p, 1, &p->wanted, err));
@@ -7750,11 +7880,12 @@ typedef struct lorasynci_answer {
 } lorasynci_answer;
 
 /* Behind the routes: where each of the rank's tensors is in the image, and the digests it will be sent. */
-LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int rank, lorasynci_answer *head, lorasynci_buffer *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int rank, lorasynci_answer *head, lorasynci_buffer *out,
+                                                      lorasync_error *err)
 {
     const lorasynci_catalogue *c = &p->catalogues[p->same_as[rank]];
     size_t                     i, start;
-    int                        from, image_here = p->image_index && !p->plan->direct && (p->desc->kind == LORASYNC_GATHER_ALL || rank == p->plan->root);
+    int from, image_here = p->image_index && !p->plan->direct && (p->desc->kind == LORASYNC_GATHER_ALL || rank == p->plan->root);
     head->sends_bytes    = p->sends[rank].size;
     head->receives_bytes = p->receives[rank].size;
     head->num_rounds     = p->num_rounds;
@@ -7763,7 +7894,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
     lorasynci_buffer_free(&p->sends[rank]);
     lorasynci_buffer_free(&p->receives[rank]);
     for (i = 0; i < c->num; i++) {
-        uint32_t         t = p->numbers[p->same_as[rank]][i];
+        uint32_t              t = p->numbers[p->same_as[rank]][i];
         lorasynci_destination target;
         target.index  = p->image_index ? p->image_index[t] : 0;
         target.offset = p->image_index ? p->plan->image->tensors[target.index].offset : 0;
@@ -7786,13 +7917,15 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
 /* -- from routes to operations */
 
 /* The end of a movement at one of this rank's parts. */
-LORASYNCI_FN lorasync_status lorasynci_part_end(const lorasync_plan *plan, const lorasynci_parts *parts, uint64_t item, lorasynci_end *out, uint32_t *tensor,
-                                                float *scale, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_part_end(const lorasync_plan *plan, const lorasynci_parts *parts, uint64_t item, lorasynci_end *out,
+                                                uint32_t *tensor, float *scale, lorasync_error *err)
 {
     const lorasynci_part   *part;
     const lorasynci_record *r;
     const int64_t          *g;
-    if (item >= lorasynci_parts_num(parts)) return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names part %llu, of %zu", (unsigned long long)item, lorasynci_parts_num(parts));
+    if (item >= lorasynci_parts_num(parts))
+        return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names part %llu, of %zu", (unsigned long long)item,
+                              lorasynci_parts_num(parts));
     part       = lorasynci_part_at(parts, (size_t)item);
     r          = lorasynci_record_at(&plan->catalogue, part->tensor);
     g          = lorasynci_part_geometry(parts, part);
@@ -7810,7 +7943,8 @@ LORASYNCI_FN lorasync_status lorasynci_part_end(const lorasync_plan *plan, const
 LORASYNCI_FN lorasync_status lorasynci_image_end(const lorasync_image *image, uint64_t item, lorasynci_end *out, lorasync_error *err)
 {
     const lorasync_tensor *t;
-    if (!image || item >= image->num_tensors) return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names image tensor %llu, which is not there", (unsigned long long)item);
+    if (!image || item >= image->num_tensors)
+        return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names image tensor %llu, which is not there", (unsigned long long)item);
     t          = &image->tensors[item];
     out->space = LORASYNCI_IMAGE;
     out->dtype = t->dtype;
@@ -7821,7 +7955,8 @@ LORASYNCI_FN lorasync_status lorasynci_image_end(const lorasync_image *image, ui
 }
 
 /* The end in staging: the box alone, row-major. */
-LORASYNCI_FN void lorasynci_staging_end(lorasynci_end *out, lorasynci_space space, uint64_t at, lorasync_dtype wire, const int64_t *box, int ndim)
+LORASYNCI_FN void lorasynci_staging_end(lorasynci_end *out, lorasynci_space space, uint64_t at, lorasync_dtype wire, const int64_t *box,
+                                        int ndim)
 {
     out->space = space;
     out->dtype = wire;
@@ -7832,12 +7967,12 @@ LORASYNCI_FN void lorasynci_staging_end(lorasynci_end *out, lorasynci_space spac
 
 /* What a rank works with while it builds. */
 typedef struct lorasynci_build {
-    lorasync_plan            *plan;
-    const lorasync_plan_desc *desc;
-    const lorasynci_parts    *parts;
-    const lorasync_image     *image;   /* at this rank's end: the one gathered into, or scattered from */
-    const lorasynci_destination   *targets; /* per catalogue tensor */
-    size_t                    num_targets;
+    lorasync_plan               *plan;
+    const lorasync_plan_desc    *desc;
+    const lorasynci_parts       *parts;
+    const lorasync_image        *image;   /* at this rank's end: the one gathered into, or scattered from */
+    const lorasynci_destination *targets; /* per catalogue tensor */
+    size_t                       num_targets;
 } lorasynci_build;
 
 /* One route with all that an operation needs. */
@@ -7848,7 +7983,7 @@ typedef struct lorasynci_leg {
     int             ndim;
     uint32_t        tensor;
     float           scale;
-    lorasynci_end   near;  /* at this rank's part, or image */
+    lorasynci_end   near; /* at this rank's part, or image */
     lorasync_dtype  wire;
     uint64_t        num_bytes; /* on the wire */
 } lorasynci_leg;
@@ -7861,7 +7996,8 @@ LORASYNCI_FN lorasync_status lorasynci_damaged_answer(const lorasync_plan *plan,
 }
 
 /* Reads the route at *at. receiving: it ends here; else it starts here. */
-LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_build *b, const char *routes, size_t size, size_t *at, int receiving, lorasynci_leg *leg, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_build *b, const char *routes, size_t size, size_t *at, int receiving,
+                                                lorasynci_leg *leg, lorasync_error *err)
 {
     int at_image = receiving ? lorasynci_is_gather(b->desc->kind) : b->desc->kind == LORASYNC_SCATTER;
     memset(leg, 0, sizeof *leg);
@@ -7885,10 +8021,12 @@ LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_build *b, const 
         leg->box = (const int64_t *)(const void *)(routes + *at);
         *at += (size_t)leg->ndim * 16;
     }
-    if (!leg->box || (leg->route.peer >= (uint32_t)b->plan->comm.world && leg->route.peer != LORASYNCI_ALL)) return lorasynci_damaged_answer(b->plan, err);
-    leg->wire = !receiving ? lorasynci_wire_dtype(b->desc, leg->near.dtype) :
-                at_image   ? leg->near.dtype :
-                leg->tensor < b->num_targets ? (lorasync_dtype)b->targets[leg->tensor].dtype : LORASYNC_DTYPE_NONE;
+    if (!leg->box || (leg->route.peer >= (uint32_t)b->plan->comm.world && leg->route.peer != LORASYNCI_ALL))
+        return lorasynci_damaged_answer(b->plan, err);
+    leg->wire      = !receiving                     ? lorasynci_wire_dtype(b->desc, leg->near.dtype)
+                     : at_image                     ? leg->near.dtype
+                     : leg->tensor < b->num_targets ? (lorasync_dtype)b->targets[leg->tensor].dtype
+                                                    : LORASYNC_DTYPE_NONE;
     leg->num_bytes = (uint64_t)(lorasynci_box_numel(leg->box + leg->ndim, leg->ndim) * lorasynci_item(leg->wire));
     return LORASYNC_OK;
 }
@@ -7917,7 +8055,8 @@ LORASYNCI_FN uint64_t lorasynci_link_digests_at(const lorasynci_link *link)
 LORASYNCI_FN uint64_t lorasynci_link_end(const lorasynci_link *link, uint32_t round)
 {
     const uint64_t *ends = (const uint64_t *)(const void *)link->ends.data;
-    if (round + 1 == lorasynci_link_rounds(link) && link->num_digests) return lorasynci_link_digests_at(link) + link->num_digests * sizeof(uint64_t);
+    if (round + 1 == lorasynci_link_rounds(link) && link->num_digests)
+        return lorasynci_link_digests_at(link) + link->num_digests * sizeof(uint64_t);
     return ends[round];
 }
 
@@ -7945,7 +8084,8 @@ LORASYNCI_FN lorasync_status lorasynci_link_extend(lorasynci_link *link, const l
 }
 
 /* The end of a gather in the image, also where the image itself is another rank's. */
-LORASYNCI_FN lorasync_status lorasynci_target_end(const lorasynci_build *b, const lorasynci_leg *leg, lorasynci_end *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_target_end(const lorasynci_build *b, const lorasynci_leg *leg, lorasynci_end *out,
+                                                  lorasync_error *err)
 {
     if (leg->tensor >= b->num_targets) return lorasynci_damaged_answer(b->plan, err);
     out->space = LORASYNCI_IMAGE;
@@ -7966,11 +8106,14 @@ LORASYNCI_FN lorasync_status lorasynci_build_send(const lorasynci_build *b, cons
     int            self = leg->route.peer == (uint32_t)plan->comm.rank, gather = lorasynci_is_gather(b->desc->kind);
     int            digest = gather && !(self && b->desc->kind == LORASYNC_GATHER_ALL && !plan->direct && plan->comm.world > 1);
     memset(&far, 0, sizeof far);
-    if (!self) lorasynci_staging_end(&far, LORASYNCI_SEND, lorasynci_link_of(plan, leg, 0)->base + leg->route.at, leg->wire, leg->box, leg->ndim);
+    if (!self)
+        lorasynci_staging_end(&far, LORASYNCI_SEND, lorasynci_link_of(plan, leg, 0)->base + leg->route.at, leg->wire, leg->box, leg->ndim);
     else if (gather) LORASYNCI_TRY(lorasynci_target_end(b, leg, &far, err));
     else LORASYNCI_TRY(lorasynci_part_end(plan, b->parts, leg->route.at, &far, &tensor, &scale, err));
-    if (digest && !self && (plan->num_slots == 0 || plan->slots[plan->num_slots - 1] != leg->tensor)) plan->slots[plan->num_slots++] = leg->tensor;
-    lorasynci_add_ops(&plan->pack, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &leg->near, &far, leg->tensor, leg->scale, leg->route.round, digest,
+    if (digest && !self && (plan->num_slots == 0 || plan->slots[plan->num_slots - 1] != leg->tensor))
+        plan->slots[plan->num_slots++] = leg->tensor;
+    lorasynci_add_ops(&plan->pack, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &leg->near, &far, leg->tensor, leg->scale,
+                      leg->route.round, digest,
                       self && leg->wire != far.dtype && leg->wire != leg->near.dtype ? leg->wire : LORASYNC_DTYPE_NONE);
     return lorasynci_ops_failed(&plan->pack) ? lorasynci_fail_memory(err, plan->pack.list.size) : LORASYNC_OK;
 }
@@ -7981,24 +8124,29 @@ LORASYNCI_FN lorasync_status lorasynci_build_receive(const lorasynci_build *b, c
     lorasynci_link *link = lorasynci_link_of(b->plan, leg, 1);
     lorasynci_end   far;
     memset(&far, 0, sizeof far);
-    lorasynci_staging_end(&far, LORASYNCI_RECEIVE, lorasynci_link_received_at(link, leg->route.round) + leg->route.at - lorasynci_link_start(link, leg->route.round),
+    lorasynci_staging_end(&far, LORASYNCI_RECEIVE,
+                          lorasynci_link_received_at(link, leg->route.round) + leg->route.at - lorasynci_link_start(link, leg->route.round),
                           leg->wire, leg->box, leg->ndim);
-    lorasynci_add_ops(&b->plan->place, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &far, &leg->near, leg->tensor, 1, leg->route.round, 0, LORASYNC_DTYPE_NONE);
+    lorasynci_add_ops(&b->plan->place, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &far, &leg->near, leg->tensor, 1,
+                      leg->route.round, 0, LORASYNC_DTYPE_NONE);
     return lorasynci_ops_failed(&b->plan->place) ? lorasynci_fail_memory(err, b->plan->place.list.size) : LORASYNC_OK;
 }
 
 /* One pass over a list of routes: measures the links and makes room for the operations (most routes need one), or builds them. */
-LORASYNCI_FN lorasync_status lorasynci_build_pass(const lorasynci_build *b, const char *routes, size_t size, int receiving, int building, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_build_pass(const lorasynci_build *b, const char *routes, size_t size, int receiving, int building,
+                                                  lorasync_error *err)
 {
     lorasynci_buffer *list = receiving ? &b->plan->place.list : &b->plan->pack.list;
-    size_t            at   = 0, num = 0;
+    size_t            at = 0, num = 0;
     for (; at < size; num++) {
         lorasynci_leg leg;
         LORASYNCI_TRY(lorasynci_read_leg(b, routes, size, &at, receiving, &leg, err));
         if (building) LORASYNCI_TRY(receiving ? lorasynci_build_receive(b, &leg, err) : lorasynci_build_send(b, &leg, err));
-        else if (receiving || leg.route.peer != (uint32_t)b->plan->comm.rank) LORASYNCI_TRY(lorasynci_link_extend(lorasynci_link_of(b->plan, &leg, receiving), &leg, err));
+        else if (receiving || leg.route.peer != (uint32_t)b->plan->comm.rank)
+            LORASYNCI_TRY(lorasynci_link_extend(lorasynci_link_of(b->plan, &leg, receiving), &leg, err));
     }
-    if (!building && !lorasynci_buffer_reserve(list, num * sizeof(lorasynci_op))) return lorasynci_fail_memory(err, num * sizeof(lorasynci_op));
+    if (!building && !lorasynci_buffer_reserve(list, num * sizeof(lorasynci_op)))
+        return lorasynci_fail_memory(err, num * sizeof(lorasynci_op));
     return LORASYNC_OK;
 }
 
@@ -8011,11 +8159,13 @@ LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan)
     for (i = 0; i < plan->comm.world; i++) {
         lorasynci_link *s = &plan->sends[i], *v = &plan->receives[i];
         uint64_t        largest = 0;
-        s->base = plan->staging_bytes[LORASYNCI_SEND];
-        if (lorasynci_link_rounds(s)) plan->staging_bytes[LORASYNCI_SEND] += lorasynci_align64((size_t)lorasynci_link_end(s, lorasynci_link_rounds(s) - 1));
+        s->base                 = plan->staging_bytes[LORASYNCI_SEND];
+        if (lorasynci_link_rounds(s))
+            plan->staging_bytes[LORASYNCI_SEND] += lorasynci_align64((size_t)lorasynci_link_end(s, lorasynci_link_rounds(s) - 1));
         v->base = plan->staging_bytes[LORASYNCI_RECEIVE];
         for (r = 0; r < lorasynci_link_rounds(v); r++)
-            if (lorasynci_link_end(v, r) - lorasynci_link_start(v, r) > largest) largest = lorasynci_link_end(v, r) - lorasynci_link_start(v, r);
+            if (lorasynci_link_end(v, r) - lorasynci_link_start(v, r) > largest)
+                largest = lorasynci_link_end(v, r) - lorasynci_link_start(v, r);
         largest = lorasynci_align64((size_t)largest);
         v->half = lorasynci_is_pipelined(plan) && lorasynci_link_rounds(v) > 1 ? largest : 0;
         plan->staging_bytes[LORASYNCI_RECEIVE] += (size_t)(largest + v->half);
@@ -8083,9 +8233,10 @@ LORASYNCI_FN lorasync_status lorasynci_build_slots(const lorasynci_build *b, con
 /* The whole of it: links, staging, operations. */
 LORASYNCI_FN lorasync_status lorasynci_build_plan(lorasynci_build *b, const lorasynci_answer *head, const char *bytes, lorasync_error *err)
 {
-    lorasync_plan *plan     = b->plan;
-    const char    *sends    = bytes, *receives = sends + head->sends_bytes, *targets = receives + head->receives_bytes, *digests = targets + head->num_targets * sizeof(lorasynci_destination);
-    size_t         sends_n  = (size_t)head->sends_bytes, receives_n = (size_t)head->receives_bytes;
+    lorasync_plan *plan  = b->plan;
+    const char    *sends = bytes, *receives = sends + head->sends_bytes, *targets = receives + head->receives_bytes,
+               *digests = targets + head->num_targets * sizeof(lorasynci_destination);
+    size_t sends_n = (size_t)head->sends_bytes, receives_n = (size_t)head->receives_bytes;
     plan->num_rounds = (uint32_t)head->num_rounds;
     b->targets       = (const lorasynci_destination *)(const void *)targets;
     b->num_targets   = (size_t)head->num_targets;
@@ -8128,14 +8279,18 @@ LORASYNCI_FN uint64_t lorasynci_plan_tag(const lorasync_plan_desc *d)
 }
 
 /* Checks the desc and describes this rank's pieces. Its failure is everybody's, by the vote that follows. */
-LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const lorasync_plan_desc *d, lorasynci_parts *parts, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const lorasync_plan_desc *d, lorasynci_parts *parts,
+                                                     lorasync_error *err)
 {
     int held = d->kind != LORASYNC_SCATTER, wanted = d->kind == LORASYNC_SCATTER || d->kind == LORASYNC_RESHARD;
-    if (d->kind < LORASYNC_GATHER || d->kind > LORASYNC_RESHARD) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan kind %d is none", (int)d->kind);
-    if (d->root < 0 || d->root >= plan->comm.world) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", d->root, plan->comm.world - 1);
+    if (d->kind < LORASYNC_GATHER || d->kind > LORASYNC_RESHARD)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan kind %d is none", (int)d->kind);
+    if (d->root < 0 || d->root >= plan->comm.world)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", d->root, plan->comm.world - 1);
     if (d->num_have && !held) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a scatter takes no held pieces; the root passes desc.image");
     if (d->num_want && !wanted) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a gather takes no wanted pieces; it makes an image");
-    if (d->kind == LORASYNC_SCATTER && plan->comm.rank == d->root && !d->image) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "scatter: the root passes no desc.image");
+    if (d->kind == LORASYNC_SCATTER && plan->comm.rank == d->root && !d->image)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "scatter: the root passes no desc.image");
     if (d->kind == LORASYNC_SCATTER && plan->comm.rank == d->root && !d->image->payload && d->image->payload_bytes)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "scatter: the image has no payload; bind one with lorasync_image_bind");
     LORASYNCI_TRY(lorasynci_describe(d->have, d->num_have, 0, &plan->a, &plan->catalogue, parts, err));
@@ -8143,8 +8298,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const 
 }
 
 /* Everybody's description to the planner. */
-LORASYNCI_FN lorasync_status lorasynci_plan_collect(lorasync_plan *plan, lorasynci_planner *p, const lorasynci_parts *parts, size_t *sizes, lorasynci_hello *hellos,
-                                                    lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_collect(lorasync_plan *plan, lorasynci_planner *p, const lorasynci_parts *parts, size_t *sizes,
+                                                    lorasynci_hello *hellos, lorasync_error *err)
 {
     lorasynci_buffer out;
     lorasynci_hello  hello;
@@ -8153,7 +8308,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_collect(lorasync_plan *plan, lorasyn
     int              rank   = plan->comm.rank, i;
     lorasynci_buffer_init(&out, &plan->a);
     memset(&why, 0, sizeof why);
-    lorasynci_buffer_reserve(&out, parts->list.size / sizeof(lorasynci_part) * 8 + parts->geometry.size / 3 * 2 + plan->catalogue.bytes.size); /* exactly: it is large */
+    lorasynci_buffer_reserve(&out, parts->list.size / sizeof(lorasynci_part) * 8 + parts->geometry.size / 3 * 2 +
+                                       plan->catalogue.bytes.size); /* exactly: it is large */
     lorasynci_parts_pack(parts, &plan->catalogue, &out);
     hello.parts_bytes       = out.size;
     hello.catalogue_bytes   = plan->catalogue.bytes.size;
@@ -8174,7 +8330,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_collect(lorasync_plan *plan, lorasyn
 }
 
 /* Maps what the planner offers, if it offers; then all ranks vote whether everybody could. */
-LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_offer *offer, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_offer *offer,
+                                                lorasync_error *err)
 {
     int             mapped = 0;
     lorasync_status status;
@@ -8186,12 +8343,12 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
         plan->marks     = (uint64_t *)(void *)(plan->mapping + plan->mapping_bytes - 64 * ((size_t)plan->comm.world + 1));
         mapped          = !plan->device || lorasynci_device_map(plan, &offer->device);
     }
-    status              = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, err);
+    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, err);
     if (status < 0) return status;
     if (mapped) {
         plan->direct            = 1;
         plan->num_image_tensors = (size_t)offer->num_tensors;
-        plan->shared_sums = (uint64_t *)(void *)(plan->mapping + offer->sums_at);
+        plan->shared_sums       = (uint64_t *)(void *)(plan->mapping + offer->sums_at);
     } else if (plan->mapping) {
         if (plan->device) lorasynci_device_unmap(plan);
         plan->importers = NULL;
@@ -8203,12 +8360,12 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
 }
 
 /* A gather-all: the merged catalogue from the planner to everybody, who lays out the image from it. A failure at home goes to *mine. */
-LORASYNCI_FN lorasync_status lorasynci_plan_share_catalogue(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d, size_t num_bytes, lorasync_error *mine,
-                                                            lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_share_catalogue(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d,
+                                                            size_t num_bytes, lorasync_error *mine, lorasync_error *err)
 {
     lorasynci_catalogue merged;
     lorasync_status     status;
-    size_t              n = (size_t)plan->comm.world, i;
+    size_t              n      = (size_t)plan->comm.world, i;
     char              **blocks = (char **)plan->votes;
     size_t             *sizes  = (size_t *)(void *)(blocks + n);
     lorasynci_catalogue_init(&merged, &plan->a);
@@ -8224,12 +8381,12 @@ LORASYNCI_FN lorasync_status lorasynci_plan_share_catalogue(lorasync_plan *plan,
 }
 
 /* Verdict on the descriptions, the catalogue for a gather-all, and the shared image. */
-LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d, const size_t *in_sizes, lorasynci_offer *offer,
-                                                  lorasync_error *mine, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d,
+                                                  const size_t *in_sizes, lorasynci_offer *offer, lorasync_error *mine, lorasync_error *err)
 {
-    size_t   n = (size_t)plan->comm.world, i;
-    char   **blocks = (char **)plan->votes;
-    size_t  *sizes  = (size_t *)(void *)(blocks + n);
+    size_t          n      = (size_t)plan->comm.world, i;
+    char          **blocks = (char **)plan->votes;
+    size_t         *sizes  = (size_t *)(void *)(blocks + n);
     lorasync_status status;
     memset(offer, 0, sizeof *offer);
     if (lorasynci_is_planner(plan)) {
@@ -8239,21 +8396,23 @@ LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci
         for (i = 0; i < n; i++) blocks[i] = (char *)offer, sizes[i] = sizeof *offer;
     }
     status = lorasynci_star(plan, 1, blocks, sizes, offer, sizeof *offer, err);
-    if (status == LORASYNC_OK && offer->verdict.status < 0) status = lorasynci_fail(err, offer->verdict.status, "%.500s", offer->verdict.text);
-    if (status == LORASYNC_OK && offer->catalogue_bytes && n > 1) status = lorasynci_plan_share_catalogue(plan, p, d, (size_t)offer->catalogue_bytes, mine, err);
+    if (status == LORASYNC_OK && offer->verdict.status < 0)
+        status = lorasynci_fail(err, offer->verdict.status, "%.500s", offer->verdict.text);
+    if (status == LORASYNC_OK && offer->catalogue_bytes && n > 1)
+        status = lorasynci_plan_share_catalogue(plan, p, d, (size_t)offer->catalogue_bytes, mine, err);
     if (status == LORASYNC_OK) status = lorasynci_plan_map(plan, d, offer, err);
     if (offer->mapping_bytes && lorasynci_is_planner(plan)) shm_unlink(offer->name); /* whoever could has it by now */
     return status;
 }
 
 /* Everybody's routes from the planner. *out holds them behind *head. */
-LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasynci_planner *p, lorasynci_answer *head, lorasynci_buffer *out, lorasync_error *mine,
-                                                    lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasynci_planner *p, lorasynci_answer *head,
+                                                    lorasynci_buffer *out, lorasync_error *mine, lorasync_error *err)
 {
     const lorasync_allocator *a      = &plan->a;
     size_t                    n      = (size_t)plan->comm.world, i;
     char                    **blocks = (char **)plan->votes;
-    size_t                   *sizes  = (size_t *)(void *)(blocks + n), here = (size_t)plan->comm.rank;
+    size_t                   *sizes = (size_t *)(void *)(blocks + n), here = (size_t)plan->comm.rank;
     lorasynci_answer         *heads  = NULL;
     lorasynci_buffer         *bodies = NULL;
     lorasync_status           status = LORASYNC_OK;
@@ -8270,7 +8429,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasyn
     if (status == LORASYNC_OK) status = lorasynci_star(plan, 1, blocks, sizes, head, sizeof *head, err);
     if (status == LORASYNC_OK && heads) *head = heads[here];
     if (status == LORASYNC_OK) {
-        size_t size = (size_t)(head->sends_bytes + head->receives_bytes + head->num_targets * sizeof(lorasynci_destination) + head->digests_bytes);
+        size_t size =
+            (size_t)(head->sends_bytes + head->receives_bytes + head->num_targets * sizeof(lorasynci_destination) + head->digests_bytes);
         if (bodies) *out = bodies[here];
         else if (lorasynci_buffer_reserve(out, size)) out->size = size;
         else lorasynci_fail_memory(mine, size);
@@ -8286,7 +8446,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasyn
 }
 
 /* Memory for what a run needs: staging, and the image of a gather. */
-LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_offer *offer, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_offer *offer,
+                                                     lorasync_error *err)
 {
     lorasync_image *image = plan->image;
     size_t          i;
@@ -8321,8 +8482,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
 }
 
 /* The collective part of creating, from description to operations. */
-LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d, lorasynci_parts *parts, size_t *sizes,
-                                                 lorasynci_hello *hellos, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d,
+                                                 lorasynci_parts *parts, size_t *sizes, lorasynci_hello *hellos, lorasync_error *err)
 {
     lorasync_error   mine;
     lorasynci_offer  offer;
@@ -8340,7 +8501,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_
                                   "the plan's kind, root, wire_dtype, bucket_bytes, allow_nan, cuda or adapter, hashed", NULL, err));
     LORASYNCI_TRY(lorasynci_plan_collect(plan, p, parts, sizes, hellos, err));
     LORASYNCI_TRY(lorasynci_plan_offer(plan, p, d, sizes, &offer, &mine, err));
-    status = lorasynci_plan_receive(plan, p, &head, &answer, &mine, err);
+    status                 = lorasynci_plan_receive(plan, p, &head, &answer, &mine, err);
     plan->stats.num_pieces = p->held.num + p->wanted.num; /* of all ranks, on the planner */
     lorasynci_planner_free(p);
     if (status == LORASYNC_OK) {
@@ -8361,7 +8522,7 @@ LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
 {
     lorasync_plan_stats *s = &plan->stats;
     int                  i;
-    s->num_tensors     = plan->has_image && plan->image ? plan->image->num_tensors : plan->catalogue.num;
+    s->num_tensors = plan->has_image && plan->image ? plan->image->num_tensors : plan->catalogue.num;
     if (!lorasynci_is_planner(plan)) s->num_pieces = num_parts + (plan->kind == LORASYNC_GATHER_ALL ? lorasynci_ops_num(&plan->place) : 0);
     s->plan_bytes      = plan->meter.live;
     s->peak_plan_bytes = plan->meter.peak;
@@ -8443,17 +8604,19 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
     if (!err) err = &why;
     if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_plan_create: desc or out is NULL");
     *out = NULL;
-    if (!lorasynci_comm_ok(desc->comm)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
-    if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    if (!lorasynci_comm_ok(desc->comm))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
+    if (!lorasynci_allocator(desc->allocator, &a))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
     plan = lorasynci_plan_new(desc, &a);
     if (!plan) return lorasynci_plan_refuse(desc, err);
     plan->lent = lent;
     memset(&planner, 0, sizeof planner);
     lorasynci_buffer_init(&parts.list, &plan->a);
     lorasynci_buffer_init(&parts.geometry, &plan->a);
-    sizes  = (size_t *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *sizes);
-    hellos = (lorasynci_hello *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *hellos);
-    status = lorasynci_plan_make(plan, &planner, desc, &parts, sizes, hellos, err);
+    sizes     = (size_t *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *sizes);
+    hellos    = (lorasynci_hello *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *hellos);
+    status    = lorasynci_plan_make(plan, &planner, desc, &parts, sizes, hellos, err);
     num_parts = lorasynci_parts_num(&parts);
     lorasynci_planner_free(&planner);
     lorasynci_buffer_free(&parts.list);
@@ -8531,7 +8694,9 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
 
 /* Running a plan: no allocation, no strings but in errors, one pass over the operations. */
 
-enum { LORASYNCI_BLOCK = 2048 }; /* bytes of destination that are converted, then digested and checked while they are in the first cache */
+enum {
+    LORASYNCI_BLOCK = 2048
+}; /* bytes of destination that are converted, then digested and checked while they are in the first cache */
 
 /* Gathers a row whose elements are apart, or spreads one, element by element. */
 LORASYNCI_FN void lorasynci_gather_row(char *dst, const char *src, int64_t num, int64_t src_step, int64_t dst_step, int64_t item)
@@ -8542,7 +8707,8 @@ LORASYNCI_FN void lorasynci_gather_row(char *dst, const char *src, int64_t num, 
 
 /* Converts num elements of a row from src (elements s1 apart) to dst (d1 apart), through `block` where a step between is needed:
    three halves of it, for a gathered row, the dtype on the way, and a row to be spread. */
-LORASYNCI_FN void lorasynci_convert_row(const lorasynci_op *op, const lorasynci_grid *g, char *dst, const char *src, int64_t num, char *block)
+LORASYNCI_FN void lorasynci_convert_row(const lorasynci_op *op, const lorasynci_grid *g, char *dst, const char *src, int64_t num,
+                                        char *block)
 {
     lorasync_dtype from = (lorasync_dtype)op->src_dtype, to = (lorasync_dtype)op->dst_dtype, via = (lorasync_dtype)op->via;
     float          scale = g->scale;
@@ -8565,11 +8731,12 @@ LORASYNCI_FN void lorasynci_convert_row(const lorasynci_op *op, const lorasynci_
    tensor, or -1. Destinations with gaps are never digested: a digest is of what goes to staging or to the image, row by row. */
 LORASYNCI_FN int64_t lorasynci_run_op(const lorasynci_op *op, const lorasynci_grid *g, char *const *memory, uint64_t *sum, int check)
 {
-    char    block[3 * LORASYNCI_BLOCK]; /* elements of at most 8 bytes: LORASYNCI_BLOCK / 8 at a time when it is used */
-    char   *dst = (char *)((uintptr_t)memory[op->dst_space] + (uintptr_t)op->dst), *src = (char *)((uintptr_t)memory[op->src_space] + (uintptr_t)op->src);
+    char  block[3 * LORASYNCI_BLOCK]; /* elements of at most 8 bytes: LORASYNCI_BLOCK / 8 at a time when it is used */
+    char *dst         = (char *)((uintptr_t)memory[op->dst_space] + (uintptr_t)op->dst),
+         *src         = (char *)((uintptr_t)memory[op->src_space] + (uintptr_t)op->src);
     int64_t from_item = lorasynci_item((lorasync_dtype)op->src_dtype), to_item = lorasynci_item((lorasync_dtype)op->dst_dtype);
     int64_t step = g->s1 != 1 || g->d1 != 1 || op->via ? LORASYNCI_BLOCK / 8 : op->digest ? LORASYNCI_BLOCK / to_item : op->n1;
-    int64_t bad = -1, i0, i1;
+    int64_t bad  = -1, i0, i1;
     if (step < 1) step = 1;
     for (i0 = 0; i0 < g->n0; i0++) {
         for (i1 = 0; i1 < op->n1; i1 += step) {
@@ -8590,7 +8757,8 @@ LORASYNCI_FN int64_t lorasynci_run_op(const lorasynci_op *op, const lorasynci_gr
 }
 
 /* "tensor: NaN or Inf at element [3, 17]". */
-LORASYNCI_FN lorasync_status lorasynci_nan_error(const lorasync_plan *plan, uint32_t tensor, int64_t element, int rounded, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nan_error(const lorasync_plan *plan, uint32_t tensor, int64_t element, int rounded,
+                                                 lorasync_error *err)
 {
     const lorasynci_record *r     = lorasynci_record_at(&plan->catalogue, tensor);
     const int64_t          *shape = lorasynci_record_shape(r);
@@ -8601,9 +8769,10 @@ LORASYNCI_FN lorasync_status lorasynci_nan_error(const lorasync_plan *plan, uint
         index[d] = element % shape[d];
         element /= shape[d];
     }
-    return lorasynci_fail(err, LORASYNC_E_NAN, "%.200s: NaN or Inf at element %s%s; nothing was published, the last good version stays (allow_nan turns this check off)",
-                          lorasynci_record_name(r), lorasynci_shape_text(index, r->ndim, text, sizeof text),
-                          rounded ? " as rounded for the wire" : "");
+    return lorasynci_fail(
+        err, LORASYNC_E_NAN,
+        "%.200s: NaN or Inf at element %s%s; nothing was published, the last good version stays (allow_nan turns this check off)",
+        lorasynci_record_name(r), lorasynci_shape_text(index, r->ndim, text, sizeof text), rounded ? " as rounded for the wire" : "");
 }
 
 /* Packs on the host: all operations, with sums and check. */
@@ -8615,7 +8784,8 @@ LORASYNCI_FN void lorasynci_pack(lorasync_plan *plan)
         const lorasynci_op *op  = lorasynci_ops_at(&plan->pack, i);
         uint64_t           *sum = plan->sums ? &plan->sums[op->tensor] : NULL;
         int64_t             bad = lorasynci_run_op(op, lorasynci_op_grid(&plan->pack, op), plan->memory, sum, !plan->allow_nan);
-        if (bad >= 0 && plan->begin_error.status == LORASYNC_OK) lorasynci_nan_error(plan, op->tensor, bad, op->src_dtype != op->dst_dtype, &plan->begin_error);
+        if (bad >= 0 && plan->begin_error.status == LORASYNC_OK)
+            lorasynci_nan_error(plan, op->tensor, bad, op->src_dtype != op->dst_dtype, &plan->begin_error);
     }
 }
 
@@ -8630,7 +8800,8 @@ LORASYNCI_FN void lorasynci_share_sums(lorasync_plan *plan)
 
 LORASYNCI_FN lorasync_status lorasynci_lost_before(lorasync_error *err)
 {
-    return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: close the plan (session), make a new communicator, open again");
+    return lorasynci_fail(err, LORASYNC_E_LOST,
+                          "the communicator was lost before: close the plan (session), make a new communicator, open again");
 }
 
 /* The communicator is gone: say so to the others, and remember. */
@@ -8660,7 +8831,9 @@ LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasy
             if (turns % 256 != 0) continue;
             if (plan->comm.check) LORASYNCI_TRY(plan->comm.check(plan->comm.user, err));
             if (lorasynci_now_ns() >= deadline)
-                return lorasynci_fail(err, LORASYNC_E_TIMEOUT, "rank %d did not begin before the deadline of %d ms; did every rank make the same call?", rank, plan->timeout_ms);
+                return lorasynci_fail(err, LORASYNC_E_TIMEOUT,
+                                      "rank %d did not begin before the deadline of %d ms; did every rank make the same call?", rank,
+                                      plan->timeout_ms);
         }
     }
     return LORASYNC_OK;
@@ -8732,7 +8905,8 @@ LORASYNCI_FN lorasync_status lorasynci_exchange_round(lorasync_plan *plan, uint3
 {
     size_t num_sends, num_receives;
     lorasynci_round_messages(plan, round, &num_sends, &num_receives);
-    return plan->comm.exchange(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives, plan->timeout_ms, err);
+    return plan->comm.exchange(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives,
+                               plan->timeout_ms, err);
 }
 
 LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
@@ -8805,7 +8979,8 @@ LORASYNCI_FN lorasync_status lorasynci_move_all(lorasync_plan *plan, lorasync_er
 LORASYNCI_FN lorasync_status lorasynci_vote_run(lorasync_plan *plan, lorasync_error *err)
 {
     uint64_t        start  = lorasynci_now_ns();
-    lorasync_status status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, plan->begin_error.status, &plan->begin_error, plan->tag, "version", NULL, err);
+    lorasync_status status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, plan->begin_error.status, &plan->begin_error,
+                                             plan->tag, "version", NULL, err);
     plan->stats.exchange_ns += lorasynci_now_ns() - start;
     return status;
 }
@@ -8822,7 +8997,8 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
     plan->begun = 0;
     lorasynci_mark_begun(plan);
     if (plan->image) plan->image->has_digest = 0;
-    if (plan->direct && lorasynci_is_planner(plan)) /* for the next run: all have read it before the last vote, and add to it after this one */
+    if (plan->direct &&
+        lorasynci_is_planner(plan)) /* for the next run: all have read it before the last vote, and add to it after this one */
         memset(plan->shared_sums + (plan->run + 1) % 3 * plan->num_image_tensors, 0, plan->num_image_tensors * sizeof *plan->shared_sums);
     status = lorasynci_move_all(plan, err);
     if (plan->objection && plan->objection->status < 0 && plan->begin_error.status == LORASYNC_OK) plan->begin_error = *plan->objection;
@@ -8837,7 +9013,10 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
     return status;
 }
 
-LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan) { return plan && plan->image && plan->has_image && plan->image->has_digest ? plan->image : NULL; }
+LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan)
+{
+    return plan && plan->image && plan->has_image && plan->image->has_digest ? plan->image : NULL;
+}
 
 LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out) { *out = plan->stats; }
 
@@ -8864,34 +9043,34 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
 typedef struct lorasynci_launch {
     lorasyncd_op   *ops;
     lorasyncd_tile *tiles;
-    unsigned              num;
+    unsigned        num;
 } lorasynci_launch;
 
 struct lorasynci_device {
-    int              ordinal;
-    pid_t            pid;          /* that opened it */
-    int              same_process; /* the image was made by a thread of this process: no IPC */
-    cudaStream_t     caller, stream, wire, placing;
-    cudaEvent_t      ready, packed, done, arrived, placed[2];
-    cudaEvent_t     *sendable;   /* per round: it is packed */
-    uint32_t         num_events; /* of `sendable` that exist */
-    CUmodule         module;
-    CUfunction       kernel;
+    int          ordinal;
+    pid_t        pid;          /* that opened it */
+    int          same_process; /* the image was made by a thread of this process: no IPC */
+    cudaStream_t caller, stream, wire, placing;
+    cudaEvent_t  ready, packed, done, arrived, placed[2];
+    cudaEvent_t *sendable;   /* per round: it is packed */
+    uint32_t     num_events; /* of `sendable` that exist */
+    CUmodule     module;
+    CUfunction   kernel;
     CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
     CUresult (*unload)(CUmodule);
-    lorasynci_launch  *pack;  /* per round; what goes nowhere with the last, or alone */
-    lorasynci_launch  *place; /* per round */
-    void              *table; /* one allocation: all operations, tiles, bad and sums */
+    lorasynci_launch   *pack;  /* per round; what goes nowhere with the last, or alone */
+    lorasynci_launch   *place; /* per round */
+    void               *table; /* one allocation: all operations, tiles, bad and sums */
     unsigned long long *bad;
-    char              *sums;       /* this rank's digests; in send staging when they travel with the data */
-    size_t             num_sums;
-    char              *host;       /* pinned: | bad | sums | digests that arrive, link after link | */
-    size_t             host_bytes;
-    char              *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
-    char              *image;      /* device memory of the payload, made here */
-    char              *peer_image; /* the same, of another process */
-    char              *host_image; /* pinned copy, unless the image stays on the device */
-    int                keep_on_device;
+    char               *sums; /* this rank's digests; in send staging when they travel with the data */
+    size_t              num_sums;
+    char               *host; /* pinned: | bad | sums | digests that arrive, link after link | */
+    size_t              host_bytes;
+    char               *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
+    char               *image;      /* device memory of the payload, made here */
+    char               *peer_image; /* the same, of another process */
+    char               *host_image; /* pinned copy, unless the image stays on the device */
+    int                 keep_on_device;
 };
 
 /* The kernel's text, below. */
@@ -8900,13 +9079,14 @@ LORASYNCI_FN const char *const *lorasynci_ptx_lines(size_t *num);
 LORASYNCI_FN lorasync_status lorasynci_cuda_fail(lorasync_error *err, cudaError_t e, const char *what)
 {
     (void)cudaGetLastError(); /* handled here: not left behind for the caller's next check */
-    return lorasynci_fail(err, e == cudaErrorMemoryAllocation ? LORASYNC_E_MEMORY : LORASYNC_E_CUDA, "CUDA: %s: %s (%s)", what, cudaGetErrorString(e), cudaGetErrorName(e));
+    return lorasynci_fail(err, e == cudaErrorMemoryAllocation ? LORASYNC_E_MEMORY : LORASYNC_E_CUDA, "CUDA: %s: %s (%s)", what,
+                          cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
-#define LORASYNCI_CUDA(call, what)                                                                                     \
-    do {                                                                                                               \
-        cudaError_t lorasynci_cuda_ = (call);                                                                          \
-        if (lorasynci_cuda_ != cudaSuccess) return lorasynci_cuda_fail(err, lorasynci_cuda_, what);                    \
+#define LORASYNCI_CUDA(call, what)                                                                                                         \
+    do {                                                                                                                                   \
+        cudaError_t lorasynci_cuda_ = (call);                                                                                              \
+        if (lorasynci_cuda_ != cudaSuccess) return lorasynci_cuda_fail(err, lorasynci_cuda_, what);                                        \
     } while (0)
 
 /* Makes the plan's device the current one; *old for lorasynci_device_leave. */
@@ -8924,9 +9104,9 @@ LORASYNCI_FN void lorasynci_device_leave(const lorasynci_device *g, int old)
 
 LORASYNCI_FN cudaError_t lorasynci_driver(const char *name, unsigned version, void *function)
 {
-    void                          *p = NULL;
+    void                                *p     = NULL;
     enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    cudaError_t                    e;
+    cudaError_t                          e;
 #if CUDART_VERSION >= 12050
     e = cudaGetDriverEntryPointByVersion(name, &p, version, cudaEnableDefault, &found);
 #else
@@ -8941,7 +9121,7 @@ LORASYNCI_FN cudaError_t lorasynci_driver(const char *name, unsigned version, vo
 /* The kernel from its text, compiled by the driver. Once per plan: the driver keeps what it has compiled. */
 LORASYNCI_FN lorasync_status lorasynci_device_load(lorasynci_device *g, const lorasync_allocator *a, lorasync_error *err)
 {
-    CUresult (*load)(CUmodule *, const void *)                    = NULL;
+    CUresult (*load)(CUmodule *, const void *)                 = NULL;
     CUresult (*function)(CUfunction *, CUmodule, const char *) = NULL;
     const char *const *lines;
     lorasynci_buffer   text;
@@ -8963,7 +9143,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_load(lorasynci_device *g, const lo
     if (text.failed) return lorasynci_fail_memory(err, text.size);
     if (r == CUDA_SUCCESS) r = function(&g->kernel, g->module, "lorasyncd_copy");
     if (r != CUDA_SUCCESS)
-        return lorasynci_fail(err, LORASYNC_E_CUDA, "the GPU driver did not take the kernel (CUresult %d); is just-in-time compilation disabled (CUDA_DISABLE_PTX_JIT)?", (int)r);
+        return lorasynci_fail(
+            err, LORASYNC_E_CUDA,
+            "the GPU driver did not take the kernel (CUresult %d); is just-in-time compilation disabled (CUDA_DISABLE_PTX_JIT)?", (int)r);
     return LORASYNC_OK;
 }
 
@@ -8993,12 +9175,13 @@ LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lo
 /* What the rounds of a run need to overlap. */
 LORASYNCI_FN lorasync_status lorasynci_device_open_wire(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g = plan->device;
+    lorasynci_device *g     = plan->device;
     int               least = 0, greatest = 0;
     if (!lorasynci_is_pipelined(plan) || plan->num_rounds == 0) return LORASYNC_OK;
     LORASYNCI_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
     LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->wire, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
-    LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->placing, cudaStreamNonBlocking, greatest < least ? greatest + 1 : least), "cudaStreamCreateWithPriority");
+    LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->placing, cudaStreamNonBlocking, greatest < least ? greatest + 1 : least),
+                   "cudaStreamCreateWithPriority");
     LORASYNCI_TRY(lorasynci_device_event(&g->arrived, err));
     LORASYNCI_TRY(lorasynci_device_event(&g->placed[0], err));
     LORASYNCI_TRY(lorasynci_device_event(&g->placed[1], err));
@@ -9040,7 +9223,10 @@ LORASYNCI_FN void lorasynci_device_await_importers(lorasync_plan *plan)
 }
 
 /* Whether two are on one GPU, or both none. */
-LORASYNCI_FN int lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b) { return a && b ? a->ordinal == b->ordinal : !a && !b; }
+LORASYNCI_FN int lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b)
+{
+    return a && b ? a->ordinal == b->ordinal : !a && !b;
+}
 
 /* Whether the caller's stream is being captured now. */
 LORASYNCI_FN int lorasynci_device_is_captured(const lorasync_plan *plan)
@@ -9066,8 +9252,8 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     cudaFree(g->table);
     cudaFreeHost(g->host);
     cudaFreeHost(g->host_image);
-    if (plan->lent) {}
-    else if (plan->comm.exchange_stream) cudaFree(plan->memory[LORASYNCI_SEND]), cudaFree(plan->memory[LORASYNCI_RECEIVE]);
+    if (plan->lent) {
+    } else if (plan->comm.exchange_stream) cudaFree(plan->memory[LORASYNCI_SEND]), cudaFree(plan->memory[LORASYNCI_RECEIVE]);
     else cudaFreeHost(plan->memory[LORASYNCI_SEND]), cudaFreeHost(plan->memory[LORASYNCI_RECEIVE]);
     plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = NULL;
     lorasynci_device_close_wire(plan);
@@ -9105,7 +9291,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lo
 /* Opens what was offered; 1 if this rank can write to it. */
 LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer)
 {
-    lorasynci_device *g = plan->device;
+    lorasynci_device *g   = plan->device;
     int               can = 1;
     if (lorasynci_is_planner(plan)) return 1;
     if (offer->pid == (int64_t)getpid()) {
@@ -9120,7 +9306,8 @@ LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_devic
         __atomic_fetch_add(plan->importers, 1, __ATOMIC_ACQ_REL);
         return 1;
     }
-    if (cudaIpcOpenMemHandle((void **)&g->peer_image, *(const cudaIpcMemHandle_t *)(const void *)offer->handle, cudaIpcMemLazyEnablePeerAccess) != cudaSuccess) {
+    if (cudaIpcOpenMemHandle((void **)&g->peer_image, *(const cudaIpcMemHandle_t *)(const void *)offer->handle,
+                             cudaIpcMemLazyEnablePeerAccess) != cudaSuccess) {
         (void)cudaGetLastError();
         g->peer_image = NULL;
         return 0;
@@ -9135,7 +9322,7 @@ LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_devic
 LORASYNCI_FN int lorasynci_is_vector(const lorasyncd_op *o)
 {
     long long from = lorasynci_item((lorasync_dtype)o->src_dtype), to = lorasynci_item((lorasync_dtype)o->dst_dtype);
-    int       rows = o->num != o->n1;
+    int       rows  = o->num != o->n1;
     int       kinds = (o->src_dtype == LORASYNC_F32 && (o->dst_dtype == LORASYNC_BF16 || o->dst_dtype == LORASYNC_F16)) ||
                 (o->src_dtype == o->dst_dtype && o->scale == 1.0f && (from == 2 || o->src_dtype == LORASYNC_F32));
     if (!kinds || o->via || o->s1 != 1 || o->d1 != 1 || o->src % 16 || o->dst % 16 || (o->pos * to) % (8 * to)) return 0;
@@ -9185,7 +9372,8 @@ LORASYNCI_FN uint32_t lorasynci_device_launch_of(const lorasync_plan *plan, cons
 }
 
 /* Tables of one launch appended to ops and tiles. */
-LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t launch, const uint32_t *slot_of, lorasynci_buffer *ops, lorasynci_buffer *tiles)
+LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t launch, const uint32_t *slot_of, lorasynci_buffer *ops,
+                                          lorasynci_buffer *tiles)
 {
     int                  placing = launch >= lorasynci_device_packs(plan);
     const lorasynci_ops *list    = placing ? &plan->place : &plan->pack;
@@ -9207,8 +9395,9 @@ LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t la
 }
 
 /* Makes the tables of one launch and copies them to *op_at and *tile_at of the device's table. */
-LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan, uint32_t launch, const uint32_t *slot_of, lorasynci_buffer *ops, lorasynci_buffer *tiles,
-                                                            size_t *op_at, size_t *tile_at, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan, uint32_t launch, const uint32_t *slot_of,
+                                                            lorasynci_buffer *ops, lorasynci_buffer *tiles, size_t *op_at, size_t *tile_at,
+                                                            lorasync_error *err)
 {
     lorasynci_device *g     = plan->device;
     char             *table = (char *)g->table;
@@ -9217,7 +9406,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan,
     ops->size = tiles->size = 0;
     lorasynci_device_tables(plan, launch, slot_of, ops, tiles);
     if (ops->failed || tiles->failed) return lorasynci_fail_memory(err, ops->size);
-    if (tiles->size / sizeof(lorasyncd_tile) > 0x7fffffffu) return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
+    if (tiles->size / sizeof(lorasyncd_tile) > 0x7fffffffu)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
     out->ops   = (lorasyncd_op *)(void *)(table + *op_at);
     out->tiles = (lorasyncd_tile *)(void *)(table + *tile_at);
     out->num   = (unsigned)(tiles->size / sizeof(lorasyncd_tile));
@@ -9229,7 +9419,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan,
 }
 
 /* All tables into one device allocation:  | ops of launch 0 | of 1 | .. || tiles of launch 0 | of 1 | .. || bad | sums | */
-LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, const uint32_t *slot_of, lorasynci_buffer *ops, lorasynci_buffer *tiles, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, const uint32_t *slot_of, lorasynci_buffer *ops,
+                                                         lorasynci_buffer *tiles, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
     uint32_t          l, launches = lorasynci_device_packs(plan) + plan->num_rounds;
@@ -9265,7 +9456,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
     for (i = 0; i < plan->num_slots; i++) slot_of[plan->slots[i]] = (uint32_t)i;
     g->num_sums = plan->sums ? (plan->num_slots ? plan->num_slots : plan->catalogue.num) : 0;
     for (i = 0; plan->num_slots && i < (size_t)plan->comm.world; i++)
-        if (plan->sends[i].num_digests) g->sums = plan->memory[LORASYNCI_SEND] + plan->sends[i].base + lorasynci_link_digests_at(&plan->sends[i]);
+        if (plan->sends[i].num_digests)
+            g->sums = plan->memory[LORASYNCI_SEND] + plan->sends[i].base + lorasynci_link_digests_at(&plan->sends[i]);
     lorasynci_buffer_init(&ops, &plan->a);
     lorasynci_buffer_init(&tiles, &plan->a);
     status = lorasynci_device_upload_all(plan, slot_of, &ops, &tiles, err);
@@ -9294,7 +9486,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
    and writes over the bus. */
 LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g = plan->device;
+    lorasynci_device *g     = plan->device;
     lorasync_image   *image = plan->image;
     int               space;
     for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
@@ -9304,7 +9496,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
         else if (n) LORASYNCI_CUDA(cudaHostAlloc(&p, n, cudaHostAllocPortable), "pinned memory for staging");
         plan->memory[space] = (char *)p;
     }
-    if (plan->source) LORASYNCI_CUDA(cudaMalloc((void **)&g->image, plan->source->payload_bytes ? plan->source->payload_bytes : 1), "memory for the image");
+    if (plan->source)
+        LORASYNCI_CUDA(cudaMalloc((void **)&g->image, plan->source->payload_bytes ? plan->source->payload_bytes : 1),
+                       "memory for the image");
     if (image && plan->has_image && !g->image && !g->peer_image) LORASYNCI_TRY(lorasynci_device_make_image(plan, NULL, err));
     if (g->image || g->peer_image) plan->memory[LORASYNCI_IMAGE] = g->image ? g->image : g->peer_image;
     LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
@@ -9352,8 +9546,8 @@ LORASYNCI_FN void lorasynci_device_put(int pinned, char *memory)
 
 /* -- running */
 
-LORASYNCI_FN CUresult lorasynci_device_launch(const lorasynci_device *g, const void *ops, const void *tiles, unsigned num, void *bad, unsigned long long image_shift,
-                                              cudaStream_t stream)
+LORASYNCI_FN CUresult lorasynci_device_launch(const lorasynci_device *g, const void *ops, const void *tiles, unsigned num, void *bad,
+                                              unsigned long long image_shift, cudaStream_t stream)
 {
     void *parameters[4];
     parameters[0] = &ops;
@@ -9363,12 +9557,13 @@ LORASYNCI_FN CUresult lorasynci_device_launch(const lorasynci_device *g, const v
     return g->launch(g->kernel, num, 1, 1, LORASYNCD_THREADS, 1, 1, 0, stream, parameters, NULL);
 }
 
-#ifndef LORASYNCI_WAVE /* tests make it small */
+#ifndef LORASYNCI_WAVE      /* tests make it small */
 #define LORASYNCI_WAVE 1024 /* tiles: about as many as an H100 runs at once */
 #endif
 
 /* In one launch; where rounds overlap, in waves: between two of them a kernel of NCCL, which wants whole multiprocessors, finds its place. */
-LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch, cudaStream_t stream, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch, cudaStream_t stream,
+                                                  lorasync_error *err)
 {
     const lorasynci_device *g     = plan->device;
     unsigned long long      shift = (unsigned long long)((uintptr_t)plan->memory[LORASYNCI_IMAGE] - (uintptr_t)g->home);
@@ -9389,7 +9584,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch(lorasync_plan *plan, lorasyn
     size_t            at = 8;
     int               i;
     LORASYNCI_CUDA(cudaMemcpyAsync(g->host, g->bad, 8, cudaMemcpyDefault, g->stream), "copying the NaN check");
-    if (g->num_sums) LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, g->sums, g->num_sums * 8, cudaMemcpyDefault, g->stream), "copying digests");
+    if (g->num_sums)
+        LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, g->sums, g->num_sums * 8, cudaMemcpyDefault, g->stream), "copying digests");
     at += g->num_sums * 8;
     for (i = 0; i < plan->comm.world; i++) {
         const lorasynci_link *link = &plan->receives[i];
@@ -9406,7 +9602,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, l
 {
     const lorasynci_device *g = plan->device;
     if (plan->has_image && !plan->image->on_device && plan->image->payload_bytes)
-        LORASYNCI_CUDA(cudaMemcpyAsync((char *)(uintptr_t)plan->image->payload, plan->memory[LORASYNCI_IMAGE], plan->image->payload_bytes, cudaMemcpyDefault, g->stream),
+        LORASYNCI_CUDA(cudaMemcpyAsync((char *)(uintptr_t)plan->image->payload, plan->memory[LORASYNCI_IMAGE], plan->image->payload_bytes,
+                                       cudaMemcpyDefault, g->stream),
                        "copying the image to the host");
     return LORASYNC_OK;
 }
@@ -9434,7 +9631,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasy
         lorasynci_round_messages(plan, round, &num_sends, &num_receives);
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[round], 0), "cudaStreamWaitEvent");
         if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
-        LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives, g->wire, plan->timeout_ms, err));
+        LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world,
+                                                 num_receives, g->wire, plan->timeout_ms, err));
         LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived, 0), "cudaStreamWaitEvent");
         LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
@@ -9453,12 +9651,15 @@ LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, loras
     plan->captured = capture == cudaStreamCaptureStatusActive;
     if (!plan->captured) return LORASYNC_OK;
     if (!plan->comm.exchange_stream && plan->num_rounds)
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "a sync that exchanges through the host cannot be captured in a CUDA graph; use NCCL or direct placement");
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "a sync that exchanges through the host cannot be captured in a CUDA graph; use NCCL or direct placement");
     if (!plan->source || !plan->source->payload_bytes) return LORASYNC_OK;
     memset(&memory, 0, sizeof memory);
     LORASYNCI_CUDA(cudaPointerGetAttributes(&memory, plan->source->payload), "cudaPointerGetAttributes");
     if (memory.type == cudaMemoryTypeUnregistered)
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "a scatter from pageable memory cannot be captured in a CUDA graph; put the image into pinned or device memory");
+        return lorasynci_fail(
+            err, LORASYNC_E_UNSUPPORTED,
+            "a scatter from pageable memory cannot be captured in a CUDA graph; put the image into pinned or device memory");
     return LORASYNC_OK;
 }
 
@@ -9472,7 +9673,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
     LORASYNCI_CUDA(cudaMemsetAsync(g->bad, 0xff, 8, g->stream), "cudaMemsetAsync");
     if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, g->stream), "cudaMemsetAsync");
     if (plan->source && plan->source->payload_bytes)
-        LORASYNCI_CUDA(cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault, g->stream), "copying the image to the GPU");
+        LORASYNCI_CUDA(cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault, g->stream),
+                       "copying the image to the GPU");
     LORASYNCI_TRY(lorasynci_device_pack(plan, err));
     if (!plan->captured) {
         LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord");
@@ -9496,17 +9698,22 @@ LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasyn
 }
 
 /* Polls an event, the communicator's health beside it while others take part. Never blocks inside CUDA. */
-LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cudaEvent_t event, uint64_t deadline_ns, int with_peers, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cudaEvent_t event, uint64_t deadline_ns, int with_peers,
+                                                   lorasync_error *err)
 {
     unsigned turns = 0;
     for (;;) {
         cudaError_t e = cudaEventQuery(event);
-        if (e == cudaSuccess) return with_peers && plan->comm.check ? plan->comm.check(plan->comm.user, err) : LORASYNC_OK; /* NCCL ends its work when it aborts */
+        if (e == cudaSuccess)
+            return with_peers && plan->comm.check ? plan->comm.check(plan->comm.user, err)
+                                                  : LORASYNC_OK; /* NCCL ends its work when it aborts */
         if (e != cudaErrorNotReady) return lorasynci_cuda_fail(err, e, "the GPU work of this sync failed");
         if (++turns % 64 != 0) continue; /* a sync takes microseconds: look again at once */
         if (with_peers && plan->comm.check && turns % 4096 == 0) LORASYNCI_TRY(plan->comm.check(plan->comm.user, err));
         if (lorasynci_now_ns() >= deadline_ns)
-            return lorasynci_fail(err, LORASYNC_E_TIMEOUT, "the GPU work of this sync did not end before the deadline of %d ms; did every rank call lorasync_sync?", plan->timeout_ms);
+            return lorasynci_fail(err, LORASYNC_E_TIMEOUT,
+                                  "the GPU work of this sync did not end before the deadline of %d ms; did every rank call lorasync_sync?",
+                                  plan->timeout_ms);
         if (turns > 20000) sched_yield(); /* NCCL's own threads want the CPU too */
     }
 }
@@ -9522,7 +9729,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_place(lorasync_plan *plan, uint32_
 
 /* A comm that exchanges host memory only: exchange and place in turns. The others count on every exchange, so a failure here (`status`, or one
    on the way) does not end them. */
-LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, lorasync_status status, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, lorasync_status status, uint64_t deadline_ns,
+                                                          lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
     lorasync_error    lost;
@@ -9566,7 +9774,8 @@ LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
         }
     if (bad != UINT64_MAX && !plan->allow_nan && plan->begin_error.status == LORASYNC_OK) {
         uint32_t tensor = (uint32_t)(bad >> 40);
-        lorasynci_nan_error(plan, tensor, (int64_t)(bad & ((UINT64_C(1) << 40) - 1)), lorasynci_is_rounded(plan, tensor), &plan->begin_error);
+        lorasynci_nan_error(plan, tensor, (int64_t)(bad & ((UINT64_C(1) << 40) - 1)), lorasynci_is_rounded(plan, tensor),
+                            &plan->begin_error);
     }
 }
 
@@ -9580,7 +9789,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasy
         *err = plan->begin_error;
         return by_host ? lorasynci_device_host_rounds(plan, err->status, deadline, err) : LORASYNC_OK;
     }
-    if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess) status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
+    if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess)
+        status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, g->done, deadline, 1, err);
     if (by_host && !lorasync_is_lost(status)) status = lorasynci_device_host_rounds(plan, status, deadline, err);
     if (status == LORASYNC_OK) lorasynci_device_results(plan);
@@ -9610,7 +9820,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasyn
     if (plan->image->on_device) return LORASYNC_OK;
     lorasynci_device_enter(g, &old);
     status = lorasynci_device_fetch_image(plan, err);
-    if (status == LORASYNC_OK && cudaEventRecord(g->done, g->stream) != cudaSuccess) status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
+    if (status == LORASYNC_OK && cudaEventRecord(g->done, g->stream) != cudaSuccess)
+        status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, g->done, lorasynci_deadline_ns(plan->timeout_ms), 0, err);
     lorasynci_device_leave(g, old);
     return status;
@@ -9645,8 +9856,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_fill(lorasynci_device *g, const lo
 }
 
 /* The current GPU: a stream, events, and the kernel where it is wanted. `what` is the field that asks for it. */
-LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller, int with_kernel, const char *what,
-                                                    lorasynci_device **out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller, int with_kernel,
+                                                    const char *what, lorasynci_device **out, lorasync_error *err)
 {
     lorasynci_device *g = (lorasynci_device *)lorasynci_alloc_array(a, 1, sizeof *g);
     lorasync_status   status;
@@ -9663,7 +9874,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a,
     return status;
 }
 
-enum { LORASYNCI_DEVICE_PATIENCE_MS = 60000 };
+enum {
+    LORASYNCI_DEVICE_PATIENCE_MS = 60000
+};
 
 /* Waits until all that is on its stream has ended. Asks again at once: this takes microseconds. */
 LORASYNCI_FN lorasync_status lorasynci_device_drain(lorasynci_device *g, const char *what, lorasync_error *err)
@@ -9677,25 +9890,30 @@ LORASYNCI_FN lorasync_status lorasynci_device_drain(lorasynci_device *g, const c
         if (e != cudaErrorNotReady) return lorasynci_cuda_fail(err, e, what);
         if (++turns % 64 != 0) continue;
         if (lorasynci_now_ns() >= deadline)
-            return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: %s: not ended after %d ms; is the GPU, or the stream that it waits for, stuck?", what, LORASYNCI_DEVICE_PATIENCE_MS);
+            return lorasynci_fail(err, LORASYNC_E_CUDA,
+                                  "CUDA: %s: not ended after %d ms; is the GPU, or the stream that it waits for, stuck?", what,
+                                  LORASYNCI_DEVICE_PATIENCE_MS);
         if (turns > 20000) sched_yield();
     }
 }
 
 #else /* without CUDA: a desc that asks for it is refused, and no plan has a device */
 
-LORASYNCI_FN void lorasynci_device_stop(const lorasync_allocator *a, lorasynci_device *g) { (void)a, (void)g; }
-LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller, int with_kernel, const char *what,
-                                                    lorasynci_device **out, lorasync_error *err)
+LORASYNCI_FN void            lorasynci_device_stop(const lorasync_allocator *a, lorasynci_device *g) { (void)a, (void)g; }
+LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller, int with_kernel,
+                                                    const char *what, lorasynci_device **out, lorasync_error *err)
 {
     (void)a, (void)caller, (void)with_kernel, (void)out;
-    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%s is set, but this library was compiled without LORASYNC_CUDA; define it beside LORASYNC_IMPLEMENTATION", what);
+    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                          "%s is set, but this library was compiled without LORASYNC_CUDA; define it beside LORASYNC_IMPLEMENTATION", what);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err)
 {
     (void)plan, (void)cuda;
-    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "desc.cuda is set, but this library was compiled without LORASYNC_CUDA; define it beside LORASYNC_IMPLEMENTATION");
+    return lorasynci_fail(
+        err, LORASYNC_E_UNSUPPORTED,
+        "desc.cuda is set, but this library was compiled without LORASYNC_CUDA; define it beside LORASYNC_IMPLEMENTATION");
 }
 
 LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan) { (void)plan; }
@@ -11037,7 +11255,7 @@ LORASYNCI_FN lorasync_status lorasynci_transport_copy(const lorasync_transport *
     return LORASYNC_OK;
 }
 
-#define LORASYNC_X(name, text)                                                                                         \
+#define LORASYNC_X(name, text)                                                                                                             \
     case name: return text;
 LORASYNC_API const char *lorasync_engine_state_text(lorasync_engine_state state)
 {
@@ -11072,7 +11290,7 @@ typedef struct lorasynci_publication {
     size_t                    need;        /* so many engines must take the image, or none shall */
     int                       behind_only; /* 1: leave those alone that serve this version */
     const lorasync_image     *image;
-    size_t                    num_possible; /* tried without failure, or not tried yet */
+    size_t                    num_possible;  /* tried without failure, or not tried yet */
     size_t                    end[2];        /* of those without and with commit */
     int                       num_new;       /* serve the image's version now */
     const lorasync_error     *first_failure; /* an outcome's */
@@ -11104,9 +11322,10 @@ LORASYNCI_FN lorasync_status lorasynci_called(const lorasync_transport *t, const
 LORASYNCI_FN lorasync_status lorasynci_check_buckets(const lorasync_transport *t, size_t num_buckets, lorasync_error *err)
 {
     if (num_buckets < 2 || t->takes_buckets) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                          "transport '%.60s' does not take images in buckets, and this one has %zu; raise bucket_bytes, or use one with takes_buckets",
-                          t->name, num_buckets);
+    return lorasynci_fail(
+        err, LORASYNC_E_UNSUPPORTED,
+        "transport '%.60s' does not take images in buckets, and this one has %zu; raise bucket_bytes, or use one with takes_buckets",
+        t->name, num_buckets);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_stage_one(const lorasync_transport *t, const lorasync_image *image, lorasync_error *err)
@@ -11208,7 +11427,8 @@ LORASYNCI_FN lorasync_status lorasynci_tell_who(const lorasynci_publication *p, 
     char              *end;
     if (!err) return p->first_failure->status;
     *err = *p->first_failure;
-    if (p->need < p->num) lorasynci_prefix(err, "of %zu engines %zu could take version %llu, %zu must", p->num, p->num_possible, v, p->need);
+    if (p->need < p->num)
+        lorasynci_prefix(err, "of %zu engines %zu could take version %llu, %zu must", p->num, p->num_possible, v, p->need);
     if (!p->num_new && !p->in_doubt[0]) return err->status;
     err->text[230] = 0; /* room for the names */
     used           = strlen(err->text);
@@ -11408,7 +11628,9 @@ typedef struct lorasynci_file {
     lorasynci_content content;
 } lorasynci_file;
 
-enum { LORASYNCI_MAX_FILES = 3 };
+enum {
+    LORASYNCI_MAX_FILES = 3
+};
 
 /* The name of a file of base weights as Hugging Face counts them, from 1; a single one has no number. */
 LORASYNCI_FN void lorasynci_bucket_file(char out[64], size_t bucket, size_t num_buckets)
@@ -11420,8 +11642,8 @@ LORASYNCI_FN void lorasynci_bucket_file(char out[64], size_t bucket, size_t num_
 /* The files that come with an image: an adapter's two, or a bucket's one, and with the last bucket what describes them all. */
 LORASYNCI_FN size_t lorasynci_files_of(const lorasync_image *image, lorasynci_file files[LORASYNCI_MAX_FILES])
 {
-    size_t num = 1;
-    int    adapter = image->num_buckets == 0;
+    size_t num       = 1;
+    int    adapter   = image->num_buckets == 0;
     files[0].content = lorasynci_model_content(image);
     if (adapter) snprintf(files[0].name, sizeof files[0].name, "%s", LORASYNCI_MODEL_FILE);
     else lorasynci_bucket_file(files[0].name, image->bucket, image->num_buckets);
@@ -11440,7 +11662,8 @@ LORASYNCI_FN size_t lorasynci_files_of(const lorasync_image *image, lorasynci_fi
 /* 1 for a name that the above gives. */
 LORASYNCI_FN int lorasynci_is_our_file(const char *name)
 {
-    static const char *const names[] = {LORASYNCI_MODEL_FILE, LORASYNCI_CONFIG_FILE, LORASYNCI_BASE_FILE, LORASYNCI_BASE_INDEX, LORASYNCI_BASE_CONFIG};
+    static const char *const names[] = {LORASYNCI_MODEL_FILE, LORASYNCI_CONFIG_FILE, LORASYNCI_BASE_FILE, LORASYNCI_BASE_INDEX,
+                                        LORASYNCI_BASE_CONFIG};
     char                     numbered[64];
     size_t                   i, bucket = 0, num = 0;
     for (i = 0; i < LORASYNCI_COUNT(names); i++)
@@ -11639,7 +11862,7 @@ LORASYNCI_FN int lorasynci_same_version(lorasynci_directory *d, int adapter_fd, 
 {
     lorasynci_file files[LORASYNCI_MAX_FILES];
     size_t         i, num = lorasynci_files_of(image, files);
-    int            fd   = lorasynci_open_directory(adapter_fd, version), same = fd >= 0;
+    int            fd = lorasynci_open_directory(adapter_fd, version), same = fd >= 0;
     for (i = 0; i < num && same; i++) same = lorasynci_same_file(d, fd, files[i].name, files[i].content);
     if (fd >= 0) close(fd);
     return same;
@@ -11692,7 +11915,8 @@ LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, int adap
     LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, image->adapter, &latest, err));
     if (latest > image->version) return lorasynci_fail_newer(err, d, image->adapter, latest, image->version);
     staging = image->bucket && lorasynci_look(adapter_fd, stage) == 0; /* then the first bucket was not the one that is there */
-    if (!staging && (image->num_buckets < 2 || latest == image->version) && lorasynci_same_version(d, adapter_fd, version, image)) return LORASYNC_OK;
+    if (!staging && (image->num_buckets < 2 || latest == image->version) && lorasynci_same_version(d, adapter_fd, version, image))
+        return LORASYNC_OK;
     if (!staging && latest == image->version) {
         failed = lorasynci_look(adapter_fd, version);
         if (failed && failed != ENOENT) return lorasynci_fail_file(err, d, "look at", image->adapter, version, failed);
@@ -11712,7 +11936,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_bytes(const lorasync_image *image, 
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image has no %s; bind one first", image->header ? "payload" : "header");
     }
     if (image->on_device) {
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "the image is in device memory; this transport reads host memory, gather it there");
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "the image is in device memory; this transport reads host memory, gather it there");
     }
     if (!image->version) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image has no version; stamp it with one above 0");
     return LORASYNC_OK;
@@ -11723,7 +11948,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_publishable(const lorasync_image *i
 {
     LORASYNCI_TRY(lorasynci_check_bytes(image, err));
     if (image->num_buckets) {
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "the image is a bucket of base weights; this transport publishes adapters, use a directory");
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "the image is a bucket of base weights; this transport publishes adapters, use a directory");
     }
     if (!image->config_json || !image->config_json[0]) {
         return lorasynci_fail(err, LORASYNC_E_CONFIG, "the image has no config_json; an engine needs its adapter_config.json");
@@ -11738,8 +11964,8 @@ LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasyn
     int                  fd = -1;
     LORASYNCI_TRY(image->num_buckets ? lorasynci_check_bytes(image, err) : lorasynci_check_publishable(image, err));
     if (image->num_buckets > 1 && (!image->index_json || image->bucket >= image->num_buckets)) {
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image is bucket %zu of %zu and has %s index_json", image->bucket, image->num_buckets,
-                              image->index_json ? "an" : "no");
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image is bucket %zu of %zu and has %s index_json", image->bucket,
+                              image->num_buckets, image->index_json ? "an" : "no");
     }
     LORASYNCI_TRY(lorasynci_enter(d, image->adapter, 1, &fd, err));
     status = lorasynci_stage_at(d, fd, image, err);
@@ -11863,13 +12089,13 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     d->keep_versions = desc->keep_versions ? desc->keep_versions : 3;
     d->no_fsync      = desc->no_fsync;
     memset(out, 0, sizeof *out);
-    out->size   = sizeof *out;
-    out->name   = path;
-    out->user   = d;
-    out->stage  = lorasynci_directory_stage;
-    out->commit = lorasynci_directory_commit;
-    out->abort  = lorasynci_directory_abort;
-    out->close  = lorasynci_directory_close;
+    out->size          = sizeof *out;
+    out->name          = path;
+    out->user          = d;
+    out->stage         = lorasynci_directory_stage;
+    out->commit        = lorasynci_directory_commit;
+    out->abort         = lorasynci_directory_abort;
+    out->close         = lorasynci_directory_close;
     out->takes_buckets = 1;
     return LORASYNC_OK;
 }
@@ -11918,19 +12144,19 @@ static const uint64_t lorasynci_shm_magic  = UINT64_C(0x6d68732d61726f01); /* la
 static const uint64_t lorasynci_shm_locked = UINT64_C(1) << 16;
 
 typedef struct lorasynci_shm_adapter {
-    uint64_t word; /* atomic. The commit point */
+    uint64_t word;      /* atomic. The commit point */
     char     name[208]; /* never changes while word is not 0 */
 } lorasynci_shm_adapter;
 
 typedef struct lorasynci_shm_segment {
     uint64_t serial, num_bytes, adapter; /* for which adapter it was made */
-    uint64_t device_bytes; /* 0: the payload lies in the segment, else in this much device memory */
-    uint64_t retired;      /* atomic. 1: the device memory is to be freed; who has it open and needs it no more closes it */
+    uint64_t device_bytes;               /* 0: the payload lies in the segment, else in this much device memory */
+    uint64_t retired;                    /* atomic. 1: the device memory is to be freed; who has it open and needs it no more closes it */
 } lorasynci_shm_segment;
 
 typedef struct lorasynci_shm_reader {
-    uint64_t owner; /* atomic */
-    uint64_t pins[LORASYNCI_SHM_PINS]; /* atomic. Only the owner's engine writes; without an owner they mean nothing */
+    uint64_t owner;                      /* atomic */
+    uint64_t pins[LORASYNCI_SHM_PINS];   /* atomic. Only the owner's engine writes; without an owner they mean nothing */
     uint64_t opened[LORASYNCI_SHM_PINS]; /* the same, for slots whose device memory it has open, pinned or not */
 } lorasynci_shm_reader;
 
@@ -11954,7 +12180,8 @@ typedef struct lorasynci_shm_memory {
 
 /* The first bytes of a slot. */
 typedef struct lorasynci_shm_head {
-    uint64_t             magic, version, image_bytes, config_bytes; /* in the segment: of a payload in device memory the image's header only; with the NUL */
+    uint64_t magic, version, image_bytes,
+        config_bytes;                   /* in the segment: of a payload in device memory the image's header only; with the NUL */
     uint64_t             payload_bytes; /* in device memory */
     lorasynci_shm_memory memory;
 } lorasynci_shm_head;
@@ -11971,10 +12198,12 @@ LORASYNCI_FN int lorasynci_shm_slot_of(uint64_t word)
 LORASYNCI_FN lorasync_status lorasynci_shm_check_name(const char *name, lorasync_error *err)
 {
     size_t n = name ? strlen(name) : 0;
-    if (!n) return lorasynci_fail(err, LORASYNC_E_NAME, "the shared memory's name is %s; give one like \"policy\"", name ? "empty" : "NULL");
+    if (!n)
+        return lorasynci_fail(err, LORASYNC_E_NAME, "the shared memory's name is %s; give one like \"policy\"", name ? "empty" : "NULL");
     if (n > 100 || name[0] == '.' || strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != n) {
         return lorasynci_fail(err, LORASYNC_E_NAME,
-                              "'%.110s' cannot name shared memory: up to 100 letters, digits, \".\", \"_\" and \"-\", not \".\" first", name);
+                              "'%.110s' cannot name shared memory: up to 100 letters, digits, \".\", \"_\" and \"-\", not \".\" first",
+                              name);
     }
     return LORASYNC_OK;
 }
@@ -12054,7 +12283,8 @@ LORASYNCI_FN uint64_t lorasynci_shm_claim(int fd, int byte, uint64_t *place, uin
         uint64_t old = __atomic_load_n(place, __ATOMIC_SEQ_CST), mine = self;
         int      held;
         if (old && lorasynci_shm_lives(fd, byte, old, self)) return old;
-        if (lorasynci_shm_lock(fd, byte, F_WRLCK, 0, &held) == 0) mine |= lorasynci_shm_locked; /* before the claim: who sees one sees both */
+        if (lorasynci_shm_lock(fd, byte, F_WRLCK, 0, &held) == 0)
+            mine |= lorasynci_shm_locked; /* before the claim: who sees one sees both */
         if (__atomic_compare_exchange_n(place, &old, mine, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
             *out_mine = mine;
             return 0;
@@ -12092,8 +12322,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_open_segment(const char *path, int fl
     close(fd);
     if (reason) return lorasynci_shm_fail(err, "look at", path, reason);
     if (out_st->st_uid != geteuid()) {
-        return lorasynci_fail(err, LORASYNC_E_IO, "shared memory %s belongs to user %ld, expected %ld; run both sides as one user, or use another name",
-                              path, (long)out_st->st_uid, (long)geteuid());
+        return lorasynci_fail(err, LORASYNC_E_IO,
+                              "shared memory %s belongs to user %ld, expected %ld; run both sides as one user, or use another name", path,
+                              (long)out_st->st_uid, (long)geteuid());
     }
     return lorasynci_fail(err, LORASYNC_E_IO, "shared memory %s has mode %03o, expected 600; remove it with lorasync_shm_remove", path,
                           (unsigned)(out_st->st_mode & 0777));
@@ -12156,9 +12387,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_magic(uint64_t magic, const cha
     if (magic == lorasynci_shm_magic) return LORASYNC_OK;
     if (magic == 0) return LORASYNC_NOTHING_NEW;
     if (magic >> 8 == lorasynci_shm_magic >> 8) {
-        return lorasynci_fail(err, LORASYNC_E_FORMAT,
-                              "shared memory %s has layout %d, expected %d; use one lorasync.h on both sides and remove it with lorasync_shm_remove",
-                              path, (int)(magic & 0xff), (int)(lorasynci_shm_magic & 0xff));
+        return lorasynci_fail(
+            err, LORASYNC_E_FORMAT,
+            "shared memory %s has layout %d, expected %d; use one lorasync.h on both sides and remove it with lorasync_shm_remove", path,
+            (int)(magic & 0xff), (int)(lorasynci_shm_magic & 0xff));
     }
     return lorasynci_fail(err, LORASYNC_E_FORMAT,
                           "shared memory %s was not made by lorasync: it begins with %016llx, expected %016llx; use another name", path,
@@ -12211,7 +12443,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_attach(const char *name, int create, 
 }
 
 /* Maps the control and takes the publisher's place. Without `create`, LORASYNC_NOTHING_NEW when there is no control. */
-LORASYNCI_FN lorasync_status lorasynci_shm_take(const char *name, int create, lorasynci_shm_map *out, uint64_t *out_mine, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_take(const char *name, int create, lorasynci_shm_map *out, uint64_t *out_mine,
+                                                lorasync_error *err)
 {
     uint64_t self = lorasynci_shm_self();
     for (;;) {
@@ -12224,8 +12457,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_take(const char *name, int create, lo
         lorasynci_shm_detach(out);
         if (!other) continue; /* it was being removed */
         return lorasynci_fail(err, LORASYNC_E_BUSY,
-                              "shared memory '%s' has a publisher, process %ld; one at a time: close it or end it, or use another name", name,
-                              lorasynci_shm_pid(other));
+                              "shared memory '%s' has a publisher, process %ld; one at a time: close it or end it, or use another name",
+                              name, lorasynci_shm_pid(other));
     }
 }
 
@@ -12298,11 +12531,11 @@ typedef struct lorasynci_shm {
     uint64_t            mine; /* as it stands in the control */
     int                 num_slots;
     lorasynci_shm_place places[LORASYNCI_SHM_ADAPTERS];
-    uint64_t            used[LORASYNCI_SHM_PINS]; /* a bit per slot, by lorasynci_shm_look */
+    uint64_t            used[LORASYNCI_SHM_PINS];    /* a bit per slot, by lorasynci_shm_look */
     void               *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
     size_t              sizes[LORASYNCI_SHM_SLOTS];
-    lorasynci_device   *device;        /* NULL: payloads in the segments */
-    size_t              payload_bytes; /* of the image that is being staged to the device */
+    lorasynci_device   *device;                        /* NULL: payloads in the segments */
+    size_t              payload_bytes;                 /* of the image that is being staged to the device */
     char               *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked at yet */
     int                 stuck; /* the last copy to the device did not end well: freeing memory could wait for ever */
 } lorasynci_shm;
@@ -12322,12 +12555,12 @@ LORASYNCI_FN int             lorasynci_shm_payload_fits(const lorasynci_shm *s, 
 LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lorasync_error *err)
 {
     if (lorasynci_shm_pid(s->mine) != (long)getpid()) {
-        return lorasynci_fail(err, LORASYNC_E_STATE, "shared memory '%s' was opened by process %ld; publish there, not in a fork of it", s->name,
-                              lorasynci_shm_pid(s->mine));
+        return lorasynci_fail(err, LORASYNC_E_STATE, "shared memory '%s' was opened by process %ld; publish there, not in a fork of it",
+                              s->name, lorasynci_shm_pid(s->mine));
     }
     if (!lorasynci_shm_is_removed(&s->map)) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_STATE, "shared memory '%s' was removed while it was in use; close the transport and open it again",
-                          s->name);
+    return lorasynci_fail(err, LORASYNC_E_STATE,
+                          "shared memory '%s' was removed while it was in use; close the transport and open it again", s->name);
 }
 
 /* -- slots */
@@ -12374,7 +12607,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_enter_slot(lorasynci_shm *s, int slot
     if (!failed) s->memory[slot] = lorasynci_shm_map_fd(fd, (size_t)g->num_bytes, 1, &failed);
     s->sizes[slot] = (size_t)g->num_bytes;
     if (!failed) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_IO, "no room for %llu bytes of shared memory %s: %s; enlarge /dev/shm, or have readers release versions",
+    return lorasynci_fail(err, LORASYNC_E_IO,
+                          "no room for %llu bytes of shared memory %s: %s; enlarge /dev/shm, or have readers release versions",
                           (unsigned long long)g->num_bytes, path, strerror(failed));
 }
 
@@ -12416,7 +12650,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot,
     g->num_bytes    = num_bytes;
     g->adapter      = (uint64_t)adapter;
     g->device_bytes = g->retired = 0;
-    g->serial       = ++c->last_serial;
+    g->serial                    = ++c->last_serial;
     lorasynci_shm_path(path, s->name, g->serial);
     status = lorasynci_shm_open_segment(path, O_RDWR | O_CREAT | O_EXCL, &fd, &st, err);
     if (status >= 0) {
@@ -12470,7 +12704,8 @@ LORASYNCI_FN int lorasynci_shm_unused(lorasynci_shm *s, int adapter, size_t need
     int                          i;
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
         const lorasynci_shm_segment *g = &c->slots[i];
-        if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i) || !lorasynci_shm_fits(s, g, need)) continue;
+        if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i) || !lorasynci_shm_fits(s, g, need))
+            continue;
         if (lorasynci_shm_have_slot(s, i) && lorasynci_shm_have_payload(s, i)) return i;
         lorasynci_shm_drop_slot(s, i);
     }
@@ -12484,8 +12719,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_grow(lorasynci_shm *s, int adapter, s
     int                          i = 0;
     while (i < LORASYNCI_SHM_SLOTS && c->slots[i].serial) i++;
     if (i == LORASYNCI_SHM_SLOTS) {
-        return lorasynci_fail(err, LORASYNC_E_BUSY, "shared memory '%s' has %d slots and readers hold all of them; have them release old versions",
-                              s->name, LORASYNCI_SHM_SLOTS);
+        return lorasynci_fail(err, LORASYNC_E_BUSY,
+                              "shared memory '%s' has %d slots and readers hold all of them; have them release old versions", s->name,
+                              LORASYNCI_SHM_SLOTS);
     }
     *out = i;
     return lorasynci_shm_make_slot(s, i, adapter, lorasynci_shm_size(need), err);
@@ -12540,8 +12776,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_enter(lorasynci_shm *s, const char *a
         *out = i;
     }
     if (*out >= 0) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_BUSY, "shared memory '%s' holds %d adapters already, '%.60s' finds no place; use another name", s->name,
-                          LORASYNCI_SHM_ADAPTERS, adapter);
+    return lorasynci_fail(err, LORASYNC_E_BUSY, "shared memory '%s' holds %d adapters already, '%.60s' finds no place; use another name",
+                          s->name, LORASYNCI_SHM_ADAPTERS, adapter);
 }
 
 /* The slot that is served, mapped; -1 when there is none, or when its segment has been removed by hand. */
@@ -12557,9 +12793,10 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
     const char               *memory  = lorasynci_shm_image_of(s, slot);
     size_t                    config  = strlen(image->config_json) + 1;
     uint64_t                  in_slot = s->sizes[slot] - LORASYNCI_SHM_HEAD;
-    int                       on_device = h->memory.num_bytes || image->on_device; /* then the digest in the header speaks for the payload */
+    int on_device                     = h->memory.num_bytes || image->on_device; /* then the digest in the header speaks for the payload */
     if (h->image_bytes + h->payload_bytes != (uint64_t)image->header_bytes + image->payload_bytes || h->config_bytes != config) return 0;
-    if (h->image_bytes > in_slot || config > in_slot - h->image_bytes || image->header_bytes > in_slot || (on_device && !image->has_digest)) return 0;
+    if (h->image_bytes > in_slot || config > in_slot - h->image_bytes || image->header_bytes > in_slot || (on_device && !image->has_digest))
+        return 0;
     return memcmp(memory, image->header, image->header_bytes) == 0 &&
            (!image->payload_bytes || on_device || memcmp(memory + image->header_bytes, image->payload, image->payload_bytes) == 0) &&
            memcmp(memory + h->image_bytes, image->config_json, config) == 0;
@@ -12578,7 +12815,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_allocate(lorasynci_shm *s, int slot, 
     void                 *p = NULL;
     LORASYNCI_CUDA(cudaMalloc(&p, num_bytes), "memory for a slot");
     s->payloads[slot] = (char *)p;
-    LORASYNCI_CUDA(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)m->handle, p), "this GPU's memory cannot be shared over CUDA IPC; publish in host memory");
+    LORASYNCI_CUDA(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)m->handle, p),
+                   "this GPU's memory cannot be shared over CUDA IPC; publish in host memory");
     LORASYNCI_CUDA(cudaDeviceGetPCIBusId(m->gpu, (int)sizeof m->gpu, s->device->ordinal), "cudaDeviceGetPCIBusId");
     m->owner     = s->mine;
     m->pointer   = (uint64_t)(uintptr_t)p;
@@ -12619,8 +12857,8 @@ LORASYNCI_FN void lorasynci_shm_free_payload(lorasynci_shm *s, int slot)
 LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
 {
     const lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
-    if (!s->payloads[slot] && m->num_bytes && m->num_bytes == s->map.control->slots[slot].device_bytes && m->ordinal == s->device->ordinal &&
-        lorasynci_shm_is_same_owner(m->owner, s->mine)) {
+    if (!s->payloads[slot] && m->num_bytes && m->num_bytes == s->map.control->slots[slot].device_bytes &&
+        m->ordinal == s->device->ordinal && lorasynci_shm_is_same_owner(m->owner, s->mine)) {
         s->payloads[slot] = (char *)(uintptr_t)m->pointer;
     }
     return s->payloads[slot];
@@ -12632,7 +12870,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_enqueue(lorasynci_shm *s, int slot, c
     LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
     if (!image->payload_bytes) return LORASYNC_OK;
-    LORASYNCI_CUDA(cudaMemcpyAsync(s->payloads[slot], image->payload, image->payload_bytes, cudaMemcpyDefault, g->stream), "copying the payload into a slot");
+    LORASYNCI_CUDA(cudaMemcpyAsync(s->payloads[slot], image->payload, image->payload_bytes, cudaMemcpyDefault, g->stream),
+                   "copying the payload into a slot");
     return LORASYNC_OK;
 }
 
@@ -12687,7 +12926,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_e
 LORASYNCI_FN int lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g)
 {
     if (!s->device) return g->device_bytes == 0;
-    return g->device_bytes >= s->payload_bytes && g->device_bytes != 0 && g->device_bytes / 2 <= (uint64_t)s->payload_bytes + LORASYNCI_SHM_SPARE;
+    return g->device_bytes >= s->payload_bytes && g->device_bytes != 0 &&
+           g->device_bytes / 2 <= (uint64_t)s->payload_bytes + LORASYNCI_SHM_SPARE;
 }
 
 /* 1 while an engine that lives has a slot's device memory open. Engines that are dead lose their places here. */
@@ -12717,7 +12957,9 @@ LORASYNCI_FN int lorasynci_shm_have_payload(lorasynci_shm *s, int slot)
 /* Takes a slot's device memory out of use. 0 while an engine has it open and it must not be freed; engines see the mark at their next poll. */
 LORASYNCI_FN int lorasynci_shm_retire(lorasynci_shm *s, int slot)
 {
-    if (!s->device || !s->map.control->slots[slot].device_bytes || !lorasynci_shm_have_slot(s, slot) || !lorasynci_shm_find_payload(s, slot)) return 1;
+    if (!s->device || !s->map.control->slots[slot].device_bytes || !lorasynci_shm_have_slot(s, slot) ||
+        !lorasynci_shm_find_payload(s, slot))
+        return 1;
     __atomic_store_n(&s->map.control->slots[slot].retired, (uint64_t)1, __ATOMIC_SEQ_CST);
     return !lorasynci_shm_is_open(s, slot);
 }
@@ -12727,7 +12969,8 @@ LORASYNCI_FN int lorasynci_shm_is_lost(const lorasynci_shm *s, int slot, const l
 {
     const lorasynci_shm_head *h = lorasynci_shm_head_of(s, slot);
     if (!h->memory.num_bytes || h->version != image->version || !lorasynci_shm_same(s, slot, image)) return 0;
-    return !h->memory.pointer || s->map.control->slots[slot].retired || !lorasynci_shm_lives(s->map.fd, LORASYNCI_SHM_PUBLISHER, h->memory.owner, s->mine);
+    return !h->memory.pointer || s->map.control->slots[slot].retired ||
+           !lorasynci_shm_lives(s->map.fd, LORASYNCI_SHM_PUBLISHER, h->memory.owner, s->mine);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_shm_check_image(const lorasynci_shm *s, const lorasync_image *image, lorasync_error *err)
@@ -12790,20 +13033,24 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &adapter, err));
     lorasynci_shm_unstage(&s->places[adapter]);
-    served                    = lorasynci_shm_served(s, adapter);
+    served = lorasynci_shm_served(s, adapter);
     if (served >= 0 && lorasynci_shm_head_of(s, served)->version >= image->version && !lorasynci_shm_is_lost(s, served, image)) {
         uint64_t now = lorasynci_shm_head_of(s, served)->version;
         if (now == image->version && lorasynci_shm_same(s, served, image)) return LORASYNC_OK;
-        return lorasynci_fail(err, LORASYNC_E_VERSION, now == image->version ?
-                              "'%.60s' in shared memory '%s' is version %llu already, with other content than this %llu; use a new version" :
-                              "'%.60s' in shared memory '%s' is version %llu, which is newer than %llu; go on with a greater version, or publish elsewhere",
-                              image->adapter, s->name, (unsigned long long)now, (unsigned long long)image->version);
+        return lorasynci_fail(
+            err, LORASYNC_E_VERSION,
+            now == image->version
+                ? "'%.60s' in shared memory '%s' is version %llu already, with other content than this %llu; use a new version"
+                : "'%.60s' in shared memory '%s' is version %llu, which is newer than %llu; go on with a greater version, or publish elsewhere",
+            image->adapter, s->name, (unsigned long long)now, (unsigned long long)image->version);
     }
     s->payload_bytes = image->payload_bytes;
-    if (lorasynci_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes)) need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
+    if (lorasynci_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes))
+        need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image does not fit memory");
     LORASYNCI_TRY(lorasynci_shm_pick(s, adapter, need, err));
-    copies = s->device && image->payload != s->payloads[s->places[adapter].next]; /* a gather into the slot has ended before it is published */
+    copies =
+        s->device && image->payload != s->payloads[s->places[adapter].next]; /* a gather into the slot has ended before it is published */
     if (copies) LORASYNCI_TRY(lorasynci_shm_copy_begin(s, s->places[adapter].next, image, err));
     lorasynci_shm_fill(s, s->places[adapter].next, image);
     if (copies) LORASYNCI_TRY(lorasynci_shm_copy_end(s, err));
@@ -12826,11 +13073,12 @@ LORASYNCI_FN lorasync_status lorasynci_shm_commit(void *user, const char *adapte
     if (!p || p->staged < 0 || p->version != version) {
         served = p ? lorasynci_shm_served(s, i) : -1;
         if (served >= 0 && lorasynci_shm_head_of(s, served)->version == version) return LORASYNC_OK; /* staging found it served */
-        return lorasynci_fail(err, LORASYNC_E_STATE, "version %llu of '%.60s' was not staged in shared memory '%s'", (unsigned long long)version,
-                              adapter, s->name);
+        return lorasynci_fail(err, LORASYNC_E_STATE, "version %llu of '%.60s' was not staged in shared memory '%s'",
+                              (unsigned long long)version, adapter, s->name);
     }
     word = &s->map.control->adapters[i].word;
-    __atomic_store_n(word, ((*word >> LORASYNCI_SHM_SLOT_BITS) + 1) << LORASYNCI_SHM_SLOT_BITS | (uint64_t)(p->staged + 1), __ATOMIC_SEQ_CST);
+    __atomic_store_n(word, ((*word >> LORASYNCI_SHM_SLOT_BITS) + 1) << LORASYNCI_SHM_SLOT_BITS | (uint64_t)(p->staged + 1),
+                     __ATOMIC_SEQ_CST);
     p->staged = -1;
     return LORASYNC_OK;
 }
@@ -12853,8 +13101,8 @@ typedef struct lorasynci_shm_target {
 
 /* The memory that the next stage of this adapter will use: an image whose payload lies there, in host memory with its header in front, is staged
    without a copy. Ask again after each stage. */
-LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter, size_t header_bytes, size_t payload_bytes, size_t config_bytes, char **out_payload,
-                                                lorasynci_shm_target *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter, size_t header_bytes, size_t payload_bytes,
+                                                size_t config_bytes, char **out_payload, lorasynci_shm_target *out, lorasync_error *err)
 {
     lorasynci_shm *s = (lorasynci_shm *)user;
     size_t         bytes, need = 0;
@@ -12981,7 +13229,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_enter(lorasynci_shm_view *v, con
 }
 
 /* LORASYNC_NOTHING_NEW when there is no control yet. */
-LORASYNCI_FN lorasync_status lorasynci_shm_view_open(const char *name, const lorasync_allocator *a, lorasynci_shm_view **out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_view_open(const char *name, const lorasync_allocator *a, lorasynci_shm_view **out,
+                                                     lorasync_error *err)
 {
     lorasynci_shm_map   map;
     lorasynci_shm_view *v;
@@ -13047,8 +13296,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(const lorasynci_shm_view *v,
     if (h->magic != lorasynci_shm_magic || h->image_bytes > g.num_bytes - LORASYNCI_SHM_HEAD || h->config_bytes == 0 ||
         h->config_bytes > g.num_bytes - LORASYNCI_SHM_HEAD - h->image_bytes ||
         ((const char *)map)[LORASYNCI_SHM_HEAD + h->image_bytes + h->config_bytes - 1] != 0) {
-        status = lorasynci_fail(err, LORASYNC_E_FORMAT, "shared memory %s is damaged: its head does not fit its %llu bytes; publish again", path,
-                                (unsigned long long)g.num_bytes);
+        status = lorasynci_fail(err, LORASYNC_E_FORMAT, "shared memory %s is damaged: its head does not fit its %llu bytes; publish again",
+                                path, (unsigned long long)g.num_bytes);
         munmap(map, (size_t)g.num_bytes);
         return status;
     }
@@ -13121,7 +13370,7 @@ LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import 
 LORASYNCI_FN lorasync_status lorasynci_import_own(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
 {
     int         ordinal = (int)m->memory.ordinal, can = 1;
-    cudaError_t e       = cudaSuccess;
+    cudaError_t e = cudaSuccess;
     if (ordinal != g->ordinal) {
         e = cudaDeviceCanAccessPeer(&can, g->ordinal, ordinal);
         if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(ordinal, 0);
@@ -13129,7 +13378,9 @@ LORASYNCI_FN lorasync_status lorasynci_import_own(const lorasynci_device *g, lor
         if (e == cudaErrorPeerAccessAlreadyEnabled) e = cudaSuccess;
     }
     if (!can || e != cudaSuccess) {
-        return lorasynci_fail(err, LORASYNC_E_CUDA, "the payload is on GPU %d, which GPU %d of the engine cannot access; open the engine on GPU %d", ordinal, g->ordinal, ordinal);
+        return lorasynci_fail(err, LORASYNC_E_CUDA,
+                              "the payload is on GPU %d, which GPU %d of the engine cannot access; open the engine on GPU %d", ordinal,
+                              g->ordinal, ordinal);
     }
     m->payload = (char *)(uintptr_t)m->memory.pointer;
     return LORASYNC_OK;
@@ -13145,10 +13396,11 @@ LORASYNCI_FN lorasync_status lorasynci_import_open_ipc(lorasynci_import *m, lora
         return LORASYNC_OK;
     }
     (void)cudaGetLastError();
-    return lorasynci_fail(err, LORASYNC_E_CUDA,
-                          "cannot open device memory of process %ld on GPU %s over CUDA IPC: %s (%s); the engine's GPU must be that one or have peer access to it, and "
-                          "both processes must share host, user and IPC namespace; or publish in host memory",
-                          lorasynci_shm_pid(m->memory.owner), m->memory.gpu, cudaGetErrorString(e), cudaGetErrorName(e));
+    return lorasynci_fail(
+        err, LORASYNC_E_CUDA,
+        "cannot open device memory of process %ld on GPU %s over CUDA IPC: %s (%s); the engine's GPU must be that one or have peer access to it, and "
+        "both processes must share host, user and IPC namespace; or publish in host memory",
+        lorasynci_shm_pid(m->memory.owner), m->memory.gpu, cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
 /* Marks the memory as opened, and then looks whether it is still there: see above. The device is current. */
@@ -13159,10 +13411,14 @@ LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_device *g, lo
     lorasync_status              status;
     lorasynci_shm_mark_opened(m->view, m->slot, 1);
     if (!lorasynci_shm_lives(m->view->map.fd, LORASYNCI_SHM_PUBLISHER, owner, m->view->mine)) {
-        status = lorasynci_fail(err, LORASYNC_E_IO, "the payload was in device memory of publisher process %ld, which has ended; publish it again", lorasynci_shm_pid(owner));
-    } else if (__atomic_load_n(&c->slots[m->slot].retired, __ATOMIC_SEQ_CST)) {
-        status = lorasynci_fail(err, LORASYNC_E_IO, "the payload was in device memory of publisher process %ld, which has closed the transport; publish it again",
+        status = lorasynci_fail(err, LORASYNC_E_IO,
+                                "the payload was in device memory of publisher process %ld, which has ended; publish it again",
                                 lorasynci_shm_pid(owner));
+    } else if (__atomic_load_n(&c->slots[m->slot].retired, __ATOMIC_SEQ_CST)) {
+        status =
+            lorasynci_fail(err, LORASYNC_E_IO,
+                           "the payload was in device memory of publisher process %ld, which has closed the transport; publish it again",
+                           lorasynci_shm_pid(owner));
     } else {
         status = lorasynci_shm_is_same_owner(owner, m->view->mine) ? lorasynci_import_own(g, m, err) : lorasynci_import_open_ipc(m, err);
     }
@@ -13207,15 +13463,15 @@ LORASYNCI_FN lorasyncd_op lorasynci_import_op(const lorasynci_import *m, const l
     lorasyncd_op o;
     int          wide = t->offset % 2 == 0 && t->num_bytes % 2 == 0;
     memset(&o, 0, sizeof o);
-    o.src       = (uint64_t)(uintptr_t)m->payload + t->offset;
-    o.sum       = (uint64_t)(uintptr_t)m->table + m->sums_at + index * 8;
+    o.src = (uint64_t)(uintptr_t)m->payload + t->offset;
+    o.sum = (uint64_t)(uintptr_t)m->table + m->sums_at + index * 8;
     o.num = o.n1 = (long long)(t->num_bytes / (wide ? 2 : 1));
     o.s0 = o.row = o.n1;
     o.s1 = o.d1 = 1;
     o.tensor    = (unsigned)index;
     o.scale     = 1.0f;
     o.src_dtype = o.dst_dtype = wide ? LORASYNC_U16 : LORASYNC_U8;
-    o.vector    = (unsigned char)lorasynci_is_vector(&o);
+    o.vector                  = (unsigned char)lorasynci_is_vector(&o);
     return o;
 }
 
@@ -13251,12 +13507,14 @@ LORASYNCI_FN lorasync_status lorasynci_import_reserve(lorasynci_import *m, const
     m->sums_at  = m->tiles_at + m->num_tiles * sizeof(lorasyncd_tile);
     m->terms_at = m->sums_at + m->num_ops * 8;
     LORASYNCI_CUDA(cudaMalloc((void **)&m->table, m->terms_at + 8), "memory for the digest's tables");
-    LORASYNCI_CUDA(cudaHostAlloc((void **)&m->host, m->terms_at + m->num_ops * sizeof(lorasynci_term) + 8, cudaHostAllocDefault), "pinned memory for the digest's tables");
+    LORASYNCI_CUDA(cudaHostAlloc((void **)&m->host, m->terms_at + m->num_ops * sizeof(lorasynci_term) + 8, cudaHostAllocDefault),
+                   "pinned memory for the digest's tables");
     return LORASYNC_OK;
 }
 
 /* Makes the tables and copies them to the device. */
-LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
+                                                       lorasync_error *err)
 {
     lorasyncd_op   *ops;
     lorasyncd_tile *tiles;
@@ -13277,7 +13535,8 @@ LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
+                                                     lorasync_error *err)
 {
     CUresult r = CUDA_SUCCESS;
     if (!lorasynci_import_fits(m, image)) {
@@ -13287,12 +13546,14 @@ LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, 
     if (m->num_tiles) /* integers are not checked: bad is never written */
         r = lorasynci_device_launch(g, m->table, m->table + m->tiles_at, (unsigned)m->num_tiles, m->table + m->sums_at, 0, g->stream);
     if (r != CUDA_SUCCESS) return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the digest's kernel was not launched (CUresult %d)", (int)r);
-    LORASYNCI_CUDA(cudaMemcpyAsync(m->host + m->sums_at, m->table + m->sums_at, m->num_ops * 8, cudaMemcpyDefault, g->stream), "copying digests");
+    LORASYNCI_CUDA(cudaMemcpyAsync(m->host + m->sums_at, m->table + m->sums_at, m->num_ops * 8, cudaMemcpyDefault, g->stream),
+                   "copying digests");
     return LORASYNC_OK;
 }
 
 /* Starts digesting the image where it lies. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
+                                                          lorasync_error *err)
 {
     lorasync_status status;
     int             old;
@@ -13303,7 +13564,8 @@ LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device
 }
 
 /* Waits for the digest and compares it. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
+                                                        lorasync_error *err)
 {
     lorasynci_term *terms = (lorasynci_term *)(void *)(m->host + m->terms_at);
     lorasync_status status;
@@ -13314,24 +13576,30 @@ LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lor
     status = lorasynci_device_drain(g, "digesting the payload", err);
     lorasynci_device_leave(g, old);
     if (status < 0) return status;
-    return lorasynci_compare_digest(image, lorasynci_digest_terms(terms, (const uint64_t *)(const void *)(m->host + m->sums_at), m->num_ops), err);
+    return lorasynci_compare_digest(image,
+                                    lorasynci_digest_terms(terms, (const uint64_t *)(const void *)(m->host + m->sums_at), m->num_ops), err);
 }
 
 #else
 
-LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import **first, const lorasynci_shm_view *now) { (void)g, (void)first, (void)now; }
+LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import **first, const lorasynci_shm_view *now)
+{
+    (void)g, (void)first, (void)now;
+}
 LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci_import **first, lorasynci_shm_view *v, int slot,
                                                   const lorasynci_shm_memory *memory, lorasynci_import **out, lorasync_error *err)
 {
     (void)g, (void)first, (void)v, (void)slot, (void)memory, (void)out, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
+                                                          lorasync_error *err)
 {
     (void)g, (void)m, (void)image, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
+                                                        lorasync_error *err)
 {
     (void)g, (void)m, (void)image, (void)err;
     return LORASYNC_E_UNSUPPORTED;
@@ -13619,8 +13887,8 @@ struct lorasync_engine {
     int                 no_verify;
     lorasynci_device   *device;  /* NULL: versions in device memory are refused */
     lorasynci_import   *imports; /* device memory that is open */
-    lorasynci_shm_view *view;  /* NULL: not found yet */
-    lorasynci_served   *first; /* atomic */
+    lorasynci_shm_view *view;    /* NULL: not found yet */
+    lorasynci_served   *first;   /* atomic */
 };
 
 LORASYNCI_FN lorasynci_served *lorasynci_find_served(lorasync_engine *e, const char *name)
@@ -13689,12 +13957,13 @@ LORASYNCI_FN lorasync_status lorasynci_check_names(const lorasync_image *image, 
                                                    lorasync_error *err)
 {
     if (image->adapter[0] && strcmp(image->adapter, adapter) != 0) {
-        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s: the metadata names adapter '%.60s', expected '%.60s', under which it is published", where,
+        return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                              "%s: the metadata names adapter '%.60s', expected '%.60s', under which it is published", where,
                               image->adapter, adapter);
     }
     if (image->version && image->version != version) {
-        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s: the metadata says version %llu, expected %llu, under which it is published", where,
-                              (unsigned long long)image->version, (unsigned long long)version);
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s: the metadata says version %llu, expected %llu, under which it is published",
+                              where, (unsigned long long)image->version, (unsigned long long)version);
     }
     return LORASYNC_OK;
 }
@@ -13723,7 +13992,8 @@ LORASYNCI_FN int lorasynci_same_content(const lorasync_image *a, const lorasync_
     int on_device = a->on_device || b->on_device; /* then the digest in the header speaks for the payload */
     return a->header_bytes == b->header_bytes && memcmp(a->header, b->header, a->header_bytes) == 0 &&
            a->payload_bytes == b->payload_bytes && (!on_device || a->has_digest) &&
-           (!a->payload_bytes || on_device || memcmp(a->payload, b->payload, a->payload_bytes) == 0) && strcmp(a->config_json, b->config_json) == 0;
+           (!a->payload_bytes || on_device || memcmp(a->payload, b->payload, a->payload_bytes) == 0) &&
+           strcmp(a->config_json, b->config_json) == 0;
 }
 
 /* The served version is also the published one: is it still the same? Reads the file only if it is another one than before. */
@@ -13859,7 +14129,8 @@ LORASYNCI_FN lorasync_status lorasynci_find_control(lorasync_engine *e, lorasync
 {
     lorasynci_served *s;
     if (e->view && !lorasynci_shm_is_ours(e->view)) {
-        return lorasynci_fail(err, LORASYNC_E_STATE, "this engine of shared memory '%s' was opened by process %ld; open one in each process", e->shm,
+        return lorasynci_fail(err, LORASYNC_E_STATE,
+                              "this engine of shared memory '%s' was opened by process %ld; open one in each process", e->shm,
                               lorasynci_shm_pid(e->view->mine));
     }
     if (e->view && !lorasynci_shm_is_removed(&e->view->map)) return LORASYNC_OK;
@@ -13870,19 +14141,23 @@ LORASYNCI_FN lorasync_status lorasynci_find_control(lorasync_engine *e, lorasync
 }
 
 /* Reads the header of a mapped slot, and finds its payload: behind the header, or in device memory. The image then has the mapping. */
-LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, void *map, size_t num_bytes, lorasynci_opened *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, void *map, size_t num_bytes, lorasynci_opened *out,
+                                                    lorasync_error *err)
 {
     const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
     const unsigned char      *memory = (const unsigned char *)map + LORASYNCI_SHM_HEAD;
     size_t                    total  = (size_t)h->image_bytes;
     if (h->memory.num_bytes) {
         if (!e->device) {
-            return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                                  "the payload is in device memory of process %ld on GPU %s; set accept_device when the engine is opened, or publish in host memory",
-                                  lorasynci_shm_pid(h->memory.owner), h->memory.gpu);
+            return lorasynci_fail(
+                err, LORASYNC_E_UNSUPPORTED,
+                "the payload is in device memory of process %ld on GPU %s; set accept_device when the engine is opened, or publish in host memory",
+                lorasynci_shm_pid(h->memory.owner), h->memory.gpu);
         }
-        if (h->payload_bytes > h->memory.num_bytes || total < 8 || lorasynci_load_le64(memory, 8) != total - 8 || !lorasynci_add(total, (size_t)h->payload_bytes, &total))
-            return lorasynci_fail(err, LORASYNC_E_FORMAT, "the slot is damaged: its head does not fit its header and device memory; publish again");
+        if (h->payload_bytes > h->memory.num_bytes || total < 8 || lorasynci_load_le64(memory, 8) != total - 8 ||
+            !lorasynci_add(total, (size_t)h->payload_bytes, &total))
+            return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                                  "the slot is damaged: its head does not fit its header and device memory; publish again");
         LORASYNCI_TRY(lorasynci_import_get(e->device, &e->imports, out->view, out->slot, &h->memory, &out->import, err));
         out->import->num_users++;
     }
@@ -13902,14 +14177,17 @@ LORASYNCI_FN int lorasynci_is_checked(const lorasynci_opened *o, const lorasynci
     if (!b || a->num_tensors != b->num_tensors || strcmp(a->config_json, b->config_json) != 0) return 0;
     for (i = 0; i < a->num_tensors; i++) {
         const lorasync_tensor *x = &a->tensors[i], *y = &b->tensors[i];
-        if (x->dtype != y->dtype || x->ndim != y->ndim || memcmp(x->shape, y->shape, (size_t)x->ndim * sizeof x->shape[0]) != 0 || strcmp(x->name, y->name) != 0) return 0;
+        if (x->dtype != y->dtype || x->ndim != y->ndim || memcmp(x->shape, y->shape, (size_t)x->ndim * sizeof x->shape[0]) != 0 ||
+            strcmp(x->name, y->name) != 0)
+            return 0;
     }
     return 1;
 }
 
 /* Opens and checks what is mapped, in place. `served`: the adapter's version before, or NULL. */
-LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const lorasynci_opened *served, const char *adapter, const char *where, void *map, size_t num_bytes,
-                                                   lorasynci_opened *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const lorasynci_opened *served, const char *adapter,
+                                                   const char *where, void *map, size_t num_bytes, lorasynci_opened *out,
+                                                   lorasync_error *err)
 {
     const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
     const char               *memory = (const char *)map + LORASYNCI_SHM_HEAD;
@@ -13924,14 +14202,15 @@ LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const lor
     if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_begin(e->device, out->import, out->image, err));
     else if (verify) LORASYNCI_TRY(lorasync_image_verify(out->image, err));
     LORASYNCI_TRY(lorasync_config_parse(out->image->config_json, (size_t)h->config_bytes - 1, &e->a, &out->config, err));
-    if (!lorasynci_is_checked(out, served)) LORASYNCI_TRY(lorasync_config_check(out->config, out->image->tensors, out->image->num_tensors, err));
+    if (!lorasynci_is_checked(out, served))
+        LORASYNCI_TRY(lorasync_config_check(out->config, out->image->tensors, out->image->num_tensors, err));
     if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_end(e->device, out->import, out->image, err));
     return lorasynci_check_names(out->image, where, adapter, h->version, err);
 }
 
 /* Pins, opens and checks what an adapter's place in the control names. */
-LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lorasynci_opened *served, int place, const char *adapter, uint64_t *out_word,
-                                                   uint64_t *out_version, lorasynci_opened *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lorasynci_opened *served, int place, const char *adapter,
+                                                   uint64_t *out_word, uint64_t *out_version, lorasynci_opened *out, lorasync_error *err)
 {
     char            where[200];
     void           *map       = NULL;
@@ -13940,8 +14219,9 @@ LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lor
     memset(out, 0, sizeof *out);
     out->slot = lorasynci_shm_pin(e->view, place, out_word);
     if (out->slot < 0) {
-        return lorasynci_fail(err, LORASYNC_E_FORMAT, "shared memory '%s' is damaged: %016llx names no slot; remove it with lorasync_shm_remove",
-                              e->shm, (unsigned long long)*out_word);
+        return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                              "shared memory '%s' is damaged: %016llx names no slot; remove it with lorasync_shm_remove", e->shm,
+                              (unsigned long long)*out_word);
     }
     out->view = e->view;
     e->view->num_users++;
@@ -13968,7 +14248,8 @@ LORASYNCI_FN lorasync_status lorasynci_poll_place(lorasync_engine *e, int place,
     slot = lorasynci_empty_slot(s);
     now  = s->current >= 0 ? &s->slots[s->current] : NULL;
     if (!slot) {
-        return lorasynci_fail(err, LORASYNC_E_BUSY, "adapter '%.60s': a newer version is there, but %d versions are held by readers and the engine; release some",
+        return lorasynci_fail(err, LORASYNC_E_BUSY,
+                              "adapter '%.60s': a newer version is there, but %d versions are held by readers and the engine; release some",
                               adapter, LORASYNCI_SLOTS);
     }
     LORASYNCI_TRY(lorasynci_open_shared(e, now ? &now->held : NULL, place, adapter, &word, &version, &opened, err));
@@ -13980,9 +14261,11 @@ LORASYNCI_FN lorasync_status lorasynci_poll_place(lorasync_engine *e, int place,
     if (version < now->seen.version || lorasynci_same_content(opened.image, now->held.image)) s->word = word;
     lorasynci_opened_free(&opened);
     if (s->word == word) return LORASYNC_NOTHING_NEW;
-    return lorasynci_fail(err, LORASYNC_E_VERSION,
-                          "'%.60s' version %llu was published a second time with other content in shared memory '%s'; the first is served, publish "
-                          "a new version", adapter, (unsigned long long)version, e->shm);
+    return lorasynci_fail(
+        err, LORASYNC_E_VERSION,
+        "'%.60s' version %llu was published a second time with other content in shared memory '%s'; the first is served, publish "
+        "a new version",
+        adapter, (unsigned long long)version, e->shm);
 }
 
 /* Every adapter of the control. One that fails does not hold up the others; the first failure is returned. */
@@ -14067,8 +14350,10 @@ LORASYNC_API void lorasync_release(const lorasync_adapter *adapter)
 LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lorasync_engine_desc *desc, lorasync_error *err)
 {
     e->no_verify = desc->no_verify;
-    if (desc->accept_device && !desc->shm) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "accept_device goes with shm: what lies in a directory is in host memory");
-    if (desc->directory && desc->shm) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory and shm are both set; an engine has one source");
+    if (desc->accept_device && !desc->shm)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "accept_device goes with shm: what lies in a directory is in host memory");
+    if (desc->directory && desc->shm)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory and shm are both set; an engine has one source");
     if (desc->shm) {
         LORASYNCI_TRY(lorasynci_shm_check_name(desc->shm, err));
         e->shm = lorasynci_copy_text(&e->a, desc->shm, strlen(desc->shm));
@@ -14127,7 +14412,7 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
 
        state --base? adapter?--> PAUSE | weights | BASE | ADAPTER | kv_cache | cuda_graph | FLUSH | CONTINUE --those that hold--> steps */
 
-#define LORASYNC_X(name, text)                                                                                         \
+#define LORASYNC_X(name, text)                                                                                                             \
     case name: return text;
 
 LORASYNC_API const char *lorasync_cache_key_text(lorasync_cache_key key)
@@ -14181,8 +14466,8 @@ LORASYNCI_FN lorasync_status lorasynci_policy_check(const lorasync_policy_state 
     if ((int)s->cache_key < 0 || (int)s->cache_key > (int)LORASYNC_CACHE_NONE)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "cache_key is %d, expected one of lorasync_cache_key", (int)s->cache_key);
     if (s->keeps_memory && s->released)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "keeps_memory is set, yet released is %u: an engine that never sleeps releases nothing",
-                              s->released);
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "keeps_memory is set, yet released is %u: an engine that never sleeps releases nothing", s->released);
     if (!s->no_adapter && !s->version)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "version is 0; give the version to be served, or set no_adapter");
     return LORASYNC_OK;
@@ -14314,7 +14599,9 @@ typedef struct lorasynci_added {
        root           own payload | slot 1 | slot 2 | slot 3         a slot that is free takes the next version; its transport keeps the slots mapped
        other ranks    own payload | map    | map    | map            the same memory, by its name; on a GPU opened over CUDA IPC. Without direct
                                                                      placement they need none */
-enum { LORASYNCI_AIMS = 4 };
+enum {
+    LORASYNCI_AIMS = 4
+};
 
 typedef struct lorasynci_aimed {
     uint64_t          serial; /* of the slot; 0: nothing here */
@@ -14325,8 +14612,8 @@ typedef struct lorasynci_aimed {
 } lorasynci_aimed;
 
 typedef struct lorasynci_aim {
-    char               *own;  /* NULL: this session never aims elsewhere */
-    char               *next; /* payload of the next run */
+    char               *own;    /* NULL: this session never aims elsewhere */
+    char               *next;   /* payload of the next run */
     uint64_t            serial; /* of the slot that it lies in, or 0 */
     uint64_t            clock;
     int                 blind; /* some rank could not map a slot: none is aimed at any more */
@@ -14336,39 +14623,48 @@ typedef struct lorasynci_aim {
 } lorasynci_aim;
 
 struct lorasync_session {
-    lorasync_allocator     a;
-    lorasync_comm          comm;
-    lorasync_desc          desc;   /* adapter, config_json and base_model replaced by the copies below */
-    char                  *adapter, *config_json, *base_model;
-    lorasync_cuda          cuda; /* the copy of desc.cuda, if there is one */
-    lorasync_config       *config; /* parsed config_json, or NULL */
-    lorasynci_buffer       texts;
-    lorasynci_buffer       added;   /* lorasynci_added; after compile only those taken */
-    lorasynci_buffer       modules; /* uint64_t offsets of names of linear base modules, for "all-linear" */
-    lorasynci_buffer       transports;
-    lorasynci_buffer       outcomes; /* lorasync_engine_outcome, one per transport */
-    size_t                 num_added, num_dropped;
-    char                   dropped_example[128];
-    lorasync_error         add_error; /* the first of them */
-    void                  *votes;
-    lorasync_plan         *plan;
-    lorasync_status        lost; /* with which the communicator went before there was a plan, or 0 */
-    char                  *published_config;
-    uint64_t               version;      /* asked for by the last begin */
-    uint64_t               last_version; /* published */
-    uint64_t               last_digest;  /* of it, on the root */
-    int                    published;    /* the plan's image is last_version */
-    uint64_t               begin_ns;
-    lorasynci_aim          aim;
+    lorasync_allocator a;
+    lorasync_comm      comm;
+    lorasync_desc      desc; /* adapter, config_json and base_model replaced by the copies below */
+    char              *adapter, *config_json, *base_model;
+    lorasync_cuda      cuda;   /* the copy of desc.cuda, if there is one */
+    lorasync_config   *config; /* parsed config_json, or NULL */
+    lorasynci_buffer   texts;
+    lorasynci_buffer   added;   /* lorasynci_added; after compile only those taken */
+    lorasynci_buffer   modules; /* uint64_t offsets of names of linear base modules, for "all-linear" */
+    lorasynci_buffer   transports;
+    lorasynci_buffer   outcomes; /* lorasync_engine_outcome, one per transport */
+    size_t             num_added, num_dropped;
+    char               dropped_example[128];
+    lorasync_error     add_error; /* the first of them */
+    void              *votes;
+    lorasync_plan     *plan;
+    lorasync_status    lost; /* with which the communicator went before there was a plan, or 0 */
+    char              *published_config;
+    uint64_t           version;      /* asked for by the last begin */
+    uint64_t           last_version; /* published */
+    uint64_t           last_digest;  /* of it, on the root */
+    int                published;    /* the plan's image is last_version */
+    uint64_t           begin_ns;
+    lorasynci_aim      aim;
 };
 
-LORASYNCI_FN const lorasync_transport *lorasynci_transports(const lorasync_session *s) { return (const lorasync_transport *)(const void *)s->transports.data; }
+LORASYNCI_FN const lorasync_transport *lorasynci_transports(const lorasync_session *s)
+{
+    return (const lorasync_transport *)(const void *)s->transports.data;
+}
 
 LORASYNCI_FN size_t lorasynci_num_transports(const lorasync_session *s) { return s->transports.size / sizeof(lorasync_transport); }
 
-LORASYNCI_FN lorasync_engine_outcome *lorasynci_outcomes(const lorasync_session *s) { return (lorasync_engine_outcome *)(void *)s->outcomes.data; }
+LORASYNCI_FN lorasync_engine_outcome *lorasynci_outcomes(const lorasync_session *s)
+{
+    return (lorasync_engine_outcome *)(void *)s->outcomes.data;
+}
 
-LORASYNCI_FN lorasynci_added *lorasynci_added_at(const lorasync_session *s, size_t i) { return (lorasynci_added *)(void *)s->added.data + i; }
+LORASYNCI_FN lorasynci_added *lorasynci_added_at(const lorasync_session *s, size_t i)
+{
+    return (lorasynci_added *)(void *)s->added.data + i;
+}
 
 LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s) { return s->added.size / sizeof(lorasynci_added); }
 
@@ -14417,7 +14713,7 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
 LORASYNCI_FN lorasync_status lorasynci_session_copy(lorasync_session *s, lorasync_error *err)
 {
     const char *adapter = s->desc.adapter ? s->desc.adapter : "default", *config = s->desc.config_json, *base = s->desc.base_model;
-    s->adapter          = lorasynci_copy_text(&s->a, adapter, strlen(adapter));
+    s->adapter = lorasynci_copy_text(&s->a, adapter, strlen(adapter));
     if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
     if (base) s->base_model = lorasynci_copy_text(&s->a, base, strlen(base));
     s->votes            = lorasynci_alloc(&s->a, lorasynci_vote_scratch(s->comm.world));
@@ -14442,8 +14738,10 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
     lorasync_status    status;
     if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_open: desc or out is NULL");
     *out = NULL;
-    if (!lorasynci_comm_ok(desc->comm)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
-    if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    if (!lorasynci_comm_ok(desc->comm))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
+    if (!lorasynci_allocator(desc->allocator, &a))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
     s = (lorasync_session *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a    = a;
@@ -14495,7 +14793,9 @@ LORASYNCI_FN lorasync_status lorasynci_add_piece(lorasync_session *s, const lora
     lorasynci_added add;
     lorasync_name   name;
     if (!piece) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_add: piece is NULL");
-    if (s->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_add after lorasync_compile: open a new session for another set of parameters");
+    if (s->plan)
+        return lorasynci_fail(err, LORASYNC_E_STATE,
+                              "lorasync_add after lorasync_compile: open a new session for another set of parameters");
     if (!piece->name) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a piece has no name");
     LORASYNCI_TRY(lorasync_parse_name(piece->name, &name, err));
     s->num_added++;
@@ -14575,9 +14875,10 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
 
 LORASYNCI_FN int lorasynci_is_table_name(const char *module)
 {
-    static const char *const tables[] = {"embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "embeddings", "embed_positions"};
-    const char              *dot = strrchr(module, '.'), *last = dot ? dot + 1 : module;
-    size_t                   i;
+    static const char *const tables[] = {
+        "embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings", "token_type_embeddings", "embeddings", "embed_positions"};
+    const char *dot = strrchr(module, '.'), *last = dot ? dot + 1 : module;
+    size_t      i;
     for (i = 0; i < LORASYNCI_COUNT(tables); i++)
         if (strcmp(last, tables[i]) == 0) return 1;
     return 0;
@@ -14586,10 +14887,10 @@ LORASYNCI_FN int lorasynci_is_table_name(const char *module)
 /* The matcher, with the model's modules for "all-linear": base modules seen, and modules that carry a linear LoRA pair. */
 LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lorasync_matcher **out, lorasync_error *err)
 {
-    lorasync_filter              everything;
-    size_t                       num_base = s->modules.size / sizeof(uint64_t), num_lora = lorasynci_num_taken(s), i, n = 0;
-    lorasync_module             *modules = (lorasync_module *)lorasynci_alloc_array(&s->a, num_base + num_lora, sizeof *modules);
-    lorasync_status              status;
+    lorasync_filter  everything;
+    size_t           num_base = s->modules.size / sizeof(uint64_t), num_lora = lorasynci_num_taken(s), i, n = 0;
+    lorasync_module *modules = (lorasync_module *)lorasynci_alloc_array(&s->a, num_base + num_lora, sizeof *modules);
+    lorasync_status  status;
     if (!modules) return lorasynci_fail_memory(err, (num_base + num_lora) * sizeof *modules);
     memset(&everything, 0, sizeof everything);
     for (i = 0; i < num_base; i++) {
@@ -14634,7 +14935,10 @@ LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, loras
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN const char *lorasynci_added_key(const void *user, size_t i) { return lorasynci_added_at((const lorasync_session *)user, i)->piece.name; }
+LORASYNCI_FN const char *lorasynci_added_key(const void *user, size_t i)
+{
+    return lorasynci_added_at((const lorasync_session *)user, i)->piece.name;
+}
 
 /* Two parameters of this rank with one key: a wrapper that hides a difference. Pieces of one parameter have one raw name. */
 LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, lorasync_error *err)
@@ -14647,7 +14951,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, l
         const char *raw = s->texts.data + lorasynci_added_at(s, i)->raw;
         first           = lorasynci_table_enter(&table, lorasynci_added_at(s, i)->piece.name, i, lorasynci_added_key, s);
         if (strcmp(s->texts.data + lorasynci_added_at(s, first)->raw, raw) != 0)
-            status = lorasynci_fail(err, LORASYNC_E_NAME, "%.150s and %.150s are both %.150s in a PEFT file; leave one out with filter.exclude_modules",
+            status = lorasynci_fail(err, LORASYNC_E_NAME,
+                                    "%.150s and %.150s are both %.150s in a PEFT file; leave one out with filter.exclude_modules",
                                     s->texts.data + lorasynci_added_at(s, first)->raw, raw, lorasynci_added_at(s, i)->piece.name);
     }
     lorasynci_table_free(&table);
@@ -14658,14 +14963,20 @@ LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, l
 LORASYNCI_FN lorasync_status lorasynci_fold(const lorasync_session *s, const lorasynci_added *add, double *scale, lorasync_error *err)
 {
     int64_t r = add->piece.ndim >= 2 ? add->piece.shape[1] : 0;
-    if (add->role != LORASYNC_ROLE_LORA_B && add->role != LORASYNC_ROLE_EMBEDDING_B && add->role != LORASYNC_ROLE_LORA_B_BIAS) return LORASYNC_OK;
+    if (add->role != LORASYNC_ROLE_LORA_B && add->role != LORASYNC_ROLE_EMBEDDING_B && add->role != LORASYNC_ROLE_LORA_B_BIAS)
+        return LORASYNC_OK;
     if (s->config) *scale = lorasync_config_scale(s->config, s->texts.data + add->module);
     else if (r > 0) *scale = s->desc.lora_alpha / (double)r;
-    else return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: fold_scale needs config_json to know the rank of this module", add->piece.name);
+    else
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: fold_scale needs config_json to know the rank of this module",
+                              add->piece.name);
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN uint64_t lorasynci_hash_text(const char *text, uint64_t seed) { return text ? lorasynci_hash(text, strlen(text), seed) : seed; }
+LORASYNCI_FN uint64_t lorasynci_hash_text(const char *text, uint64_t seed)
+{
+    return text ? lorasynci_hash(text, strlen(text), seed) : seed;
+}
 
 /* What must be equal on all ranks, beside what the plan compares itself. */
 LORASYNCI_FN uint64_t lorasynci_session_tag(const lorasync_session *s)
@@ -14707,15 +15018,19 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
         return err->status;
     }
     if (s->comm.rank == s->desc.root && (s->desc.quorum < 0 || (size_t)s->desc.quorum > lorasynci_num_transports(s)))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "quorum is %d with %zu engines attached; give 0 (all of them) to %zu", s->desc.quorum, lorasynci_num_transports(s), lorasynci_num_transports(s));
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "quorum is %d with %zu engines attached; give 0 (all of them) to %zu",
+                              s->desc.quorum, lorasynci_num_transports(s), lorasynci_num_transports(s));
     if (!s->config && s->desc.lora_alpha == 0)
-        return lorasynci_fail(err, LORASYNC_E_CONFIG, "no alpha: set desc.lora_alpha, or desc.config_json to the trainer's adapter_config.json (an engine would assume 8)");
+        return lorasynci_fail(
+            err, LORASYNC_E_CONFIG,
+            "no alpha: set desc.lora_alpha, or desc.config_json to the trainer's adapter_config.json (an engine would assume 8)");
     LORASYNCI_TRY(lorasynci_session_filter(s, err));
     return lorasynci_session_collisions(s, err);
 }
 
 /* A verdict of all ranks in the session's own words, with the communicator given up where it is lost. */
-LORASYNCI_FN lorasync_status lorasynci_session_agree(lorasync_session *s, const lorasync_error *mine, uint64_t tag, const char *tag_name, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_agree(lorasync_session *s, const lorasync_error *mine, uint64_t tag, const char *tag_name,
+                                                     lorasync_error *err)
 {
     int             timeout_ms = s->desc.timeout_ms > 0 ? s->desc.timeout_ms : 60000;
     lorasync_status status     = lorasynci_agree(&s->comm, s->votes, timeout_ms, mine->status, mine, tag, tag_name, NULL, err);
@@ -14778,7 +15093,8 @@ typedef struct lorasynci_outcome {
 } lorasynci_outcome;
 
 /* Agrees on the root's verdict and hands its outcome to all. */
-LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const lorasync_error *mine, lorasynci_outcome *outcome, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const lorasync_error *mine, lorasynci_outcome *outcome,
+                                                     lorasync_error *err)
 {
     const lorasync_comm *c      = &s->comm;
     lorasynci_outcome   *all    = (lorasynci_outcome *)s->votes;
@@ -14800,8 +15116,10 @@ LORASYNCI_FN char *lorasynci_session_ask(lorasync_session *s, lorasynci_shm_targ
     config_bytes = image->config_json ? strlen(image->config_json) + 1 : 1;
     for (i = 0; i < lorasynci_num_transports(s); i++) {
         const lorasync_transport *t = &lorasynci_transports(s)[i];
-        if (t->stage != lorasynci_shm_stage || !lorasynci_device_is_same(((const lorasynci_shm *)t->user)->device, s->plan->device)) continue;
-        if (lorasynci_shm_slot(t->user, image->adapter, image->header_bytes, image->payload_bytes, config_bytes, &payload, out, NULL) < 0) break;
+        if (t->stage != lorasynci_shm_stage || !lorasynci_device_is_same(((const lorasynci_shm *)t->user)->device, s->plan->device))
+            continue;
+        if (lorasynci_shm_slot(t->user, image->adapter, image->header_bytes, image->payload_bytes, config_bytes, &payload, out, NULL) < 0)
+            break;
         return payload;
     }
     memset(out, 0, sizeof *out);
@@ -14879,10 +15197,13 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     if (!err) err = &why;
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_compile was called already");
-    if (session->lost) return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: close the session, make a new communicator, open again");
+    if (session->lost)
+        return lorasynci_fail(err, LORASYNC_E_LOST,
+                              "the communicator was lost before: close the session, make a new communicator, open again");
     memset(&mine, 0, sizeof mine);
     if (lorasynci_session_prepare(session, &mine) == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
-    status = lorasynci_session_agree(session, &mine, lorasynci_session_tag(session), "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", err);
+    status = lorasynci_session_agree(session, &mine, lorasynci_session_tag(session),
+                                     "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", err);
     if (status == LORASYNC_OK) status = lorasynci_session_plan(session, pieces, err);
     lorasynci_free(&session->a, pieces);
     if (lorasync_is_lost(status)) session->lost = status;
@@ -14912,8 +15233,9 @@ LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64
     plan->tag = version;
     if (version > last_version || plan->begun || plan->lost) return lorasync_plan_begin(plan, err);
     plan->begun = 1; /* nothing is packed, but the others are waiting for this rank's vote */
-    lorasynci_fail(&plan->begin_error, LORASYNC_E_VERSION, "version %llu is not newer than %llu, the last one published; count versions up from 1",
-                   (unsigned long long)version, (unsigned long long)last_version);
+    lorasynci_fail(&plan->begin_error, LORASYNC_E_VERSION,
+                   "version %llu is not newer than %llu, the last one published; count versions up from 1", (unsigned long long)version,
+                   (unsigned long long)last_version);
     if (err) *err = plan->begin_error;
     return LORASYNC_E_VERSION;
 }
@@ -14937,7 +15259,7 @@ LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t 
     session->version   = version;
     session->published = 0;
     if (version > session->last_version && !session->plan->begun && !session->plan->lost) aimed_at = lorasynci_session_take_aim(session);
-    status             = lorasynci_begin_version(session->plan, version, session->last_version, err);
+    status = lorasynci_begin_version(session->plan, version, session->last_version, err);
     session->plan->tag ^= aimed_at; /* ranks that write to different memory must not agree */
     return status;
 }
@@ -14959,7 +15281,8 @@ LORASYNCI_FN int lorasynci_session_skips(lorasync_session *s, lorasync_image *im
 }
 
 /* To all engines, or to those that do not have it. */
-LORASYNCI_FN lorasync_status lorasynci_session_to_engines(lorasync_session *s, const lorasync_image *image, int behind_only, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_to_engines(lorasync_session *s, const lorasync_image *image, int behind_only,
+                                                          lorasync_error *err)
 {
     lorasynci_publication p;
     memset(&p, 0, sizeof p);
@@ -14974,8 +15297,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_to_engines(lorasync_session *s, c
 
 LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lorasynci_outcome *out, lorasync_error *err)
 {
-    lorasync_image *image = lorasync_plan_image(s->plan);
-    uint64_t        start = lorasynci_now_ns();
+    lorasync_image *image  = lorasync_plan_image(s->plan);
+    uint64_t        start  = lorasynci_now_ns();
     lorasync_status status = LORASYNC_OK;
     if (!image) return LORASYNC_OK;
     out->skipped = lorasynci_session_skips(s, image);
@@ -15054,10 +15377,13 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     char             *slot;
     if (!err) err = &why;
     if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_republish before lorasync_compile succeeded");
-    if (session->plan->lost) return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: close the session, make a new communicator, open again");
+    if (session->plan->lost)
+        return lorasynci_fail(err, LORASYNC_E_LOST,
+                              "the communicator was lost before: close the session, make a new communicator, open again");
     memset(&mine, 0, sizeof mine);
     memset(&outcome, 0, sizeof outcome);
-    if (!session->published) lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_republish: nothing was published since the last begin; call lorasync_sync");
+    if (!session->published)
+        lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_republish: nothing was published since the last begin; call lorasync_sync");
     status = lorasynci_session_agree(session, &mine, session->last_version, "version to republish", err);
     if (status < 0) return status;
     lorasynci_session_aim_home(session);
@@ -15084,7 +15410,8 @@ LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t v
 
 /* -- resuming */
 
-LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, const lorasync_image *image, lorasync_piece *pieces, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, const lorasync_image *image, lorasync_piece *pieces,
+                                                       lorasync_error *err)
 {
     lorasync_plan_desc d;
     lorasync_plan     *plan;
@@ -15117,16 +15444,22 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
     size_t          i;
     if (!err) err = &why;
     if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_load before lorasync_compile succeeded");
-    if (session->plan->lost) return lorasynci_fail(err, LORASYNC_E_LOST, "the communicator was lost before: close the session, make a new communicator, open again");
+    if (session->plan->lost)
+        return lorasynci_fail(err, LORASYNC_E_LOST,
+                              "the communicator was lost before: close the session, make a new communicator, open again");
     memset(&mine, 0, sizeof mine);
     if (!path) lorasynci_fail(&mine, LORASYNC_E_ARGUMENT, "path is NULL");
     else if (session->plan->begun) lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_load between begin and wait: call wait first");
-    else if (session->desc.fold_scale) lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED, "a session with fold_scale cannot load: what it publishes is not what it trains; load with fold_scale 0");
+    else if (session->desc.fold_scale)
+        lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED,
+                       "a session with fold_scale cannot load: what it publishes is not what it trains; load with fold_scale 0");
     else if (session->comm.rank == session->desc.root) lorasync_open_adapter(path, &session->a, &image, NULL, &mine);
     if (mine.status == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
     for (i = 0; pieces && i < lorasynci_num_taken(session) && mine.status == LORASYNC_OK; i++)
         if (pieces[i].scale != 0 && pieces[i].scale != 1)
-            lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED, "%.200s: a session with piece.scale cannot load: what it publishes is not what it trains; load with scale 0", pieces[i].name);
+            lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED,
+                           "%.200s: a session with piece.scale cannot load: what it publishes is not what it trains; load with scale 0",
+                           pieces[i].name);
     status = lorasynci_session_agree(session, &mine, lorasynci_hash_text(path, 1), "path, hashed", err);
     if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, image, pieces, err);
     if (lorasync_is_lost(status)) session->plan->lost = status;
@@ -15170,35 +15503,41 @@ typedef struct lorasynci_base_piece {
 } lorasynci_base_piece;
 
 struct lorasync_stream {
-    lorasync_allocator  a;
-    lorasync_comm       comm;
+    lorasync_allocator   a;
+    lorasync_comm        comm;
     lorasync_stream_desc desc; /* name, config_json and cuda replaced by the copies below */
-    lorasync_plan_desc  plan_desc;
-    char               *name, *config_json;
-    lorasync_cuda       cuda;
-    lorasynci_buffer    texts;
-    lorasynci_buffer    added; /* lorasynci_base_piece; both until compile has succeeded */
-    lorasynci_buffer    transports, outcomes;
-    lorasync_error      add_error;
-    lorasync_plan      *talk; /* an empty plan: the catalogue of all buckets, votes, messages, and whether the communicator is lost */
-    lorasync_plan     **plans; /* num_buckets; NULL before compile */
-    size_t              num_buckets;
-    lorasynci_loan      loans[2];
-    char               *mapping; /* direct: both payloads; else on the root payload_memory is */
-    size_t              mapping_bytes;
-    char                mapping_name[64]; /* while it has one */
-    char               *payload_memory;
-    lorasynci_buffer    index; /* on the root: model.safetensors.index.json */
-    lorasync_error      stage_error; /* the root's, of the sync that runs; an objection of all plans */
-    uint64_t            last_version;
+    lorasync_plan_desc   plan_desc;
+    char                *name, *config_json;
+    lorasync_cuda        cuda;
+    lorasynci_buffer     texts;
+    lorasynci_buffer     added; /* lorasynci_base_piece; both until compile has succeeded */
+    lorasynci_buffer     transports, outcomes;
+    lorasync_error       add_error;
+    lorasync_plan       *talk;  /* an empty plan: the catalogue of all buckets, votes, messages, and whether the communicator is lost */
+    lorasync_plan      **plans; /* num_buckets; NULL before compile */
+    size_t               num_buckets;
+    lorasynci_loan       loans[2];
+    char                *mapping; /* direct: both payloads; else on the root payload_memory is */
+    size_t               mapping_bytes;
+    char                 mapping_name[64]; /* while it has one */
+    char                *payload_memory;
+    lorasynci_buffer     index;       /* on the root: model.safetensors.index.json */
+    lorasync_error       stage_error; /* the root's, of the sync that runs; an objection of all plans */
+    uint64_t             last_version;
     lorasync_stream_info info;
 };
 
-LORASYNCI_FN lorasynci_base_piece *lorasynci_base_at(const lorasync_stream *s, size_t i) { return (lorasynci_base_piece *)(void *)s->added.data + i; }
+LORASYNCI_FN lorasynci_base_piece *lorasynci_base_at(const lorasync_stream *s, size_t i)
+{
+    return (lorasynci_base_piece *)(void *)s->added.data + i;
+}
 
 LORASYNCI_FN size_t lorasynci_base_num(const lorasync_stream *s) { return s->added.size / sizeof(lorasynci_base_piece); }
 
-LORASYNCI_FN lorasync_transport *lorasynci_stream_transports(const lorasync_stream *s) { return (lorasync_transport *)(void *)s->transports.data; }
+LORASYNCI_FN lorasync_transport *lorasynci_stream_transports(const lorasync_stream *s)
+{
+    return (lorasync_transport *)(void *)s->transports.data;
+}
 
 LORASYNCI_FN size_t lorasynci_stream_num_transports(const lorasync_stream *s) { return s->transports.size / sizeof(lorasync_transport); }
 
@@ -15261,8 +15600,8 @@ LORASYNC_API void lorasync_stream_close(lorasync_stream *stream)
 LORASYNCI_FN lorasync_status lorasynci_stream_copy(lorasync_stream *s, lorasync_error *err)
 {
     const char         *name = s->desc.name ? s->desc.name : "base", *config = s->desc.config_json;
-    lorasync_plan_desc *d    = &s->plan_desc;
-    s->name                  = lorasynci_copy_text(&s->a, name, strlen(name));
+    lorasync_plan_desc *d = &s->plan_desc;
+    s->name               = lorasynci_copy_text(&s->a, name, strlen(name));
     if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
     if (!s->name || (config && !s->config_json)) return lorasynci_fail_memory(err, strlen(name));
     if (!s->name[0]) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.name is empty; leave it NULL or give the name to publish under");
@@ -15288,8 +15627,10 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
     lorasync_status    status;
     if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_open: desc or out is NULL");
     *out = NULL;
-    if (!lorasynci_comm_ok(desc->comm)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
-    if (!lorasynci_allocator(desc->allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    if (!lorasynci_comm_ok(desc->comm))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
+    if (!lorasynci_allocator(desc->allocator, &a))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
     s = (lorasync_stream *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a    = a;
@@ -15314,7 +15655,9 @@ LORASYNCI_FN lorasync_status lorasynci_stream_add_piece(lorasync_stream *s, cons
     lorasynci_base_piece add;
     lorasync_name        name;
     if (!piece) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_add: piece is NULL");
-    if (s->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_add after lorasync_stream_compile: open a new stream for another set of parameters");
+    if (s->plans)
+        return lorasynci_fail(err, LORASYNC_E_STATE,
+                              "lorasync_stream_add after lorasync_stream_compile: open a new stream for another set of parameters");
     LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
     if (!s->desc.keep_names) LORASYNCI_TRY(lorasync_parse_name(piece->name, &name, err));
     memset(&add, 0, sizeof add);
@@ -15344,10 +15687,14 @@ LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, con
     lorasync_transport      t;
     lorasync_engine_outcome outcome;
     if (!stream || !transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: stream or transport is NULL");
-    if (stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_attach after lorasync_stream_compile: attach every engine before");
+    if (stream->plans)
+        return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_attach after lorasync_stream_compile: attach every engine before");
     LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
     if (t.stage == lorasynci_shm_stage)
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "'%.60s' is shared memory, which carries adapters; send base weights to a directory, or through a transport of your own", t.name);
+        return lorasynci_fail(
+            err, LORASYNC_E_UNSUPPORTED,
+            "'%.60s' is shared memory, which carries adapters; send base weights to a directory, or through a transport of your own",
+            t.name);
     outcome = lorasynci_new_outcome(&t);
     lorasynci_put(&stream->outcomes, &outcome, sizeof outcome);
     if (!stream->outcomes.failed) lorasynci_put(&stream->transports, &t, sizeof t);
@@ -15415,14 +15762,15 @@ LORASYNCI_FN lorasync_status lorasynci_stream_describe(lorasync_stream *s, loras
     for (i = 0; i < num && status == LORASYNC_OK; i++) {
         lorasynci_base_piece *p = lorasynci_base_at(s, i);
         uint32_t             *t = &v->tensors[i], *first;
-        known         = c->num;
-        p->piece.name = s->texts.data + p->key; /* texts do not grow while this runs */
-        status        = lorasynci_describe_tensor(&p->piece, 0, &names, c, t, err);
+        known                   = c->num;
+        p->piece.name           = s->texts.data + p->key; /* texts do not grow while this runs */
+        status                  = lorasynci_describe_tensor(&p->piece, 0, &names, c, t, err);
         if (status < 0) break;
         first = &v->tensors[num + *t];
         if (c->num > known) *first = (uint32_t)i;
         if (strcmp(s->texts.data + lorasynci_base_at(s, *first)->raw, s->texts.data + p->raw) != 0)
-            status = lorasynci_fail(err, LORASYNC_E_NAME, "%.150s and %.150s would both be published as %.150s; leave one out, or set keep_names",
+            status = lorasynci_fail(err, LORASYNC_E_NAME,
+                                    "%.150s and %.150s would both be published as %.150s; leave one out, or set keep_names",
                                     s->texts.data + lorasynci_base_at(s, *first)->raw, s->texts.data + p->raw, p->piece.name);
     }
     lorasynci_table_free(&names);
@@ -15465,10 +15813,10 @@ LORASYNCI_FN size_t lorasynci_group_length(const char *name)
 /* On the root: groups of the merged tensors and their sizes on the wire. */
 LORASYNCI_FN lorasync_status lorasynci_make_groups(const lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
-    lorasynci_groups  *g   = &v->groups;
-    size_t             num = v->planner.merged.num, t, bytes, at, total = 0;
-    lorasynci_table    names;
-    lorasync_status    status = LORASYNC_OK;
+    lorasynci_groups *g   = &v->groups;
+    size_t            num = v->planner.merged.num, t, bytes, at, total = 0;
+    lorasynci_table   names;
+    lorasync_status   status = LORASYNC_OK;
     lorasynci_buffer_init(&g->texts, &s->a);
     g->list = (lorasynci_group *)lorasynci_alloc_array(&s->a, num, sizeof *g->list);
     g->of   = (uint32_t *)lorasynci_alloc_array(&s->a, num, sizeof *g->of);
@@ -15485,7 +15833,8 @@ LORASYNCI_FN lorasync_status lorasynci_make_groups(const lorasync_stream *s, lor
         g->of[t]             = (uint32_t)lorasynci_table_enter(&names, g->texts.data + at, g->num, lorasynci_group_key, g);
         if (g->of[t] == g->num) g->num++;
         else g->texts.size = at;
-        if (!lorasynci_mul((size_t)lorasynci_box_numel(lorasynci_record_shape(r), r->ndim), (size_t)lorasynci_item(lorasynci_wire_dtype(&s->plan_desc, (lorasync_dtype)r->dtype)), &bytes) ||
+        if (!lorasynci_mul((size_t)lorasynci_box_numel(lorasynci_record_shape(r), r->ndim),
+                           (size_t)lorasynci_item(lorasynci_wire_dtype(&s->plan_desc, (lorasync_dtype)r->dtype)), &bytes) ||
             !lorasynci_add(total, bytes, &total) || total > SIZE_MAX / 2)
             status = lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensors up to this one pass 2^63 bytes", name);
         else g->list[g->of[t]].num_bytes += bytes;
@@ -15496,7 +15845,9 @@ LORASYNCI_FN lorasync_status lorasynci_make_groups(const lorasync_stream *s, lor
     return status;
 }
 
-enum { LORASYNCI_MAX_BUCKETS = 99999 }; /* five digits in a file's name */
+enum {
+    LORASYNCI_MAX_BUCKETS = 99999
+}; /* five digits in a file's name */
 
 /* Fills bucket after bucket, in order. */
 LORASYNCI_FN lorasync_status lorasynci_fill_buckets(const lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
@@ -15509,7 +15860,8 @@ LORASYNCI_FN lorasync_status lorasynci_fill_buckets(const lorasync_stream *s, lo
         if (used && (used >= limit || g->list[i].num_bytes > limit - used)) {
             used = 0;
             if (++bucket >= LORASYNCI_MAX_BUCKETS)
-                return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "bucket_bytes is %zu: more than %d buckets would be needed; raise it", limit, (int)LORASYNCI_MAX_BUCKETS);
+                return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "bucket_bytes is %zu: more than %d buckets would be needed; raise it",
+                                      limit, (int)LORASYNCI_MAX_BUCKETS);
         }
         used += g->list[i].num_bytes;
         g->list[i].bucket = bucket;
@@ -15595,18 +15947,21 @@ LORASYNCI_FN lorasync_status lorasynci_stream_divide(lorasync_stream *s, lorasyn
 LORASYNCI_FN lorasync_status lorasynci_stream_sort(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
     size_t num = lorasynci_base_num(s), n = (size_t)v->head.num_buckets, i, b;
-    v->starts  = (size_t *)lorasynci_alloc_array(&s->a, n + 2, sizeof *v->starts);
-    v->pieces  = (lorasync_piece *)lorasynci_alloc_array(&s->a, num, sizeof *v->pieces);
-    s->plans   = (lorasync_plan **)lorasynci_alloc_array(&s->a, n, sizeof *s->plans);
+    v->starts = (size_t *)lorasynci_alloc_array(&s->a, n + 2, sizeof *v->starts);
+    v->pieces = (lorasync_piece *)lorasynci_alloc_array(&s->a, num, sizeof *v->pieces);
+    s->plans  = (lorasync_plan **)lorasynci_alloc_array(&s->a, n, sizeof *s->plans);
     if (!v->starts || !v->pieces || !s->plans) return lorasynci_fail_memory(err, num * sizeof *v->pieces);
     s->num_buckets = n;
     for (i = 0; i < num; i++) {
         b = v->buckets[v->tensors[i]];
-        if (b >= n) return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d names bucket %zu of %zu; do all ranks use the same lorasync.h?", s->desc.root, b, n);
+        if (b >= n)
+            return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d names bucket %zu of %zu; do all ranks use the same lorasync.h?",
+                                  s->desc.root, b, n);
         v->starts[b + 2]++;
     }
     for (b = 2; b < n + 2; b++) v->starts[b] += v->starts[b - 1];
-    for (i = 0; i < num; i++) v->pieces[v->starts[v->buckets[v->tensors[i]] + 1]++] = lorasynci_base_at(s, i)->piece; /* moves each start to its place */
+    for (i = 0; i < num; i++)
+        v->pieces[v->starts[v->buckets[v->tensors[i]] + 1]++] = lorasynci_base_at(s, i)->piece; /* moves each start to its place */
     return LORASYNC_OK;
 }
 
@@ -15657,7 +16012,8 @@ LORASYNCI_FN lorasync_status lorasynci_stream_lend(lorasync_stream *s, const lor
         s->loans[0].receive = (char *)lorasynci_alloc(&s->a, receive);
         if (!s->mapping && lorasynci_is_root(s)) s->payload_memory = (char *)lorasynci_alloc(&s->a, both);
         s->loans[0].payload = s->mapping ? s->mapping : s->payload_memory;
-        if (!s->loans[0].send || !s->loans[0].receive || (!s->loans[0].payload && lorasynci_is_root(s))) return lorasynci_fail_memory(err, send + receive + both);
+        if (!s->loans[0].send || !s->loans[0].receive || (!s->loans[0].payload && lorasynci_is_root(s)))
+            return lorasynci_fail_memory(err, send + receive + both);
         if (s->loans[0].payload) s->loans[1].payload = s->loans[0].payload + first;
     }
     s->loans[1].send    = s->loans[0].send;
@@ -15678,7 +16034,8 @@ LORASYNCI_FN int lorasynci_index_order(const void *a, const void *b)
 }
 
 /* model.safetensors.index.json as Python's json.dumps writes it, with indent 2 and sorted keys. */
-LORASYNCI_FN void lorasynci_put_index(lorasynci_buffer *out, const lorasynci_index_entry *list, size_t num, size_t num_buckets, size_t payload_bytes)
+LORASYNCI_FN void lorasynci_put_index(lorasynci_buffer *out, const lorasynci_index_entry *list, size_t num, size_t num_buckets,
+                                      size_t payload_bytes)
 {
     char   file[64];
     size_t i;
@@ -15803,8 +16160,8 @@ LORASYNCI_FN void lorasynci_stream_stage(lorasync_stream *s, size_t b, uint64_t 
 }
 
 /* All buckets, up to the last stage. While the root stages one, all others pack the next. */
-LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t version, lorasynci_publication *p, lorasynci_outcome *out, lorasync_report *times,
-                                                  lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t version, lorasynci_publication *p, lorasynci_outcome *out,
+                                                  lorasync_report *times, lorasync_error *err)
 {
     lorasync_status status = lorasynci_begin_version(s->plans[0], version, s->last_version, err);
     size_t          b;
@@ -15825,7 +16182,8 @@ LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t v
 }
 
 /* On the root: the commits. Then the verdict and what is to be reported, on all. */
-LORASYNCI_FN lorasync_status lorasynci_stream_commit(lorasync_stream *s, uint64_t version, lorasynci_publication *p, lorasynci_outcome *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_stream_commit(lorasync_stream *s, uint64_t version, lorasynci_publication *p, lorasynci_outcome *out,
+                                                     lorasync_error *err)
 {
     const lorasync_comm *c     = &s->comm;
     lorasynci_outcome   *all   = (lorasynci_outcome *)s->talk->votes;
@@ -15855,7 +16213,8 @@ LORASYNCI_FN void lorasynci_stream_report(const lorasync_stream *s, const lorasy
     out->total_ns      = lorasynci_now_ns() - start;
 }
 
-LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version, lorasync_report *out_report, lorasync_error *err)
+LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version, lorasync_report *out_report,
+                                                  lorasync_error *err)
 {
     lorasynci_publication p;
     lorasynci_outcome     outcome;
@@ -15864,7 +16223,8 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     lorasync_status       status;
     uint64_t              start = lorasynci_now_ns();
     if (!err) err = &why;
-    if (!stream || !stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
+    if (!stream || !stream->plans)
+        return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
     if (stream->talk->lost) return lorasynci_lost_before(err);
     memset(&p, 0, sizeof p);
     memset(&outcome, 0, sizeof outcome);
@@ -15898,6 +16258,7 @@ LORASYNC_API const lorasync_engine_outcome *lorasync_stream_outcomes(const loras
 }
 #ifdef LORASYNC_CUDA
 
+/* clang-format off */
 /* >>> generated by `make ptx` with nvcc 13.0 from the block >>device below: do not edit */
 static const char *const lorasynci_ptx[] = {
     ".version 7.0",
@@ -17260,6 +17621,7 @@ static const char *const lorasynci_ptx[] = {
     "}",
 };
 /* <<< generated */
+/* clang-format on */
 
 LORASYNCI_FN const char *const *lorasynci_ptx_lines(size_t *num)
 {
@@ -17317,7 +17679,7 @@ LORASYNCI_FN const char *const *lorasynci_ptx_lines(size_t *num)
 
 #ifndef LORASYNC_DEVICE_EMULATED
 #define LORASYNCD_FN static __device__ __forceinline__
-#define LORASYNCD_CALL static __device__ __noinline__ /* the slow path: one copy of it */
+#define LORASYNCD_CALL static __device__ __noinline__   /* the slow path: one copy of it */
 #define LORASYNCD_TABLE static __device__ __align__(16) /* not __constant__: the threads of a warp read different keys */
 #define LORASYNCD_KERNEL extern "C" __global__ void __launch_bounds__(LORASYNCD_THREADS)
 #define LORASYNCD_UNROLL _Pragma("unroll")
@@ -17327,7 +17689,13 @@ LORASYNCI_FN const char *const *lorasynci_ptx_lines(size_t *num)
 typedef unsigned long long lorasyncd_u64;
 #endif
 
-enum { LORASYNCD_E5M2 = 7, LORASYNCD_E4M3 = 8, LORASYNCD_F16 = 14, LORASYNCD_BF16 = 15, LORASYNCD_F32 = 18 }; /* lorasync_dtype */
+enum {
+    LORASYNCD_E5M2 = 7,
+    LORASYNCD_E4M3 = 8,
+    LORASYNCD_F16  = 14,
+    LORASYNCD_BF16 = 15,
+    LORASYNCD_F32  = 18
+}; /* lorasync_dtype */
 
 LORASYNCD_FN unsigned lorasyncd_round_bf16(unsigned u)
 {
@@ -17395,10 +17763,7 @@ LORASYNCD_CALL unsigned lorasyncd_widen_small(unsigned h, int mantissa, int expo
     return sign | ((e + 127u - (unsigned)bias) << 23) | (m << (23 - mantissa));
 }
 
-LORASYNCD_FN int lorasyncd_item(int dtype)
-{
-    return dtype <= 11 ? 1 : dtype <= 15 ? 2 : dtype <= 18 ? 4 : 8;
-}
+LORASYNCD_FN int lorasyncd_item(int dtype) { return dtype <= 11 ? 1 : dtype <= 15 ? 2 : dtype <= 18 ? 4 : 8; }
 
 LORASYNCD_FN lorasyncd_u64 lorasyncd_load(const unsigned char *p, int item)
 {
@@ -17455,15 +17820,13 @@ LORASYNCD_FN int lorasyncd_not_finite(lorasyncd_u64 v, int dtype)
 
 /* lorasync_digest's keys and block factor. */
 LORASYNCD_TABLE const unsigned lorasyncd_keys[64] = {
-    0xe220a839u, 0x6e789e6bu, 0x06c45d19u, 0xf88bb8a9u, 0x1b39896bu, 0x53cb9f0du, 0x2c829abfu, 0xc584133bu,
-    0x3ee57891u, 0xf3b8488du, 0x657eecddu, 0xc2d326e1u, 0x8621a03fu, 0x8e1f7555u, 0xb54e0f17u, 0x84bb3f97u,
-    0x7d29825du, 0xc3cf1711u, 0x3466e9a1u, 0xd81a8d2bu, 0xdb01602bu, 0xa9038a93u, 0xedf5f1d9u, 0x54496ad7u,
-    0xdd7c01d5u, 0x935e82f1u, 0x69b82ebdu, 0x40d29eb5u, 0xa2f09dabu, 0xee521d7bu, 0xf16952efu, 0x377d35dfu,
-    0x0c7de807u, 0x05582d37u, 0xd254741fu, 0x69630f75u, 0x417ef961u, 0x3c3c41a3u, 0x6e19905du, 0x4fa9fa73u,
-    0x84eb4455u, 0x134f7097u, 0x07dc930bu, 0x12c015a9u, 0xcc06c317u, 0xecee6563u, 0x3e84ecb1u, 0x690ed477u,
-    0x774615d7u, 0x22b353f1u, 0xe3ddd86bu, 0xdf268adfu, 0x2098eb73u, 0x03d68453u, 0xc952c563u, 0x9b196bcbu,
-    0x30260345u, 0xcf448a59u, 0xf4a578ddu, 0xbfdeaed9u, 0xed79402du, 0x55f070abu, 0x3e00a349u, 0xe255b237u
-};
+    0xe220a839u, 0x6e789e6bu, 0x06c45d19u, 0xf88bb8a9u, 0x1b39896bu, 0x53cb9f0du, 0x2c829abfu, 0xc584133bu, 0x3ee57891u, 0xf3b8488du,
+    0x657eecddu, 0xc2d326e1u, 0x8621a03fu, 0x8e1f7555u, 0xb54e0f17u, 0x84bb3f97u, 0x7d29825du, 0xc3cf1711u, 0x3466e9a1u, 0xd81a8d2bu,
+    0xdb01602bu, 0xa9038a93u, 0xedf5f1d9u, 0x54496ad7u, 0xdd7c01d5u, 0x935e82f1u, 0x69b82ebdu, 0x40d29eb5u, 0xa2f09dabu, 0xee521d7bu,
+    0xf16952efu, 0x377d35dfu, 0x0c7de807u, 0x05582d37u, 0xd254741fu, 0x69630f75u, 0x417ef961u, 0x3c3c41a3u, 0x6e19905du, 0x4fa9fa73u,
+    0x84eb4455u, 0x134f7097u, 0x07dc930bu, 0x12c015a9u, 0xcc06c317u, 0xecee6563u, 0x3e84ecb1u, 0x690ed477u, 0x774615d7u, 0x22b353f1u,
+    0xe3ddd86bu, 0xdf268adfu, 0x2098eb73u, 0x03d68453u, 0xc952c563u, 0x9b196bcbu, 0x30260345u, 0xcf448a59u, 0xf4a578ddu, 0xbfdeaed9u,
+    0xed79402du, 0x55f070abu, 0x3e00a349u, 0xe255b237u};
 
 LORASYNCD_FN lorasyncd_u64 lorasyncd_factor(lorasyncd_u64 block)
 {
@@ -17485,21 +17848,16 @@ LORASYNCD_FN lorasyncd_u64 lorasyncd_digest(lorasyncd_u64 v, int item, lorasyncd
 }
 
 /* Row of element e; one copy of the 64-bit division. */
-LORASYNCD_CALL long long lorasyncd_divide(long long e, long long n)
-{
-    return e / n;
-}
+LORASYNCD_CALL long long lorasyncd_divide(long long e, long long n) { return e / n; }
 
-LORASYNCD_FN long long lorasyncd_row(const lorasyncd_op *o, long long e)
-{
-    return o->num == o->n1 ? 0 : lorasyncd_divide(e, o->n1);
-}
+LORASYNCD_FN long long lorasyncd_row(const lorasyncd_op *o, long long e) { return o->num == o->n1 ? 0 : lorasyncd_divide(e, o->n1); }
 
 LORASYNCD_FN void lorasyncd_element(const lorasyncd_op *o, long long e, lorasyncd_u64 *sum, lorasyncd_u64 *bad)
 {
     long long     i0 = lorasyncd_row(o, e), i1 = e - i0 * o->n1;
     int           from = o->src_dtype, to = o->dst_dtype, item = lorasyncd_item(to);
-    lorasyncd_u64 v = lorasyncd_load((const unsigned char *)(o->src) + (i0 * o->s0 + i1 * o->s1) * lorasyncd_item(from), lorasyncd_item(from));
+    lorasyncd_u64 v =
+        lorasyncd_load((const unsigned char *)(o->src) + (i0 * o->s0 + i1 * o->s1) * lorasyncd_item(from), lorasyncd_item(from));
     if (o->via) v = lorasyncd_convert(lorasyncd_convert(v, from, o->via, o->scale), o->via, to, 1.0f);
     else v = lorasyncd_convert(v, from, to, o->scale);
     if (o->dst) lorasyncd_store((unsigned char *)(o->dst) + (i0 * o->d0 + i1 * o->d1) * item, item, v);
@@ -17535,25 +17893,26 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
     if (o->dst && wide) out[1] = b;
     if (!o->sum) return;
     at *= wide ? 4 : 2;
-    a = *(const uint4 *)(const void *)&lorasyncd_keys[(at >> 2) & 63]; /* at is a multiple of 16, or of 32 */
+    a    = *(const uint4 *)(const void *)&lorasyncd_keys[(at >> 2) & 63]; /* at is a multiple of 16, or of 32 */
     part = (lorasyncd_u64)w[0] * a.x + (lorasyncd_u64)w[1] * a.y + (lorasyncd_u64)w[2] * a.z + (lorasyncd_u64)w[3] * a.w;
     if (wide) {
         b = *(const uint4 *)(const void *)&lorasyncd_keys[((at >> 2) + 4) & 63];
         part += (lorasyncd_u64)w[4] * b.x + (lorasyncd_u64)w[5] * b.y + (lorasyncd_u64)w[6] * b.z + (lorasyncd_u64)w[7] * b.w;
     }
-        LORASYNCD_UNROLL
+    LORASYNCD_UNROLL
     for (i = 0; i < 8; i++) {
         if (!mask || (i >= 4 && !wide)) break; /* no mask: 16-bit integers */
-        x = w[i] & mask; /* a half whose exponent is all ones */
+        x = w[i] & mask;                       /* a half whose exponent is all ones */
         hit |= wide ? x == mask : (x & 0xffffu) == (mask & 0xffffu) || (x >> 16) == (mask >> 16);
     }
     *sum += part * lorasyncd_factor((lorasyncd_u64)at >> 8); /* all in one block of 256 bytes */
     at /= wide ? 4 : 2;
     if (!hit) return;
-        LORASYNCD_ROLLED
+    LORASYNCD_ROLLED
     for (i = 7; i >= 0; i--) { /* which of the 8: rare, so it is read back */
         int item = wide ? 4 : 2;
-        if (lorasyncd_not_finite(lorasyncd_load((unsigned char *)out + i * item, item), o->dst_dtype) && *bad > (lorasyncd_u64)(at + i)) *bad = (lorasyncd_u64)(at + i);
+        if (lorasyncd_not_finite(lorasyncd_load((unsigned char *)out + i * item, item), o->dst_dtype) && *bad > (lorasyncd_u64)(at + i))
+            *bad = (lorasyncd_u64)(at + i);
     }
 }
 
@@ -17562,13 +17921,13 @@ LORASYNCD_KERNEL lorasyncd_copy(const lorasyncd_op *ops, const lorasyncd_tile *t
 {
     const lorasyncd_tile tile = tiles[blockIdx.x];
     lorasyncd_op         o    = ops[tile.op];
-    lorasyncd_u64              sum = 0, hit = ~0ull;
-    unsigned                   vectors = o.vector ? tile.count / 8u : 0u, k;
-    long long                  e;
+    lorasyncd_u64        sum = 0, hit = ~0ull;
+    unsigned             vectors = o.vector ? tile.count / 8u : 0u, k;
+    long long            e;
     if (o.in_image) o.dst += image_shift;
-        LORASYNCD_ROLLED
+    LORASYNCD_ROLLED
     for (k = threadIdx.x; k < vectors; k += LORASYNCD_THREADS) lorasyncd_run(&o, tile.first + 8 * (long long)k, &sum, &hit);
-        LORASYNCD_ROLLED
+    LORASYNCD_ROLLED
     for (e = tile.first + 8 * (long long)vectors + threadIdx.x; e < tile.first + tile.count; e += LORASYNCD_THREADS)
         lorasyncd_element(&o, e, &sum, &hit);
     if (!o.sum) return;

@@ -16,7 +16,10 @@
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
-enum { MAX_SAMPLES = 400, NAME = 160 };
+enum {
+    MAX_SAMPLES = 400,
+    NAME        = 160
+};
 
 typedef struct options {
     int         json, quick;
@@ -259,7 +262,8 @@ static void list_add(tensor_list *list, const char *module, const char *leaf, in
 }
 
 /* `adapter`: "" for keys of a file, ".default" for names of a live model. */
-static void list_add_pair(tensor_list *list, const model *m, int layer, const char *group, const char *projection, int out, int in, const char *adapter)
+static void list_add_pair(tensor_list *list, const model *m, int layer, const char *group, const char *projection, int out, int in,
+                          const char *adapter)
 {
     char module[100], leaf[32];
     snprintf(module, sizeof module, "base_model.model.model.layers.%d.%.30s.%.20s", layer, group, projection);
@@ -425,9 +429,9 @@ static void bench_pack_pair(const model *m, const tensor_list *list, lorasync_dt
     lorasync_plan     *plan;
     lorasync_error     err;
     counter            allocations;
-    lorasync_allocator a    = counting(&allocations);
-    size_t             n    = (size_t)list->numel, sizes = (size_t)(lorasync_dtype_bits(from) + lorasync_dtype_bits(to)) / 8;
-    void              *data = get(n * (size_t)lorasync_dtype_bits(from) / 8);
+    lorasync_allocator a = counting(&allocations);
+    size_t             n = (size_t)list->numel, sizes = (size_t)(lorasync_dtype_bits(from) + lorasync_dtype_bits(to)) / 8;
+    void              *data   = get(n * (size_t)lorasync_dtype_bits(from) / 8);
     lorasync_piece    *pieces = fsdp2_pieces(list, from, 0, 1, data, 0);
     copy               base   = copy_make(n * sizes / 2, 1);
     samples            s, b;
@@ -444,7 +448,8 @@ static void bench_pack_pair(const model *m, const tensor_list *list, lorasync_dt
     free(pieces);
     allocations.num = 0;
     measure(run_begin, plan, &s, run_copy, &base, &b);
-    snprintf(name, sizeof name, "%s %s -> %s%s", m->name, lorasync_dtype_name(from), lorasync_dtype_name(to), allow_nan ? ", no NaN check" : "");
+    snprintf(name, sizeof name, "%s %s -> %s%s", m->name, lorasync_dtype_name(from), lorasync_dtype_name(to),
+             allow_nan ? ", no NaN check" : "");
     row_rate("pack", name, (double)(n * sizes), &s, &b, "memcpy");
     if (from == LORASYNC_F32 && to == LORASYNC_BF16 && !allow_nan) {
         row_rate("pack", "  memcpy of as many bytes", (double)(n * sizes), &b, NULL, NULL);
@@ -519,8 +524,9 @@ static void bench_convert_pair(lorasync_dtype from, lorasync_dtype to, size_t n,
 /* In cache: 4096 elements. Out of it: 64 Mi of them, 256 MiB as F32. */
 static void bench_convert(void)
 {
-    static const lorasync_dtype pairs[][2] = {{LORASYNC_F32, LORASYNC_BF16},    {LORASYNC_F32, LORASYNC_F16},  {LORASYNC_F32, LORASYNC_F8_E4M3},
-                                              {LORASYNC_F32, LORASYNC_F8_E5M2}, {LORASYNC_BF16, LORASYNC_F32}, {LORASYNC_F16, LORASYNC_F32}};
+    static const lorasync_dtype pairs[][2] = {{LORASYNC_F32, LORASYNC_BF16},    {LORASYNC_F32, LORASYNC_F16},
+                                              {LORASYNC_F32, LORASYNC_F8_E4M3}, {LORASYNC_F32, LORASYNC_F8_E5M2},
+                                              {LORASYNC_BF16, LORASYNC_F32},    {LORASYNC_F16, LORASYNC_F32}};
     size_t                      i, large = option.quick ? (size_t)4 << 20 : (size_t)64 << 20;
     for (i = 0; i < COUNT(pairs); i++) bench_convert_pair(pairs[i][0], pairs[i][1], 4096, 200, "in cache");
     for (i = 0; i < COUNT(pairs); i++) bench_convert_pair(pairs[i][0], pairs[i][1], large, 1, "in memory");
@@ -613,13 +619,15 @@ static void *plan_thread(void *user)
 static void print_plan_bytes(const char *title, const char *who, const lorasync_plan_stats *stats, size_t num_pieces)
 {
     char name[NAME];
-    snprintf(name, sizeof name, "%.90s: %.20s, kept", title, who), row_number("plan", name, (double)stats->plan_bytes / (double)num_pieces, "bytes/piece");
-    snprintf(name, sizeof name, "%.90s: %.20s, peak", title, who), row_number("plan", name, (double)stats->peak_plan_bytes / (double)num_pieces, "bytes/piece");
+    snprintf(name, sizeof name, "%.90s: %.20s, kept", title, who),
+        row_number("plan", name, (double)stats->plan_bytes / (double)num_pieces, "bytes/piece");
+    snprintf(name, sizeof name, "%.90s: %.20s, peak", title, who),
+        row_number("plan", name, (double)stats->peak_plan_bytes / (double)num_pieces, "bytes/piece");
 }
 
 static void print_plan(const plan_rank *ranks, int world)
 {
-    const lorasync_plan_stats *root = &ranks[0].stats;
+    const lorasync_plan_stats *root       = &ranks[0].stats;
     size_t                     num_pieces = 0;
     samples                    wall, planner, most;
     char                       name[NAME], title[96];
@@ -777,7 +785,8 @@ static void bench_image(void)
     snprintf(name, sizeof name, "%zu tensors: lorasync_image_find", list.num);
     row("image", name, median(&s) / (double)list.num * 1e9, lowest(&s) / (double)list.num * 1e9, "ns", 0, NULL);
     measure(run_image_digest, image, &s, NULL, NULL, NULL);
-    snprintf(name, sizeof name, "%zu tensors: lorasync_image_digest", list.num), row_rate("image", name, (double)image->payload_bytes, &s, NULL, NULL);
+    snprintf(name, sizeof name, "%zu tensors: lorasync_image_digest", list.num),
+        row_rate("image", name, (double)image->payload_bytes, &s, NULL, NULL);
     lorasync_image_free(image);
     free(file.bytes);
     list_free(&list);
@@ -827,7 +836,9 @@ static double run_shm_poll(void *user)
     return ((shm_bench *)user)->poll;
 }
 
-enum { ACQUIRES = 100000 };
+enum {
+    ACQUIRES = 100000
+};
 
 static double run_acquire(void *user)
 {
@@ -844,7 +855,8 @@ static void bench_shm_polls(shm_bench *b, const char *shm, int no_verify, const 
     measure(run_shm_poll, b, &s, NULL, NULL, NULL);
     row_ms("shm", what, &s, 0, NULL);
     measure(run_acquire, b->engine, &s, NULL, NULL, NULL);
-    if (!no_verify) row("shm", "lorasync_acquire and lorasync_release", median(&s) / ACQUIRES * 1e9, lowest(&s) / ACQUIRES * 1e9, "ns", 0, NULL);
+    if (!no_verify)
+        row("shm", "lorasync_acquire and lorasync_release", median(&s) / ACQUIRES * 1e9, lowest(&s) / ACQUIRES * 1e9, "ns", 0, NULL);
     lorasync_engine_close(b->engine);
     b->engine = NULL;
 }
@@ -872,7 +884,7 @@ static void bench_shm(void)
     lorasync_image_bind(b.image, payload);
     lorasync_image_stamp(b.image, 1, lorasync_image_digest(b.image, NULL));
     b.image->config_json = "{\"peft_type\":\"LORA\",\"r\":32,\"lora_alpha\":32,\"target_modules\":\"all-linear\"}";
-    sd.name = shm;
+    sd.name              = shm;
     must(lorasync_shm_open(&sd, &b.t, &err), "lorasync_shm_open", &err);
     c = copy_make(b.image->header_bytes + b.image->payload_bytes, 1);
     run_shm_publish(&b), run_shm_publish(&b), run_shm_publish(&b); /* every slot is warm */
@@ -898,20 +910,23 @@ typedef struct name_list {
     lorasync_matcher *matcher;
 } name_list;
 
-static void add_name(name_list *l, const char *prefix, const char *rest) { snprintf(l->names + l->num++ * NAME, NAME, "%.80s%.70s", prefix, rest); }
+static void add_name(name_list *l, const char *prefix, const char *rest)
+{
+    snprintf(l->names + l->num++ * NAME, NAME, "%.80s%.70s", prefix, rest);
+}
 
 /* The base parameters of the model, as PEFT names them when all seven projections have LoRA. */
 static void add_base_names(name_list *l, const model *m)
 {
-    static const char *const per_layer[] = {"input_layernorm.weight",
-                                            "post_attention_layernorm.weight",
-                                            "self_attn.q_norm.weight",
-                                            "self_attn.k_norm.weight",
-                                            "self_attn.q_proj.base_layer.weight",
-                                            "self_attn.k_proj.base_layer.weight",
-                                            "self_attn.v_proj.base_layer.weight",
-                                            "self_attn.o_proj.base_layer.weight",
-                                            "mlp.gate.weight"};
+    static const char *const per_layer[]  = {"input_layernorm.weight",
+                                             "post_attention_layernorm.weight",
+                                             "self_attn.q_norm.weight",
+                                             "self_attn.k_norm.weight",
+                                             "self_attn.q_proj.base_layer.weight",
+                                             "self_attn.k_proj.base_layer.weight",
+                                             "self_attn.v_proj.base_layer.weight",
+                                             "self_attn.o_proj.base_layer.weight",
+                                             "mlp.gate.weight"};
     static const char *const per_expert[] = {"gate_proj.base_layer.weight", "up_proj.base_layer.weight", "down_proj.base_layer.weight"};
     char                     prefix[80];
     int                      i, e;
@@ -984,7 +999,12 @@ static void bench_names(void)
 
 /* -- sync: 4 processes, a session each */
 
-enum { SYNC_WORLD = 4, SYNC_TRANSPORTS = 4, SYNC_MODES = 2 * SYNC_TRANSPORTS, SYNC_RUNS = 41 };
+enum {
+    SYNC_WORLD      = 4,
+    SYNC_TRANSPORTS = 4,
+    SYNC_MODES      = 2 * SYNC_TRANSPORTS,
+    SYNC_RUNS       = 41
+};
 
 typedef struct sync_times {
     samples pack, exchange, place, publish, total;
@@ -1151,7 +1171,9 @@ static void print_sync(const sync_shared *shared)
         const sync_times *t = &shared->mode[mode];
         snprintf(name, sizeof name, "%s, %s", t->direct ? "direct" : "messages", transports[mode % SYNC_TRANSPORTS]);
         row_ms("sync", name, &t->total, copied, "memcpy");
-        if (mode % SYNC_TRANSPORTS == 0) row("sync", "  the same", median(&t->total) * 1e3, lowest(&t->total) * 1e3, "ms", median(&t->total) / median(&shared->per_tensor), "per tensor");
+        if (mode % SYNC_TRANSPORTS == 0)
+            row("sync", "  the same", median(&t->total) * 1e3, lowest(&t->total) * 1e3, "ms",
+                median(&t->total) / median(&shared->per_tensor), "per tensor");
         row_ms("sync", "  pack", &t->pack, 0, NULL);
         row_ms("sync", "  exchange", &t->exchange, 0, NULL);
         row_ms("sync", "  place", &t->place, 0, NULL);

@@ -41,7 +41,13 @@
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
-enum { MAX_RANKS = 16, MAX_RUNS = 60, MAX_ITEMS = 64, MAX_THREADS = 16, MODES = 4 };
+enum {
+    MAX_RANKS   = 16,
+    MAX_RUNS    = 60,
+    MAX_ITEMS   = 64,
+    MAX_THREADS = 16,
+    MODES       = 4
+};
 
 static const double stuck_after    = 60; /* seconds in one stage */
 static const int    plan_timeout   = 30000;
@@ -71,7 +77,9 @@ typedef struct result {
     } item[MAX_ITEMS];
 } result;
 
-enum { NUM_MODELS = 5 };
+enum {
+    NUM_MODELS = 5
+};
 
 typedef struct shared {
     int      waiting, turn; /* the barrier */
@@ -419,7 +427,7 @@ static void fill_one(void *user, size_t i)
 static void fill_params(state *st)
 {
     fill_job job;
-    size_t   i = 0, end, bytes;
+    size_t   i  = 0, end, bytes;
     job.st      = st;
     job.staging = (char *)get(staging_bytes);
     while (i < st->s.num) {
@@ -624,7 +632,8 @@ static void check_one(void *user, size_t i)
     const lorasync_tensor *t   = &job->image->tensors[i];
     const tensor          *m   = job->s->by_name[i];
     lorasync_box           b   = lorasync_whole(m->shape, m->ndim);
-    int good = strcmp(t->name, m->name) == 0 && t->dtype == LORASYNC_BF16 && t->ndim == m->ndim && t->num_bytes == (size_t)m->numel * 2 && is_content(m, &b, t->data);
+    int good = strcmp(t->name, m->name) == 0 && t->dtype == LORASYNC_BF16 && t->ndim == m->ndim && t->num_bytes == (size_t)m->numel * 2 &&
+               is_content(m, &b, t->data);
     if (!good) __atomic_fetch_add(&job->wrong, 1, __ATOMIC_RELAXED);
 }
 
@@ -752,10 +761,10 @@ static lorasync_plan *make_plan(state *st, const char *what, const lorasync_plan
     must(cudaDeviceSynchronize(), what);
     before = free_memory();
     barrier(what);
-    start  = now();
-    status = lorasync_plan_create(d, &plan, &err);
-    start  = now() - start;
-    after  = free_memory();
+    start                = now();
+    status               = lorasync_plan_create(d, &plan, &err);
+    start                = now() - start;
+    after                = free_memory();
     common->number[rank] = before > after ? before - after : 0;
     if (!agree(st->res, what, status, &err)) {
         lorasync_plan_free(plan);
@@ -857,7 +866,7 @@ static void bench_staged(state *st, const lorasync_comm *nccl)
 /* -- the floors: bytes that are packed already */
 
 typedef struct floor_job {
-    char    *bytes;  /* rank 0: room for all; others: theirs (the mapped destination in `to`) */
+    char    *bytes; /* rank 0: room for all; others: theirs (the mapped destination in `to`) */
     char    *to;
     size_t   num_bytes;
     size_t   at[MAX_RANKS + 1];
@@ -912,7 +921,7 @@ static void floor_open(state *st, floor_job *f)
     common->number[rank] = rank == 0 ? 0 : (uint64_t)st->local * 2;
     barrier("floor");
     for (i = 0, f->at[0] = 0; i < option.ranks; i++) f->at[i + 1] = f->at[i] + aligned((size_t)common->number[i]);
-    f->num_bytes = rank == 0 ? f->at[option.ranks] : (size_t)common->number[rank];
+    f->num_bytes       = rank == 0 ? f->at[option.ranks] : (size_t)common->number[rank];
     common->flag[rank] = 0;
     f->turn            = 0;
     must(cudaMalloc((void **)&f->bytes, f->num_bytes + 1), "cudaMalloc for a floor");
@@ -1005,7 +1014,7 @@ static char *make_want(const state *st, lorasync_piece *want, size_t *num_bytes,
     *bound        = 0;
     for (i = 0; i < st->s.num; i++) {
         const tensor *t = &st->s.at[i];
-        want[i] = piece_of(t, LORASYNC_BF16, lorasync_shard(lorasync_whole(t->shape, t->ndim), want_dim(t, i), rank, option.ranks));
+        want[i]         = piece_of(t, LORASYNC_BF16, lorasync_shard(lorasync_whole(t->shape, t->ndim), want_dim(t, i), rank, option.ranks));
         at += aligned((size_t)box_numel(&want[i].box) * 2);
         *bound += (uint64_t)outside(&want[i].box, &st->have[i].box) * 2;
     }
@@ -1116,7 +1125,9 @@ static void connect_all(ncclComm_t comm)
             ncclSend(memory, num_bytes, ncclChar, peer, comm, stream);
             ncclRecv(memory + num_bytes, num_bytes, ncclChar, peer, comm, stream);
         }
-    if (ncclGroupEnd() != ncclSuccess || ncclAllGather(memory, memory + num_bytes, num_bytes / (size_t)option.ranks, ncclChar, comm, stream) != ncclSuccess) die("connecting", "NCCL");
+    if (ncclGroupEnd() != ncclSuccess ||
+        ncclAllGather(memory, memory + num_bytes, num_bytes / (size_t)option.ranks, ncclChar, comm, stream) != ncclSuccess)
+        die("connecting", "NCCL");
     must(cudaStreamSynchronize(stream), "connecting");
     cudaFree(memory);
 }
@@ -1226,7 +1237,8 @@ static void describe(void)
     ncclGetVersion(&nccl);
 #endif
     if (gpus > 1) cudaDeviceCanAccessPeer(&peer, 1, 0);
-    snprintf(common->info, sizeof common->info, "\"gpus\":%d,\"gpu\":\"%.200s\",\"cuda_driver\":%d,\"cuda_runtime\":%d,\"nccl\":%d,\"peer_access\":%d,\"lorasync\":\"%s\"",
+    snprintf(common->info, sizeof common->info,
+             "\"gpus\":%d,\"gpu\":\"%.200s\",\"cuda_driver\":%d,\"cuda_runtime\":%d,\"nccl\":%d,\"peer_access\":%d,\"lorasync\":\"%s\"",
              gpus, p.name, driver, runtime, nccl, peer, LORASYNC_VERSION);
 }
 
@@ -1278,7 +1290,7 @@ static void end_children(pid_t *pid)
 static int watch(pid_t *pid, double end, char *why, size_t size)
 {
     int    left = option.ranks, i, status, over = 0;
-    size_t n    = 0;
+    size_t n = 0;
     while (left > 0 && !over) {
         for (i = 0; i < option.ranks && !over; i++) {
             if (pid[i] <= 0 || waitpid(pid[i], &status, WNOHANG) != pid[i]) continue;
@@ -1287,7 +1299,7 @@ static int watch(pid_t *pid, double end, char *why, size_t size)
             if (WIFEXITED(status) && WEXITSTATUS(status) == 0) continue;
             over = 1;
             n    = (size_t)snprintf(why, size, "rank %d %s %d;", i, WIFSIGNALED(status) ? "died of signal" : "exited with",
-                                    WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
+                                 WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
         }
         if (left > 0 && !over && (now() > end || now() - common->progress > stuck_after + 5)) {
             over = 1;
@@ -1307,8 +1319,8 @@ static int start_ranks(int first, double end, char *why, size_t size)
     int   i;
     memset(pid, 0, sizeof pid);
     common->waiting = common->turn = common->nccl_lost = 0;
-    common->progress = now();
-    common->model    = first;
+    common->progress                                   = now();
+    common->model                                      = first;
     memset(common->bad, 0, sizeof common->bad);
     for (i = 0; i < option.ranks; i++) {
         fflush(stdout);
@@ -1351,8 +1363,8 @@ static void print_result(int index)
     const result *res = &common->results[index];
     int           i;
     if (option.json) {
-        printf("{\"id\":\"%s\",\"model\":\"%s\",\"ranks\":%d,\"seed\":%lu,\"checksum\":\"%s\"", models[index].id, models[index].name, option.ranks, (unsigned long)option.seed,
-               res->checksum);
+        printf("{\"id\":\"%s\",\"model\":\"%s\",\"ranks\":%d,\"seed\":%lu,\"checksum\":\"%s\"", models[index].id, models[index].name,
+               option.ranks, (unsigned long)option.seed, res->checksum);
         for (i = 0; i < res->num; i++) printf(",\"%s\":%.10g", res->item[i].key, res->item[i].value);
         printf(",\"error\":");
         print_quoted(res->error);
@@ -1440,7 +1452,9 @@ int main(int argc, char **argv)
     if (p == MAP_FAILED || !open_locals()) return 2;
     common = (shared *)p;
     good   = run_models();
-    if (option.json) printf("{\"info\":1,%s%s\"ranks\":%d,\"seed\":%lu}\n", common->info, common->info[0] ? "," : "", option.ranks, (unsigned long)option.seed);
+    if (option.json)
+        printf("{\"info\":1,%s%s\"ranks\":%d,\"seed\":%lu}\n", common->info, common->info[0] ? "," : "", option.ranks,
+               (unsigned long)option.seed);
     else printf("%s\n", common->info);
     for (i = 0; i < NUM_MODELS; i++) {
         if (common->results[i].attempted || common->results[i].error[0]) print_result(i);

@@ -620,7 +620,7 @@ static size_t to_256(size_t n) { return (n + 255) / 256 * 256; }
 static int count_gpus(void)
 {
     int   status = 0, num = 0;
-    pid_t pid    = fork();
+    pid_t pid = fork();
     if (pid == 0) _exit(cudaGetDeviceCount(&num) == cudaSuccess ? num : 0);
     return pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
 }

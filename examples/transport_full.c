@@ -73,14 +73,16 @@ fail(lorasync_error *err, lorasync_status status, const char *format, ...)
 
 /* -- one HTTP request. Returns the status code, or 0 with a reason in `reply`; `reply` gets the beginning of the body. At most 60 seconds. */
 
-enum { REPLY = 400 };
+enum {
+    REPLY = 400
+};
 
 #ifdef USE_CURL
 
 static size_t collect(char *bytes, size_t size, size_t num, void *user)
 {
     char  *reply = (char *)user;
-    size_t used  = strlen(reply), n = size * num, room = REPLY - 1 - used;
+    size_t used = strlen(reply), n = size * num, room = REPLY - 1 - used;
     if (n < room) room = n;
     memcpy(reply + used, bytes, room);
     reply[used + room] = 0;
@@ -148,15 +150,17 @@ static int post(const char *host, int port, const char *path, const char *json, 
     char        text[4096];
     const char *body;
     int         fd = connect_to(host, port), http = 0, n;
-    size_t      size, done = 0;
+    size_t      size, done                        = 0;
     ssize_t     got = 1;
     snprintf(reply, REPLY, "cannot connect to %.100s port %d", host, port);
     if (fd < 0) return 0;
-    n = snprintf(text, sizeof text, "POST %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
+    n = snprintf(text, sizeof text,
+                 "POST %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
                  path, host, port, (int)strlen(json), json);
     for (size = n > 0 && (size_t)n < sizeof text ? (size_t)n : 0; done < size && got > 0; done += got > 0 ? (size_t)got : 0)
         got = send(fd, text + done, size - done, MSG_NOSIGNAL);
-    for (done = 0; got > 0 && done < sizeof text - 1; done += got > 0 ? (size_t)got : 0) got = recv(fd, text + done, sizeof text - 1 - done, 0);
+    for (done = 0; got > 0 && done<sizeof text - 1; done += got> 0 ? (size_t)got : 0)
+        got = recv(fd, text + done, sizeof text - 1 - done, 0);
     close(fd);
     text[done] = 0;
     body       = strstr(text, "\r\n\r\n");
@@ -291,17 +295,18 @@ static void keep(sent_version *s, const lorasync_image *image)
 
 static lorasync_status http_stage(void *user, const lorasync_image *image, lorasync_error *err)
 {
-    http_engine    *e = (http_engine *)user;
+    http_engine    *e    = (http_engine *)user;
     const char     *call = "/v1/load_lora_delta";
     lorasync_image *delta;
     char            reply[REPLY];
-    int             http = 409; /* no delta, and the engine refuses it: all the same */
+    int             http = 409;                                  /* no delta, and the engine refuses it: all the same */
     if (image->version == e->served.version) return LORASYNC_OK; /* a retry for the sake of another engine */
     delta = delta_for(e, image);
     if (delta) http = load(e, delta, DELTA_FILE, call, reply);
     if (http == 404 || http == 409) { /* no such call; not with what it holds */
         snprintf(e->how, sizeof e->how, "full image of %d bytes", (int)size_of(image));
-        if (delta) snprintf(e->how, sizeof e->how, "full image of %d bytes, a delta of %d was refused", (int)size_of(image), (int)size_of(delta));
+        if (delta)
+            snprintf(e->how, sizeof e->how, "full image of %d bytes, a delta of %d was refused", (int)size_of(image), (int)size_of(delta));
         call = "/v1/load_lora_adapter";
         http = load(e, image, FULL_FILE, call, reply);
     } else {
@@ -315,7 +320,7 @@ static lorasync_status http_stage(void *user, const lorasync_image *image, loras
 
 static lorasync_status http_commit(void *user, const char *adapter, uint64_t version, lorasync_error *err)
 {
-    http_engine *e = (http_engine *)user;
+    http_engine *e      = (http_engine *)user;
     sent_version before = e->served;
     (void)adapter, (void)err;
     if (version == before.version) return LORASYNC_OK;
@@ -517,8 +522,8 @@ static void *fake_main(void *user)
         body = receive(fd, text, sizeof text);
         http = body ? fake_answer(s, text, body, said) : 400;
         if (!body) snprintf(said, sizeof said, "bad request");
-        snprintf(answer, sizeof answer, "HTTP/1.1 %d %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", http, http == 200 ? "OK" : "Error",
-                 (int)strlen(said), said);
+        snprintf(answer, sizeof answer, "HTTP/1.1 %d %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s", http,
+                 http == 200 ? "OK" : "Error", (int)strlen(said), said);
         send(fd, answer, strlen(answer), MSG_NOSIGNAL);
         close(fd);
     }
@@ -534,7 +539,7 @@ static int fake_open(fake_server *s)
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     s->refuse               = 1;
     pthread_mutex_init(&s->lock, NULL);
-    s->listener             = socket(AF_INET, SOCK_STREAM, 0);
+    s->listener = socket(AF_INET, SOCK_STREAM, 0);
     if (s->listener < 0 || bind(s->listener, (struct sockaddr *)&address, size) != 0 || listen(s->listener, 8) != 0) return 0;
     if (getsockname(s->listener, (struct sockaddr *)&address, &size) != 0) return 0;
     s->port = ntohs(address.sin_port);
@@ -561,11 +566,11 @@ static void optimizer_step(uint64_t version)
 
 static lorasync_status open_trainer(http_engine *e, lorasync_session **session, lorasync_error *err)
 {
-    lorasync_desc     desc;
+    lorasync_desc      desc;
     lorasync_transport transport;
-    lorasync_status   status;
-    char              name[100];
-    int               i;
+    lorasync_status    status;
+    char               name[100];
+    int                i;
     memset(&desc, 0, sizeof desc);
     desc.adapter    = "policy";
     desc.lora_alpha = 16;

@@ -3,16 +3,21 @@
 #define LORASYNC_TEST_DEVICE_CASE_H
 
 /* How the bytes shall go. FALLBACK: directly or over the host, whatever is found. */
-enum { WAY_DIRECT = 0, WAY_NCCL, WAY_HOST, WAY_FALLBACK };
+enum {
+    WAY_DIRECT = 0,
+    WAY_NCCL,
+    WAY_HOST,
+    WAY_FALLBACK
+};
 
 typedef struct device_options_t {
-    int way;
-    int runs;           /* 0: 3 */
-    int timeout_ms;     /* 0: 20000 */
-    int keep_on_device;
-    int capture;        /* runs are launches of a CUDA graph */
-    int pageable_source;
-    long fail_at, query_fails_at; /* set in the fake once all ranks have what they need */
+    int                       way;
+    int                       runs;       /* 0: 3 */
+    int                       timeout_ms; /* 0: 20000 */
+    int                       keep_on_device;
+    int                       capture; /* runs are launches of a CUDA graph */
+    int                       pageable_source;
+    long                      fail_at, query_fails_at; /* set in the fake once all ranks have what they need */
     const lorasync_allocator *allocator;
 } device_options_t;
 
@@ -21,13 +26,13 @@ static int              device_patience_ms = 20000; /* deadline of the calls tha
 
 /* A rank's device side of a case. */
 typedef struct device_rank {
-    rank_context   *context;
-    random_case    *c;
-    lorasync_comm   comm;
-    cudaStream_t    stream;
-    lorasync_piece  have[MAX_PIECES], want[MAX_PIECES];
-    lorasync_plan  *plan;
-    lorasync_error  err;
+    rank_context  *context;
+    random_case   *c;
+    lorasync_comm  comm;
+    cudaStream_t   stream;
+    lorasync_piece have[MAX_PIECES], want[MAX_PIECES];
+    lorasync_plan *plan;
+    lorasync_error err;
 #ifdef FAKE_SLICE
     cudaGraph_t graph;
 #else
@@ -77,7 +82,8 @@ TEST_UNUSED static void pieces_free(const rank_pieces *r, lorasync_piece *out)
 TEST_UNUSED static void pieces_copy(const rank_pieces *r, const lorasync_piece *pieces, int back)
 {
     size_t i;
-    for (i = 0; i < r->num; i++) cudaMemcpy(back ? r->memory[i] : pieces[i].data, back ? pieces[i].data : r->memory[i], r->num_bytes[i] + 1, cudaMemcpyDefault);
+    for (i = 0; i < r->num; i++)
+        cudaMemcpy(back ? r->memory[i] : pieces[i].data, back ? pieces[i].data : r->memory[i], r->num_bytes[i] + 1, cudaMemcpyDefault);
 }
 
 /* The communicator of the way: the threads' own, or NCCL, whose id goes through it. */
@@ -150,7 +156,7 @@ TEST_UNUSED static lorasync_status device_launch(device_rank *d, int run)
 TEST_UNUSED static lorasync_status device_launch(device_rank *d, int run)
 {
     if (run == 0) {
-        cudaGraph_t     graph;
+        cudaGraph_t graph;
         lorasync_status s;
         cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
         s = device_begin(d);
@@ -201,7 +207,7 @@ TEST_UNUSED static int device_stats_wrong(const device_rank *d)
 
 TEST_UNUSED static lorasync_status device_runs(device_rank *d)
 {
-    int rank = d->context->rank, run, runs = device_options.runs ? device_options.runs : 3;
+    int             rank = d->context->rank, run, runs = device_options.runs ? device_options.runs : 3;
     lorasync_status status = LORASYNC_OK;
     for (run = 0; run < runs && (status == LORASYNC_OK || status == LORASYNC_E_NAN) && !d->c->wrong[rank]; run++) {
         cudaStreamSynchronize(d->stream);

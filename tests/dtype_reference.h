@@ -21,8 +21,10 @@ typedef struct ref_type {
 #else
 #define REF_UNUSED
 #endif
-REF_UNUSED static const ref_type ref_types[REF_NUM] = {
-    {LORASYNC_BF16, 8, 7, 127, 0x7f80}, {LORASYNC_F16, 5, 10, 15, 0x7c00}, {LORASYNC_F8_E5M2, 5, 2, 15, 0x7c}, {LORASYNC_F8_E4M3, 4, 3, 7, 0x7f}};
+REF_UNUSED static const ref_type ref_types[REF_NUM] = {{LORASYNC_BF16, 8, 7, 127, 0x7f80},
+                                                       {LORASYNC_F16, 5, 10, 15, 0x7c00},
+                                                       {LORASYNC_F8_E5M2, 5, 2, 15, 0x7c},
+                                                       {LORASYNC_F8_E4M3, 4, 3, 7, 0x7f}};
 
 REF_UNUSED static int ref_bits(const ref_type *t) { return 1 + t->exponent_bits + t->mantissa_bits; }
 

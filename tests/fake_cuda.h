@@ -90,7 +90,12 @@ TEST_UNUSED static void fake_atomic_min(lorasyncd_u64 *at, lorasyncd_u64 value)
 
 /* -- state */
 
-enum { FAKE_DEVICES = 16, FAKE_BLOCKS = 4096, FAKE_SLICES = 64, FAKE_STUCK_S = 20 };
+enum {
+    FAKE_DEVICES = 16,
+    FAKE_BLOCKS  = 4096,
+    FAKE_SLICES  = 64,
+    FAKE_STUCK_S = 20
+};
 #define FAKE_SLICE ((size_t)256 << 20)
 
 typedef struct fake_item fake_item;
@@ -118,23 +123,23 @@ typedef struct fake_cuda_state {
     long query_fails_at; /* the nth cudaEventQuery answers that an address was illegal */
     /* looked at by tests */
     long live_memory, live_pinned, live_streams, live_events, live_modules, live_opened, allocations;
-    long launches, overruns, errors;  /* errors: wrong uses */
-    long pageable_in, pageable_out;   /* asynchronous copies from and to memory that is neither the device's nor pinned */
+    long launches, overruns, errors; /* errors: wrong uses */
+    long pageable_in, pageable_out;  /* asynchronous copies from and to memory that is neither the device's nor pinned */
     /* kept */
-    fake_memory    memory[FAKE_BLOCKS];
-    int            num_memory, opened;
-    fake_arena    *arena;
-    char          *base, *slice;
-    size_t         extent; /* of the slice, in whole pages */
-    pid_t          slice_pid;
-    int            is_open, depth;
-    cudaStream_t   streams; /* all of them */
+    fake_memory         memory[FAKE_BLOCKS];
+    int                 num_memory, opened;
+    fake_arena         *arena;
+    char               *base, *slice;
+    size_t              extent; /* of the slice, in whole pages */
+    pid_t               slice_pid;
+    int                 is_open, depth;
+    cudaStream_t        streams; /* all of them */
     struct CUstream_st *defaults[FAKE_DEVICES];
 } fake_cuda_state;
 
-static fake_cuda_state    fake_cuda;
-static pthread_mutex_t    fake_lock = PTHREAD_MUTEX_INITIALIZER;
-static __thread int       fake_device;
+static fake_cuda_state      fake_cuda;
+static pthread_mutex_t      fake_lock = PTHREAD_MUTEX_INITIALIZER;
+static __thread int         fake_device;
 static __thread cudaError_t fake_last_error;
 
 struct CUevent_st {
@@ -182,10 +187,7 @@ static cudaError_t fake_answer(cudaError_t e)
     return e;
 }
 
-static int fake_fails(void) /* locked */
-{
-    return fake_cuda.fail_at && --fake_cuda.fail_at == 0;
-}
+static int fake_fails(void) /* locked */ { return fake_cuda.fail_at && --fake_cuda.fail_at == 0; }
 
 /* -- memory */
 
@@ -193,7 +195,7 @@ static void fake_reserve(void)
 {
     void *p;
     if (FAKE_MALLOC || fake_cuda.base) return;
-    p = mmap(NULL, FAKE_SLICES * FAKE_SLICE, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    p               = mmap(NULL, FAKE_SLICES * FAKE_SLICE, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     fake_cuda.base  = p == MAP_FAILED ? NULL : (char *)p;
     p               = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     fake_cuda.arena = p == MAP_FAILED ? NULL : (fake_arena *)p;
@@ -211,7 +213,8 @@ TEST_UNUSED static void fake_cuda_share(void)
 TEST_UNUSED static void fake_cuda_reclaim(void)
 {
     pthread_mutex_lock(&fake_lock);
-    if (fake_cuda.arena) fake_cuda.arena->taken = fake_cuda.slice_pid == getpid() ? (int)((size_t)(fake_cuda.slice - fake_cuda.base) / FAKE_SLICE) + 1 : 0;
+    if (fake_cuda.arena)
+        fake_cuda.arena->taken = fake_cuda.slice_pid == getpid() ? (int)((size_t)(fake_cuda.slice - fake_cuda.base) / FAKE_SLICE) + 1 : 0;
     pthread_mutex_unlock(&fake_lock);
 }
 
@@ -219,7 +222,8 @@ TEST_UNUSED static void fake_cuda_reclaim(void)
 static void fake_protect(int protection)
 {
     if (FAKE_MALLOC || !fake_cuda.base) return;
-    if (fake_cuda.opened) mprotect(fake_cuda.base, (size_t)__atomic_load_n(&fake_cuda.arena->taken, __ATOMIC_RELAXED) * FAKE_SLICE, protection);
+    if (fake_cuda.opened)
+        mprotect(fake_cuda.base, (size_t)__atomic_load_n(&fake_cuda.arena->taken, __ATOMIC_RELAXED) * FAKE_SLICE, protection);
     else if (fake_cuda.extent) mprotect(fake_cuda.slice, fake_cuda.extent, protection);
 }
 
@@ -240,7 +244,8 @@ static int fake_find(const void *p)
 {
     int i;
     for (i = 0; i < fake_cuda.num_memory; i++)
-        if ((const char *)p >= fake_cuda.memory[i].data && (const char *)p < fake_cuda.memory[i].data + fake_cuda.memory[i].num_bytes) return i;
+        if ((const char *)p >= fake_cuda.memory[i].data && (const char *)p < fake_cuda.memory[i].data + fake_cuda.memory[i].num_bytes)
+            return i;
     return -1;
 }
 
@@ -256,9 +261,11 @@ static char *fake_device_place(size_t num_bytes) /* first fit behind another blo
     while (moved) {
         moved = 0;
         for (i = 0; i < fake_cuda.num_memory; i++) {
-            const fake_memory *m = &fake_cuda.memory[i];
+            const fake_memory *m    = &fake_cuda.memory[i];
             size_t             from = (size_t)(m->data - fake_cuda.slice);
-            if (m->pinned || m->data < fake_cuda.slice || from >= FAKE_SLICE || at + num_bytes + 256 <= from || at >= from + m->num_bytes + 256) continue;
+            if (m->pinned || m->data < fake_cuda.slice || from >= FAKE_SLICE || at + num_bytes + 256 <= from ||
+                at >= from + m->num_bytes + 256)
+                continue;
             at    = (from + m->num_bytes + 256 + 255) / 256 * 256;
             moved = 1;
         }
@@ -716,7 +723,9 @@ cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer)
 cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags)
 {
     (void)flags;
-    return fake_answer(peer == fake_device ? cudaErrorInvalidDevice : fake_cuda.no_peer_access ? cudaErrorPeerAccessUnsupported : cudaSuccess);
+    return fake_answer(peer == fake_device        ? cudaErrorInvalidDevice
+                       : fake_cuda.no_peer_access ? cudaErrorPeerAccessUnsupported
+                                                  : cudaSuccess);
 }
 
 /* A handle is process, address and size. */
@@ -789,7 +798,10 @@ const char *cudaGetErrorName(cudaError_t e)
     }
 }
 
-const char *cudaGetErrorString(cudaError_t e) { return e == cudaErrorMemoryAllocation ? "out of memory" : e == cudaSuccess ? "no error" : "some error"; }
+const char *cudaGetErrorString(cudaError_t e)
+{
+    return e == cudaErrorMemoryAllocation ? "out of memory" : e == cudaSuccess ? "no error" : "some error";
+}
 
 /* -- driver: the kernel */
 
@@ -836,8 +848,8 @@ static int fake_run_kernel(fake_item *item)
     return 1;
 }
 
-static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz, unsigned shared, CUstream stream,
-                                   void **parameters, void **extra)
+static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
+                                   unsigned shared, CUstream stream, void **parameters, void **extra)
 {
     fake_item   item;
     fake_launch l;
@@ -875,7 +887,8 @@ static cudaError_t fake_entry_point(const char *name, void **out, enum cudaDrive
 }
 
 #if CUDART_VERSION >= 12050
-cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **out, unsigned version, unsigned long long flags, enum cudaDriverEntryPointQueryResult *found)
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **out, unsigned version, unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *found)
 {
     (void)version, (void)flags;
     return fake_entry_point(name, out, found);
@@ -951,17 +964,19 @@ TEST_UNUSED static void fake_set(long *setting, long value)
 /* Back to the beginning: settings off, counters 0. What is alive stays. */
 TEST_UNUSED static void fake_cuda_reset(void)
 {
-    fake_cuda.devices = fake_cuda.no_peer_access = fake_cuda.ipc_fails = fake_cuda.jit_fails = fake_cuda.no_entry_points = fake_cuda.hold = 0;
-    fake_cuda.fail_at = fake_cuda.query_fails_at = fake_cuda.launches = fake_cuda.pageable_in = fake_cuda.pageable_out = fake_cuda.overruns = fake_cuda.errors = fake_cuda.allocations = 0;
-    fake_last_error = cudaSuccess;
-    fake_device     = 0;
+    fake_cuda.devices = fake_cuda.no_peer_access = fake_cuda.ipc_fails = fake_cuda.jit_fails = fake_cuda.no_entry_points = fake_cuda.hold =
+        0;
+    fake_cuda.fail_at = fake_cuda.query_fails_at = fake_cuda.launches = fake_cuda.pageable_in = fake_cuda.pageable_out =
+        fake_cuda.overruns = fake_cuda.errors = fake_cuda.allocations = 0;
+    fake_last_error                                                   = cudaSuccess;
+    fake_device                                                       = 0;
 }
 
 /* How many things are alive that should not be, and wrong uses. */
 TEST_UNUSED static long fake_cuda_left(void)
 {
-    return fake_cuda.live_memory + fake_cuda.live_pinned + fake_cuda.live_streams + fake_cuda.live_events + fake_cuda.live_modules + fake_cuda.live_opened +
-           fake_cuda.overruns + fake_cuda.errors + fake_cuda.pageable_in + fake_cuda.pageable_out;
+    return fake_cuda.live_memory + fake_cuda.live_pinned + fake_cuda.live_streams + fake_cuda.live_events + fake_cuda.live_modules +
+           fake_cuda.live_opened + fake_cuda.overruns + fake_cuda.errors + fake_cuda.pageable_in + fake_cuda.pageable_out;
 }
 
 #endif

@@ -7,12 +7,15 @@
 
 #include <nccl.h>
 
-enum { FAKE_RANKS = 16, FAKE_GROUP = 64 };
+enum {
+    FAKE_RANKS = 16,
+    FAKE_GROUP = 64
+};
 
 typedef struct fake_nccl_rank { /* set by tests, for one rank of every communicator */
-    int          in_progress;  /* "in progress" answers behind each call of a non-blocking communicator */
-    int          hang_at;      /* the nth group or collective never ends */
-    int          broken_at;    /* at the nth, the communicator gets the error `broken` and the work never ends */
+    int          in_progress;   /* "in progress" answers behind each call of a non-blocking communicator */
+    int          hang_at;       /* the nth group or collective never ends */
+    int          broken_at;     /* at the nth, the communicator gets the error `broken` and the work never ends */
     ncclResult_t broken;
     int          hang_init, hang_finalize;
     ncclResult_t fail_init, fail_call; /* what ncclCommInitRankConfig, every ncclSend and ncclAllGather answer; 0: success */
@@ -61,11 +64,11 @@ struct ncclComm {
     fake_group   *active; /* at the head of its stream: its sends and contributions are open */
 };
 
-static fake_world            *fake_worlds;
-static __thread int           fake_depth;
-static __thread ncclResult_t  fake_group_result;
-static __thread fake_group    fake_groups[4];
-static __thread int           fake_num_groups;
+static fake_world           *fake_worlds;
+static __thread int          fake_depth;
+static __thread ncclResult_t fake_group_result;
+static __thread fake_group   fake_groups[4];
+static __thread int          fake_num_groups;
 
 static fake_nccl_rank *fake_knobs(const struct ncclComm *c) { return &fake_nccl.rank[c->rank]; }
 
@@ -179,7 +182,8 @@ ncclResult_t ncclCommAbort(ncclComm_t c)
     for (s = fake_cuda.streams; s; s = s->next) {
         fake_item *item;
         for (item = s->head; item; item = item->next)
-            if (item->end && item->blob && item->blob_bytes == sizeof(fake_group) && ((fake_group *)item->blob)->comm == c) ((fake_group *)item->blob)->comm = NULL;
+            if (item->end && item->blob && item->blob_bytes == sizeof(fake_group) && ((fake_group *)item->blob)->comm == c)
+                ((fake_group *)item->blob)->comm = NULL;
     }
     fake_comm_free(c);
     pthread_mutex_unlock(&fake_lock);
@@ -220,7 +224,9 @@ ncclResult_t ncclCommCuDevice(const ncclComm_t c, int *out) { return *out = c->d
 
 const char *ncclGetErrorString(ncclResult_t r)
 {
-    return r == ncclSystemError ? "unhandled system error" : r == ncclRemoteError ? "remote process exited or there was a network error" : "fake error";
+    return r == ncclSystemError   ? "unhandled system error"
+           : r == ncclRemoteError ? "remote process exited or there was a network error"
+                                  : "fake error";
 }
 
 const char *ncclGetLastError(ncclComm_t c) { return c && c->broken != ncclSuccess ? "the fake broke it" : ""; }
@@ -357,7 +363,8 @@ static ncclResult_t fake_add(struct ncclComm *c, cudaStream_t stream, const fake
     r = c->blocking ? c->broken : c->broken != ncclSuccess ? c->broken : c->hang || c->polls > 0 ? ncclInvalidArgument : ncclSuccess;
     if (r == ncclInvalidArgument) fake_misuse("a call before the one in front of it has settled");
     if (fake_device != c->device) fake_misuse("another device is current");
-    if (op->kind != 2 && (op->peer < 0 || op->peer >= c->size || op->peer == c->rank || op->num_bytes == 0)) fake_misuse("a peer out of range, or an empty message");
+    if (op->kind != 2 && (op->peer < 0 || op->peer >= c->size || op->peer == c->rank || op->num_bytes == 0))
+        fake_misuse("a peer out of range, or an empty message");
     pthread_mutex_unlock(&fake_lock);
     if (r == ncclSuccess) r = fake_knobs(c)->fail_call;
     if (r != ncclSuccess) {
@@ -372,7 +379,7 @@ static ncclResult_t fake_add(struct ncclComm *c, cudaStream_t stream, const fake
         g->comm   = c;
         g->stream = stream;
     }
-    g->ops[g->num] = *op;
+    g->ops[g->num]        = *op;
     g->ops[g->num].number = op->kind == 0 ? c->sent[op->peer]++ : op->kind == 1 ? c->received[op->peer]++ : c->collectives++;
     g->num++;
     return ncclSuccess;

@@ -18,7 +18,7 @@ static int num_gpus, num_cases = 60;
 static int count_gpus(void)
 {
     int   status = 0, num = 0;
-    pid_t pid    = fork();
+    pid_t pid = fork();
     if (pid == 0) _exit(cudaGetDeviceCount(&num) == cudaSuccess ? num : 0);
     return pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) ? WEXITSTATUS(status) : 0;
 }
@@ -66,11 +66,18 @@ static void processes_over_nccl(void)
 
 /* -- a rank that is killed: the others are told before the deadline is long over, and can close */
 
-enum { BEFORE_BEGIN, BEFORE_WAIT, AFTER_WAIT, NUM_MOMENTS };
+enum {
+    BEFORE_BEGIN,
+    BEFORE_WAIT,
+    AFTER_WAIT,
+    NUM_MOMENTS
+};
 
 static void plan_with_one_that_dies(rank_context *x)
 {
-    enum { NUM = 1 << 20 };
+    enum {
+        NUM = 1 << 20
+    };
     const int          moment = *(const int *)x->user;
     device_rank        d;
     lorasync_plan_desc desc;
@@ -123,7 +130,8 @@ static void killed_over_nccl(void)
     int moment;
     if (num_gpus < 2) SKIP("needs two GPUs");
     reset(WAY_NCCL);
-    for (moment = 0; moment < NUM_MOMENTS; moment++) CHECK_EQ(run_processes(2, plan_with_one_that_dies, &moment), 1); /* the one that is killed */
+    for (moment = 0; moment < NUM_MOMENTS; moment++)
+        CHECK_EQ(run_processes(2, plan_with_one_that_dies, &moment), 1); /* the one that is killed */
 }
 
 /* As processes_over_nccl, each run a launch of a CUDA graph. */

@@ -48,13 +48,13 @@ static int read_file(const char *path)
 #define MAX_TENSORS 40
 
 /* Types that numpy has. */
-static const lorasync_dtype dtypes[] = {LORASYNC_BOOL, LORASYNC_U8, LORASYNC_I8, LORASYNC_I16, LORASYNC_U16, LORASYNC_F16, LORASYNC_I32,
-                                        LORASYNC_U32, LORASYNC_F32, LORASYNC_F64, LORASYNC_I64, LORASYNC_U64};
+static const lorasync_dtype dtypes[] = {LORASYNC_BOOL, LORASYNC_U8,  LORASYNC_I8,  LORASYNC_I16, LORASYNC_U16, LORASYNC_F16,
+                                        LORASYNC_I32,  LORASYNC_U32, LORASYNC_F32, LORASYNC_F64, LORASYNC_I64, LORASYNC_U64};
 
 static size_t random_tensors(unsigned long long *state, lorasync_tensor *tensors, char (*names)[64])
 {
     static const char *const tails[] = {"lora_A.weight", "lora_B.weight", "b\"q\\", "\xc3\xa9t\xc3\xa9", "x/y z", "\xf0\x9f\x98\x80"};
-    size_t                   num = test_random(state) % MAX_TENSORS, i;
+    size_t                   num     = test_random(state) % MAX_TENSORS, i;
     int                      d;
     memset(tensors, 0, MAX_TENSORS * sizeof *tensors);
     for (i = 0; i < num; i++) {

@@ -14,7 +14,7 @@ static void choose_gpu(int rank)
 static int can_run(void)
 {
     int   status = 0, num = 0;
-    pid_t pid    = fork();
+    pid_t pid = fork();
     if (pid == 0) _exit(cudaGetDeviceCount(&num) == cudaSuccess && num > 0 ? 0 : 1);
     if (pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0) return 1;
     printf("skip test_in_place_cuda: no GPU here\n");

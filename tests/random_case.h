@@ -2,7 +2,11 @@
 #ifndef LORASYNC_TEST_RANDOM_CASE_H
 #define LORASYNC_TEST_RANDOM_CASE_H
 
-enum { MAX_TENSORS = 4, MAX_PIECES = 64, MAX_BYTES = 1 << 14 };
+enum {
+    MAX_TENSORS = 4,
+    MAX_PIECES  = 64,
+    MAX_BYTES   = 1 << 14
+};
 
 typedef struct truth_tensor {
     char           name[64];
@@ -67,7 +71,7 @@ TEST_UNUSED static void each_element(const truth_tensor *t, const lorasync_piece
         int     strided = 0;
         for (d = 0; d < t->ndim; d++) strided |= p->stride[d] != 0;
         for (d = t->ndim - 1; d >= 0; d--) {
-            at[d]     = rest % p->box.len[d];
+            at[d] = rest % p->box.len[d];
             rest /= p->box.len[d];
             global[d] = p->box.off[d] + at[d];
             offset += at[d] * (strided ? p->stride[d] : stride);
@@ -78,7 +82,7 @@ TEST_UNUSED static void each_element(const truth_tensor *t, const lorasync_piece
 }
 
 typedef struct fill_user {
-    const truth_tensor *t;
+    const truth_tensor  *t;
     const unsigned char *expected; /* tensor bytes in the piece's dtype */
     int64_t              size;
     int                  wrong;
@@ -100,7 +104,8 @@ TEST_UNUSED static void check_element(void *user, int64_t number, unsigned char 
 
 TEST_UNUSED static void random_tensor(unsigned long long *s, truth_tensor *t, int number, int large)
 {
-    static const lorasync_dtype dtypes[] = {LORASYNC_F32, LORASYNC_BF16, LORASYNC_F16, LORASYNC_F8_E4M3, LORASYNC_I64, LORASYNC_U8, LORASYNC_F64, LORASYNC_I16};
+    static const lorasync_dtype dtypes[] = {LORASYNC_F32, LORASYNC_BF16, LORASYNC_F16, LORASYNC_F8_E4M3,
+                                            LORASYNC_I64, LORASYNC_U8,   LORASYNC_F64, LORASYNC_I16};
     int64_t                     i;
     int                         d;
     snprintf(t->name, sizeof t->name, "model.layers.%u.t%d.lora_A.weight", below(s, 30), number);
@@ -110,7 +115,10 @@ TEST_UNUSED static void random_tensor(unsigned long long *s, truth_tensor *t, in
         t->numel = 1;
         for (d = 0; d < t->ndim; d++) {
             t->shape[d] = below(s, 20) == 0 ? 0 : 1 + (int64_t)below(s, t->ndim > 2 ? 6 : 33);
-            if (large) t->shape[d] = t->ndim == 1 ? 20000 + (int64_t)below(s, 40000) : d ? 8 * (1 + (int64_t)below(s, 64)) - (below(s, 3) == 0) : 100 + (int64_t)below(s, 100);
+            if (large)
+                t->shape[d] = t->ndim == 1 ? 20000 + (int64_t)below(s, 40000)
+                              : d          ? 8 * (1 + (int64_t)below(s, 64)) - (below(s, 3) == 0)
+                                           : 100 + (int64_t)below(s, 100);
             t->numel *= t->shape[d];
         }
         if (t->numel * 8 <= MAX_BYTES || large) break;
@@ -137,7 +145,7 @@ TEST_UNUSED static lorasync_piece *add_piece(rank_pieces *r, const truth_tensor 
     p->dtype = dtype;
     p->ndim  = t->ndim;
     memcpy(p->shape, t->shape, sizeof t->shape);
-    p->box               = box;
+    p->box              = box;
     r->tensor[r->num++] = number;
     return p;
 }
@@ -174,7 +182,8 @@ TEST_UNUSED static void give_memory(unsigned long long *s, rank_pieces *r, size_
 }
 
 /* Cuts a box into random boxes by splitting, and deals them to ranks. */
-TEST_UNUSED static void deal_boxes(unsigned long long *s, rank_pieces *ranks, int world, const truth_tensor *t, int number, lorasync_box box, lorasync_dtype dtype, int depth)
+TEST_UNUSED static void deal_boxes(unsigned long long *s, rank_pieces *ranks, int world, const truth_tensor *t, int number,
+                                   lorasync_box box, lorasync_dtype dtype, int depth)
 {
     int d = t->ndim ? (int)below(s, (unsigned)t->ndim) : 0, replicas, k, first;
     if (depth > 0 && t->ndim && box.len[d] > 1) {
@@ -189,7 +198,8 @@ TEST_UNUSED static void deal_boxes(unsigned long long *s, rank_pieces *ranks, in
 }
 
 /* One tensor over all ranks, by one of the trainers' layouts or a free one. */
-TEST_UNUSED static void deal_tensor(unsigned long long *s, rank_pieces *ranks, int world, const truth_tensor *t, int number, lorasync_dtype dtype)
+TEST_UNUSED static void deal_tensor(unsigned long long *s, rank_pieces *ranks, int world, const truth_tensor *t, int number,
+                                    lorasync_dtype dtype)
 {
     lorasync_box whole = lorasync_whole(t->shape, t->ndim);
     int          r, dim = t->ndim ? (int)below(s, (unsigned)t->ndim) : 0, dim2 = t->ndim ? (int)below(s, (unsigned)t->ndim) : 0;
@@ -200,12 +210,14 @@ TEST_UNUSED static void deal_tensor(unsigned long long *s, rank_pieces *ranks, i
     total    = lorasync_fsdp1_layout(numel, 2, 4, (int)below(s, 2), world, start);
     for (r = 0; r < world && kind != 1; r++) {
         switch (kind) {
-        case 0: add_piece(&ranks[r], t, number, whole, dtype); break;                               /* replicas */
+        case 0: add_piece(&ranks[r], t, number, whole, dtype); break;                                /* replicas */
         case 2: add_piece(&ranks[r], t, number, lorasync_shard(whole, dim, r, world), dtype); break; /* FSDP2 */
-        case 3: add_piece(&ranks[r], t, number, lorasync_shard(lorasync_shard(whole, dim, r % n0, n0), dim2, r / n0, world / n0), dtype); break; /* TP x FSDP */
-        case 4: add_piece(&ranks[r], t, number, lorasync_flat_shard(t->numel, r, world), dtype); break; /* ZeRO-3 */
+        case 3:
+            add_piece(&ranks[r], t, number, lorasync_shard(lorasync_shard(whole, dim, r % n0, n0), dim2, r / n0, world / n0), dtype);
+            break;                                                                                                          /* TP x FSDP */
+        case 4: add_piece(&ranks[r], t, number, lorasync_flat_shard(t->numel, r, world), dtype); break;                     /* ZeRO-3 */
         case 5: add_piece(&ranks[r], t, number, lorasync_flat_part(start[1], t->numel, total, r, world).box, dtype); break; /* FSDP1 */
-        case 6: add_piece(&ranks[r], t, number, lorasync_shard(whole, dim, r / n0, world / n0), dtype); break; /* HSDP */
+        case 6: add_piece(&ranks[r], t, number, lorasync_shard(whole, dim, r / n0, world / n0), dtype); break;              /* HSDP */
         default: break;
         }
     }
@@ -243,7 +255,9 @@ TEST_UNUSED static void make_expected(random_case *c)
         const lorasync_tensor *e = &c->expected->tensors[k];
         for (i = 0; strcmp(c->tensors[i].name, e->name) != 0; i++) {}
         if (e->dtype == c->tensors[i].dtype) memcpy(c->expected_bytes + e->offset, c->tensors[i].data, e->num_bytes);
-        else lorasync_convert(c->expected_bytes + e->offset, e->dtype, c->tensors[i].data, c->tensors[i].dtype, (size_t)c->tensors[i].numel, NULL);
+        else
+            lorasync_convert(c->expected_bytes + e->offset, e->dtype, c->tensors[i].data, c->tensors[i].dtype, (size_t)c->tensors[i].numel,
+                             NULL);
     }
 }
 
@@ -355,7 +369,8 @@ TEST_UNUSED static void random_cases(lorasync_plan_kind kind, int num, int large
         run_threads(c.world, run_case, &c);
         for (r = 0; r < c.world; r++)
             if (c.status[r] < 0 || c.wrong[r]) {
-                fprintf(stderr, "seed %llu rank %d of %d (root %d): status %d, wrong %d: %s\n", c.seed, r, c.world, c.root, (int)c.status[r], c.wrong[r], c.text[r]);
+                fprintf(stderr, "seed %llu rank %d of %d (root %d): status %d, wrong %d: %s\n", c.seed, r, c.world, c.root,
+                        (int)c.status[r], c.wrong[r], c.text[r]);
                 bad++;
             }
         free_case(&c);

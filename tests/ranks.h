@@ -11,7 +11,7 @@
 typedef struct rank_context {
     lorasync_comm comm;
     int           rank, world;
-    void         *user;                            /* the caller's, shared by threads */
+    void         *user; /* the caller's, shared by threads */
     void (*function)(struct rank_context *context);
 } rank_context;
 

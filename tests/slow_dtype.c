@@ -7,9 +7,9 @@
 
 #define BLOCK 4096u
 
-static uint32_t            in[BLOCK];
-static unsigned char       out[BLOCK * 2];
-static unsigned long long  num_wrong;
+static uint32_t           in[BLOCK];
+static unsigned char      out[BLOCK * 2];
+static unsigned long long num_wrong;
 
 static uint32_t code_at(size_t i, int bits)
 {
@@ -20,14 +20,11 @@ static void check(const ref_type *t, uint32_t u, uint32_t expected, uint32_t fou
 {
     int ok = ref_is_nan_code(t, expected) ? ref_is_nan_code(t, found) : expected == found;
     if (!ok && num_wrong++ < 20)
-        fprintf(stderr, "%s: %08x (%g) is %x, expected %x\n", lorasync_dtype_name(t->dtype), (unsigned)u, (double)ref_float(u), (unsigned)found,
-                (unsigned)expected);
+        fprintf(stderr, "%s: %08x (%g) is %x, expected %x\n", lorasync_dtype_name(t->dtype), (unsigned)u, (double)ref_float(u),
+                (unsigned)found, (unsigned)expected);
 }
 
-static double middle_above(const ref_type *t, uint32_t k)
-{
-    return k < t->limit ? (ref_value(t, k) + ref_value(t, k + 1)) / 2 : HUGE_VAL;
-}
+static double middle_above(const ref_type *t, uint32_t k) { return k < t->limit ? (ref_value(t, k) + ref_value(t, k + 1)) / 2 : HUGE_VAL; }
 
 /* Magnitudes come in rising order, so that the nearest code only ever moves up: code k holds until the middle between k and k + 1. */
 static void sweep(const ref_type *t, uint32_t first, uint32_t last)
@@ -61,7 +58,8 @@ int main(int argc, char **argv)
     int      t;
     if (parts == 0 || part >= parts) return 2;
     for (t = 0; t < REF_NUM; t++)
-        sweep(&ref_types[t], (uint32_t)((uint64_t)blocks * part / parts) * BLOCK, (uint32_t)((uint64_t)blocks * (part + 1) / parts) * BLOCK);
+        sweep(&ref_types[t], (uint32_t)((uint64_t)blocks * part / parts) * BLOCK,
+              (uint32_t)((uint64_t)blocks * (part + 1) / parts) * BLOCK);
     printf("slow_dtype: %llu of 2^32 / %u inputs x %d types are wrong\n", num_wrong, (unsigned)parts, REF_NUM);
     return num_wrong != 0;
 }

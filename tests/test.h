@@ -18,44 +18,44 @@ static const char *test_skip_reason;
 #endif
 
 /* A failed check is printed and counted; the test goes on. The first 20 of a test are printed. */
-#define CHECK(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) test_fail(__FILE__, __LINE__, #condition);                                                   \
+#define CHECK(condition)                                                                                                                   \
+    do {                                                                                                                                   \
+        if (!(condition)) test_fail(__FILE__, __LINE__, #condition);                                                                       \
     } while (0)
 
 /* Equal integers, printed when they differ. */
-#define CHECK_EQ(a, b)                                                                                                 \
-    do {                                                                                                               \
-        long long test_a_ = (long long)(a), test_b_ = (long long)(b);                                                  \
-        if (test_a_ != test_b_) test_fail_eq(__FILE__, __LINE__, #a, test_a_, #b, test_b_);                            \
+#define CHECK_EQ(a, b)                                                                                                                     \
+    do {                                                                                                                                   \
+        long long test_a_ = (long long)(a), test_b_ = (long long)(b);                                                                      \
+        if (test_a_ != test_b_) test_fail_eq(__FILE__, __LINE__, #a, test_a_, #b, test_b_);                                                \
     } while (0)
 
-#define CHECK_TEXT(a, b)                                                                                               \
-    do {                                                                                                               \
-        const char *test_a_ = (a), *test_b_ = (b);                                                                     \
-        if (!test_a_ || !test_b_ || strcmp(test_a_, test_b_) != 0) test_fail_text(__FILE__, __LINE__, #a, test_a_, test_b_); \
+#define CHECK_TEXT(a, b)                                                                                                                   \
+    do {                                                                                                                                   \
+        const char *test_a_ = (a), *test_b_ = (b);                                                                                         \
+        if (!test_a_ || !test_b_ || strcmp(test_a_, test_b_) != 0) test_fail_text(__FILE__, __LINE__, #a, test_a_, test_b_);               \
     } while (0)
 
 /* `text` must hold `part`: for error texts, which must name things. */
-#define CHECK_HAS(text, part)                                                                                          \
-    do {                                                                                                               \
-        const char *test_a_ = (text), *test_b_ = (part);                                                               \
-        if (!strstr(test_a_, test_b_)) test_fail_text(__FILE__, __LINE__, #text, test_a_, test_b_);                    \
+#define CHECK_HAS(text, part)                                                                                                              \
+    do {                                                                                                                                   \
+        const char *test_a_ = (text), *test_b_ = (part);                                                                                   \
+        if (!strstr(test_a_, test_b_)) test_fail_text(__FILE__, __LINE__, #text, test_a_, test_b_);                                        \
     } while (0)
 
 /* A failed requirement leaves the test function. */
-#define REQUIRE(condition)                                                                                             \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            test_fail(__FILE__, __LINE__, #condition);                                                                 \
-            return;                                                                                                    \
-        }                                                                                                              \
+#define REQUIRE(condition)                                                                                                                 \
+    do {                                                                                                                                   \
+        if (!(condition)) {                                                                                                                \
+            test_fail(__FILE__, __LINE__, #condition);                                                                                     \
+            return;                                                                                                                        \
+        }                                                                                                                                  \
     } while (0)
 
-#define SKIP(reason)                                                                                                   \
-    do {                                                                                                               \
-        test_skip_reason = (reason);                                                                                   \
-        return;                                                                                                        \
+#define SKIP(reason)                                                                                                                       \
+    do {                                                                                                                                   \
+        test_skip_reason = (reason);                                                                                                       \
+        return;                                                                                                                            \
     } while (0)
 
 #define RUN(function) test_run(#function, function)

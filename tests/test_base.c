@@ -7,7 +7,11 @@
 #include "ranks.h"
 #include "random_case.h"
 
-enum { NT = 14, MAX_WORLD = 4, MAX_FILES = 64 };
+enum {
+    NT        = 14,
+    MAX_WORLD = 4,
+    MAX_FILES = 64
+};
 
 /* An allocator that counts bytes: one per rank, used by its thread alone. */
 typedef struct bytes_memory {
@@ -197,7 +201,8 @@ static void free_model(model *m)
     }
 }
 
-static lorasync_status open_stream(const model *m, const lorasync_comm *comm, bytes_memory *memory, lorasync_stream **out, lorasync_error *err)
+static lorasync_status open_stream(const model *m, const lorasync_comm *comm, bytes_memory *memory, lorasync_stream **out,
+                                   lorasync_error *err)
 {
     lorasync_stream_desc d;
     lorasync_allocator   a;
@@ -205,7 +210,8 @@ static lorasync_status open_stream(const model *m, const lorasync_comm *comm, by
     int                  i, rank = comm ? comm->rank : 0;
     size_t               k;
     memset(&d, 0, sizeof d);
-    d.comm = comm, d.root = m->root, d.wire_dtype = m->wire, d.bucket_bytes = m->bucket, d.no_direct = m->no_direct, d.keep_names = m->keep_names;
+    d.comm = comm, d.root = m->root, d.wire_dtype = m->wire, d.bucket_bytes = m->bucket, d.no_direct = m->no_direct,
+    d.keep_names  = m->keep_names;
     d.timeout_ms  = 20000;
     d.name        = "policy-model";
     d.config_json = "{\"model_type\": \"toy\"}";
@@ -213,7 +219,8 @@ static lorasync_status open_stream(const model *m, const lorasync_comm *comm, by
     if (memory) d.allocator = &a;
     status = lorasync_stream_open(&d, out, err);
     for (i = 0; i < NT && status == LORASYNC_OK; i++)
-        for (k = 0; k < m->have[i][rank].num && status == LORASYNC_OK; k++) status = lorasync_stream_add(*out, &m->have[i][rank].pieces[k], err);
+        for (k = 0; k < m->have[i][rank].num && status == LORASYNC_OK; k++)
+            status = lorasync_stream_add(*out, &m->have[i][rank].pieces[k], err);
     return status;
 }
 
@@ -260,7 +267,8 @@ static int check_files(const model *m, const bucket_file *files, size_t num, siz
             if (!t) continue;
             found++;
             where[i] = f;
-            if (t->dtype != dtype || t->ndim != m->t[i].ndim || memcmp(t->shape, m->t[i].shape, sizeof(int64_t) * (size_t)t->ndim) != 0) wrong |= 4;
+            if (t->dtype != dtype || t->ndim != m->t[i].ndim || memcmp(t->shape, m->t[i].shape, sizeof(int64_t) * (size_t)t->ndim) != 0)
+                wrong |= 4;
             else if (t->num_bytes != n || memcmp(t->data, bytes, n) != 0) wrong |= 8;
         }
         if (found != 1) wrong |= 16;
@@ -305,7 +313,7 @@ static int check_index(const model *m, const char *text, const size_t *where, si
     lorasync_error  err;
     lorasync_name   name;
     char            last[LORASYNC_MAX_NAME] = "", k[LORASYNC_MAX_NAME], file[64];
-    uint64_t        size  = 0;
+    uint64_t        size                    = 0;
     int             found = 0, i, wrong = 0;
     if (num < 2) return text[0] ? 1 : 0;
     lorasynci_json_init(&j, text, strlen(text), &err);
@@ -360,22 +368,23 @@ static void random_rank(rank_context *c)
     lorasync_status    status;
     lorasync_report    report;
     bytes_memory      *memory = &shared.memory[c->rank];
-    lorasync_transport t = keep(&shared.k[0], "keeper");
+    lorasync_transport t      = keep(&shared.k[0], "keeper");
     long               total;
     status = open_stream(shared.m, &c->comm, memory, &s, &err);
     if (status == LORASYNC_OK) status = lorasync_stream_attach(s, &t, &err);
     if (status == LORASYNC_OK) status = lorasync_stream_compile(s, &err);
     if (status == LORASYNC_OK) {
         lorasync_stream_get_info(s, &shared.info[c->rank]);
-        total                        = memory->total;
+        total                         = memory->total;
         shared.after_compile[c->rank] = memory->live;
-        memory->peak                 = 0;
-        status                       = lorasync_stream_sync(s, 4, &report, &err);
+        memory->peak                  = 0;
+        status                        = lorasync_stream_sync(s, 4, &report, &err);
         if (status == LORASYNC_OK) status = lorasync_stream_sync(s, 5, &report, &err);
         if (memory->total != total || memory->peak > shared.after_compile[c->rank]) shared.wrong[c->rank] |= 1;
         shared.digest[c->rank] = report.digest;
         shared.direct[c->rank] = report.direct;
-        if (status == LORASYNC_OK && (report.version != 5 || report.num_engines != 1 || report.num_tensors != NT)) shared.wrong[c->rank] |= 2;
+        if (status == LORASYNC_OK && (report.version != 5 || report.num_engines != 1 || report.num_tensors != NT))
+            shared.wrong[c->rank] |= 2;
     }
     remember(c, status, &err);
     lorasync_stream_close(s);
@@ -402,7 +411,7 @@ static void check_random(const model *m, unsigned long long seed)
     CHECK_EQ(shared.k[0].num_aborts, 0);
     CHECK_EQ(shared.k[0].num_closed, m->world);
     for (r = 0; r < m->world; r++) {
-        const lorasync_stream_info *i = &shared.info[r];
+        const lorasync_stream_info *i   = &shared.info[r];
         size_t                      own = i->staging_bytes + i->plan_bytes + (r == m->root && !i->direct ? i->image_bytes : 0);
         if (shared.status[r] < 0) fprintf(stderr, "seed %llu rank %d: %s\n", seed, r, shared.text[r]);
         CHECK_EQ(shared.status[r], LORASYNC_OK);
@@ -438,7 +447,11 @@ static void random_models(void)
 
 /* -- memory: two buckets on the root, and nothing of them elsewhere */
 
-enum { BIG_TENSORS = 64, BIG_ROWS = 64, BIG_COLUMNS = 64 };
+enum {
+    BIG_TENSORS = 64,
+    BIG_ROWS    = 64,
+    BIG_COLUMNS = 64
+};
 static float big_data[BIG_TENSORS][BIG_ROWS * BIG_COLUMNS];
 
 static lorasync_status open_big(const lorasync_comm *comm, bytes_memory *memory, size_t bucket, lorasync_stream **out, lorasync_error *err)
@@ -470,7 +483,7 @@ static void memory_rank(rank_context *c)
     lorasync_stream   *s = NULL;
     lorasync_error     err;
     bytes_memory      *memory = &shared.memory[c->rank];
-    lorasync_transport t = keep(&shared.k[0], "keeper");
+    lorasync_transport t      = keep(&shared.k[0], "keeper");
     lorasync_status    status = open_big(&c->comm, memory, 2 * sizeof big_data[0], &s, &err);
     if (status == LORASYNC_OK) status = lorasync_stream_attach(s, &t, &err);
     if (status == LORASYNC_OK) status = lorasync_stream_compile(s, &err);
@@ -520,7 +533,7 @@ static void failing_rank(rank_context *c)
     lorasync_transport t;
     lorasync_status    status;
     float             *spoilt = &big_data[wanted.nan_tensor][(BIG_ROWS - 1) * BIG_COLUMNS], nan_value = 0;
-    int                i, root = c->rank == 0;
+    int                i, root                                                                        = c->rank == 0;
     status = open_big(&c->comm, NULL, 20 * sizeof big_data[0], &s, &err);
     for (i = 0; i < wanted.num_engines; i++) {
         t = keep(&shared.k[i], i == 2 ? "plain" : i ? "second" : "first");
@@ -575,7 +588,8 @@ static void fail_once(failure f, int aborts)
     run_threads(3, failing_rank, NULL);
     for (r = 0; r < 3; r++) {
         if (shared.status[r] != f.status || shared.wrong[r])
-            fprintf(stderr, "stage %d commit %d nan %d: rank %d: wrong %d, status %d: %s\n", f.stage, f.commit, f.nan_tensor, r, shared.wrong[r], (int)shared.status[r], shared.text[r]);
+            fprintf(stderr, "stage %d commit %d nan %d: rank %d: wrong %d, status %d: %s\n", f.stage, f.commit, f.nan_tensor, r,
+                    shared.wrong[r], (int)shared.status[r], shared.text[r]);
         CHECK_EQ(shared.status[r], f.status);
         CHECK_EQ(shared.wrong[r], 0);
         CHECK_HAS(shared.text[r], f.word);
@@ -601,10 +615,10 @@ static failure no_failure(lorasync_status status, const char *word)
 
 static void failures(void) /* 64 tensors in buckets of 20: four buckets, the last of four */
 {
-    static const int   of_bucket[] = {0, 25, 59, 63};
-    failure            f;
-    int                b, rank;
-    char               word[64];
+    static const int of_bucket[] = {0, 25, 59, 63};
+    failure          f;
+    int              b, rank;
+    char             word[64];
     for (b = 0; b < 4; b++) {
         f       = no_failure(LORASYNC_E_IO, "'second' could not stage");
         f.stage = b + 1;
@@ -641,7 +655,7 @@ static int read_files(const char *version, keeper *out, char *text, size_t text_
     DIR           *d = opendir(version);
     struct dirent *e;
     int            num = 0;
-    text[0] = 0;
+    text[0]            = 0;
     if (!d) return -1;
     while ((e = readdir(d)) != NULL) {
         char     path[600];
@@ -661,7 +675,7 @@ static int read_files(const char *version, keeper *out, char *text, size_t text_
         } else {
             if (strcmp(e->d_name, "model.safetensors") == 0) k = of = 1;
             else CHECK(sscanf(e->d_name, "model-%05u-of-%05u.safetensors", &k, &of) == 2);
-            out->num_served             = of;
+            out->num_served              = of;
             out->served[k - 1].bytes     = bytes;
             out->served[k - 1].num_bytes = n;
         }
@@ -695,7 +709,8 @@ static void directory_rank(rank_context *c)
     if (status == LORASYNC_OK) status = lorasync_stream_sync(s, 1, NULL, &err);
     if (status == LORASYNC_OK) status = lorasync_stream_sync(s, 2, NULL, &err);
     if (status == LORASYNC_OK) {
-        if (c->rank == shared.m->root) shared.k[1].fail_commit = 1; /* the directory has committed by then: publishing again finds it there */
+        if (c->rank == shared.m->root)
+            shared.k[1].fail_commit = 1; /* the directory has committed by then: publishing again finds it there */
         if (lorasync_stream_sync(s, 3, NULL, &err) != LORASYNC_E_IO) shared.wrong[c->rank] |= 1;
         status = lorasync_stream_sync(s, 3, NULL, &err);
     }
@@ -733,7 +748,7 @@ static void checkpoint(void)
             CHECK_EQ(shared.wrong[r], 0);
         }
         snprintf(path, sizeof path, "%s/%d/policy-model/latest", root, seed);
-        len = readlink(path, target, sizeof target - 1);
+        len                       = readlink(path, target, sizeof target - 1);
         target[len > 0 ? len : 0] = 0;
         CHECK_TEXT(target, "v3");
         num = read_files(path, &files, index, sizeof index);
@@ -778,7 +793,8 @@ static lorasync_image *bucket_image(size_t b, size_t n, uint64_t version, float 
     return image;
 }
 
-static lorasync_status stage_buckets(lorasync_transport *t, size_t from, size_t to, size_t n, uint64_t version, float value, lorasync_error *err)
+static lorasync_status stage_buckets(lorasync_transport *t, size_t from, size_t to, size_t n, uint64_t version, float value,
+                                     lorasync_error *err)
 {
     lorasync_status status = LORASYNC_OK;
     size_t          b;
@@ -821,7 +837,7 @@ static void directory_rules(void)
     CHECK_EQ(stage_buckets(&t, 0, 2, 3, 1, 1, &err), LORASYNC_OK); /* a try that stops, and another one */
     CHECK_EQ(stage_buckets(&t, 0, 3, 3, 1, 2, &err), LORASYNC_OK);
     CHECK_EQ(t.commit(t.user, "base", 1, &err), LORASYNC_OK);
-    CHECK_EQ(count_entries(path), 2); /* v1, latest */
+    CHECK_EQ(count_entries(path), 2);                              /* v1, latest */
     CHECK_EQ(stage_buckets(&t, 0, 3, 3, 1, 2, &err), LORASYNC_OK); /* the same again: nothing to do */
     CHECK_EQ(count_entries(path), 2);
     CHECK_EQ(t.commit(t.user, "base", 1, &err), LORASYNC_OK);
@@ -830,7 +846,7 @@ static void directory_rules(void)
     CHECK_EQ(stage_buckets(&t, 0, 3, 3, 2, 3, &err), LORASYNC_OK);
     CHECK_EQ(t.commit(t.user, "base", 2, &err), LORASYNC_OK);
     CHECK_EQ(stage_buckets(&t, 0, 1, 3, 1, 2, &err), LORASYNC_E_VERSION); /* older */
-    child = fork(); /* a publisher that dies between two buckets */
+    child = fork();                                                       /* a publisher that dies between two buckets */
     if (child == 0) {
         stage_buckets(&t, 0, 2, 3, 3, 3, &err);
         _exit(0);
@@ -865,7 +881,7 @@ static void directory_rules(void)
 
 static lorasync_status compile_with(lorasync_transport *t, size_t bucket, lorasync_error *err)
 {
-    lorasync_stream *s = NULL;
+    lorasync_stream *s      = NULL;
     lorasync_status  status = open_big(NULL, NULL, bucket, &s, err);
     if (status == LORASYNC_OK) status = lorasync_stream_attach(s, t, err);
     if (status == LORASYNC_OK) status = lorasync_stream_compile(s, err);
@@ -960,7 +976,7 @@ static void arguments(void)
     CHECK_EQ(lorasync_stream_compile(other, &err), LORASYNC_E_NAME);
     CHECK_HAS(err.text, "_orig_mod.a.base_layer");
     lorasync_stream_close(other);
-    d.keep_names = 1; /* then they are two */
+    d.keep_names   = 1; /* then they are two */
     d.bucket_bytes = 1;
     REQUIRE(lorasync_stream_open(&d, &other, &err) == LORASYNC_OK);
     CHECK_EQ(lorasync_stream_add(other, &p, &err), LORASYNC_OK);
@@ -1001,7 +1017,7 @@ static void scarce_memory(void)
 {
     static model m;
     long         n, failed = 0;
-    int          r, done = 0;
+    int          r, done   = 0;
     make_model(&m, 104729 * 5);
     m.bucket = 4000;
     for (r = 0; r < m.world && r < 3; r++) {
@@ -1013,7 +1029,8 @@ static void scarce_memory(void)
             m.no_direct = (int)(n % 2);
             run_threads(m.world, scarce_rank, NULL);
             for (i = 0; i < m.world; i++) {
-                if (shared.wrong[i] || shared.status[i] != shared.status[0]) fprintf(stderr, "allocation %ld of rank %d: rank %d wrong %d: %s\n", n, r, i, shared.wrong[i], shared.text[i]);
+                if (shared.wrong[i] || shared.status[i] != shared.status[0])
+                    fprintf(stderr, "allocation %ld of rank %d: rank %d wrong %d: %s\n", n, r, i, shared.wrong[i], shared.text[i]);
                 CHECK_EQ(shared.wrong[i], 0);
                 CHECK_EQ(shared.status[i], shared.status[0]);
             }

@@ -168,9 +168,9 @@ static void mismatched_all_gather(void)
 
 static void one_stays_away(rank_context *x)
 {
-    char            a[16] = {0}, b[64 * 16];
-    lorasync_error  err;
-    uint64_t        start = lorasynci_now_ns();
+    char           a[16] = {0}, b[64 * 16];
+    lorasync_error err;
+    uint64_t       start = lorasynci_now_ns();
     if (x->rank == 1) return;
     note(x, x->comm.all_gather(x->comm.user, a, b, 16, 250, &err), start, &err);
 }
@@ -210,9 +210,9 @@ static void rank_never_joins(void)
 
 static void aborting(rank_context *x)
 {
-    char            a[16] = {0}, b[8 * 16];
-    lorasync_error  err;
-    uint64_t        start = lorasynci_now_ns();
+    char           a[16] = {0}, b[8 * 16];
+    lorasync_error err;
+    uint64_t       start = lorasynci_now_ns();
     if (x->rank == 3) {
         struct timespec t;
         t.tv_sec = 0, t.tv_nsec = 30000000;
@@ -262,7 +262,8 @@ static void dying(rank_context *x)
     if (x->rank == 1 && kill_when == 1) { /* sends and receives a part, then is gone */
         const lorasync_local *l = ((const lorasynci_seat *)x->comm.user)->local;
         for (k = 0; k < 3; k++) {
-            lorasynci_flow out = lorasynci_flow_start(lorasynci_local_channel(l, 1, s[k].peer), &s[k]), in = lorasynci_flow_start(lorasynci_local_channel(l, r[k].peer, 1), &r[k]);
+            lorasynci_flow out = lorasynci_flow_start(lorasynci_local_channel(l, 1, s[k].peer), &s[k]),
+                           in  = lorasynci_flow_start(lorasynci_local_channel(l, r[k].peer, 1), &r[k]);
             lorasynci_flow_send(&out);
             while (in.at == 0) lorasynci_flow_receive(&in, 1, &i, &err);
         }
@@ -304,7 +305,8 @@ static void killed_rank(void)
             if (zombie) waitpid(pids[1], &status, 0);
             for (r = 0; r < 4; r++) {
                 if (r == 1) continue;
-                if (outcomes[r].status != LORASYNC_E_PEER) fprintf(stderr, "kill_when %d zombie %d rank %d: %s\n", kill_when, zombie, r, outcomes[r].text);
+                if (outcomes[r].status != LORASYNC_E_PEER)
+                    fprintf(stderr, "kill_when %d zombie %d rank %d: %s\n", kill_when, zombie, r, outcomes[r].text);
                 CHECK_EQ(outcomes[r].status, LORASYNC_E_PEER);
                 CHECK_HAS(outcomes[r].text, "is gone"); /* rank 1, or one that had ended because of it */
                 CHECK(outcomes[r].ns < 3000000000LL);
@@ -342,14 +344,14 @@ static void early_exit_is_no_death(void) { CHECK_EQ(run_processes(6, sends_and_e
 /* The same, made certain: the sender ends between the receiver's look into the channel and its look at the process. */
 static void exit_behind_the_back(void)
 {
-    lorasync_local *l;
-    lorasync_comm   c;
-    lorasync_error  err;
-    lorasynci_flow  f;
-    char            data[8];
+    lorasync_local  *l;
+    lorasync_comm    c;
+    lorasync_error   err;
+    lorasynci_flow   f;
+    char             data[8];
     lorasync_message m;
-    pid_t           pid;
-    int             status;
+    pid_t            pid;
+    int              status;
     REQUIRE(lorasync_local_open(2, &l, &err) == LORASYNC_OK);
     REQUIRE(lorasync_local_join(l, 0, &c, &err) == LORASYNC_OK);
     fflush(NULL);
@@ -370,7 +372,9 @@ static void exit_behind_the_back(void)
 
 /* -- cost */
 
-enum { TIMED = 2000 };
+enum {
+    TIMED = 2000
+};
 
 static void timed(rank_context *x)
 {

@@ -29,7 +29,8 @@ static lorasync_tensor tensor(const char *name, lorasync_dtype dtype, int64_t a,
 }
 
 /* payload: NULL for zeros. */
-static int version_open(version *v, const lorasync_tensor *tensors, size_t num, const char *adapter, uint64_t number, const unsigned char *payload)
+static int version_open(version *v, const lorasync_tensor *tensors, size_t num, const char *adapter, uint64_t number,
+                        const unsigned char *payload)
 {
     lorasync_image_desc d;
     lorasync_error      err;
@@ -116,7 +117,8 @@ static lorasync_image *forge(const lorasync_tensor *tensors, size_t num, const c
 static void golden(void)
 {
     static const char before[] = "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.base_digest\":\"";
-    static const char after[]  = ",\"lorasync.version\":\"00000000000000000007\"},\"b:delta\":{\"dtype\":\"BF16\",\"shape\":[1,2],\"data_offsets\":[0,4]}}";
+    static const char after[] =
+        ",\"lorasync.version\":\"00000000000000000007\"},\"b:delta\":{\"dtype\":\"BF16\",\"shape\":[1,2],\"data_offsets\":[0,4]}}";
     version         v1, v2;
     lorasync_image *delta = NULL;
     lorasync_error  err;
@@ -124,8 +126,10 @@ static void golden(void)
     size_t          n;
     REQUIRE(small_version(&v1, 5, old_payload) && small_version(&v2, 7, new_payload));
     REQUIRE(lorasync_image_delta(v2.image, 5, v1.digests, NULL, &delta, &err) == LORASYNC_OK);
-    n = (size_t)snprintf(text, sizeof text, "%s%016llx\",\"lorasync.base_version\":\"00000000000000000005\",\"lorasync.digest\":\"%016llx\","
-                         "\"lorasync.full_digest\":\"%016llx\"%s", before, (unsigned long long)v1.image->digest, (unsigned long long)delta->digest,
+    n = (size_t)snprintf(text, sizeof text,
+                         "%s%016llx\",\"lorasync.base_version\":\"00000000000000000005\",\"lorasync.digest\":\"%016llx\","
+                         "\"lorasync.full_digest\":\"%016llx\"%s",
+                         before, (unsigned long long)v1.image->digest, (unsigned long long)delta->digest,
                          (unsigned long long)v2.image->digest, after);
     while (n % 8) text[n++] = ' ';
     CHECK_EQ(delta->header_bytes, 8 + n);
@@ -154,11 +158,12 @@ static void golden(void)
 static size_t random_tensors(lorasync_tensor *tensors, char (*names)[32], unsigned long long *state)
 {
     static const char *const tails[] = {"", ".x", ":delta", "\"\\", "\xc3\xa9", "/z"};
-    size_t                   num = test_random(state) % (MAX_TENSORS + 1), i;
+    size_t                   num     = test_random(state) % (MAX_TENSORS + 1), i;
     for (i = 0; i < num; i++) {
         int d;
         snprintf(names[i], sizeof names[i], "%c%d%s", (char)('!' + (int)(test_random(state) % 90)), (int)i, tails[test_random(state) % 6]);
-        if (i && strlen(names[i - 1]) < 20 && test_random(state) % 4 == 0) snprintf(names[i], sizeof names[i], "%.20s:delta", names[i - 1]); /* one name begins another */
+        if (i && strlen(names[i - 1]) < 20 && test_random(state) % 4 == 0)
+            snprintf(names[i], sizeof names[i], "%.20s:delta", names[i - 1]); /* one name begins another */
         tensors[i]      = tensor(names[i], (lorasync_dtype)(1 + test_random(state) % 22), 0, 0);
         tensors[i].ndim = (int)(test_random(state) % 5);
         for (d = 0; d < tensors[i].ndim; d++) tensors[i].shape[d] = (int64_t)(test_random(state) % 5 ? 1 + test_random(state) % 4 : 0);
@@ -245,7 +250,7 @@ static void random_round_trips(void)
         lorasync_tensor tensors[MAX_TENSORS];
         char            names[MAX_TENSORS][32];
         int             changed[MAX_TENSORS];
-        size_t          num = random_tensors(tensors, names, &state), num_changed, i;
+        size_t          num    = random_tensors(tensors, names, &state), num_changed, i;
         uint64_t        number = test_random(&state) % 4 ? 1 + test_random(&state) % 1000 : test_random(&state) | 1;
         version         v1, v2;
         unsigned char  *payload, *kept;
@@ -332,20 +337,21 @@ static void empty(void)
 
 /* -- the sender's errors */
 
-#define DELTA_FAILS(image, base_version, digests, want, part)                                                        \
-    do {                                                                                                               \
-        delta       = (lorasync_image *)&err;                                                                          \
-        err.text[0] = 0;                                                                                               \
-        CHECK_EQ(lorasync_image_delta(image, base_version, digests, NULL, &delta, &err), want);                      \
-        CHECK(delta == NULL);                                                                                          \
-        CHECK_EQ(err.status, want);                                                                                  \
-        CHECK_HAS(err.text, part);                                                                                     \
+#define DELTA_FAILS(image, base_version, digests, want, part)                                                                              \
+    do {                                                                                                                                   \
+        delta       = (lorasync_image *)&err;                                                                                              \
+        err.text[0] = 0;                                                                                                                   \
+        CHECK_EQ(lorasync_image_delta(image, base_version, digests, NULL, &delta, &err), want);                                            \
+        CHECK(delta == NULL);                                                                                                              \
+        CHECK_EQ(err.status, want);                                                                                                        \
+        CHECK_HAS(err.text, part);                                                                                                         \
     } while (0)
 
 static void sender_errors(void)
 {
-    static const char  foreign[] = "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000001\","
-                                   "\"lorasync.version\":\"7\"},\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}";
+    static const char foreign[] =
+        "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000001\","
+        "\"lorasync.version\":\"7\"},\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}";
     static const char  nameless[] = "{\"__metadata__\":{\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000001\","
                                     "\"lorasync.version\":\"7\"},\"\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}";
     version            v1, v2, anonymous;
@@ -405,14 +411,14 @@ static void sender_errors(void)
 
 /* -- the receiver's errors */
 
-#define APPLY_FAILS_IN(base, delta, memory, want, part)                                                              \
-    do {                                                                                                               \
-        full        = (lorasync_image *)&err;                                                                          \
-        err.text[0] = 0;                                                                                               \
-        CHECK_EQ(lorasync_image_apply(base, delta, memory, NULL, &full, &err), want);                                \
-        CHECK(full == NULL);                                                                                           \
-        CHECK_EQ(err.status, want);                                                                                  \
-        CHECK_HAS(err.text, part);                                                                                     \
+#define APPLY_FAILS_IN(base, delta, memory, want, part)                                                                                    \
+    do {                                                                                                                                   \
+        full        = (lorasync_image *)&err;                                                                                              \
+        err.text[0] = 0;                                                                                                                   \
+        CHECK_EQ(lorasync_image_apply(base, delta, memory, NULL, &full, &err), want);                                                      \
+        CHECK(full == NULL);                                                                                                               \
+        CHECK_EQ(err.status, want);                                                                                                        \
+        CHECK_HAS(err.text, part);                                                                                                         \
     } while (0)
 #define APPLY_FAILS(base, delta, want, part) APPLY_FAILS_IN(base, delta, NULL, want, part)
 
@@ -473,7 +479,8 @@ static void forged_at(int line, const version *v1, lorasync_tensor t, uint64_t d
     delta               = forge(&t, 1, "policy", 7, &claims, &bytes);
     if (!delta) return;
     err.text[0] = 0;
-    if (lorasync_image_apply(v1->read, delta, NULL, NULL, &full, &err) != status || full || !strstr(err.text, part) || !strstr(err.text, "full"))
+    if (lorasync_image_apply(v1->read, delta, NULL, NULL, &full, &err) != status || full || !strstr(err.text, part) ||
+        !strstr(err.text, "full"))
         fprintf(stderr, "\"%s\" should hold \"%s\"\n", err.text, part), test_fail(__FILE__, line, "forged");
     lorasync_image_free(delta);
     lorasync_image_free(full);
@@ -491,8 +498,10 @@ static void wrong_tensors(void)
     forged_at(__LINE__, &v1, tensor(":delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "\":delta\"");
     forged_at(__LINE__, &v1, tensor("b:delta:delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "\"b:delta:delta\"");
     forged_at(__LINE__, &v1, tensor("b:Delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "\"b:Delta\"");
-    forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_F16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "F16 [1,2], the base has BF16 [1,2]");
-    forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_BF16, 2, 1), v2.image->digest, LORASYNC_E_FORMAT, "BF16 [2,1], the base has BF16 [1,2]");
+    forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_F16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT,
+              "F16 [1,2], the base has BF16 [1,2]");
+    forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_BF16, 2, 1), v2.image->digest, LORASYNC_E_FORMAT,
+              "BF16 [2,1], the base has BF16 [1,2]");
     forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_BF16, 1, 1000), v2.image->digest, LORASYNC_E_FORMAT, "BF16 [1,1000]");
     t      = tensor("b:delta", LORASYNC_BF16, 1, 2);
     t.ndim = 3, t.shape[2] = 1; /* as many bytes */
@@ -587,8 +596,8 @@ static void damage_and_memory(void)
 
 static void malformed_metadata(void)
 {
-    static const char *const keys[]   = {"lorasync.adapter", "lorasync.base_digest", "lorasync.base_version", "lorasync.digest",
-                                         "lorasync.full_digest", "lorasync.version"};
+    static const char *const keys[]   = {"lorasync.adapter", "lorasync.base_digest", "lorasync.base_version",
+                                         "lorasync.digest",  "lorasync.full_digest", "lorasync.version"};
     static const char *const values[] = {"policy", "0000000000000001", "5", "0000000000000002", "0000000000000003", "7"};
     static const char *const bad[]    = {NULL, "000000000000000G", "-5", "00000000000000", "00000000000000003", "7 "};
     size_t                   left, wrong, i;
@@ -706,7 +715,8 @@ static void allocation_failures(void)
     for (which = 0; which < 2; which++) { /* nor does anything leak when the data is at fault */
         memset(&memory, 0, sizeof memory);
         if (which) v1.bytes[v1.num_bytes - 1] ^= 1;
-        CHECK_EQ(lorasync_image_apply(which ? v1.read : v2.read, delta, NULL, &a, &image, &err), which ? LORASYNC_E_DIGEST : LORASYNC_E_BASE);
+        CHECK_EQ(lorasync_image_apply(which ? v1.read : v2.read, delta, NULL, &a, &image, &err),
+                 which ? LORASYNC_E_DIGEST : LORASYNC_E_BASE);
         CHECK_EQ(memory.live, 0);
     }
     lorasync_image_free(delta);
@@ -730,7 +740,7 @@ static int write_file(const char *path, const void *bytes, size_t num_bytes)
 static void check_readers(const char *folder, const unsigned char *bytes, size_t num_bytes)
 {
     char                 adapter[300], served[320], latest[340], file[360];
-    lorasync_image      *image = NULL;
+    lorasync_image      *image  = NULL;
     lorasync_engine     *engine = NULL;
     lorasync_engine_desc desc;
     lorasync_error       err;

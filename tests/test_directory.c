@@ -50,7 +50,8 @@ static int test_step(void)
 #define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
 
 /* Publishes to all of the transports or to none, as a session without quorum does. */
-static lorasync_status publish_to_all(const lorasync_transport *given, size_t num, const lorasync_image *image, int *out_num, lorasync_error *err)
+static lorasync_status publish_to_all(const lorasync_transport *given, size_t num, const lorasync_image *image, int *out_num,
+                                      lorasync_error *err)
 {
     lorasync_transport      t[4];
     lorasync_engine_outcome o[4];
@@ -167,16 +168,16 @@ static lorasync_image *make_image(const char *adapter, uint64_t version, int see
     size_t              i;
     memset(tensors, 0, sizeof tensors);
     memset(&desc, 0, sizeof desc);
-    tensors[0].name     = KEY_A;
-    tensors[1].name     = KEY_B;
-    tensors[0].dtype    = tensors[1].dtype = LORASYNC_F32;
-    tensors[0].ndim     = tensors[1].ndim = 2;
+    tensors[0].name  = KEY_A;
+    tensors[1].name  = KEY_B;
+    tensors[0].dtype = tensors[1].dtype = LORASYNC_F32;
+    tensors[0].ndim = tensors[1].ndim = 2;
     tensors[0].shape[0] = tensors[1].shape[1] = 4;
     tensors[0].shape[1] = tensors[1].shape[0] = (int64_t)width;
-    desc.tensors        = tensors;
-    desc.num_tensors    = 2;
-    desc.adapter        = adapter;
-    err.text[0]         = 0;
+    desc.tensors                              = tensors;
+    desc.num_tensors                          = 2;
+    desc.adapter                              = adapter;
+    err.text[0]                               = 0;
     if (lorasync_image_layout(&desc, NULL, &image, &err) < 0) {
         fprintf(stderr, "layout: %s\n", err.text);
         exit(1);
@@ -265,7 +266,7 @@ static uint64_t served(lorasync_engine *e, const char *adapter)
 
 static void read_link(const char *path, char out[100])
 {
-    ssize_t n = readlink(path, out, 99);
+    ssize_t n          = readlink(path, out, 99);
     out[n < 0 ? 0 : n] = 0;
 }
 
@@ -431,9 +432,9 @@ static void test_bad_arguments(void)
     ed.allocator = &half;
     CHECK_EQ(lorasync_engine_open(&ed, &e, &err), LORASYNC_E_ARGUMENT);
 
-    t       = open_directory(0, 1);
-    image   = make_image("default", 1, 0, 8);
-    payload = image->payload;
+    t                  = open_directory(0, 1);
+    image              = make_image("default", 1, 0, 8);
+    payload            = image->payload;
     image->config_json = "";
     CHECK_EQ(t.stage(t.user, image, &err), LORASYNC_E_CONFIG);
     CHECK_HAS(err.text, "config_json");
@@ -489,11 +490,11 @@ static void test_versions(void)
 
 static void test_parse_version(void)
 {
-    static const char *const bad[] = {"",    "v",   "v0", "v01",                  "12",                    "v-1",
-                                      "v1 ", "v1x", "V1", "v18446744073709551616", "v99999999999999999999", "v1/"};
-    uint64_t                 v, random = 1;
-    size_t                   i;
-    char                     name[24];
+    static const char *const bad[] = {
+        "", "v", "v0", "v01", "12", "v-1", "v1 ", "v1x", "V1", "v18446744073709551616", "v99999999999999999999", "v1/"};
+    uint64_t v, random = 1;
+    size_t   i;
+    char     name[24];
     for (i = 0; i < COUNT(bad); i++) {
         v = 77;
         CHECK(!lorasynci_parse_version(bad[i], &v));
@@ -993,7 +994,7 @@ static void test_broken(void)
                   {LORASYNC_E_FORMAT, "version 2, expected 3"},
                   {LORASYNC_E_FORMAT, "adapter 'b', expected 'a'"},
                   {LORASYNC_E_FORMAT, "not a regular file"}};
-    int                      how;
+    int how;
     for (how = 0; how < (int)COUNT(expect); how++) {
         lorasync_transport t;
         lorasync_engine   *e;
@@ -1332,8 +1333,8 @@ static void test_open(void)
 
 static void test_real(void)
 {
-    static const char *const good[] = {"opt-125m-bf16-r16", "open-calm-f16-r1", "gpt2-fan-in-fan-out-r8", "distilbert-classifier-r8",
-                                       "minilm-run-step100", "minilm-run-step700"};
+    static const char *const good[] = {"opt-125m-bf16-r16",        "open-calm-f16-r1",   "gpt2-fan-in-fan-out-r8",
+                                       "distilbert-classifier-r8", "minilm-run-step100", "minilm-run-step700"};
     size_t                   i;
     if (!there(test_path("adapters"))) SKIP("no shared data");
     for (i = 0; i < COUNT(good); i++) {

@@ -59,13 +59,13 @@ static void vectors(void)
         {0x80000000, 0x80, 0x8000, 0x8000}, {0xff800000, 0xff, 0xfc00, 0xff80},
     };
     static const uint32_t e5m2[][2] = {
-        {0x37000000, 0x00}, {0x37000001, 0x01}, {0x37800000, 0x01}, {0x38800000, 0x04}, {0x3a83126f, 0x14}, {0x3f800000, 0x3c},
-        {0x3f900000, 0x3c}, {0x3fb00000, 0x3e}, {0x40490fdb, 0x42}, {0x47600000, 0x7b}, {0x476fffff, 0x7b}, {0x47700000, 0x7c},
-        {0x7f800000, 0x7c}, {0x80000000, 0x80},
+        {0x37000000, 0x00}, {0x37000001, 0x01}, {0x37800000, 0x01}, {0x38800000, 0x04}, {0x3a83126f, 0x14},
+        {0x3f800000, 0x3c}, {0x3f900000, 0x3c}, {0x3fb00000, 0x3e}, {0x40490fdb, 0x42}, {0x47600000, 0x7b},
+        {0x476fffff, 0x7b}, {0x47700000, 0x7c}, {0x7f800000, 0x7c}, {0x80000000, 0x80},
     };
     static const uint32_t f16_edges[][2] = {
-        {0x477fefff, 0x7bff}, {0x477ff000, 0x7c00}, {0x47800000, 0x7c00}, {0x33000000, 0x0000}, {0x33000001, 0x0001}, {0xb3000001, 0x8001},
-        {0x33c00000, 0x0002}, {0x387fffff, 0x0400}, {0x00000001, 0x0000}, {0x7f7fffff, 0x7c00},
+        {0x477fefff, 0x7bff}, {0x477ff000, 0x7c00}, {0x47800000, 0x7c00}, {0x33000000, 0x0000}, {0x33000001, 0x0001},
+        {0xb3000001, 0x8001}, {0x33c00000, 0x0002}, {0x387fffff, 0x0400}, {0x00000001, 0x0000}, {0x7f7fffff, 0x7c00},
     };
     size_t i;
     for (i = 0; i < sizeof table / sizeof table[0]; i++) {
@@ -173,18 +173,20 @@ static uint32_t random_f32(unsigned long long *state, int kind)
     uint32_t r = (uint32_t)(test_random(state) >> 16);
     switch (kind) {
     case 0: return r;
-    case 1: return (r & 0x80000000u) | (0x38000000u + r % 0x01000000u);      /* around the smallest normals of f16 and e5m2 */
-    case 2: return (r & 0x80000000u) | (0x3a000000u + r % 0x03000000u);      /* of e4m3 */
-    case 3: return (r & 0x80000000u) | (0x43d00000u + r % 0x04000000u);      /* where they overflow */
-    case 4: return r & 0xffff8000u;                                          /* ties of bf16 */
-    case 5: return (r & 0xfffff000u) >> (r % 3) ;                            /* ties of f16 */
-    default: return (r & 0x80000000u) | (0x30000000u + r % 0x10000000u);     /* weights: 4.7e-10 to 2 */
+    case 1: return (r & 0x80000000u) | (0x38000000u + r % 0x01000000u);  /* around the smallest normals of f16 and e5m2 */
+    case 2: return (r & 0x80000000u) | (0x3a000000u + r % 0x03000000u);  /* of e4m3 */
+    case 3: return (r & 0x80000000u) | (0x43d00000u + r % 0x04000000u);  /* where they overflow */
+    case 4: return r & 0xffff8000u;                                      /* ties of bf16 */
+    case 5: return (r & 0xfffff000u) >> (r % 3);                         /* ties of f16 */
+    default: return (r & 0x80000000u) | (0x30000000u + r % 0x10000000u); /* weights: 4.7e-10 to 2 */
     }
 }
 
 static void random_values(void)
 {
-    enum { NUM = 20000 };
+    enum {
+        NUM = 20000
+    };
     static uint32_t      in[NUM];
     static unsigned char out[NUM * 2];
     unsigned long long   state = 1;
@@ -249,8 +251,11 @@ static void tails_and_alignment(void)
 /* Long enough for the prefetching loop. */
 static void long_runs(void)
 {
-    enum { NUM = 10007 };
-    unsigned char     *in = (unsigned char *)malloc(NUM * 4), *out = (unsigned char *)malloc(NUM * 4), *expected = (unsigned char *)malloc(NUM * 4);
+    enum {
+        NUM = 10007
+    };
+    unsigned char *in = (unsigned char *)malloc(NUM * 4), *out = (unsigned char *)malloc(NUM * 4),
+                  *expected  = (unsigned char *)malloc(NUM * 4);
     unsigned long long state = 3;
     size_t             s, d, i;
     REQUIRE(in && out && expected);
@@ -383,9 +388,9 @@ static size_t find_slowly(const unsigned char *p, lorasync_dtype dtype, size_t n
 /* Every code of 8 and 16 bits alone; all others random. */
 static void nonfinite_codes(void)
 {
-    size_t         t;
-    uint32_t       i;
-    unsigned char  p[8];
+    size_t        t;
+    uint32_t      i;
+    unsigned char p[8];
     for (t = 0; t < REF_NUM; t++) {
         int num_bytes = ref_bits(&ref_types[t]) / 8;
         for (i = 0; i < (num_bytes == 2 ? 65536u : 256u); i++) {

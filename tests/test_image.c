@@ -118,8 +118,8 @@ static void refuses(void)
     REFUSE(H("[4,9223372036854775807]", "[0,16]"), 16, "does not fit 64 bits");
     REFUSE(H("[2,9223372036854775807]", "[0,16]"), 16, "does not fit 64 bits");
     REFUSE(H("[2,18446744073709551615,0]", "[0,0]"), 0, "over 2^63 - 1");
-    REFUSE(H("[0,18446744073709551615,2]", "[0,0]"), 0, "over 2^63 - 1"); /* the reference reader accepts it */
-    REFUSE(H("[4,9223372036854775807,0]", "[0,0]"), 0, "does not fit 64 bits"); /* overflows before it meets the 0 */
+    REFUSE(H("[0,18446744073709551615,2]", "[0,0]"), 0, "over 2^63 - 1");                 /* the reference reader accepts it */
+    REFUSE(H("[4,9223372036854775807,0]", "[0,0]"), 0, "does not fit 64 bits");           /* overflows before it meets the 0 */
     REFUSE(H("[4194305,4194305,211106198978564]", "[0,16]"), 16, "does not fit 64 bits"); /* 4 elements modulo 2^64 */
     REFUSE("{" T("f", "F4", "[1,3]", "[0,1]") "}", 1, "inside a byte");
     REFUSE("{" T("f", "F6_E3M2", "[2]", "[0,1]") "}", 1, "inside a byte");
@@ -197,7 +197,8 @@ static void many_overlapping(void)
     lorasynci_allocator(NULL, &a);
     lorasynci_buffer_init(&b, &a);
     lorasynci_put_text(&b, "{");
-    for (i = 0; i < 200000; i++) lorasynci_put_format(&b, "%s\"%d\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}", i ? "," : "", i);
+    for (i = 0; i < 200000; i++)
+        lorasynci_put_format(&b, "%s\"%d\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}", i ? "," : "", i);
     lorasynci_put_text(&b, "}");
     REFUSE_FILE(make_raw(b.size, b.data, b.size, 1), "an overlap");
     b.size = 0;
@@ -212,10 +213,11 @@ static void many_overlapping(void)
 
 static void reads(void)
 {
-    static const char text[] = "{\"__metadata__\":{\"format\":\"pt\",\"a\\u00e9\":\"x\\ny\",\"lorasync.adapter\":\"policy\",\"lorasync.version\":\"007\","
-                               "\"lorasync.digest\":\"00000000000000ff\"}," T("b", "BF16", "[2,1]", "[8,12]") "," T("a\\\"\\u00e9", "F32", "[1,2]", "[0,8]") ","
-                               T("z", "F64", "[0,3]", "[12,12]") "}";
-    file                   f = make(text, 12);
+    static const char text[] =
+        "{\"__metadata__\":{\"format\":\"pt\",\"a\\u00e9\":\"x\\ny\",\"lorasync.adapter\":\"policy\",\"lorasync.version\":\"007\","
+        "\"lorasync.digest\":\"00000000000000ff\"}," T("b", "BF16", "[2,1]", "[8,12]") "," T("a\\\"\\u00e9", "F32", "[1,2]", "[0,8]") "," T(
+            "z", "F64", "[0,3]", "[12,12]") "}";
+    file                   f     = make(text, 12);
     lorasync_image        *image = NULL;
     lorasync_error         err;
     const lorasync_tensor *t;
@@ -296,9 +298,10 @@ static lorasync_status layout(const lorasync_tensor *tensors, size_t num, const 
 /* The published golden file, byte by byte. */
 static void golden(void)
 {
-    static const char json[] = "{\"__metadata__\":{\"format\":\"pt\"},\"a.lora_A.weight\":{\"dtype\":\"F32\",\"shape\":[1,2],\"data_offsets\":[0,8]},"
-                               "\"b.lora_B.weight\":{\"dtype\":\"BF16\",\"shape\":[2,1],\"data_offsets\":[8,12]},"
-                               "\"c\":{\"dtype\":\"BF16\",\"shape\":[0],\"data_offsets\":[12,12]}}    ";
+    static const char json[] =
+        "{\"__metadata__\":{\"format\":\"pt\"},\"a.lora_A.weight\":{\"dtype\":\"F32\",\"shape\":[1,2],\"data_offsets\":[0,8]},"
+        "\"b.lora_B.weight\":{\"dtype\":\"BF16\",\"shape\":[2,1],\"data_offsets\":[8,12]},"
+        "\"c\":{\"dtype\":\"BF16\",\"shape\":[0],\"data_offsets\":[12,12]}}    ";
     static const unsigned char payload[] = {0x00, 0x00, 0x80, 0x3f, 0x00, 0x00, 0x00, 0x40, 0x80, 0x3f, 0x00, 0x40};
     lorasync_tensor            tensors[3];
     lorasync_image            *image = NULL;
@@ -374,12 +377,12 @@ static void layout_errors(void)
     lorasync_image *image;
     lorasync_error  err;
     int             i;
-#define LAYOUT_FAILS(num, status, part)                                                                                \
-    do {                                                                                                               \
-        image = (lorasync_image *)&err;                                                                                \
-        CHECK_EQ(layout(t, num, NULL, &image, &err), status);                                                          \
-        CHECK(image == NULL);                                                                                          \
-        CHECK_HAS(err.text, part);                                                                                     \
+#define LAYOUT_FAILS(num, status, part)                                                                                                    \
+    do {                                                                                                                                   \
+        image = (lorasync_image *)&err;                                                                                                    \
+        CHECK_EQ(layout(t, num, NULL, &image, &err), status);                                                                              \
+        CHECK(image == NULL);                                                                                                              \
+        CHECK_HAS(err.text, part);                                                                                                         \
     } while (0)
     t[0] = t[1] = tensor("same", LORASYNC_F32, 1, 2, 0);
     LAYOUT_FAILS(2, LORASYNC_E_NAME, "\"same\" occurs twice");
@@ -472,7 +475,7 @@ static void stamps_and_moves(void)
     CHECK_EQ(image->has_digest, 0);
     CHECK_HAS((const char *)image->header + 8,
               "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000000\","
-                                               "\"lorasync.version\":\"00000000000000000000\"},\"w\":{\"dtype\":\"F32\"");
+              "\"lorasync.version\":\"00000000000000000000\"},\"w\":{\"dtype\":\"F32\"");
     CHECK_EQ(lorasync_image_verify(image, &err), LORASYNC_E_FORMAT);
     lorasync_image_stamp(image, 12, UINT64_C(0x0123456789abcdef));
     CHECK_HAS((const char *)image->header + 8, "\"lorasync.digest\":\"0123456789abcdef\",\"lorasync.version\":\"00000000000000000012\"}");
@@ -512,13 +515,14 @@ static void random_layouts(void)
     for (round = 0; round < 300; round++) {
         lorasync_tensor tensors[40];
         char            names[40][24];
-        size_t          num = test_random(&state) % 40, i;
+        size_t          num   = test_random(&state) % 40, i;
         lorasync_image *image = NULL, *read = NULL;
         lorasync_error  err;
         unsigned char  *bytes;
         for (i = 0; i < num; i++) {
             int d;
-            snprintf(names[i], sizeof names[i], "%c%c.%d", (char)('!' + (int)(test_random(&state) % 90)), (char)('!' + (int)(test_random(&state) % 90)), (int)i);
+            snprintf(names[i], sizeof names[i], "%c%c.%d", (char)('!' + (int)(test_random(&state) % 90)),
+                     (char)('!' + (int)(test_random(&state) % 90)), (int)i);
             tensors[i] = tensor(names[i], (lorasync_dtype)(1 + test_random(&state) % 22), (int)(test_random(&state) % 9), 0, 0);
             for (d = 0; d < tensors[i].ndim; d++) tensors[i].shape[d] = (int64_t)(test_random(&state) % 3);
             if (tensors[i].ndim) tensors[i].shape[0] *= 4; /* packed types fill bytes */
@@ -550,16 +554,17 @@ static void random_layouts(void)
 
 static void allocation_failures(void)
 {
-    static const char text[] = "{\"__metadata__\":{\"format\":\"pt\"}," T("b", "BF16", "[2,1]", "[8,12]") "," T("a", "F32", "[1,2]", "[0,8]") "}";
-    file              f = make(text, 12);
-    test_memory       memory;
-    lorasync_allocator a;
+    static const char text[] =
+        "{\"__metadata__\":{\"format\":\"pt\"}," T("b", "BF16", "[2,1]", "[8,12]") "," T("a", "F32", "[1,2]", "[0,8]") "}";
+    file                f = make(text, 12);
+    test_memory         memory;
+    lorasync_allocator  a;
     lorasync_image_desc d;
-    lorasync_tensor   tensors[2];
-    lorasync_image   *image;
-    lorasync_error    err;
-    long              n;
-    int               done;
+    lorasync_tensor     tensors[2];
+    lorasync_image     *image;
+    lorasync_error      err;
+    long                n;
+    int                 done;
     a.alloc       = test_memory_alloc;
     a.free        = test_memory_free;
     a.user        = &memory;
@@ -633,8 +638,8 @@ static uint64_t digest_slowly(const unsigned char *p, size_t n, uint64_t positio
     size_t   i;
     for (i = 0; i < n; i++) {
         uint64_t at = position + i, x = at / 256 + UINT64_C(0x9e3779b97f4a7c15);
-        x           = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
-        x           = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
+        x = (x ^ (x >> 30)) * UINT64_C(0xbf58476d1ce4e5b9);
+        x = (x ^ (x >> 27)) * UINT64_C(0x94d049bb133111eb);
         x ^= x >> 31;
         sum += ((uint64_t)p[i] << (8 * (at % 4))) * lorasynci_digest_keys[at / 4 % 64] * (x | 1u);
     }
@@ -668,7 +673,9 @@ static void digest_additive(void)
 /* Accidents that a weak sum would miss. */
 static void digest_detects(void)
 {
-    enum { N = 8192 };
+    enum {
+        N = 8192
+    };
     unsigned char      data[N], changed[N];
     unsigned long long state = 22;
     uint64_t           right;
@@ -747,25 +754,25 @@ static void digest_of_images(void)
     d[0] = image_digest_of(t, 2, data, each);
     CHECK(each[0] == lorasync_digest(data, 32, 0));
     CHECK(each[1] == lorasync_digest(data + 32, 32, 0));
-    d[1]     = image_digest_of(t, 2, swapped, NULL);
-    d[2]     = image_digest_of(t, 2, zeros, NULL);
-    t[1]     = tensor("b", LORASYNC_F32, 2, 8, 1);
-    d[3]     = image_digest_of(t, 2, zeros, NULL);
-    t[1]     = tensor("b", LORASYNC_F32, 2, 1, 8);
-    d[4]     = image_digest_of(t, 2, zeros, NULL);
-    t[1]     = tensor("b", LORASYNC_I32, 1, 8, 0);
-    d[5]     = image_digest_of(t, 2, zeros, NULL);
-    t[1]     = tensor("c", LORASYNC_F32, 1, 8, 0);
-    d[6]     = image_digest_of(t, 2, zeros, NULL);
-    t[1]     = tensor("b", LORASYNC_F32, 1, 16, 0);
-    d[7]     = image_digest_of(t, 2, zeros, NULL);
-    t[1]     = tensor("b", LORASYNC_F32, 1, 0, 0);
-    d[8]     = image_digest_of(t, 2, zeros, NULL);
-    t[1]     = tensor("b", LORASYNC_F32, 2, 0, 0);
-    d[9]     = image_digest_of(t, 2, zeros, NULL);
-    d[10]    = image_digest_of(t, 1, zeros, NULL);
-    t[1]     = tensor("b", LORASYNC_F32, 0, 0, 0);
-    d[11]    = image_digest_of(t, 2, zeros, NULL);
+    d[1]  = image_digest_of(t, 2, swapped, NULL);
+    d[2]  = image_digest_of(t, 2, zeros, NULL);
+    t[1]  = tensor("b", LORASYNC_F32, 2, 8, 1);
+    d[3]  = image_digest_of(t, 2, zeros, NULL);
+    t[1]  = tensor("b", LORASYNC_F32, 2, 1, 8);
+    d[4]  = image_digest_of(t, 2, zeros, NULL);
+    t[1]  = tensor("b", LORASYNC_I32, 1, 8, 0);
+    d[5]  = image_digest_of(t, 2, zeros, NULL);
+    t[1]  = tensor("c", LORASYNC_F32, 1, 8, 0);
+    d[6]  = image_digest_of(t, 2, zeros, NULL);
+    t[1]  = tensor("b", LORASYNC_F32, 1, 16, 0);
+    d[7]  = image_digest_of(t, 2, zeros, NULL);
+    t[1]  = tensor("b", LORASYNC_F32, 1, 0, 0);
+    d[8]  = image_digest_of(t, 2, zeros, NULL);
+    t[1]  = tensor("b", LORASYNC_F32, 2, 0, 0);
+    d[9]  = image_digest_of(t, 2, zeros, NULL);
+    d[10] = image_digest_of(t, 1, zeros, NULL);
+    t[1]  = tensor("b", LORASYNC_F32, 0, 0, 0);
+    d[11] = image_digest_of(t, 2, zeros, NULL);
     for (i = 0; i < 12; i++)
         for (j = 0; j < i; j++) CHECK(d[i] != d[j]);
 }
@@ -791,7 +798,7 @@ static void check_accepted(const lorasync_image *image, const unsigned char *byt
     size_t i, running = 0;
     CHECK_EQ(image->header_bytes + image->payload_bytes, num_bytes);
     for (i = 0; i < image->num_tensors; i++) {
-        const lorasync_tensor *t = &image->tensors[i];
+        const lorasync_tensor *t    = &image->tensors[i];
         size_t                 bits = (size_t)lorasync_dtype_bits(t->dtype);
         int                    d;
         CHECK(bits > 0);
@@ -809,7 +816,7 @@ static void check_accepted(const lorasync_image *image, const unsigned char *byt
 static size_t mutate(unsigned char *p, size_t n, size_t capacity, unsigned long long *state)
 {
     static const char tokens[] = "{}[]\",:\\0123456789u-. eE\x80\xff";
-    size_t            at = n ? (test_random(state) % 4 ? test_random(state) % n : test_random(state) % (n < 16 ? n : 16)) : 0, len;
+    size_t            at       = n ? (test_random(state) % 4 ? test_random(state) % n : test_random(state) % (n < 16 ? n : 16)) : 0, len;
     switch (test_random(state) % 6) {
     case 0:
         if (n) p[at] ^= (unsigned char)(1u << test_random(state) % 8);
@@ -817,8 +824,7 @@ static size_t mutate(unsigned char *p, size_t n, size_t capacity, unsigned long 
     case 1:
         if (n) p[at] = (unsigned char)tokens[test_random(state) % (sizeof tokens - 1)];
         return n;
-    case 2: /* cut short */
-        return test_random(state) % 8 ? n : at;
+    case 2: /* cut short */ return test_random(state) % 8 ? n : at;
     case 3: /* insert */
         if (n == capacity) return n;
         memmove(p + at + 1, p + at, n - at);
@@ -841,9 +847,11 @@ static size_t mutate(unsigned char *p, size_t n, size_t capacity, unsigned long 
 static void mutated(void)
 {
     static const char *const seeds[] = {
-        "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.version\":\"00000000000000000007\",\"lorasync.digest\":\"0123456789abcdef\"},"
-        T("a.lora_A.weight", "F32", "[1,2]", "[0,8]") "," T("b.lora_B.weight", "BF16", "[2,1]", "[8,12]") "," T("c", "BF16", "[0]", "[12,12]") "}    ",
-        "{" T("b", "F32", "[1]", "[4,8]") ",\"__metadata__\":null," T("a\\u00e9\\\"", "F4", "[2,4]", "[0,4]") "," T("z", "I8", "[4]", "[8,12]") "}",
+        "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.version\":\"00000000000000000007\",\"lorasync.digest\":\"0123456789abcdef\"}," T(
+            "a.lora_A.weight", "F32", "[1,2]", "[0,8]") "," T("b.lora_B.weight", "BF16", "[2,1]", "[8,12]") "," T("c", "BF16", "[0]",
+                                                                                                                  "[12,12]") "}    ",
+        "{" T("b", "F32", "[1]", "[4,8]") ",\"__metadata__\":null," T("a\\u00e9\\\"", "F4", "[2,4]", "[0,4]") "," T("z", "I8", "[4]",
+                                                                                                                    "[8,12]") "}",
         "{" T("x", "U8", "[12]", "[0,12]") "}",
     };
     unsigned long long state = 31;
@@ -880,10 +888,10 @@ static void mutated(void)
 
 /* -- real files */
 
-static const char *const adapters[] = {
-    "bert-tiny-r4", "distilbert-classifier-r8", "gemma3-270m-qkvo-r4", "gpt2-fan-in-fan-out-r8", "minilm-run-step100", "minilm-run-step200",
-    "minilm-run-step500", "minilm-run-step600", "minilm-run-step700", "mlx-transposed-unaligned", "not-lora-unilora", "open-calm-f16-r1",
-    "opt-125m-bf16-r16", "qwen2.5-0.5b-r8", "tinyllama-r4"};
+static const char *const adapters[] = {"bert-tiny-r4",       "distilbert-classifier-r8", "gemma3-270m-qkvo-r4", "gpt2-fan-in-fan-out-r8",
+                                       "minilm-run-step100", "minilm-run-step200",       "minilm-run-step500",  "minilm-run-step600",
+                                       "minilm-run-step700", "mlx-transposed-unaligned", "not-lora-unilora",    "open-calm-f16-r1",
+                                       "opt-125m-bf16-r16",  "qwen2.5-0.5b-r8",          "tinyllama-r4"};
 
 static char *read_adapter(const char *name, size_t *num_bytes)
 {
@@ -933,8 +941,8 @@ static void real_files(void)
             format = lorasync_image_metadata(image, "format");
             if (format && strcmp(format, "pt") == 0) {
                 num_same++;
-                if (!rewrite(image)) fprintf(stderr, "%s: rewritten differently\n", adapters[i]), test_fail(__FILE__, __LINE__,
-                    adapters[i]);
+                if (!rewrite(image))
+                    fprintf(stderr, "%s: rewritten differently\n", adapters[i]), test_fail(__FILE__, __LINE__, adapters[i]);
             }
         }
         lorasync_image_free(image);

@@ -29,7 +29,13 @@ static int open_if_seen(const char *name, int flags, mode_t mode)
 #include IN_PLACE_CUDA
 #endif
 
-enum { ROWS = 24, COLUMNS = 40, MODULES = 3, VERSIONS = 24, HELD = 5 };
+enum {
+    ROWS     = 24,
+    COLUMNS  = 40,
+    MODULES  = 3,
+    VERSIONS = 24,
+    HELD     = 5
+};
 
 typedef struct scene {
     const char *name; /* of the shared memory */
@@ -53,13 +59,14 @@ static void set_parts(float *part, int rank, int world, uint64_t version)
     int m, b, r, c;
     for (m = 0; m < MODULES; m++)
         for (b = 0; b < 2; b++) {
-            int           rows = b ? COLUMNS : ROWS, columns = b ? ROWS : COLUMNS;
-            int64_t       shape[2];
-            lorasync_box  box;
+            int          rows = b ? COLUMNS : ROWS, columns = b ? ROWS : COLUMNS;
+            int64_t      shape[2];
+            lorasync_box box;
             shape[0] = rows, shape[1] = columns;
             box = lorasync_shard(lorasync_whole(shape, 2), 0, rank, world);
             for (r = 0; r < (int)box.len[0]; r++)
-                for (c = 0; c < columns; c++) part[((m * 2 + b) * ROWS * COLUMNS) + r * columns + c] = element(version, m, b, (int)box.off[0] + r, c);
+                for (c = 0; c < columns; c++)
+                    part[((m * 2 + b) * ROWS * COLUMNS) + r * columns + c] = element(version, m, b, (int)box.off[0] + r, c);
         }
 }
 
@@ -310,7 +317,8 @@ static void run_scene(rank_context *x)
         }
         if (x->rank == 0 && served) look(&r, s, served, content);
 #ifndef IN_PLACE_CUDA
-        if (x->rank == 0 && !nan) CHECK_EQ(lorasync_image_verify(lorasync_session_image(session), &err), LORASYNC_OK); /* good until the next begin */
+        if (x->rank == 0 && !nan)
+            CHECK_EQ(lorasync_image_verify(lorasync_session_image(session), &err), LORASYNC_OK); /* good until the next begin */
 #endif
     }
     lorasync_close(session);

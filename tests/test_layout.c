@@ -42,13 +42,20 @@ static void shard_is_torch_chunk(void)
         for (parts = 1; parts < 12; parts++) {
             torch_chunk(n, parts, off, len);
             for (r = 0; r < parts; r++) {
-                int64_t            shape[3];
-                lorasync_box       b = lorasync_shard(whole1(n), 0, r, parts), f = lorasync_flat_shard(n, r, parts), e;
+                int64_t      shape[3];
+                lorasync_box b = lorasync_shard(whole1(n), 0, r, parts), f = lorasync_flat_shard(n, r, parts), e;
                 shape[0] = 5, shape[1] = n, shape[2] = 3;
-                CHECK_EQ(b.off[0], off[r]); CHECK_EQ(b.len[0], len[r]); CHECK_EQ(b.flat, 0); CHECK_EQ(b.ndim, 1);
-                CHECK_EQ(f.off[0], off[r]); CHECK_EQ(f.len[0], len[r]); CHECK_EQ(f.flat, 1); CHECK_EQ(f.ndim, 1);
+                CHECK_EQ(b.off[0], off[r]);
+                CHECK_EQ(b.len[0], len[r]);
+                CHECK_EQ(b.flat, 0);
+                CHECK_EQ(b.ndim, 1);
+                CHECK_EQ(f.off[0], off[r]);
+                CHECK_EQ(f.len[0], len[r]);
+                CHECK_EQ(f.flat, 1);
+                CHECK_EQ(f.ndim, 1);
                 b = lorasync_shard(lorasync_whole(shape, 3), -2, r, parts);
-                CHECK_EQ(b.off[1], off[r]); CHECK_EQ(b.len[1], len[r]);
+                CHECK_EQ(b.off[1], off[r]);
+                CHECK_EQ(b.len[1], len[r]);
                 CHECK(b.off[0] == 0 && b.len[0] == 5 && b.off[2] == 0 && b.len[2] == 3);
                 e = lorasync_even(whole1(n), 0, r, parts);
                 if (n % parts) CHECK(is_impossible(e));
@@ -81,12 +88,14 @@ static void shard_vectors(void)
     for (i = 0; i < sizeof v / sizeof v[0]; i++)
         for (r = 0; r < v[i].parts; r++) {
             lorasync_box b = lorasync_shard(whole1(v[i].n), 0, r, v[i].parts);
-            CHECK_EQ(b.len[0], v[i].len_off[r][0]); CHECK_EQ(b.off[0], v[i].len_off[r][1]);
+            CHECK_EQ(b.len[0], v[i].len_off[r][0]);
+            CHECK_EQ(b.off[0], v[i].len_off[r][1]);
         }
     for (r = 0; r < 16; r++) { /* lora_A [8, in] on 16 ranks: (0, in), not (0,) */
         int64_t      shape[2] = {8, 64};
         lorasync_box b        = lorasync_shard(lorasync_whole(shape, 2), 0, r, 16);
-        CHECK_EQ(b.len[0], r < 8); CHECK_EQ(b.len[1], 64);
+        CHECK_EQ(b.len[0], r < 8);
+        CHECK_EQ(b.len[1], 64);
     }
     for (r = 0; r < 12; r++) CHECK_EQ(lorasync_shard(whole1(16), 0, r, 12).len[0], r < 8 ? 2 : 0);
 }
@@ -98,13 +107,16 @@ static void shard_of_shard(void)
     int                  r;
     for (r = 0; r < 8; r++) {
         lorasync_box b = lorasync_shard(lorasync_shard(lorasync_whole(shape, 2), 0, r / 4, 2), 0, r % 4, 4);
-        CHECK_EQ(b.off[0], r); CHECK_EQ(b.len[0], 1);
+        CHECK_EQ(b.off[0], r);
+        CHECK_EQ(b.len[0], 1);
     }
     for (r = 2; r < 4; r++) CHECK(lorasync_shard(whole1(2), 0, r, 4).off[0] == 2 && lorasync_shard(whole1(2), 0, r, 4).len[0] == 0);
     shape[0] = 2, shape[1] = 5;
     for (r = 0; r < 4; r++) {
         lorasync_box b = lorasync_shard(lorasync_shard(lorasync_whole(shape, 2), 1, r / 2, 2), 1, r % 2, 2);
-        CHECK_EQ(b.len[1], want[r][0]); CHECK_EQ(b.off[1], want[r][1]); CHECK_EQ(b.len[0], 2);
+        CHECK_EQ(b.len[1], want[r][0]);
+        CHECK_EQ(b.off[1], want[r][1]);
+        CHECK_EQ(b.len[0], 2);
     }
     shape[0] = 8, shape[1] = 6; /* HSDP + TP on another dim: a rectangle */
     {
@@ -121,27 +133,34 @@ static lorasync_box tp_then_fsdp(int64_t n, int tp, int tp_rank, int dp, int dp_
 static void tp_and_fsdp(void)
 {
     static const int64_t v[][5] = {/* N, dp rank, tp rank, first, number; dp = 2 (N 10: 3), tp = 2 */
-                                   {8, 0, 0, 0, 2}, {8, 0, 1, 4, 2}, {8, 1, 0, 2, 2}, {8, 1, 1, 6, 2}, {10, 0, 0, 0, 2}, {10, 0, 1, 5, 2}, {10, 1, 0, 2, 2},
-                                   {10, 1, 1, 7, 2}, {10, 2, 0, 4, 1}, {10, 2, 1, 9, 1}, {5, 0, 0, 0, 2}, {5, 1, 0, 2, 1}, {5, 0, 1, 3, 1}, {5, 1, 1, 4, 1},
-                                   {7, 0, 0, 0, 2}, {7, 0, 1, 4, 2}, {7, 1, 0, 2, 2}, {7, 1, 1, 6, 1}};
+                                   {8, 0, 0, 0, 2},  {8, 0, 1, 4, 2},  {8, 1, 0, 2, 2},  {8, 1, 1, 6, 2},  {10, 0, 0, 0, 2},
+                                   {10, 0, 1, 5, 2}, {10, 1, 0, 2, 2}, {10, 1, 1, 7, 2}, {10, 2, 0, 4, 1}, {10, 2, 1, 9, 1},
+                                   {5, 0, 0, 0, 2},  {5, 1, 0, 2, 1},  {5, 0, 1, 3, 1},  {5, 1, 1, 4, 1},  {7, 0, 0, 0, 2},
+                                   {7, 0, 1, 4, 2},  {7, 1, 0, 2, 2},  {7, 1, 1, 6, 1}};
     size_t               i;
     for (i = 0; i < sizeof v / sizeof v[0]; i++) {
         lorasync_box b = tp_then_fsdp(v[i][0], 2, (int)v[i][2], v[i][0] == 10 ? 3 : 2, (int)v[i][1]);
-        CHECK_EQ(b.off[0], v[i][3]); CHECK_EQ(b.len[0], v[i][4]);
+        CHECK_EQ(b.off[0], v[i][3]);
+        CHECK_EQ(b.len[0], v[i][4]);
     }
-    CHECK_EQ(tp_then_fsdp(7, 2, 1, 3, 2).off[0], 6); CHECK_EQ(tp_then_fsdp(7, 2, 1, 3, 2).len[0], 1); /* element 6 is on (dp 2, tp 1) */
-    CHECK_EQ(tp_then_fsdp(11, 3, 2, 3, 2).off[0], 10); CHECK_EQ(tp_then_fsdp(11, 3, 2, 3, 2).len[0], 1);
+    CHECK_EQ(tp_then_fsdp(7, 2, 1, 3, 2).off[0], 6);
+    CHECK_EQ(tp_then_fsdp(7, 2, 1, 3, 2).len[0], 1); /* element 6 is on (dp 2, tp 1) */
+    CHECK_EQ(tp_then_fsdp(11, 3, 2, 3, 2).off[0], 10);
+    CHECK_EQ(tp_then_fsdp(11, 3, 2, 3, 2).len[0], 1);
 }
 
 /* -- flat buffers */
 
-static void check_part(int64_t start, int64_t numel, int64_t total, int rank, int world, int64_t in_shard, int64_t num, int64_t first, int64_t last)
+static void check_part(int64_t start, int64_t numel, int64_t total, int rank, int world, int64_t in_shard, int64_t num, int64_t first,
+                       int64_t last)
 {
     lorasync_flat_piece p = lorasync_flat_part(start, numel, total, rank, world);
     CHECK(p.box.flat == 1 && p.box.ndim == 1);
     CHECK_EQ(p.box.len[0], num);
     if (num == 0) return;
-    CHECK_EQ(p.in_shard, in_shard); CHECK_EQ(p.box.off[0], first); CHECK_EQ(p.box.off[0] + p.box.len[0] - 1, last);
+    CHECK_EQ(p.in_shard, in_shard);
+    CHECK_EQ(p.box.off[0], first);
+    CHECK_EQ(p.box.off[0] + p.box.len[0] - 1, last);
 }
 
 static void fsdp1_vectors(void)
@@ -150,27 +169,37 @@ static void fsdp1_vectors(void)
     int64_t              s[3], total;
     total = lorasync_fsdp1_layout(n1, 3, 4, 1, 2, s);
     CHECK(total == 28 && s[0] == 0 && s[1] == 8 && s[2] == 20);
-    check_part(s[0], 6, total, 0, 2, 0, 6, 0, 5), check_part(s[1], 10, total, 0, 2, 8, 6, 0, 5), check_part(s[2], 7, total, 0, 2, 0, 0, 0, 0);
-    check_part(s[0], 6, total, 1, 2, 0, 0, 0, 0), check_part(s[1], 10, total, 1, 2, 0, 4, 6, 9), check_part(s[2], 7, total, 1, 2, 6, 7, 0, 6);
+    check_part(s[0], 6, total, 0, 2, 0, 6, 0, 5), check_part(s[1], 10, total, 0, 2, 8, 6, 0, 5),
+        check_part(s[2], 7, total, 0, 2, 0, 0, 0, 0);
+    check_part(s[0], 6, total, 1, 2, 0, 0, 0, 0), check_part(s[1], 10, total, 1, 2, 0, 4, 6, 9),
+        check_part(s[2], 7, total, 1, 2, 6, 7, 0, 6);
     total = lorasync_fsdp1_layout(n1, 3, 4, 0, 2, s);
     CHECK(total == 23 && s[0] == 0 && s[1] == 6 && s[2] == 16);
     check_part(s[0], 6, total, 0, 2, 0, 6, 0, 5), check_part(s[1], 10, total, 0, 2, 6, 6, 0, 5);
-    check_part(s[1], 10, total, 1, 2, 0, 4, 6, 9), check_part(s[2], 7, total, 1, 2, 4, 7, 0, 6), check_part(s[0], 6, total, 1, 2, 0, 0, 0, 0);
+    check_part(s[1], 10, total, 1, 2, 0, 4, 6, 9), check_part(s[2], 7, total, 1, 2, 4, 7, 0, 6),
+        check_part(s[0], 6, total, 1, 2, 0, 0, 0, 0);
     total = lorasync_fsdp1_layout(n3, 2, 2, 1, 4, s);
     CHECK(total == 12 && s[0] == 0 && s[1] == 8);
-    check_part(s[0], 5, total, 0, 4, 0, 3, 0, 2), check_part(s[0], 5, total, 1, 4, 0, 2, 3, 4), check_part(s[0], 5, total, 2, 4, 0, 0, 0, 0);
-    check_part(s[1], 3, total, 2, 4, 2, 1, 0, 0), check_part(s[1], 3, total, 3, 4, 0, 2, 1, 2), check_part(s[1], 3, total, 1, 4, 0, 0, 0, 0);
+    check_part(s[0], 5, total, 0, 4, 0, 3, 0, 2), check_part(s[0], 5, total, 1, 4, 0, 2, 3, 4),
+        check_part(s[0], 5, total, 2, 4, 0, 0, 0, 0);
+    check_part(s[1], 3, total, 2, 4, 2, 1, 0, 0), check_part(s[1], 3, total, 3, 4, 0, 2, 1, 2),
+        check_part(s[1], 3, total, 1, 4, 0, 0, 0, 0);
     total = lorasync_fsdp1_layout(n4, 2, 2, 1, 4, s);
     CHECK(total == 36 && s[0] == 0 && s[1] == 16);
-    check_part(s[0], 12, total, 0, 4, 0, 9, 0, 8), check_part(s[0], 12, total, 1, 4, 0, 3, 9, 11), check_part(s[1], 20, total, 1, 4, 7, 2, 0, 1);
-    check_part(s[1], 20, total, 2, 4, 0, 9, 2, 10), check_part(s[1], 20, total, 3, 4, 0, 9, 11, 19), check_part(s[1], 20, total, 0, 4, 0, 0, 0, 0);
+    check_part(s[0], 12, total, 0, 4, 0, 9, 0, 8), check_part(s[0], 12, total, 1, 4, 0, 3, 9, 11),
+        check_part(s[1], 20, total, 1, 4, 7, 2, 0, 1);
+    check_part(s[1], 20, total, 2, 4, 0, 9, 2, 10), check_part(s[1], 20, total, 3, 4, 0, 9, 11, 19),
+        check_part(s[1], 20, total, 0, 4, 0, 0, 0, 0);
     CHECK_EQ(lorasync_fsdp1_layout(NULL, 0, 4, 1, 3, NULL), 0);
 }
 
 static void zero3_table(void)
 {
-    static const int64_t v[][9] = {{5, 4, 2, 2, 1, 0, 0, 0, 0}, {16, 4, 4, 4, 4, 4, 0, 0, 0}, {10, 4, 3, 3, 3, 1, 0, 0, 0},
-                                   {1, 4, 1, 0, 0, 0, 0, 0, 0}, {7, 3, 3, 3, 1, 0, 0, 0, 0}};
+    static const int64_t v[][9] = {{5, 4, 2, 2, 1, 0, 0, 0, 0},
+                                   {16, 4, 4, 4, 4, 4, 0, 0, 0},
+                                   {10, 4, 3, 3, 3, 1, 0, 0, 0},
+                                   {1, 4, 1, 0, 0, 0, 0, 0, 0},
+                                   {7, 3, 3, 3, 1, 0, 0, 0, 0}};
     size_t               i;
     int                  r;
     for (i = 0; i < sizeof v / sizeof v[0]; i++)
@@ -188,11 +217,13 @@ static void megatron_vectors(void)
     static const int64_t n[3] = {100, 200, 50};
     int64_t              s[3], size = lorasync_megatron_layout(n, 3, 0, 2, s);
     CHECK(size == 512 && s[2] == 0 && s[1] == 64 && s[0] == 320);
-    check_part(s[2], 50, size, 0, 2, 0, 50, 0, 49), check_part(s[1], 200, size, 0, 2, 64, 192, 0, 191), check_part(s[0], 100, size, 0, 2, 0, 0, 0, 0);
-    check_part(s[2], 50, size, 1, 2, 0, 0, 0, 0), check_part(s[1], 200, size, 1, 2, 0, 8, 192, 199), check_part(s[0], 100, size, 1, 2, 64, 100, 0, 99);
+    check_part(s[2], 50, size, 0, 2, 0, 50, 0, 49), check_part(s[1], 200, size, 0, 2, 64, 192, 0, 191),
+        check_part(s[0], 100, size, 0, 2, 0, 0, 0, 0);
+    check_part(s[2], 50, size, 1, 2, 0, 0, 0, 0), check_part(s[1], 200, size, 1, 2, 0, 8, 192, 199),
+        check_part(s[0], 100, size, 1, 2, 64, 100, 0, 99);
     CHECK_EQ(lorasync_megatron_layout(n, 3, 1, 2, s), 65536);
-    CHECK_EQ(lorasync_megatron_layout(n, 3, 0, 3, s), 768);   /* lcm(3, 128) = 384 */
-    CHECK_EQ(lorasync_megatron_layout(n, 3, 0, 48, s), 768);  /* lcm(48, 128) = 384 */
+    CHECK_EQ(lorasync_megatron_layout(n, 3, 0, 3, s), 768);  /* lcm(3, 128) = 384 */
+    CHECK_EQ(lorasync_megatron_layout(n, 3, 0, 48, s), 768); /* lcm(48, 128) = 384 */
     CHECK_EQ(lorasync_megatron_layout(n, 3, 1, 3, s), 196608);
 }
 
@@ -204,9 +235,10 @@ static void flat_parts_brute(void)
     for (round = 0; round < 400; round++) {
         int64_t numel[6], start[6], total;
         int     world = 1 + (int)(test_random(&seed) % 9), kind = (int)(test_random(&seed) % 3), r;
-        size_t  i, n = 1 + (size_t)(test_random(&seed) % 6);
+        size_t  i, n                                            = 1 + (size_t)(test_random(&seed) % 6);
         for (i = 0; i < n; i++) numel[i] = (int64_t)(test_random(&seed) % 300);
-        total = kind == 2 ? lorasync_megatron_layout(numel, n, 0, world, start) : lorasync_fsdp1_layout(numel, n, kind ? 2 : 4, (int)(test_random(&seed) % 2), world, start);
+        total = kind == 2 ? lorasync_megatron_layout(numel, n, 0, world, start)
+                          : lorasync_fsdp1_layout(numel, n, kind ? 2 : 4, (int)(test_random(&seed) % 2), world, start);
         CHECK(total >= 0);
         for (i = 0; i < n; i++) {
             int64_t shard = (total + world - 1) / world, got = 0, e;
@@ -233,38 +265,61 @@ static void impossible_requests(void)
     lorasync_box w = lorasync_whole(shape, 2);
     int          r;
     CHECK(!is_impossible(w));
-    CHECK(is_impossible(lorasync_shard(w, 2, 0, 2))); CHECK(is_impossible(lorasync_shard(w, -3, 0, 2)));
+    CHECK(is_impossible(lorasync_shard(w, 2, 0, 2)));
+    CHECK(is_impossible(lorasync_shard(w, -3, 0, 2)));
     CHECK(!is_impossible(lorasync_shard(w, -2, 0, 2)));
-    CHECK(is_impossible(lorasync_shard(w, 0, 2, 2))); CHECK(is_impossible(lorasync_shard(w, 0, -1, 2)));
-    CHECK(is_impossible(lorasync_shard(w, 0, 0, 0))); CHECK(is_impossible(lorasync_shard(w, 0, 0, -1)));
-    CHECK(is_impossible(lorasync_shard(w, INT_MIN, 0, 1))); CHECK(is_impossible(lorasync_shard(w, INT_MAX, 0, 1)));
-    CHECK(is_impossible(lorasync_even(w, 1, 0, 4))); CHECK(!is_impossible(lorasync_even(w, 1, 0, 3)));
+    CHECK(is_impossible(lorasync_shard(w, 0, 2, 2)));
+    CHECK(is_impossible(lorasync_shard(w, 0, -1, 2)));
+    CHECK(is_impossible(lorasync_shard(w, 0, 0, 0)));
+    CHECK(is_impossible(lorasync_shard(w, 0, 0, -1)));
+    CHECK(is_impossible(lorasync_shard(w, INT_MIN, 0, 1)));
+    CHECK(is_impossible(lorasync_shard(w, INT_MAX, 0, 1)));
+    CHECK(is_impossible(lorasync_even(w, 1, 0, 4)));
+    CHECK(!is_impossible(lorasync_even(w, 1, 0, 3)));
     CHECK(is_impossible(lorasync_shard(lorasync_even(w, 1, 0, 4), 0, 0, 1))); /* stays impossible */
-    CHECK(is_impossible(lorasync_range(w, 0, 3, 2))); CHECK(is_impossible(lorasync_range(w, 0, -1, 2))); CHECK(is_impossible(lorasync_range(w, 0, 0, -1)));
-    CHECK(is_impossible(lorasync_range(w, 0, INT64_MAX, INT64_MAX))); CHECK(!is_impossible(lorasync_range(w, 0, 4, 0)));
+    CHECK(is_impossible(lorasync_range(w, 0, 3, 2)));
+    CHECK(is_impossible(lorasync_range(w, 0, -1, 2)));
+    CHECK(is_impossible(lorasync_range(w, 0, 0, -1)));
+    CHECK(is_impossible(lorasync_range(w, 0, INT64_MAX, INT64_MAX)));
+    CHECK(!is_impossible(lorasync_range(w, 0, 4, 0)));
     CHECK(is_impossible(lorasync_shard(lorasync_flat(0, 4), 0, 0, 2))); /* flat intervals are cut with lorasync_flat_shard */
-    CHECK(is_impossible(lorasync_flat(-1, 4))); CHECK(is_impossible(lorasync_flat(0, -1))); CHECK(is_impossible(lorasync_flat(INT64_MAX, INT64_MAX)));
-    CHECK(is_impossible(lorasync_flat_shard(-1, 0, 2))); CHECK(is_impossible(lorasync_flat_shard(4, 2, 2))); CHECK(is_impossible(lorasync_flat_shard(4, 0, 0)));
-    CHECK(is_impossible(lorasync_whole(shape, 9))); CHECK(is_impossible(lorasync_whole(shape, -1)));
-    CHECK(is_impossible(lorasync_whole(negative, 1))); CHECK(is_impossible(lorasync_shard(lorasync_whole(negative, 1), 0, 0, 1)));
+    CHECK(is_impossible(lorasync_flat(-1, 4)));
+    CHECK(is_impossible(lorasync_flat(0, -1)));
+    CHECK(is_impossible(lorasync_flat(INT64_MAX, INT64_MAX)));
+    CHECK(is_impossible(lorasync_flat_shard(-1, 0, 2)));
+    CHECK(is_impossible(lorasync_flat_shard(4, 2, 2)));
+    CHECK(is_impossible(lorasync_flat_shard(4, 0, 0)));
+    CHECK(is_impossible(lorasync_whole(shape, 9)));
+    CHECK(is_impossible(lorasync_whole(shape, -1)));
+    CHECK(is_impossible(lorasync_whole(negative, 1)));
+    CHECK(is_impossible(lorasync_shard(lorasync_whole(negative, 1), 0, 0, 1)));
     CHECK(!is_impossible(lorasync_whole(shape, 8)));
     for (r = 0; r < 3; r++) { /* no overflow on the way */
         lorasync_box b = lorasync_shard(lorasync_whole(huge, 2), 0, r, 3), f = lorasync_flat_shard(INT64_MAX, r, 3);
-        CHECK_EQ(b.off[0], INT64_MAX / 3 * r + (INT64_MAX % 3 ? r : 0)); CHECK(b.len[0] > 0 && b.len[0] <= INT64_MAX - b.off[0]);
-        CHECK_EQ(f.off[0], b.off[0]); CHECK_EQ(f.len[0], b.len[0]);
+        CHECK_EQ(b.off[0], INT64_MAX / 3 * r + (INT64_MAX % 3 ? r : 0));
+        CHECK(b.len[0] > 0 && b.len[0] <= INT64_MAX - b.off[0]);
+        CHECK_EQ(f.off[0], b.off[0]);
+        CHECK_EQ(f.len[0], b.len[0]);
     }
     w = lorasync_shard(whole1(INT64_MAX), 0, INT_MAX - 1, INT_MAX);
     CHECK(w.len[0] > 0 && w.off[0] == INT64_MAX - w.len[0]);
     w = lorasync_shard(whole1(INT64_MAX - INT_MAX), 0, INT_MAX - 1, INT_MAX);
     CHECK(w.len[0] >= 0 && w.off[0] == INT64_MAX - INT_MAX - w.len[0]);
-    CHECK_EQ(lorasync_fsdp1_layout(big, 2, 4, 0, 2, s), -1); CHECK_EQ(lorasync_fsdp1_layout(big, 1, 4, 1, 2, s), -1);
+    CHECK_EQ(lorasync_fsdp1_layout(big, 2, 4, 0, 2, s), -1);
+    CHECK_EQ(lorasync_fsdp1_layout(big, 1, 4, 1, 2, s), -1);
     CHECK_EQ(lorasync_fsdp1_layout(big, 1, 4, 0, 2, s), INT64_MAX);
-    CHECK_EQ(lorasync_fsdp1_layout(negative, 1, 4, 0, 2, s), -1); CHECK_EQ(lorasync_fsdp1_layout(shape, 1, 4, 0, 0, s), -1);
-    CHECK_EQ(lorasync_fsdp1_layout(shape, 1, 0, 1, 2, s), -1); CHECK_EQ(lorasync_fsdp1_layout(shape, 1, 17, 1, 2, s), -1);
-    CHECK_EQ(lorasync_megatron_layout(big, 2, 0, 2, s), -1); CHECK_EQ(lorasync_megatron_layout(big, 1, 0, 2, s), -1);
-    CHECK_EQ(lorasync_megatron_layout(negative, 1, 0, 2, s), -1); CHECK_EQ(lorasync_megatron_layout(shape, 1, 0, 0, s), -1);
-    CHECK(is_impossible(lorasync_flat_part(3, 2, 4, 0, 1).box)); CHECK(is_impossible(lorasync_flat_part(-1, 2, 4, 0, 1).box));
-    CHECK(is_impossible(lorasync_flat_part(INT64_MAX, INT64_MAX, INT64_MAX, 0, 1).box)); CHECK(is_impossible(lorasync_flat_part(0, 1, 1, 1, 1).box));
+    CHECK_EQ(lorasync_fsdp1_layout(negative, 1, 4, 0, 2, s), -1);
+    CHECK_EQ(lorasync_fsdp1_layout(shape, 1, 4, 0, 0, s), -1);
+    CHECK_EQ(lorasync_fsdp1_layout(shape, 1, 0, 1, 2, s), -1);
+    CHECK_EQ(lorasync_fsdp1_layout(shape, 1, 17, 1, 2, s), -1);
+    CHECK_EQ(lorasync_megatron_layout(big, 2, 0, 2, s), -1);
+    CHECK_EQ(lorasync_megatron_layout(big, 1, 0, 2, s), -1);
+    CHECK_EQ(lorasync_megatron_layout(negative, 1, 0, 2, s), -1);
+    CHECK_EQ(lorasync_megatron_layout(shape, 1, 0, 0, s), -1);
+    CHECK(is_impossible(lorasync_flat_part(3, 2, 4, 0, 1).box));
+    CHECK(is_impossible(lorasync_flat_part(-1, 2, 4, 0, 1).box));
+    CHECK(is_impossible(lorasync_flat_part(INT64_MAX, INT64_MAX, INT64_MAX, 0, 1).box));
+    CHECK(is_impossible(lorasync_flat_part(0, 1, 1, 1, 1).box));
 }
 
 /* A scalar is held whole, or not at all: both must be sayable. */
@@ -299,7 +354,7 @@ typedef struct flat_case {
 
 static lorasync_status flat_box(void *user, const int64_t *off, const int64_t *len, int64_t before)
 {
-    flat_case *c                    = (flat_case *)user;
+    flat_case *c                     = (flat_case *)user;
     int64_t    at[LORASYNC_MAX_DIMS] = {0}, n = 1, i, run = 0;
     int        d;
     c->boxes++;
@@ -331,7 +386,8 @@ static void flat_to_boxes(void)
         c.first = (int64_t)(test_random(&seed) % (unsigned long long)(c.numel + 1));
         c.num   = (int64_t)(test_random(&seed) % (unsigned long long)(c.numel - c.first + 1));
         CHECK_EQ(lorasynci_flat_boxes(c.shape, c.ndim, c.first, c.num, flat_box, &c), LORASYNC_OK);
-        CHECK_EQ(c.bad, 0); CHECK_EQ(c.seen, c.num);
+        CHECK_EQ(c.bad, 0);
+        CHECK_EQ(c.seen, c.num);
         CHECK(c.boxes <= (c.ndim ? 2 * c.ndim - 1 : 1));
         if (c.bad) return;
     }
@@ -340,7 +396,15 @@ static void flat_to_boxes(void)
 /* -- Megatron: fused qkv (interleaved by query group) and fc1 (gate and up side by side on each TP rank), both B, TP sharded, as the tensors
    that Hugging Face names. Pieces point into the fused local buffers. */
 
-enum { NH = 8, NG = 4, HPG = NH / NG, HEAD = 3, RANK = 5, TP = 2, HALF = 8 };
+enum {
+    NH   = 8,
+    NG   = 4,
+    HPG  = NH / NG,
+    HEAD = 3,
+    RANK = 5,
+    TP   = 2,
+    HALF = 8
+};
 
 static float value(int tensor, int64_t row, int64_t col) { return (float)(tensor * 10000 + row * 10 + col); }
 
@@ -388,7 +452,8 @@ static int fused_wrong[TP];
 
 static void fused_rank(rank_context *x)
 {
-    static const char *const names[5] = {"q_proj.lora_B.weight", "k_proj.lora_B.weight", "v_proj.lora_B.weight", "gate_proj.lora_B.weight", "up_proj.lora_B.weight"};
+    static const char *const names[5] = {"q_proj.lora_B.weight", "k_proj.lora_B.weight", "v_proj.lora_B.weight", "gate_proj.lora_B.weight",
+                                         "up_proj.lora_B.weight"};
     fused                    f;
     lorasync_plan_desc       d;
     lorasync_plan           *plan;

@@ -85,8 +85,8 @@ static lorasync_status open_rank(party *p, int rank, int world, ncclComm_t *borr
 /* -- data */
 
 /* The same traffic over exchange_stream: messages are copied to the device and back by the test. */
-static lorasync_status exchange_on_stream(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives, size_t num_receives, int timeout_ms,
-                                          lorasync_error *err)
+static lorasync_status exchange_on_stream(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
+                                          size_t num_receives, int timeout_ms, lorasync_error *err)
 {
     lorasynci_nccl  *n = (lorasynci_nccl *)user;
     lorasync_message s[MAX_WORLD], r[MAX_WORLD];
@@ -148,11 +148,11 @@ static void traffic_of(int world, int rounds, int borrowed, int stream, int in_p
     party p;
     int   r;
     start_party(&p, world);
-    p.borrowed       = borrowed;
-    p.stream         = stream;
-    p.load.rounds = rounds;
-    p.load.large  = 1;
-    fake_cuda.hold   = hold;
+    p.borrowed     = borrowed;
+    p.stream       = stream;
+    p.load.rounds  = rounds;
+    p.load.large   = 1;
+    fake_cuda.hold = hold;
     for (r = 0; r < world; r++) fake_nccl.rank[r].in_progress = in_progress * (r + 1);
     run_threads(world, traffic_rank, &p);
     for (r = 0; r < world; r++) CHECK_EQ(p.load.bad[r], 0);
@@ -437,7 +437,7 @@ static void troubled_rank(rank_context *x)
     uint64_t         start;
     lorasync_message s[FAKE_RANKS], r[FAKE_RANKS];
     char             data[64] = {0}, got[FAKE_RANKS][64];
-    size_t           n = 0;
+    size_t           n        = 0;
     int              i;
     p->open[x->rank] = open_rank(p, x->rank, x->world, &borrowed, &c, &err);
     if (p->open[x->rank] < 0) {

@@ -9,7 +9,11 @@
 #include <sys/mman.h>
 #include <sys/resource.h>
 
-enum { WORLD = 3, ROWS = 6, COLS = 4 };
+enum {
+    WORLD = 3,
+    ROWS  = 6,
+    COLS  = 4
+};
 
 /* One rank's declarations: A [6, 4] F32 by rows over 3 ranks, B [4, 6] BF16 by columns over 3 ranks, c [] I64 on rank 2 alone. */
 typedef struct declared {
@@ -27,7 +31,7 @@ static void declare(lorasync_piece *p, const char *name, lorasync_dtype dtype, i
 {
     memset(p, 0, sizeof *p);
     p->name = name, p->dtype = dtype, p->ndim = ndim, p->shape[0] = n0, p->shape[1] = n1, p->data = data;
-    p->box  = lorasync_whole(p->shape, ndim);
+    p->box = lorasync_whole(p->shape, ndim);
 }
 
 static void declare_rank(declared *x, const lorasync_comm *comm, int rank)
@@ -46,7 +50,7 @@ static void declare_rank(declared *x, const lorasync_comm *comm, int rank)
     x->have[1].box = lorasync_shard(x->have[1].box, 1, rank, WORLD);
     declare(&x->have[2], "c", LORASYNC_I64, 0, 0, 0, &x->c);
     x->d.comm = comm, x->d.have = x->have, x->d.num_have = rank == 2 ? 3 : 2;
-    x->d.timeout_ms = 10000;
+    x->d.timeout_ms    = 10000;
     x->allocator.alloc = test_memory_alloc, x->allocator.free = test_memory_free, x->allocator.user = &x->memory;
     x->d.allocator = &x->allocator;
 }
@@ -65,33 +69,119 @@ typedef struct wrong_case {
     const char     *words[3];
 } wrong_case;
 
-static void spoil_gap(declared *x, int rank) { if (rank == 1) x->have[0].box.len[0] = 1; }
-static void spoil_overlap(declared *x, int rank) { if (rank == 1) x->have[0].box.len[0] = 3; }
-static void spoil_overlap_column(declared *x, int rank) { if (rank == 1) x->have[1].box.off[1] = 1; }
-static void spoil_shape(declared *x, int rank) { if (rank == 2) x->have[0].shape[0] = 7; }
-static void spoil_ndim(declared *x, int rank) { if (rank == 2) x->have[0].ndim = 3, x->have[0].shape[2] = 1, x->have[0].box.ndim = 3, x->have[0].box.len[2] = 1; }
-static void spoil_dtype(declared *x, int rank) { if (rank == 1) x->have[1].dtype = LORASYNC_F16; }
-static void spoil_missing(declared *x, int rank) { if (rank == 1) x->d.num_have = 1; }
-static void spoil_missing_all(declared *x, int rank) { if (rank == 0) x->d.num_have = 0; }
-static void spoil_root(declared *x, int rank) { if (rank == 1) x->d.root = 1; }
-static void spoil_root_range(declared *x, int rank) { (void)rank; x->d.root = WORLD; }
-static void spoil_root_negative(declared *x, int rank) { (void)rank; x->d.root = -1; }
-static void spoil_kind(declared *x, int rank) { if (rank == 2) x->d.kind = LORASYNC_GATHER_ALL; }
-static void spoil_kind_unknown(declared *x, int rank) { (void)rank; x->d.kind = (lorasync_plan_kind)9; }
-static void spoil_wire(declared *x, int rank) { if (rank == 2) x->d.wire_dtype = LORASYNC_BF16; }
-static void spoil_wire_type(declared *x, int rank) { (void)rank; x->d.wire_dtype = LORASYNC_I32; }
-static void spoil_wire_unknown(declared *x, int rank) { (void)rank; x->d.wire_dtype = (lorasync_dtype)77; }
-static void spoil_bounds(declared *x, int rank) { if (rank == 2) x->have[0].box.off[0] = 5; }
-static void spoil_bounds_huge(declared *x, int rank) { if (rank == 2) x->have[0].box.off[0] = INT64_MAX; }
-static void spoil_negative_off(declared *x, int rank) { if (rank == 2) x->have[0].box.off[0] = -1; }
-static void spoil_flat_bounds(declared *x, int rank) { if (rank == 2) x->have[0].box = lorasync_flat(20, 5); }
-static void spoil_box_ndim(declared *x, int rank) { if (rank == 2) x->have[0].box.ndim = 1; }
-static void spoil_impossible(declared *x, int rank) { if (rank == 0) x->have[0].box = lorasync_even(lorasync_whole(x->have[0].shape, 2), 1, 0, 3); }
-static void spoil_null(declared *x, int rank) { if (rank == 2) x->have[1].data = NULL; }
-static void spoil_packed(declared *x, int rank) { if (rank == 2) x->have[1].dtype = LORASYNC_F4; }
-static void spoil_no_dtype(declared *x, int rank) { if (rank == 2) x->have[1].dtype = LORASYNC_DTYPE_NONE; }
-static void spoil_no_name(declared *x, int rank) { if (rank == 2) x->have[1].name = NULL; }
-static void spoil_empty_name(declared *x, int rank) { if (rank == 2) x->have[1].name = ""; }
+static void spoil_gap(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].box.len[0] = 1;
+}
+static void spoil_overlap(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].box.len[0] = 3;
+}
+static void spoil_overlap_column(declared *x, int rank)
+{
+    if (rank == 1) x->have[1].box.off[1] = 1;
+}
+static void spoil_shape(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].shape[0] = 7;
+}
+static void spoil_ndim(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].ndim = 3, x->have[0].shape[2] = 1, x->have[0].box.ndim = 3, x->have[0].box.len[2] = 1;
+}
+static void spoil_dtype(declared *x, int rank)
+{
+    if (rank == 1) x->have[1].dtype = LORASYNC_F16;
+}
+static void spoil_missing(declared *x, int rank)
+{
+    if (rank == 1) x->d.num_have = 1;
+}
+static void spoil_missing_all(declared *x, int rank)
+{
+    if (rank == 0) x->d.num_have = 0;
+}
+static void spoil_root(declared *x, int rank)
+{
+    if (rank == 1) x->d.root = 1;
+}
+static void spoil_root_range(declared *x, int rank)
+{
+    (void)rank;
+    x->d.root = WORLD;
+}
+static void spoil_root_negative(declared *x, int rank)
+{
+    (void)rank;
+    x->d.root = -1;
+}
+static void spoil_kind(declared *x, int rank)
+{
+    if (rank == 2) x->d.kind = LORASYNC_GATHER_ALL;
+}
+static void spoil_kind_unknown(declared *x, int rank)
+{
+    (void)rank;
+    x->d.kind = (lorasync_plan_kind)9;
+}
+static void spoil_wire(declared *x, int rank)
+{
+    if (rank == 2) x->d.wire_dtype = LORASYNC_BF16;
+}
+static void spoil_wire_type(declared *x, int rank)
+{
+    (void)rank;
+    x->d.wire_dtype = LORASYNC_I32;
+}
+static void spoil_wire_unknown(declared *x, int rank)
+{
+    (void)rank;
+    x->d.wire_dtype = (lorasync_dtype)77;
+}
+static void spoil_bounds(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].box.off[0] = 5;
+}
+static void spoil_bounds_huge(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].box.off[0] = INT64_MAX;
+}
+static void spoil_negative_off(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].box.off[0] = -1;
+}
+static void spoil_flat_bounds(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].box = lorasync_flat(20, 5);
+}
+static void spoil_box_ndim(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].box.ndim = 1;
+}
+static void spoil_impossible(declared *x, int rank)
+{
+    if (rank == 0) x->have[0].box = lorasync_even(lorasync_whole(x->have[0].shape, 2), 1, 0, 3);
+}
+static void spoil_null(declared *x, int rank)
+{
+    if (rank == 2) x->have[1].data = NULL;
+}
+static void spoil_packed(declared *x, int rank)
+{
+    if (rank == 2) x->have[1].dtype = LORASYNC_F4;
+}
+static void spoil_no_dtype(declared *x, int rank)
+{
+    if (rank == 2) x->have[1].dtype = LORASYNC_DTYPE_NONE;
+}
+static void spoil_no_name(declared *x, int rank)
+{
+    if (rank == 2) x->have[1].name = NULL;
+}
+static void spoil_empty_name(declared *x, int rank)
+{
+    if (rank == 2) x->have[1].name = "";
+}
 static void spoil_long_name(declared *x, int rank)
 {
     static char name[LORASYNC_MAX_NAME + 1];
@@ -99,30 +189,113 @@ static void spoil_long_name(declared *x, int rank)
     memset(name, 'n', LORASYNC_MAX_NAME);
     x->have[1].name = name;
 }
-static void spoil_twice(declared *x, int rank) { if (rank == 1) x->have[1] = x->have[0], x->have[1].dtype = LORASYNC_BF16; }
-static void spoil_negative_shape(declared *x, int rank) { if (rank == 1) x->have[0].shape[0] = -6; }
-static void spoil_huge_shape(declared *x, int rank) { if (rank == 1) x->have[0].shape[0] = x->have[0].shape[1] = INT64_MAX; }
-static void spoil_huge_bytes(declared *x, int rank) { if (rank == 1) x->have[0].shape[0] = INT64_MAX / 4; }
-static void spoil_many_dims(declared *x, int rank) { if (rank == 1) x->have[0].ndim = 9; }
-static void spoil_scale_int(declared *x, int rank) { if (rank == 2) x->have[2].scale = 2; }
-static void spoil_scale_nan(declared *x, int rank) { if (rank == 2) x->have[0].scale = (double)NAN; }
-static void spoil_scale_inf(declared *x, int rank) { if (rank == 2) x->have[0].scale = (double)INFINITY; }
-static void spoil_list(declared *x, int rank) { if (rank == 1) x->d.have = NULL; }
-static void spoil_gather_want(declared *x, int rank) { if (rank == 1) x->d.want = x->want, x->d.num_want = 1, declare(&x->want[0], "A", LORASYNC_F32, 2, ROWS, COLS, x->out); }
-static void spoil_flat_stride(declared *x, int rank) { if (rank == 1) x->have[0].box = lorasync_flat(8, 8), x->have[0].stride[1] = 1; }
-static void spoil_empty(declared *x, int rank) { (void)rank; x->d.num_have = 0; }
-static void spoil_scalar_twice(declared *x, int rank) { if (rank == 2) x->have[2].box = lorasync_none(0); }
-static void spoil_bucket(declared *x, int rank) { if (rank == 1) x->d.bucket_bytes = 12345; }
-static void spoil_adapter(declared *x, int rank) { if (rank == 1) x->d.adapter = "other"; }
-static void spoil_name_text(declared *x, int rank) { (void)rank; x->have[0].name = "\xff"; }
-static void spoil_scatter_have(declared *x, int rank) { x->d.kind = LORASYNC_SCATTER; (void)rank; }
-static void spoil_scatter_image(declared *x, int rank) { x->d.kind = LORASYNC_SCATTER; x->d.num_have = 0; (void)rank; }
-static void spoil_wanted_by_none(declared *x, int rank) { want_all(x); if (rank == 1) x->want[0].name = "nobody.has.it"; }
-static void spoil_wanted_gap(declared *x, int rank) { want_all(x); if (rank == 1) x->d.num_have = 0; }
-static void spoil_wanted_dtype(declared *x, int rank) { want_all(x); if (rank == 1) x->want[0].dtype = LORASYNC_I32; }
-static void spoil_wanted_shape(declared *x, int rank) { want_all(x); if (rank == 1) declare(&x->want[0], "A", LORASYNC_F32, 2, COLS, ROWS, x->out); }
-static void spoil_wanted_stride(declared *x, int rank) { want_all(x); if (rank == 1) x->want[0].stride[1] = 1; }
-static void spoil_wanted_null(declared *x, int rank) { want_all(x); if (rank == 1) x->want[0].data = NULL; }
+static void spoil_twice(declared *x, int rank)
+{
+    if (rank == 1) x->have[1] = x->have[0], x->have[1].dtype = LORASYNC_BF16;
+}
+static void spoil_negative_shape(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].shape[0] = -6;
+}
+static void spoil_huge_shape(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].shape[0] = x->have[0].shape[1] = INT64_MAX;
+}
+static void spoil_huge_bytes(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].shape[0] = INT64_MAX / 4;
+}
+static void spoil_many_dims(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].ndim = 9;
+}
+static void spoil_scale_int(declared *x, int rank)
+{
+    if (rank == 2) x->have[2].scale = 2;
+}
+static void spoil_scale_nan(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].scale = (double)NAN;
+}
+static void spoil_scale_inf(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].scale = (double)INFINITY;
+}
+static void spoil_list(declared *x, int rank)
+{
+    if (rank == 1) x->d.have = NULL;
+}
+static void spoil_gather_want(declared *x, int rank)
+{
+    if (rank == 1) x->d.want = x->want, x->d.num_want = 1, declare(&x->want[0], "A", LORASYNC_F32, 2, ROWS, COLS, x->out);
+}
+static void spoil_flat_stride(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].box = lorasync_flat(8, 8), x->have[0].stride[1] = 1;
+}
+static void spoil_empty(declared *x, int rank)
+{
+    (void)rank;
+    x->d.num_have = 0;
+}
+static void spoil_scalar_twice(declared *x, int rank)
+{
+    if (rank == 2) x->have[2].box = lorasync_none(0);
+}
+static void spoil_bucket(declared *x, int rank)
+{
+    if (rank == 1) x->d.bucket_bytes = 12345;
+}
+static void spoil_adapter(declared *x, int rank)
+{
+    if (rank == 1) x->d.adapter = "other";
+}
+static void spoil_name_text(declared *x, int rank)
+{
+    (void)rank;
+    x->have[0].name = "\xff";
+}
+static void spoil_scatter_have(declared *x, int rank)
+{
+    x->d.kind = LORASYNC_SCATTER;
+    (void)rank;
+}
+static void spoil_scatter_image(declared *x, int rank)
+{
+    x->d.kind     = LORASYNC_SCATTER;
+    x->d.num_have = 0;
+    (void)rank;
+}
+static void spoil_wanted_by_none(declared *x, int rank)
+{
+    want_all(x);
+    if (rank == 1) x->want[0].name = "nobody.has.it";
+}
+static void spoil_wanted_gap(declared *x, int rank)
+{
+    want_all(x);
+    if (rank == 1) x->d.num_have = 0;
+}
+static void spoil_wanted_dtype(declared *x, int rank)
+{
+    want_all(x);
+    if (rank == 1) x->want[0].dtype = LORASYNC_I32;
+}
+static void spoil_wanted_shape(declared *x, int rank)
+{
+    want_all(x);
+    if (rank == 1) declare(&x->want[0], "A", LORASYNC_F32, 2, COLS, ROWS, x->out);
+}
+static void spoil_wanted_stride(declared *x, int rank)
+{
+    want_all(x);
+    if (rank == 1) x->want[0].stride[1] = 1;
+}
+static void spoil_wanted_null(declared *x, int rank)
+{
+    want_all(x);
+    if (rank == 1) x->want[0].data = NULL;
+}
 
 static const wrong_case wrong[] = {
     {spoil_gap, LORASYNC_E_LAYOUT, {"A", "[3:4, 0:4]", "[6, 4]"}},
@@ -245,10 +418,10 @@ static void wrong_declarations(void)
 /* Bad arguments that a call finds without the others. */
 static void bad_calls(void)
 {
-    declared           x;
-    lorasync_plan     *plan = (lorasync_plan *)&plan;
-    lorasync_error     err;
-    lorasync_comm      c = lorasync_solo();
+    declared       x;
+    lorasync_plan *plan = (lorasync_plan *)&plan;
+    lorasync_error err;
+    lorasync_comm  c = lorasync_solo();
     declare_rank(&x, NULL, 0);
     CHECK_EQ(lorasync_plan_create(NULL, &plan, &err), LORASYNC_E_ARGUMENT);
     CHECK_EQ(lorasync_plan_create(&x.d, NULL, &err), LORASYNC_E_ARGUMENT);
@@ -338,9 +511,9 @@ static void odd_rank(rank_context *c)
             lorasync_error err;
             int            i;
             declare_rank(&x, &c->comm, c->rank);
-            x.have[0].box  = lorasync_whole(x.have[0].shape, 2); /* a replica everywhere */
-            x.d.no_direct  = no_direct;
-            x.d.kind       = kind ? LORASYNC_GATHER_ALL : LORASYNC_GATHER;
+            x.have[0].box = lorasync_whole(x.have[0].shape, 2); /* a replica everywhere */
+            x.d.no_direct = no_direct;
+            x.d.kind      = kind ? LORASYNC_GATHER_ALL : LORASYNC_GATHER;
             for (i = 0; i < ROWS * COLS; i++) x.a[i] = (float)i;
             if (lorasync_plan_create(&x.d, &plan, &err) < 0) {
                 odd_failed[c->rank] += 100;
@@ -380,16 +553,20 @@ typedef struct nan_case {
 } nan_case;
 
 static const nan_case nans[] = {
-    {LORASYNC_F32, LORASYNC_DTYPE_NONE, 0x7fc00000u, 1},  {LORASYNC_F32, LORASYNC_DTYPE_NONE, 0xff800000u, 1},  {LORASYNC_F32, LORASYNC_DTYPE_NONE, 0x7f800001u, 1},
-    {LORASYNC_F32, LORASYNC_DTYPE_NONE, 0x7f7fffffu, 0},  {LORASYNC_F32, LORASYNC_BF16, 0x7fc00000u, 1},        {LORASYNC_F32, LORASYNC_BF16, 0x7f800001u, 1},
-    {LORASYNC_F32, LORASYNC_BF16, 0x7f7fffffu, 1},        {LORASYNC_F32, LORASYNC_F16, 0x477ff000u, 1},         {LORASYNC_F32, LORASYNC_F16, 0x477fefffu, 0},
-    {LORASYNC_F32, LORASYNC_F16, 0xff800000u, 1},         {LORASYNC_F16, LORASYNC_DTYPE_NONE, 0x7c00u, 1},      {LORASYNC_F16, LORASYNC_DTYPE_NONE, 0xfc01u, 1},
-    {LORASYNC_F16, LORASYNC_DTYPE_NONE, 0x7bffu, 0},      {LORASYNC_BF16, LORASYNC_DTYPE_NONE, 0x7f80u, 1},     {LORASYNC_BF16, LORASYNC_DTYPE_NONE, 0xffc1u, 1},
-    {LORASYNC_BF16, LORASYNC_DTYPE_NONE, 0x7f7fu, 0},     {LORASYNC_BF16, LORASYNC_F16, 0x7f7fu, 1},            {LORASYNC_F8_E5M2, LORASYNC_DTYPE_NONE, 0x7cu, 1},
-    {LORASYNC_F8_E5M2, LORASYNC_DTYPE_NONE, 0xffu, 1},    {LORASYNC_F8_E5M2, LORASYNC_DTYPE_NONE, 0x7bu, 0},    {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0x7fu, 1},
-    {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0xffu, 1},    {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0x7eu, 0},    {LORASYNC_F32, LORASYNC_F8_E4M3, 0x43e80001u, 1},
-    {LORASYNC_F32, LORASYNC_F8_E4M3, 0x43e00000u, 0},     {LORASYNC_F32, LORASYNC_F8_E5M2, 0x47700000u, 1},     {LORASYNC_F32, LORASYNC_F8_E5M2, 0x476fffffu, 0},
-    {LORASYNC_I32, LORASYNC_DTYPE_NONE, 0x7fc00000u, 0},
+    {LORASYNC_F32, LORASYNC_DTYPE_NONE, 0x7fc00000u, 1}, {LORASYNC_F32, LORASYNC_DTYPE_NONE, 0xff800000u, 1},
+    {LORASYNC_F32, LORASYNC_DTYPE_NONE, 0x7f800001u, 1}, {LORASYNC_F32, LORASYNC_DTYPE_NONE, 0x7f7fffffu, 0},
+    {LORASYNC_F32, LORASYNC_BF16, 0x7fc00000u, 1},       {LORASYNC_F32, LORASYNC_BF16, 0x7f800001u, 1},
+    {LORASYNC_F32, LORASYNC_BF16, 0x7f7fffffu, 1},       {LORASYNC_F32, LORASYNC_F16, 0x477ff000u, 1},
+    {LORASYNC_F32, LORASYNC_F16, 0x477fefffu, 0},        {LORASYNC_F32, LORASYNC_F16, 0xff800000u, 1},
+    {LORASYNC_F16, LORASYNC_DTYPE_NONE, 0x7c00u, 1},     {LORASYNC_F16, LORASYNC_DTYPE_NONE, 0xfc01u, 1},
+    {LORASYNC_F16, LORASYNC_DTYPE_NONE, 0x7bffu, 0},     {LORASYNC_BF16, LORASYNC_DTYPE_NONE, 0x7f80u, 1},
+    {LORASYNC_BF16, LORASYNC_DTYPE_NONE, 0xffc1u, 1},    {LORASYNC_BF16, LORASYNC_DTYPE_NONE, 0x7f7fu, 0},
+    {LORASYNC_BF16, LORASYNC_F16, 0x7f7fu, 1},           {LORASYNC_F8_E5M2, LORASYNC_DTYPE_NONE, 0x7cu, 1},
+    {LORASYNC_F8_E5M2, LORASYNC_DTYPE_NONE, 0xffu, 1},   {LORASYNC_F8_E5M2, LORASYNC_DTYPE_NONE, 0x7bu, 0},
+    {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0x7fu, 1},   {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0xffu, 1},
+    {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0x7eu, 0},   {LORASYNC_F32, LORASYNC_F8_E4M3, 0x43e80001u, 1},
+    {LORASYNC_F32, LORASYNC_F8_E4M3, 0x43e00000u, 0},    {LORASYNC_F32, LORASYNC_F8_E5M2, 0x47700000u, 1},
+    {LORASYNC_F32, LORASYNC_F8_E5M2, 0x476fffffu, 0},    {LORASYNC_I32, LORASYNC_DTYPE_NONE, 0x7fc00000u, 0},
 };
 
 typedef struct nan_user {
@@ -411,8 +588,9 @@ static void nan_rank(rank_context *x)
     int                refused = u->c->refused && !u->allow, round, last = x->world - 1;
     memset(&d, 0, sizeof d), memset(data, 0, sizeof data), memset(&p, 0, sizeof p);
     p.name = "the.tensor", p.dtype = u->c->dtype, p.ndim = 2, p.shape[0] = 7, p.shape[1] = 100, p.data = data;
-    p.box        = lorasync_shard(lorasync_whole(p.shape, 2), 0, x->rank, x->world);
-    d.comm       = &x->comm, d.have = &p, d.num_have = 1, d.wire_dtype = u->c->wire, d.allow_nan = u->allow, d.no_direct = u->no_direct, d.timeout_ms = 10000;
+    p.box  = lorasync_shard(lorasync_whole(p.shape, 2), 0, x->rank, x->world);
+    d.comm = &x->comm, d.have = &p, d.num_have = 1, d.wire_dtype = u->c->wire, d.allow_nan = u->allow, d.no_direct = u->no_direct,
+    d.timeout_ms = 10000;
     if (lorasync_plan_create(&d, &plan, &err) < 0) {
         u->failed[x->rank] = 1;
         return;
@@ -496,9 +674,9 @@ static void memory_rank(rank_context *c)
     if (u->kind == LORASYNC_SCATTER) x.d.num_have = 0;
     if (u->kind == LORASYNC_SCATTER && c->rank == 0) image = scatter_image(&x);
     if (c->rank == u->victim) x.memory.fail_at = u->nth;
-    start = lorasynci_now_ns();
-    s     = lorasync_plan_create(&x.d, &plan, &err);
-    u->ns[c->rank] = lorasynci_now_ns() - start;
+    start             = lorasynci_now_ns();
+    s                 = lorasync_plan_create(&x.d, &plan, &err);
+    u->ns[c->rank]    = lorasynci_now_ns() - start;
     u->total[c->rank] = x.memory.total;
     if (s == LORASYNC_OK) { /* nothing is allocated from here on */
         int i;
@@ -562,11 +740,11 @@ static death *deaths;
 
 static void dying_rank(rank_context *c)
 {
-    declared       x;
-    lorasync_plan *plan;
-    lorasync_error err;
+    declared            x;
+    lorasync_plan      *plan;
+    lorasync_error      err;
     lorasync_plan_stats stats;
-    uint64_t       start;
+    uint64_t            start;
     declare_rank(&x, &c->comm, c->rank);
     x.d.no_direct  = !die_direct;
     x.d.timeout_ms = die_by_kill ? 10000 : 300;
@@ -580,9 +758,9 @@ static void dying_rank(rank_context *c)
         lorasync_plan_free(plan);
         return;
     }
-    start                   = lorasynci_now_ns();
-    deaths->first[c->rank]  = (int)lorasync_plan_wait(plan, &err);
-    deaths->ns[c->rank]     = lorasynci_now_ns() - start;
+    start                  = lorasynci_now_ns();
+    deaths->first[c->rank] = (int)lorasync_plan_wait(plan, &err);
+    deaths->ns[c->rank]    = lorasynci_now_ns() - start;
     snprintf(deaths->text[c->rank], sizeof deaths->text[0], "%.255s", err.text);
     deaths->second[c->rank] = (int)lorasync_plan_begin(plan, &err);
     deaths->third[c->rank]  = (int)lorasync_plan_wait(plan, &err);
@@ -627,7 +805,8 @@ static void limited_rank(rank_context *c)
         struct rlimit old, none;
         int           limit = variant == 1 ? RLIMIT_NOFILE : RLIMIT_FSIZE, limited = variant == 0 ? 0 : c->rank == (variant == 1);
         declare_rank(&x, &c->comm, c->rank);
-        x.d.no_direct = variant == 0 && c->rank == 2; /* 0: one rank does not want; 1: one has no descriptor left; 2: the root may make no file */
+        x.d.no_direct =
+            variant == 0 && c->rank == 2; /* 0: one rank does not want; 1: one has no descriptor left; 2: the root may make no file */
         signal(SIGXFSZ, SIG_IGN);
         getrlimit(limit, &old);
         none = old, none.rlim_cur = 0;
@@ -651,7 +830,10 @@ static void direct_falls_back(void) { CHECK_EQ(run_processes(WORLD, limited_rank
 /* What 4 ranks gathered is still there, whole, when the root looks, also when it takes its time while the others are at the next run. */
 static void repeated_rank(rank_context *c)
 {
-    enum { N = 5000, RUNS = 1000 };
+    enum {
+        N    = 5000,
+        RUNS = 1000
+    };
     static float        data[N];
     lorasync_piece      p[2];
     lorasync_plan_desc  d;
@@ -694,16 +876,21 @@ static void gather_1000_times(void) { CHECK_EQ(run_processes(4, repeated_rank, N
 /* The LoRA tensors of a model like Qwen3-30B-A3B at rank 16: 48 layers x (4 attention + 128 experts x 3) x (A, B) = 37,248. */
 static size_t big_model(lorasync_piece *pieces, char (*names)[96], size_t max, int rank, int world, float *data)
 {
-    static const char *const attention[4] = {"q_proj", "k_proj", "v_proj", "o_proj"}, *const expert[3] = {"gate_proj", "up_proj", "down_proj"};
-    static const int         in4[4] = {2048, 2048, 2048, 4096}, out4[4] = {4096, 512, 512, 2048}, in3[3] = {2048, 2048, 768}, out3[3] = {768, 768, 2048};
-    size_t                   n = 0;
-    int                      layer, m, ab;
+    static const char *const attention[4] = {"q_proj", "k_proj", "v_proj", "o_proj"}, *const expert[3] = {"gate_proj", "up_proj",
+                                                                                                          "down_proj"};
+    static const int in4[4] = {2048, 2048, 2048, 4096}, out4[4] = {4096, 512, 512, 2048}, in3[3] = {2048, 2048, 768},
+                     out3[3] = {768, 768, 2048};
+    size_t n                 = 0;
+    int    layer, m, ab;
     for (layer = 0; layer < 48; layer++)
         for (m = 0; m < 4 + 128 * 3; m++)
             for (ab = 0; ab < 2 && n < max; ab++, n++) {
                 int in = m < 4 ? in4[m] : in3[(m - 4) % 3], out = m < 4 ? out4[m] : out3[(m - 4) % 3];
-                if (m < 4) snprintf(names[n], 96, "base_model.model.model.layers.%d.self_attn.%s.lora_%c.weight", layer, attention[m], "AB"[ab]);
-                else snprintf(names[n], 96, "base_model.model.model.layers.%d.mlp.experts.%d.%s.lora_%c.weight", layer, (m - 4) / 3, expert[(m - 4) % 3], "AB"[ab]);
+                if (m < 4)
+                    snprintf(names[n], 96, "base_model.model.model.layers.%d.self_attn.%s.lora_%c.weight", layer, attention[m], "AB"[ab]);
+                else
+                    snprintf(names[n], 96, "base_model.model.model.layers.%d.mlp.experts.%d.%s.lora_%c.weight", layer, (m - 4) / 3,
+                             expert[(m - 4) % 3], "AB"[ab]);
                 declare(&pieces[n], names[n], LORASYNC_F32, 2, ab ? out : 16, ab ? 16 : in, data);
                 pieces[n].box = lorasync_shard(pieces[n].box, 0, rank, world);
             }
@@ -727,15 +914,16 @@ static uint64_t thread_cpu_ns(void)
 
 static void big_rank(rank_context *c)
 {
-    big_user          *u      = (big_user *)c->user;
-    lorasync_piece    *pieces = (lorasync_piece *)calloc(u->max, sizeof *pieces);
-    char (*names)[96]         = (char (*)[96])calloc(u->max, 96);
+    big_user       *u      = (big_user *)c->user;
+    lorasync_piece *pieces = (lorasync_piece *)calloc(u->max, sizeof *pieces);
+    char(*names)[96]       = (char(*)[96])calloc(u->max, 96);
     lorasync_plan_desc d;
     lorasync_plan     *plan;
     lorasync_error     err;
     uint64_t           start, cpu;
     memset(&d, 0, sizeof d);
-    d.comm = &c->comm, d.have = pieces, d.num_have = big_model(pieces, names, u->max, c->rank, c->world, u->data), d.wire_dtype = LORASYNC_BF16;
+    d.comm = &c->comm, d.have = pieces, d.num_have = big_model(pieces, names, u->max, c->rank, c->world, u->data),
+    d.wire_dtype = LORASYNC_BF16;
     d.no_direct = u->no_direct, d.adapter = "default";
     start = lorasynci_now_ns(), cpu = thread_cpu_ns();
     if (lorasync_plan_create(&d, &plan, &err) < 0) {
@@ -764,11 +952,14 @@ static void big_plan(int world, size_t max, int no_direct)
         if ((double)u.stats[r].peak_plan_bytes / pieces > worst_peak) worst_peak = (double)u.stats[r].peak_plan_bytes / pieces;
         if (r && (double)u.cpu_ns[r] / 1e6 > other) other = (double)u.cpu_ns[r] / 1e6;
     }
-    printf("     %d ranks x %zu tensors%s: root %zu pieces, plan %.1f MB (%.0f bytes each), peak %.1f MB (%.0f each), %.0f ms (cpu %.0f ms); "
-           "rank 1: %zu pieces, plan %.0f bytes each, peak %.0f each, cpu %.0f ms at most; worst %.0f, peak %.0f\n",
-           world, max, no_direct ? "" : ", direct", u.stats[0].num_pieces, (double)u.stats[0].plan_bytes / 1e6, (double)u.stats[0].plan_bytes / (double)u.stats[0].num_pieces,
-           (double)u.stats[0].peak_plan_bytes / 1e6, (double)u.stats[0].peak_plan_bytes / (double)u.stats[0].num_pieces, (double)u.ns[0] / 1e6, (double)u.cpu_ns[0] / 1e6,
-           u.stats[1].num_pieces, (double)u.stats[1].plan_bytes / (double)u.stats[1].num_pieces, (double)u.stats[1].peak_plan_bytes / (double)u.stats[1].num_pieces, other, worst, worst_peak);
+    printf(
+        "     %d ranks x %zu tensors%s: root %zu pieces, plan %.1f MB (%.0f bytes each), peak %.1f MB (%.0f each), %.0f ms (cpu %.0f ms); "
+        "rank 1: %zu pieces, plan %.0f bytes each, peak %.0f each, cpu %.0f ms at most; worst %.0f, peak %.0f\n",
+        world, max, no_direct ? "" : ", direct", u.stats[0].num_pieces, (double)u.stats[0].plan_bytes / 1e6,
+        (double)u.stats[0].plan_bytes / (double)u.stats[0].num_pieces, (double)u.stats[0].peak_plan_bytes / 1e6,
+        (double)u.stats[0].peak_plan_bytes / (double)u.stats[0].num_pieces, (double)u.ns[0] / 1e6, (double)u.cpu_ns[0] / 1e6,
+        u.stats[1].num_pieces, (double)u.stats[1].plan_bytes / (double)u.stats[1].num_pieces,
+        (double)u.stats[1].peak_plan_bytes / (double)u.stats[1].num_pieces, other, worst, worst_peak);
     if (world > 8) { /* most ranks hold a part of every other tensor only */
         free(u.data);
         return;

@@ -87,8 +87,10 @@ static void test_all_states(void)
                             lorasync_decision     d;
                             char                  expected[16], found[16];
                             memset(&s, 0, sizeof s);
-                            s.base_synced = bits & 1, s.keeps_memory = bits >> 1 & 1, s.weights_backed_up = bits >> 2 & 1, s.one_slot = bits >> 3 & 1;
-                            s.base_changed = bits >> 4 & 1, s.no_adapter = bits >> 5 & 1, s.verify = bits >> 6 & 1, s.ask_adapter = bits >> 7 & 1;
+                            s.base_synced = bits & 1, s.keeps_memory = bits >> 1 & 1, s.weights_backed_up = bits >> 2 & 1,
+                            s.one_slot     = bits >> 3 & 1;
+                            s.base_changed = bits >> 4 & 1, s.no_adapter = bits >> 5 & 1, s.verify = bits >> 6 & 1,
+                            s.ask_adapter = bits >> 7 & 1;
                             s.sleep_level = level, s.tags = tags, s.released = released, s.cache_key = (lorasync_cache_key)key;
                             s.version = 9, s.digest = bits >> 8 & 1 ? 77 : 0;
                             s.held_version = held ? 8 : 0, s.held_digest = held == 1 ? s.digest : 5;
@@ -250,15 +252,17 @@ static void test_miles(void)
             int              base;
             memset(&k, 0, sizeof k);
             k.offload_rollout_level = r->level;
-            k.check_equal = bits & 1, k.cpu_backup = bits >> 1 & 1, k.base_sent = bits >> 2 & 1, k.lora = bits >> 3 & 1, k.has_cuda_graph_tag = bits >> 4 & 1;
-            base = k.lora ? r->base[bits & 7] : 1;
+            k.check_equal = bits & 1, k.cpu_backup = bits >> 1 & 1, k.base_sent = bits >> 2 & 1, k.lora = bits >> 3 & 1,
+            k.has_cuda_graph_tag = bits >> 4 & 1;
+            base                 = k.lora ? r->base[bits & 7] : 1;
             CHECK_EQ(lorasync_policy_miles(&k, &s, &err), LORASYNC_OK);
             CHECK(k.has_cuda_graph_tag || !((s.tags | s.released) & G));
             s.held_version = 4, s.held_digest = 1, s.version = 5, s.digest = 2;
             d = decide(&s);
             letters(&d, found);
             if (base || k.lora)
-                snprintf(expected, sizeof expected, "p%s%s%s%sfc", r->before, base ? "B" : "", k.lora ? "A" : "", k.has_cuda_graph_tag ? r->after_graph : r->after);
+                snprintf(expected, sizeof expected, "p%s%s%s%sfc", r->before, base ? "B" : "", k.lora ? "A" : "",
+                         k.has_cuda_graph_tag ? r->after_graph : r->after);
             CHECK_TEXT(found, expected);
             CHECK_EQ(d.send_base, base);
         }

@@ -9,7 +9,12 @@
 
 /* -- an engine of the test. `plan` says how the next try ends; what it serves is the truth that outcomes are compared with */
 
-enum { GOOD, FAIL_STAGE, FAIL_COMMIT, FAIL_COMMIT_LATE /* the commit happened, but says that it failed */ };
+enum {
+    GOOD,
+    FAIL_STAGE,
+    FAIL_COMMIT,
+    FAIL_COMMIT_LATE /* the commit happened, but says that it failed */
+};
 
 typedef struct engine {
     int      plan, one_phase;
@@ -191,7 +196,8 @@ static void check_recovery(bench *b, int quorum, int accepted, lorasync_error *e
     if (accepted) CHECK_EQ(bench_publish(b, 3, 0, 1, err), LORASYNC_OK);
     else CHECK_EQ(bench_publish(b, 3, quorum, 0, err), LORASYNC_OK);
     for (i = 0; i < NUM; i++) {
-        if (b->e[i].served != 3 || b->o[i].state != LORASYNC_ENGINE_COMMITTED || b->o[i].version != 3) test_fail(__FILE__, __LINE__, "not recovered");
+        if (b->e[i].served != 3 || b->o[i].state != LORASYNC_ENGINE_COMMITTED || b->o[i].version != 3)
+            test_fail(__FILE__, __LINE__, "not recovered");
         stages += b->e[i].stages;
     }
     CHECK_EQ(bench_publish(b, 3, 0, 1, err), LORASYNC_OK);
@@ -304,27 +310,27 @@ static lorasync_desc plain(void)
     return d;
 }
 
-#define EXPECT(index, expected_state, expected_version)                                                                \
-    do {                                                                                                               \
-        const lorasync_engine_outcome *o_ = lorasync_get_outcomes(t.s, NULL);                                          \
-        CHECK_TEXT(lorasync_engine_state_text(o_[index].state), #expected_state);                                      \
-        CHECK_EQ(o_[index].version, expected_version);                                                                 \
+#define EXPECT(index, expected_state, expected_version)                                                                                    \
+    do {                                                                                                                                   \
+        const lorasync_engine_outcome *o_ = lorasync_get_outcomes(t.s, NULL);                                                              \
+        CHECK_TEXT(lorasync_engine_state_text(o_[index].state), #expected_state);                                                          \
+        CHECK_EQ(o_[index].version, expected_version);                                                                                     \
     } while (0)
 
 /* Death and recovery of one engine of three. */
 static void test_death(void)
 {
-    static trainer   t;
-    engine           e[NUM];
-    lorasync_desc    d = plain();
-    lorasync_report  r;
-    lorasync_error   err;
-    test_memory      mem;
-    lorasync_allocator a;
+    static trainer                 t;
+    engine                         e[NUM];
+    lorasync_desc                  d = plain();
+    lorasync_report                r;
+    lorasync_error                 err;
+    test_memory                    mem;
+    lorasync_allocator             a;
     const lorasync_engine_outcome *o;
-    size_t           num = 99;
-    long             total;
-    uint64_t         v;
+    size_t                         num = 99;
+    long                           total;
+    uint64_t                       v;
     memset(e, 0, sizeof e), memset(&mem, 0, sizeof mem);
     a.alloc = test_memory_alloc, a.free = test_memory_free, a.user = &mem;
     d.allocator = &a, d.quorum = 2;
@@ -518,20 +524,22 @@ typedef struct shared_state {
 
 static void rank_publishes(rank_context *c)
 {
-    shared_state     *shared = (shared_state *)c->user;
-    static const int  quiet[8]   = {0, 1, 0, 0, 0, 0, 0, 0}; /* steps that change nothing */
-    trainer          *t      = (trainer *)calloc(1, sizeof *t);
-    lorasync_desc     d      = plain();
-    lorasync_error    err;
-    engine            none[NUM];
-    int               i;
-    size_t            num = 7;
+    shared_state    *shared   = (shared_state *)c->user;
+    static const int quiet[8] = {0, 1, 0, 0, 0, 0, 0, 0}; /* steps that change nothing */
+    trainer         *t        = (trainer *)calloc(1, sizeof *t);
+    lorasync_desc    d        = plain();
+    lorasync_error   err;
+    engine           none[NUM];
+    int              i;
+    size_t           num = 7;
     memset(none, 0, sizeof none);
     d.comm = &c->comm, d.root = 1, d.quorum = c->rank == 1 ? 2 : 0, d.skip_unchanged = c->rank == 1;
     shared->status[c->rank][7] = trainer_open(t, &d, c->rank == 1 ? shared->e : none, c->rank == 1 ? NUM : 0, &err);
     for (i = 0; i < 6 && shared->status[c->rank][7] == LORASYNC_OK; i++) {
         if (!quiet[i]) t->values[0][0] += 1;
-        if (c->rank == 1) shared->e[2].plan = i == 2 ? FAIL_STAGE : GOOD, shared->e[1].plan = i == 4 ? FAIL_STAGE : GOOD, shared->e[0].plan = i == 4 ? FAIL_STAGE : GOOD;
+        if (c->rank == 1)
+            shared->e[2].plan = i == 2 ? FAIL_STAGE : GOOD, shared->e[1].plan = i == 4 ? FAIL_STAGE : GOOD,
+            shared->e[0].plan = i == 4 ? FAIL_STAGE : GOOD;
         shared->status[c->rank][i] = lorasync_sync(t->s, (uint64_t)i + 1, &shared->r[c->rank][i], &err);
         if (c->rank == 1) shared->e[2].plan = GOOD;
         if (i == 2 && lorasync_republish(t->s, &err) != LORASYNC_OK) shared->status[c->rank][6]++;
@@ -578,7 +586,7 @@ static void test_changes(void)
     lorasync_image        bare;
     uint64_t              old[2];
     uint32_t              indices[2] = {9, 9};
-    size_t                num = 9, i;
+    size_t                num        = 9, i;
     int                   which;
     REQUIRE(trainer_open(&t, &d, NULL, 0, &err) == LORASYNC_OK);
     CHECK_EQ(lorasync_sync(t.s, 1, NULL, &err), LORASYNC_OK);

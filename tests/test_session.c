@@ -11,7 +11,11 @@
 #define KEY_QA "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 #define KEY_QB "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 
-enum { MAX_PARAMETERS = 12, MAX_ELEMENTS = 4096, MAX_WORLD = 8 };
+enum {
+    MAX_PARAMETERS = 12,
+    MAX_ELEMENTS   = 4096,
+    MAX_WORLD      = 8
+};
 
 /* -- a small model, whole; ranks take parts of it */
 
@@ -33,7 +37,10 @@ static const parameter model[] = {
     {"base_model.model.model.embed_tokens.weight", LORASYNC_F32, 2, {40, 16, 0}},
     {"base_model.model.model.norm.weight", LORASYNC_F32, 1, {16, 0, 0}},
 };
-enum { MODEL = (int)(sizeof model / sizeof model[0]), ADAPTER_TENSORS = 4 };
+enum {
+    MODEL           = (int)(sizeof model / sizeof model[0]),
+    ADAPTER_TENSORS = 4
+};
 
 static size_t item(lorasync_dtype d) { return (size_t)lorasync_dtype_bits(d) / 8; }
 
@@ -59,7 +66,14 @@ typedef struct rank_model {
     float          memory[MAX_PARAMETERS][MAX_ELEMENTS]; /* BF16 tensors use half of theirs */
 } rank_model;
 
-typedef enum layout { FSDP2 = 0, REPLICATED, ZERO3, COLUMNS, LAST_RANK, NUM_LAYOUTS } layout;
+typedef enum layout {
+    FSDP2 = 0,
+    REPLICATED,
+    ZERO3,
+    COLUMNS,
+    LAST_RANK,
+    NUM_LAYOUTS
+} layout;
 
 static lorasync_box box_of(const parameter *p, layout how, int rank, int world)
 {
@@ -111,8 +125,8 @@ static void make_model(rank_model *m, const parameter *parameters, int num, layo
         lorasync_piece *p = &m->pieces[m->num];
         p->name = parameters[i].name, p->dtype = parameters[i].dtype, p->ndim = parameters[i].ndim;
         memcpy(p->shape, parameters[i].shape, 3 * sizeof(int64_t));
-        p->box               = box_of(&parameters[i], how, rank, world);
-        p->data              = m->memory[i];
+        p->box              = box_of(&parameters[i], how, rank, world);
+        p->data             = m->memory[i];
         m->number[m->num++] = i;
         fill_piece(p, i, step);
     }
@@ -158,7 +172,8 @@ static lorasync_status engine_commit(void *user, const char *adapter, uint64_t v
     engine *e = (engine *)user;
     e->commits++;
     if (e->fail_commit) return lorasynci_fail(err, LORASYNC_E_IO, "the engine will not commit");
-    if (version != e->staged || strcmp(adapter, e->adapter) != 0) return lorasynci_fail(err, LORASYNC_E_STATE, "commit of what was not staged");
+    if (version != e->staged || strcmp(adapter, e->adapter) != 0)
+        return lorasynci_fail(err, LORASYNC_E_STATE, "commit of what was not staged");
     e->served = version;
     memcpy(e->file, e->staged_file, e->staged_bytes);
     e->num_bytes = e->staged_bytes;
@@ -212,16 +227,16 @@ static lorasync_status open_session(const lorasync_desc *d, const rank_model *m,
 
 static void solo_session(void)
 {
-    static rank_model     m;
-    static engine         e;
-    lorasync_desc         d = plain_desc(NULL);
-    lorasync_session     *s = NULL;
-    lorasync_session_info info;
-    lorasync_report       report;
-    lorasync_error        err;
-    lorasync_image       *image;
+    static rank_model      m;
+    static engine          e;
+    lorasync_desc          d = plain_desc(NULL);
+    lorasync_session      *s = NULL;
+    lorasync_session_info  info;
+    lorasync_report        report;
+    lorasync_error         err;
+    lorasync_image        *image;
     const lorasync_tensor *t;
-    int64_t               i;
+    int64_t                i;
     memset(&e, 0, sizeof e);
     d.wire_dtype = LORASYNC_BF16;
     make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
@@ -234,7 +249,8 @@ static void solo_session(void)
     CHECK_EQ(info.payload_bytes, 2 * (8 * 16 + 24 * 8 + 8 * 16 + 33 * 8));
     CHECK(lorasync_session_image(s) == NULL);
     CHECK_EQ(lorasync_sync(s, 1, &report, &err), LORASYNC_OK);
-    CHECK(report.version == 1 && report.num_tensors == ADAPTER_TENSORS && report.num_engines == 1 && report.payload_bytes == info.payload_bytes && report.digest == e.digest);
+    CHECK(report.version == 1 && report.num_tensors == ADAPTER_TENSORS && report.num_engines == 1 &&
+          report.payload_bytes == info.payload_bytes && report.digest == e.digest);
     CHECK(e.served == 1 && e.stages == 1 && e.commits == 1 && e.aborts == 0);
     CHECK_TEXT(e.adapter, "default");
     CHECK_HAS(e.config, "\"lora_alpha\": 16");
@@ -304,7 +320,10 @@ static void bad_calls(void)
     for (i = 0; i < 3; i++) { /* an engine that could not be attached is not left out in silence */
         REQUIRE(lorasync_open(&d, &s, &err) == LORASYNC_OK);
         t.stage = NULL;
-        CHECK_EQ(i == 0 ? lorasync_attach(s, NULL, NULL) : i == 1 ? lorasync_attach(s, &t, &err) : lorasync_attach_directory(s, NULL, NULL), LORASYNC_E_ARGUMENT);
+        CHECK_EQ(i == 0   ? lorasync_attach(s, NULL, NULL)
+                 : i == 1 ? lorasync_attach(s, &t, &err)
+                          : lorasync_attach_directory(s, NULL, NULL),
+                 LORASYNC_E_ARGUMENT);
         CHECK_EQ(add_all(s, &m, &err), LORASYNC_OK);
         CHECK_EQ(lorasync_compile(s, &err), LORASYNC_E_ARGUMENT);
         CHECK_HAS(err.text, i == 0 ? "transport is NULL" : i == 1 ? "stage" : "directory");
@@ -327,31 +346,85 @@ typedef struct wrong_session {
     const char     *words[2];
 } wrong_session;
 
-static const char *const only_lm_head[1] = {"lm_head"};
-static const lorasync_filter lm_head_filter = {NULL, only_lm_head, 1, NULL, NULL, 0, NULL, 0, 0};
+static const char *const     only_lm_head[1] = {"lm_head"};
+static const lorasync_filter lm_head_filter  = {NULL, only_lm_head, 1, NULL, NULL, 0, NULL, 0, 0};
 
 static void spoil_nothing_found(lorasync_desc *d, rank_model *m, int rank) { (void)m, (void)rank, d->adapter = "policy"; }
 static void spoil_filtered(lorasync_desc *d, rank_model *m, int rank) { (void)m, (void)rank, d->filter = &lm_head_filter; }
-static void spoil_pair(lorasync_desc *d, rank_model *m, int rank) { (void)d, (void)rank, m->pieces[2].name = P "self_attn.q_proj.lora_B.other2.weight"; }
+static void spoil_pair(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)d, (void)rank, m->pieces[2].name = P "self_attn.q_proj.lora_B.other2.weight";
+}
 static void spoil_collision(lorasync_desc *d, rank_model *m, int rank)
 {
     (void)d;
-    if (rank == 1) m->pieces[3] = m->pieces[1], m->pieces[3].name = "base_model.model._orig_mod.model.layers.0.self_attn.q_proj.lora_A.default.weight";
+    if (rank == 1)
+        m->pieces[3] = m->pieces[1], m->pieces[3].name = "base_model.model._orig_mod.model.layers.0.self_attn.q_proj.lora_A.default.weight";
 }
-static void spoil_rank(lorasync_desc *d, rank_model *m, int rank) { (void)m, (void)rank, d->config_json = "{\"peft_type\":\"LORA\",\"r\":16,\"target_modules\":[\"q_proj\",\"up_proj\"]}"; }
-static void spoil_target(lorasync_desc *d, rank_model *m, int rank) { (void)m, (void)rank, d->config_json = "{\"peft_type\":\"LORA\",\"r\":8,\"target_modules\":[\"q_proj\"]}"; }
+static void spoil_rank(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m, (void)rank, d->config_json = "{\"peft_type\":\"LORA\",\"r\":16,\"target_modules\":[\"q_proj\",\"up_proj\"]}";
+}
+static void spoil_target(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m, (void)rank, d->config_json = "{\"peft_type\":\"LORA\",\"r\":8,\"target_modules\":[\"q_proj\"]}";
+}
 static void spoil_alpha(lorasync_desc *d, rank_model *m, int rank) { (void)m, (void)rank, d->lora_alpha = 0; }
-static void spoil_alpha_one(lorasync_desc *d, rank_model *m, int rank) { (void)m; if (rank == 1) d->lora_alpha = 32; }
-static void spoil_root(lorasync_desc *d, rank_model *m, int rank) { (void)m; if (rank == 1) d->root = 1; }
-static void spoil_fold_one(lorasync_desc *d, rank_model *m, int rank) { (void)m; if (rank == 1) d->fold_scale = 1; }
-static void spoil_adapter_one(lorasync_desc *d, rank_model *m, int rank) { (void)m; if (rank == 1) d->adapter = "other"; }
-static void spoil_wire_one(lorasync_desc *d, rank_model *m, int rank) { (void)m; if (rank == 1) d->wire_dtype = LORASYNC_F16; }
-static void spoil_add(lorasync_desc *d, rank_model *m, int rank) { (void)d; if (rank == 1) m->pieces[2].box.off[0] = 1000; }
-static void spoil_add_name(lorasync_desc *d, rank_model *m, int rank) { (void)d; if (rank == 1) m->pieces[2].name = P "q_proj.lora_E.default"; }
-static void spoil_gap(lorasync_desc *d, rank_model *m, int rank) { (void)d; if (rank == 1) m->pieces[2].box.len[0] = 0; }
-static void spoil_shape(lorasync_desc *d, rank_model *m, int rank) { (void)d; if (rank == 1) m->pieces[2].shape[0] = 25; }
-static void spoil_dtype(lorasync_desc *d, rank_model *m, int rank) { (void)d; if (rank == 1) m->pieces[2].dtype = LORASYNC_F16; }
-static void spoil_base_model(lorasync_desc *d, rank_model *m, int rank) { (void)m; if (rank == 1) d->base_model = "x"; }
+static void spoil_alpha_one(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m;
+    if (rank == 1) d->lora_alpha = 32;
+}
+static void spoil_root(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m;
+    if (rank == 1) d->root = 1;
+}
+static void spoil_fold_one(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m;
+    if (rank == 1) d->fold_scale = 1;
+}
+static void spoil_adapter_one(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m;
+    if (rank == 1) d->adapter = "other";
+}
+static void spoil_wire_one(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m;
+    if (rank == 1) d->wire_dtype = LORASYNC_F16;
+}
+static void spoil_add(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)d;
+    if (rank == 1) m->pieces[2].box.off[0] = 1000;
+}
+static void spoil_add_name(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)d;
+    if (rank == 1) m->pieces[2].name = P "q_proj.lora_E.default";
+}
+static void spoil_gap(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)d;
+    if (rank == 1) m->pieces[2].box.len[0] = 0;
+}
+static void spoil_shape(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)d;
+    if (rank == 1) m->pieces[2].shape[0] = 25;
+}
+static void spoil_dtype(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)d;
+    if (rank == 1) m->pieces[2].dtype = LORASYNC_F16;
+}
+static void spoil_base_model(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m;
+    if (rank == 1) d->base_model = "x";
+}
 
 static const wrong_session wrong[] = {
     {spoil_nothing_found, LORASYNC_E_EMPTY, {"adapter \"policy\"", "of 9 declared here 9 were dropped, the first: base_model"}},
@@ -515,8 +588,10 @@ static const fold_case folds[] = {
     {NULL, 12, 1.5, 3, 8, 4},
     {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":20,\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0, 2.5, 2.5, 8, 8},
     {"{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":20,\"use_rslora\":true,\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0, 10, 10, 4, 4},
-    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"rank_pattern\":{\"up_proj\":4},\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0, 2, 4, 8, 4},
-    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"rank_pattern\":{\"up_proj\":4},\"alpha_pattern\":{\"q_proj\":6},\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0, 0.75, 4, 8, 4},
+    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"rank_pattern\":{\"up_proj\":4},\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0,
+     2, 4, 8, 4},
+    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"rank_pattern\":{\"up_proj\":4},\"alpha_pattern\":{\"q_proj\":6},\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+     0, 0.75, 4, 8, 4},
 };
 
 static void fold_one(const fold_case *f, lorasync_dtype wire)
@@ -566,7 +641,8 @@ static void fold_one(const fold_case *f, lorasync_dtype wire)
     CHECK(lorasync_config_view(config)->lora_alpha == (double)lorasync_config_view(config)->r);
     CHECK_EQ(lorasync_config_rank(config, "model.layers.0.self_attn.q_proj"), f->r_q);
     CHECK_EQ(lorasync_config_rank(config, "model.layers.0.mlp.up_proj"), f->r_up);
-    CHECK(lorasync_config_scale(config, "model.layers.0.self_attn.q_proj") == 1 && lorasync_config_scale(config, "model.layers.0.mlp.up_proj") == 1);
+    CHECK(lorasync_config_scale(config, "model.layers.0.self_attn.q_proj") == 1 &&
+          lorasync_config_scale(config, "model.layers.0.mlp.up_proj") == 1);
     lorasync_config_free(config);
     lorasync_image_free(image);
 }
@@ -574,11 +650,12 @@ static void fold_one(const fold_case *f, lorasync_dtype wire)
 static void fold_scale(void)
 {
     size_t i;
-    for (i = 0; i < sizeof folds / sizeof folds[0]; i++) fold_one(&folds[i], LORASYNC_DTYPE_NONE), fold_one(&folds[i], LORASYNC_BF16), fold_one(&folds[i], LORASYNC_F16);
+    for (i = 0; i < sizeof folds / sizeof folds[0]; i++)
+        fold_one(&folds[i], LORASYNC_DTYPE_NONE), fold_one(&folds[i], LORASYNC_BF16), fold_one(&folds[i], LORASYNC_F16);
 }
 
 /* A compile that fails and is tried again does not fold twice. */
-static int  flaky_left;
+static int   flaky_left;
 static void *flaky_alloc(void *user, size_t n)
 {
     (void)user;
@@ -626,21 +703,22 @@ static void fold_after_a_failed_compile(void)
 
 /* -- versions, NaN, engines that fail */
 
-#define MUST(call, expected)                                                                                           \
-    do {                                                                                                               \
-        lorasync_status must_ = (call);                                                                                \
-        if (must_ != (expected)) {                                                                                     \
-            fprintf(stderr, "%s:%d: rank %d: %s is %d, expected %d: %s\n", __FILE__, __LINE__, c->rank, #call, (int)must_, (int)(expected), err.text); \
-            shared.failed[c->rank]++;                                                                                  \
-        }                                                                                                              \
+#define MUST(call, expected)                                                                                                               \
+    do {                                                                                                                                   \
+        lorasync_status must_ = (call);                                                                                                    \
+        if (must_ != (expected)) {                                                                                                         \
+            fprintf(stderr, "%s:%d: rank %d: %s is %d, expected %d: %s\n", __FILE__, __LINE__, c->rank, #call, (int)must_,                 \
+                    (int)(expected), err.text);                                                                                            \
+            shared.failed[c->rank]++;                                                                                                      \
+        }                                                                                                                                  \
     } while (0)
 
-#define HOLDS(condition)                                                                                               \
-    do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            fprintf(stderr, "%s:%d: rank %d: %s\n", __FILE__, __LINE__, c->rank, #condition);                          \
-            shared.failed[c->rank]++;                                                                                  \
-        }                                                                                                              \
+#define HOLDS(condition)                                                                                                                   \
+    do {                                                                                                                                   \
+        if (!(condition)) {                                                                                                                \
+            fprintf(stderr, "%s:%d: rank %d: %s\n", __FILE__, __LINE__, c->rank, #condition);                                              \
+            shared.failed[c->rank]++;                                                                                                      \
+        }                                                                                                                                  \
     } while (0)
 
 static int stories_no_direct;
@@ -748,9 +826,9 @@ static void engine_story(rank_context *c)
 /* What is published is what was there at begin. */
 static void snapshot_story(rank_context *c)
 {
-    lorasync_error    err;
-    lorasync_session *s = story_session(c, 1, &err);
-    engine           *e = &shared.engines[0];
+    lorasync_error       err;
+    lorasync_session    *s = story_session(c, 1, &err);
+    engine              *e = &shared.engines[0];
     static unsigned char still[1 << 16];
     MUST(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
     if (c->rank == 0) memcpy(still, e->file, e->num_bytes);
@@ -853,10 +931,10 @@ static void load_story(rank_context *c)
         int             ours = strstr(p->name, ".default.") != NULL;
         int64_t         k, n = piece_numel(p);
         for (k = 0; k < n && p->box.len[0]; k++) {
-            unsigned char  want[4];
-            float          f = truth(m->number[i], element_of(p, k), 11);
-            uint16_t       half;
-            const char    *at = (const char *)p->data + (size_t)k * item(p->dtype);
+            unsigned char want[4];
+            float         f = truth(m->number[i], element_of(p, k), 11);
+            uint16_t      half;
+            const char   *at = (const char *)p->data + (size_t)k * item(p->dtype);
             if (load_half) {
                 lorasync_convert(&half, LORASYNC_BF16, &f, LORASYNC_F32, 1, NULL);
                 lorasync_convert(&f, LORASYNC_F32, &half, LORASYNC_BF16, 1, NULL);
@@ -874,7 +952,8 @@ static void load_story(rank_context *c)
     MUST(lorasync_load(s, "/nowhere/at/all", &err), LORASYNC_E_NOT_FOUND);
     HOLDS(strstr(err.text, "/nowhere/at/all"));
     MUST(lorasync_load(s, NULL, &err), LORASYNC_E_ARGUMENT);
-    MUST(lorasync_load(s, c->rank == c->world - 1 ? "/nowhere/else" : path, &err), c->world > 1 ? LORASYNC_E_DISAGREE : LORASYNC_E_NOT_FOUND);
+    MUST(lorasync_load(s, c->rank == c->world - 1 ? "/nowhere/else" : path, &err),
+         c->world > 1 ? LORASYNC_E_DISAGREE : LORASYNC_E_NOT_FOUND);
     HOLDS(memcmp(&before[c->rank], m, sizeof *m) == 0);
     MUST(lorasync_load(s, path, &err), LORASYNC_OK);
     MUST(lorasync_sync(s, 2, NULL, &err), LORASYNC_OK);
@@ -883,9 +962,10 @@ static void load_story(rank_context *c)
     for (i = 0; i < 3; i++) {
         make_model(m, model, MODEL, load_layout, c->rank, c->world, 12);
         if (i == 1) m->pieces[5].name = P "x.lora_A.zzz.weight", m->pieces[6].name = P "x.lora_B.zzz.weight";
-        if (i == 0) m->pieces[3].name = P "mlp.down_proj.lora_A.default.weight", m->pieces[4].name = P "mlp.down_proj.lora_B.default.weight";
+        if (i == 0)
+            m->pieces[3].name = P "mlp.down_proj.lora_A.default.weight", m->pieces[4].name = P "mlp.down_proj.lora_B.default.weight";
         if (i == 2) {
-            parameter  wide[MODEL];
+            parameter wide[MODEL];
             memcpy(wide, model, sizeof model);
             wide[6].shape[0] = 35;
             make_model(m, wide, MODEL, load_layout, c->rank, c->world, 12);
@@ -964,7 +1044,8 @@ static void other_kinds(void)
     lorasync_error        err;
     lorasync_image       *image;
     memset(&e, 0, sizeof e);
-    d.config_json = "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"use_dora\":true,\"target_modules\":[\"q_proj\",\"embed_tokens\"],\"modules_to_save\":[\"classifier\"]}";
+    d.config_json =
+        "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"use_dora\":true,\"target_modules\":[\"q_proj\",\"embed_tokens\"],\"modules_to_save\":[\"classifier\"]}";
     make_model(&m, kinds, 9, FSDP2, 0, 1, 1);
     if (open_session(&d, &m, &e, &s, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
     else CHECK_EQ(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
@@ -993,7 +1074,8 @@ static void all_linear(void)
     memset(&f, 0, sizeof f);
     f.target_pattern = "all-linear", d.filter = &f;
     memcpy(p, model, sizeof p[0] * 7);
-    p[3].name = "base_model.model.lm_head.lora_A.default.weight", p[4].name = "base_model.model.lm_head.lora_B.default.weight"; /* the output embedding is left out */
+    p[3].name = "base_model.model.lm_head.lora_A.default.weight",
+    p[4].name = "base_model.model.lm_head.lora_B.default.weight"; /* the output embedding is left out */
     p[7] = model[7], p[7].name = "base_model.model.lm_head.base_layer.weight";
     make_model(&m, p, 8, FSDP2, 0, 1, 1);
     if (open_session(&d, &m, NULL, &s, &err) < 0) test_fail(__FILE__, __LINE__, err.text);

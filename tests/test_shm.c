@@ -80,7 +80,10 @@ static void nap(long us)
 
 /* -- images whose every byte follows from the version and a seed */
 
-static uint64_t expected_word(uint64_t version, int seed, size_t i) { return lorasynci_mix(version * 1000003u + (unsigned)seed * 7919u + i); }
+static uint64_t expected_word(uint64_t version, int seed, size_t i)
+{
+    return lorasynci_mix(version * 1000003u + (unsigned)seed * 7919u + i);
+}
 
 static void fill_payload(void *payload, size_t num_bytes, uint64_t version, int seed)
 {
@@ -99,16 +102,16 @@ static lorasync_image *lay_out_rank(const char *adapter, size_t width, int64_t r
     lorasync_error      err;
     memset(tensors, 0, sizeof tensors);
     memset(&desc, 0, sizeof desc);
-    err.text[0]         = 0;
-    tensors[0].name     = KEY_A;
-    tensors[1].name     = KEY_B;
-    tensors[0].dtype    = tensors[1].dtype = LORASYNC_F32;
-    tensors[0].ndim     = tensors[1].ndim = 2;
+    err.text[0]      = 0;
+    tensors[0].name  = KEY_A;
+    tensors[1].name  = KEY_B;
+    tensors[0].dtype = tensors[1].dtype = LORASYNC_F32;
+    tensors[0].ndim = tensors[1].ndim = 2;
     tensors[0].shape[0] = tensors[1].shape[1] = rank;
     tensors[0].shape[1] = tensors[1].shape[0] = (int64_t)width;
-    desc.tensors        = tensors;
-    desc.num_tensors    = 2;
-    desc.adapter        = adapter;
+    desc.tensors                              = tensors;
+    desc.num_tensors                          = 2;
+    desc.adapter                              = adapter;
     if (lorasync_image_layout(&desc, NULL, &image, &err) < 0) {
         fprintf(stderr, "layout: %s\n", err.text);
         exit(1);
@@ -393,7 +396,10 @@ static void test_two_adapters(void)
 
 static void test_growth(void)
 {
-    enum { ENGINES = 6, HELD = 7 };
+    enum {
+        ENGINES = 6,
+        HELD    = 7
+    };
     lorasync_transport      t;
     lorasync_engine        *e[ENGINES];
     const lorasync_adapter *held[ENGINES][HELD];
@@ -462,7 +468,8 @@ static void test_replaced_before_pin(void)
         CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
         CHECK(between == NULL);
         CHECK_EQ(served(e, "default"), hurried_version);
-        CHECK_EQ(inside(&hurried)->map.control->readers[0].pins[0] & (inside(&hurried)->map.control->readers[0].pins[0] - 1), 0); /* one pin */
+        CHECK_EQ(inside(&hurried)->map.control->readers[0].pins[0] & (inside(&hurried)->map.control->readers[0].pins[0] - 1),
+                 0); /* one pin */
     }
     lorasync_engine_close(e);
     hurried.close(hurried.user);
@@ -512,15 +519,15 @@ static void test_all_slots_taken(void)
 
 static void test_direct(void)
 {
-    lorasync_transport t;
-    lorasync_engine   *e;
-    lorasync_image    *image, *other;
-    lorasync_error     err;
+    lorasync_transport   t;
+    lorasync_engine     *e;
+    lorasync_image      *image, *other;
+    lorasync_error       err;
     lorasynci_shm_target target;
-    char              *memory = NULL, *again = NULL;
-    char              *longer;
-    uint64_t           v;
-    int                slot;
+    char                *memory = NULL, *again = NULL;
+    char                *longer;
+    uint64_t             v;
+    int                  slot;
     fresh_name();
     t     = open_transport();
     e     = open_engine("default", 0);
@@ -653,9 +660,9 @@ static void test_bad_arguments(void)
     ed.shm = ed.directory = NULL;
     CHECK_EQ(lorasync_engine_open(&ed, &e, &err), LORASYNC_E_ARGUMENT);
 
-    t       = open_transport();
-    image   = make_image("default", 1, 0, 64);
-    payload = image->payload;
+    t                  = open_transport();
+    image              = make_image("default", 1, 0, 64);
+    payload            = image->payload;
     image->config_json = "";
     CHECK_EQ(t.stage(t.user, image, &err), LORASYNC_E_CONFIG);
     image->config_json = CONFIG;
@@ -687,9 +694,9 @@ static void test_no_cuda(void)
     memset(&desc, 0, sizeof desc);
     memset(&ed, 0, sizeof ed);
     memset(&cuda, 0, sizeof cuda);
-    desc.name        = ed.shm = name;
-    desc.cuda        = &cuda;
-    ed.accept_device = 1;
+    desc.name = ed.shm = name;
+    desc.cuda          = &cuda;
+    ed.accept_device   = 1;
     CHECK_EQ(lorasync_shm_open(&desc, &t, &err), LORASYNC_E_UNSUPPORTED);
     CHECK_HAS(err.text, "define it beside LORASYNC_IMPLEMENTATION");
     CHECK_EQ(lorasync_engine_open(&ed, &e, &err), LORASYNC_E_UNSUPPORTED);
@@ -794,16 +801,16 @@ static void test_damage(void)
 {
     int how;
     for (how = 0; how < 9; how++) {
-        static const char *const texts[] = {"names no slot",  "cannot open", "bytes, expected", "is damaged", "is damaged",
-                                            "is damaged",     "digest",      "adapter name",    "expected 2"};
-        lorasync_transport     t;
-        lorasync_engine       *e;
-        lorasync_error         err;
-        lorasynci_shm_control *c;
-        lorasynci_shm_head    *h;
-        uint64_t               word;
-        lorasynci_shm_segment  g;
-        int                    slot;
+        static const char *const texts[] = {"names no slot", "cannot open", "bytes, expected", "is damaged", "is damaged",
+                                            "is damaged",    "digest",      "adapter name",    "expected 2"};
+        lorasync_transport       t;
+        lorasync_engine         *e;
+        lorasync_error           err;
+        lorasynci_shm_control   *c;
+        lorasynci_shm_head      *h;
+        uint64_t                 word;
+        lorasynci_shm_segment    g;
+        int                      slot;
         fresh_name();
         t = open_transport();
         e = open_engine(NULL, 0);
@@ -1010,9 +1017,9 @@ static void test_dead_reader(void)
     uint64_t              owner;
     int                   held, fd;
     fresh_name();
-    t     = open_transport();
-    r     = &inside(&t)->map.control->readers[0];
-    fd    = inside(&t)->map.fd;
+    t  = open_transport();
+    r  = &inside(&t)->map.control->readers[0];
+    fd = inside(&t)->map.fd;
     CHECK_EQ(publish(&t, "default", 1, &err), 0);
     child = start_reader();
     owner = r->owner;
@@ -1020,7 +1027,7 @@ static void test_dead_reader(void)
     CHECK_EQ(r->pins[0], 1);
     CHECK_EQ(lorasynci_shm_lives(fd, 0, owner, inside(&t)->mine), 1);
     if (owner >> 17 & 0x7fffff) CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1 << 20, inside(&t)->mine), 0); /* its pid, another start */
-    if (owner & 0xffff) CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1, inside(&t)->mine), 1);       /* of another container */
+    if (owner & 0xffff) CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1, inside(&t)->mine), 1);               /* of another container */
     CHECK_EQ(publish(&t, "default", 2, &err), 0);
     CHECK_EQ(publish(&t, "default", 3, &err), 0);
     CHECK_EQ(publish(&t, "default", 4, &err), 0);
@@ -1078,7 +1085,7 @@ static void test_all_readers_taken(void)
     e = open_engine(NULL, 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_BUSY);
     CHECK_HAS(err.text, "256 engines");
-    inside(&t)->map.control->readers[100].owner = (uint64_t)0xfffff0 << 40; /* a dead one */
+    inside(&t)->map.control->readers[100].owner   = (uint64_t)0xfffff0 << 40; /* a dead one */
     inside(&t)->map.control->readers[100].pins[3] = 5;
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     CHECK_EQ(served(e, "default"), 1);
@@ -1092,7 +1099,9 @@ static void test_all_readers_taken(void)
 
 static void test_many_engines(void)
 {
-    enum { ENGINES = 64 };
+    enum {
+        ENGINES = 64
+    };
     lorasync_transport t;
     lorasync_error     err;
     pid_t              child[ENGINES];
@@ -1137,7 +1146,8 @@ typedef struct arena {
 
 static void report(arena *shared, const char *why, long long a, long long b, const char *text)
 {
-    if (__atomic_fetch_add(&shared->broken, 1, __ATOMIC_SEQ_CST) == 0) snprintf(shared->why, sizeof shared->why, "%.40s: %lld, %lld %.100s", why, a, b, text);
+    if (__atomic_fetch_add(&shared->broken, 1, __ATOMIC_SEQ_CST) == 0)
+        snprintf(shared->why, sizeof shared->why, "%.40s: %lld, %lld %.100s", why, a, b, text);
 }
 
 static void run_publisher(arena *shared)
@@ -1149,7 +1159,8 @@ static void run_publisher(arena *shared)
     void              *payload = malloc(image->payload_bytes);
     uint64_t           until   = lorasynci_now_ns() + UINT64_C(5000000000);
     err.text[0]                = 0;
-    while ((status = try_transport(&t, &err)) == LORASYNC_E_BUSY && lorasynci_now_ns() < until) nap(100); /* the killed one is not dead yet */
+    while ((status = try_transport(&t, &err)) == LORASYNC_E_BUSY && lorasynci_now_ns() < until)
+        nap(100); /* the killed one is not dead yet */
     if (status < 0) report(shared, "open", status, 0, err.text);
     while (status >= 0) {
         uint64_t v = __atomic_add_fetch(&shared->started, 1, __ATOMIC_SEQ_CST);
@@ -1177,11 +1188,14 @@ static void run_reader(arena *shared, unsigned long long random)
         if (status < 0) report(shared, "poll", status, 0, err.text);
         if (before && !a) report(shared, "nothing served", (long long)before, 0, "");
         if (!a) continue;
-        if (a->version < before || a->version < last) report(shared, "version went back", (long long)a->version, (long long)(before > last ? before : last), "");
-        if (a->version > __atomic_load_n(&shared->started, __ATOMIC_SEQ_CST)) report(shared, "version from nowhere", (long long)a->version, 0, "");
+        if (a->version < before || a->version < last)
+            report(shared, "version went back", (long long)a->version, (long long)(before > last ? before : last), "");
+        if (a->version > __atomic_load_n(&shared->started, __ATOMIC_SEQ_CST))
+            report(shared, "version from nowhere", (long long)a->version, 0, "");
         last = a->version;
         if (wrong_words(a, 0) != 0) report(shared, "mixed version", (long long)a->version, wrong_words(a, 0), "");
-        if (held[k] && wrong_words(held[k], 0) != 0) report(shared, "held version changed", (long long)held[k]->version, (long long)a->version, "");
+        if (held[k] && wrong_words(held[k], 0) != 0)
+            report(shared, "held version changed", (long long)held[k]->version, (long long)a->version, "");
         lorasync_release(held[k]);
         held[k] = a;
         __atomic_add_fetch(&shared->reads, 1, __ATOMIC_SEQ_CST);
@@ -1201,7 +1215,9 @@ static pid_t start(arena *shared, int is_publisher, unsigned long long random)
 
 static void test_kill(void)
 {
-    enum { READERS = 3 };
+    enum {
+        READERS = 3
+    };
     const char        *given  = getenv("LORASYNC_TEST_ROUNDS");
     int                rounds = given ? atoi(given) : ROUNDS, round, i;
     arena             *shared = (arena *)mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -1224,7 +1240,8 @@ static void test_kill(void)
         }
         who[i] = start(shared, i == 0, test_random(&random));
         last   = __atomic_load_n(&shared->publishes, __ATOMIC_SEQ_CST);
-        while (i == 0 && __atomic_load_n(&shared->publishes, __ATOMIC_SEQ_CST) == last && !shared->broken && lorasynci_now_ns() < until) nap(200);
+        while (i == 0 && __atomic_load_n(&shared->publishes, __ATOMIC_SEQ_CST) == last && !shared->broken && lorasynci_now_ns() < until)
+            nap(200);
         CHECK(i != 0 || shared->broken || shared->publishes > last);
         if (old) wait_for(old);
     }
@@ -1332,13 +1349,13 @@ static void test_memory_fails(void)
     memset(&desc, 0, sizeof desc);
     memset(&ed, 0, sizeof ed);
     memset(&m, 0, sizeof m);
-    a.alloc        = test_memory_alloc;
-    a.free         = test_memory_free;
-    a.user         = &m;
-    desc.name      = ed.shm = name;
+    a.alloc   = test_memory_alloc;
+    a.free    = test_memory_free;
+    a.user    = &m;
+    desc.name = ed.shm = name;
     desc.allocator = ed.allocator = &a;
-    ed.adapter     = "default";
-    m.fail_at      = 1;
+    ed.adapter                    = "default";
+    m.fail_at                     = 1;
     CHECK_EQ(lorasync_shm_open(&desc, &t, &err), LORASYNC_E_MEMORY);
     m.fail_at = 0;
     CHECK_EQ(lorasync_shm_open(&desc, &t, &err), 0);
@@ -1376,7 +1393,7 @@ static void test_memory_fails(void)
 /* Each version's config is held against its tensors, also when only one of both is new. */
 static void test_config_of_each_version(void)
 {
-    static const char other[] = "{\"peft_type\":\"LORA\",\"r\":5,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}";
+    static const char  other[] = "{\"peft_type\":\"LORA\",\"r\":5,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}";
     lorasync_transport t;
     lorasync_engine   *e;
     lorasync_error     err;

@@ -2,7 +2,9 @@
 #ifndef LORASYNC_TEST_TRAFFIC_H
 #define LORASYNC_TEST_TRAFFIC_H
 
-enum { MAX_WORLD = 64 };
+enum {
+    MAX_WORLD = 64
+};
 
 TEST_UNUSED static unsigned char pattern(unsigned long long round, int from, int to, size_t i)
 {
@@ -27,7 +29,16 @@ TEST_UNUSED static int same(const unsigned char *p, size_t n, unsigned long long
 /* The size of the message of a round from one rank to another: all ranks work out the same. */
 TEST_UNUSED static size_t message_size(unsigned long long round, int from, int to, int large)
 {
-    static const size_t sizes[] = {1, 8, 16, 4096, LORASYNCI_CHUNK - 9, LORASYNCI_CHUNK - 8, LORASYNCI_CHUNK - 7, LORASYNCI_CHUNK - 1, LORASYNCI_CHUNK, LORASYNCI_CHUNK + 1};
+    static const size_t sizes[] = {1,
+                                   8,
+                                   16,
+                                   4096,
+                                   LORASYNCI_CHUNK - 9,
+                                   LORASYNCI_CHUNK - 8,
+                                   LORASYNCI_CHUNK - 7,
+                                   LORASYNCI_CHUNK - 1,
+                                   LORASYNCI_CHUNK,
+                                   LORASYNCI_CHUNK + 1};
     unsigned long long  s       = round * 7919 + (unsigned long long)from * 64 + (unsigned long long)to;
     unsigned            k       = (unsigned)(test_random(&s) % 16);
     if (k < 5) return 0; /* sparse */
