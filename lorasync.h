@@ -1363,8 +1363,9 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
    LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT, LORASYNC_E_UNSUPPORTED, LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const lorasync_piece *piece, lorasync_error *err);
 
-/* Adds an engine before compile. Copied; its `close` is called when the stream closes. Used on the root, ignored elsewhere.
-   LORASYNC_E_UNSUPPORTED for a shared-memory transport: those carry adapters. */
+/* Adds an engine before compile. Copied; its `close` is called when the stream closes, unless this call failed. Used on the root, ignored elsewhere.
+   Errors, also remembered for compile: LORASYNC_E_UNSUPPORTED for a shared-memory transport, since those carry adapters; LORASYNC_E_ARGUMENT,
+   LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err);
 
 /* Divides the tensors into buckets, plans each and allocates. Collective, once. The order is that of first declaration, on the lowest rank that has
@@ -4444,6 +4445,17 @@ LORASYNCI_FN int lorasynci_comm_ok(const lorasync_comm *c)
 {
     return !c || (c->size >= offsetof(lorasync_comm, abort) && c->all_gather && c->exchange && c->world >= 1 && c->rank >= 0 &&
                   c->rank < c->world);
+}
+
+/* What every desc of the host program has: its communicator and its allocator. */
+LORASYNCI_FN lorasync_status lorasynci_check_host(const lorasync_comm *comm, const lorasync_allocator *allocator, lorasync_allocator *out,
+                                                  lorasync_error *err)
+{
+    if (!lorasynci_comm_ok(comm))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
+    if (!lorasynci_allocator(allocator, out))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    return LORASYNC_OK;
 }
 
 /* Wakes the others after a failure, where the communicator can. At most once per communicator. */
@@ -8604,10 +8616,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
     if (!err) err = &why;
     if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_plan_create: desc or out is NULL");
     *out = NULL;
-    if (!lorasynci_comm_ok(desc->comm))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
-    if (!lorasynci_allocator(desc->allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, &a, err));
     plan = lorasynci_plan_new(desc, &a);
     if (!plan) return lorasynci_plan_refuse(desc, err);
     plan->lent = lent;
@@ -14738,10 +14747,7 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
     lorasync_status    status;
     if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_open: desc or out is NULL");
     *out = NULL;
-    if (!lorasynci_comm_ok(desc->comm))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
-    if (!lorasynci_allocator(desc->allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, &a, err));
     s = (lorasync_session *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a    = a;
@@ -15627,10 +15633,7 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
     lorasync_status    status;
     if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_open: desc or out is NULL");
     *out = NULL;
-    if (!lorasynci_comm_ok(desc->comm))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
-    if (!lorasynci_allocator(desc->allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
+    LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, &a, err));
     s = (lorasync_stream *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a    = a;
@@ -15682,11 +15685,11 @@ LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const 
     return err->status;
 }
 
-LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err)
 {
     lorasync_transport      t;
     lorasync_engine_outcome outcome;
-    if (!stream || !transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: stream or transport is NULL");
+    if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: transport is NULL");
     if (stream->plans)
         return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_attach after lorasync_stream_compile: attach every engine before");
     LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
@@ -15699,6 +15702,16 @@ LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, con
     lorasynci_put(&stream->outcomes, &outcome, sizeof outcome);
     if (!stream->outcomes.failed) lorasynci_put(&stream->transports, &t, sizeof t);
     return stream->outcomes.failed || stream->transports.failed ? lorasynci_fail_memory(err, sizeof outcome) : LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err)
+{
+    lorasync_error why;
+    if (!err) err = &why;
+    if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: stream is NULL");
+    if (lorasynci_stream_attach(stream, transport, err) == LORASYNC_OK) return LORASYNC_OK;
+    if (stream->add_error.status == LORASYNC_OK) stream->add_error = *err; /* an engine that is missing is not left out in silence */
+    return err->status;
 }
 
 /* -- dividing into buckets */

@@ -955,7 +955,6 @@ static void arguments(void)
     REQUIRE(lorasync_stream_open(&d, &s, &err) == LORASYNC_OK);
     CHECK_EQ(lorasync_stream_sync(s, 1, NULL, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_E_EMPTY);
-    CHECK_EQ(lorasync_stream_attach(s, NULL, &err), LORASYNC_E_ARGUMENT);
     p.name = "model.a.weight", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 4, p.box = lorasync_whole(p.shape, 1), p.data = big_data[0];
     CHECK_EQ(lorasync_stream_add(s, &p, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_OK); /* after the failed one */
@@ -968,6 +967,12 @@ static void arguments(void)
     lorasync_stream_get_info(s, &info);
     CHECK_EQ(info.num_tensors, 1);
     CHECK_EQ(info.num_buckets, 1);
+    lorasync_stream_close(s);
+    REQUIRE(lorasync_stream_open(&d, &s, &err) == LORASYNC_OK);
+    CHECK_EQ(lorasync_stream_add(s, &p, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_stream_attach(s, NULL, NULL), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_E_ARGUMENT); /* it comes again: nothing is sent to fewer engines in silence */
+    CHECK_HAS(err.text, "transport is NULL");
     lorasync_stream_close(s);
     REQUIRE(lorasync_stream_open(&d, &other, &err) == LORASYNC_OK);
     CHECK_EQ(lorasync_stream_add(other, &p, &err), LORASYNC_OK);
