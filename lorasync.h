@@ -524,8 +524,9 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local);
    afterwards wait for that reading, and for nothing else. The host does not wait: begin returns once all is enqueued.
    Ranks of one host write straight into the root's image over CUDA IPC where their GPUs can; else the comm's exchange_stream (NCCL) moves
    staged bytes; else the comm's exchange does, through pinned host memory. All three make the same bytes.
-   CUDA graphs: lorasync_begin may be called while `stream` is being captured (unless the exchange goes through the host); it then records the
-   run instead of starting it, on `stream`. After each launch of the graph call lorasync_wait. Nothing else may be captured. */
+   CUDA graphs: lorasync_plan_begin may be called while `stream` is being captured (unless the exchange goes through the host); it then records the
+   run instead of starting it, on `stream`. After each launch of the graph call lorasync_plan_wait. Nothing else may be captured: a session refuses
+   it (LORASYNC_E_UNSUPPORTED), since each of its runs is another version. */
 typedef struct lorasync_cuda {
     struct CUstream_st *stream; /* the caller's, borrowed until close; NULL: the default stream */
     int keep_on_device;         /* 1: the root's image stays in device memory (image->on_device); 0: wait copies it to pinned memory too */
@@ -992,7 +993,7 @@ typedef struct lorasync_shm_desc {
    it (CUDA promises nothing for that case; Linux drivers do so), and no other engine can open it. They report that, naming the process,
    until the version, or a newer one, is published again. The next publisher never writes into memory of a dead one.
    A session whose desc.cuda has keep_on_device, on the same device, gathers straight into the slot (report.in_place); so do its other ranks, where they
-   place directly. A begin that is captured in a CUDA graph does not: its launches write to the session's own image.
+   place directly.
    The same version published again is compared by header and config_json, in which the digest is; without a digest it counts as other content. */
 
 /* Fills *out; end with out->close(out->user), which a session that it is attached to does. The last version stays served after close and after
@@ -7088,6 +7089,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasyn
 LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN void            lorasynci_device_await_importers(lorasync_plan *plan);
+LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan);
 LORASYNCI_FN int             lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b);
 LORASYNCI_FN int             lorasynci_device_is_captured(const lorasync_plan *plan);
 LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g);
@@ -8681,6 +8683,7 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
     int                i;
     if (!plan) return;
     a = plan->meter.a;
+    lorasynci_device_settle(plan);
     lorasynci_device_close(plan);
     if (plan->image) lorasync_image_free(plan->image);
     for (i = 0; i < plan->comm.world; i++) {
@@ -8965,7 +8968,8 @@ LORASYNCI_FN lorasync_status lorasynci_move(lorasync_plan *plan, lorasync_error 
         start = lorasynci_now_ns();
         LORASYNCI_TRY(lorasynci_exchange_round(plan, round, err));
         exchanged = lorasynci_now_ns();
-        lorasynci_place_round(plan, round);
+        if (plan->begin_error.status >= 0)
+            lorasynci_place_round(plan, round); /* else memory[IMAGE] may still be a version that is served */
         plan->stats.exchange_ns += exchanged - start;
         plan->stats.place_ns += lorasynci_now_ns() - exchanged;
     }
@@ -9063,6 +9067,7 @@ struct lorasynci_device {
     cudaEvent_t  ready, packed, done, arrived, placed[2];
     cudaEvent_t *sendable;   /* per round: it is packed */
     uint32_t     num_events; /* of `sendable` that exist */
+    uint32_t     num_sent;   /* rounds of the run under way whose exchange is enqueued */
     CUmodule     module;
     CUfunction   kernel;
     CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
@@ -9241,7 +9246,7 @@ LORASYNCI_FN int lorasynci_device_is_same(const lorasynci_device *a, const loras
 LORASYNCI_FN int lorasynci_device_is_captured(const lorasync_plan *plan)
 {
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    return plan->device && (cudaStreamIsCapturing(plan->device->caller, &capture) != cudaSuccess || capture != cudaStreamCaptureStatusNone);
+    return plan->device && cudaStreamIsCapturing(plan->device->caller, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusActive;
 }
 
 LORASYNCI_FN int lorasynci_device_keeps(const lorasynci_device *g) { return g->keep_on_device; }
@@ -9642,6 +9647,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasy
         if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
         LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world,
                                                  num_receives, g->wire, plan->timeout_ms, err));
+        g->num_sent = round + 1;
         LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived, 0), "cudaStreamWaitEvent");
         LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
@@ -9788,15 +9794,30 @@ LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
     }
 }
 
+/* The exchanges that a run which failed here has not enqueued: the others have, and count on them before they vote. What travels is not used. */
+LORASYNCI_FN lorasync_status lorasynci_device_send_rest(lorasync_plan *plan, uint64_t deadline_ns, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    if (!plan->comm.exchange_stream || plan->num_rounds == 0) return LORASYNC_OK;
+    for (; g->num_sent < plan->num_rounds; g->num_sent++) {
+        size_t num_sends, num_receives;
+        lorasynci_round_messages(plan, g->num_sent, &num_sends, &num_receives);
+        LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world,
+                                                 num_receives, g->wire, plan->timeout_ms, err));
+    }
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
+    return lorasynci_device_poll(plan, g->arrived, deadline_ns, 1, err);
+}
+
 LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g        = plan->device;
     uint64_t          deadline = lorasynci_deadline_ns(plan->timeout_ms);
     int               by_host  = !plan->comm.exchange_stream && plan->num_rounds;
     lorasync_status   status   = LORASYNC_OK;
-    if (plan->begin_error.status < 0) { /* nothing of this run is under way here; the vote tells the others */
+    if (plan->begin_error.status < 0) { /* the vote tells the others */
         *err = plan->begin_error;
-        return by_host ? lorasynci_device_host_rounds(plan, err->status, deadline, err) : LORASYNC_OK;
+        return by_host ? lorasynci_device_host_rounds(plan, err->status, deadline, err) : lorasynci_device_send_rest(plan, deadline, err);
     }
     if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess)
         status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
@@ -9806,6 +9827,20 @@ LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasy
     return status;
 }
 
+/* Before a plan is freed whose run was begun and not waited for: its work ends, or its communicator is given up, so that nothing waits for it
+   for ever. */
+LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
+{
+    lorasync_error  err;
+    lorasync_status status;
+    int             old;
+    if (!plan || !plan->device || !plan->begun || plan->lost || plan->begin_error.status < 0) return;
+    lorasynci_device_enter(plan->device, &old);
+    status = lorasynci_device_poll(plan, plan->device->done, lorasynci_deadline_ns(plan->timeout_ms), 1, &err);
+    lorasynci_device_leave(plan->device, old);
+    if (status < 0) lorasynci_plan_lose(plan, status, &err);
+}
+
 /* All rounds of a device plan, for this rank: the second half of a run. */
 LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err)
 {
@@ -9813,7 +9848,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync
     int             old;
     lorasync_status status;
     lorasynci_device_enter(plan->device, &old);
-    status = lorasynci_device_finish(plan, err);
+    status                 = lorasynci_device_finish(plan, err);
+    plan->device->num_sent = 0;
     lorasynci_device_leave(plan->device, old);
     plan->stats.exchange_ns = lorasynci_now_ns() - start;
     plan->stats.place_ns    = 0;
@@ -9927,6 +9963,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lo
 
 LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan) { (void)plan; }
 LORASYNCI_FN void            lorasynci_device_await_importers(lorasync_plan *plan) { (void)plan; }
+LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan) { (void)plan; }
 LORASYNCI_FN int             lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b) { return !a && !b; }
 LORASYNCI_FN int             lorasynci_device_is_captured(const lorasync_plan *plan) { return plan->device != NULL; }
 LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g) { return g != NULL; }
@@ -12128,7 +12165,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    Why it is right: all of these are sequentially consistent and only the one publisher writes words. If the reader still sees w after its pin,
    then the publisher names another slot later, and looks at the pins later still: it sees the pin and leaves the slot. The number makes each
    word differ from all before, so that "still w" means that nothing was committed in between. A slot that is half written was never named; who
-   takes over a dead publisher's place finds it unnamed and unpinned, and uses it again. All zeros is a valid control, so that making one has
+   takes over a publisher's place finds it unnamed and unpinned, and removes it. All zeros is a valid control, so that making one has
    no step that could be left half done.
 
    An owner is one word, so that taking a dead owner's place is one compare and swap:  pid 24 bits | start time 23 | locked 1 | pid namespace 16.
@@ -12540,13 +12577,14 @@ typedef struct lorasynci_shm {
     uint64_t            mine; /* as it stands in the control */
     int                 num_slots;
     lorasynci_shm_place places[LORASYNCI_SHM_ADAPTERS];
-    uint64_t            used[LORASYNCI_SHM_PINS];    /* a bit per slot, by lorasynci_shm_look */
-    void               *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
-    size_t              sizes[LORASYNCI_SHM_SLOTS];
-    lorasynci_device   *device;                        /* NULL: payloads in the segments */
-    size_t              payload_bytes;                 /* of the image that is being staged to the device */
-    char               *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked at yet */
-    int                 stuck; /* the last copy to the device did not end well: freeing memory could wait for ever */
+    uint64_t            used[LORASYNCI_SHM_PINS]; /* a bit per slot, by lorasynci_shm_look */
+    uint64_t others[LORASYNCI_SHM_PINS];  /* slots of an earlier transport of this process that somebody may still write: see clear */
+    void    *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
+    size_t   sizes[LORASYNCI_SHM_SLOTS];
+    lorasynci_device *device;                        /* NULL: payloads in the segments */
+    size_t            payload_bytes;                 /* of the image that is being staged to the device */
+    char             *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked at yet */
+    int               stuck;                         /* the last copy to the device did not end well: freeing memory could wait for ever */
 } lorasynci_shm;
 
 LORASYNCI_FN lorasynci_shm_head *lorasynci_shm_head_of(const lorasynci_shm *s, int slot) { return (lorasynci_shm_head *)s->memory[slot]; }
@@ -12574,6 +12612,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lo
 
 /* -- slots */
 
+LORASYNCI_FN int lorasynci_shm_is_open(lorasynci_shm *s, int slot);
+
 /* Marks the slots that must not be touched. With `bury`, readers that are dead lose their pins; that costs a few system calls for each. */
 LORASYNCI_FN void lorasynci_shm_look(lorasynci_shm *s, int bury)
 {
@@ -12593,6 +12633,11 @@ LORASYNCI_FN void lorasynci_shm_look(lorasynci_shm *s, int bury)
             owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
         }
         for (k = 0; owner && k < LORASYNCI_SHM_PINS; k++) s->used[k] |= __atomic_load_n(&r->pins[k], __ATOMIC_SEQ_CST);
+    }
+    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
+        if (!lorasynci_shm_is_marked(s->others, i)) continue;
+        if (lorasynci_shm_is_open(s, i)) lorasynci_shm_mark(s->used, i);
+        else s->others[i / 64] &= ~((uint64_t)1 << (i % 64));
     }
 }
 
@@ -13024,8 +13069,9 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     h->magic                   = lorasynci_shm_magic;
     h->version                 = image->version;
     h->payload_bytes           = s->device ? image->payload_bytes : 0;
-    h->image_bytes             = (uint64_t)image->header_bytes + image->payload_bytes - h->payload_bytes;
-    h->config_bytes            = strlen(image->config_json) + 1;
+    if (!s->device) memset(&h->memory, 0, sizeof h->memory);
+    h->image_bytes  = (uint64_t)image->header_bytes + image->payload_bytes - h->payload_bytes;
+    h->config_bytes = strlen(image->config_json) + 1;
     if (image->payload_bytes && !s->device && image->payload != memory + image->header_bytes) {
         memmove(memory + image->header_bytes, image->payload, image->payload_bytes);
     }
@@ -13161,6 +13207,20 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
     lorasynci_free(&a, s);
 }
 
+/* A new transport does not write into free slots of the one before: they may have been lent for a gather, and a rank that was left behind may still
+   write there. In shared memory they are removed, which leaves such a rank its own mapping; device memory waits until nobody has it open. */
+LORASYNCI_FN void lorasynci_shm_clear(lorasynci_shm *s)
+{
+    int i;
+    lorasynci_shm_look(s, 1);
+    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
+        const lorasynci_shm_segment *g = &s->map.control->slots[i];
+        if (!g->serial || lorasynci_shm_is_marked(s->used, i)) continue;
+        if (!g->device_bytes) lorasynci_shm_drop_slot(s, i);
+        else if (lorasynci_shm_is_open(s, i)) lorasynci_shm_mark(s->others, i);
+    }
+}
+
 LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lorasync_transport *out, lorasync_error *err)
 {
     lorasync_allocator a;
@@ -13186,6 +13246,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
         lorasynci_free(&a, s);
         return status;
     }
+    lorasynci_shm_clear(s);
     memset(out, 0, sizeof *out);
     out->size   = sizeof *out;
     out->name   = s->name;
@@ -13540,7 +13601,10 @@ LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g
             tiles[num].count = ops[i].num - first < LORASYNCD_TILE ? (unsigned)(ops[i].num - first) : LORASYNCD_TILE;
         }
     }
+    num        = m->num_ops;
+    m->num_ops = SIZE_MAX; /* fits nothing, until they are there */
     LORASYNCI_CUDA(cudaMemcpyAsync(m->table, m->host, m->sums_at, cudaMemcpyDefault, g->stream), "copying the digest's tables");
+    m->num_ops = num;
     return LORASYNC_OK;
 }
 
@@ -14701,6 +14765,7 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     size_t             i;
     if (!session) return;
     a = session->a;
+    lorasynci_device_settle(session->plan);
     lorasynci_session_drop_aims(session);
     for (i = 0; i < lorasynci_num_transports(session); i++) {
         const lorasync_transport *t = &lorasynci_transports(session)[i];
@@ -15215,7 +15280,8 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     if (lorasync_is_lost(status)) session->lost = status;
     if (status < 0) return status;
     memset(&outcome, 0, sizeof outcome);
-    if (!session->plan->device || lorasynci_device_keeps(session->plan->device)) session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
+    if (!session->plan->device || !session->plan->has_image || lorasynci_device_keeps(session->plan->device))
+        session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
     lorasynci_session_aim_home(session);
     lorasynci_session_config(session, &mine);
     slot   = lorasynci_session_ask(session, &outcome.target);
@@ -15233,25 +15299,31 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
 
 /* -- running */
 
-/* Begins a run for a version, or lets it fail when that is not newer than the last one. */
+/* Begins a run for a version; or lets it fail, when that is not newer than the last one, or when the begin is being captured in a CUDA graph, which
+   would publish every launch as the same version. */
 LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64_t version, uint64_t last_version, lorasync_error *err)
 {
+    int captured;
+    if (plan->begun || plan->lost) return lorasync_plan_begin(plan, err);
     plan->tag = version;
-    if (version > last_version || plan->begun || plan->lost) return lorasync_plan_begin(plan, err);
+    captured  = lorasynci_device_is_captured(plan);
+    if (version > last_version && !captured) return lorasync_plan_begin(plan, err);
     plan->begun = 1; /* nothing is packed, but the others are waiting for this rank's vote */
-    lorasynci_fail(&plan->begin_error, LORASYNC_E_VERSION,
-                   "version %llu is not newer than %llu, the last one published; count versions up from 1", (unsigned long long)version,
-                   (unsigned long long)last_version);
+    if (captured)
+        lorasynci_fail(&plan->begin_error, LORASYNC_E_UNSUPPORTED,
+                       "a session cannot be captured in a CUDA graph; capture lorasync_plan_begin of a plan");
+    else
+        lorasynci_fail(&plan->begin_error, LORASYNC_E_VERSION,
+                       "version %llu is not newer than %llu, the last one published; count versions up from 1", (unsigned long long)version,
+                       (unsigned long long)last_version);
     if (err) *err = plan->begin_error;
-    return LORASYNC_E_VERSION;
+    return plan->begin_error.status;
 }
 
-/* What the run about to begin writes to, as a number that is equal on all ranks. A CUDA graph writes to the same memory at each launch, which no
-   engine must then hold. */
+/* What the run about to begin writes to, as a number that is equal on all ranks. */
 LORASYNCI_FN uint64_t lorasynci_session_take_aim(lorasync_session *s)
 {
     if (!s->aim.own) return 0;
-    if (s->plan->device && lorasynci_device_is_captured(s->plan)) lorasynci_session_aim_home(s);
     lorasynci_plan_aim(s->plan, s->aim.next);
     return s->plan->device && s->plan->direct && s->aim.serial ? lorasynci_mix(s->aim.serial) : 0;
 }
@@ -15261,10 +15333,11 @@ LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t 
     lorasync_status status;
     uint64_t        aimed_at = 0;
     if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_begin before lorasync_compile succeeded");
+    if (session->plan->begun || session->plan->lost) return lorasync_plan_begin(session->plan, err); /* says why not */
     session->begin_ns  = lorasynci_now_ns();
     session->version   = version;
     session->published = 0;
-    if (version > session->last_version && !session->plan->begun && !session->plan->lost) aimed_at = lorasynci_session_take_aim(session);
+    if (version > session->last_version) aimed_at = lorasynci_session_take_aim(session);
     status = lorasynci_begin_version(session->plan, version, session->last_version, err);
     session->plan->tag ^= aimed_at; /* ranks that write to different memory must not agree */
     return status;

@@ -75,6 +75,22 @@ static void slow_gpu(void)
     cases(WAY_HOST, 1, 3, 20);
 }
 
+/* A rank that does not begin a run: all are told, and the communicator is as good as before. */
+static void one_does_not_begin(void)
+{
+    int way, kind;
+    for (way = WAY_NCCL; way <= WAY_HOST; way++)
+        for (kind = LORASYNC_GATHER; kind <= LORASYNC_RESHARD; kind++) {
+            reset();
+            fake_cuda.devices              = 8;
+            device_options.way             = way;
+            device_options.pageable_source = kind == LORASYNC_SCATTER;
+            device_options.lazy_rank       = 1;
+            random_cases((lorasync_plan_kind)kind, 20, 0, run_device_case);
+            check_left();
+        }
+}
+
 /* -- graphs */
 
 /* A copy from pageable memory would be made once, when it is recorded. */
@@ -366,6 +382,7 @@ int main(void)
     RUN(over_nccl);
     RUN(over_the_host);
     RUN(slow_gpu);
+    RUN(one_does_not_begin);
     RUN(kept_on_device);
     RUN(graphs);
     RUN(graph_of_pageable_image);

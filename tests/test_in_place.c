@@ -45,6 +45,7 @@ typedef struct scene {
     int         same_at;  /* version that repeats the one before */
     int         blind;    /* the last rank can map no slot */
     int         hold;     /* the engine keeps the last versions pinned */
+    int         stale_at; /* before this version the root asks for the one before again, or waits without begin, while the others go on */
 } scene;
 
 /* -- what the parameters are */
@@ -295,6 +296,12 @@ static void run_scene(rank_context *x)
         set_parts(values, x->rank, x->world, same ? v - 1 : v);
         if (nan && x->rank == 0) values[5] = -(float)NAN;
         copy_bytes(part, values, sizeof values);
+        if (s->stale_at && ((int)v == s->stale_at || (int)v == s->stale_at + 1)) {
+            if (x->rank > 0) lorasync_begin(session, v, &err);
+            else if ((int)v == s->stale_at) CHECK_EQ(lorasync_begin(session, v - 1, &err), LORASYNC_E_VERSION);
+            CHECK(lorasync_wait(session, &report, &err) < 0);
+            if (x->rank == 0) look(&r, s, served, content);
+        }
         lorasync_begin(session, v, &err);
         if (x->rank == 0) check_held(&r); /* while others pack */
         if (x->rank == 0 && served) look(&r, s, served, content);
@@ -392,6 +399,18 @@ static void nothing_changed(void)
     play(&s);
 }
 
+/* What the others have packed for a run that the root refuses goes nowhere. */
+static void root_is_behind(void)
+{
+    scene s;
+    memset(&s, 0, sizeof s);
+    s.stale_at = 7;
+    s.hold     = 1;
+    play(&s);
+    s.no_direct = 1;
+    play(&s);
+}
+
 /* A rank that cannot map a slot, and publishing goes on as without. */
 TEST_UNUSED static void one_is_blind(void)
 {
@@ -415,6 +434,7 @@ int main(void)
     RUN(over_messages);
     RUN(failures_between);
     RUN(nothing_changed);
+    RUN(root_is_behind);
 #ifdef IN_PLACE_CUDA
     return test_summary("test_in_place_cuda");
 #else

@@ -316,6 +316,7 @@ static void bad_calls(void)
     CHECK_EQ(lorasync_begin(s, 2, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_load(s, "x", &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_wait(s, NULL, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_session_image(s)->version, 1); /* what the second begin asked for changes nothing */
     lorasync_close(s);
     for (i = 0; i < 3; i++) { /* an engine that could not be attached is not left out in silence */
         REQUIRE(lorasync_open(&d, &s, &err) == LORASYNC_OK);

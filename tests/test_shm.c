@@ -1390,6 +1390,41 @@ static void test_memory_fails(void)
     CHECK_EQ(m.live, 0);
 }
 
+/* A rank that was left behind writes into the slot that it was lent, when there is a new transport already. */
+static void test_left_behind(void)
+{
+    lorasynci_shm_target target;
+    lorasync_transport   t;
+    lorasync_engine     *e;
+    lorasync_image      *image;
+    lorasync_error       err;
+    size_t               num_bytes = 0;
+    char                *payload   = NULL, *map;
+    uint64_t             v;
+    fresh_name();
+    e     = open_engine("default", 0);
+    t     = open_transport();
+    image = make_image("default", 1, 0, 64);
+    CHECK_EQ(put(&t, image, &err), 0);
+    CHECK_EQ(lorasynci_shm_slot(t.user, "default", image->header_bytes, image->payload_bytes, 1000, &payload, &target, &err), 0);
+    map = lorasynci_shm_map_target(&target, &num_bytes);
+    REQUIRE(map != NULL);
+    t.close(t.user);
+    t = open_transport();
+    for (v = 2; v <= 5; v++) {
+        drop_image(image);
+        image = make_image("default", v, 0, 64);
+        CHECK_EQ(put(&t, image, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        memset(map, 0xee, num_bytes);
+        CHECK_EQ(served(e, "default"), v);
+    }
+    munmap(map, num_bytes);
+    drop_image(image);
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
 /* Each version's config is held against its tensors, also when only one of both is new. */
 static void test_config_of_each_version(void)
 {
@@ -1420,6 +1455,7 @@ int main(void)
     RUN(test_publish);
     RUN(test_abort);
     RUN(test_config_of_each_version);
+    RUN(test_left_behind);
     RUN(test_versions);
     RUN(test_two_adapters);
     RUN(test_growth);
