@@ -12841,6 +12841,25 @@ LORASYNCI_FN int lorasynci_shm_served(lorasynci_shm *s, int adapter)
     return slot >= 0 && lorasynci_shm_have_slot(s, slot) && lorasynci_shm_head_of(s, slot)->magic == lorasynci_shm_magic ? slot : -1;
 }
 
+/* The same, where a slot that is there and cannot be mapped now is an error: without it a stage would not see that a newer version is served. */
+LORASYNCI_FN lorasync_status lorasynci_shm_find_served(lorasynci_shm *s, int adapter, int *out, lorasync_error *err)
+{
+    int             slot = lorasynci_shm_slot_of(s->map.control->adapters[adapter].word), fd;
+    char            path[LORASYNCI_SHM_PATH];
+    struct stat     st;
+    lorasync_status status;
+    *out = lorasynci_shm_served(s, adapter);
+    if (*out >= 0 || slot < 0 || s->memory[slot]) return LORASYNC_OK;
+    lorasynci_shm_path(path, s->name, s->map.control->slots[slot].serial);
+    status = lorasynci_shm_open_segment(path, O_RDWR, &fd, &st, err);
+    if (status == LORASYNC_E_NOT_FOUND) return LORASYNC_OK; /* removed by hand */
+    if (status < 0) return status;
+    close(fd);
+    if ((uintmax_t)st.st_size != s->map.control->slots[slot].num_bytes) return LORASYNC_OK; /* damaged */
+    return lorasynci_fail(err, LORASYNC_E_IO,
+                          "cannot map shared memory %s, which holds the version that is served; free memory and try again", path);
+}
+
 LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lorasync_image *image)
 {
     const lorasynci_shm_head *h       = lorasynci_shm_head_of(s, slot);
@@ -13088,7 +13107,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &adapter, err));
     lorasynci_shm_unstage(&s->places[adapter]);
-    served = lorasynci_shm_served(s, adapter);
+    LORASYNCI_TRY(lorasynci_shm_find_served(s, adapter, &served, err));
     if (served >= 0 && lorasynci_shm_head_of(s, served)->version >= image->version && !lorasynci_shm_is_lost(s, served, image)) {
         uint64_t now = lorasynci_shm_head_of(s, served)->version;
         if (now == image->version && lorasynci_shm_same(s, served, image)) return LORASYNC_OK;

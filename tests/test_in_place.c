@@ -7,12 +7,14 @@
 #include <string.h>
 #include <sys/mman.h>
 
-static int is_blind; /* this process can open no slot */
+static int is_blind;    /* this process can open no slot */
+static int num_failing; /* ... the next so many times */
 
 static int open_if_seen(const char *name, int flags, mode_t mode)
 {
-    if (!is_blind || !strchr(name, '@')) return shm_open(name, flags, mode);
-    errno = EACCES;
+    if (!strchr(name, '@') || (!is_blind && num_failing == 0)) return shm_open(name, flags, mode);
+    num_failing -= !is_blind;
+    errno = is_blind ? EACCES : EMFILE;
     return -1;
 }
 
@@ -422,6 +424,44 @@ TEST_UNUSED static void one_is_blind(void)
     play(&s);
 }
 
+/* A new publisher that cannot look at what is served does not take it for nothing. */
+TEST_UNUSED static void served_version_is_not_seen(void)
+{
+    static const char   config[] = "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q\"]}";
+    lorasync_tensor     tensor;
+    lorasync_image_desc d;
+    lorasync_shm_desc   sd;
+    lorasync_transport  t;
+    lorasync_image     *image = NULL;
+    lorasync_error      err;
+    char                name[60];
+    float               payload[4] = {1, 2, 3, 4};
+    memset(&tensor, 0, sizeof tensor);
+    memset(&d, 0, sizeof d);
+    memset(&sd, 0, sizeof sd);
+    tensor.name = "a.weight", tensor.dtype = LORASYNC_F32, tensor.ndim = 1, tensor.shape[0] = 4;
+    d.tensors = &tensor, d.num_tensors = 1, d.adapter = "default";
+    snprintf(name, sizeof name, "test-in-place-%ld-seen", (long)getpid());
+    sd.name = name;
+    REQUIRE(lorasync_image_layout(&d, NULL, &image, &err) == LORASYNC_OK);
+    image->config_json = config;
+    lorasync_image_bind(image, payload);
+    lorasync_image_stamp(image, 5, lorasync_image_digest(image, NULL));
+    REQUIRE(lorasync_shm_open(&sd, &t, &err) == LORASYNC_OK);
+    CHECK_EQ(t.stage(t.user, image, &err), LORASYNC_OK);
+    CHECK_EQ(t.commit(t.user, "default", 5, &err), LORASYNC_OK);
+    t.close(t.user);
+    REQUIRE(lorasync_shm_open(&sd, &t, &err) == LORASYNC_OK);
+    lorasync_image_stamp(image, 3, image->digest);
+    num_failing = 1; /* the look at what is served */
+    CHECK_EQ(t.stage(t.user, image, &err), LORASYNC_E_IO);
+    num_failing = 0;
+    CHECK_EQ(t.stage(t.user, image, &err), LORASYNC_E_VERSION);
+    t.close(t.user);
+    lorasync_image_free(image);
+    lorasync_shm_remove(name, NULL);
+}
+
 int main(void)
 {
 #ifdef IN_PLACE_CUDA
@@ -439,6 +479,7 @@ int main(void)
     return test_summary("test_in_place_cuda");
 #else
     RUN(one_is_blind);
+    RUN(served_version_is_not_seen);
     return test_summary("test_in_place");
 #endif
 }
