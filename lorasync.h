@@ -787,7 +787,7 @@ typedef struct lorasync_plan_stats {
 
 LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out);
 
-/* Not collective. NULL is fine. */
+/* Not collective. NULL is fine. Between begin and wait as lorasync_close. */
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan);
 
 /* ------------------------------------------------------------------------------------------------ >>api: config -- */
@@ -1324,7 +1324,8 @@ LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_se
 /* The image last synced, on the root between a successful wait and its next begin; NULL elsewhere. Its config_json is what was published. */
 LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session *session);
 
-/* Frees everything and closes the transports. Not collective. NULL is fine. */
+/* Frees everything and closes the transports. Not collective. NULL is fine. On a GPU, between begin and wait, it first lets the run's work end; where
+   that takes until the deadline, because others do not take part, the communicator is given up. */
 LORASYNC_API void lorasync_close(lorasync_session *session);
 
 /* -------------------------------------------------------------------------------------------------- >>api: base -- */
@@ -11321,6 +11322,23 @@ LORASYNCI_FN lorasync_engine_outcome lorasynci_new_outcome(const lorasync_transp
     return o;
 }
 
+/* Adds an engine to a session's, or a stream's. */
+LORASYNCI_FN lorasync_status lorasynci_put_engine(lorasynci_buffer *transports, lorasynci_buffer *outcomes, const lorasync_transport *t,
+                                                  lorasync_error *err)
+{
+    lorasync_engine_outcome outcome = lorasynci_new_outcome(t);
+    lorasynci_put(outcomes, &outcome, sizeof outcome);
+    if (!outcomes->failed) lorasynci_put(transports, t, sizeof *t);
+    return outcomes->failed || transports->failed ? lorasynci_fail_memory(err, sizeof outcome) : LORASYNC_OK;
+}
+
+/* The first failure of a call that only compile repeats: a parameter or an engine that is missing is not left out in silence. */
+LORASYNCI_FN lorasync_status lorasynci_remember(lorasync_error *first, const lorasync_error *err)
+{
+    if (first->status == LORASYNC_OK) *first = *err;
+    return err->status;
+}
+
 /* One run of publishing. Transport i is as transport_copy left it; outcome i goes on from the run before.
 
        transports  [ a      | b         | c      | d    ]   b has no commit: after the others
@@ -14906,33 +14924,22 @@ LORASYNCI_FN lorasync_status lorasynci_add_piece(lorasync_session *s, const lora
     return s->texts.failed || s->added.failed || s->modules.failed ? lorasynci_fail_memory(err, s->texts.size) : LORASYNC_OK;
 }
 
-/* A session that lacks a parameter or an engine it was given would do without and not say so: compile fails. */
-LORASYNCI_FN lorasync_status lorasynci_remember(lorasync_session *s, const lorasync_error *err)
-{
-    if (s->add_error.status == LORASYNC_OK) s->add_error = *err;
-    return err->status;
-}
-
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err)
 {
     lorasync_error why;
     if (!err) err = &why;
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
     if (lorasynci_add_piece(session, piece, err) == LORASYNC_OK) return LORASYNC_OK;
-    return lorasynci_remember(session, err);
+    return lorasynci_remember(&session->add_error, err);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_session_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err)
 {
-    lorasync_transport      t;
-    lorasync_engine_outcome outcome;
+    lorasync_transport t;
     if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: transport is NULL");
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_attach after lorasync_compile: attach every engine before");
     LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
-    outcome = lorasynci_new_outcome(&t);
-    lorasynci_put(&session->outcomes, &outcome, sizeof outcome);
-    if (!session->outcomes.failed) lorasynci_put(&session->transports, &t, sizeof t);
-    return session->outcomes.failed || session->transports.failed ? lorasynci_fail_memory(err, sizeof outcome) : LORASYNC_OK;
+    return lorasynci_put_engine(&session->transports, &session->outcomes, &t, err);
 }
 
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err)
@@ -14941,7 +14948,7 @@ LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lo
     if (!err) err = &why;
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: session is NULL");
     if (lorasynci_session_attach(session, transport, err) == LORASYNC_OK) return LORASYNC_OK;
-    return lorasynci_remember(session, err);
+    return lorasynci_remember(&session->add_error, err);
 }
 
 LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session, const char *directory, lorasync_error *err)
@@ -14955,7 +14962,7 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
     memset(&d, 0, sizeof d);
     d.directory = directory;
     d.allocator = &session->a;
-    if (lorasync_directory_open(&d, &t, err) < 0) return lorasynci_remember(session, err);
+    if (lorasync_directory_open(&d, &t, err) < 0) return lorasynci_remember(&session->add_error, err);
     status = lorasync_attach(session, &t, err);
     if (status < 0) t.close(t.user);
     return status;
@@ -15773,14 +15780,12 @@ LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const 
     if (!err) err = &why;
     if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
     if (lorasynci_stream_add_piece(stream, piece, err) == LORASYNC_OK) return LORASYNC_OK;
-    if (stream->add_error.status == LORASYNC_OK) stream->add_error = *err;
-    return err->status;
+    return lorasynci_remember(&stream->add_error, err);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err)
 {
-    lorasync_transport      t;
-    lorasync_engine_outcome outcome;
+    lorasync_transport t;
     if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: transport is NULL");
     if (stream->plans)
         return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_attach after lorasync_stream_compile: attach every engine before");
@@ -15790,10 +15795,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_attach(lorasync_stream *stream, co
             err, LORASYNC_E_UNSUPPORTED,
             "'%.60s' is shared memory, which carries adapters; send base weights to a directory, or through a transport of your own",
             t.name);
-    outcome = lorasynci_new_outcome(&t);
-    lorasynci_put(&stream->outcomes, &outcome, sizeof outcome);
-    if (!stream->outcomes.failed) lorasynci_put(&stream->transports, &t, sizeof t);
-    return stream->outcomes.failed || stream->transports.failed ? lorasynci_fail_memory(err, sizeof outcome) : LORASYNC_OK;
+    return lorasynci_put_engine(&stream->transports, &stream->outcomes, &t, err);
 }
 
 LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport, lorasync_error *err)
@@ -15802,8 +15804,7 @@ LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, con
     if (!err) err = &why;
     if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: stream is NULL");
     if (lorasynci_stream_attach(stream, transport, err) == LORASYNC_OK) return LORASYNC_OK;
-    if (stream->add_error.status == LORASYNC_OK) stream->add_error = *err; /* an engine that is missing is not left out in silence */
-    return err->status;
+    return lorasynci_remember(&stream->add_error, err);
 }
 
 /* -- dividing into buckets */

@@ -318,6 +318,44 @@ static void nccl_hangs(void)
     }
 }
 
+/* A plan that is freed between begin and wait while another rank never begins: that ends at the deadline. */
+static void abandon(rank_context *x)
+{
+    device_rank  d;
+    random_case *c = (random_case *)x->user;
+    memset(&d, 0, sizeof d);
+    d.context = x;
+    d.c       = c;
+    cudaSetDevice(x->rank);
+    cudaStreamCreateWithFlags(&d.stream, cudaStreamNonBlocking);
+    CHECK(pieces_to_device(&c->have[x->rank], d.have));
+    CHECK_EQ(device_comm(&d), LORASYNC_OK);
+    CHECK_EQ(device_plan(&d), LORASYNC_OK);
+    if (x->rank > 0) CHECK_EQ(lorasync_plan_begin(d.plan, &d.err), LORASYNC_OK);
+    device_barrier(&d);
+    lorasync_plan_free(d.plan);
+    device_barrier(&d);
+    lorasync_nccl_close(&d.comm);
+    pieces_free(&c->have[x->rank], d.have);
+    cudaStreamDestroy(d.stream);
+}
+
+static void freed_between_begin_and_wait(void)
+{
+    static random_case c;
+    uint64_t           start = lorasynci_now_ns();
+    reset();
+    fake_cuda.devices         = 8;
+    device_options.way        = WAY_NCCL;
+    device_options.timeout_ms = 300;
+    small_case(&c, 3, LORASYNC_GATHER);
+    run_threads(c.world, abandon, &c);
+    CHECK(lorasynci_now_ns() - start < UINT64_C(15000000000));
+    CHECK(fake_nccl.aborts > 0);
+    free_case(&c);
+    check_left();
+}
+
 /* -- NaN: found on the GPU, named as the host would */
 
 static void nan_is_named(void)
@@ -393,6 +431,7 @@ int main(void)
     RUN(allocator_fails);
     RUN(gpu_fails);
     RUN(nccl_hangs);
+    RUN(freed_between_begin_and_wait);
     RUN(nan_is_named);
     return test_summary("test_cuda_fake");
 }
