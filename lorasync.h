@@ -13645,13 +13645,9 @@ LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
-                                                     lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
 {
     CUresult r = CUDA_SUCCESS;
-    if (!lorasynci_import_fits(m, image)) {
-        LORASYNCI_TRY(lorasynci_import_tabulate(g, m, image, err));
-    }
     LORASYNCI_CUDA(cudaMemsetAsync(m->table + m->sums_at, 0, m->num_ops * 8, g->stream), "cudaMemsetAsync");
     if (m->num_tiles) /* integers are not checked: bad is never written */
         r = lorasynci_device_launch(g, m->table, m->table + m->tiles_at, (unsigned)m->num_tiles, m->table + m->sums_at, 0, g->stream);
@@ -13661,14 +13657,29 @@ LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, 
     return LORASYNC_OK;
 }
 
-/* Starts digesting the image where it lies. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
-                                                          lorasync_error *err)
+/* Starts digesting with the tables that there are, while the header is read: as a rule the next version has the same tensors. */
+LORASYNCI_FN lorasync_status lorasynci_import_check_ahead(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
 {
     lorasync_status status;
     int             old;
+    if (!m->host || m->num_ops == SIZE_MAX) return LORASYNC_OK;
     lorasynci_device_enter(g, &old);
-    status = lorasynci_import_launch(g, m, image, err);
+    status = lorasynci_import_launch(g, m, err);
+    lorasynci_device_leave(g, old);
+    return status;
+}
+
+/* Starts digesting the image where it lies, unless that is under way with tables that fit. */
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
+                                                          lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_OK;
+    int             old;
+    if (lorasynci_import_fits(m, image)) return LORASYNC_OK;
+    lorasynci_device_enter(g, &old);
+    if (m->host) status = lorasynci_device_drain(g, "digesting the payload", err); /* its tables go */
+    if (status == LORASYNC_OK) status = lorasynci_import_tabulate(g, m, image, err);
+    if (status == LORASYNC_OK) status = lorasynci_import_launch(g, m, err);
     lorasynci_device_leave(g, old);
     return status;
 }
@@ -13702,7 +13713,12 @@ LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci
     (void)g, (void)first, (void)v, (void)slot, (void)memory, (void)out, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_import_check_begin(const lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
+LORASYNCI_FN lorasync_status lorasynci_import_check_ahead(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
+{
+    (void)g, (void)m, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(lorasynci_device *g, lorasynci_import *m, const lorasync_image *image,
                                                           lorasync_error *err)
 {
     (void)g, (void)m, (void)image, (void)err;
@@ -14270,6 +14286,7 @@ LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, void *ma
                                   "the slot is damaged: its head does not fit its header and device memory; publish again");
         LORASYNCI_TRY(lorasynci_import_get(e->device, &e->imports, out->view, out->slot, &h->memory, &out->import, err));
         out->import->num_users++;
+        if (!e->no_verify) LORASYNCI_TRY(lorasynci_import_check_ahead(e->device, out->import, err));
     }
     LORASYNCI_TRY(lorasync_image_parse(memory, total, &e->a, &out->image, err)); /* looks at the header only */
     lorasynci_image_own_mapping(out->image, map, num_bytes);
