@@ -494,6 +494,11 @@ typedef struct lorasync_comm {
     lorasync_status (*exchange_stream)(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
                                        size_t num_receives, struct CUstream_st *stream, int timeout_ms, lorasync_error *err);
 
+    /* Optional, beside exchange_stream: all_gather for device memory, enqueued likewise. `in` may be this rank's part of `out`. With it the ranks
+       of a device plan vote on the GPU, behind the last message; without it the host asks for the votes when the work is done. */
+    lorasync_status (*all_gather_stream)(void *user, const void *in, void *out, size_t num_bytes, struct CUstream_st *stream,
+                                         int timeout_ms, lorasync_error *err);
+
     /* Optional: called now and then while this rank waits for something else than a message, in the middle of a collective call. 0 as long as
        the communicator is healthy; else a status of -100 or below. */
     lorasync_status (*check)(void *user, lorasync_error *err);
@@ -763,7 +768,8 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
 LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err);
 
 /* Exchanges and places. Collective; blocks until every rank is done or failed. After success the image is complete and digested, or the
-   wanted pieces are written. After failure the image must not be used (the next begin fills it again). Allocates nothing. */
+   wanted pieces are written. After failure the image must not be used (the next begin fills it again). Where ranks vote on the GPU (a comm with
+   all_gather_stream) a rank has done its part with begin: if it fails or dies later, the others learn it at their next call. Allocates nothing. */
 LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_error *err);
 
 /* The image of a GATHER (on the root) or GATHER_ALL (everywhere), valid between a successful wait and this rank's next begin; NULL elsewhere. */
@@ -5139,6 +5145,23 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_all_gather(void *user, const void *i
     return status;
 }
 
+/* `in` may be the own part of `out`. */
+LORASYNCI_FN lorasync_status lorasynci_nccl_all_gather_stream(void *user, const void *in, void *out, size_t num_bytes,
+                                                              struct CUstream_st *stream, int timeout_ms, lorasync_error *err)
+{
+    lorasynci_nccl *n        = (lorasynci_nccl *)user;
+    uint64_t        deadline = lorasynci_deadline_ns(timeout_ms);
+    lorasync_status status;
+    int             old;
+    LORASYNCI_TRY(lorasynci_nccl_is_lost(n, err));
+    lorasynci_nccl_enter(n, &old);
+    status = lorasynci_nccl_settle(n, ncclInProgress, "before an all_gather", deadline, err);
+    if (status == LORASYNC_OK)
+        status = lorasynci_nccl_settle(n, ncclAllGather(in, out, num_bytes, ncclUint8, n->comm, stream), "all_gather", deadline, err);
+    lorasynci_nccl_leave(n, old);
+    return status;
+}
+
 LORASYNCI_FN lorasync_status lorasynci_nccl_check(void *user, lorasync_error *err)
 {
     lorasynci_nccl *n = (lorasynci_nccl *)user;
@@ -5295,15 +5318,16 @@ LORASYNC_API lorasync_status lorasync_nccl_open(const lorasync_nccl_desc *desc, 
         lorasynci_nccl_free(n);
         return status;
     }
-    *out                 = lorasync_solo();
-    out->user            = n;
-    out->rank            = n->rank;
-    out->world           = n->world;
-    out->all_gather      = lorasynci_nccl_all_gather;
-    out->exchange        = lorasynci_nccl_exchange;
-    out->abort           = lorasynci_nccl_abort;
-    out->exchange_stream = lorasynci_nccl_exchange_stream;
-    out->check           = lorasynci_nccl_check;
+    *out                   = lorasync_solo();
+    out->user              = n;
+    out->rank              = n->rank;
+    out->world             = n->world;
+    out->all_gather        = lorasynci_nccl_all_gather;
+    out->exchange          = lorasynci_nccl_exchange;
+    out->abort             = lorasynci_nccl_abort;
+    out->exchange_stream   = lorasynci_nccl_exchange_stream;
+    out->all_gather_stream = lorasynci_nccl_all_gather_stream;
+    out->check             = lorasynci_nccl_check;
     return LORASYNC_OK;
 }
 
@@ -7088,6 +7112,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
 LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err);
+LORASYNCI_FN int             lorasynci_device_agreed(const lorasync_plan *plan);
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN void            lorasynci_device_await_importers(lorasync_plan *plan);
 LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan);
@@ -7148,7 +7173,7 @@ typedef struct lorasynci_planner {
     lorasynci_stream         *streams;
     uint64_t                 *load;      /* per rank: bytes it sends */
     uint64_t                  pair_cap;  /* bytes of one stream in one round */
-    uint64_t                  first_cap; /* the same of round 0; each further round may have four times as much, until pair_cap */
+    uint64_t                  first_cap; /* the same of round 0; each further round may have twice as much, until pair_cap */
     uint32_t                  num_rounds;
     lorasynci_buffer         *sends, *receives; /* per rank: lorasynci_route ... */
     lorasynci_buffer         *digests;          /* per rank: uint32_t image tensor of each digest it sends */
@@ -7464,7 +7489,7 @@ LORASYNCI_FN void lorasynci_put_route(lorasynci_buffer *b, uint32_t item, uint32
 
 LORASYNCI_FN uint64_t lorasynci_round_cap(const lorasynci_planner *p, uint32_t round)
 {
-    return round < 16 && p->first_cap < p->pair_cap >> 2 * round ? p->first_cap << 2 * round : p->pair_cap;
+    return round < 32 && p->first_cap < p->pair_cap >> round ? p->first_cap << round : p->pair_cap;
 }
 
 /* Where the next box of a stream goes, and in which round. */
@@ -8992,9 +9017,11 @@ LORASYNCI_FN lorasync_status lorasynci_move_all(lorasync_plan *plan, lorasync_er
 /* A run is taken, or given up, by all. */
 LORASYNCI_FN lorasync_status lorasynci_vote_run(lorasync_plan *plan, lorasync_error *err)
 {
-    uint64_t        start  = lorasynci_now_ns();
-    lorasync_status status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, plan->begin_error.status, &plan->begin_error,
-                                             plan->tag, "version", NULL, err);
+    uint64_t        start = lorasynci_now_ns();
+    lorasync_status status;
+    if (plan->device && lorasynci_device_agreed(plan)) return LORASYNC_OK;
+    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, plan->begin_error.status, &plan->begin_error, plan->tag, "version",
+                             NULL, err);
     plan->stats.exchange_ns += lorasynci_now_ns() - start;
     return status;
 }
@@ -9041,9 +9068,9 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
    pack and to place. Events keep the order without the host:
 
        caller's stream   --ready-->                  --packed--> goes on: the parameters may change
-       plan's stream                pack 0 | pack 1 | ..                                  | copies to the host --done--> polled, with a deadline
-       wire's stream                       | exchange 0 | exchange 1 | ..                 |
-       placing stream                                   | place 0    | place 1 | ..       |
+       plan's stream                pack 0 | pack 1 | ..                                                  --done--> polled, with a deadline
+       wire's stream                       | exchange 0 | exchange 1 | .. | votes | copies to the host |
+       placing stream                                   | place 0    | place 1 | ..                    |
                                            ^ after pack 0 ..         ^ exchange r after place r - 2, too: two halves of staging take turns
 
    Where they want the same multiprocessors the wire comes first, placing second. */
@@ -9052,6 +9079,12 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+
+/* What a rank says of a run on the GPU: the smallest `tensor << 40 | element` that is not finite (else all ones), and the plan's tag, or, of a run
+   that it could not begin, another one. */
+typedef struct lorasynci_ballot {
+    uint64_t bad, tag;
+} lorasynci_ballot;
 
 /* A launch: `num` tiles over a table of operations, both in device memory. */
 typedef struct lorasynci_launch {
@@ -9068,24 +9101,24 @@ struct lorasynci_device {
     cudaEvent_t  ready, packed, done, arrived, placed[2];
     cudaEvent_t *sendable;   /* per round: it is packed */
     uint32_t     num_events; /* of `sendable` that exist */
-    uint32_t     num_sent;   /* rounds of the run under way whose exchange is enqueued */
+    uint32_t     num_sent;   /* rounds of the run under way whose exchange is enqueued; one more: the ballots' too */
     CUmodule     module;
     CUfunction   kernel;
     CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
     CUresult (*unload)(CUmodule);
-    lorasynci_launch   *pack;  /* per round; what goes nowhere with the last, or alone */
-    lorasynci_launch   *place; /* per round */
-    void               *table; /* one allocation: all operations, tiles, bad and sums */
-    unsigned long long *bad;
-    char               *sums; /* this rank's digests; in send staging when they travel with the data */
-    size_t              num_sums;
-    char               *host; /* pinned: | bad | sums | digests that arrive, link after link | */
-    size_t              host_bytes;
-    char               *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
-    char               *image;      /* device memory of the payload, made here */
-    char               *peer_image; /* the same, of another process */
-    char               *host_image; /* pinned copy, unless the image stays on the device */
-    int                 keep_on_device;
+    lorasynci_launch *pack;    /* per round; what goes nowhere with the last, or alone */
+    lorasynci_launch *place;   /* per round */
+    void             *table;   /* one allocation: all operations, tiles, ballots and sums */
+    lorasynci_ballot *ballots; /* one per rank */
+    char             *sums;    /* this rank's digests; in send staging when they travel with the data */
+    size_t            num_sums;
+    char             *host; /* pinned: | the ballot to cast | ballots | sums | digests that arrive, link after link | */
+    size_t            host_bytes;
+    char             *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
+    char             *image;      /* device memory of the payload, made here */
+    char             *peer_image; /* the same, of another process */
+    char             *host_image; /* pinned copy, unless the image stays on the device */
+    int               keep_on_device;
 };
 
 /* The kernel's text, below. */
@@ -9433,23 +9466,24 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan,
     return LORASYNC_OK;
 }
 
-/* All tables into one device allocation:  | ops of launch 0 | of 1 | .. || tiles of launch 0 | of 1 | .. || bad | sums | */
+/* All tables into one device allocation:  | ops of launch 0 | of 1 | .. || tiles of launch 0 | of 1 | .. || ballots | sums | */
 LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, const uint32_t *slot_of, lorasynci_buffer *ops,
                                                          lorasynci_buffer *tiles, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
     uint32_t          l, launches = lorasynci_device_packs(plan) + plan->num_rounds;
-    size_t            op_at = 0, tile_at, bad_at, num_tiles = 0, own_sums = plan->num_slots ? 0 : plan->catalogue.num;
+    size_t            op_at = 0, tile_at, ballots_at, sums_at, num_tiles = 0, own_sums = plan->num_slots ? 0 : plan->catalogue.num;
     for (l = 0; l < launches; l++) { /* sizes first: the sums' address is part of the operations */
         ops->size = tiles->size = 0;
         lorasynci_device_tables(plan, l, slot_of, ops, tiles);
         num_tiles += tiles->size / sizeof(lorasyncd_tile);
     }
-    tile_at = lorasynci_align64((lorasynci_ops_num(&plan->pack) + lorasynci_ops_num(&plan->place)) * sizeof(lorasyncd_op));
-    bad_at  = lorasynci_align64(tile_at + num_tiles * sizeof(lorasyncd_tile));
-    LORASYNCI_CUDA(cudaMalloc(&g->table, bad_at + 8 + own_sums * 8), "memory for the tables");
-    g->bad = (unsigned long long *)(void *)((char *)g->table + bad_at);
-    if (!plan->num_slots) g->sums = (char *)g->table + bad_at + 8;
+    tile_at    = lorasynci_align64((lorasynci_ops_num(&plan->pack) + lorasynci_ops_num(&plan->place)) * sizeof(lorasyncd_op));
+    ballots_at = lorasynci_align64(tile_at + num_tiles * sizeof(lorasyncd_tile));
+    sums_at    = ballots_at + (size_t)plan->comm.world * sizeof *g->ballots;
+    LORASYNCI_CUDA(cudaMalloc(&g->table, sums_at + own_sums * 8), "memory for the tables");
+    g->ballots = (lorasynci_ballot *)(void *)((char *)g->table + ballots_at);
+    if (!plan->num_slots) g->sums = (char *)g->table + sums_at;
     for (l = 0; l < launches; l++) LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, slot_of, ops, tiles, &op_at, &tile_at, err));
     return LORASYNC_OK;
 }
@@ -9487,7 +9521,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
 {
     lorasynci_device *g = plan->device;
     int               i;
-    g->host_bytes = 8 + g->num_sums * 8;
+    g->host_bytes = (1 + (size_t)plan->comm.world) * sizeof *g->ballots + g->num_sums * 8;
     for (i = 0; i < plan->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
     LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host, g->host_bytes, cudaHostAllocDefault), "pinned memory");
     if (plan->image && plan->has_image && !g->keep_on_device && !plan->lent) {
@@ -9586,28 +9620,59 @@ LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, con
     for (at = 0; at < launch->num; at += num) {
         CUresult r;
         num = launch->num - at < most ? launch->num - at : most;
-        r   = lorasynci_device_launch(g, launch->ops, launch->tiles + at, num, g->bad, shift, stream);
+        r   = lorasynci_device_launch(g, launch->ops, launch->tiles + at, num, &g->ballots[plan->comm.rank].bad, shift, stream);
         if (r != CUDA_SUCCESS) return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
     }
     return LORASYNC_OK;
 }
 
-/* What the host needs to see: bad, sums, arrived digests, and the image. */
-LORASYNCI_FN lorasync_status lorasynci_device_fetch(lorasync_plan *plan, lorasync_error *err)
+/* Whether the ranks vote on the GPU. An objection may come up later than that. */
+LORASYNCI_FN int lorasynci_device_casts(const lorasync_plan *plan)
 {
-    lorasynci_device *g  = plan->device;
-    size_t            at = 8;
-    int               i;
-    LORASYNCI_CUDA(cudaMemcpyAsync(g->host, g->bad, 8, cudaMemcpyDefault, g->stream), "copying the NaN check");
-    if (g->num_sums)
-        LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, g->sums, g->num_sums * 8, cudaMemcpyDefault, g->stream), "copying digests");
+    return lorasynci_is_pipelined(plan) && plan->num_rounds && plan->comm.all_gather_stream && !plan->objection;
+}
+
+/* The ballots on the host: the one to cast, then as they came from the ranks. */
+LORASYNCI_FN lorasynci_ballot *lorasynci_device_ballot(const lorasynci_device *g) { return (lorasynci_ballot *)(void *)g->host; }
+
+/* Brings this rank's ballot to the GPU, where the kernel adds what is not finite. */
+LORASYNCI_FN lorasync_status lorasynci_device_fill_ballot(const lorasync_plan *plan, uint64_t tag, cudaStream_t stream, lorasync_error *err)
+{
+    lorasynci_device *g   = plan->device;
+    lorasynci_ballot *own = lorasynci_device_ballot(g);
+    own->bad              = UINT64_MAX;
+    own->tag              = tag;
+    LORASYNCI_CUDA(cudaMemcpyAsync(&g->ballots[plan->comm.rank], own, sizeof *own, cudaMemcpyDefault, stream), "copying the ballot");
+    return LORASYNC_OK;
+}
+
+/* Every rank gets every rank's, behind the last exchange. */
+LORASYNCI_FN lorasync_status lorasynci_device_cast(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNCI_TRY(plan->comm.all_gather_stream(plan->comm.user, &g->ballots[plan->comm.rank], g->ballots, sizeof *g->ballots, g->wire,
+                                               plan->timeout_ms, err));
+    g->num_sent = plan->num_rounds + 1;
+    return LORASYNC_OK;
+}
+
+/* What the host needs to see: ballots, sums and arrived digests. */
+LORASYNCI_FN lorasync_status lorasynci_device_fetch(lorasync_plan *plan, cudaStream_t stream, lorasync_error *err)
+{
+    lorasynci_device *g     = plan->device;
+    size_t            first = lorasynci_device_casts(plan) ? 0 : (size_t)plan->comm.rank, world = (size_t)plan->comm.world, i;
+    size_t            at = (1 + world) * sizeof *g->ballots;
+    LORASYNCI_CUDA(cudaMemcpyAsync(lorasynci_device_ballot(g) + 1 + first, g->ballots + first,
+                                   (lorasynci_device_casts(plan) ? world : 1) * sizeof *g->ballots, cudaMemcpyDefault, stream),
+                   "copying the ballots");
+    if (g->num_sums) LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, g->sums, g->num_sums * 8, cudaMemcpyDefault, stream), "copying digests");
     at += g->num_sums * 8;
-    for (i = 0; i < plan->comm.world; i++) {
+    for (i = 0; i < world; i++) {
         const lorasynci_link *link = &plan->receives[i];
         const char           *from;
         if (!link->num_digests) continue;
         from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_received_digests_at(link);
-        LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, from, link->num_digests * 8, cudaMemcpyDefault, g->stream), "copying digests");
+        LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, from, link->num_digests * 8, cudaMemcpyDefault, stream), "copying digests");
         at += link->num_digests * 8;
     }
     return LORASYNC_OK;
@@ -9623,7 +9688,25 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, l
     return LORASYNC_OK;
 }
 
-/* All packs, each followed by the event that lets its round travel. */
+/* The exchange of a round, as soon as it is packed, and its placing. */
+LORASYNCI_FN lorasync_status lorasynci_device_round(lorasync_plan *plan, uint32_t round, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    size_t            num_sends, num_receives;
+    lorasynci_round_messages(plan, round, &num_sends, &num_receives);
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[round], 0), "cudaStreamWaitEvent");
+    if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives,
+                                             g->wire, plan->timeout_ms, err));
+    g->num_sent = round + 1;
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived, 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->placed[round % 2], g->placing), "cudaEventRecord");
+    return LORASYNC_OK;
+}
+
+/* All packs, each followed by the event that lets its round travel. The first round is sent at once: it travels while the rest is packed. */
 LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
@@ -9631,30 +9714,23 @@ LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync
     for (i = 0; i < lorasynci_device_packs(plan); i++) {
         LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], g->stream, err));
         if (i < g->num_events) LORASYNCI_CUDA(cudaEventRecord(g->sendable[i], g->stream), "cudaEventRecord");
+        if (i == 0 && g->num_events) LORASYNCI_TRY(lorasynci_device_round(plan, 0, err));
     }
     return LORASYNC_OK;
 }
 
-/* Rounds whose exchange is enqueued: the whole run needs no host. Digests that arrive with a link are fetched at the end: nothing overwrites the
-   last round of a link. */
+/* The other rounds: the whole run needs no host. Digests that arrive with a link are fetched at the end: nothing overwrites the last round of a
+   link. That, and the vote, need not wait for the last placing. */
 LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
     uint32_t          round;
-    for (round = 0; round < plan->num_rounds; round++) {
-        size_t num_sends, num_receives;
-        lorasynci_round_messages(plan, round, &num_sends, &num_receives);
-        LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[round], 0), "cudaStreamWaitEvent");
-        if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
-        LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world,
-                                                 num_receives, g->wire, plan->timeout_ms, err));
-        g->num_sent = round + 1;
-        LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
-        LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived, 0), "cudaStreamWaitEvent");
-        LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
-        LORASYNCI_CUDA(cudaEventRecord(g->placed[round % 2], g->placing), "cudaEventRecord");
-    }
-    if (round) LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->placed[(round - 1) % 2], 0), "cudaStreamWaitEvent");
+    for (round = 1; round < plan->num_rounds; round++) LORASYNCI_TRY(lorasynci_device_round(plan, round, err));
+    if (lorasynci_device_casts(plan)) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
+    LORASYNCI_TRY(lorasynci_device_fetch(plan, g->wire, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived, 0), "cudaStreamWaitEvent");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->placed[(round - 1) % 2], 0), "cudaStreamWaitEvent");
     return LORASYNC_OK;
 }
 
@@ -9686,7 +9762,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
     if (!plan->captured) LORASYNCI_TRY(lorasynci_await_readers(plan, err));
     LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
-    LORASYNCI_CUDA(cudaMemsetAsync(g->bad, 0xff, 8, g->stream), "cudaMemsetAsync");
+    LORASYNCI_TRY(lorasynci_device_fill_ballot(plan, plan->tag, g->stream, err));
     if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, g->stream), "cudaMemsetAsync");
     if (plan->source && plan->source->payload_bytes)
         LORASYNCI_CUDA(cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault, g->stream),
@@ -9696,8 +9772,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
         LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord");
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->caller, g->packed, 0), "cudaStreamWaitEvent");
     }
-    if (plan->comm.exchange_stream) LORASYNCI_TRY(lorasynci_device_rounds(plan, err));
-    if (plan->comm.exchange_stream || plan->num_rounds == 0) LORASYNCI_TRY(lorasynci_device_fetch(plan, err));
+    if (plan->num_rounds == 0) LORASYNCI_TRY(lorasynci_device_fetch(plan, g->stream, err));
+    else if (plan->comm.exchange_stream) LORASYNCI_TRY(lorasynci_device_rounds(plan, err));
     LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
     if (plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(g->caller, g->done, 0), "cudaStreamWaitEvent");
     return LORASYNC_OK;
@@ -9759,7 +9835,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, l
         if (status == LORASYNC_OK) status = lorasynci_device_place(plan, round, deadline_ns, err);
     }
     LORASYNCI_TRY(status);
-    LORASYNCI_TRY(lorasynci_device_fetch(plan, err));
+    LORASYNCI_TRY(lorasynci_device_fetch(plan, g->stream, err));
     LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
     return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
 }
@@ -9778,10 +9854,10 @@ LORASYNCI_FN int lorasynci_is_rounded(const lorasync_plan *plan, uint32_t tensor
 /* Sums and the NaN check from pinned memory to where the host's run keeps them. */
 LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
 {
-    const lorasynci_device *g = plan->device;
-    uint64_t                bad, sum;
-    size_t                  i, k, at = 8;
-    memcpy(&bad, g->host, 8);
+    const lorasynci_device *g   = plan->device;
+    const uint64_t          bad = lorasynci_device_ballot(g)[1 + plan->comm.rank].bad;
+    uint64_t                sum;
+    size_t                  i, k, at = (1 + (size_t)plan->comm.world) * sizeof *g->ballots;
     for (i = 0; i < g->num_sums; i++, at += 8) memcpy(&plan->sums[plan->num_slots ? plan->slots[i] : i], g->host + at, 8);
     for (i = 0; i < (size_t)plan->comm.world; i++)
         for (k = 0; k < plan->receives[i].num_digests; k++, at += 8) {
@@ -9796,18 +9872,41 @@ LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
 }
 
 /* The exchanges that a run which failed here has not enqueued: the others have, and count on them before they vote. What travels is not used. */
-LORASYNCI_FN lorasync_status lorasynci_device_send_rest(lorasync_plan *plan, uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    if (!plan->comm.exchange_stream || plan->num_rounds == 0) return LORASYNC_OK;
     for (; g->num_sent < plan->num_rounds; g->num_sent++) {
         size_t num_sends, num_receives;
         lorasynci_round_messages(plan, g->num_sent, &num_sends, &num_receives);
         LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world,
                                                  num_receives, g->wire, plan->timeout_ms, err));
     }
+    if (lorasynci_device_casts(plan)) {
+        LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord"); /* a ballot that is on its way first */
+        LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
+        LORASYNCI_TRY(lorasynci_device_fill_ballot(plan, ~plan->tag, g->wire, err));
+        LORASYNCI_TRY(lorasynci_device_cast(plan, err));
+    }
     LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
-    return lorasynci_device_poll(plan, g->arrived, deadline_ns, 1, err);
+    return LORASYNC_OK;
+}
+
+/* A failure that the ballots cannot tell the others any more: only giving up the communicator does. */
+LORASYNCI_FN lorasync_status lorasynci_device_give_up(const lorasync_plan *plan, lorasync_error *err)
+{
+    lorasync_error why = *err;
+    if (lorasync_is_lost(why.status) || !lorasynci_device_casts(plan)) return why.status;
+    return lorasynci_fail(err, LORASYNC_E_COMM, "%.500s; the communicator is given up", why.text);
+}
+
+/* The same, to its end. */
+LORASYNCI_FN lorasync_status lorasynci_device_send_rest(lorasync_plan *plan, uint64_t deadline_ns, lorasync_error *err)
+{
+    lorasync_status status = err->status;
+    if (!lorasynci_is_pipelined(plan) || plan->num_rounds == 0) return LORASYNC_OK;
+    if (plan->device->num_sent <= plan->num_rounds) status = lorasynci_device_enqueue_rest(plan, err);
+    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, plan->device->arrived, deadline_ns, 1, err);
+    return status == LORASYNC_OK ? status : lorasynci_device_give_up(plan, err);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasync_error *err)
@@ -9824,8 +9923,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasy
         status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, g->done, deadline, 1, err);
     if (by_host && !lorasync_is_lost(status)) status = lorasynci_device_host_rounds(plan, status, deadline, err);
-    if (status == LORASYNC_OK) lorasynci_device_results(plan);
-    return status;
+    if (status < 0) return lorasynci_device_give_up(plan, err);
+    lorasynci_device_results(plan);
+    return LORASYNC_OK;
 }
 
 /* Before a plan is freed whose run was begun and not waited for: its work ends, or its communicator is given up, so that nothing waits for it
@@ -9855,6 +9955,18 @@ LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync
     plan->stats.exchange_ns = lorasynci_now_ns() - start;
     plan->stats.place_ns    = 0;
     return status;
+}
+
+/* Whether every rank has voted for this run on the GPU. If not, all know it, and ask for the reason over the host. */
+LORASYNCI_FN int lorasynci_device_agreed(const lorasync_plan *plan)
+{
+    const lorasynci_ballot *ballots;
+    int                     i;
+    if (!lorasynci_device_casts(plan) || plan->begin_error.status < 0) return 0;
+    ballots = lorasynci_device_ballot(plan->device) + 1;
+    for (i = 0; i < plan->comm.world; i++)
+        if (ballots[i].tag != plan->tag || (ballots[i].bad != UINT64_MAX && !plan->allow_nan)) return 0;
+    return 1;
 }
 
 /* After all ranks have voted: the complete image to the host, where it is wanted there. */
@@ -10005,6 +10117,12 @@ LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync
     (void)plan, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
+LORASYNCI_FN int lorasynci_device_agreed(const lorasync_plan *plan)
+{
+    (void)plan;
+    return 0;
+}
+
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err)
 {
     (void)plan, (void)err;

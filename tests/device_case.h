@@ -17,6 +17,7 @@ typedef struct device_options_t {
     int                       keep_on_device;
     int                       capture; /* runs are launches of a CUDA graph */
     int                       pageable_source;
+    int                       watch_votes;             /* counts votes over the host, in device_host_votes; 2: and has no others */
     int                       lazy_rank;               /* 1 more than the rank that does not begin the second run */
     long                      fail_at, query_fails_at; /* set in the fake once all ranks have what they need */
     const lorasync_allocator *allocator;
@@ -24,6 +25,7 @@ typedef struct device_options_t {
 
 static device_options_t device_options;
 static int              device_patience_ms = 20000; /* deadline of the calls that must succeed */
+static long             device_host_votes, device_rounds;
 
 /* A rank's device side of a case. */
 typedef struct device_rank {
@@ -129,6 +131,25 @@ TEST_UNUSED static lorasync_status device_plan(device_rank *d)
     desc.allocator      = device_options.allocator;
     return lorasync_plan_create(&desc, &d->plan, &d->err);
 }
+
+#ifdef LORASYNC_NCCL
+TEST_UNUSED static lorasync_status device_counted_vote(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                                       lorasync_error *err)
+{
+    __atomic_fetch_add(&device_host_votes, 1, __ATOMIC_RELAXED);
+    return lorasynci_nccl_all_gather(user, in, out, num_bytes, timeout_ms, err);
+}
+
+TEST_UNUSED static void device_watch_votes(device_rank *d)
+{
+    if (!device_options.watch_votes) return;
+    d->plan->comm.all_gather = device_counted_vote;
+    __atomic_store_n(&device_rounds, (long)d->plan->num_rounds, __ATOMIC_RELAXED);
+    if (device_options.watch_votes == 2) d->plan->comm.all_gather_stream = NULL;
+}
+#else
+TEST_UNUSED static void device_watch_votes(device_rank *d) { (void)d; }
+#endif
 
 /* begin, and at once something else into the pieces: begin has ordered that behind its reading. */
 TEST_UNUSED static lorasync_status device_begin(device_rank *d)
@@ -257,6 +278,7 @@ TEST_UNUSED static void run_device_case(rank_context *x)
 #endif
     if (status == LORASYNC_OK) status = device_plan(&d);
     if (status == LORASYNC_OK) d.c->wrong[r] = device_stats_wrong(&d);
+    if (status == LORASYNC_OK) device_watch_votes(&d);
     if (status == LORASYNC_OK && !d.c->wrong[r]) status = device_runs(&d);
     d.c->status[r] = status;
     snprintf(d.c->text[r], sizeof d.c->text[0], "%s", status < 0 ? d.err.text : "");

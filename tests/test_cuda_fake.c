@@ -75,6 +75,30 @@ static void slow_gpu(void)
     cases(WAY_HOST, 1, 3, 20);
 }
 
+/* Where ranks vote on the GPU no run asks over the host; where they cannot, each does. */
+static void votes_travel_with_the_bytes(void)
+{
+    static random_case c;
+    unsigned           seed;
+    int                r, on_gpu = 0;
+    for (seed = 1; on_gpu < 20; seed++) {
+        reset();
+        fake_cuda.devices          = 8;
+        device_options.way         = WAY_NCCL;
+        device_options.watch_votes = 1 + on_gpu % 2;
+        device_host_votes = device_rounds = 0;
+        make_case(&c, seed, LORASYNC_GATHER, 0);
+        run_threads(c.world, run_device_case, &c);
+        for (r = 0; r < c.world; r++) CHECK_EQ(c.status[r], LORASYNC_OK);
+        if (device_rounds) {
+            CHECK_EQ(device_host_votes, device_options.watch_votes == 2 ? 3 * c.world : 0);
+            on_gpu++;
+        }
+        free_case(&c);
+        check_left();
+    }
+}
+
 /* A rank that does not begin a run: all are told, and the communicator is as good as before. */
 static void one_does_not_begin(void)
 {
@@ -420,6 +444,7 @@ int main(void)
     RUN(over_nccl);
     RUN(over_the_host);
     RUN(slow_gpu);
+    RUN(votes_travel_with_the_bytes);
     RUN(one_does_not_begin);
     RUN(kept_on_device);
     RUN(graphs);
