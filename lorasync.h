@@ -756,7 +756,8 @@ typedef struct lorasync_plan lorasync_plan;
    GATHER* between ranks of one host whose image can be mapped by all of them place directly: each rank writes its pieces, converted, to
    their final place. Both ways make the same bytes.
    Memory, names of some 80 bytes included: about 165 bytes per piece on the rank that holds it, and 100 on the planning rank with 8 ranks or more
-   (with fewer, the names weigh more: 240 with 2), about 400 while planning (750 with 2); the image, and staging.
+   (with fewer, the names weigh more: 240 with 2), about 400 while planning (750 with 2); the image, and staging; of a direct plan 16 for each
+   tensor and rank, shared.
    Errors, on all ranks alike: LORASYNC_E_ARGUMENT, LORASYNC_E_EMPTY (no tensor at all), LORASYNC_E_LAYOUT (gap, overlap, box out of
    bounds), LORASYNC_E_DISAGREE, LORASYNC_E_NOT_FOUND, LORASYNC_E_UNSUPPORTED (a conversion), LORASYNC_E_MEMORY, and those of the comm. */
 LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out, lorasync_error *err);
@@ -7081,10 +7082,12 @@ struct lorasync_plan {
     char           *image_memory; /* | header | payload | ; inside `mapping` when direct */
     uint64_t       *tensor_digests;
     lorasynci_term *terms; /* per image tensor: its part in the image's digest */
-    char                   *
-        mapping; /* direct: | header | payload | to 64 | sums of run 0, 3, .. | 1, 4, .. | 2, 5, .. | to 64 | marks: 64 per rank | importers: 64 | */
+    /* direct: what the ranks share,
+       | header | payload | to 64 | sums of runs 0, 2, .. | sums of runs 1, 3, .. | to 64 | marks: 64 per rank | importers: 64 |
+       Sums are num_image_tensors for each rank; twice, since in runs that are captured a rank may write while another still reads the last. */
+    char                 *mapping;
     size_t                mapping_bytes;
-    uint64_t             *shared_sums; /* in mapping, 3 * num_tensors: a run adds to one third; the next one's is zeroed meanwhile */
+    uint64_t             *shared_sums;
     size_t                num_image_tensors;
     uint64_t             *marks;     /* in mapping, one per 64 bytes: the run that a rank has begun, from 1 */
     int64_t              *importers; /* in mapping, behind the sums: ranks that have the device image open */
@@ -7686,7 +7689,7 @@ typedef struct lorasynci_offer {
     lorasync_error         verdict;
     uint64_t               catalogue_bytes; /* gather-all: the merged catalogue follows, for the image */
     uint64_t               mapping_bytes;   /* direct: what to map; 0 without */
-    uint64_t               sums_at;         /* direct: where the shared sums lie in it */
+    uint64_t               sums_at;         /* direct: where the ranks' sums lie in it */
     uint64_t               header_bytes;
     uint64_t               num_tensors; /* of the image */
     lorasynci_device_offer device;
@@ -7704,7 +7707,7 @@ LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *
 {
     const lorasync_image *image     = plan->image;
     size_t                sums_at   = lorasynci_align64(image->header_bytes + (plan->device || plan->lent ? 0 : image->payload_bytes));
-    size_t                num_bytes = lorasynci_align64(sums_at + 3 * image->num_tensors * sizeof(uint64_t)) +
+    size_t                num_bytes = lorasynci_align64(sums_at + 2 * (size_t)plan->comm.world * image->num_tensors * sizeof(uint64_t)) +
                        ((size_t)plan->comm.world + 1) * 64; /* marks and importers last */
     lorasync_error unused;
     if (plan->device && lorasynci_device_make_image(plan, &offer->device, &unused) < 0) return; /* said again when it is needed */
@@ -8827,13 +8830,19 @@ LORASYNCI_FN void lorasynci_pack(lorasync_plan *plan)
     }
 }
 
-/* Direct: this rank's sums to those of all. Relaxed is enough, the vote in wait comes between these and the reading. */
+/* Direct: where a rank's sums of this run lie. */
+LORASYNCI_FN uint64_t *lorasynci_sums_of(const lorasync_plan *plan, int rank)
+{
+    size_t world = (size_t)plan->comm.world;
+    return plan->shared_sums + ((size_t)(plan->run % 2) * world + (size_t)rank) * plan->num_image_tensors;
+}
+
+/* Direct: this rank's sums to where all can read them, after the vote. */
 LORASYNCI_FN void lorasynci_share_sums(lorasync_plan *plan)
 {
-    uint64_t *shared = plan->shared_sums + plan->run % 3 * plan->num_image_tensors;
+    uint64_t *shared = lorasynci_sums_of(plan, plan->comm.rank);
     size_t    i;
-    for (i = 0; i < plan->catalogue.num; i++)
-        if (plan->sums[i]) __atomic_fetch_add(&shared[plan->index[i]], plan->sums[i], __ATOMIC_RELAXED);
+    for (i = 0; i < plan->catalogue.num; i++) shared[plan->index[i]] = plan->sums[i];
 }
 
 LORASYNCI_FN lorasync_status lorasynci_lost_before(lorasync_error *err)
@@ -8973,10 +8982,12 @@ LORASYNCI_FN void lorasynci_finish_image(lorasync_plan *plan)
 {
     lorasync_image *image = plan->image;
     size_t          i, n = image->num_tensors;
-    if (plan->direct) {
-        const uint64_t *shared = plan->shared_sums + plan->run % 3 * n;
-        for (i = 0; i < n; i++) plan->tensor_digests[i] = __atomic_load_n(&shared[i], __ATOMIC_RELAXED);
-    } else {
+    int             rank;
+    for (rank = 0; plan->direct && rank < plan->comm.world; rank++) {
+        const uint64_t *shared = lorasynci_sums_of(plan, rank);
+        for (i = 0; i < n; i++) plan->tensor_digests[i] += shared[i];
+    }
+    if (!plan->direct) {
         for (i = 0; i < plan->catalogue.num; i++) plan->tensor_digests[plan->index[i]] += plan->sums[i];
     }
     image->digest     = lorasynci_digest_terms(plan->terms, plan->tensor_digests, n);
@@ -9038,9 +9049,6 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
     plan->begun = 0;
     lorasynci_mark_begun(plan);
     if (plan->image) plan->image->has_digest = 0;
-    if (plan->direct &&
-        lorasynci_is_planner(plan)) /* for the next run: all have read it before the last vote, and add to it after this one */
-        memset(plan->shared_sums + (plan->run + 1) % 3 * plan->num_image_tensors, 0, plan->num_image_tensors * sizeof *plan->shared_sums);
     status = lorasynci_move_all(plan, err);
     if (plan->objection && plan->objection->status < 0 && plan->begin_error.status == LORASYNC_OK) plan->begin_error = *plan->objection;
     if (status == LORASYNC_OK) status = lorasynci_vote_run(plan, err);
