@@ -1,13 +1,20 @@
 /* What gathering LoRA shards costs between GPUs, beside what it cannot cost less than.
 
-   bench_gpu [N] [--json] [--only MODEL] [--quick] [--seed S] [--deadline SECONDS]       bench/run_gpu.sh builds and runs it
+   bench_gpu [N] [--layout fsdp|tp2|ep] [--json] [--only MODEL] [--quick] [--own-comm] [--seed S] [--deadline SECONDS]
+   bench/run_gpu.sh builds and runs it.
 
-   N processes, one per GPU (rank = GPU number), hold fp32 shards; rank 0 gets the bf16 image. Per model:
+   N processes, one per GPU (rank = GPU number), hold fp32 shards; rank 0 gets the bf16 image. The shards:
+       fsdp        every tensor by rows over N ranks (the odd set: some by columns)
+       tp2         2 tensor-parallel halves of N / 2 ranks each: of q, k, v, gate and up lora_B by rows, of o and down lora_A by columns; the other
+                   of the pair is in both halves. Then by rows over the N / 2
+       ep          experts whole, block by block of E / N; what is no expert's as fsdp
+   Per model:
        direct      a plan that writes over CUDA IPC             nccl         the same plan over NCCL, no_direct
-       ncclsend    floor: the other ranks' bytes, already packed, one ncclSend each
+       ncclsend    floor: the bytes that the other ranks send, already packed, one ncclSend each
        copy        floor: the same bytes, one copy each into rank 0's memory, mapped over CUDA IPC
        fused       floor: one flat tensor of as many elements: one launch that casts and writes, no work per tensor
-       reshard     FSDP to TP, over NCCL
+       reshard     from these shards to TP over N, over NCCL
+   NCCL's communicator is the bench's own, borrowed; with --own-comm the library makes one for itself, which is non-blocking.
    Times are from a barrier to the end on rank 0 (reshard: on the last rank), by the host's clock. "stall" is how long the caller's own stream
    is held up: events around begin, behind other work, the slowest rank. Medians. Images are compared bit by bit.
 
@@ -55,8 +62,17 @@ static const size_t staging_bytes  = (size_t)64 << 20;
 static const size_t busy_bytes     = (size_t)512 << 20;
 static const size_t piece_boundary = 256; /* as torch's allocator */
 
+typedef enum layout {
+    FSDP,
+    TP2,
+    EP
+} layout;
+
+static const char *const layout_names[] = {"fsdp", "tp2", "ep"};
+
 typedef struct options {
-    int         ranks, json, quick;
+    int         ranks, json, quick, own_comm;
+    layout      layout;
     const char *only;
     uint32_t    seed;
     double      deadline;
@@ -253,6 +269,8 @@ static const model models[NUM_MODELS] = {
 typedef struct tensor {
     char    name[96];
     int     ndim, dim; /* dim is split over the ranks */
+    int     tp_dim;    /* split by tensor parallelism; -1: in every half */
+    int     expert;    /* -1: no expert's */
     int64_t shape[2], numel, base;
 } tensor;
 
@@ -263,10 +281,11 @@ typedef struct set {
     int64_t  numel;
 } set;
 
-static void add(set *s, const char *name, int64_t rows, int64_t columns, int dim)
+static tensor *add(set *s, const char *name, int64_t rows, int64_t columns, int dim)
 {
     tensor *t = &s->at[s->num++];
     memset(t, 0, sizeof *t);
+    t->tp_dim = t->expert = -1;
     snprintf(t->name, sizeof t->name, "%s", name);
     t->ndim     = columns ? 2 : 1;
     t->dim      = dim;
@@ -275,26 +294,34 @@ static void add(set *s, const char *name, int64_t rows, int64_t columns, int dim
     t->numel    = columns ? rows * columns : rows;
     t->base     = s->numel;
     s->numel += t->numel;
+    return t;
 }
 
-static void add_pair(set *s, const model *m, int layer, const char *module, int out, int in)
+/* Tensor parallelism splits what comes out of q, k, v, gate and up, and what goes into o and down. */
+static void add_pair(set *s, const model *m, int layer, int expert, const char *module, int out, int in)
 {
-    char name[96];
+    char    name[96];
+    tensor *t;
+    int     by_input = strstr(module, "o_proj") || strstr(module, "down_proj");
     snprintf(name, sizeof name, "base_model.model.model.layers.%d.%.40s.lora_A.weight", layer, module);
-    add(s, name, m->r, in, 0);
+    t         = add(s, name, m->r, in, 0);
+    t->expert = expert;
+    if (by_input) t->tp_dim = 1;
     snprintf(name, sizeof name, "base_model.model.model.layers.%d.%.40s.lora_B.weight", layer, module);
-    add(s, name, out, m->r, 0);
+    t         = add(s, name, out, m->r, 0);
+    t->expert = expert;
+    if (!by_input) t->tp_dim = 0;
 }
 
-static void add_mlp(set *s, const model *m, int layer, const char *path)
+static void add_mlp(set *s, const model *m, int layer, int expert, const char *path)
 {
     char module[64];
     snprintf(module, sizeof module, "%.30s.gate_proj", path);
-    add_pair(s, m, layer, module, m->mlp, m->hidden);
+    add_pair(s, m, layer, expert, module, m->mlp, m->hidden);
     snprintf(module, sizeof module, "%.30s.up_proj", path);
-    add_pair(s, m, layer, module, m->mlp, m->hidden);
+    add_pair(s, m, layer, expert, module, m->mlp, m->hidden);
     snprintf(module, sizeof module, "%.30s.down_proj", path);
-    add_pair(s, m, layer, module, m->hidden, m->mlp);
+    add_pair(s, m, layer, expert, module, m->hidden, m->mlp);
 }
 
 /* Rows that no rank count divides, odd row lengths, single elements, vectors, and splits of dimension 1. */
@@ -324,19 +351,33 @@ static set make_set(const model *m)
     s.by_name = (tensor **)get(max * sizeof *s.by_name);
     if (!m->layers) add_odd(&s);
     for (layer = 0; layer < m->layers; layer++) {
-        add_pair(&s, m, layer, "self_attn.q_proj", m->q, m->hidden);
-        add_pair(&s, m, layer, "self_attn.k_proj", m->kv, m->hidden);
-        add_pair(&s, m, layer, "self_attn.v_proj", m->kv, m->hidden);
-        add_pair(&s, m, layer, "self_attn.o_proj", m->hidden, m->q);
-        if (!m->experts) add_mlp(&s, m, layer, "mlp");
+        add_pair(&s, m, layer, -1, "self_attn.q_proj", m->q, m->hidden);
+        add_pair(&s, m, layer, -1, "self_attn.k_proj", m->kv, m->hidden);
+        add_pair(&s, m, layer, -1, "self_attn.v_proj", m->kv, m->hidden);
+        add_pair(&s, m, layer, -1, "self_attn.o_proj", m->hidden, m->q);
+        if (!m->experts) add_mlp(&s, m, layer, -1, "mlp");
         for (e = 0; e < m->experts; e++) {
             snprintf(path, sizeof path, "mlp.experts.%d", e);
-            add_mlp(&s, m, layer, path);
+            add_mlp(&s, m, layer, e, path);
         }
     }
     for (i = 0; i < s.num; i++) s.by_name[i] = &s.at[i];
     qsort(s.by_name, s.num, sizeof *s.by_name, by_name);
     return s;
+}
+
+/* What a rank holds of a tensor. */
+static lorasync_box box_of(const model *m, const tensor *t, int r)
+{
+    lorasync_box b    = lorasync_whole(t->shape, t->ndim);
+    int          half = option.ranks / 2;
+    if (option.layout == EP && t->expert >= 0) {
+        if (t->expert * option.ranks / m->experts != r) b.len[0] = 0;
+        return b;
+    }
+    if (option.layout != TP2) return lorasync_shard(b, t->dim, r, option.ranks);
+    if (t->tp_dim >= 0) b = lorasync_shard(b, t->tp_dim, r / half, 2);
+    return lorasync_shard(b, t->dim, r % half, half);
 }
 
 static void free_set(set *s)
@@ -397,10 +438,12 @@ typedef struct state {
     result         *res;
     int             index; /* of the model */
     set             s;
-    lorasync_piece *have;
+    lorasync_piece *have;  /* one per tensor */
+    lorasync_piece *given; /* those that the library is told of: of another rank's experts this one knows nothing */
+    size_t          num_given;
     char           *params;
     size_t          params_bytes;
-    int64_t         local; /* elements held here */
+    uint64_t        sent; /* bytes that this rank sends in a gather */
 } state;
 
 static cudaStream_t stream;
@@ -461,14 +504,15 @@ static lorasync_piece piece_of(const tensor *t, lorasync_dtype dtype, lorasync_b
 static void make_params(state *st)
 {
     size_t i, at = 0, flat;
-    st->s    = make_set(st->m);
-    st->have = (lorasync_piece *)get(st->s.num * sizeof *st->have);
-    flat     = aligned((size_t)(st->s.numel / option.ranks + 1) * 4);
+    st->s     = make_set(st->m);
+    st->have  = (lorasync_piece *)get(st->s.num * sizeof *st->have);
+    st->given = (lorasync_piece *)get(st->s.num * sizeof *st->given);
+    flat      = aligned((size_t)(st->s.numel / option.ranks + 1) * 4);
     for (i = 0; i < st->s.num; i++) {
         const tensor *t = &st->s.at[i];
-        st->have[i]     = piece_of(t, LORASYNC_F32, lorasync_shard(lorasync_whole(t->shape, t->ndim), t->dim, rank, option.ranks));
+        st->have[i]     = piece_of(t, LORASYNC_F32, box_of(st->m, t, rank));
         at += aligned((size_t)box_numel(&st->have[i].box) * 4);
-        st->local += box_numel(&st->have[i].box);
+        if (rank != 0) st->sent += (uint64_t)box_numel(&st->have[i].box) * 2;
     }
     st->params_bytes = at > flat ? at : flat;
     must(cudaMalloc((void **)&st->params, st->params_bytes), "cudaMalloc of the parameters");
@@ -477,6 +521,7 @@ static void make_params(state *st)
     for (i = 0, at = 0; i < st->s.num; i++) {
         st->have[i].data = st->params + at;
         at += aligned((size_t)box_numel(&st->have[i].box) * 4);
+        if (option.layout != EP || box_numel(&st->have[i].box) > 0) st->given[st->num_given++] = st->have[i];
     }
     fill_params(st);
 }
@@ -804,7 +849,7 @@ static void bench_direct(state *st)
 {
     lorasync_comm      comm;
     lorasync_cuda      cuda = on_stream();
-    lorasync_plan_desc d    = gather_desc(&comm, &cuda, st->have, st->s.num);
+    lorasync_plan_desc d    = gather_desc(&comm, &cuda, st->given, st->num_given);
     lorasync_plan     *plan;
     timing             t;
     if (!join(st, 0, &comm)) return;
@@ -848,14 +893,17 @@ static void bench_fused(state *st)
 
 static void bench_staged(state *st, const lorasync_comm *nccl)
 {
-    lorasync_cuda      cuda = on_stream();
-    lorasync_plan_desc d    = gather_desc(nccl, &cuda, st->have, st->s.num);
-    lorasync_plan     *plan;
-    timing             t;
+    lorasync_cuda       cuda = on_stream();
+    lorasync_plan_desc  d    = gather_desc(nccl, &cuda, st->given, st->num_given);
+    lorasync_plan      *plan;
+    timing              t;
+    lorasync_plan_stats stats;
     d.no_direct = 1;
     plan        = make_plan(st, "nccl", &d);
     if (!plan) return;
-    t = measure(st->res, "nccl", run_plan, plan, 0);
+    lorasync_plan_get_stats(plan, &stats);
+    st->sent = stats.send_bytes;
+    t        = measure(st->res, "nccl", run_plan, plan, 0);
     put_timing(st->res, "nccl", &t);
     if (t.good) t = measure(st->res, "nccl stall", run_plan_events, plan, 0);
     if (t.good) put(st->res, "nccl_stall_ms", t.value);
@@ -918,7 +966,7 @@ static lorasync_status run_copy(void *user, lorasync_error *err)
 static void floor_open(state *st, floor_job *f)
 {
     int i;
-    common->number[rank] = rank == 0 ? 0 : (uint64_t)st->local * 2;
+    common->number[rank] = st->sent;
     barrier("floor");
     for (i = 0, f->at[0] = 0; i < option.ranks; i++) f->at[i + 1] = f->at[i] + aligned((size_t)common->number[i]);
     f->num_bytes       = rank == 0 ? f->at[option.ranks] : (size_t)common->number[rank];
@@ -1044,6 +1092,37 @@ static size_t count_wrong(const state *st, const lorasync_piece *want, const cha
     return job.wrong;
 }
 
+/* The busiest link into this rank, and the worst of what a link carries over what it must. Where tensors are in several places it need not be
+   one link or the other. */
+static void note_links(const state *st, const lorasync_plan *plan, const lorasync_piece *want)
+{
+    int    r;
+    size_t i;
+    common->number[rank] = 0;
+    common->value[rank]  = 0;
+    for (r = 0; r < option.ranks && option.layout != TP2; r++) {
+        const lorasynci_link *link = &plan->receives[r];
+        uint64_t bytes = lorasynci_link_rounds(link) ? lorasynci_link_end(link, lorasynci_link_rounds(link) - 1) : 0, least = 0;
+        if (r == rank) continue;
+        for (i = 0; i < st->s.num; i++) {
+            lorasync_box box = box_of(st->m, &st->s.at[i], r);
+            least += (uint64_t)(box_numel(&want[i].box) - outside(&want[i].box, &box)) * 2;
+        }
+        if (bytes > common->number[rank]) common->number[rank] = bytes;
+        if (least && (double)bytes / (double)least > common->value[rank]) common->value[rank] = (double)bytes / (double)least;
+    }
+    barrier("links");
+    for (r = 1; rank == 0 && r < option.ranks; r++) {
+        if (common->number[r] > common->number[0]) common->number[0] = common->number[r];
+        if (common->value[r] > common->value[0]) common->value[0] = common->value[r];
+    }
+    if (rank == 0 && common->value[0] > 0) {
+        put(st->res, "reshard_link_bytes", (double)common->number[0]);
+        put(st->res, "reshard_link_ratio", common->value[0]);
+    }
+    barrier("links");
+}
+
 static void run_reshard(state *st, lorasync_plan *plan, const lorasync_piece *want, char *memory, size_t num_bytes, uint64_t bound)
 {
     timing              t = measure(st->res, "reshard", run_plan, plan, 1);
@@ -1063,6 +1142,8 @@ static void run_reshard(state *st, lorasync_plan *plan, const lorasync_piece *wa
     put(st->res, "reshard_receive_bytes", worst);
     put(st->res, "reshard_bound_bytes", least);
     put(st->res, "reshard_rounds", (double)stats.num_rounds);
+    barrier("reshard");
+    note_links(st, plan, want);
     if (!t.good) return;
     must(cudaMemset(memory, 0xff, num_bytes), "cudaMemset");
     must(cudaDeviceSynchronize(), "cudaMemset");
@@ -1080,7 +1161,7 @@ static void run_reshard(state *st, lorasync_plan *plan, const lorasync_piece *wa
 static void bench_reshard(state *st, const lorasync_comm *nccl)
 {
     lorasync_cuda      cuda = on_stream();
-    lorasync_plan_desc d    = gather_desc(nccl, &cuda, st->have, st->s.num);
+    lorasync_plan_desc d    = gather_desc(nccl, &cuda, st->given, st->num_given);
     lorasync_piece    *want = (lorasync_piece *)get(st->s.num * sizeof *want);
     size_t             num_bytes;
     uint64_t           bound;
@@ -1158,7 +1239,11 @@ static void open_nccl(nccl_ranks *n, result *res)
         {
             lorasync_nccl_desc d;
             memset(&d, 0, sizeof d);
-            d.comm       = n->raw;
+            if (rank == 0 && option.own_comm && lorasync_nccl_unique_id(common->nccl_id, &err) < 0)
+                die("lorasync_nccl_unique_id", err.text);
+            barrier("nccl: unique id");
+            if (option.own_comm) d.unique_id = common->nccl_id;
+            else d.comm = n->raw;
             d.rank       = rank;
             d.world      = option.ranks;
             d.timeout_ms = plan_timeout;
@@ -1221,6 +1306,7 @@ static void bench_model(int index, const nccl_ranks *nccl)
     must(cudaDeviceSynchronize(), "the end of a model");
     must(cudaFree(st.params), "cudaFree");
     free(st.have);
+    free(st.given);
     free_set(&st.s);
     barrier("model done");
 }
@@ -1242,7 +1328,11 @@ static void describe(void)
              gpus, p.name, driver, runtime, nccl, peer, LORASYNC_VERSION);
 }
 
-static int wanted(int index) { return !option.only || strcmp(option.only, models[index].id) == 0; }
+static int wanted(int index)
+{
+    if (option.only) return strcmp(option.only, models[index].id) == 0;
+    return option.layout != EP || models[index].experts;
+}
 
 static void run_rank(int first)
 {
@@ -1377,20 +1467,33 @@ static void print_result(int index)
     fflush(stdout);
 }
 
-static void read_options(int argc, char **argv)
+static int layout_named(const char *name)
 {
     int i;
+    for (i = 0; i < (int)COUNT(layout_names); i++)
+        if (strcmp(name, layout_names[i]) == 0) return i;
+    return -1;
+}
+
+static void read_options(int argc, char **argv)
+{
+    int i, named;
     option.deadline = 150;
     option.seed     = (uint32_t)time(NULL) * 2654435761u ^ (uint32_t)getpid();
     for (i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--json") == 0) option.json = 1;
         else if (strcmp(argv[i], "--quick") == 0) option.quick = 1;
+        else if (strcmp(argv[i], "--own-comm") == 0) option.own_comm = 1;
+        else if (strcmp(argv[i], "--layout") == 0 && i + 1 < argc && (named = layout_named(argv[i + 1])) >= 0)
+            option.layout = (layout)named, i++;
         else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc) option.only = argv[++i];
         else if (strcmp(argv[i], "--seed") == 0 && i + 1 < argc) option.seed = (uint32_t)strtoul(argv[++i], NULL, 0);
         else if (strcmp(argv[i], "--deadline") == 0 && i + 1 < argc) option.deadline = atof(argv[++i]);
         else if (atoi(argv[i]) > 0) option.ranks = atoi(argv[i]);
         else {
-            fprintf(stderr, "usage: bench_gpu [N] [--json] [--only MODEL] [--quick] [--seed S] [--deadline SECONDS]\nmodels:");
+            fprintf(stderr,
+                    "usage: bench_gpu [N] [--layout fsdp|tp2|ep] [--json] [--only MODEL] [--quick] [--own-comm] [--seed S] [--deadline "
+                    "SECONDS]\nmodels:");
             for (i = 0; i < NUM_MODELS; i++) fprintf(stderr, " %s", models[i].id);
             fprintf(stderr, "\n");
             exit(2);
@@ -1448,13 +1551,17 @@ int main(int argc, char **argv)
         fprintf(stderr, "bench_gpu: %d GPUs\n", option.ranks);
         return 2;
     }
+    if (option.layout == TP2 && option.ranks % 2) {
+        fprintf(stderr, "bench_gpu: two halves of %d ranks\n", option.ranks);
+        return 2;
+    }
     p = mmap(NULL, sizeof *common, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED || !open_locals()) return 2;
     common = (shared *)p;
     good   = run_models();
     if (option.json)
-        printf("{\"info\":1,%s%s\"ranks\":%d,\"seed\":%lu}\n", common->info, common->info[0] ? "," : "", option.ranks,
-               (unsigned long)option.seed);
+        printf("{\"info\":1,%s%s\"ranks\":%d,\"layout\":\"%s\",\"own_comm\":%d,\"seed\":%lu}\n", common->info, common->info[0] ? "," : "",
+               option.ranks, layout_names[option.layout], option.own_comm, (unsigned long)option.seed);
     else printf("%s\n", common->info);
     for (i = 0; i < NUM_MODELS; i++) {
         if (common->results[i].attempted || common->results[i].error[0]) print_result(i);

@@ -66,21 +66,22 @@ def main():
           f"CUDA {info.get('cuda_runtime', 0) // 1000}.{info.get('cuda_runtime', 0) % 1000 // 10}; NCCL {version(info.get('nccl'))}; "
           f"torch {torch_info.get('torch', '-')} (NCCL {torch_info.get('torch_nccl', '-')}); lorasync {info.get('lorasync', '-')}")
     print(f"command: {command}")
-    print("fp32 shards on every rank, bf16 image on rank 0; milliseconds, medians; equal: bit by bit")
+    print(f"fp32 shards ({info.get('layout', '?')}) on every rank, bf16 image on rank 0; milliseconds, medians; equal: bit by bit"
+          + ("; ours NCCL: with a communicator of its own, non-blocking" if info.get("own_comm") else ""))
     print()
     table(["model", "tensors", "MiB", "full_tensor", "flattened", "ours NCCL", "ours direct", "ncclSend", "peer copy", "fused", "fused device", "stall",
-           "direct/fused", "nccl/ncclSend", "full_tensor/direct", "equal to torch"],
+           "direct/fused", "direct/copy", "nccl/ncclSend", "full_tensor/direct", "equal to torch"],
           [[(o or t).get("model", i), (o or t).get("tensors", "-"), mib((o or t).get("bytes")), number(t.get("full_tensor_ms")), number(t.get("flat_ms")),
             number(o.get("nccl_ms")), number(o.get("direct_ms")) + ("" if o.get("direct_is_direct", 1) else " (staged)"), number(o.get("ncclsend_ms")),
             number(o.get("copy_ms")), number(o.get("fused_ms")), number(o.get("fused_device_ms")), number(o.get("direct_stall_ms")),
-            ratio(o.get("direct_ms"), o.get("fused_ms")), ratio(o.get("nccl_ms"), o.get("ncclsend_ms")), ratio(t.get("full_tensor_ms"), o.get("direct_ms")), same(o, t)]
+            ratio(o.get("direct_ms"), o.get("fused_ms")), ratio(o.get("direct_ms"), o.get("copy_ms")), ratio(o.get("nccl_ms"), o.get("ncclsend_ms")), ratio(t.get("full_tensor_ms"), o.get("direct_ms")), same(o, t)]
            for i, o, t in both])
     print()
     table(["model", "plan ms", "plan MiB root", "plan MiB other", "nccl plan MiB root", "nccl plan MiB other", "image MiB", "flat, parts left apart ms", "nccl stall",
-           "reshard ms", "MiB received", "of at least", "ratio", "equal", "runs direct/full_tensor"],
+           "reshard ms", "MiB received", "of at least", "ratio", "MiB on a link", "link ratio", "equal", "runs direct/full_tensor"],
           [[(o or t).get("model", i), number(o.get("direct_plan_ms"), 1), mib(o.get("direct_root_bytes")), mib(o.get("direct_other_bytes")), mib(o.get("nccl_root_bytes")),
             mib(o.get("nccl_other_bytes")), mib(o.get("bytes")), number(t.get("flat_views_ms")), number(o.get("nccl_stall_ms")), number(o.get("reshard_ms")),
-            mib(o.get("reshard_receive_bytes")), mib(o.get("reshard_bound_bytes")), ratio(o.get("reshard_receive_bytes"), o.get("reshard_bound_bytes")),
+            mib(o.get("reshard_receive_bytes")), mib(o.get("reshard_bound_bytes")), ratio(o.get("reshard_receive_bytes"), o.get("reshard_bound_bytes")), mib(o.get("reshard_link_bytes")), number(o.get("reshard_link_ratio"), 2),
             {1: "yes", 0: "NO"}.get(o.get("reshard_equal"), "-"), f"{o.get('direct_runs', '-')}/{t.get('full_tensor_runs', '-')}"] for i, o, t in both])
     for i, o, _ in both:
         if o.get("error"):

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """The same gathers as bench_gpu.c, with torch.distributed: what a framework does today, and what one would write by hand.
 
-   torch_gather.py [N] [--device cuda|cpu] [--seed S] [--only MODEL] [--quick] [--tiny] [--deadline SECONDS]       prints JSON lines
+   torch_gather.py [N] [--layout fsdp|tp2|ep] [--device cuda|cpu] [--seed S] [--only MODEL] [--quick] [--tiny] [--deadline SECONDS]
+   prints JSON lines. The layouts are those of bench_gpu.c.
 
-   full_tensor  for every parameter, a DTensor of fp32 shards: full_tensor().to(bfloat16), on all ranks
+   full_tensor  for every parameter, a DTensor of fp32 shards: full_tensor().to(bfloat16), on all ranks; an expert that one rank has alone is
+                broadcast from there
    flat         all local shards cast into one bf16 buffer by one _foreach_copy_, one all_gather_into_tensor, and one _foreach_copy_ that
                 puts the parts together, in the order of a safetensors file; all views are made once, outside the timing
    flat_views   the same without putting the parts together: a parameter is then in as many parts as there are ranks
@@ -34,31 +36,32 @@ MODELS = [
 
 
 def make_set(model, tiny):
-    """[(name, shape, sharded dimension)] in the order of bench_gpu.c."""
+    """[(name, shape, dimension split over the ranks, dimension split by tensor parallelism or None, expert or None)] in the order of bench_gpu.c."""
     _, _, layers, hidden, q, kv, mlp, experts, r = model
     out = []
     if not layers:
         for i in range(96):
             shape = [(1, 1) if i % 8 else (1,), (64 * i + 3, 2 * i + 1), (8 * i + 1, 5 * i + 7), (1001 + 13 * i,)][i % 4]
-            out.append((f"odd.{i}.weight", shape, 1 if i % 4 == 2 else 0))
+            out.append((f"odd.{i}.weight", shape, 1 if i % 4 == 2 else 0, None, None))
         return out
     if tiny:
         layers, experts = 2, min(experts, 4)
 
-    def pair(layer, module, rows, columns):
+    def pair(layer, expert, module, rows, columns):
         at = f"base_model.model.model.layers.{layer}.{module}"
-        out.append((at + ".lora_A.weight", (r, columns), 0))
-        out.append((at + ".lora_B.weight", (rows, r), 0))
+        by_input = module.endswith(("o_proj", "down_proj"))
+        out.append((at + ".lora_A.weight", (r, columns), 0, 1 if by_input else None, expert))
+        out.append((at + ".lora_B.weight", (rows, r), 0, None if by_input else 0, expert))
 
     for layer in range(layers):
-        pair(layer, "self_attn.q_proj", q, hidden)
-        pair(layer, "self_attn.k_proj", kv, hidden)
-        pair(layer, "self_attn.v_proj", kv, hidden)
-        pair(layer, "self_attn.o_proj", hidden, q)
-        for path in [f"mlp.experts.{e}" for e in range(experts)] or ["mlp"]:
-            pair(layer, path + ".gate_proj", mlp, hidden)
-            pair(layer, path + ".up_proj", mlp, hidden)
-            pair(layer, path + ".down_proj", hidden, mlp)
+        pair(layer, None, "self_attn.q_proj", q, hidden)
+        pair(layer, None, "self_attn.k_proj", kv, hidden)
+        pair(layer, None, "self_attn.v_proj", kv, hidden)
+        pair(layer, None, "self_attn.o_proj", hidden, q)
+        for expert, path in [(e, f"mlp.experts.{e}") for e in range(experts)] or [(None, "mlp")]:
+            pair(layer, expert, path + ".gate_proj", mlp, hidden)
+            pair(layer, expert, path + ".up_proj", mlp, hidden)
+            pair(layer, expert, path + ".down_proj", hidden, mlp)
     return out
 
 
@@ -79,8 +82,43 @@ def align(n):
     return -(-n // BOUNDARY) * BOUNDARY
 
 
-def local_shape(shape, dim, rank, world):
-    return tuple(chunk(s, rank, world)[1] if d == dim else s for d, s in enumerate(shape))
+class Layout:
+    """Who holds what."""
+
+    def __init__(self, name, world, experts):
+        self.name, self.world, self.experts = name, world, experts
+
+    def owner(self, t):
+        """The rank that has a whole expert, or None."""
+        return t[4] * self.world // self.experts if self.name == "ep" and t[4] is not None else None
+
+    def box(self, t, rank):
+        """[(offset, length) of each dimension] of a tensor on a rank."""
+        _, shape, dim, tp, _ = t
+        box = [(0, n) for n in shape]
+        if self.owner(t) is not None:
+            return box if self.owner(t) == rank else [(0, 0)] + box[1:]
+        splits = [(dim, rank, self.world)]
+        if self.name == "tp2":
+            half = self.world // 2
+            splits = ([(tp, rank // half, 2)] if tp is not None else []) + [(dim, rank % half, half)]
+        for d, r, n in splits:
+            off, length = chunk(box[d][1], r, n)
+            box[d] = (box[d][0] + off, length)
+        return box
+
+    def is_copy(self, t, rank):
+        """Whether another rank has the same, and sends it."""
+        return self.name == "tp2" and t[3] is None and rank >= self.world // 2
+
+    def mesh(self, device):
+        from torch.distributed.device_mesh import init_device_mesh
+        return init_device_mesh(device, (2, self.world // 2) if self.name == "tp2" else (self.world,))
+
+    def placements(self, t):
+        from torch.distributed.tensor import Replicate, Shard
+        tp = [Shard(t[3]) if t[3] is not None else Replicate()] if self.name == "tp2" else []
+        return tp + [Shard(t[2])]
 
 
 def content(torch, first, length, seed, device):
@@ -117,21 +155,23 @@ class Gather:
         self.torch, self.dist, self.rank, self.device, self.a = torch, dist, rank, device, a
         self.world = a.world
         self.tensors = make_set(model, a.tiny)
+        self.layout = Layout(a.layout, a.world, min(model[7], 4) if a.tiny else model[7])
         self.make_locals(mesh)
         self.make_flat()
 
     def make_locals(self, mesh):
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor
         torch, first, length, views, base, at = self.torch, [], [], [], 0, 0
-        for _, shape, dim in self.tensors:
-            local = local_shape(shape, dim, self.rank, self.world)
-            n, off = numel(local), chunk(shape[dim], self.rank, self.world)[0]
-            if dim == 0:
-                first.append(base + off * numel(shape[1:]))
+        for t in self.tensors:
+            shape, box = t[1], self.layout.box(t, self.rank)
+            local = tuple(n for _, n in box)
+            n = numel(local)
+            if n and local[1:] == shape[1:]:
+                first.append(base + box[0][0] * numel(shape[1:]))
                 length.append(n)
-            else:
-                for row in range(shape[0]):
-                    first.append(base + row * shape[1] + off)
+            elif n:
+                for row in range(local[0]):
+                    first.append(base + (box[0][0] + row) * shape[1] + box[1][0])
                     length.append(local[1])
             first.append(0)  # the gap up to the next boundary
             length.append(align(n) - n)
@@ -141,48 +181,62 @@ class Gather:
         self.elements = base
         self.params = content(torch, first, length, self.a.seed, self.device)
         self.locals = [self.params[o:o + n].view(s) for o, n, s in views]
-        self.dtensors = []
-        for (_, shape, dim), local in zip(self.tensors, self.locals):
-            stride = (shape[1], 1) if len(shape) == 2 else (1,)
-            self.dtensors.append(DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride))
+        self.parameters = []  # (what this rank has of it, shape, and of a whole expert its rank)
+        for t, local in zip(self.tensors, self.locals):
+            owner = self.layout.owner(t)
+            if owner is None:
+                stride = (t[1][1], 1) if len(t[1]) == 2 else (1,)
+                local = DTensor.from_local(local, mesh, self.layout.placements(t), run_check=False, shape=torch.Size(t[1]), stride=stride)
+            self.parameters.append((local, t[1], owner))
 
     def make_flat(self):
         """Buffers and views. Every rank's part is as long as the longest; rows of the image are in the order of names."""
-        torch, bf16 = self.torch, self.torch.bfloat16
-        sizes = [sum(numel(local_shape(s, d, r, self.world)) for _, s, d in self.tensors) for r in range(self.world)]
-        self.part = max(sizes)
+        torch, bf16, layout = self.torch, self.torch.bfloat16, self.layout
+        parts = [[(i, t, layout.box(t, r)) for i, t in enumerate(self.tensors) if not layout.is_copy(t, r)] for r in range(self.world)]
+        self.part = max(sum(numel([n for _, n in box]) for _, _, box in p) for p in parts)
         self.send = torch.zeros(self.part, dtype=bf16, device=self.device)
         self.receive = torch.zeros(self.part * self.world, dtype=bf16, device=self.device)
         self.image = torch.zeros(self.elements, dtype=bf16, device=self.device)
         at, self.final = 0, {}
-        for name, shape, _ in sorted(self.tensors):
-            self.final[name] = self.image[at:at + numel(shape)].view(shape)
-            at += numel(shape)
-        self.send_views, self.from_views, self.to_views = [], [], []
+        for t in sorted(self.tensors, key=lambda t: t[0]):
+            self.final[t[0]] = self.image[at:at + numel(t[1])].view(t[1])
+            at += numel(t[1])
+        self.send_views, self.send_from, self.from_views, self.to_views = [], [], [], []
         for r in range(self.world):
-            at = r * self.part
-            for name, shape, dim in self.tensors:
-                local = local_shape(shape, dim, r, self.world)
+            at = 0
+            for i, t, box in parts[r]:
+                local = tuple(n for _, n in box)
                 n = numel(local)
-                off, length = chunk(shape[dim], r, self.world)
+                if n == 0:
+                    continue
                 if r == self.rank:
-                    self.send_views.append(self.send[at - r * self.part:at - r * self.part + n].view(local))
-                if n:
-                    self.from_views.append(self.receive[at:at + n].view(local))
-                    self.to_views.append(self.final[name].narrow(dim, off, length))
+                    self.send_views.append(self.send[at:at + n].view(local))
+                    self.send_from.append(self.locals[i])
+                self.from_views.append(self.receive[r * self.part + at:r * self.part + at + n].view(local))
+                to = self.final[t[0]]
+                for d, (off, length) in enumerate(box):
+                    to = to.narrow(d, off, length)
+                self.to_views.append(to)
                 at += n
 
     def sync(self):
         if self.device.type == "cuda":
             self.torch.cuda.synchronize()
 
+    def full_tensor(self, local, shape, owner):
+        if owner is None:
+            return local.full_tensor().to(self.torch.bfloat16)
+        whole = local if owner == self.rank else self.torch.empty(shape, dtype=self.torch.float32, device=self.device)
+        self.dist.broadcast(whole, owner)
+        return whole.to(self.torch.bfloat16)
+
     def full_tensors(self, num=None):
-        bf16 = self.torch.bfloat16
-        return [d.full_tensor().to(bf16) for d in self.dtensors[:num]]
+        return [self.full_tensor(*p) for p in self.parameters[:num]]
 
     def flat(self, place=True):
         torch = self.torch
-        torch._foreach_copy_(self.send_views, self.locals)
+        if self.send_views:
+            torch._foreach_copy_(self.send_views, self.send_from)
         self.dist.all_gather_into_tensor(self.receive.view(torch.uint8), self.send.view(torch.uint8))
         if place:
             torch._foreach_copy_(self.to_views, self.from_views)
@@ -221,10 +275,10 @@ class Gather:
         if self.rank == 0:
             other = torch.empty_like(self.image)
             where, at = {}, 0
-            for name, shape, _ in sorted(self.tensors):
-                where[name] = other[at:at + numel(shape)].view(shape)
-                at += numel(shape)
-            torch._foreach_copy_([where[name] for name, _, _ in self.tensors], outs)
+            for t in sorted(self.tensors, key=lambda t: t[0]):
+                where[t[0]] = other[at:at + numel(t[1])].view(t[1])
+                at += numel(t[1])
+            torch._foreach_copy_([where[t[0]] for t in self.tensors], outs)
             r["equal"] = bool(torch.equal(other.view(torch.int16), self.image.view(torch.int16)))
             r["checksum"] = checksum(torch, self.image)
             print(json.dumps(r), flush=True)
@@ -236,7 +290,6 @@ def run_rank(a):
     import gc
     import torch
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     device = torch.device("cuda", a.rank) if a.device == "cuda" else torch.device("cpu")
     if a.device == "cuda":
         torch.cuda.set_device(device)
@@ -244,12 +297,12 @@ def run_rank(a):
         torch.set_num_threads(1)
     dist.init_process_group("nccl" if a.device == "cuda" else "gloo", init_method=f"tcp://127.0.0.1:{a.port}", rank=a.rank, world_size=a.world,
                             timeout=datetime.timedelta(seconds=60), **({"device_id": device} if a.device == "cuda" else {}))
-    mesh = init_device_mesh(a.device, (a.world,))
+    mesh = Layout(a.layout, a.world, 0).mesh(a.device)
     if a.rank == 0:
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if a.device == "cuda" else ""
         print(json.dumps({"info": 1, "torch": torch.__version__, "torch_cuda": torch.version.cuda, "torch_nccl": nccl}), flush=True)
     for model in MODELS:
-        if a.only and model[0] != a.only:
+        if model[0] != a.only if a.only else a.layout == "ep" and not model[7]:
             continue
         gc.collect()
         gc.disable()
@@ -289,6 +342,8 @@ def start(a, script):
 def main():
     p = argparse.ArgumentParser()
     p.add_argument("n", nargs="?", type=int, default=0)
+    p.add_argument("--layout", default="fsdp", choices=["fsdp", "tp2", "ep"])
+    p.add_argument("--own-comm", action="store_true")  # is bench_gpu's alone; run_gpu.sh gives both the same arguments
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--seed", type=lambda s: int(s, 0) & M32, default=int.from_bytes(os.urandom(4), "little"))
     p.add_argument("--only", default="")
