@@ -1788,15 +1788,19 @@ LORASYNCI_FN uint64_t lorasynci_deadline_ns(int timeout_ms)
     return lorasynci_now_ns() + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u;
 }
 
+enum {
+    LORASYNCI_YIELDS = 4096 /* some milliseconds: a sleep, however short, costs 50 microseconds or more */
+};
+
 /* Waiting for another process: first yields, then sleeps, up to 100 microseconds at a time. *turns starts at 0. */
 LORASYNCI_FN void lorasynci_pause(unsigned *turns)
 {
-    if ((*turns)++ < 64) {
+    if ((*turns)++ < LORASYNCI_YIELDS) {
         sched_yield();
     } else {
         struct timespec t;
         t.tv_sec  = 0;
-        t.tv_nsec = *turns < 256 ? 10000 : 100000;
+        t.tv_nsec = *turns < LORASYNCI_YIELDS + 192 ? 10000 : 100000;
         nanosleep(&t, NULL);
     }
 }
@@ -4922,13 +4926,6 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_is_lost(const lorasynci_nccl *n, lor
     return lorasynci_fail(err, LORASYNC_E_LOST, "the NCCL communicator was lost before: close it, make a new one, open again");
 }
 
-/* NCCL's threads want the CPU too. An answer is usually there within microseconds; whoever waits for long, sleeps. */
-LORASYNCI_FN void lorasynci_nccl_pause(unsigned *turns)
-{
-    if (++*turns < 10000) sched_yield();
-    else lorasynci_pause(turns);
-}
-
 /* Makes the communicator's device the current one; *old for lorasynci_nccl_leave. */
 LORASYNCI_FN void lorasynci_nccl_enter(const lorasynci_nccl *n, int *old)
 {
@@ -4957,7 +4954,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_settle(lorasynci_nccl *n, ncclResult
         r = lorasynci_nccl_state(n);
         if (r != ncclInProgress) break;
         if (lorasynci_now_ns() >= deadline_ns) return lorasynci_nccl_late(n, what, err);
-        lorasynci_nccl_pause(&turns);
+        lorasynci_pause(&turns);
     }
     return r == ncclSuccess ? LORASYNC_OK : lorasynci_nccl_fail(n, r, what, err);
 }
@@ -4977,7 +4974,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_wait(lorasynci_nccl *n, const char *
         if (e == cudaSuccess) return LORASYNC_OK;
         if (e != cudaErrorNotReady) return lorasynci_nccl_cuda_fail(n, e, what, err);
         if (lorasynci_now_ns() >= deadline_ns) return lorasynci_nccl_late(n, what, err);
-        lorasynci_nccl_pause(&turns);
+        lorasynci_pause(&turns);
     }
 }
 
