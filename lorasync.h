@@ -7564,6 +7564,8 @@ LORASYNCI_FN lorasync_status lorasynci_note_digest(lorasynci_planner *p, uint32_
 LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasync_error *err)
 {
     uint32_t to = p->plan->direct || p->world == 1 || p->desc->kind == LORASYNC_GATHER_ALL ? LORASYNCI_ALL : (uint32_t)p->plan->root;
+    /* who copies in the root's stead: a link is slower than the root's own memory, another core is not */
+    uint32_t dst = p->plan->direct && p->plan->device ? (uint32_t)p->plan->root : to;
     size_t   i, n;
     for (i = 0; i < p->merged.num; i++) {
         size_t            t    = p->merged_index[i];
@@ -7572,7 +7574,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasy
         for (; r < end; r += n) {
             const lorasynci_region *owner;
             for (n = 1; r + n < end && lorasynci_same_box(r, r + n, ndim); n++) {}
-            owner = lorasynci_choose_owner(p, r, n, to);
+            owner = lorasynci_choose_owner(p, r, n, dst);
             if (p->plan->direct || p->world == 1) {
                 LORASYNCI_TRY(lorasynci_route_box(p, t, owner, owner->rank, (uint32_t)i, owner->box, 1, err));
                 continue;
