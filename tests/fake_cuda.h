@@ -50,6 +50,7 @@
 #define LORASYNCD_FLOAT(bits) fake_float(bits)
 #define blockIdx fake_block
 #define threadIdx fake_thread
+#define blockDim fake_dim
 #define atomicMin fake_atomic_min
 #define atomicAdd fake_atomic_add
 
@@ -57,7 +58,7 @@ typedef unsigned long long lorasyncd_u64;
 typedef struct fake_index {
     unsigned x;
 } fake_index;
-static __thread fake_index fake_block, fake_thread;
+static __thread fake_index fake_block, fake_thread, fake_dim;
 
 TEST_UNUSED static unsigned fake_bits(float value)
 {
@@ -87,6 +88,7 @@ TEST_UNUSED static void fake_atomic_min(lorasyncd_u64 *at, lorasyncd_u64 value)
 #include FAKE_DEVICE_TEXT
 #undef blockIdx
 #undef threadIdx
+#undef blockDim
 
 /* -- state */
 
@@ -843,6 +845,7 @@ static int fake_run_kernel(fake_item *item)
     const fake_launch *l = (const fake_launch *)item->blob;
     if (item->value-- > 0) return 0;
     fake_open();
+    fake_dim.x = l->threads;
     for (fake_block.x = 0; fake_block.x < l->blocks; fake_block.x++)
         for (fake_thread.x = 0; fake_thread.x < l->threads; fake_thread.x++) lorasyncd_copy(l->ops, l->tiles, l->bad, l->image_shift);
     return 1;
@@ -854,7 +857,7 @@ static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, 
     fake_item   item;
     fake_launch l;
     (void)function, (void)shared, (void)extra;
-    if (!x || y != 1 || z != 1 || tx != LORASYNCD_THREADS || ty != 1 || tz != 1) return CUDA_ERROR_INVALID_VALUE;
+    if (!x || y != 1 || z != 1 || !tx || tx > LORASYNCD_THREADS || tx % 32 || ty != 1 || tz != 1) return CUDA_ERROR_INVALID_VALUE;
     memset(&item, 0, sizeof item);
     l.blocks  = x;
     l.threads = tx;

@@ -1,5 +1,6 @@
 /* The random cases of test_plan in real device memory: `make test-gpu`. Ranks share the GPUs there are; NCCL needs one for each.
    gpu_plan [N [TEST...]]: N cases of each kind instead of 60, and only these tests (sanitizers are slow, and not all can see what other processes do). */
+#define LORASYNCI_FULL 1 /* small tiles get small blocks although there are few */
 #define LORASYNC_CUDA
 #define LORASYNC_NCCL
 #define LORASYNC_IMPLEMENTATION

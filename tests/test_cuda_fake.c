@@ -6,7 +6,7 @@
 #endif
 
 #ifdef HAVE_CUDA
-#define LORASYNCI_WAVE 3
+#define LORASYNCI_FULL 1
 #define LORASYNC_CUDA
 #define LORASYNC_NCCL
 #endif
@@ -73,6 +73,48 @@ static void slow_gpu(void)
     cases(WAY_DIRECT, 2, 3, 20);
     cases(WAY_NCCL, 8, 3, 20);
     cases(WAY_HOST, 1, 3, 20);
+}
+
+static void plan_of_replicas(rank_context *x)
+{
+    enum {
+        NUM = 1000
+    };
+    lorasync_plan_desc desc;
+    lorasync_cuda      cuda;
+    lorasync_piece     piece;
+    lorasync_plan     *plan = NULL;
+    lorasync_error     err;
+    memset(&desc, 0, sizeof desc);
+    memset(&cuda, 0, sizeof cuda);
+    memset(&piece, 0, sizeof piece);
+    cudaSetDevice(x->rank);
+    piece.name     = "t";
+    piece.dtype    = LORASYNC_F32;
+    piece.ndim     = 1;
+    piece.shape[0] = NUM;
+    piece.box      = lorasync_whole(piece.shape, 1);
+    REQUIRE(cudaMalloc(&piece.data, NUM * 4) == cudaSuccess);
+    desc.comm       = &x->comm;
+    desc.have       = &piece;
+    desc.num_have   = 1;
+    desc.root       = x->world - 1;
+    desc.cuda       = &cuda;
+    desc.timeout_ms = device_patience_ms;
+    CHECK_EQ(lorasync_plan_create(&desc, &plan, &err), LORASYNC_OK);
+    if (plan) CHECK(plan->direct);
+    if (plan) CHECK_EQ(lorasynci_ops_num(&plan->pack), x->rank == x->world - 1);
+    lorasync_plan_free(plan);
+    cudaFree(piece.data);
+}
+
+/* What the root's GPU has itself crosses no link. */
+static void root_copies_its_own(void)
+{
+    reset();
+    fake_cuda.devices = 4;
+    run_threads(4, plan_of_replicas, NULL);
+    check_left();
 }
 
 /* Where ranks vote on the GPU no run asks over the host; where they cannot, each does. */
@@ -444,6 +486,7 @@ int main(void)
     RUN(over_nccl);
     RUN(over_the_host);
     RUN(slow_gpu);
+    RUN(root_copies_its_own);
     RUN(votes_travel_with_the_bytes);
     RUN(one_does_not_begin);
     RUN(kept_on_device);
