@@ -734,12 +734,14 @@ typedef struct lorasync_plan_desc {
     size_t num_want;
     const lorasync_image *image;   /* SCATTER, on the root: borrowed until the plan is freed; has a payload */
     const char           *adapter; /* GATHER*: name for the image's metadata; NULL: none */
-    size_t bucket_bytes; /* receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged
-                                           whole: it is the snapshot that lets the caller go on */
-    int    allow_nan;    /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
-    int    no_direct;    /* 1: never place directly into shared memory, or another GPU's */
-    const lorasync_cuda      *cuda;       /* NULL: pieces are in host memory. Else in device memory; copied. All ranks alike */
-    int                       timeout_ms; /* deadline of each collective step; 0: 60000 */
+    size_t
+        bucket_bytes; /* receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged whole, as the
+                            snapshot that lets the caller go on; only of more than this that travels over exchange_stream at most as much is staged
+                            at a time, and the caller's stream waits until the rest has travelled */
+    int                  allow_nan;  /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
+    int                  no_direct;  /* 1: never place directly into shared memory, or another GPU's */
+    const lorasync_cuda *cuda;       /* NULL: pieces are in host memory. Else in device memory; copied. All ranks alike */
+    int                  timeout_ms; /* deadline of each collective step; 0: 60000 */
     const lorasync_allocator *allocator;
 } lorasync_plan_desc;
 
@@ -7037,9 +7039,10 @@ LORASYNCI_FN void lorasynci_add_ops(lorasynci_ops *ops, const int64_t *off, cons
        stream   | round 0 ........ | round 1 ..... | round 2 .. | digests |
        ends                        e0              e1           e2                  the next round begins at the next multiple of 16 */
 typedef struct lorasynci_link {
-    lorasynci_buffer ends; /* uint64_t per round */
-    uint64_t         base; /* where the stream (sending), or the round at hand (receiving), lies in staging */
-    uint64_t  half; /* receiving: odd rounds lie this much further, so that one can arrive while the one before is placed; 0: all at base */
+    lorasynci_buffer ends;  /* uint64_t per round */
+    uint64_t         base;  /* where it begins in staging */
+    int              whole; /* sending: the stream lies in staging as it is: the snapshot */
+    uint64_t half; /* else: odd rounds lie this much further, so that one is packed or placed while the other travels; 0: all lie at base */
     uint32_t *digests; /* receiving: the image tensor of each */
     size_t    num_digests;
 } lorasynci_link;
@@ -7762,14 +7765,15 @@ enum {
     LORASYNCI_FIRST_ROUND = 16 << 20
 };
 
+LORASYNCI_FN size_t lorasynci_bucket_bytes(const lorasync_plan_desc *d) { return d->bucket_bytes ? d->bucket_bytes : (size_t)256 << 20; }
+
 /* Rounds that overlap share the bucket by two, and begin small: the first is soon packed, and travels while the rest is. */
 LORASYNCI_FN void lorasynci_planner_caps(lorasynci_planner *p)
 {
-    const size_t bucket = p->desc->bucket_bytes ? p->desc->bucket_bytes : (size_t)256 << 20,
-                 others = p->world > 1 ? (size_t)p->world - 1 : 1;
-    const int overlap   = lorasynci_is_pipelined(p->plan);
-    p->pair_cap         = bucket / others / (overlap ? 2 : 1);
-    p->first_cap        = overlap ? LORASYNCI_FIRST_ROUND / others : p->pair_cap;
+    const size_t bucket = lorasynci_bucket_bytes(p->desc), others = p->world > 1 ? (size_t)p->world - 1 : 1;
+    const int    overlap = lorasynci_is_pipelined(p->plan);
+    p->pair_cap          = bucket / others / (overlap ? 2 : 1);
+    p->first_cap         = overlap ? LORASYNCI_FIRST_ROUND / others : p->pair_cap;
 }
 
 /* The planner's arrays, one entry per rank. */
@@ -8102,14 +8106,17 @@ LORASYNCI_FN uint64_t lorasynci_link_end(const lorasynci_link *link, uint32_t ro
     return ends[round];
 }
 
-/* Where a round that arrives lies in receive staging. */
-LORASYNCI_FN uint64_t lorasynci_link_received_at(const lorasynci_link *link, uint32_t round) { return link->base + round % 2 * link->half; }
+/* Where a round lies in staging. */
+LORASYNCI_FN uint64_t lorasynci_link_at(const lorasynci_link *link, uint32_t round)
+{
+    return link->base + (link->whole ? lorasynci_link_start(link, round) : round % 2 * link->half);
+}
 
-/* Where the digests that arrive with a link lie there. */
-LORASYNCI_FN uint64_t lorasynci_link_received_digests_at(const lorasynci_link *link)
+/* Where the digests that travel with a link lie there. */
+LORASYNCI_FN uint64_t lorasynci_link_staged_digests_at(const lorasynci_link *link)
 {
     uint32_t last = lorasynci_link_rounds(link) - 1;
-    return lorasynci_link_received_at(link, last) + lorasynci_link_digests_at(link) - lorasynci_link_start(link, last);
+    return lorasynci_link_at(link, last) + lorasynci_link_digests_at(link) - lorasynci_link_start(link, last);
 }
 
 /* Notes that a link carries a leg. */
@@ -8143,20 +8150,21 @@ LORASYNCI_FN lorasync_status lorasynci_build_send(const lorasynci_build *b, cons
 {
     lorasync_plan *plan = b->plan;
     lorasynci_end  far;
-    uint32_t       tensor;
+    uint32_t       tensor, round = leg->route.round;
     float          scale;
     int            self = leg->route.peer == (uint32_t)plan->comm.rank, gather = lorasynci_is_gather(b->desc->kind);
     int            digest = gather && !(self && b->desc->kind == LORASYNC_GATHER_ALL && !plan->direct && plan->comm.world > 1);
     memset(&far, 0, sizeof far);
-    if (!self)
-        lorasynci_staging_end(&far, LORASYNCI_SEND, lorasynci_link_of(plan, leg, 0)->base + leg->route.at, leg->wire, leg->box, leg->ndim);
-    else if (gather) LORASYNCI_TRY(lorasynci_target_end(b, leg, &far, err));
+    if (!self) {
+        const lorasynci_link *link = lorasynci_link_of(plan, leg, 0);
+        lorasynci_staging_end(&far, LORASYNCI_SEND, lorasynci_link_at(link, round) + leg->route.at - lorasynci_link_start(link, round),
+                              leg->wire, leg->box, leg->ndim);
+    } else if (gather) LORASYNCI_TRY(lorasynci_target_end(b, leg, &far, err));
     else LORASYNCI_TRY(lorasynci_part_end(plan, b->parts, leg->route.at, &far, &tensor, &scale, err));
     if (digest && !self && (plan->num_slots == 0 || plan->slots[plan->num_slots - 1] != leg->tensor))
         plan->slots[plan->num_slots++] = leg->tensor;
-    lorasynci_add_ops(&plan->pack, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &leg->near, &far, leg->tensor, leg->scale,
-                      leg->route.round, digest,
-                      self && leg->wire != far.dtype && leg->wire != leg->near.dtype ? leg->wire : LORASYNC_DTYPE_NONE);
+    lorasynci_add_ops(&plan->pack, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &leg->near, &far, leg->tensor, leg->scale, round,
+                      digest, self && leg->wire != far.dtype && leg->wire != leg->near.dtype ? leg->wire : LORASYNC_DTYPE_NONE);
     return lorasynci_ops_failed(&plan->pack) ? lorasynci_fail_memory(err, plan->pack.list.size) : LORASYNC_OK;
 }
 
@@ -8167,7 +8175,7 @@ LORASYNCI_FN lorasync_status lorasynci_build_receive(const lorasynci_build *b, c
     lorasynci_end   far;
     memset(&far, 0, sizeof far);
     lorasynci_staging_end(&far, LORASYNCI_RECEIVE,
-                          lorasynci_link_received_at(link, leg->route.round) + leg->route.at - lorasynci_link_start(link, leg->route.round),
+                          lorasynci_link_at(link, leg->route.round) + leg->route.at - lorasynci_link_start(link, leg->route.round),
                           leg->wire, leg->box, leg->ndim);
     lorasynci_add_ops(&b->plan->place, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &far, &leg->near, leg->tensor, 1,
                       leg->route.round, 0, LORASYNC_DTYPE_NONE);
@@ -8192,26 +8200,35 @@ LORASYNCI_FN lorasync_status lorasynci_build_pass(const lorasynci_build *b, cons
     return LORASYNC_OK;
 }
 
-/* Places the links in staging: whole streams one after another when sending (the snapshot), the largest round of each when receiving, twice where
-   rounds overlap. */
-LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan)
+/* Room for a link: for the whole stream, or for its largest round, twice where rounds overlap. */
+LORASYNCI_FN void lorasynci_place_link(lorasynci_link *link, int whole, int overlap, size_t *staging_bytes)
 {
-    int      i;
-    uint32_t r;
+    uint32_t r, rounds = lorasynci_link_rounds(link);
+    uint64_t largest = 0;
+    link->base       = *staging_bytes;
+    link->whole      = whole;
+    for (r = 0; r < rounds; r++)
+        if (lorasynci_link_end(link, r) - lorasynci_link_start(link, r) > largest)
+            largest = lorasynci_link_end(link, r) - lorasynci_link_start(link, r);
+    if (whole && rounds) largest = lorasynci_link_end(link, rounds - 1);
+    largest    = lorasynci_align64((size_t)largest);
+    link->half = !whole && overlap && rounds > 1 ? largest : 0;
+    *staging_bytes += (size_t)(largest + link->half);
+}
+
+/* Places the links in staging. What is sent is a snapshot, unless that is larger than a bucket and rounds overlap; two rounds are not less. */
+LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan, size_t bucket_bytes)
+{
+    size_t *staging = plan->staging_bytes;
+    int     i, overlap = lorasynci_is_pipelined(plan);
     for (i = 0; i < plan->comm.world; i++) {
-        lorasynci_link *s = &plan->sends[i], *v = &plan->receives[i];
-        uint64_t        largest = 0;
-        s->base                 = plan->staging_bytes[LORASYNCI_SEND];
-        if (lorasynci_link_rounds(s))
-            plan->staging_bytes[LORASYNCI_SEND] += lorasynci_align64((size_t)lorasynci_link_end(s, lorasynci_link_rounds(s) - 1));
-        v->base = plan->staging_bytes[LORASYNCI_RECEIVE];
-        for (r = 0; r < lorasynci_link_rounds(v); r++)
-            if (lorasynci_link_end(v, r) - lorasynci_link_start(v, r) > largest)
-                largest = lorasynci_link_end(v, r) - lorasynci_link_start(v, r);
-        largest = lorasynci_align64((size_t)largest);
-        v->half = lorasynci_is_pipelined(plan) && lorasynci_link_rounds(v) > 1 ? largest : 0;
-        plan->staging_bytes[LORASYNCI_RECEIVE] += (size_t)(largest + v->half);
+        lorasynci_place_link(&plan->sends[i], 1, overlap, &staging[LORASYNCI_SEND]);
+        lorasynci_place_link(&plan->receives[i], 0, overlap, &staging[LORASYNCI_RECEIVE]);
     }
+    if (!overlap || staging[LORASYNCI_SEND] <= bucket_bytes) return;
+    staging[LORASYNCI_SEND] = 0;
+    for (i = 0; i < plan->comm.world; i++)
+        lorasynci_place_link(&plan->sends[i], lorasynci_link_rounds(&plan->sends[i]) <= 2, overlap, &staging[LORASYNCI_SEND]);
 }
 
 /* Digests that will arrive with each link. */
@@ -8286,7 +8303,7 @@ LORASYNCI_FN lorasync_status lorasynci_build_plan(lorasynci_build *b, const lora
     LORASYNCI_TRY(lorasynci_build_pass(b, receives, receives_n, 1, 0, err));
     LORASYNCI_TRY(lorasynci_build_digests(plan, digests, (size_t)head->digests_bytes, err));
     LORASYNCI_TRY(lorasynci_build_slots(b, sends, sends_n, err));
-    lorasynci_build_staging(plan);
+    lorasynci_build_staging(plan, lorasynci_bucket_bytes(b->desc));
     LORASYNCI_TRY(lorasynci_build_pass(b, sends, sends_n, 0, 1, err));
     LORASYNCI_TRY(lorasynci_build_pass(b, receives, receives_n, 1, 1, err));
     lorasynci_buffer_trim(&plan->pack.list);
@@ -8916,7 +8933,7 @@ LORASYNCI_FN void lorasynci_send_digests(lorasync_plan *plan)
         lorasynci_link *link = &plan->sends[rank];
         if (!link->num_digests) continue;
         for (i = 0; i < plan->num_slots; i++)
-            memcpy(plan->memory[LORASYNCI_SEND] + link->base + lorasynci_link_digests_at(link) + i * 8, &plan->sums[plan->slots[i]], 8);
+            memcpy(plan->memory[LORASYNCI_SEND] + lorasynci_link_staged_digests_at(link) + i * 8, &plan->sums[plan->slots[i]], 8);
     }
 }
 
@@ -8932,13 +8949,13 @@ LORASYNCI_FN void lorasynci_round_messages(lorasync_plan *plan, uint32_t round, 
         if (rank == c->rank) continue;
         if (round < lorasynci_link_rounds(s)) {
             sends[num_sends].peer      = rank;
-            sends[num_sends].data      = plan->memory[LORASYNCI_SEND] + s->base + lorasynci_link_start(s, round);
+            sends[num_sends].data      = plan->memory[LORASYNCI_SEND] + lorasynci_link_at(s, round);
             sends[num_sends].num_bytes = (size_t)(lorasynci_link_end(s, round) - lorasynci_link_start(s, round));
             num_sends++;
         }
         if (round < lorasynci_link_rounds(r)) {
             receives[num_receives].peer      = rank;
-            receives[num_receives].data      = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_received_at(r, round);
+            receives[num_receives].data      = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_at(r, round);
             receives[num_receives].num_bytes = (size_t)(lorasynci_link_end(r, round) - lorasynci_link_start(r, round));
             num_receives++;
         }
@@ -8967,7 +8984,7 @@ LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
         const lorasynci_link *link = &plan->receives[rank];
         const char           *from;
         if (!link->num_digests || round + 1 != lorasynci_link_rounds(link)) continue;
-        from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_received_digests_at(link);
+        from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_staged_digests_at(link);
         for (i = 0; i < link->num_digests; i++) {
             uint64_t sum;
             memcpy(&sum, from + i * 8, 8);
@@ -9105,10 +9122,10 @@ struct lorasynci_device {
     pid_t        pid;          /* that opened it */
     int          same_process; /* the image was made by a thread of this process: no IPC */
     cudaStream_t caller, stream, wire, placing;
-    cudaEvent_t  ready, packed, done, arrived, placed[2];
-    cudaEvent_t *sendable;   /* per round: it is packed */
-    uint32_t     num_events; /* of `sendable` that exist */
-    uint32_t     num_sent;   /* rounds of the run under way whose exchange is enqueued; one more: the ballots' too */
+    cudaEvent_t  ready, packed, done, arrived[2], placed[2]; /* the pairs: of even and of odd rounds */
+    cudaEvent_t *sendable;                                   /* per round: it is packed */
+    uint32_t     num_events;                                 /* of `sendable` that exist */
+    uint32_t     num_sent; /* rounds of the run under way whose exchange is enqueued; one more: the ballots' too */
     CUmodule     module;
     CUfunction   kernel;
     CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
@@ -9117,7 +9134,7 @@ struct lorasynci_device {
     lorasynci_launch *place;   /* per round */
     void             *table;   /* one allocation: all operations, tiles, ballots and sums */
     lorasynci_ballot *ballots; /* one per rank */
-    char             *sums;    /* this rank's digests; in send staging when they travel with the data */
+    char             *sums;    /* this rank's digests, behind the ballots; copied to send staging when they travel with the data */
     size_t            num_sums;
     char             *host; /* pinned: | the ballot to cast | ballots | sums | digests that arrive, link after link | */
     size_t            host_bytes;
@@ -9237,7 +9254,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_open_wire(lorasync_plan *plan, lor
     LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->wire, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
     LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->placing, cudaStreamNonBlocking, greatest < least ? greatest + 1 : least),
                    "cudaStreamCreateWithPriority");
-    LORASYNCI_TRY(lorasynci_device_event(&g->arrived, err));
+    LORASYNCI_TRY(lorasynci_device_event(&g->arrived[0], err));
+    LORASYNCI_TRY(lorasynci_device_event(&g->arrived[1], err));
     LORASYNCI_TRY(lorasynci_device_event(&g->placed[0], err));
     LORASYNCI_TRY(lorasynci_device_event(&g->placed[1], err));
     g->sendable = (cudaEvent_t *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->sendable);
@@ -9251,7 +9269,8 @@ LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
     lorasynci_device *g = plan->device;
     while (g->num_events > 0) cudaEventDestroy(g->sendable[--g->num_events]);
     lorasynci_free(&plan->a, g->sendable);
-    if (g->arrived) cudaEventDestroy(g->arrived);
+    if (g->arrived[0]) cudaEventDestroy(g->arrived[0]);
+    if (g->arrived[1]) cudaEventDestroy(g->arrived[1]);
     if (g->placed[0]) cudaEventDestroy(g->placed[0]);
     if (g->placed[1]) cudaEventDestroy(g->placed[1]);
     if (g->placing) cudaStreamDestroy(g->placing);
@@ -9496,7 +9515,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
 {
     lorasynci_device *g = plan->device;
     uint32_t          l, launches = lorasynci_device_packs(plan) + plan->num_rounds;
-    size_t            op_at = 0, tile_at, ballots_at, sums_at, num_tiles = 0, own_sums = plan->num_slots ? 0 : plan->catalogue.num;
+    size_t            op_at = 0, tile_at, ballots_at, sums_at, num_tiles = 0;
     for (l = 0; l < launches; l++) { /* sizes first: the sums' address is part of the operations */
         ops->size = tiles->size = 0;
         lorasynci_device_tables(plan, l, slot_of, ops, tiles);
@@ -9505,9 +9524,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
     tile_at    = lorasynci_align64((lorasynci_ops_num(&plan->pack) + lorasynci_ops_num(&plan->place)) * sizeof(lorasyncd_op));
     ballots_at = lorasynci_align64(tile_at + num_tiles * sizeof(lorasyncd_tile));
     sums_at    = ballots_at + (size_t)plan->comm.world * sizeof *g->ballots;
-    LORASYNCI_CUDA(cudaMalloc(&g->table, sums_at + own_sums * 8), "memory for the tables");
+    LORASYNCI_CUDA(cudaMalloc(&g->table, sums_at + g->num_sums * 8), "memory for the tables");
     g->ballots = (lorasynci_ballot *)(void *)((char *)g->table + ballots_at);
-    if (!plan->num_slots) g->sums = (char *)g->table + sums_at;
+    g->sums    = (char *)g->table + sums_at;
     for (l = 0; l < launches; l++) LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, slot_of, ops, tiles, &op_at, &tile_at, err));
     return LORASYNC_OK;
 }
@@ -9528,9 +9547,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
     }
     for (i = 0; i < plan->num_slots; i++) slot_of[plan->slots[i]] = (uint32_t)i;
     g->num_sums = plan->sums ? (plan->num_slots ? plan->num_slots : plan->catalogue.num) : 0;
-    for (i = 0; plan->num_slots && i < (size_t)plan->comm.world; i++)
-        if (plan->sends[i].num_digests)
-            g->sums = plan->memory[LORASYNCI_SEND] + plan->sends[i].base + lorasynci_link_digests_at(&plan->sends[i]);
     lorasynci_buffer_init(&ops, &plan->a);
     lorasynci_buffer_init(&tiles, &plan->a);
     status = lorasynci_device_upload_all(plan, slot_of, &ops, &tiles, err);
@@ -9688,7 +9704,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch(lorasync_plan *plan, cudaStr
         const lorasynci_link *link = &plan->receives[i];
         const char           *from;
         if (!link->num_digests) continue;
-        from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_received_digests_at(link);
+        from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_staged_digests_at(link);
         LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, from, link->num_digests * 8, cudaMemcpyDefault, stream), "copying digests");
         at += link->num_digests * 8;
     }
@@ -9716,22 +9732,49 @@ LORASYNCI_FN lorasync_status lorasynci_device_round(lorasync_plan *plan, uint32_
     LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives,
                                              g->wire, plan->timeout_ms, err));
     g->num_sent = round + 1;
-    LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived, 0), "cudaStreamWaitEvent");
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived[round % 2], g->wire), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived[round % 2], 0), "cudaStreamWaitEvent");
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
     LORASYNCI_CUDA(cudaEventRecord(g->placed[round % 2], g->placing), "cudaEventRecord");
+    return LORASYNC_OK;
+}
+
+/* Whether what this rank sends is packed into two halves in turns: then a round must have left before the next but one is packed. */
+LORASYNCI_FN int lorasynci_device_takes_turns(const lorasync_plan *plan)
+{
+    int i;
+    for (i = 0; i < plan->comm.world; i++)
+        if (plan->sends[i].half) return 1;
+    return 0;
+}
+
+/* The digests to where they travel, behind the last round of their link. */
+LORASYNCI_FN lorasync_status lorasynci_device_add_digests(const lorasync_plan *plan, uint32_t round, lorasync_error *err)
+{
+    const lorasynci_device *g = plan->device;
+    int                     i;
+    for (i = 0; i < plan->comm.world; i++) {
+        const lorasynci_link *link = &plan->sends[i];
+        if (!link->num_digests || lorasynci_link_rounds(link) != round + 1) continue;
+        LORASYNCI_CUDA(cudaMemcpyAsync(plan->memory[LORASYNCI_SEND] + lorasynci_link_staged_digests_at(link), g->sums,
+                                       link->num_digests * 8, cudaMemcpyDefault, g->stream),
+                       "copying digests");
+    }
     return LORASYNC_OK;
 }
 
 /* All packs, each followed by the event that lets its round travel. The first round is sent at once: it travels while the rest is packed. */
 LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g = plan->device;
+    lorasynci_device *g     = plan->device;
+    int               turns = lorasynci_device_takes_turns(plan);
     uint32_t          i;
     for (i = 0; i < lorasynci_device_packs(plan); i++) {
+        if (turns && i >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived[i % 2], 0), "cudaStreamWaitEvent");
         LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], g->stream, err));
+        LORASYNCI_TRY(lorasynci_device_add_digests(plan, i, err));
         if (i < g->num_events) LORASYNCI_CUDA(cudaEventRecord(g->sendable[i], g->stream), "cudaEventRecord");
-        if (i == 0 && g->num_events) LORASYNCI_TRY(lorasynci_device_round(plan, 0, err));
+        if (g->num_events && (turns || i == 0)) LORASYNCI_TRY(lorasynci_device_round(plan, i, err));
     }
     return LORASYNC_OK;
 }
@@ -9740,14 +9783,14 @@ LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync
    link. That, and the vote, need not wait for the last placing. */
 LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g = plan->device;
-    uint32_t          round;
-    for (round = 1; round < plan->num_rounds; round++) LORASYNCI_TRY(lorasynci_device_round(plan, round, err));
+    lorasynci_device *g    = plan->device;
+    uint32_t          last = plan->num_rounds - 1;
+    while (g->num_sent < plan->num_rounds) LORASYNCI_TRY(lorasynci_device_round(plan, g->num_sent, err));
     if (lorasynci_device_casts(plan)) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
     LORASYNCI_TRY(lorasynci_device_fetch(plan, g->wire, err));
-    LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived, 0), "cudaStreamWaitEvent");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->placed[(round - 1) % 2], 0), "cudaStreamWaitEvent");
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived[0], 0), "cudaStreamWaitEvent");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->placed[last % 2], 0), "cudaStreamWaitEvent");
     return LORASYNC_OK;
 }
 
@@ -9904,7 +9947,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, 
         LORASYNCI_TRY(lorasynci_device_fill_ballot(plan, ~plan->tag, g->wire, err));
         LORASYNCI_TRY(lorasynci_device_cast(plan, err));
     }
-    LORASYNCI_CUDA(cudaEventRecord(g->arrived, g->wire), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
     return LORASYNC_OK;
 }
 
@@ -9922,7 +9965,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_send_rest(lorasync_plan *plan, uin
     lorasync_status status = err->status;
     if (!lorasynci_is_pipelined(plan) || plan->num_rounds == 0) return LORASYNC_OK;
     if (plan->device->num_sent <= plan->num_rounds) status = lorasynci_device_enqueue_rest(plan, err);
-    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, plan->device->arrived, deadline_ns, 1, err);
+    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, plan->device->arrived[0], deadline_ns, 1, err);
     return status == LORASYNC_OK ? status : lorasynci_device_give_up(plan, err);
 }
 

@@ -117,6 +117,71 @@ static void root_copies_its_own(void)
     check_left();
 }
 
+enum {
+    BUCKET = 1 << 20,
+    TWENTY = 20
+};
+
+/* 20 tensors of 400 kB, half of each on either rank: rank 1 sends 4 MB. user: the bucket. */
+static void plan_of_much(rank_context *x)
+{
+    static char         names[TWENTY][8];
+    const size_t        bucket = *(const size_t *)x->user;
+    device_rank         d;
+    lorasync_plan_desc  desc;
+    lorasync_cuda       cuda;
+    lorasync_piece      pieces[TWENTY];
+    lorasync_plan_stats stats;
+    void               *memory = NULL;
+    int                 i;
+    memset(&d, 0, sizeof d);
+    memset(&desc, 0, sizeof desc);
+    memset(&cuda, 0, sizeof cuda);
+    memset(pieces, 0, sizeof pieces);
+    d.context = x;
+    cudaSetDevice(x->rank);
+    REQUIRE(device_comm(&d) == LORASYNC_OK);
+    REQUIRE(cudaMalloc(&memory, 50000 * 4) == cudaSuccess);
+    for (i = 0; i < TWENTY; i++) {
+        if (x->rank == 0) snprintf(names[i], sizeof names[i], "t%d", i);
+        pieces[i].name     = names[i];
+        pieces[i].dtype    = LORASYNC_F32;
+        pieces[i].ndim     = 1;
+        pieces[i].shape[0] = 100000;
+        pieces[i].box      = lorasync_shard(lorasync_whole(pieces[i].shape, 1), 0, x->rank, 2);
+        pieces[i].data     = memory;
+    }
+    device_barrier(&d);
+    desc.comm         = &d.comm;
+    desc.have         = pieces;
+    desc.num_have     = TWENTY;
+    desc.cuda         = &cuda;
+    desc.no_direct    = 1;
+    desc.bucket_bytes = bucket;
+    desc.timeout_ms   = device_patience_ms;
+    CHECK_EQ(lorasync_plan_create(&desc, &d.plan, &d.err), LORASYNC_OK);
+    lorasync_plan_get_stats(d.plan, &stats);
+    if (x->rank == 1) CHECK(stats.send_bytes > 4000000);
+    if (bucket) CHECK(stats.staging_bytes > BUCKET / 2 && stats.staging_bytes <= BUCKET + 1024); /* of either rank; digests and alignment */
+    else if (x->rank == 1) CHECK(stats.staging_bytes >= stats.send_bytes);
+    lorasync_plan_free(d.plan);
+    lorasync_nccl_close(&d.comm);
+    cudaFree(memory);
+}
+
+/* More than a bucket is not staged at once; less is, as the snapshot. */
+static void staging_is_bounded(void)
+{
+    size_t bucket;
+    for (bucket = 0; bucket <= BUCKET; bucket += BUCKET) {
+        reset();
+        fake_cuda.devices  = 2;
+        device_options.way = WAY_NCCL;
+        run_threads(2, plan_of_much, &bucket);
+        check_left();
+    }
+}
+
 /* Where ranks vote on the GPU no run asks over the host; where they cannot, each does. */
 static void votes_travel_with_the_bytes(void)
 {
@@ -487,6 +552,7 @@ int main(void)
     RUN(over_the_host);
     RUN(slow_gpu);
     RUN(root_copies_its_own);
+    RUN(staging_is_bounded);
     RUN(votes_travel_with_the_bytes);
     RUN(one_does_not_begin);
     RUN(kept_on_device);
