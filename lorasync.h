@@ -9097,7 +9097,8 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
        placing stream                                   | place 0    | place 1 | ..                    |
                                            ^ after pack 0 ..         ^ exchange r after place r - 2, too: two halves of staging take turns
 
-   Where they want the same multiprocessors the wire comes first, placing second. */
+   Where a rank sends more than a bucket, pack r also waits for exchange r - 2: two halves again. Where streams want the same multiprocessors the
+   wire comes first, placing second. */
 
 #ifdef LORASYNC_CUDA
 

@@ -1,6 +1,7 @@
 /* What gathering LoRA shards costs between GPUs, beside what it cannot cost less than.
 
-   bench_gpu [N] [--layout fsdp|tp2|ep] [--json] [--only MODEL] [--quick] [--own-comm] [--seed S] [--deadline SECONDS]
+   bench_gpu [N] [--layout fsdp|tp2|ep] [--json] [--only MODEL] [--quick] [--own-comm] [--bucket MIB] [--seed S]
+             [--deadline SECONDS]
    bench/run_gpu.sh builds and runs it.
 
    N processes, one per GPU (rank = GPU number), hold fp32 shards; rank 0 gets the bf16 image. The shards:
@@ -15,6 +16,7 @@
        fused       floor: one flat tensor of as many elements: one launch that casts and writes, no work per tensor
        reshard     from these shards to TP over N, over NCCL
    NCCL's communicator is the bench's own, borrowed; with --own-comm the library makes one for itself, which is non-blocking.
+   --bucket is bucket_bytes of the plans over NCCL: 256 without it. A rank that sends more stages a bucket, and stalls its caller the longer.
    Times are from a barrier to the end on rank 0 (reshard: on the last rank), by the host's clock. "stall" is how long the caller's own stream
    is held up: events around begin, behind other work, the slowest rank. Medians. Images are compared bit by bit.
 
@@ -71,7 +73,7 @@ typedef enum layout {
 static const char *const layout_names[] = {"fsdp", "tp2", "ep"};
 
 typedef struct options {
-    int         ranks, json, quick, own_comm;
+    int         ranks, json, quick, own_comm, bucket_mib;
     layout      layout;
     const char *only;
     uint32_t    seed;
@@ -898,8 +900,9 @@ static void bench_staged(state *st, const lorasync_comm *nccl)
     lorasync_plan      *plan;
     timing              t;
     lorasync_plan_stats stats;
-    d.no_direct = 1;
-    plan        = make_plan(st, "nccl", &d);
+    d.no_direct    = 1;
+    d.bucket_bytes = (size_t)option.bucket_mib << 20;
+    plan           = make_plan(st, "nccl", &d);
     if (!plan) return;
     lorasync_plan_get_stats(plan, &stats);
     st->sent = stats.send_bytes;
@@ -1167,12 +1170,13 @@ static void bench_reshard(state *st, const lorasync_comm *nccl)
     uint64_t           bound;
     char              *memory = make_want(st, want, &num_bytes, &bound);
     lorasync_plan     *plan;
-    d.kind      = LORASYNC_RESHARD;
-    d.adapter   = NULL;
-    d.want      = want;
-    d.num_want  = st->s.num;
-    d.no_direct = 1;
-    plan        = make_plan(st, "reshard", &d);
+    d.kind         = LORASYNC_RESHARD;
+    d.adapter      = NULL;
+    d.want         = want;
+    d.num_want     = st->s.num;
+    d.bucket_bytes = (size_t)option.bucket_mib << 20;
+    d.no_direct    = 1;
+    plan           = make_plan(st, "reshard", &d);
     if (plan) {
         run_reshard(st, plan, want, memory, num_bytes, bound);
         drop_plan(plan);
@@ -1484,6 +1488,7 @@ static void read_options(int argc, char **argv)
         if (strcmp(argv[i], "--json") == 0) option.json = 1;
         else if (strcmp(argv[i], "--quick") == 0) option.quick = 1;
         else if (strcmp(argv[i], "--own-comm") == 0) option.own_comm = 1;
+        else if (strcmp(argv[i], "--bucket") == 0 && i + 1 < argc) option.bucket_mib = atoi(argv[++i]);
         else if (strcmp(argv[i], "--layout") == 0 && i + 1 < argc && (named = layout_named(argv[i + 1])) >= 0)
             option.layout = (layout)named, i++;
         else if (strcmp(argv[i], "--only") == 0 && i + 1 < argc) option.only = argv[++i];
@@ -1491,9 +1496,10 @@ static void read_options(int argc, char **argv)
         else if (strcmp(argv[i], "--deadline") == 0 && i + 1 < argc) option.deadline = atof(argv[++i]);
         else if (atoi(argv[i]) > 0) option.ranks = atoi(argv[i]);
         else {
-            fprintf(stderr,
-                    "usage: bench_gpu [N] [--layout fsdp|tp2|ep] [--json] [--only MODEL] [--quick] [--own-comm] [--seed S] [--deadline "
-                    "SECONDS]\nmodels:");
+            fprintf(
+                stderr,
+                "usage: bench_gpu [N] [--layout fsdp|tp2|ep] [--json] [--only MODEL] [--quick] [--own-comm] [--bucket MIB] [--seed S] [--deadline "
+                "SECONDS]\nmodels:");
             for (i = 0; i < NUM_MODELS; i++) fprintf(stderr, " %s", models[i].id);
             fprintf(stderr, "\n");
             exit(2);
@@ -1560,8 +1566,9 @@ int main(int argc, char **argv)
     common = (shared *)p;
     good   = run_models();
     if (option.json)
-        printf("{\"info\":1,%s%s\"ranks\":%d,\"layout\":\"%s\",\"own_comm\":%d,\"seed\":%lu}\n", common->info, common->info[0] ? "," : "",
-               option.ranks, layout_names[option.layout], option.own_comm, (unsigned long)option.seed);
+        printf("{\"info\":1,%s%s\"ranks\":%d,\"layout\":\"%s\",\"own_comm\":%d,\"bucket_mib\":%d,\"seed\":%lu}\n", common->info,
+               common->info[0] ? "," : "", option.ranks, layout_names[option.layout], option.own_comm, option.bucket_mib,
+               (unsigned long)option.seed);
     else printf("%s\n", common->info);
     for (i = 0; i < NUM_MODELS; i++) {
         if (common->results[i].attempted || common->results[i].error[0]) print_result(i);

@@ -67,7 +67,8 @@ def main():
           f"torch {torch_info.get('torch', '-')} (NCCL {torch_info.get('torch_nccl', '-')}); lorasync {info.get('lorasync', '-')}")
     print(f"command: {command}")
     print(f"fp32 shards ({info.get('layout', '?')}) on every rank, bf16 image on rank 0; milliseconds, medians; equal: bit by bit"
-          + ("; ours NCCL: with a communicator of its own, non-blocking" if info.get("own_comm") else ""))
+          + ("; ours NCCL: with a communicator of its own, non-blocking" if info.get("own_comm") else "")
+          + (f"; ours NCCL: buckets of {info['bucket_mib']} MiB" if info.get("bucket_mib") else ""))
     print()
     table(["model", "tensors", "MiB", "full_tensor", "flattened", "ours NCCL", "ours direct", "ncclSend", "peer copy", "fused", "fused device", "stall",
            "direct/fused", "direct/copy", "nccl/ncclSend", "full_tensor/direct", "equal to torch"],

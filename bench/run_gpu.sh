@@ -1,5 +1,5 @@
 #!/bin/sh
-# usage: bench/run_gpu.sh [N] [--layout fsdp|tp2|ep] [--quick] [--only MODEL] [--own-comm]
+# usage: bench/run_gpu.sh [N] [--layout fsdp|tp2|ep] [--quick] [--only MODEL] [--own-comm] [--bucket MIB]
 # Builds bench_gpu.c, runs it and torch_gather.py on N GPUs (default: all) and prints one table. Without a GPU, CUDA's headers or a compiler it
 # says so and succeeds. Set CUDA_HOME, NCCL_HOME, CC, PYTHON, LIMIT (seconds for each of the two programs, 110) or OUT_DIR to choose.
 cd "$(dirname "$0")/.." || exit 1

@@ -343,7 +343,8 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("n", nargs="?", type=int, default=0)
     p.add_argument("--layout", default="fsdp", choices=["fsdp", "tp2", "ep"])
-    p.add_argument("--own-comm", action="store_true")  # is bench_gpu's alone; run_gpu.sh gives both the same arguments
+    p.add_argument("--own-comm", action="store_true")  # this and --bucket are bench_gpu's alone; run_gpu.sh gives both the same arguments
+    p.add_argument("--bucket", type=int, default=0)
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--seed", type=lambda s: int(s, 0) & M32, default=int.from_bytes(os.urandom(4), "little"))
     p.add_argument("--only", default="")
