@@ -1707,6 +1707,9 @@ LORASYNCI_FN uint64_t lorasynci_load_le64(const unsigned char *p, size_t n) /* n
 {
     uint64_t v = 0;
     size_t   i;
+    if (n == 8) /* spelt out, compilers see that it is one load */
+        return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 | (uint64_t)p[4] << 32 |
+               (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
     for (i = 0; i < n; i++) v |= (uint64_t)p[i] << (8 * i);
     return v;
 }
@@ -5483,6 +5486,14 @@ LORASYNCI_FN lorasync_status lorasynci_tensor_bytes(const lorasync_tensor *t, lo
 
 LORASYNCI_FN int lorasynci_has_control(const char *text)
 {
+    const uint64_t ones = UINT64_C(0x0101010101010101);
+    size_t         n    = strlen(text);
+    for (; n >= 8; text += 8, n -= 8) { /* as lorasynci_json_plain; bytes above 0x7f may be taken for one, and are looked at one by one */
+        uint64_t x, del;
+        memcpy(&x, text, 8);
+        del = x ^ (ones * 0x7f);
+        if ((((x - ones * 0x20) & ~x) | ((del - ones) & ~del) | x) & (ones * 0x80)) break;
+    }
     for (; *text; text++)
         if ((unsigned char)*text < 0x20 || *text == 0x7f) return 1;
     return 0;

@@ -951,8 +951,29 @@ static void real_files(void)
     CHECK(num_same >= 13);
 }
 
+/* Every byte at every place of names of every length, against the plain loop. */
+static void control_characters(void)
+{
+    char   text[24];
+    size_t n, at, i;
+    int    c, wrong = 0;
+    for (n = 1; n < sizeof text; n++)
+        for (at = 0; at < n; at++)
+            for (c = 1; c < 256; c++) {
+                int expected = 0;
+                memset(text, 'a' + (int)(n % 20), n);
+                text[n]  = 0;
+                text[at] = (char)c;
+                if (at && c % 3 == 0) text[at - 1] = (char)0xc3;
+                for (i = 0; i < n; i++) expected |= (unsigned char)text[i] < 0x20 || text[i] == 0x7f;
+                wrong += lorasynci_has_control(text) != expected;
+            }
+    CHECK_EQ(wrong, 0);
+}
+
 int main(void)
 {
+    RUN(control_characters);
     RUN(accepts);
     RUN(refuses);
     RUN(refuses_forms);
