@@ -540,7 +540,7 @@ typedef struct lorasync_cuda {
 /* Ranks joined by NCCL. Needs LORASYNC_NCCL. Takes a communicator, borrowed until lorasync_nccl_close, or makes its own from a unique id. Calls
    no other copy of NCCL than the one the program is linked with. The device current now is the communicator's.
    Its own communicator is non-blocking, so that every call has a deadline; NCCL runs each call on such a one in a new thread (NCCL,
-   src/group.cc), which costs about 20 microseconds. A borrowed one that is blocking is that much faster, and only NCCL ends its calls. */
+   src/group.cc), which costs 15 to 30 microseconds. A borrowed one that is blocking is that much faster, and only NCCL ends its calls. */
 typedef struct lorasync_nccl_desc {
     struct ncclComm *comm; /* borrowed: rank and world are its own, and the deadlines hold as far as it is non-blocking, since a call into a
                                    blocking one returns when NCCL likes; or NULL, and then: */
