@@ -736,10 +736,10 @@ typedef struct lorasync_plan_desc {
     size_t num_want;
     const lorasync_image *image;   /* SCATTER, on the root: borrowed until the plan is freed; has a payload */
     const char           *adapter; /* GATHER*: name for the image's metadata; NULL: none */
-    size_t
-        bucket_bytes; /* receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged whole, as the
-                            snapshot that lets the caller go on; only of more than this that travels over exchange_stream at most as much is staged
-                            at a time, and the caller's stream waits until the rest has travelled */
+    /* Receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged whole, as the snapshot that lets
+       the caller go on; but if it is more than this and travels over exchange_stream, at most this is staged at a time, and the caller's stream
+       waits until the rest has travelled. */
+    size_t               bucket_bytes;
     int                  allow_nan;  /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
     int                  no_direct;  /* 1: never place directly into shared memory, or another GPU's */
     const lorasync_cuda *cuda;       /* NULL: pieces are in host memory. Else in device memory; copied. All ranks alike */
