@@ -1067,7 +1067,7 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
    held: the served one and 7 older ones that readers pin. The served version published again with other bytes is LORASYNC_E_VERSION. An adapter
    that fails does not hold up the others; the first failure is returned. Files without lorasync metadata are served too, without a digest to
    check. With shm, LORASYNC_E_BUSY also when 256 engines are attached, LORASYNC_E_STATE in a fork; a version that readers have released is given
-   back at the next poll. With accept_device LORASYNC_E_CUDA for memory that cannot be opened or read, and LORASYNC_E_IO when it was a publisher's
+   back at the next poll, and a slot stays mapped until a poll finds it gone. With accept_device LORASYNC_E_CUDA for memory that cannot be opened or read, and LORASYNC_E_IO when it was a publisher's
    that has ended or closed. One thread at a time. */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
 
@@ -13569,40 +13569,96 @@ LORASYNCI_FN int lorasynci_shm_pin(lorasynci_shm_view *v, int adapter, uint64_t 
     }
 }
 
-/* Maps a pinned slot for reading and checks its head. */
-LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(const lorasynci_shm_view *v, const char *name, int slot, void **out, size_t *out_bytes,
-                                                    lorasync_error *err)
+/* A slot's segment, mapped for reading. It stays mapped while the slot is the same: the next version that comes to lie there costs no page
+   fault. */
+typedef struct lorasynci_mapped {
+    struct lorasynci_mapped *next;
+    lorasynci_shm_view      *view;
+    uint64_t                 serial; /* of the slot */
+    int                      slot, num_users;
+    void                    *map;
+    size_t                   num_bytes;
+} lorasynci_mapped;
+
+LORASYNCI_FN void lorasynci_mapped_close(lorasynci_mapped *m)
 {
-    lorasynci_shm_segment     g = v->map.control->slots[slot];
-    const lorasynci_shm_head *h;
-    char                      path[LORASYNCI_SHM_PATH];
-    struct stat               st;
-    lorasync_status           status = LORASYNC_OK;
-    void                     *map    = NULL;
-    int                       reason, fd = -1;
-    lorasynci_shm_path(path, name, g.serial);
+    lorasync_allocator a = m->view->a;
+    if (m->map) munmap(m->map, m->num_bytes);
+    lorasynci_shm_view_drop(m->view);
+    lorasynci_free(&a, m);
+}
+
+/* Unmaps what nothing uses and is no slot of the control `now` any more. */
+LORASYNCI_FN void lorasynci_mapped_sweep(lorasynci_mapped **first, const lorasynci_shm_view *now)
+{
+    while (*first) {
+        lorasynci_mapped *m = *first;
+        if (m->num_users || (m->view == now && now->map.control->slots[m->slot].serial == m->serial)) {
+            first = &m->next;
+            continue;
+        }
+        *first = m->next;
+        lorasynci_mapped_close(m);
+    }
+}
+
+LORASYNCI_FN lorasync_status lorasynci_mapped_open(lorasynci_mapped *m, const char *path, lorasync_error *err)
+{
+    const uint64_t  num_bytes = m->view->map.control->slots[m->slot].num_bytes;
+    struct stat     st;
+    lorasync_status status = LORASYNC_OK;
+    int             reason, fd = -1;
     LORASYNCI_TRY(lorasynci_shm_open_segment(path, O_RDONLY, &fd, &st, err));
-    if (!g.serial || (uintmax_t)st.st_size != g.num_bytes || g.num_bytes < LORASYNCI_SHM_HEAD || g.num_bytes > SIZE_MAX) {
+    if (!m->serial || (uintmax_t)st.st_size != num_bytes || num_bytes < LORASYNCI_SHM_HEAD || num_bytes > SIZE_MAX) {
         status = lorasynci_fail(err, LORASYNC_E_FORMAT, "shared memory %s has %llu bytes, expected %llu; publish again", path,
-                                (unsigned long long)st.st_size, (unsigned long long)g.num_bytes);
+                                (unsigned long long)st.st_size, (unsigned long long)num_bytes);
     } else {
-        map = lorasynci_shm_map_fd(fd, (size_t)g.num_bytes, 0, &reason);
-        if (!map) status = lorasynci_shm_fail(err, "map", path, reason);
+        m->num_bytes = (size_t)num_bytes;
+        m->map       = lorasynci_shm_map_fd(fd, m->num_bytes, 0, &reason);
+        if (!m->map) status = lorasynci_shm_fail(err, "map", path, reason);
     }
     close(fd);
-    if (status < 0) return status;
-    h = (const lorasynci_shm_head *)map;
-    if (h->magic != lorasynci_shm_magic || h->image_bytes > g.num_bytes - LORASYNCI_SHM_HEAD || h->config_bytes == 0 ||
-        h->config_bytes > g.num_bytes - LORASYNCI_SHM_HEAD - h->image_bytes ||
-        ((const char *)map)[LORASYNCI_SHM_HEAD + h->image_bytes + h->config_bytes - 1] != 0) {
-        status = lorasynci_fail(err, LORASYNC_E_FORMAT, "shared memory %s is damaged: its head does not fit its %llu bytes; publish again",
-                                path, (unsigned long long)g.num_bytes);
-        munmap(map, (size_t)g.num_bytes);
-        return status;
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_mapped_check_head(const lorasynci_mapped *m, const char *path, lorasync_error *err)
+{
+    const lorasynci_shm_head *h    = (const lorasynci_shm_head *)m->map;
+    const uint64_t            room = m->num_bytes - LORASYNCI_SHM_HEAD;
+    if (h->magic == lorasynci_shm_magic && h->image_bytes <= room && h->config_bytes != 0 && h->config_bytes <= room - h->image_bytes &&
+        ((const char *)m->map)[LORASYNCI_SHM_HEAD + h->image_bytes + h->config_bytes - 1] == 0)
+        return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_FORMAT, "shared memory %s is damaged: its head does not fit its %llu bytes; publish again", path,
+                          (unsigned long long)m->num_bytes);
+}
+
+/* A pinned slot, mapped now or before, with a head that fits. */
+LORASYNCI_FN lorasync_status lorasynci_mapped_get(lorasynci_mapped **first, lorasynci_shm_view *v, const char *name, int slot,
+                                                  lorasynci_mapped **out, lorasync_error *err)
+{
+    const uint64_t    serial = v->map.control->slots[slot].serial;
+    char              path[LORASYNCI_SHM_PATH];
+    lorasynci_mapped *m = *first;
+    lorasync_status   status;
+    lorasynci_shm_path(path, name, serial);
+    while (m && (m->view != v || m->slot != slot || m->serial != serial)) m = m->next;
+    if (!m) {
+        m = (lorasynci_mapped *)lorasynci_alloc_array(&v->a, 1, sizeof *m);
+        if (!m) return lorasynci_fail_memory(err, sizeof *m);
+        m->view   = v;
+        m->slot   = slot;
+        m->serial = serial;
+        v->num_users++;
+        status = lorasynci_mapped_open(m, path, err);
+        if (status < 0) {
+            lorasynci_mapped_close(m);
+            return status;
+        }
+        m->next = *first;
+        *first  = m;
     }
-    *out       = map;
-    *out_bytes = (size_t)g.num_bytes;
-    return LORASYNC_OK;
+    *out = m;
+    return lorasynci_mapped_check_head(m, path, err);
 }
 /* -- payloads in device memory: the engine's side
 
@@ -13959,6 +14015,7 @@ typedef struct lorasynci_opened {
     lorasynci_file_id   id;     /* of the model file */
     lorasynci_shm_view *view;   /* NULL for files; else that slot of it is pinned */
     int                 slot;
+    lorasynci_mapped   *mapped; /* its segment */
     lorasynci_import   *import; /* NULL: the payload is not in device memory */
 } lorasynci_opened;
 
@@ -13967,8 +14024,9 @@ LORASYNCI_FN void lorasynci_opened_free(lorasynci_opened *o)
     if (o->image) lorasync_image_free(o->image);
     if (o->config) lorasync_config_free(o->config);
     if (o->import) o->import->num_users--;
+    if (o->mapped) o->mapped->num_users--;
     if (o->view) {
-        lorasynci_shm_unpin(o->view, o->slot); /* only now that it is unmapped */
+        lorasynci_shm_unpin(o->view, o->slot);
         lorasynci_shm_view_drop(o->view);
     }
     memset(o, 0, sizeof *o);
@@ -14205,6 +14263,7 @@ struct lorasync_engine {
     char               *adapter;   /* or NULL: all */
     int                 no_verify;
     lorasynci_device   *device;  /* NULL: versions in device memory are refused */
+    lorasynci_mapped   *mapped;  /* slots that are mapped */
     lorasynci_import   *imports; /* device memory that is open */
     lorasynci_shm_view *view;    /* NULL: not found yet */
     lorasynci_served   *first;   /* atomic */
@@ -14459,12 +14518,11 @@ LORASYNCI_FN lorasync_status lorasynci_find_control(lorasync_engine *e, lorasync
     return lorasynci_shm_view_open(e->shm, &e->a, &e->view, err);
 }
 
-/* Reads the header of a mapped slot, and finds its payload: behind the header, or in device memory. The image then has the mapping. */
-LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, void *map, size_t num_bytes, lorasynci_opened *out,
-                                                    lorasync_error *err)
+/* Reads the header of a mapped slot, and finds its payload: behind the header, or in device memory. */
+LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, lorasynci_opened *out, lorasync_error *err)
 {
-    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
-    const unsigned char      *memory = (const unsigned char *)map + LORASYNCI_SHM_HEAD;
+    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)out->mapped->map;
+    const unsigned char      *memory = (const unsigned char *)out->mapped->map + LORASYNCI_SHM_HEAD;
     size_t                    total  = (size_t)h->image_bytes;
     if (h->memory.num_bytes) {
         if (!e->device) {
@@ -14482,7 +14540,6 @@ LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, void *ma
         if (!e->no_verify) LORASYNCI_TRY(lorasynci_import_check_ahead(e->device, out->import, err));
     }
     LORASYNCI_TRY(lorasync_image_parse(memory, total, &e->a, &out->image, err)); /* looks at the header only */
-    lorasynci_image_own_mapping(out->image, map, num_bytes);
     if (!out->import) return LORASYNC_OK;
     lorasync_image_bind(out->image, out->import->payload);
     out->image->on_device = 1;
@@ -14506,17 +14563,13 @@ LORASYNCI_FN int lorasynci_is_checked(const lorasynci_opened *o, const lorasynci
 
 /* Opens and checks what is mapped, in place. `served`: the adapter's version before, or NULL. */
 LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const lorasynci_opened *served, const char *adapter,
-                                                   const char *where, void *map, size_t num_bytes, lorasynci_opened *out,
-                                                   lorasync_error *err)
+                                                   const char *where, lorasynci_opened *out, lorasync_error *err)
 {
-    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)map;
-    const char               *memory = (const char *)map + LORASYNCI_SHM_HEAD;
-    lorasync_status           status = lorasynci_parse_mapped(e, map, num_bytes, out, err);
-    int                       verify = status >= 0 && !e->no_verify && out->image->has_digest;
-    if (status < 0) {
-        if (!out->image) munmap(map, num_bytes);
-        return status;
-    }
+    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)out->mapped->map;
+    const char               *memory = (const char *)h + LORASYNCI_SHM_HEAD;
+    int                       verify;
+    LORASYNCI_TRY(lorasynci_parse_mapped(e, out, err));
+    verify = !e->no_verify && out->image->has_digest;
     LORASYNCI_TRY(lorasynci_refuse_delta(out->image, err));
     out->image->config_json = memory + h->image_bytes;
     if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_begin(e->device, out->import, out->image, err));
@@ -14532,10 +14585,9 @@ LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const lor
 LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lorasynci_opened *served, int place, const char *adapter,
                                                    uint64_t *out_word, uint64_t *out_version, lorasynci_opened *out, lorasync_error *err)
 {
-    char            where[200];
-    void           *map       = NULL;
-    size_t          num_bytes = 0;
-    lorasync_status status;
+    char              where[200];
+    lorasynci_mapped *mapped = NULL;
+    lorasync_status   status;
     memset(out, 0, sizeof *out);
     out->slot = lorasynci_shm_pin(e->view, place, out_word);
     if (out->slot < 0) {
@@ -14546,10 +14598,12 @@ LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lor
     out->view = e->view;
     e->view->num_users++;
     snprintf(where, sizeof where, "'%.60s' in shared memory '%s'", adapter, e->shm);
-    status = lorasynci_shm_map_slot(e->view, e->shm, out->slot, &map, &num_bytes, err);
+    status = lorasynci_mapped_get(&e->mapped, e->view, e->shm, out->slot, &mapped, err);
     if (status >= 0) {
-        *out_version = ((const lorasynci_shm_head *)map)->version;
-        status       = lorasynci_open_mapped(e, served, adapter, where, map, num_bytes, out, err);
+        out->mapped = mapped;
+        mapped->num_users++;
+        *out_version = ((const lorasynci_shm_head *)mapped->map)->version;
+        status       = lorasynci_open_mapped(e, served, adapter, where, out, err);
         if (status < 0) lorasynci_prefix(err, "%s", where);
     }
     if (status < 0) lorasynci_opened_free(out);
@@ -14597,6 +14651,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_shm(lorasync_engine *e, lorasync_err
     for (s = e->first; s; s = s->next) lorasynci_empty_slot(s);
     found = lorasynci_find_control(e, err);
     lorasynci_imports_sweep(e->device, &e->imports, e->view);
+    lorasynci_mapped_sweep(&e->mapped, e->view);
     if (found != LORASYNC_OK) return found;
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
         const lorasynci_shm_adapter *entry = &e->view->map.control->adapters[i];
@@ -14717,6 +14772,7 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
         lorasynci_served_free(engine, s);
     }
     lorasynci_imports_sweep(engine->device, &engine->imports, NULL);
+    lorasynci_mapped_sweep(&engine->mapped, NULL);
     lorasynci_device_stop(&a, engine->device);
     lorasynci_shm_view_drop(engine->view);
     lorasynci_free(&a, engine->directory);

@@ -439,6 +439,57 @@ static void test_growth(void)
     t.close(t.user);
 }
 
+/* Mappings of this process that lie in the slots of the name. */
+static int count_mapped(void)
+{
+    FILE *maps = fopen("/proc/self/maps", "r");
+    char  line[1000], wanted[100];
+    int   num = 0;
+    if (!maps) return -1;
+    snprintf(wanted, sizeof wanted, "/lorasync-%s@", name);
+    while (fgets(line, sizeof line, maps)) num += strstr(line, wanted) != NULL && strstr(line, " r--s ") != NULL;
+    fclose(maps);
+    return num;
+}
+
+/* Versions that come to lie in the same slots are not mapped anew; slots that are gone are unmapped by the next poll. */
+static void test_stays_mapped(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    const void        *payloads[4] = {NULL};
+    uint64_t           v;
+    int                num = 0, i;
+    fresh_name();
+    t = open_transport();
+    e = open_engine(NULL, 0);
+    for (v = 1; v <= 12; v++) {
+        const lorasync_adapter *a;
+        CHECK_EQ(publish_as(&t, "default", v, 1, 64, &err), LORASYNC_OK);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+        a = lorasync_acquire(e, "default");
+        REQUIRE(a && a->version == v);
+        CHECK_EQ(wrong_words(a, 1), 0);
+        for (i = 0; i < num && payloads[i] != a->image->payload; i++) {}
+        if (i == num) payloads[num++] = a->image->payload;
+        REQUIRE(num < 4);
+        lorasync_release(a);
+    }
+    CHECK_EQ(num, count_slots());
+    if (count_mapped() >= 0) CHECK_EQ(count_mapped(), num);
+    for (; v <= 18; v++) { /* larger: other slots */
+        CHECK_EQ(publish_as(&t, "default", v, 1, 40000, &err), LORASYNC_OK);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    }
+    lorasync_engine_poll(e, 0, &err);
+    if (count_mapped() >= 0) CHECK_EQ(count_mapped(), count_slots());
+    lorasync_engine_close(e);
+    if (count_mapped() >= 0) CHECK_EQ(count_mapped(), 0);
+    t.close(t.user);
+    drop_name();
+}
+
 static lorasync_transport hurried;
 static uint64_t           hurried_version;
 
@@ -1459,6 +1510,7 @@ int main(void)
     RUN(test_versions);
     RUN(test_two_adapters);
     RUN(test_growth);
+    RUN(test_stays_mapped);
     RUN(test_replaced_before_pin);
     RUN(test_sizes);
     RUN(test_all_slots_taken);
