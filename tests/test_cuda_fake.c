@@ -125,7 +125,7 @@ enum {
 /* 20 tensors of 400 kB, half of each on either rank: rank 1 sends 4 MB. user: the bucket. */
 static void plan_of_much(rank_context *x)
 {
-    static char         names[TWENTY][8];
+    static char         names[TWENTY][16];
     const size_t        bucket = *(const size_t *)x->user;
     device_rank         d;
     lorasync_plan_desc  desc;
