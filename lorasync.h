@@ -9541,6 +9541,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
     LORASYNCI_CUDA(cudaMalloc(&g->table, sums_at + g->num_sums * 8), "memory for the tables");
     g->ballots = (lorasynci_ballot *)(void *)((char *)g->table + ballots_at);
     g->sums    = (char *)g->table + sums_at;
+    LORASYNCI_CUDA(cudaMemsetAsync(g->ballots, 0, sums_at - ballots_at, g->stream), "cudaMemsetAsync");
     for (l = 0; l < launches; l++) LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, slot_of, ops, tiles, &op_at, &tile_at, err));
     return LORASYNC_OK;
 }
@@ -9703,24 +9704,22 @@ LORASYNCI_FN lorasync_status lorasynci_device_cast(lorasync_plan *plan, lorasync
     return LORASYNC_OK;
 }
 
-/* What the host needs to see: ballots, sums and arrived digests. */
+/* What the host needs to see: ballots and sums, which lie together on both sides, and arrived digests. */
 LORASYNCI_FN lorasync_status lorasynci_device_fetch(lorasync_plan *plan, cudaStream_t stream, lorasync_error *err)
 {
-    lorasynci_device *g     = plan->device;
-    size_t            first = lorasynci_device_casts(plan) ? 0 : (size_t)plan->comm.rank, world = (size_t)plan->comm.world, i;
-    size_t            at = (1 + world) * sizeof *g->ballots;
-    LORASYNCI_CUDA(cudaMemcpyAsync(lorasynci_device_ballot(g) + 1 + first, g->ballots + first,
-                                   (lorasynci_device_casts(plan) ? world : 1) * sizeof *g->ballots, cudaMemcpyDefault, stream),
-                   "copying the ballots");
-    if (g->num_sums) LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, g->sums, g->num_sums * 8, cudaMemcpyDefault, stream), "copying digests");
-    at += g->num_sums * 8;
-    for (i = 0; i < world; i++) {
+    lorasynci_device *g  = plan->device;
+    char             *to = (char *)(lorasynci_device_ballot(g) + 1);
+    size_t            n  = (size_t)plan->comm.world * sizeof *g->ballots + g->num_sums * 8;
+    int               i;
+    LORASYNCI_CUDA(cudaMemcpyAsync(to, g->ballots, n, cudaMemcpyDefault, stream), "copying ballots and digests");
+    to += n;
+    for (i = 0; i < plan->comm.world; i++) {
         const lorasynci_link *link = &plan->receives[i];
         const char           *from;
         if (!link->num_digests) continue;
         from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_staged_digests_at(link);
-        LORASYNCI_CUDA(cudaMemcpyAsync(g->host + at, from, link->num_digests * 8, cudaMemcpyDefault, stream), "copying digests");
-        at += link->num_digests * 8;
+        LORASYNCI_CUDA(cudaMemcpyAsync(to, from, link->num_digests * 8, cudaMemcpyDefault, stream), "copying digests");
+        to += link->num_digests * 8;
     }
     return LORASYNC_OK;
 }
