@@ -1244,9 +1244,9 @@ typedef struct lorasync_desc {
     int                    fold_scale;  /* 1: multiply alpha / r (or what the config says) into lora_B and publish lora_alpha == r */
     int                    allow_nan;
     int                    no_direct;
-    const lorasync_cuda   *cuda; /* NULL: parameters are in host memory. Copied */
-    size_t                 bucket_bytes;
-    int                    timeout_ms; /* 0: 60000 */
+    const lorasync_cuda   *cuda;         /* NULL: parameters are in host memory. Copied */
+    size_t                 bucket_bytes; /* as in lorasync_plan_desc */
+    int                    timeout_ms;   /* 0: 60000 */
     int quorum; /* 0: all engines must take a version, or none does. n: at least n must; those that fail keep the old one, are reported
                                       and tried again at the next sync; with fewer than n nobody gets it. Used on the root */
     int skip_unchanged; /* 1: when every engine serves exactly these bytes already, nothing is staged (report.skipped). Used on the root */
