@@ -9734,17 +9734,23 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, l
     return LORASYNC_OK;
 }
 
+LORASYNCI_FN lorasync_status lorasynci_device_exchange(lorasync_plan *plan, uint32_t round, lorasync_error *err)
+{
+    size_t num_sends, num_receives;
+    lorasynci_round_messages(plan, round, &num_sends, &num_receives);
+    LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives,
+                                             plan->device->wire, plan->timeout_ms, err));
+    plan->device->num_sent = round + 1;
+    return LORASYNC_OK;
+}
+
 /* The exchange of a round, as soon as it is packed, and its placing. */
 LORASYNCI_FN lorasync_status lorasynci_device_round(lorasync_plan *plan, uint32_t round, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    size_t            num_sends, num_receives;
-    lorasynci_round_messages(plan, round, &num_sends, &num_receives);
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[round], 0), "cudaStreamWaitEvent");
     if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
-    LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives,
-                                             g->wire, plan->timeout_ms, err));
-    g->num_sent = round + 1;
+    LORASYNCI_TRY(lorasynci_device_exchange(plan, round, err));
     LORASYNCI_CUDA(cudaEventRecord(g->arrived[round % 2], g->wire), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived[round % 2], 0), "cudaStreamWaitEvent");
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
@@ -9948,12 +9954,7 @@ LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
 LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    for (; g->num_sent < plan->num_rounds; g->num_sent++) {
-        size_t num_sends, num_receives;
-        lorasynci_round_messages(plan, g->num_sent, &num_sends, &num_receives);
-        LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world,
-                                                 num_receives, g->wire, plan->timeout_ms, err));
-    }
+    while (g->num_sent < plan->num_rounds) LORASYNCI_TRY(lorasynci_device_exchange(plan, g->num_sent, err));
     if (lorasynci_device_casts(plan)) {
         LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord"); /* a ballot that is on its way first */
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
@@ -9969,7 +9970,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_give_up(const lorasync_plan *plan,
 {
     lorasync_error why = *err;
     if (lorasync_is_lost(why.status) || !lorasynci_device_casts(plan)) return why.status;
-    return lorasynci_fail(err, LORASYNC_E_COMM, "%.500s; the communicator is given up", why.text);
+    return lorasynci_fail(err, LORASYNC_E_COMM, "%.400s; the communicator is given up: close, make a new one, open again", why.text);
 }
 
 /* The same, to its end. */
@@ -13574,6 +13575,8 @@ typedef struct lorasynci_mapped {
     struct lorasynci_mapped *next;
     lorasynci_shm_view      *view;
     uint64_t                 serial; /* of the slot */
+    dev_t                    device; /* of the segment; while it is mapped its inode is no other's */
+    ino_t                    inode;
     int                      slot, num_users;
     void                    *map;
     size_t                   num_bytes;
@@ -13601,23 +13604,41 @@ LORASYNCI_FN void lorasynci_mapped_sweep(lorasynci_mapped **first, const lorasyn
     }
 }
 
-LORASYNCI_FN lorasync_status lorasynci_mapped_open(lorasynci_mapped *m, const char *path, lorasync_error *err)
+/* Opens a pinned slot's segment, checked: whose it is, and that it is as long as it should be. */
+LORASYNCI_FN lorasync_status lorasynci_mapped_open(const lorasynci_shm_view *v, const char *path, int slot, int *out_fd, struct stat *st,
+                                                   lorasync_error *err)
 {
-    const uint64_t  num_bytes = m->view->map.control->slots[m->slot].num_bytes;
-    struct stat     st;
-    lorasync_status status = LORASYNC_OK;
-    int             reason, fd = -1;
-    LORASYNCI_TRY(lorasynci_shm_open_segment(path, O_RDONLY, &fd, &st, err));
-    if (!m->serial || (uintmax_t)st.st_size != num_bytes || num_bytes < LORASYNCI_SHM_HEAD || num_bytes > SIZE_MAX) {
-        status = lorasynci_fail(err, LORASYNC_E_FORMAT, "shared memory %s has %llu bytes, expected %llu; publish again", path,
-                                (unsigned long long)st.st_size, (unsigned long long)num_bytes);
-    } else {
-        m->num_bytes = (size_t)num_bytes;
-        m->map       = lorasynci_shm_map_fd(fd, m->num_bytes, 0, &reason);
-        if (!m->map) status = lorasynci_shm_fail(err, "map", path, reason);
+    const lorasynci_shm_segment *g = &v->map.control->slots[slot];
+    LORASYNCI_TRY(lorasynci_shm_open_segment(path, O_RDONLY, out_fd, st, err));
+    if (g->serial && (uintmax_t)st->st_size == g->num_bytes && g->num_bytes >= LORASYNCI_SHM_HEAD && g->num_bytes <= SIZE_MAX)
+        return LORASYNC_OK;
+    close(*out_fd);
+    return lorasynci_fail(err, LORASYNC_E_FORMAT, "shared memory %s has %llu bytes, expected %llu; publish again", path,
+                          (unsigned long long)st->st_size, (unsigned long long)g->num_bytes);
+}
+
+/* Maps it. */
+LORASYNCI_FN lorasync_status lorasynci_mapped_add(lorasynci_mapped **first, lorasynci_shm_view *v, const char *path, int slot, int fd,
+                                                  const struct stat *st, lorasync_error *err)
+{
+    lorasynci_mapped *m = (lorasynci_mapped *)lorasynci_alloc_array(&v->a, 1, sizeof *m);
+    int               reason;
+    if (!m) return lorasynci_fail_memory(err, sizeof *m);
+    v->num_users++;
+    m->view      = v;
+    m->slot      = slot;
+    m->serial    = v->map.control->slots[slot].serial;
+    m->device    = st->st_dev;
+    m->inode     = st->st_ino;
+    m->num_bytes = (size_t)st->st_size;
+    m->map       = lorasynci_shm_map_fd(fd, m->num_bytes, 0, &reason);
+    if (!m->map) {
+        lorasynci_mapped_close(m);
+        return lorasynci_shm_fail(err, "map", path, reason);
     }
-    close(fd);
-    return status;
+    m->next = *first;
+    *first  = m;
+    return LORASYNC_OK;
 }
 
 LORASYNCI_FN lorasync_status lorasynci_mapped_check_head(const lorasynci_mapped *m, const char *path, lorasync_error *err)
@@ -13637,25 +13658,17 @@ LORASYNCI_FN lorasync_status lorasynci_mapped_get(lorasynci_mapped **first, lora
 {
     const uint64_t    serial = v->map.control->slots[slot].serial;
     char              path[LORASYNCI_SHM_PATH];
-    lorasynci_mapped *m = *first;
-    lorasync_status   status;
+    lorasynci_mapped *m      = *first;
+    lorasync_status   status = LORASYNC_OK;
+    struct stat       st;
+    int               fd = -1;
     lorasynci_shm_path(path, name, serial);
-    while (m && (m->view != v || m->slot != slot || m->serial != serial)) m = m->next;
-    if (!m) {
-        m = (lorasynci_mapped *)lorasynci_alloc_array(&v->a, 1, sizeof *m);
-        if (!m) return lorasynci_fail_memory(err, sizeof *m);
-        m->view   = v;
-        m->slot   = slot;
-        m->serial = serial;
-        v->num_users++;
-        status = lorasynci_mapped_open(m, path, err);
-        if (status < 0) {
-            lorasynci_mapped_close(m);
-            return status;
-        }
-        m->next = *first;
-        *first  = m;
-    }
+    LORASYNCI_TRY(lorasynci_mapped_open(v, path, slot, &fd, &st, err));
+    while (m && (m->view != v || m->serial != serial || m->device != st.st_dev || m->inode != st.st_ino)) m = m->next;
+    if (!m) status = lorasynci_mapped_add(first, v, path, slot, fd, &st, err);
+    close(fd);
+    if (status < 0) return status;
+    if (!m) m = *first;
     *out = m;
     return lorasynci_mapped_check_head(m, path, err);
 }

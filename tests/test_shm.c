@@ -490,6 +490,40 @@ static void test_stays_mapped(void)
     drop_name();
 }
 
+/* What was cut short after it was mapped is refused as well. */
+static void test_cut_while_mapped(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    DIR               *list;
+    struct dirent     *entry;
+    char               prefix[100], path[400];
+    uint64_t           v;
+    fresh_name();
+    t = open_transport();
+    e = open_engine(NULL, 0);
+    for (v = 1; v <= 6; v++) {
+        CHECK_EQ(publish(&t, "default", v, &err), LORASYNC_OK);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    }
+    CHECK_EQ(publish(&t, "default", v, &err), LORASYNC_OK);
+    snprintf(prefix, sizeof prefix, "lorasync-%s@", name);
+    list = opendir("/dev/shm");
+    if (!list) SKIP("no /dev/shm");
+    while ((entry = readdir(list)) != NULL) {
+        if (strncmp(entry->d_name, prefix, strlen(prefix)) != 0) continue;
+        snprintf(path, sizeof path, "/dev/shm/%s", entry->d_name);
+        CHECK_EQ(truncate(path, 4096), 0);
+    }
+    closedir(list);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_FORMAT);
+    CHECK_HAS(err.text, "has 4096 bytes");
+    lorasync_engine_close(e);
+    t.close(t.user);
+    drop_name();
+}
+
 static lorasync_transport hurried;
 static uint64_t           hurried_version;
 
@@ -1511,6 +1545,7 @@ int main(void)
     RUN(test_two_adapters);
     RUN(test_growth);
     RUN(test_stays_mapped);
+    RUN(test_cut_while_mapped);
     RUN(test_replaced_before_pin);
     RUN(test_sizes);
     RUN(test_all_slots_taken);
