@@ -15,6 +15,7 @@
        copy        floor: the same bytes, one copy each into rank 0's memory, mapped over CUDA IPC
        fused       floor: one flat tensor of as many elements: one launch that casts and writes, no work per tensor
        reshard     from these shards to TP over N, over NCCL
+       exchange    floor of the reshard: its messages, already packed, in one group of ncclSend and ncclRecv
    NCCL's communicator is the bench's own, borrowed; with --own-comm the library makes one for itself, which is non-blocking.
    --bucket is bucket_bytes of the plans over NCCL: 256 without it. A rank that sends more stages a bucket, and stalls its caller the longer.
    Times are from a barrier to the end on rank 0 (reshard: on the last rank), by the host's clock. "stall" is how long the caller's own stream
@@ -53,7 +54,7 @@
 enum {
     MAX_RANKS   = 16,
     MAX_RUNS    = 60,
-    MAX_ITEMS   = 64,
+    MAX_ITEMS   = 96,
     MAX_THREADS = 16,
     MODES       = 4
 };
@@ -1126,6 +1127,52 @@ static void note_links(const state *st, const lorasync_plan *plan, const lorasyn
     barrier("links");
 }
 
+#ifndef BENCH_NO_NCCL
+/* The floor of a reshard: the bytes of its messages, already packed, in one group of ncclSend and ncclRecv. */
+typedef struct exchange_job {
+    char      *bytes;
+    size_t     send[MAX_RANKS], receive[MAX_RANKS];
+    ncclComm_t nccl;
+} exchange_job;
+
+static lorasync_status run_exchange(void *user, lorasync_error *err)
+{
+    exchange_job *x  = (exchange_job *)user;
+    char         *at = x->bytes;
+    ncclResult_t  r  = ncclGroupStart();
+    int           i;
+    for (i = 0; i < option.ranks && r == ncclSuccess; i++) {
+        if (x->send[i]) r = ncclSend(at, x->send[i], ncclInt8, i, x->nccl, stream);
+        at += aligned(x->send[i]);
+        if (x->receive[i] && r == ncclSuccess) r = ncclRecv(at, x->receive[i], ncclInt8, i, x->nccl, stream);
+        at += aligned(x->receive[i]);
+    }
+    if (r == ncclSuccess) r = ncclGroupEnd();
+    if (r != ncclSuccess) return failed(err, "ncclSend/ncclRecv", ncclGetErrorString(r));
+    must(cudaEventRecord(eventd, stream), "cudaEventRecord");
+    return poll_event(eventd, err);
+}
+
+static void bench_exchange(state *st, const lorasync_plan *plan, ncclComm_t nccl)
+{
+    exchange_job x;
+    timing       t;
+    size_t       total = 0;
+    int          i;
+    x.nccl = nccl;
+    for (i = 0; i < option.ranks; i++) {
+        const lorasynci_link *to = &plan->sends[i], *from = &plan->receives[i];
+        x.send[i]    = lorasynci_link_rounds(to) ? (size_t)lorasynci_link_end(to, lorasynci_link_rounds(to) - 1) : 0;
+        x.receive[i] = lorasynci_link_rounds(from) ? (size_t)lorasynci_link_end(from, lorasynci_link_rounds(from) - 1) : 0;
+        total += aligned(x.send[i]) + aligned(x.receive[i]);
+    }
+    must(cudaMalloc((void **)&x.bytes, total + 1), "cudaMalloc for a floor");
+    t = measure(st->res, "exchange", run_exchange, &x, 1);
+    put_timing(st->res, "exchange", &t);
+    must(cudaFree(x.bytes), "cudaFree");
+}
+#endif
+
 static void run_reshard(state *st, lorasync_plan *plan, const lorasync_piece *want, char *memory, size_t num_bytes, uint64_t bound)
 {
     timing              t = measure(st->res, "reshard", run_plan, plan, 1);
@@ -1147,6 +1194,8 @@ static void run_reshard(state *st, lorasync_plan *plan, const lorasync_piece *wa
     put(st->res, "reshard_rounds", (double)stats.num_rounds);
     barrier("reshard");
     note_links(st, plan, want);
+    if (t.good) t = measure(st->res, "reshard stall", run_plan_events, plan, 1);
+    if (t.good) put(st->res, "reshard_stall_ms", t.value);
     if (!t.good) return;
     must(cudaMemset(memory, 0xff, num_bytes), "cudaMemset");
     must(cudaDeviceSynchronize(), "cudaMemset");
@@ -1161,7 +1210,7 @@ static void run_reshard(state *st, lorasync_plan *plan, const lorasync_piece *wa
     barrier("reshard checked");
 }
 
-static void bench_reshard(state *st, const lorasync_comm *nccl)
+static void bench_reshard(state *st, const lorasync_comm *nccl, const floor_job *f, int with_floor)
 {
     lorasync_cuda      cuda = on_stream();
     lorasync_plan_desc d    = gather_desc(nccl, &cuda, st->given, st->num_given);
@@ -1177,6 +1226,11 @@ static void bench_reshard(state *st, const lorasync_comm *nccl)
     d.bucket_bytes = (size_t)option.bucket_mib << 20;
     d.no_direct    = 1;
     plan           = make_plan(st, "reshard", &d);
+#ifndef BENCH_NO_NCCL
+    if (plan && with_floor) bench_exchange(st, plan, f->nccl);
+#else
+    (void)f, (void)with_floor;
+#endif
     if (plan) {
         run_reshard(st, plan, want, memory, num_bytes, bound);
         drop_plan(plan);
@@ -1305,7 +1359,7 @@ static void bench_model(int index, const nccl_ranks *nccl)
 #endif
     barrier("floors");
     bench_floors(&st, &f, have_nccl);
-    if (option.ranks > 1 && nccl_for(nccl, &st, 3, &comm)) bench_reshard(&st, &comm);
+    if (option.ranks > 1 && nccl_for(nccl, &st, 3, &comm)) bench_reshard(&st, &comm, &f, have_nccl);
     over_nccl = 0;
     must(cudaDeviceSynchronize(), "the end of a model");
     must(cudaFree(st.params), "cudaFree");

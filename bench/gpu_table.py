@@ -79,11 +79,15 @@ def main():
            for i, o, t in both])
     print()
     table(["model", "plan ms", "plan MiB root", "plan MiB other", "nccl plan MiB root", "nccl plan MiB other", "image MiB", "flat, parts left apart ms", "nccl stall",
-           "reshard ms", "MiB received", "of at least", "ratio", "MiB on a link", "link ratio", "equal", "runs direct/full_tensor"],
+           "runs direct/full_tensor"],
           [[(o or t).get("model", i), number(o.get("direct_plan_ms"), 1), mib(o.get("direct_root_bytes")), mib(o.get("direct_other_bytes")), mib(o.get("nccl_root_bytes")),
-            mib(o.get("nccl_other_bytes")), mib(o.get("bytes")), number(t.get("flat_views_ms")), number(o.get("nccl_stall_ms")), number(o.get("reshard_ms")),
-            mib(o.get("reshard_receive_bytes")), mib(o.get("reshard_bound_bytes")), ratio(o.get("reshard_receive_bytes"), o.get("reshard_bound_bytes")), mib(o.get("reshard_link_bytes")), number(o.get("reshard_link_ratio"), 2),
-            {1: "yes", 0: "NO"}.get(o.get("reshard_equal"), "-"), f"{o.get('direct_runs', '-')}/{t.get('full_tensor_runs', '-')}"] for i, o, t in both])
+            mib(o.get("nccl_other_bytes")), mib(o.get("bytes")), number(t.get("flat_views_ms")), number(o.get("nccl_stall_ms")),
+            f"{o.get('direct_runs', '-')}/{t.get('full_tensor_runs', '-')}"] for i, o, t in both])
+    print()
+    table(["reshard", "ms", "stall", "its messages alone", "ratio", "MiB received", "of at least", "ratio", "MiB on a link", "of at least, ratio", "equal"],
+          [[o.get("model", i), number(o.get("reshard_ms")), number(o.get("reshard_stall_ms")), number(o.get("exchange_ms")), ratio(o.get("reshard_ms"), o.get("exchange_ms")),
+            mib(o.get("reshard_receive_bytes")), mib(o.get("reshard_bound_bytes")), ratio(o.get("reshard_receive_bytes"), o.get("reshard_bound_bytes")),
+            mib(o.get("reshard_link_bytes")), number(o.get("reshard_link_ratio"), 2), {1: "yes", 0: "NO"}.get(o.get("reshard_equal"), "-")] for i, o, _ in both if o])
     for i, o, _ in both:
         if o.get("error"):
             print(f"ERROR {i}: {o['error']}")

@@ -14,6 +14,7 @@ typedef struct truth_tensor {
     int            ndim;
     int64_t        shape[LORASYNC_MAX_DIMS];
     int64_t        numel;
+    double         scale; /* of the pieces that ranks have */
     unsigned char *data;
 } truth_tensor;
 
@@ -231,6 +232,22 @@ TEST_UNUSED static void free_pieces(rank_pieces *r)
     r->num = 0;
 }
 
+/* A whole tensor, scaled in F32, then rounded. */
+TEST_UNUSED static void scale_tensor(unsigned char *out, lorasync_dtype dtype, const truth_tensor *t)
+{
+    int64_t i;
+    float   f;
+    if (t->scale == 0) {
+        lorasync_convert(out, dtype, t->data, t->dtype, (size_t)t->numel, NULL);
+        return;
+    }
+    for (i = 0; i < t->numel; i++) {
+        lorasync_convert(&f, LORASYNC_F32, t->data + i * item(t->dtype), t->dtype, 1, NULL);
+        f = f * (float)t->scale;
+        lorasync_convert(out + i * item(dtype), dtype, &f, LORASYNC_F32, 1, NULL);
+    }
+}
+
 /* The image of the uncut tensors. */
 TEST_UNUSED static void make_expected(random_case *c)
 {
@@ -254,17 +271,15 @@ TEST_UNUSED static void make_expected(random_case *c)
     for (k = 0; k < c->expected->num_tensors; k++) {
         const lorasync_tensor *e = &c->expected->tensors[k];
         for (i = 0; strcmp(c->tensors[i].name, e->name) != 0; i++) {}
-        if (e->dtype == c->tensors[i].dtype) memcpy(c->expected_bytes + e->offset, c->tensors[i].data, e->num_bytes);
-        else
-            lorasync_convert(c->expected_bytes + e->offset, e->dtype, c->tensors[i].data, c->tensors[i].dtype, (size_t)c->tensors[i].numel,
-                             NULL);
+        scale_tensor(c->expected_bytes + e->offset, e->dtype, &c->tensors[i]);
     }
 }
 
 TEST_UNUSED static void make_case(random_case *c, unsigned long long seed, lorasync_plan_kind kind, int large)
 {
-    static const lorasync_dtype wires[] = {LORASYNC_DTYPE_NONE, LORASYNC_BF16, LORASYNC_F32, LORASYNC_F16};
-    unsigned long long          s       = seed;
+    static const lorasync_dtype wires[]  = {LORASYNC_DTYPE_NONE, LORASYNC_BF16, LORASYNC_F32, LORASYNC_F16};
+    static const double         scales[] = {0, 0, 0.3, -0.5};
+    unsigned long long          s        = seed;
     int                         i, r;
     memset(c, 0, sizeof *c);
     c->seed        = seed;
@@ -279,6 +294,7 @@ TEST_UNUSED static void make_case(random_case *c, unsigned long long seed, loras
         truth_tensor  *t    = &c->tensors[i];
         lorasync_dtype want = LORASYNC_DTYPE_NONE;
         random_tensor(&s, t, i, large);
+        t->scale = lorasynci_is_float(t->dtype) && kind != LORASYNC_SCATTER ? scales[below(&s, 4)] : 0;
         if (kind != LORASYNC_SCATTER) deal_tensor(&s, c->have, c->world, t, i, t->dtype);
         want = lorasynci_is_float(t->dtype) && below(&s, 2) ? (below(&s, 2) ? LORASYNC_F32 : LORASYNC_BF16) : t->dtype;
         if (kind == LORASYNC_SCATTER || kind == LORASYNC_RESHARD) deal_tensor(&s, c->want, c->world, t, i, want);
@@ -288,8 +304,9 @@ TEST_UNUSED static void make_case(random_case *c, unsigned long long seed, loras
         for (k = 0; k < c->have[r].num; k++) {
             fill_user u;
             give_memory(&s, &c->have[r], k, 1);
-            u.t    = &c->tensors[c->have[r].tensor[k]];
-            u.size = item(u.t->dtype);
+            u.t                        = &c->tensors[c->have[r].tensor[k]];
+            u.size                     = item(u.t->dtype);
+            c->have[r].pieces[k].scale = u.t->scale;
             each_element(u.t, &c->have[r].pieces[k], fill_element, &u);
         }
         for (k = 0; k < c->want[r].num; k++) give_memory(&s, &c->want[r], k, 1);
