@@ -7775,7 +7775,8 @@ LORASYNCI_FN lorasync_status lorasynci_star(lorasync_plan *plan, int to_all, cha
 }
 
 enum {
-    LORASYNCI_FIRST_ROUND = 16 << 20
+    LORASYNCI_FIRST_ROUND   = 16 << 20,
+    LORASYNCI_FIRST_RESHARD = 64 << 20 /* every rank packs, sends and places at once: fewer rounds disturb each other less */
 };
 
 LORASYNCI_FN size_t lorasynci_bucket_bytes(const lorasync_plan_desc *d) { return d->bucket_bytes ? d->bucket_bytes : (size_t)256 << 20; }
@@ -7786,7 +7787,8 @@ LORASYNCI_FN void lorasynci_planner_caps(lorasynci_planner *p)
     const size_t bucket = lorasynci_bucket_bytes(p->desc), others = p->world > 1 ? (size_t)p->world - 1 : 1;
     const int    overlap = lorasynci_is_pipelined(p->plan);
     p->pair_cap          = bucket / others / (overlap ? 2 : 1);
-    p->first_cap         = overlap ? LORASYNCI_FIRST_ROUND / others : p->pair_cap;
+    p->first_cap         = p->pair_cap;
+    if (overlap) p->first_cap = (p->desc->kind == LORASYNC_RESHARD ? LORASYNCI_FIRST_RESHARD : LORASYNCI_FIRST_ROUND) / others;
 }
 
 /* The planner's arrays, one entry per rank. */
