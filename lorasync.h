@@ -5070,7 +5070,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_part(lorasynci_nccl *n, con
                                                           const lorasync_message *receives, size_t num_receives,
                                                           const lorasynci_nccl_part *part, uint64_t deadline_ns, lorasync_error *err)
 {
-    size_t at = 0, sent, i;
+    size_t      at = 0, sent, i;
+    cudaError_t e;
     for (i = 0; i < num_sends; i++) {
         size_t num_bytes = lorasynci_nccl_part_bytes(&sends[i], part);
         if (num_bytes) memcpy(n->host + at, (const char *)sends[i].data + part->at, num_bytes);
@@ -5079,6 +5080,9 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_part(lorasynci_nccl *n, con
     sent = at;
     for (i = 0; i < num_receives; i++) at = lorasynci_nccl_behind(at, lorasynci_nccl_part_bytes(&receives[i], part));
     LORASYNCI_TRY(lorasynci_nccl_copy(n, n->scratch, n->host, sent, "exchange", err));
+    e = at > sent ? cudaMemsetAsync(n->scratch + sent, 0, at - sent, n->stream)
+                  : cudaSuccess; /* the gaps between messages are copied, too */
+    if (e != cudaSuccess) return lorasynci_nccl_cuda_fail(n, e, "exchange", err);
     LORASYNCI_TRY(lorasynci_nccl_group(n, sends, num_sends, receives, num_receives, part, n->stream, deadline_ns, err));
     LORASYNCI_TRY(lorasynci_nccl_copy(n, n->host + sent, n->scratch + sent, at - sent, "exchange", err));
     LORASYNCI_TRY(lorasynci_nccl_wait(n, "exchange", deadline_ns, err));
@@ -5247,7 +5251,6 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_allocate(lorasynci_nccl *n, lorasync
     e = cudaStreamCreateWithFlags(&n->stream, cudaStreamNonBlocking);
     if (e == cudaSuccess) e = cudaEventCreateWithFlags(&n->done, cudaEventDisableTiming);
     if (e == cudaSuccess) e = cudaMalloc((void **)&n->scratch, n->scratch_bytes);
-    if (e == cudaSuccess) e = cudaMemsetAsync(n->scratch, 0, n->scratch_bytes, n->stream); /* the gaps between messages are copied too */
     if (e == cudaSuccess) e = cudaHostAlloc((void **)&n->host, n->scratch_bytes, cudaHostAllocDefault);
     if (e == cudaSuccess) return LORASYNC_OK;
     (void)cudaGetLastError();
@@ -7070,7 +7073,7 @@ struct lorasync_plan {
     lorasync_plan_kind    kind;
     int                   root, timeout_ms, allow_nan;
     int                   has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a gather-all */
-    int                   direct;    /* the image is mapped by every rank */
+    int                   direct;    /* the image is mapped by every rank; reshard: see lorasynci_is_meshed */
     int                   lent;      /* staging and payload are not its own: lorasynci_plan_lend gives them before the first run */
     int                   begun;
     lorasync_status       lost;                         /* the status with which the communicator went, or 0 */
@@ -7098,7 +7101,8 @@ struct lorasync_plan {
     lorasynci_term *terms; /* per image tensor: its part in the image's digest */
     /* direct: what the ranks share,
        | header | payload | to 64 | sums of runs 0, 2, .. | sums of runs 1, 3, .. | to 64 | marks: 64 per rank | importers: 64 |
-       Sums are num_image_tensors for each rank; twice, since in runs that are captured a rank may write while another still reads the last. */
+       Sums are num_image_tensors for each rank; twice, since in runs that are captured a rank may write while another still reads the last.
+       A reshard has instead of header, payload and sums:  | slot of rank 0 | slot of rank 1 | ..          (lorasynci_mesh_slot)             */
     char                 *mapping;
     size_t                mapping_bytes;
     uint64_t             *shared_sums;
@@ -7111,7 +7115,7 @@ struct lorasync_plan {
     lorasync_plan_stats   stats;
 };
 
-/* What another process needs to write to an image in device memory. */
+/* What another process needs to write to device memory. */
 typedef struct lorasynci_device_offer {
     int64_t  pid;
     uint64_t pointer;
@@ -7125,6 +7129,9 @@ LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan);
 LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer, lorasync_error *err);
 LORASYNCI_FN int             lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer);
 LORASYNCI_FN void            lorasynci_device_unmap(lorasync_plan *plan);
+LORASYNCI_FN int             lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_bytes);
+LORASYNCI_FN int             lorasynci_device_map_mesh(lorasync_plan *plan);
+LORASYNCI_FN void            lorasynci_device_leave_mesh(lorasync_plan *plan);
 LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err);
@@ -7136,6 +7143,28 @@ LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan);
 LORASYNCI_FN int             lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b);
 LORASYNCI_FN int             lorasynci_device_is_captured(const lorasync_plan *plan);
 LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g);
+
+/* A reshard in which every rank writes into the receive staging of those who want something of it; the only exchange is a vote. */
+LORASYNCI_FN int lorasynci_is_meshed(const lorasync_plan *plan) { return plan->direct && plan->kind == LORASYNC_RESHARD; }
+
+/* In the mapping of a meshed plan:  | receive staging of that rank | where in it each rank's bytes begin: uint64_t each | to 64 */
+LORASYNCI_FN size_t lorasynci_mesh_slot_bytes(int world)
+{
+    return (sizeof(lorasynci_device_offer) + (size_t)world * sizeof(uint64_t) + 63) / 64 * 64;
+}
+
+LORASYNCI_FN lorasynci_device_offer *lorasynci_mesh_slot(const lorasync_plan *plan, int rank)
+{
+    return (lorasynci_device_offer *)(void *)(plan->mapping + (size_t)rank * lorasynci_mesh_slot_bytes(plan->comm.world));
+}
+
+LORASYNCI_FN uint64_t *lorasynci_mesh_starts(const lorasync_plan *plan, int rank)
+{
+    return (uint64_t *)(void *)(lorasynci_mesh_slot(plan, rank) + 1);
+}
+
+/* How many ranks have a rank's receive staging open: beside its mark. */
+LORASYNCI_FN uint64_t *lorasynci_mesh_importers(const lorasync_plan *plan, int rank) { return &plan->marks[8 * (size_t)rank + 1]; }
 
 /* Whether the rounds of a run overlap: while one travels, the one before is placed and the one behind packed. */
 LORASYNCI_FN int lorasynci_is_pipelined(const lorasync_plan *plan) { return plan->device && plan->comm.exchange_stream; }
@@ -7721,19 +7750,21 @@ LORASYNCI_FN void lorasynci_mapping_name(char out[64], const void *owner)
 
 LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *offer)
 {
-    const lorasync_image *image     = plan->image;
-    size_t                sums_at   = lorasynci_align64(image->header_bytes + (plan->device || plan->lent ? 0 : image->payload_bytes));
-    size_t                num_bytes = lorasynci_align64(sums_at + 2 * (size_t)plan->comm.world * image->num_tensors * sizeof(uint64_t)) +
-                       ((size_t)plan->comm.world + 1) * 64; /* marks and importers last */
+    const lorasync_image *image = plan->image;
+    const size_t          world = (size_t)plan->comm.world;
+    size_t         sums_at   = image ? lorasynci_align64(image->header_bytes + (plan->device || plan->lent ? 0 : image->payload_bytes)) : 0;
+    size_t         before    = image ? lorasynci_align64(sums_at + 2 * world * image->num_tensors * sizeof(uint64_t))
+                                     : world * lorasynci_mesh_slot_bytes(plan->comm.world);
+    size_t         num_bytes = before + (world + 1) * 64; /* marks and importers last */
     lorasync_error unused;
-    if (plan->device && lorasynci_device_make_image(plan, &offer->device, &unused) < 0) return; /* said again when it is needed */
+    if (image && plan->device && lorasynci_device_make_image(plan, &offer->device, &unused) < 0) return; /* said again when it is needed */
     lorasynci_mapping_name(offer->name, plan);
     plan->mapping = lorasynci_map_named(offer->name, num_bytes, 1);
     if (!plan->mapping) return;
     plan->mapping_bytes  = num_bytes;
     offer->mapping_bytes = num_bytes;
-    offer->header_bytes  = image->header_bytes;
-    offer->num_tensors   = image->num_tensors;
+    offer->header_bytes  = image ? image->header_bytes : 0;
+    offer->num_tensors   = image ? image->num_tensors : 0;
     offer->sums_at       = sums_at;
 }
 
@@ -8236,8 +8267,13 @@ LORASYNCI_FN void lorasynci_place_link(lorasynci_link *link, int whole, int over
 /* Places the links in staging. What is sent is a snapshot, unless that is larger than a bucket and rounds overlap; two rounds are not less. */
 LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan, size_t bucket_bytes)
 {
-    size_t *staging = plan->staging_bytes;
-    int     i, overlap = lorasynci_is_pipelined(plan);
+    size_t *staging = plan->staging_bytes, unused = 0;
+    int     i, overlap                            = lorasynci_is_pipelined(plan);
+    for (i = 0; lorasynci_is_meshed(plan) && i < plan->comm.world; i++) { /* a link's bytes are written as they lie at the receiver */
+        lorasynci_place_link(&plan->sends[i], 1, 0, &unused);
+        lorasynci_place_link(&plan->receives[i], 1, 0, &staging[LORASYNCI_RECEIVE]);
+    }
+    if (lorasynci_is_meshed(plan)) return;
     for (i = 0; i < plan->comm.world; i++) {
         lorasynci_place_link(&plan->sends[i], 1, overlap, &staging[LORASYNCI_SEND]);
         lorasynci_place_link(&plan->receives[i], 0, overlap, &staging[LORASYNCI_RECEIVE]);
@@ -8306,23 +8342,28 @@ LORASYNCI_FN lorasync_status lorasynci_build_slots(const lorasynci_build *b, con
     return LORASYNC_OK;
 }
 
-/* The whole of it: links, staging, operations. */
-LORASYNCI_FN lorasync_status lorasynci_build_plan(lorasynci_build *b, const lorasynci_answer *head, const char *bytes, lorasync_error *err)
+/* The links: what travels between this rank and each other one. */
+LORASYNCI_FN lorasync_status lorasynci_build_links(lorasynci_build *b, const lorasynci_answer *head, const char *bytes, lorasync_error *err)
 {
     lorasync_plan *plan  = b->plan;
     const char    *sends = bytes, *receives = sends + head->sends_bytes, *targets = receives + head->receives_bytes,
                *digests = targets + head->num_targets * sizeof(lorasynci_destination);
-    size_t sends_n = (size_t)head->sends_bytes, receives_n = (size_t)head->receives_bytes;
-    plan->num_rounds = (uint32_t)head->num_rounds;
-    b->targets       = (const lorasynci_destination *)(const void *)targets;
-    b->num_targets   = (size_t)head->num_targets;
-    LORASYNCI_TRY(lorasynci_build_pass(b, sends, sends_n, 0, 0, err));
-    LORASYNCI_TRY(lorasynci_build_pass(b, receives, receives_n, 1, 0, err));
+    plan->num_rounds    = (uint32_t)head->num_rounds;
+    b->targets          = (const lorasynci_destination *)(const void *)targets;
+    b->num_targets      = (size_t)head->num_targets;
+    LORASYNCI_TRY(lorasynci_build_pass(b, sends, (size_t)head->sends_bytes, 0, 0, err));
+    LORASYNCI_TRY(lorasynci_build_pass(b, receives, (size_t)head->receives_bytes, 1, 0, err));
     LORASYNCI_TRY(lorasynci_build_digests(plan, digests, (size_t)head->digests_bytes, err));
-    LORASYNCI_TRY(lorasynci_build_slots(b, sends, sends_n, err));
+    return lorasynci_build_slots(b, sends, (size_t)head->sends_bytes, err);
+}
+
+/* Staging and operations, once the links are known. */
+LORASYNCI_FN lorasync_status lorasynci_build_plan(lorasynci_build *b, const lorasynci_answer *head, const char *bytes, lorasync_error *err)
+{
+    lorasync_plan *plan = b->plan;
     lorasynci_build_staging(plan, lorasynci_bucket_bytes(b->desc));
-    LORASYNCI_TRY(lorasynci_build_pass(b, sends, sends_n, 0, 1, err));
-    LORASYNCI_TRY(lorasynci_build_pass(b, receives, receives_n, 1, 1, err));
+    LORASYNCI_TRY(lorasynci_build_pass(b, bytes, (size_t)head->sends_bytes, 0, 1, err));
+    LORASYNCI_TRY(lorasynci_build_pass(b, bytes + head->sends_bytes, (size_t)head->receives_bytes, 1, 1, err));
     lorasynci_buffer_trim(&plan->pack.list);
     lorasynci_buffer_trim(&plan->place.list);
     lorasynci_buffer_trim(&plan->catalogue.bytes);
@@ -8405,6 +8446,17 @@ LORASYNCI_FN lorasync_status lorasynci_plan_collect(lorasync_plan *plan, lorasyn
     return status;
 }
 
+LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
+{
+    plan->direct = 0;
+    if (!plan->mapping) return;
+    if (plan->device) lorasynci_device_unmap(plan);
+    plan->importers = NULL;
+    plan->marks     = NULL;
+    munmap(plan->mapping, plan->mapping_bytes);
+    plan->mapping = NULL;
+}
+
 /* Maps what the planner offers, if it offers; then all ranks vote whether everybody could. */
 LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const lorasync_plan_desc *d, const lorasynci_offer *offer,
                                                 lorasync_error *err)
@@ -8417,7 +8469,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
     if (plan->mapping) {
         plan->importers = (int64_t *)(void *)(plan->mapping + plan->mapping_bytes - 64);
         plan->marks     = (uint64_t *)(void *)(plan->mapping + plan->mapping_bytes - 64 * ((size_t)plan->comm.world + 1));
-        mapped          = !plan->device || lorasynci_device_map(plan, &offer->device);
+        mapped          = !plan->device || d->kind == LORASYNC_RESHARD || lorasynci_device_map(plan, &offer->device);
     }
     status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, err);
     if (status < 0) return status;
@@ -8425,13 +8477,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
         plan->direct            = 1;
         plan->num_image_tensors = (size_t)offer->num_tensors;
         plan->shared_sums       = (uint64_t *)(void *)(plan->mapping + offer->sums_at);
-    } else if (plan->mapping) {
-        if (plan->device) lorasynci_device_unmap(plan);
-        plan->importers = NULL;
-        plan->marks     = NULL;
-        munmap(plan->mapping, plan->mapping_bytes);
-        plan->mapping = NULL;
-    }
+    } else lorasynci_plan_unmap(plan);
     return LORASYNC_OK;
 }
 
@@ -8468,7 +8514,9 @@ LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci
     if (lorasynci_is_planner(plan)) {
         offer->verdict.status = lorasynci_planner_check(p, in_sizes, &offer->verdict);
         if (offer->verdict.status == LORASYNC_OK && d->kind == LORASYNC_GATHER_ALL) offer->catalogue_bytes = p->merged.bytes.size;
-        if (offer->verdict.status == LORASYNC_OK && plan->image && n > 1 && !d->no_direct) lorasynci_offer_mapping(plan, offer);
+        if (offer->verdict.status == LORASYNC_OK && (plan->image || (plan->device && d->kind == LORASYNC_RESHARD)) && n > 1 &&
+            !d->no_direct)
+            lorasynci_offer_mapping(plan, offer);
         for (i = 0; i < n; i++) blocks[i] = (char *)offer, sizes[i] = sizeof *offer;
     }
     status = lorasynci_star(plan, 1, blocks, sizes, offer, sizeof *offer, err);
@@ -8557,6 +8605,36 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
     return LORASYNC_OK;
 }
 
+/* A reshard between GPUs of one host: every rank's receive staging, whole, is opened by those who send to it. If that is more than a bucket on one
+   rank, or one cannot open another's, none does, and the bytes travel over the comm. The vote on `mine` is everybody's. */
+LORASYNCI_FN lorasync_status lorasynci_plan_mesh(lorasync_plan *plan, size_t bucket_bytes, lorasync_error *mine, lorasync_error *err)
+{
+    size_t          staging = 0;
+    uint64_t       *starts;
+    int             i, can = mine->status == LORASYNC_OK && (plan->comm.all_gather_stream || !plan->comm.exchange_stream);
+    lorasync_status status;
+    if (!lorasynci_is_meshed(plan)) return LORASYNC_OK;
+    starts = lorasynci_mesh_starts(plan, plan->comm.rank);
+    for (i = 0; i < plan->comm.world; i++) {
+        lorasynci_place_link(&plan->receives[i], 1, 0, &staging);
+        starts[i] = plan->receives[i].base;
+    }
+    can    = can && staging <= bucket_bytes && lorasynci_device_offer_staging(plan, staging);
+    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine->status, mine, 0, "", &can, err);
+    if (status == LORASYNC_OK && can) {
+        can    = lorasynci_device_map_mesh(plan);
+        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &can, err);
+    }
+    LORASYNCI_TRY(status);
+    if (can) {
+        if (plan->num_rounds) plan->num_rounds = 1; /* the vote */
+    } else {
+        lorasynci_device_leave_mesh(plan);
+        lorasynci_plan_unmap(plan);
+    }
+    return LORASYNC_OK;
+}
+
 /* The collective part of creating, from description to operations. */
 LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d,
                                                  lorasynci_parts *parts, size_t *sizes, lorasynci_hello *hellos, lorasync_error *err)
@@ -8587,7 +8665,12 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_
         build.parts = parts;
         build.image = d->kind == LORASYNC_SCATTER ? d->image : plan->image;
         if (plan->image) plan->num_image_tensors = plan->image->num_tensors;
-        if (lorasynci_build_plan(&build, &head, answer.data, &mine) == LORASYNC_OK) lorasynci_plan_allocate(plan, d, &offer, &mine);
+        lorasynci_build_links(&build, &head, answer.data, &mine);
+        status = lorasynci_plan_mesh(plan, lorasynci_bucket_bytes(d), &mine, err);
+    }
+    if (status == LORASYNC_OK) {
+        if (mine.status == LORASYNC_OK && lorasynci_build_plan(&build, &head, answer.data, &mine) == LORASYNC_OK)
+            lorasynci_plan_allocate(plan, d, &offer, &mine);
         status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine.status, &mine, 0, "", NULL, err);
     }
     lorasynci_buffer_free(&answer);
@@ -8604,7 +8687,7 @@ LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
     s->peak_plan_bytes = plan->meter.peak;
     s->staging_bytes   = plan->staging_bytes[LORASYNCI_SEND] + plan->staging_bytes[LORASYNCI_RECEIVE];
     s->image_bytes     = plan->image ? plan->image->header_bytes + plan->image->payload_bytes : 0;
-    s->num_rounds      = plan->num_rounds;
+    s->num_rounds      = lorasynci_is_meshed(plan) ? 0 : plan->num_rounds;
     s->direct          = plan->direct;
     for (i = 0; i < plan->comm.world; i++) {
         const lorasynci_link *out = &plan->sends[i], *in = &plan->receives[i];
@@ -8898,7 +8981,8 @@ LORASYNCI_FN void lorasynci_mark_begun(lorasync_plan *plan)
     if (plan->direct) __atomic_store_n(&plan->marks[8 * (size_t)plan->comm.rank], plan->run + 1, __ATOMIC_RELEASE);
 }
 
-/* Direct: the image may be written when those who read it, the root or in a gather-all everybody, have begun too. */
+/* Direct: the image may be written when those who read it, the root or in a gather-all everybody, have begun too; the staging of another rank,
+   when that one has. */
 LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasync_error *err)
 {
     uint64_t deadline = lorasynci_deadline_ns(plan->timeout_ms);
@@ -8906,6 +8990,7 @@ LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasy
     int      rank;
     for (rank = 0; plan->direct && rank < plan->comm.world; rank++) {
         if (plan->kind == LORASYNC_GATHER && rank != plan->root) continue;
+        if (plan->kind == LORASYNC_RESHARD && !lorasynci_link_rounds(&plan->sends[rank])) continue;
         while (__atomic_load_n(&plan->marks[8 * (size_t)rank], __ATOMIC_ACQUIRE) <= plan->run) {
             lorasynci_pause(&turns);
             if (turns % 256 != 0) continue;
@@ -9052,7 +9137,7 @@ LORASYNCI_FN lorasync_status lorasynci_move_all(lorasync_plan *plan, lorasync_er
     lorasync_status status;
     if (plan->tensor_digests) memset(plan->tensor_digests, 0, plan->num_image_tensors * sizeof *plan->tensor_digests);
     status = plan->device ? lorasynci_device_move(plan, err) : lorasynci_move(plan, err);
-    if (plan->device && plan->direct && status == LORASYNC_OK) lorasynci_share_sums(plan);
+    if (plan->device && plan->direct && plan->sums && status == LORASYNC_OK) lorasynci_share_sums(plan);
     if (status >= 0 || lorasync_is_lost(status)) return status;
     if (plan->begin_error.status == LORASYNC_OK) plan->begin_error = *err;
     return LORASYNC_OK;
@@ -9128,6 +9213,12 @@ typedef struct lorasynci_ballot {
     uint64_t bad, tag;
 } lorasynci_ballot;
 
+/* Another rank's receive staging, opened. */
+typedef struct lorasynci_peer {
+    char *memory;
+    int   same_process;
+} lorasynci_peer;
+
 /* A launch: `num` tiles over a table of operations, both in device memory. */
 typedef struct lorasynci_launch {
     lorasyncd_op   *ops;
@@ -9159,6 +9250,7 @@ struct lorasynci_device {
     char             *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
     char             *image;      /* device memory of the payload, made here */
     char             *peer_image; /* the same, of another process */
+    lorasynci_peer   *peers;      /* meshed: one per rank; memory NULL where nothing is sent */
     char             *host_image; /* pinned copy, unless the image stays on the device */
     int               keep_on_device;
 };
@@ -9295,10 +9387,18 @@ LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
     if (g->wire) cudaStreamDestroy(g->wire);
 }
 
-/* Closes another process's image. */
+/* Closes another process's image, or others' staging. */
 LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
+    int               i;
+    for (i = 0; g->peers && i < plan->comm.world; i++) {
+        if (!g->peers[i].memory) continue;
+        if (!g->peers[i].same_process) cudaIpcCloseMemHandle(g->peers[i].memory);
+        __atomic_fetch_sub(lorasynci_mesh_importers(plan, i), 1, __ATOMIC_ACQ_REL);
+    }
+    lorasynci_free(&plan->a, g->peers);
+    g->peers = NULL;
     if (!g->peer_image) return;
     if (!g->same_process) cudaIpcCloseMemHandle(g->peer_image);
     __atomic_fetch_sub(plan->importers, 1, __ATOMIC_ACQ_REL);
@@ -9310,8 +9410,12 @@ LORASYNCI_FN void lorasynci_device_await_importers(lorasync_plan *plan)
 {
     uint64_t deadline = lorasynci_deadline_ns(5000);
     unsigned turns    = 0;
-    if (!plan->device || !plan->device->image || !plan->importers || plan->lost) return;
-    while (__atomic_load_n(plan->importers, __ATOMIC_ACQUIRE) > 0 && lorasynci_now_ns() < deadline) lorasynci_pause(&turns);
+    if (!plan->device || !plan->importers || plan->lost) return;
+    while (plan->device->image && __atomic_load_n(plan->importers, __ATOMIC_ACQUIRE) > 0 && lorasynci_now_ns() < deadline)
+        lorasynci_pause(&turns);
+    while (lorasynci_is_meshed(plan) && __atomic_load_n(lorasynci_mesh_importers(plan, plan->comm.rank), __ATOMIC_ACQUIRE) > 0 &&
+           lorasynci_now_ns() < deadline)
+        lorasynci_pause(&turns);
 }
 
 /* Whether two are on one GPU, or both none. */
@@ -9345,7 +9449,8 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     cudaFreeHost(g->host);
     cudaFreeHost(g->host_image);
     if (plan->lent) {
-    } else if (plan->comm.exchange_stream) cudaFree(plan->memory[LORASYNCI_SEND]), cudaFree(plan->memory[LORASYNCI_RECEIVE]);
+    } else if (plan->comm.exchange_stream || lorasynci_is_meshed(plan))
+        cudaFree(plan->memory[LORASYNCI_SEND]), cudaFree(plan->memory[LORASYNCI_RECEIVE]);
     else cudaFreeHost(plan->memory[LORASYNCI_SEND]), cudaFreeHost(plan->memory[LORASYNCI_RECEIVE]);
     plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = NULL;
     lorasynci_device_close_wire(plan);
@@ -9364,48 +9469,106 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
 
 /* -- the image that all ranks of a host write to */
 
+/* What another process needs to open `memory`. */
+LORASYNCI_FN void lorasynci_device_describe(const lorasynci_device *g, char *memory, lorasynci_device_offer *offer)
+{
+    offer->pid     = (int64_t)getpid();
+    offer->pointer = (uint64_t)(uintptr_t)memory;
+    offer->ordinal = g->ordinal;
+    if (cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)offer->handle, memory) != cudaSuccess)
+        (void)cudaGetLastError(); /* other processes will not open it, and the way over the comm is taken */
+}
+
 /* Makes the image's device memory, and puts into the offer what another process needs to open it. */
 LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
     size_t            n = plan->image->payload_bytes;
-    cudaError_t       e;
     LORASYNCI_CUDA(cudaMalloc((void **)&g->image, n ? n : 1), "memory for the image");
-    if (!offer) return LORASYNC_OK;
-    offer->pid     = (int64_t)getpid();
-    offer->pointer = (uint64_t)(uintptr_t)g->image;
-    offer->ordinal = g->ordinal;
-    e              = cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)offer->handle, g->image);
-    if (e != cudaSuccess) (void)cudaGetLastError(); /* other processes will not open it, and the way over the comm is taken */
+    if (offer) lorasynci_device_describe(g, g->image, offer);
     return LORASYNC_OK;
 }
 
-/* Opens what was offered; 1 if this rank can write to it. */
-LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer)
+/* Opens what was offered; NULL if this rank cannot write to it. */
+LORASYNCI_FN char *lorasynci_device_open_offer(const lorasynci_device *g, const lorasynci_device_offer *offer, int *same_process)
 {
-    lorasynci_device *g   = plan->device;
-    int               can = 1;
-    if (lorasynci_is_planner(plan)) return 1;
-    if (offer->pid == (int64_t)getpid()) {
+    void *p       = NULL;
+    int   can     = 1;
+    *same_process = offer->pid == (int64_t)getpid();
+    if (*same_process) {
         if (offer->ordinal != g->ordinal) {
             cudaError_t e = cudaDeviceCanAccessPeer(&can, g->ordinal, offer->ordinal);
             if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(offer->ordinal, 0);
             (void)cudaGetLastError();
-            if (!can || (e != cudaSuccess && e != cudaErrorPeerAccessAlreadyEnabled)) return 0;
+            if (!can || (e != cudaSuccess && e != cudaErrorPeerAccessAlreadyEnabled)) return NULL;
         }
-        g->same_process = 1;
-        g->peer_image   = (char *)(uintptr_t)offer->pointer;
-        __atomic_fetch_add(plan->importers, 1, __ATOMIC_ACQ_REL);
-        return 1;
+        return (char *)(uintptr_t)offer->pointer;
     }
-    if (cudaIpcOpenMemHandle((void **)&g->peer_image, *(const cudaIpcMemHandle_t *)(const void *)offer->handle,
-                             cudaIpcMemLazyEnablePeerAccess) != cudaSuccess) {
+    if (cudaIpcOpenMemHandle(&p, *(const cudaIpcMemHandle_t *)(const void *)offer->handle, cudaIpcMemLazyEnablePeerAccess) == cudaSuccess)
+        return (char *)p;
+    (void)cudaGetLastError();
+    return NULL;
+}
+
+/* Opens the image that was offered; 1 if this rank can write to it. */
+LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer)
+{
+    lorasynci_device *g = plan->device;
+    if (lorasynci_is_planner(plan)) return 1;
+    g->peer_image = lorasynci_device_open_offer(g, offer, &g->same_process);
+    if (g->peer_image) __atomic_fetch_add(plan->importers, 1, __ATOMIC_ACQ_REL);
+    return g->peer_image != NULL;
+}
+
+/* -- the receive staging that other ranks of a reshard write to */
+
+/* Makes it, and says in this rank's slot how to open it. At least 2 MiB: what is smaller may share its block with memory that is not offered. */
+LORASYNCI_FN int lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_bytes)
+{
+    const size_t least = (size_t)2 << 20;
+    if (!num_bytes) return 1;
+    if (cudaMalloc((void **)&plan->memory[LORASYNCI_RECEIVE], num_bytes < least ? least : num_bytes) != cudaSuccess) {
         (void)cudaGetLastError();
-        g->peer_image = NULL;
+        plan->memory[LORASYNCI_RECEIVE] = NULL;
         return 0;
     }
-    __atomic_fetch_add(plan->importers, 1, __ATOMIC_ACQ_REL);
+    lorasynci_device_describe(plan->device, plan->memory[LORASYNCI_RECEIVE], lorasynci_mesh_slot(plan, plan->comm.rank));
     return 1;
+}
+
+/* Opens that of every rank to which this one sends; 1 if it can write to all of them. */
+LORASYNCI_FN int lorasynci_device_map_mesh(lorasync_plan *plan)
+{
+    lorasynci_device *g = plan->device;
+    int               i;
+    g->peers = (lorasynci_peer *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *g->peers);
+    for (i = 0; g->peers && i < plan->comm.world; i++) {
+        if (!lorasynci_link_rounds(&plan->sends[i])) continue;
+        g->peers[i].memory = lorasynci_device_open_offer(g, lorasynci_mesh_slot(plan, i), &g->peers[i].same_process);
+        if (!g->peers[i].memory) return 0;
+        __atomic_fetch_add(lorasynci_mesh_importers(plan, i), 1, __ATOMIC_ACQ_REL);
+    }
+    return g->peers != NULL;
+}
+
+/* Closes what is open, and frees the staging when nobody has it open any more. */
+LORASYNCI_FN void lorasynci_device_leave_mesh(lorasync_plan *plan)
+{
+    lorasynci_device_unmap(plan);
+    lorasynci_device_await_importers(plan);
+    cudaFree(plan->memory[LORASYNCI_RECEIVE]);
+    (void)cudaGetLastError();
+    plan->memory[LORASYNCI_RECEIVE] = NULL;
+}
+
+/* Where a byte of send staging, of which a meshed plan has none, lies at its receiver. */
+LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64_t at)
+{
+    int i, to = 0;
+    for (i = 0; i < plan->comm.world; i++)
+        if (lorasynci_link_rounds(&plan->sends[i]) && plan->sends[i].base <= at) to = i;
+    return (uint64_t)(uintptr_t)plan->device->peers[to].memory + lorasynci_mesh_starts(plan, to)[plan->comm.rank] + at -
+           plan->sends[to].base;
 }
 
 /* -- tables */
@@ -9433,8 +9596,9 @@ LORASYNCI_FN lorasyncd_op lorasynci_device_op_of(const lorasync_plan *plan, cons
 {
     lorasyncd_op o;
     memset(&o, 0, sizeof o);
-    o.src       = (uint64_t)(uintptr_t)plan->memory[op->src_space] + op->src;
-    o.dst       = (uint64_t)(uintptr_t)plan->memory[op->dst_space] + op->dst;
+    o.src = (uint64_t)(uintptr_t)plan->memory[op->src_space] + op->src;
+    o.dst = (uint64_t)(uintptr_t)plan->memory[op->dst_space] + op->dst;
+    if (lorasynci_is_meshed(plan) && op->dst_space == LORASYNCI_SEND) o.dst = lorasynci_device_at_peer(plan, op->dst);
     o.sum       = op->digest ? sum : 0;
     o.num       = g->n0 * op->n1;
     o.n1        = op->n1;
@@ -9463,9 +9627,11 @@ LORASYNCI_FN uint64_t lorasynci_device_sum(const lorasync_plan *plan, const uint
 
 LORASYNCI_FN uint32_t lorasynci_device_packs(const lorasync_plan *plan) { return plan->num_rounds + 1; }
 
-/* The launch of which an operation is part: packs first, then places. What a rank packs for itself has its own, so that nobody waits for it. */
+/* The launch of which an operation is part: packs first, then places. What a rank packs for itself has its own, so that nobody waits for it; where
+   packing is sending they are one, so that memory is busy while links are. */
 LORASYNCI_FN uint32_t lorasynci_device_launch_of(const lorasync_plan *plan, const lorasynci_op *op, int placing)
 {
+    if (lorasynci_is_meshed(plan)) return placing ? lorasynci_device_packs(plan) : 0;
     return placing ? lorasynci_device_packs(plan) + op->round : op->dst_space == LORASYNCI_SEND ? op->round : plan->num_rounds;
 }
 
@@ -9604,8 +9770,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
     lorasync_image   *image = plan->image;
     int               space;
     for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
-        void  *p = NULL;
-        size_t n = plan->staging_bytes[space];
+        void  *p = plan->memory[space]; /* of a mesh */
+        size_t n = p ? 0 : plan->staging_bytes[space];
         if (n && plan->comm.exchange_stream) LORASYNCI_CUDA(cudaMalloc(&p, n), "memory for staging");
         else if (n) LORASYNCI_CUDA(cudaHostAlloc(&p, n, cudaHostAllocPortable), "pinned memory for staging");
         plan->memory[space] = (char *)p;
@@ -9744,9 +9910,11 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, l
     return LORASYNC_OK;
 }
 
+/* In a mesh the bytes are where they go when all ranks have packed: the votes say that. */
 LORASYNCI_FN lorasync_status lorasynci_device_exchange(lorasync_plan *plan, uint32_t round, lorasync_error *err)
 {
     size_t num_sends, num_receives;
+    if (lorasynci_is_meshed(plan)) return lorasynci_device_cast(plan, err);
     lorasynci_round_messages(plan, round, &num_sends, &num_receives);
     LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world, num_receives,
                                              plan->device->wire, plan->timeout_ms, err));
@@ -9813,14 +9981,16 @@ LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync
 }
 
 /* The other rounds: the whole run needs no host. Digests that arrive with a link are fetched at the end: nothing overwrites the last round of a
-   link. That, and the vote, need not wait for the last placing. */
+   link. That, and the vote, need not wait for the last placing. Launches of a captured mesh do not wait for its readers on the host: a second
+   vote, after placing, keeps the next one out of their staging. */
 LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g    = plan->device;
     uint32_t          last = plan->num_rounds - 1;
     while (g->num_sent < plan->num_rounds) LORASYNCI_TRY(lorasynci_device_round(plan, g->num_sent, err));
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
-    if (lorasynci_device_casts(plan)) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
+    if (lorasynci_is_meshed(plan) && plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[0], 0), "cudaStreamWaitEvent");
+    if (lorasynci_device_casts(plan) && (!lorasynci_is_meshed(plan) || plan->captured)) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
     LORASYNCI_TRY(lorasynci_device_fetch(plan, g->wire, err));
     LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived[0], 0), "cudaStreamWaitEvent");
@@ -9915,15 +10085,19 @@ LORASYNCI_FN lorasync_status lorasynci_device_place(lorasync_plan *plan, uint32_
 LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, lorasync_status status, uint64_t deadline_ns,
                                                           lorasync_error *err)
 {
-    lorasynci_device *g = plan->device;
+    lorasynci_device *g    = plan->device;
+    const int         mesh = lorasynci_is_meshed(plan);
     lorasync_error    lost;
+    lorasync_status   arrived;
     uint32_t          round;
     for (round = 0; round < plan->num_rounds; round++) {
-        if (lorasynci_exchange_round(plan, round, &lost) < 0) {
+        arrived = mesh ? lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, status, err, 0, "", NULL, &lost)
+                       : lorasynci_exchange_round(plan, round, &lost);
+        if (arrived < 0 && (!mesh || lorasync_is_lost(arrived))) {
             *err = lost;
             return lost.status;
         }
-        if (status == LORASYNC_OK) status = lorasynci_device_place(plan, round, deadline_ns, err);
+        if (status == LORASYNC_OK && arrived == LORASYNC_OK) status = lorasynci_device_place(plan, round, deadline_ns, err);
     }
     LORASYNCI_TRY(status);
     LORASYNCI_TRY(lorasynci_device_fetch(plan, g->stream, err));
@@ -9966,7 +10140,7 @@ LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
 LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    while (g->num_sent < plan->num_rounds) LORASYNCI_TRY(lorasynci_device_exchange(plan, g->num_sent, err));
+    while (g->num_sent < plan->num_rounds && !lorasynci_is_meshed(plan)) LORASYNCI_TRY(lorasynci_device_exchange(plan, g->num_sent, err));
     if (lorasynci_device_casts(plan)) {
         LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord"); /* a ballot that is on its way first */
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
@@ -10177,6 +10351,9 @@ LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_devic
     return 0;
 }
 LORASYNCI_FN void            lorasynci_device_unmap(lorasync_plan *plan) { (void)plan; }
+LORASYNCI_FN int             lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_bytes) { return plan->device && num_bytes; }
+LORASYNCI_FN int             lorasynci_device_map_mesh(lorasync_plan *plan) { return plan->device != NULL; }
+LORASYNCI_FN void            lorasynci_device_leave_mesh(lorasync_plan *plan) { (void)plan; }
 LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err)
 {
     (void)plan, (void)err;

@@ -15,6 +15,7 @@
        copy        floor: the same bytes, one copy each into rank 0's memory, mapped over CUDA IPC
        fused       floor: one flat tensor of as many elements: one launch that casts and writes, no work per tensor
        reshard     from these shards to TP over N, over NCCL
+       rdirect     the same, every rank writing to the others over CUDA IPC; rdnccl: so, too, and NCCL joins the ranks
        exchange    floor of the reshard: its messages, already packed, in one group of ncclSend and ncclRecv
    NCCL's communicator is the bench's own, borrowed; with --own-comm the library makes one for itself, which is non-blocking.
    --bucket is bucket_bytes of the plans over NCCL: 256 without it. A rank that sends more stages a bucket, and stalls its caller the longer.
@@ -56,7 +57,7 @@ enum {
     MAX_RUNS    = 60,
     MAX_ITEMS   = 96,
     MAX_THREADS = 16,
-    MODES       = 4
+    MODES       = 5
 };
 
 static const double stuck_after    = 60; /* seconds in one stage */
@@ -1173,16 +1174,12 @@ static void bench_exchange(state *st, const lorasync_plan *plan, ncclComm_t nccl
 }
 #endif
 
-static void run_reshard(state *st, lorasync_plan *plan, const lorasync_piece *want, char *memory, size_t num_bytes, uint64_t bound)
+/* What a reshard receives, against the least. */
+static void note_bytes(state *st, const lorasync_plan *plan, uint64_t bound)
 {
-    timing              t = measure(st->res, "reshard", run_plan, plan, 1);
     lorasync_plan_stats stats;
-    lorasync_error      err;
-    lorasync_status     status;
-    size_t              wrong;
-    int                 i;
     double              worst = 0, least = 0;
-    put_timing(st->res, "reshard", &t);
+    int                 i;
     lorasync_plan_get_stats(plan, &stats);
     common->number[rank] = stats.receive_bytes;
     common->value[rank]  = (double)bound;
@@ -1191,29 +1188,41 @@ static void run_reshard(state *st, lorasync_plan *plan, const lorasync_piece *wa
         if ((double)common->number[i] > worst) worst = (double)common->number[i], least = common->value[i];
     put(st->res, "reshard_receive_bytes", worst);
     put(st->res, "reshard_bound_bytes", least);
-    put(st->res, "reshard_rounds", (double)stats.num_rounds);
     barrier("reshard");
-    note_links(st, plan, want);
-    if (t.good) t = measure(st->res, "reshard stall", run_plan_events, plan, 1);
-    if (t.good) put(st->res, "reshard_stall_ms", t.value);
+}
+
+static void run_reshard(state *st, const char *what, lorasync_plan *plan, const lorasync_piece *want, char *memory, size_t num_bytes)
+{
+    timing          t = measure(st->res, what, run_plan, plan, 1);
+    lorasync_error  err;
+    lorasync_status status;
+    size_t          wrong;
+    char            key[32];
+    int             i;
+    put_timing(st->res, what, &t);
+    if (t.good) t = measure(st->res, what, run_plan_events, plan, 1);
     if (!t.good) return;
+    snprintf(key, sizeof key, "%.20s_stall_ms", what);
+    put(st->res, key, t.value);
     must(cudaMemset(memory, 0xff, num_bytes), "cudaMemset");
     must(cudaDeviceSynchronize(), "cudaMemset");
     status = run_plan(plan, &err);
-    if (!agree(st->res, "reshard", status, &err)) return;
+    if (!agree(st->res, what, status, &err)) return;
     wrong                = count_wrong(st, want, memory, num_bytes);
     common->number[rank] = wrong;
     barrier("reshard checked");
     for (i = 0, wrong = 0; i < option.ranks; i++) wrong += (size_t)common->number[i];
-    put(st->res, "reshard_equal", wrong == 0);
-    if (rank == 0 && wrong) note(st->res, "reshard", "wrong bytes");
+    snprintf(key, sizeof key, "%.20s_equal", what);
+    put(st->res, key, wrong == 0);
+    if (rank == 0 && wrong) note(st->res, what, "wrong bytes");
     barrier("reshard checked");
 }
 
-static void bench_reshard(state *st, const lorasync_comm *nccl, const floor_job *f, int with_floor)
+/* f: also the floor, with its communicator; or NULL. */
+static void bench_reshard(state *st, const char *what, const lorasync_comm *comm, int no_direct, const floor_job *f)
 {
     lorasync_cuda      cuda = on_stream();
-    lorasync_plan_desc d    = gather_desc(nccl, &cuda, st->given, st->num_given);
+    lorasync_plan_desc d    = gather_desc(comm, &cuda, st->given, st->num_given);
     lorasync_piece    *want = (lorasync_piece *)get(st->s.num * sizeof *want);
     size_t             num_bytes;
     uint64_t           bound;
@@ -1224,15 +1233,17 @@ static void bench_reshard(state *st, const lorasync_comm *nccl, const floor_job 
     d.want         = want;
     d.num_want     = st->s.num;
     d.bucket_bytes = (size_t)option.bucket_mib << 20;
-    d.no_direct    = 1;
-    plan           = make_plan(st, "reshard", &d);
+    d.no_direct    = no_direct;
+    plan           = make_plan(st, what, &d);
+    if (plan && no_direct) note_bytes(st, plan, bound);
+    if (plan && no_direct) note_links(st, plan, want);
 #ifndef BENCH_NO_NCCL
-    if (plan && with_floor) bench_exchange(st, plan, f->nccl);
+    if (plan && f) bench_exchange(st, plan, f->nccl);
 #else
-    (void)f, (void)with_floor;
+    (void)f;
 #endif
     if (plan) {
-        run_reshard(st, plan, want, memory, num_bytes, bound);
+        run_reshard(st, what, plan, want, memory, num_bytes);
         drop_plan(plan);
     }
     must(cudaFree(memory), "cudaFree");
@@ -1359,8 +1370,12 @@ static void bench_model(int index, const nccl_ranks *nccl)
 #endif
     barrier("floors");
     bench_floors(&st, &f, have_nccl);
-    if (option.ranks > 1 && nccl_for(nccl, &st, 3, &comm)) bench_reshard(&st, &comm, &f, have_nccl);
+    if (option.ranks > 1 && nccl_for(nccl, &st, 3, &comm)) {
+        bench_reshard(&st, "reshard", &comm, 1, have_nccl ? &f : NULL);
+        bench_reshard(&st, "rdnccl", &comm, 0, NULL);
+    }
     over_nccl = 0;
+    if (option.ranks > 1 && join(&st, 4, &comm)) bench_reshard(&st, "rdirect", &comm, 0, NULL);
     must(cudaDeviceSynchronize(), "the end of a model");
     must(cudaFree(st.params), "cudaFree");
     free(st.have);

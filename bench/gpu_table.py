@@ -48,7 +48,7 @@ def same(o, t):
     """Bits: each program against itself, then against each other."""
     if o.get("direct_equal") is None and o.get("nccl_equal") is None:
         return "not run"
-    mine = all(o.get(k, 1) == 1 for k in ("direct_equal", "nccl_equal", "direct_digest_ok", "nccl_digest_ok", "reshard_equal"))
+    mine = all(o.get(k, 1) == 1 for k in ("direct_equal", "nccl_equal", "direct_digest_ok", "nccl_digest_ok", "reshard_equal", "rdirect_equal", "rdnccl_equal"))
     if not mine or t.get("equal") is False:
         return "NO"
     if not t.get("checksum") or not o.get("checksum"):
@@ -84,10 +84,15 @@ def main():
             mib(o.get("nccl_other_bytes")), mib(o.get("bytes")), number(t.get("flat_views_ms")), number(o.get("nccl_stall_ms")),
             f"{o.get('direct_runs', '-')}/{t.get('full_tensor_runs', '-')}"] for i, o, t in both])
     print()
-    table(["reshard", "ms", "stall", "its messages alone", "ratio", "MiB received", "of at least", "ratio", "MiB on a link", "of at least, ratio", "equal"],
-          [[o.get("model", i), number(o.get("reshard_ms")), number(o.get("reshard_stall_ms")), number(o.get("exchange_ms")), ratio(o.get("reshard_ms"), o.get("exchange_ms")),
-            mib(o.get("reshard_receive_bytes")), mib(o.get("reshard_bound_bytes")), ratio(o.get("reshard_receive_bytes"), o.get("reshard_bound_bytes")),
-            mib(o.get("reshard_link_bytes")), number(o.get("reshard_link_ratio"), 2), {1: "yes", 0: "NO"}.get(o.get("reshard_equal"), "-")] for i, o, _ in both if o])
+    staged = lambda o, k: "" if o.get(k + "_is_direct", 1) else " (staged)"
+    table(["reshard", "direct", "stall", "direct, ranks of NCCL", "over NCCL", "stall", "its messages alone", "direct/messages", "NCCL/messages", "MiB received", "of at least",
+           "ratio", "MiB on a link", "of at least, ratio", "equal"],
+          [[o.get("model", i), number(o.get("rdirect_ms")) + staged(o, "rdirect"), number(o.get("rdirect_stall_ms")), number(o.get("rdnccl_ms")) + staged(o, "rdnccl"),
+            number(o.get("reshard_ms")), number(o.get("reshard_stall_ms")), number(o.get("exchange_ms")), ratio(o.get("rdirect_ms"), o.get("exchange_ms")),
+            ratio(o.get("reshard_ms"), o.get("exchange_ms")), mib(o.get("reshard_receive_bytes")), mib(o.get("reshard_bound_bytes")),
+            ratio(o.get("reshard_receive_bytes"), o.get("reshard_bound_bytes")), mib(o.get("reshard_link_bytes")), number(o.get("reshard_link_ratio"), 2),
+            "-" if o.get("reshard_equal") is None else "yes" if all(o.get(k, 1) == 1 for k in ("reshard_equal", "rdirect_equal", "rdnccl_equal")) else "NO"]
+           for i, o, _ in both if o])
     for i, o, _ in both:
         if o.get("error"):
             print(f"ERROR {i}: {o['error']}")

@@ -2,12 +2,13 @@
 #ifndef LORASYNC_TEST_DEVICE_CASE_H
 #define LORASYNC_TEST_DEVICE_CASE_H
 
-/* How the bytes shall go. FALLBACK: directly or over the host, whatever is found. */
+/* How the bytes shall go. FALLBACK: directly or over the host, whatever is found. NCCL_DIRECT: directly, between ranks that NCCL joins. */
 enum {
     WAY_DIRECT = 0,
     WAY_NCCL,
     WAY_HOST,
-    WAY_FALLBACK
+    WAY_FALLBACK,
+    WAY_NCCL_DIRECT
 };
 
 typedef struct device_options_t {
@@ -95,7 +96,7 @@ TEST_UNUSED static lorasync_status device_comm(device_rank *d)
     char               ids[8 * 128], id[128] = {0};
     lorasync_nccl_desc n;
     d->comm = d->context->comm;
-    if (device_options.way != WAY_NCCL) return LORASYNC_OK;
+    if (device_options.way != WAY_NCCL && device_options.way != WAY_NCCL_DIRECT) return LORASYNC_OK;
     if (d->context->rank == 0 && lorasync_nccl_unique_id(id, &d->err) < 0) return d->err.status;
     if (d->context->comm.all_gather(d->context->comm.user, id, ids, sizeof id, device_patience_ms, &d->err) < 0) return d->err.status;
     memset(&n, 0, sizeof n);
@@ -221,9 +222,12 @@ TEST_UNUSED static int device_wrong(const device_rank *d)
 TEST_UNUSED static int device_stats_wrong(const device_rank *d)
 {
     lorasync_plan_stats stats;
-    int                 gather = d->c->kind == LORASYNC_GATHER || d->c->kind == LORASYNC_GATHER_ALL;
+    const random_case  *c   = d->c;
+    int                 can = c->kind == LORASYNC_GATHER || c->kind == LORASYNC_GATHER_ALL || (c->kind == LORASYNC_RESHARD && !c->bucket);
+    int                 may = device_options.way == WAY_DIRECT || (device_options.way == WAY_NCCL_DIRECT && !device_options.watch_votes);
     lorasync_plan_get_stats(d->plan, &stats);
-    if (device_options.way == WAY_DIRECT && !device_options.fail_at && gather && d->context->world > 1 && !stats.direct) return 50;
+    if (may && can && !device_options.fail_at && d->context->world > 1 && !stats.direct) return 50;
+    if (stats.direct && stats.num_rounds) return 52;
     return (device_options.way == WAY_NCCL || device_options.way == WAY_HOST) && stats.direct ? 51 : 0;
 }
 
@@ -288,7 +292,7 @@ TEST_UNUSED static void run_device_case(rank_context *x)
     if (d.graph) cudaGraphExecDestroy(d.graph);
 #endif
     lorasync_plan_free(d.plan);
-    if (device_options.way == WAY_NCCL) lorasync_nccl_close(&d.comm);
+    if (d.comm.exchange_stream) lorasync_nccl_close(&d.comm);
     pieces_free(&d.c->have[r], d.have);
     pieces_free(&d.c->want[r], d.want);
     if (d.stream) cudaStreamDestroy(d.stream);

@@ -33,12 +33,13 @@ static void reset(int way)
 /* Ranks are processes: the image is opened through CUDA IPC. */
 static void processes(void)
 {
-    static random_case c;
-    int                i, bad = 0;
-    for (i = 0; i < (num_cases + 5) / 6; i++) {
+    static const lorasync_plan_kind kinds[] = {LORASYNC_GATHER, LORASYNC_RESHARD, LORASYNC_GATHER_ALL, LORASYNC_RESHARD};
+    static random_case              c;
+    int                             i, bad = 0;
+    for (i = 0; i < (num_cases + 3) / 4; i++) {
         reset(WAY_DIRECT);
         device_options.keep_on_device = i % 2;
-        make_case(&c, (unsigned long long)i * 31337, i % 3 == 2 ? LORASYNC_GATHER_ALL : LORASYNC_GATHER, 0);
+        make_case(&c, (unsigned long long)i * 31337, kinds[i % 4], 0);
         if (run_processes(c.world, run_device_process, &c)) {
             fprintf(stderr, "case %d: %d ranks\n", i, c.world);
             bad++;
@@ -48,13 +49,13 @@ static void processes(void)
     CHECK_EQ(bad, 0);
 }
 
-/* NCCL, a process for each GPU. */
+/* NCCL, a process for each GPU; the bytes over it, or directly. */
 static void processes_over_nccl(void)
 {
     static random_case c;
     int                i, bad = 0, run = 0;
-    for (i = 0; run < (num_cases + 5) / 6 && i < 1000; i++) {
-        reset(WAY_NCCL);
+    for (i = 0; run < (num_cases + 3) / 4 && i < 1000; i++) {
+        reset(i % 3 ? WAY_NCCL : WAY_NCCL_DIRECT);
         make_case(&c, (unsigned long long)i * 7717, (lorasync_plan_kind)(i % 4), 0);
         if (c.world <= num_gpus && (num_gpus < 2 || c.world > 1)) {
             bad += run_processes(c.world, run_device_process, &c) != 0;
@@ -141,7 +142,7 @@ static void captured_over_nccl(void)
     static random_case c;
     int                i, bad = 0, run = 0;
     for (i = 0; run < (num_cases + 11) / 12 && i < 1000; i++) {
-        reset(WAY_NCCL);
+        reset(run % 2 ? WAY_NCCL_DIRECT : WAY_NCCL);
         device_options.capture = 1;
         make_case(&c, (unsigned long long)i * 5417, i % 3 == 2 ? LORASYNC_RESHARD : (lorasync_plan_kind)(i % 3), 0);
         if (c.world <= num_gpus && (num_gpus < 2 || c.world > 1)) {

@@ -67,12 +67,14 @@ static void direct(void) { cases(WAY_DIRECT, 1, 0, 80); }
 static void direct_over_devices(void) { cases(WAY_DIRECT, 3, 0, 40); }
 static void over_nccl(void) { cases(WAY_NCCL, 8, 0, 40); }
 static void over_the_host(void) { cases(WAY_HOST, 2, 0, 60); }
+static void directly_with_nccl(void) { cases(WAY_NCCL_DIRECT, 8, 0, 20); }
 
 static void slow_gpu(void)
 {
     cases(WAY_DIRECT, 2, 3, 20);
     cases(WAY_NCCL, 8, 3, 20);
     cases(WAY_HOST, 1, 3, 20);
+    cases(WAY_NCCL_DIRECT, 8, 3, 10);
 }
 
 static void plan_of_replicas(rank_context *x)
@@ -206,12 +208,87 @@ static void votes_travel_with_the_bytes(void)
     }
 }
 
+/* -- a reshard that places directly: what a run brought is not overwritten by the next one before it is placed, without any barrier between */
+
+enum {
+    MANY_RUNS = 40,
+    LENGTH    = 5000
+};
+
+static void runs_without_a_pause(rank_context *x)
+{
+    static const char  *name = "t";
+    device_rank         d;
+    lorasync_plan_desc  desc;
+    lorasync_cuda       cuda;
+    lorasync_piece      piece;
+    lorasync_plan_stats stats;
+    float              *values = (float *)malloc(LENGTH * 4);
+    int                 run, i, wrong = 0;
+    memset(&d, 0, sizeof d);
+    memset(&desc, 0, sizeof desc);
+    memset(&cuda, 0, sizeof cuda);
+    memset(&piece, 0, sizeof piece);
+    d.context = x;
+    cudaSetDevice(x->rank);
+    cudaStreamCreateWithFlags(&d.stream, cudaStreamNonBlocking);
+    CHECK_EQ(device_comm(&d), LORASYNC_OK);
+    piece.name     = name;
+    piece.dtype    = LORASYNC_F32;
+    piece.ndim     = 1;
+    piece.shape[0] = LENGTH;
+    piece.box      = lorasync_whole(piece.shape, 1);
+    CHECK_EQ(cudaMalloc(&piece.data, LENGTH * 4), cudaSuccess);
+    cuda.stream     = d.stream;
+    desc.comm       = &d.comm;
+    desc.kind       = LORASYNC_RESHARD;
+    desc.cuda       = &cuda;
+    desc.timeout_ms = device_patience_ms;
+    if (x->rank == 0) desc.have = &piece, desc.num_have = 1;
+    else desc.want = &piece, desc.num_want = 1;
+    CHECK_EQ(lorasync_plan_create(&desc, &d.plan, &d.err), LORASYNC_OK);
+    lorasync_plan_get_stats(d.plan, &stats);
+    CHECK(stats.direct && !stats.num_rounds);
+    for (run = 0; run < MANY_RUNS; run++) {
+        for (i = 0; i < LENGTH; i++) values[i] = (float)(run + i);
+        if (x->rank == 0) cudaMemcpy(piece.data, values, LENGTH * 4, cudaMemcpyDefault);
+        CHECK_EQ(lorasync_plan_begin(d.plan, &d.err), LORASYNC_OK);
+        CHECK_EQ(lorasync_plan_wait(d.plan, &d.err), LORASYNC_OK);
+        if (x->rank == 0) continue;
+        cudaMemcpy(values, piece.data, LENGTH * 4, cudaMemcpyDefault);
+        for (i = 0; i < LENGTH; i++) wrong += values[i] != (float)(run + i);
+    }
+    CHECK_EQ(wrong, 0);
+    device_barrier(&d);
+    lorasync_plan_free(d.plan);
+    if (d.comm.exchange_stream) lorasync_nccl_close(&d.comm);
+    cudaFree(piece.data);
+    cudaStreamDestroy(d.stream);
+    free(values);
+}
+
+static void staging_waits_for_its_reader(void)
+{
+    static const int ways[] = {WAY_DIRECT, WAY_NCCL_DIRECT};
+    size_t           i;
+    for (i = 0; i < sizeof ways / sizeof ways[0]; i++) {
+        reset();
+        fake_cuda.devices  = 3;
+        fake_cuda.hold     = 3;
+        fake_cuda.delay    = 40;
+        device_options.way = ways[i];
+        run_threads(3, runs_without_a_pause, NULL);
+        check_left();
+    }
+}
+
 /* A rank that does not begin a run: all are told, and the communicator is as good as before. */
 static void one_does_not_begin(void)
 {
     int way, kind;
-    for (way = WAY_NCCL; way <= WAY_HOST; way++)
+    for (way = WAY_DIRECT; way <= WAY_NCCL_DIRECT; way++)
         for (kind = LORASYNC_GATHER; kind <= LORASYNC_RESHARD; kind++) {
+            if (way != WAY_NCCL && way != WAY_HOST && kind != LORASYNC_RESHARD) continue;
             reset();
             fake_cuda.devices              = 8;
             device_options.way             = way;
@@ -251,15 +328,16 @@ static void graph_of_pageable_image(void)
 
 static void graphs(void)
 {
-    int way;
-    for (way = WAY_DIRECT; way <= WAY_NCCL; way++) {
+    static const int ways[] = {WAY_DIRECT, WAY_NCCL, WAY_NCCL_DIRECT};
+    size_t           i;
+    for (i = 0; i < sizeof ways / sizeof ways[0]; i++) {
         reset();
         fake_cuda.devices      = 8;
-        device_options.way     = way;
+        device_options.way     = ways[i];
         device_options.capture = 1;
         random_cases(LORASYNC_GATHER, 60, 0, run_device_case);
         random_cases(LORASYNC_GATHER_ALL, 30, 0, run_device_case);
-        random_cases(LORASYNC_RESHARD, way == WAY_NCCL ? 60 : 0, 0, run_device_case);
+        random_cases(LORASYNC_RESHARD, ways[i] == WAY_DIRECT ? 0 : 60, 0, run_device_case);
         check_left();
     }
 }
@@ -271,12 +349,13 @@ static void processes(void)
     static random_case c;
     int                i, bad = 0, direct_runs = 0;
     if (FAKE_MALLOC) SKIP("device memory is not shared under the address sanitizer");
-    for (i = 0; i < 40; i++) {
+    for (i = 0; i < 60; i++) {
+        static const lorasync_plan_kind kinds[] = {LORASYNC_GATHER, LORASYNC_GATHER_ALL, LORASYNC_RESHARD};
         reset();
         fake_cuda.ipc_fails = i % 4 == 3 ? 1 + i / 4 % 2 : 0;
         device_options.way  = fake_cuda.ipc_fails ? WAY_FALLBACK : WAY_DIRECT;
         fake_cuda_share();
-        make_case(&c, (unsigned long long)i * 31337, i % 2 ? LORASYNC_GATHER_ALL : LORASYNC_GATHER, 0);
+        make_case(&c, (unsigned long long)i * 31337, kinds[i % 3], 0);
         direct_runs += c.world > 1;
         if (run_processes(c.world, run_device_process, &c)) {
             fprintf(stderr, "case %d: %d ranks\n", i, c.world);
@@ -298,6 +377,7 @@ static void no_peer_access(void)
     fake_cuda.no_peer_access = 1;
     device_options.way       = WAY_FALLBACK; /* direct where all ranks share a device */
     random_cases(LORASYNC_GATHER, 60, 0, run_device_case);
+    random_cases(LORASYNC_RESHARD, 60, 0, run_device_case);
     check_left();
 }
 
@@ -550,10 +630,12 @@ int main(void)
     RUN(direct_over_devices);
     RUN(over_nccl);
     RUN(over_the_host);
+    RUN(directly_with_nccl);
     RUN(slow_gpu);
     RUN(root_copies_its_own);
     RUN(staging_is_bounded);
     RUN(votes_travel_with_the_bytes);
+    RUN(staging_waits_for_its_reader);
     RUN(one_does_not_begin);
     RUN(kept_on_device);
     RUN(graphs);
