@@ -527,11 +527,12 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local);
    The device current when the plan (session) is made is the plan's; it is made current during calls and restored. CUDA 12.0 or later.
    The order of work: begin waits, on the device, for what is already on `stream`, reads the pieces, and lets what is enqueued on `stream`
    afterwards wait for that reading, and for nothing else. The host does not wait: begin returns once all is enqueued.
-   Ranks of one host write straight into the root's image over CUDA IPC where their GPUs can; else the comm's exchange_stream (NCCL) moves
-   staged bytes; else the comm's exchange does, through pinned host memory. All three make the same bytes.
+   Ranks of one host write straight into the root's image over CUDA IPC where their GPUs can, and in a reshard into each other's staging; else the
+   comm's exchange_stream (NCCL) moves staged bytes; else the comm's exchange does, through pinned host memory. All three make the same bytes.
    CUDA graphs: lorasync_plan_begin may be called while `stream` is being captured (unless the exchange goes through the host); it then records the
-   run instead of starting it, on `stream`. After each launch of the graph call lorasync_plan_wait. Nothing else may be captured: a session refuses
-   it (LORASYNC_E_UNSUPPORTED), since each of its runs is another version. */
+   run instead of starting it, on `stream`. After each launch of the graph call lorasync_plan_wait. A launch does not wait for those who
+   still read an image that is placed directly, as begin does: launch it when all ranks have done with the last one. Nothing else may be captured:
+   a session refuses it (LORASYNC_E_UNSUPPORTED), since each of its runs is another version. */
 typedef struct lorasync_cuda {
     struct CUstream_st *stream; /* the caller's, borrowed until close; NULL: the default stream */
     int keep_on_device;         /* 1: the root's image stays in device memory (image->on_device); 0: wait copies it to pinned memory too */
@@ -738,7 +739,7 @@ typedef struct lorasync_plan_desc {
     const char           *adapter; /* GATHER*: name for the image's metadata; NULL: none */
     /* Receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged whole, as the snapshot that lets
        the caller go on; but if it is more than this and travels over exchange_stream, at most this is staged at a time, and the caller's stream
-       waits until the rest has travelled. */
+       waits until the rest has travelled. On GPUs a RESHARD places directly only if what each rank receives fits into it. */
     size_t               bucket_bytes;
     int                  allow_nan;  /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
     int                  no_direct;  /* 1: never place directly into shared memory, or another GPU's */
@@ -758,7 +759,9 @@ typedef struct lorasync_plan lorasync_plan;
    - RESHARD: every wanted element must be held by somebody; wanted pieces may overlap and repeat.
    - SCATTER: every wanted tensor must be in the image with its shape, and every tensor of the image must be wanted by someone.
    GATHER* between ranks of one host whose image can be mapped by all of them place directly: each rank writes its pieces, converted, to
-   their final place. Both ways make the same bytes.
+   their final place. RESHARD between GPUs of one host: each rank writes, converted, into the receive staging of those who want it, if every rank's
+   fits into bucket_bytes, and they place it once all have voted: on the GPU, with a comm that has all_gather_stream (NCCL), else over the host.
+   Direct or not makes the same bytes.
    Memory, names of some 80 bytes included: about 165 bytes per piece on the rank that holds it, and 100 on the planning rank with 8 ranks or more
    (with fewer, the names weigh more: 240 with 2), about 400 while planning (750 with 2); the image, and staging; of a direct plan 16 for each
    tensor and rank, shared.
@@ -768,7 +771,7 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
 
 /* Reads the pieces: converts, scales, checks and digests them into staging (or to their final place). When it returns the caller's
    tensors may change again (device memory: in the order of the caller's stream). Sends nothing; when placing directly it first waits until the
-   ranks that read the image of the run before have begun, too. An error here (a NaN) is remembered and reported on every rank by
+   ranks that read the image of the run before (RESHARD: those it sends to) have begun, too. An error here (a NaN) is remembered and reported on every rank by
    lorasync_plan_wait, which must be called in any case. Allocates nothing. */
 LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err);
 
@@ -790,7 +793,7 @@ typedef struct lorasync_plan_stats {
     size_t   send_bytes; /* per run */
     size_t   receive_bytes;
     size_t   num_rounds; /* exchanges per run; 0 when placing directly */
-    int      direct;     /* 1: ranks write straight into the image: in shared memory, or in another GPU's */
+    int      direct;     /* 1: ranks write straight into the image, in shared memory or another GPU's; RESHARD: into other GPUs' staging */
     uint64_t pack_ns;    /* of the last run */
     uint64_t exchange_ns;
     uint64_t place_ns;
@@ -9200,7 +9203,9 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
                                            ^ after pack 0 ..         ^ exchange r after place r - 2, too: two halves of staging take turns
 
    Where a rank sends more than a bucket, pack r also waits for exchange r - 2: two halves again. Where streams want the same multiprocessors the
-   wire comes first, placing second. */
+   wire comes first, placing second.
+   A meshed reshard has one round: pack 0 is everything, written to this rank's memory and into the others' staging; the exchange is the vote, on the
+   GPU, after which the bytes of all are there; place 0 is everything that came. Without votes on the GPU the host votes, then places. */
 
 #ifdef LORASYNC_CUDA
 

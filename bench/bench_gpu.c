@@ -88,7 +88,7 @@ static options option;
 
 typedef struct result {
     int  num;
-    int  attempted;
+    int  attempted, complete, printed;
     char checksum[24];
     char error[2000];
     struct {
@@ -1432,6 +1432,7 @@ static void run_rank(int first)
             common->results[i].attempted = 1;
         }
         bench_model(i, &nccl);
+        if (rank == 0) __atomic_store_n(&common->results[i].complete, 1, __ATOMIC_RELEASE);
     }
     common->finished[rank] = 1;
     barrier("end");
@@ -1439,6 +1440,62 @@ static void run_rank(int first)
 }
 
 /* -- the parent: starts the ranks, ends them all when one fails or nothing moves */
+
+static void print_quoted(const char *s)
+{
+    putchar('"');
+    for (; *s; s++) {
+        if ((unsigned char)*s < 0x20) putchar(' ');
+        else printf(*s == '"' || *s == '\\' ? "\\%c" : "%c", *s);
+    }
+    putchar('"');
+}
+
+static void print_result(int index)
+{
+    const result *res = &common->results[index];
+    int           i;
+    if (option.json) {
+        printf("{\"id\":\"%s\",\"model\":\"%s\",\"ranks\":%d,\"seed\":%lu,\"checksum\":\"%s\"", models[index].id, models[index].name,
+               option.ranks, (unsigned long)option.seed, res->checksum);
+        for (i = 0; i < res->num; i++) printf(",\"%s\":%.10g", res->item[i].key, res->item[i].value);
+        printf(",\"error\":");
+        print_quoted(res->error);
+        printf("}\n");
+    } else {
+        printf("\n%s, %d ranks, checksum %s\n", models[index].name, option.ranks, res->checksum);
+        for (i = 0; i < res->num; i++) printf("  %-26s%.6g\n", res->item[i].key, res->item[i].value);
+        if (res->error[0]) printf("  ERROR %s\n", res->error);
+    }
+    fflush(stdout);
+}
+
+static void print_info(void)
+{
+    static int printed;
+    if (printed) return;
+    printed = 1;
+    if (option.json)
+        printf("{\"info\":1,%s%s\"ranks\":%d,\"layout\":\"%s\",\"own_comm\":%d,\"bucket_mib\":%d,\"seed\":%lu}\n", common->info,
+               common->info[0] ? "," : "", option.ranks, layout_names[option.layout], option.own_comm, option.bucket_mib,
+               (unsigned long)option.seed);
+    else printf("%s\n", common->info);
+}
+
+/* What is complete, as soon as it is: whoever ends this program early has it. all: the rest too. */
+static void print_results(int all)
+{
+    int i;
+    for (i = 0; i < NUM_MODELS; i++) {
+        result *res = &common->results[i];
+        if (res->printed || (!all && !__atomic_load_n(&res->complete, __ATOMIC_ACQUIRE))) continue;
+        if (!res->attempted && !res->error[0]) continue;
+        print_info();
+        print_result(i);
+        res->printed = 1;
+    }
+    if (all) print_info();
+}
 
 static void end_children(pid_t *pid)
 {
@@ -1468,6 +1525,7 @@ static int watch(pid_t *pid, double end, char *why, size_t size)
             over = 1;
             n    = (size_t)snprintf(why, size, "%s;", now() > end ? "the deadline passed" : "nothing moved");
         }
+        print_results(0);
         usleep(2000);
     }
     if (!over) return 1;
@@ -1509,35 +1567,6 @@ static int count_gpus(void)
     if (pid == 0) _exit(cudaGetDeviceCount(&n) == cudaSuccess ? n : 0);
     if (pid < 0 || waitpid(pid, &status, 0) != pid || !WIFEXITED(status)) return 0;
     return WEXITSTATUS(status);
-}
-
-static void print_quoted(const char *s)
-{
-    putchar('"');
-    for (; *s; s++) {
-        if ((unsigned char)*s < 0x20) putchar(' ');
-        else printf(*s == '"' || *s == '\\' ? "\\%c" : "%c", *s);
-    }
-    putchar('"');
-}
-
-static void print_result(int index)
-{
-    const result *res = &common->results[index];
-    int           i;
-    if (option.json) {
-        printf("{\"id\":\"%s\",\"model\":\"%s\",\"ranks\":%d,\"seed\":%lu,\"checksum\":\"%s\"", models[index].id, models[index].name,
-               option.ranks, (unsigned long)option.seed, res->checksum);
-        for (i = 0; i < res->num; i++) printf(",\"%s\":%.10g", res->item[i].key, res->item[i].value);
-        printf(",\"error\":");
-        print_quoted(res->error);
-        printf("}\n");
-    } else {
-        printf("\n%s, %d ranks, checksum %s\n", models[index].name, option.ranks, res->checksum);
-        for (i = 0; i < res->num; i++) printf("  %-26s%.6g\n", res->item[i].key, res->item[i].value);
-        if (res->error[0]) printf("  ERROR %s\n", res->error);
-    }
-    fflush(stdout);
 }
 
 static int layout_named(const char *name)
@@ -1634,14 +1663,8 @@ int main(int argc, char **argv)
     if (p == MAP_FAILED || !open_locals()) return 2;
     common = (shared *)p;
     good   = run_models();
-    if (option.json)
-        printf("{\"info\":1,%s%s\"ranks\":%d,\"layout\":\"%s\",\"own_comm\":%d,\"bucket_mib\":%d,\"seed\":%lu}\n", common->info,
-               common->info[0] ? "," : "", option.ranks, layout_names[option.layout], option.own_comm, option.bucket_mib,
-               (unsigned long)option.seed);
-    else printf("%s\n", common->info);
-    for (i = 0; i < NUM_MODELS; i++) {
-        if (common->results[i].attempted || common->results[i].error[0]) print_result(i);
+    print_results(1);
+    for (i = 0; i < NUM_MODELS; i++)
         if (common->results[i].error[0]) equal = 0;
-    }
     return good && equal ? 0 : 1;
 }
