@@ -531,7 +531,7 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local);
    comm's exchange_stream (NCCL) moves staged bytes; else the comm's exchange does, through pinned host memory. All three make the same bytes.
    CUDA graphs: lorasync_plan_begin may be called while `stream` is being captured (unless the exchange goes through the host); it then records the
    run instead of starting it, on `stream`. After each launch of the graph call lorasync_plan_wait. A launch does not wait for those who
-   still read an image that is placed directly, as begin does: launch it when all ranks have done with the last one. Nothing else may be captured:
+   still read an image that is placed directly, as begin does: launch it when all ranks have done with the last one. All ranks capture a RESHARD, or none. Nothing else may be captured:
    a session refuses it (LORASYNC_E_UNSUPPORTED), since each of its runs is another version. */
 typedef struct lorasync_cuda {
     struct CUstream_st *stream; /* the caller's, borrowed until close; NULL: the default stream */
@@ -8825,6 +8825,12 @@ LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lora
     return LORASYNC_OK;
 }
 
+/* Direct: from here on nobody begins to write to what this rank reads; it may be freed. */
+LORASYNCI_FN void lorasynci_mark_gone(lorasync_plan *plan)
+{
+    if (plan->direct && plan->marks) __atomic_store_n(&plan->marks[8 * (size_t)plan->comm.rank], 0, __ATOMIC_RELEASE);
+}
+
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
 {
     lorasync_allocator a;
@@ -8832,6 +8838,7 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
     if (!plan) return;
     a = plan->meter.a;
     lorasynci_device_settle(plan);
+    lorasynci_mark_gone(plan);
     lorasynci_device_close(plan);
     if (plan->image) lorasync_image_free(plan->image);
     for (i = 0; i < plan->comm.world; i++) {
@@ -9861,6 +9868,12 @@ LORASYNCI_FN int lorasynci_device_casts(const lorasync_plan *plan)
     return lorasynci_is_pipelined(plan) && plan->num_rounds && plan->comm.all_gather_stream && !plan->objection;
 }
 
+/* What all ranks must have in their ballots. A mesh that is captured votes once more than one that is not: all ranks capture, or none. */
+LORASYNCI_FN uint64_t lorasynci_device_tag(const lorasync_plan *plan)
+{
+    return plan->tag + (lorasynci_is_meshed(plan) && plan->captured ? 1 : 0);
+}
+
 /* The ballots on the host: the one to cast, then as they came from the ranks. */
 LORASYNCI_FN lorasynci_ballot *lorasynci_device_ballot(const lorasynci_device *g) { return (lorasynci_ballot *)(void *)g->host; }
 
@@ -10028,10 +10041,10 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
 {
     lorasynci_device *g = plan->device;
     LORASYNCI_TRY(lorasynci_device_capture(plan, err));
-    if (!plan->captured) LORASYNCI_TRY(lorasynci_await_readers(plan, err));
+    if (!plan->captured || lorasynci_is_meshed(plan)) LORASYNCI_TRY(lorasynci_await_readers(plan, err));
     LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
-    LORASYNCI_TRY(lorasynci_device_fill_ballot(plan, plan->tag, g->stream, err));
+    LORASYNCI_TRY(lorasynci_device_fill_ballot(plan, lorasynci_device_tag(plan), g->stream, err));
     if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, g->stream), "cudaMemsetAsync");
     if (plan->source && plan->source->payload_bytes)
         LORASYNCI_CUDA(cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault, g->stream),
@@ -10151,6 +10164,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, 
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
         LORASYNCI_TRY(lorasynci_device_fill_ballot(plan, ~plan->tag, g->wire, err));
         LORASYNCI_TRY(lorasynci_device_cast(plan, err));
+        if (lorasynci_is_meshed(plan) && plan->captured) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
     }
     LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
     return LORASYNC_OK;
@@ -10230,7 +10244,7 @@ LORASYNCI_FN int lorasynci_device_agreed(const lorasync_plan *plan)
     if (!lorasynci_device_casts(plan) || plan->begin_error.status < 0) return 0;
     ballots = lorasynci_device_ballot(plan->device) + 1;
     for (i = 0; i < plan->comm.world; i++)
-        if (ballots[i].tag != plan->tag || (ballots[i].bad != UINT64_MAX && !plan->allow_nan)) return 0;
+        if (ballots[i].tag != lorasynci_device_tag(plan) || (ballots[i].bad != UINT64_MAX && !plan->allow_nan)) return 0;
     return 1;
 }
 

@@ -121,6 +121,8 @@ typedef struct fake_cuda_state {
     int  no_entry_points;
     int  hold;           /* "not ready" answers of cudaEventQuery before a stream goes on */
     int  delay;          /* times that a kernel is asked to run before it does: other streams run ahead */
+    int  slow_device;    /* 1 more than the device that alone has the delay; 0: all have */
+    int  launch_fails;   /* 1 more than the device whose next launch fails */
     long fail_at;        /* the nth cudaMalloc, cudaHostAlloc, stream or event fails; counts down; 0: none */
     long query_fails_at; /* the nth cudaEventQuery answers that an address was illegal */
     /* looked at by tests */
@@ -858,6 +860,10 @@ static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, 
     fake_launch l;
     (void)function, (void)shared, (void)extra;
     if (!x || y != 1 || z != 1 || !tx || tx > LORASYNCD_THREADS || tx % 32 || ty != 1 || tz != 1) return CUDA_ERROR_INVALID_VALUE;
+    if (fake_cuda.launch_fails == fake_device + 1) {
+        fake_cuda.launch_fails = 0;
+        return CUDA_ERROR_LAUNCH_FAILED;
+    }
     memset(&item, 0, sizeof item);
     l.blocks  = x;
     l.threads = tx;
@@ -866,7 +872,7 @@ static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, 
     memcpy(&l.bad, parameters[2], sizeof l.bad);
     memcpy(&l.image_shift, parameters[3], sizeof l.image_shift);
     item.run        = fake_run_kernel;
-    item.value      = fake_cuda.delay;
+    item.value      = fake_cuda.slow_device && fake_cuda.slow_device != fake_device + 1 ? 0 : fake_cuda.delay;
     item.blob       = &l;
     item.blob_bytes = sizeof l;
     pthread_mutex_lock(&fake_lock);

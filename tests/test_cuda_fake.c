@@ -215,71 +215,233 @@ enum {
     LENGTH    = 5000
 };
 
+/* One tensor that rank 0 has and all others want. */
+typedef struct one_tensor {
+    device_rank        d;
+    lorasync_piece     piece;
+    lorasync_cuda      cuda;
+    lorasync_plan_desc desc;
+    float              values[LENGTH];
+} one_tensor;
+
+static one_tensor *one_open(rank_context *x, int timeout_ms)
+{
+    one_tensor         *o = (one_tensor *)calloc(1, sizeof *o);
+    lorasync_plan_stats stats;
+    o->d.context = x;
+    cudaSetDevice(x->rank);
+    cudaStreamCreateWithFlags(&o->d.stream, cudaStreamNonBlocking);
+    CHECK_EQ(device_comm(&o->d), LORASYNC_OK);
+    o->piece.name     = "t";
+    o->piece.dtype    = LORASYNC_F32;
+    o->piece.ndim     = 1;
+    o->piece.shape[0] = LENGTH;
+    o->piece.box      = lorasync_whole(o->piece.shape, 1);
+    CHECK_EQ(cudaMalloc(&o->piece.data, sizeof o->values), cudaSuccess);
+    o->cuda.stream     = o->d.stream;
+    o->desc.comm       = &o->d.comm;
+    o->desc.kind       = LORASYNC_RESHARD;
+    o->desc.cuda       = &o->cuda;
+    o->desc.timeout_ms = timeout_ms;
+    if (x->rank == 0) o->desc.have = &o->piece, o->desc.num_have = 1;
+    else o->desc.want = &o->piece, o->desc.num_want = 1;
+    CHECK_EQ(lorasync_plan_create(&o->desc, &o->d.plan, &o->d.err), LORASYNC_OK);
+    lorasync_plan_get_stats(o->d.plan, &stats);
+    CHECK(stats.direct && !stats.num_rounds);
+    return o;
+}
+
+static void one_close(one_tensor *o)
+{
+    device_barrier(&o->d);
+    lorasync_plan_free(o->d.plan);
+    if (o->d.comm.exchange_stream) lorasync_nccl_close(&o->d.comm);
+    if (o->d.graph) fake_graph_free(o->d.graph);
+    cudaFree(o->piece.data);
+    cudaStreamDestroy(o->d.stream);
+    free(o);
+}
+
+static void one_fill(one_tensor *o, float value)
+{
+    int i;
+    for (i = 0; i < LENGTH; i++) o->values[i] = value + (float)i;
+    cudaMemcpy(o->piece.data, o->values, sizeof o->values, cudaMemcpyDefault);
+}
+
+static int one_is(one_tensor *o, float value)
+{
+    int i, wrong = 0;
+    cudaMemcpy(o->values, o->piece.data, sizeof o->values, cudaMemcpyDefault);
+    for (i = 0; i < LENGTH; i++) wrong += o->values[i] != value + (float)i;
+    return !wrong;
+}
+
+/* begin, as a graph or not: recorded once, then launched. */
+static lorasync_status one_begin(one_tensor *o, int graph)
+{
+    lorasync_status status = LORASYNC_OK;
+    if (!graph) return lorasync_plan_begin(o->d.plan, &o->d.err);
+    if (!o->d.graph) {
+        cudaStreamBeginCapture(o->d.stream, cudaStreamCaptureModeThreadLocal);
+        status = lorasync_plan_begin(o->d.plan, &o->d.err);
+        cudaStreamEndCapture(o->d.stream, &o->d.graph);
+    }
+    if (status == LORASYNC_OK) fake_graph_launch(o->d.graph, o->d.stream);
+    return status;
+}
+
+static const int direct_ways[] = {WAY_DIRECT, WAY_NCCL_DIRECT};
+
 static void runs_without_a_pause(rank_context *x)
 {
-    static const char  *name = "t";
-    device_rank         d;
-    lorasync_plan_desc  desc;
-    lorasync_cuda       cuda;
-    lorasync_piece      piece;
-    lorasync_plan_stats stats;
-    float              *values = (float *)malloc(LENGTH * 4);
-    int                 run, i, wrong = 0;
-    memset(&d, 0, sizeof d);
-    memset(&desc, 0, sizeof desc);
-    memset(&cuda, 0, sizeof cuda);
-    memset(&piece, 0, sizeof piece);
-    d.context = x;
-    cudaSetDevice(x->rank);
-    cudaStreamCreateWithFlags(&d.stream, cudaStreamNonBlocking);
-    CHECK_EQ(device_comm(&d), LORASYNC_OK);
-    piece.name     = name;
-    piece.dtype    = LORASYNC_F32;
-    piece.ndim     = 1;
-    piece.shape[0] = LENGTH;
-    piece.box      = lorasync_whole(piece.shape, 1);
-    CHECK_EQ(cudaMalloc(&piece.data, LENGTH * 4), cudaSuccess);
-    cuda.stream     = d.stream;
-    desc.comm       = &d.comm;
-    desc.kind       = LORASYNC_RESHARD;
-    desc.cuda       = &cuda;
-    desc.timeout_ms = device_patience_ms;
-    if (x->rank == 0) desc.have = &piece, desc.num_have = 1;
-    else desc.want = &piece, desc.num_want = 1;
-    CHECK_EQ(lorasync_plan_create(&desc, &d.plan, &d.err), LORASYNC_OK);
-    lorasync_plan_get_stats(d.plan, &stats);
-    CHECK(stats.direct && !stats.num_rounds);
+    one_tensor *o = one_open(x, device_patience_ms);
+    int         run;
     for (run = 0; run < MANY_RUNS; run++) {
-        for (i = 0; i < LENGTH; i++) values[i] = (float)(run + i);
-        if (x->rank == 0) cudaMemcpy(piece.data, values, LENGTH * 4, cudaMemcpyDefault);
-        CHECK_EQ(lorasync_plan_begin(d.plan, &d.err), LORASYNC_OK);
-        CHECK_EQ(lorasync_plan_wait(d.plan, &d.err), LORASYNC_OK);
-        if (x->rank == 0) continue;
-        cudaMemcpy(values, piece.data, LENGTH * 4, cudaMemcpyDefault);
-        for (i = 0; i < LENGTH; i++) wrong += values[i] != (float)(run + i);
+        if (x->rank == 0) one_fill(o, (float)run);
+        CHECK_EQ(one_begin(o, 0), LORASYNC_OK);
+        CHECK_EQ(lorasync_plan_wait(o->d.plan, &o->d.err), LORASYNC_OK);
+        if (x->rank > 0) CHECK(one_is(o, (float)run));
     }
-    CHECK_EQ(wrong, 0);
-    device_barrier(&d);
-    lorasync_plan_free(d.plan);
-    if (d.comm.exchange_stream) lorasync_nccl_close(&d.comm);
-    cudaFree(piece.data);
-    cudaStreamDestroy(d.stream);
-    free(values);
+    one_close(o);
 }
 
 static void staging_waits_for_its_reader(void)
 {
-    static const int ways[] = {WAY_DIRECT, WAY_NCCL_DIRECT};
-    size_t           i;
-    for (i = 0; i < sizeof ways / sizeof ways[0]; i++) {
+    size_t i;
+    for (i = 0; i < 2; i++) {
         reset();
         fake_cuda.devices  = 3;
         fake_cuda.hold     = 3;
         fake_cuda.delay    = 40;
-        device_options.way = ways[i];
+        device_options.way = direct_ways[i];
         run_threads(3, runs_without_a_pause, NULL);
         check_left();
     }
+}
+
+/* The receiver places slowly what a plain run brought; the sender goes on with a graph. */
+static void run_then_graph(rank_context *x)
+{
+    one_tensor *o = one_open(x, device_patience_ms);
+    int         run;
+    for (run = 0; run < 3; run++) {
+        if (x->rank == 0) one_fill(o, (float)run);
+        CHECK_EQ(one_begin(o, run > 0), LORASYNC_OK);
+        CHECK_EQ(lorasync_plan_wait(o->d.plan, &o->d.err), LORASYNC_OK);
+        if (x->rank == 1) CHECK(one_is(o, (float)run));
+    }
+    one_close(o);
+}
+
+static void graph_waits_for_a_reader(void)
+{
+    reset();
+    fake_cuda.devices     = 2;
+    fake_cuda.delay       = 20000;
+    fake_cuda.slow_device = 2;
+    device_options.way    = WAY_NCCL_DIRECT;
+    run_threads(2, run_then_graph, NULL);
+    check_left();
+}
+
+/* The sender's runs are a graph, the receiver's are not: never a success with the bytes of another run. */
+static void mixed(rank_context *x)
+{
+    one_tensor     *o      = one_open(x, 500);
+    lorasync_status status = LORASYNC_OK;
+    int             run;
+    for (run = 0; run < 3 && status == LORASYNC_OK; run++) {
+        if (x->rank == 0 && run) usleep(100000);
+        if (x->rank == 0) one_fill(o, (float)run);
+        one_begin(o, x->rank == 0);
+        status = lorasync_plan_wait(o->d.plan, &o->d.err);
+        CHECK(status < 0);
+    }
+    one_close(o);
+}
+
+static void some_capture(void)
+{
+    reset();
+    fake_cuda.devices  = 2;
+    device_options.way = WAY_NCCL_DIRECT;
+    run_threads(2, mixed, NULL);
+    fake_nccl.mismatches = 0; /* NCCL must make of it what it can */
+    check_left();
+}
+
+/* The receiver gives up and frees its staging; the sender begins afterwards. */
+static void late_sender(rank_context *x)
+{
+    one_tensor *o     = one_open(x, 300);
+    void       *again = NULL;
+    char       *bytes = (char *)calloc(1, 2 << 20);
+    int         i, dirty = 0;
+    if (x->rank == 1) {
+        CHECK_EQ(lorasync_plan_begin(o->d.plan, &o->d.err), LORASYNC_OK);
+        CHECK(lorasync_is_lost(lorasync_plan_wait(o->d.plan, &o->d.err)));
+        lorasync_plan_free(o->d.plan);
+        o->d.plan = NULL;
+        CHECK_EQ(cudaMalloc(&again, 2 << 20), cudaSuccess); /* may well be where the staging was */
+        cudaMemcpy(again, bytes, 2 << 20, cudaMemcpyDefault);
+    }
+    device_barrier(&o->d);
+    if (x->rank == 0) {
+        one_fill(o, 7);
+        CHECK(lorasync_is_lost(lorasync_plan_begin(o->d.plan, &o->d.err)));
+        lorasync_plan_free(o->d.plan);
+        o->d.plan = NULL;
+    }
+    device_barrier(&o->d);
+    if (x->rank == 1) cudaMemcpy(bytes, again, 2 << 20, cudaMemcpyDefault);
+    for (i = 0; i < 2 << 20; i++) dirty += bytes[i] != 0;
+    CHECK_EQ(dirty, 0);
+    cudaFree(again);
+    free(bytes);
+    one_close(o);
+}
+
+static void late_sender_writes_nothing(void)
+{
+    reset();
+    fake_cuda.devices  = 2;
+    device_options.way = WAY_NCCL_DIRECT; /* the threads' own communicator goes on */
+    run_threads(2, late_sender, NULL);
+    check_left();
+}
+
+/* The kernel is not launched on one rank: all are told why, and the next run is well. user: graphs or not. */
+static void one_launch_fails(rank_context *x)
+{
+    const int   graph = *(const int *)x->user;
+    one_tensor *o     = one_open(x, 5000);
+    if (x->rank == 0) one_fill(o, 1);
+    device_barrier(&o->d);
+    one_begin(o, graph);
+    CHECK_EQ(lorasync_plan_wait(o->d.plan, &o->d.err), LORASYNC_E_CUDA);
+    CHECK_HAS(o->d.err.text, "was not launched");
+    device_barrier(&o->d);
+    if (!graph) {
+        CHECK_EQ(one_begin(o, 0), LORASYNC_OK);
+        CHECK_EQ(lorasync_plan_wait(o->d.plan, &o->d.err), LORASYNC_OK);
+        if (x->rank > 0) CHECK(one_is(o, 1));
+    }
+    one_close(o);
+}
+
+static void launch_fails(void)
+{
+    int i, graph;
+    for (i = 0; i < 2; i++)
+        for (graph = 0; graph <= i; graph++) {
+            reset();
+            fake_cuda.devices      = 3;
+            fake_cuda.launch_fails = 1;
+            device_options.way     = direct_ways[i];
+            run_threads(3, one_launch_fails, &graph);
+            check_left();
+        }
 }
 
 /* A rank that does not begin a run: all are told, and the communicator is as good as before. */
@@ -636,6 +798,10 @@ int main(void)
     RUN(staging_is_bounded);
     RUN(votes_travel_with_the_bytes);
     RUN(staging_waits_for_its_reader);
+    RUN(graph_waits_for_a_reader);
+    RUN(some_capture);
+    RUN(late_sender_writes_nothing);
+    RUN(launch_fails);
     RUN(one_does_not_begin);
     RUN(kept_on_device);
     RUN(graphs);
