@@ -526,13 +526,14 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local);
 /* Pieces in device memory. Needs LORASYNC_CUDA at the implementation; else a desc that has one is refused with LORASYNC_E_UNSUPPORTED.
    The device current when the plan (session) is made is the plan's; it is made current during calls and restored. CUDA 12.0 or later.
    The order of work: begin waits, on the device, for what is already on `stream`, reads the pieces, and lets what is enqueued on `stream`
-   afterwards wait for that reading, and for nothing else. The host does not wait: begin returns once all is enqueued.
+   afterwards wait for that reading, and for nothing else. The host waits only where bytes are placed directly, for those who read what the last run
+   placed (lorasync_plan_begin); begin returns once all is enqueued.
    Ranks of one host write straight into the root's image over CUDA IPC where their GPUs can, and in a reshard into each other's staging; else the
    comm's exchange_stream (NCCL) moves staged bytes; else the comm's exchange does, through pinned host memory. All three make the same bytes.
    CUDA graphs: lorasync_plan_begin may be called while `stream` is being captured (unless the exchange goes through the host); it then records the
-   run instead of starting it, on `stream`. After each launch of the graph call lorasync_plan_wait. A launch does not wait for those who
-   still read an image that is placed directly, as begin does: launch it when all ranks have done with the last one. All ranks capture a RESHARD, or none. Nothing else may be captured:
-   a session refuses it (LORASYNC_E_UNSUPPORTED), since each of its runs is another version. */
+   run instead of starting it, on `stream`. After each launch of the graph call lorasync_plan_wait. A launch does not wait, as begin
+   does, for those who still read an image that is placed directly: launch it when all ranks have done with the last one. All ranks capture a
+   RESHARD, or none. Nothing else may be captured: a session refuses it (LORASYNC_E_UNSUPPORTED), since each of its runs is another version. */
 typedef struct lorasync_cuda {
     struct CUstream_st *stream; /* the caller's, borrowed until close; NULL: the default stream */
     int keep_on_device;         /* 1: the root's image stays in device memory (image->on_device); 0: wait copies it to pinned memory too */
@@ -771,8 +772,8 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
 
 /* Reads the pieces: converts, scales, checks and digests them into staging (or to their final place). When it returns the caller's
    tensors may change again (device memory: in the order of the caller's stream). Sends nothing; when placing directly it first waits until the
-   ranks that read the image of the run before (RESHARD: those it sends to) have begun, too. An error here (a NaN) is remembered and reported on every rank by
-   lorasync_plan_wait, which must be called in any case. Allocates nothing. */
+   ranks that read the image of the run before (RESHARD: those it sends to) have begun, too. An error here (a NaN) is remembered and reported on
+   every rank by lorasync_plan_wait, which must be called in any case. Allocates nothing. */
 LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err);
 
 /* Exchanges and places. Collective; blocks until every rank is done or failed. After success the image is complete and digested, or the
@@ -1070,8 +1071,8 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
    held: the served one and 7 older ones that readers pin. The served version published again with other bytes is LORASYNC_E_VERSION. An adapter
    that fails does not hold up the others; the first failure is returned. Files without lorasync metadata are served too, without a digest to
    check. With shm, LORASYNC_E_BUSY also when 256 engines are attached, LORASYNC_E_STATE in a fork; a version that readers have released is given
-   back at the next poll, and a slot stays mapped until a poll finds it gone. With accept_device LORASYNC_E_CUDA for memory that cannot be opened or read, and LORASYNC_E_IO when it was a publisher's
-   that has ended or closed. One thread at a time. */
+   back at the next poll, and a slot stays mapped until a poll finds it gone. With accept_device LORASYNC_E_CUDA for memory that cannot be opened
+   or read, and LORASYNC_E_IO when it was a publisher's that has ended or closed. One thread at a time. */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
 
 /* Pins the served version of an adapter; NULL if there is none. Wait-free but for a retry when a poll swaps versions in between; no system
@@ -5083,8 +5084,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_part(lorasynci_nccl *n, con
     sent = at;
     for (i = 0; i < num_receives; i++) at = lorasynci_nccl_behind(at, lorasynci_nccl_part_bytes(&receives[i], part));
     LORASYNCI_TRY(lorasynci_nccl_copy(n, n->scratch, n->host, sent, "exchange", err));
-    e = at > sent ? cudaMemsetAsync(n->scratch + sent, 0, at - sent, n->stream)
-                  : cudaSuccess; /* the gaps between messages are copied, too */
+    /* the gaps between messages are copied, too */
+    e = at > sent ? cudaMemsetAsync(n->scratch + sent, 0, at - sent, n->stream) : cudaSuccess;
     if (e != cudaSuccess) return lorasynci_nccl_cuda_fail(n, e, "exchange", err);
     LORASYNCI_TRY(lorasynci_nccl_group(n, sends, num_sends, receives, num_receives, part, n->stream, deadline_ns, err));
     LORASYNCI_TRY(lorasynci_nccl_copy(n, n->host + sent, n->scratch + sent, at - sent, "exchange", err));
@@ -10026,7 +10027,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, loras
     if (!plan->captured) return LORASYNC_OK;
     if (!plan->comm.exchange_stream && plan->num_rounds)
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                              "a sync that exchanges through the host cannot be captured in a CUDA graph; use NCCL or direct placement");
+                              "a sync whose ranks exchange through the host cannot be captured in a CUDA graph; join them with NCCL, or "
+                              "gather by direct placement");
     if (!plan->source || !plan->source->payload_bytes) return LORASYNC_OK;
     memset(&memory, 0, sizeof memory);
     LORASYNCI_CUDA(cudaPointerGetAttributes(&memory, plan->source->payload), "cudaPointerGetAttributes");
