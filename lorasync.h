@@ -4515,9 +4515,9 @@ typedef struct lorasynci_channel {
 } lorasynci_channel;
 
 typedef struct lorasynci_local_rank {
-    int32_t joined; /* 1 once a rank has taken this place */
-    int32_t pid;
-    char    pad[56];
+    uint64_t process; /* see lorasynci_process_self */
+    int32_t  joined;  /* 1 once a rank has taken this place, 2 once `process` is written */
+    char     pad[52];
 } lorasynci_local_rank;
 
 typedef struct lorasynci_local_head {
@@ -4611,15 +4611,48 @@ LORASYNCI_FN uint64_t lorasynci_process_start(const char *which, int *out_ended)
     return strtoull(at, NULL, 10);
 }
 
-/* 1 unless it is certain that the process has ended; a zombie that its parent has yet to collect has. */
-LORASYNCI_FN int lorasynci_process_lives(int pid)
+/* A process in one word:  pid 24 bits | start time 23 | free for its user 1 | pid namespace 16.  The start time tells it from a later one with its
+   pid, the namespace from one of another container. */
+LORASYNCI_FN uint64_t lorasynci_process_self(void)
 {
-    char which[24];
-    int  ended;
-    if (kill((pid_t)pid, 0) != 0 && errno == ESRCH) return 0;
-    snprintf(which, sizeof which, "%d", pid);
-    lorasynci_process_start(which, &ended); /* without /proc the deadline has to do */
-    return !ended;
+    struct stat st;
+    int         ended;
+    uint64_t    start = lorasynci_process_start("self", &ended), space = 0;
+    if (stat("/proc/self/ns/pid", &st) == 0) space = ((uint64_t)st.st_ino ^ (uint64_t)st.st_ino >> 16) & 0xffff;
+    return (uint64_t)(uint32_t)getpid() << 40 | (start & 0x7fffff) << 17 | space;
+}
+
+LORASYNCI_FN long lorasynci_process_pid(uint64_t process) { return (long)(process >> 40); }
+
+/* 1 if the pid of one is known to be none in the namespace of the other. */
+LORASYNCI_FN int lorasynci_process_is_foreign(uint64_t process, uint64_t self)
+{
+    uint64_t theirs = process & 0xffff, ours = self & 0xffff;
+    return theirs && ours && theirs != ours;
+}
+
+/* 1 if /proc speaks of the pids that this process sees. In a container it may be another one's. */
+LORASYNCI_FN int lorasynci_process_sees_own(void)
+{
+    char    text[24];
+    ssize_t n = readlink("/proc/self", text, sizeof text - 1);
+    if (n <= 0) return 0;
+    text[n] = 0;
+    return strtol(text, NULL, 10) == (long)getpid();
+}
+
+/* 1 if it is certain that a process has ended; a zombie that its parent has yet to collect has. Nothing is certain of those of other namespaces. */
+LORASYNCI_FN int lorasynci_process_ended(uint64_t process, uint64_t self)
+{
+    char     which[24];
+    int      ended;
+    uint64_t then = process >> 17 & 0x7fffff, now;
+    if (lorasynci_process_is_foreign(process, self)) return 0;
+    if (kill((pid_t)lorasynci_process_pid(process), 0) != 0 && errno == ESRCH) return 1;
+    if (!lorasynci_process_sees_own()) return 0;
+    snprintf(which, sizeof which, "%ld", lorasynci_process_pid(process));
+    now = lorasynci_process_start(which, &ended) & 0x7fffff;
+    return ended || (then && now && then != now);
 }
 
 LORASYNCI_FN void lorasynci_local_abort(void *user, const char *why)
@@ -4640,9 +4673,9 @@ LORASYNCI_FN lorasync_status lorasynci_local_check(const lorasynci_seat *seat, i
     const lorasynci_local_rank *r = &l->ranks[peer];
     if (__atomic_load_n(&l->head->aborted, __ATOMIC_ACQUIRE) == 2)
         return lorasynci_fail(err, LORASYNC_E_COMM, "the communicator was given up by %.240s", l->head->why);
-    if (__atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) == 2 && !lorasynci_process_lives(r->pid))
-        return lorasynci_fail(err, LORASYNC_E_PEER, "rank %d (process %d) is gone; restart it, make a new communicator and open again",
-                              peer, (int)r->pid);
+    if (__atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) == 2 && lorasynci_process_ended(r->process, l->ranks[seat->rank].process))
+        return lorasynci_fail(err, LORASYNC_E_PEER, "rank %d (process %ld) is gone; restart it, make a new communicator and open again",
+                              peer, lorasynci_process_pid(r->process));
     if (lorasynci_now_ns() >= deadline_ns)
         return lorasynci_fail(err, LORASYNC_E_TIMEOUT, "rank %d did not answer rank %d before the deadline%s", peer, seat->rank,
                               __atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) ? "; did it make the same call?" : "; it never joined");
@@ -4839,7 +4872,7 @@ LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "rank is %d, must be 0 to %d", rank, local->world - 1);
     if (!__atomic_compare_exchange_n(&local->ranks[rank].joined, &none, 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
         return lorasynci_fail(err, LORASYNC_E_STATE, "rank %d has joined already", rank);
-    local->ranks[rank].pid = (int32_t)getpid();
+    local->ranks[rank].process = lorasynci_process_self();
     __atomic_store_n(&local->ranks[rank].joined, 2, __ATOMIC_RELEASE);
     local->seats[rank].local = local;
     local->seats[rank].rank  = rank;
@@ -7121,7 +7154,7 @@ struct lorasync_plan {
 
 /* What another process needs to write to device memory. */
 typedef struct lorasynci_device_offer {
-    int64_t  pid;
+    uint64_t process; /* see lorasynci_process_self */
     uint64_t pointer;
     int32_t  ordinal, unused;
     char     handle[64];
@@ -9485,7 +9518,7 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
 /* What another process needs to open `memory`. */
 LORASYNCI_FN void lorasynci_device_describe(const lorasynci_device *g, char *memory, lorasynci_device_offer *offer)
 {
-    offer->pid     = (int64_t)getpid();
+    offer->process = lorasynci_process_self();
     offer->pointer = (uint64_t)(uintptr_t)memory;
     offer->ordinal = g->ordinal;
     if (cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)offer->handle, memory) != cudaSuccess)
@@ -9507,7 +9540,7 @@ LORASYNCI_FN char *lorasynci_device_open_offer(const lorasynci_device *g, const 
 {
     void *p       = NULL;
     int   can     = 1;
-    *same_process = offer->pid == (int64_t)getpid();
+    *same_process = offer->process == lorasynci_process_self();
     if (*same_process) {
         if (offer->ordinal != g->ordinal) {
             cudaError_t e = cudaDeviceCanAccessPeer(&can, g->ordinal, offer->ordinal);
@@ -12588,9 +12621,8 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    takes over a publisher's place finds it unnamed and unpinned, and removes it. All zeros is a valid control, so that making one has
    no step that could be left half done.
 
-   An owner is one word, so that taking a dead owner's place is one compare and swap:  pid 24 bits | start time 23 | locked 1 | pid namespace 16.
-   The start time tells a process from a later one with its pid. A process of another container has no pid here: it holds a lock on a byte of
-   the control, which the kernel drops when it ends.
+   An owner is one word (lorasynci_process_self, and whether it locked), so that taking a dead owner's place is one compare and swap. A process of
+   another container has no pid here: it holds a lock on a byte of the control, which the kernel drops when it ends.
 
    Device memory is freed in the order  retired = 1;  opened by no living reader?;  free.  A reader that opens some does  opened = 1;  retired?;
    open.  One of both sees the other. A killed reader's bits go with its place. */
@@ -12683,28 +12715,6 @@ LORASYNCI_FN void lorasynci_shm_path(char out[LORASYNCI_SHM_PATH], const char *n
 
 /* -- who lives */
 
-/* 1 if /proc speaks of the pids that this process sees. In a container it may be another one's. */
-LORASYNCI_FN int lorasynci_shm_own_proc(void)
-{
-    char    text[24];
-    ssize_t n = readlink("/proc/self", text, sizeof text - 1);
-    if (n <= 0) return 0;
-    text[n] = 0;
-    return strtol(text, NULL, 10) == (long)getpid();
-}
-
-/* This process as an owner, not locked. */
-LORASYNCI_FN uint64_t lorasynci_shm_self(void)
-{
-    struct stat st;
-    int         ended;
-    uint64_t    start = lorasynci_process_start("self", &ended), space = 0;
-    if (stat("/proc/self/ns/pid", &st) == 0) space = ((uint64_t)st.st_ino ^ (uint64_t)st.st_ino >> 16) & 0xffff;
-    return (uint64_t)(uint32_t)getpid() << 40 | (start & 0x7fffff) << 17 | space;
-}
-
-LORASYNCI_FN long lorasynci_shm_pid(uint64_t owner) { return (long)(owner >> 40); }
-
 /* A lock that belongs to the open file, not to the process: 0 for success. F_UNLCK gives it back. */
 LORASYNCI_FN int lorasynci_shm_lock(int fd, int byte, short type, int ask, int *out_held)
 {
@@ -12729,17 +12739,9 @@ LORASYNCI_FN int lorasynci_shm_lock(int fd, int byte, short type, int ask, int *
 /* 1 unless it is certain that the owner is gone. */
 LORASYNCI_FN int lorasynci_shm_lives(int fd, int byte, uint64_t owner, uint64_t self)
 {
-    char     which[24];
-    int      ended, held;
-    uint64_t start, space = owner & 0xffff;
-    if (space && (self & 0xffff) && space != (self & 0xffff)) {
-        return !(owner & lorasynci_shm_locked) || lorasynci_shm_lock(fd, byte, F_WRLCK, 1, &held) != 0 || held;
-    }
-    if (kill((pid_t)lorasynci_shm_pid(owner), 0) != 0 && errno == ESRCH) return 0;
-    if (!lorasynci_shm_own_proc()) return 1;
-    snprintf(which, sizeof which, "%ld", lorasynci_shm_pid(owner));
-    start = lorasynci_process_start(which, &ended) & 0x7fffff;
-    return !ended && (!start || !(owner >> 17 & 0x7fffff) || start == (owner >> 17 & 0x7fffff));
+    int held;
+    if (!lorasynci_process_is_foreign(owner, self)) return !lorasynci_process_ended(owner, self);
+    return !(owner & lorasynci_shm_locked) || lorasynci_shm_lock(fd, byte, F_WRLCK, 1, &held) != 0 || held;
 }
 
 /* Takes a place that nobody living has. 0, or the owner who has it. */
@@ -12912,7 +12914,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_attach(const char *name, int create, 
 LORASYNCI_FN lorasync_status lorasynci_shm_take(const char *name, int create, lorasynci_shm_map *out, uint64_t *out_mine,
                                                 lorasync_error *err)
 {
-    uint64_t self = lorasynci_shm_self();
+    uint64_t self = lorasynci_process_self();
     for (;;) {
         uint64_t        other;
         lorasync_status status = lorasynci_shm_attach(name, create, out, err);
@@ -12924,7 +12926,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_take(const char *name, int create, lo
         if (!other) continue; /* it was being removed */
         return lorasynci_fail(err, LORASYNC_E_BUSY,
                               "shared memory '%s' has a publisher, process %ld; one at a time: close it or end it, or use another name",
-                              name, lorasynci_shm_pid(other));
+                              name, lorasynci_process_pid(other));
     }
 }
 
@@ -13021,9 +13023,9 @@ LORASYNCI_FN int             lorasynci_shm_payload_fits(const lorasynci_shm *s, 
 /* A fork has the parent's mappings, but not its place. */
 LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lorasync_error *err)
 {
-    if (lorasynci_shm_pid(s->mine) != (long)getpid()) {
+    if (lorasynci_process_pid(s->mine) != (long)getpid()) {
         return lorasynci_fail(err, LORASYNC_E_STATE, "shared memory '%s' was opened by process %ld; publish there, not in a fork of it",
-                              s->name, lorasynci_shm_pid(s->mine));
+                              s->name, lorasynci_process_pid(s->mine));
     }
     if (!lorasynci_shm_is_removed(&s->map)) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_STATE,
@@ -13476,7 +13478,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_image(const lorasynci_shm *s, c
 /* What close leaves: slots that engines have open, with their memory; of the others only those that are named, without. */
 LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
 {
-    int i, mine = lorasynci_shm_pid(s->mine) == (long)getpid();
+    int i, mine = lorasynci_process_pid(s->mine) == (long)getpid();
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
     if (mine && s->device) lorasynci_shm_look(s, 0);
     for (i = 0; mine && s->device && i < LORASYNCI_SHM_SLOTS; i++) {
@@ -13641,7 +13643,7 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
     lorasynci_shm_leave_payloads(s);
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
         if (s->memory[i]) munmap(s->memory[i], s->sizes[i]);
-    if (lorasynci_shm_pid(s->mine) == (long)getpid()) lorasynci_shm_disown(&s->map.control->publisher, s->mine);
+    if (lorasynci_process_pid(s->mine) == (long)getpid()) lorasynci_shm_disown(&s->map.control->publisher, s->mine);
     lorasynci_shm_detach(&s->map);
     lorasynci_free(&a, s);
 }
@@ -13708,7 +13710,7 @@ typedef struct lorasynci_shm_view {
 } lorasynci_shm_view;
 
 /* 0 in a fork: the place in the control is the parent's. */
-LORASYNCI_FN int lorasynci_shm_is_ours(const lorasynci_shm_view *v) { return lorasynci_shm_pid(v->mine) == (long)getpid(); }
+LORASYNCI_FN int lorasynci_shm_is_ours(const lorasynci_shm_view *v) { return lorasynci_process_pid(v->mine) == (long)getpid(); }
 
 LORASYNCI_FN void lorasynci_shm_view_drop(lorasynci_shm_view *v)
 {
@@ -13722,7 +13724,7 @@ LORASYNCI_FN void lorasynci_shm_view_drop(lorasynci_shm_view *v)
 
 LORASYNCI_FN lorasync_status lorasynci_shm_view_enter(lorasynci_shm_view *v, const char *name, lorasync_error *err)
 {
-    uint64_t self = lorasynci_shm_self();
+    uint64_t self = lorasynci_process_self();
     int      i, k;
     for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
         lorasynci_shm_reader *r = &v->map.control->readers[i];
@@ -13977,7 +13979,7 @@ LORASYNCI_FN lorasync_status lorasynci_import_open_ipc(lorasynci_import *m, lora
         err, LORASYNC_E_CUDA,
         "cannot open device memory of process %ld on GPU %s over CUDA IPC: %s (%s); the engine's GPU must be that one or have peer access to it, and "
         "both processes must share host, user and IPC namespace; or publish in host memory",
-        lorasynci_shm_pid(m->memory.owner), m->memory.gpu, cudaGetErrorString(e), cudaGetErrorName(e));
+        lorasynci_process_pid(m->memory.owner), m->memory.gpu, cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
 /* Marks the memory as opened, and then looks whether it is still there: see above. The device is current. */
@@ -13990,12 +13992,12 @@ LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_device *g, lo
     if (!lorasynci_shm_lives(m->view->map.fd, LORASYNCI_SHM_PUBLISHER, owner, m->view->mine)) {
         status = lorasynci_fail(err, LORASYNC_E_IO,
                                 "the payload was in device memory of publisher process %ld, which has ended; publish it again",
-                                lorasynci_shm_pid(owner));
+                                lorasynci_process_pid(owner));
     } else if (__atomic_load_n(&c->slots[m->slot].retired, __ATOMIC_SEQ_CST)) {
         status =
             lorasynci_fail(err, LORASYNC_E_IO,
                            "the payload was in device memory of publisher process %ld, which has closed the transport; publish it again",
-                           lorasynci_shm_pid(owner));
+                           lorasynci_process_pid(owner));
     } else {
         status = lorasynci_shm_is_same_owner(owner, m->view->mine) ? lorasynci_import_own(g, m, err) : lorasynci_import_open_ipc(m, err);
     }
@@ -14731,7 +14733,7 @@ LORASYNCI_FN lorasync_status lorasynci_find_control(lorasync_engine *e, lorasync
     if (e->view && !lorasynci_shm_is_ours(e->view)) {
         return lorasynci_fail(err, LORASYNC_E_STATE,
                               "this engine of shared memory '%s' was opened by process %ld; open one in each process", e->shm,
-                              lorasynci_shm_pid(e->view->mine));
+                              lorasynci_process_pid(e->view->mine));
     }
     if (e->view && !lorasynci_shm_is_removed(&e->view->map)) return LORASYNC_OK;
     lorasynci_shm_view_drop(e->view);
@@ -14751,7 +14753,7 @@ LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, lorasync
             return lorasynci_fail(
                 err, LORASYNC_E_UNSUPPORTED,
                 "the payload is in device memory of process %ld on GPU %s; set accept_device when the engine is opened, or publish in host memory",
-                lorasynci_shm_pid(h->memory.owner), h->memory.gpu);
+                lorasynci_process_pid(h->memory.owner), h->memory.gpu);
         }
         if (h->payload_bytes > h->memory.num_bytes || total < 8 || lorasynci_load_le64(memory, 8) != total - 8 ||
             !lorasynci_add(total, (size_t)h->payload_bytes, &total))

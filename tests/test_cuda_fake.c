@@ -543,6 +543,25 @@ static void no_peer_access(void)
     check_left();
 }
 
+/* A process of another container may have this one's pid: its pointers mean nothing here. */
+static void offer_of_a_namesake(void)
+{
+    lorasynci_device       g;
+    lorasynci_device_offer offer;
+    void                  *memory;
+    int                    same;
+    reset();
+    memset(&g, 0, sizeof g);
+    memset(&offer, 0, sizeof offer);
+    REQUIRE(cudaMalloc(&memory, 256) == cudaSuccess);
+    lorasynci_device_describe(&g, (char *)memory, &offer);
+    CHECK(lorasynci_device_open_offer(&g, &offer, &same) == memory && same);
+    offer.process ^= 1;
+    CHECK(lorasynci_device_open_offer(&g, &offer, &same) == NULL && !same);
+    cudaFree(memory);
+    check_left();
+}
+
 /* One small case that is the same each time. */
 static void small_case(random_case *c, int world, lorasync_plan_kind kind)
 {
@@ -808,6 +827,7 @@ int main(void)
     RUN(graph_of_pageable_image);
     RUN(processes);
     RUN(no_peer_access);
+    RUN(offer_of_a_namesake);
     RUN(driver_fails);
     RUN(memory_fails);
     RUN(allocator_fails);

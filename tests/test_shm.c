@@ -1108,7 +1108,7 @@ static void test_dead_reader(void)
     CHECK_EQ(publish(&t, "default", 1, &err), 0);
     child = start_reader();
     owner = r->owner;
-    CHECK_EQ(lorasynci_shm_pid(owner), child);
+    CHECK_EQ(lorasynci_process_pid(owner), child);
     CHECK_EQ(r->pins[0], 1);
     CHECK_EQ(lorasynci_shm_lives(fd, 0, owner, inside(&t)->mine), 1);
     if (owner >> 17 & 0x7fffff) CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1 << 20, inside(&t)->mine), 0); /* its pid, another start */
