@@ -9287,11 +9287,14 @@ struct lorasynci_device {
     CUresult (*unload)(CUmodule);
     lorasynci_launch *pack;    /* per round, then what travels nowhere */
     lorasynci_launch *place;   /* per round */
+    lorasynci_launch  report;  /* what the host needs to see, to where it sees it */
     void             *table;   /* one allocation: all operations, tiles, ballots and sums */
     lorasynci_ballot *ballots; /* one per rank */
     char             *sums;    /* this rank's digests, behind the ballots; copied to send staging when they travel with the data */
     size_t            num_sums;
-    char             *host; /* pinned: | the ballot to cast | ballots | sums | digests that arrive, link after link | */
+    int               is_reset;    /* own ballot and sums are as a run wants to find them, or will be on `stream` */
+    int               is_recorded; /* a graph exists: what its launches leave there is not known here */
+    char             *host;        /* pinned: | the ballot to cast | ballots | sums | digests that arrive, link after link | */
     size_t            host_bytes;
     char             *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
     char             *image;      /* device memory of the payload, made here */
@@ -9681,26 +9684,83 @@ LORASYNCI_FN uint32_t lorasynci_device_launch_of(const lorasync_plan *plan, cons
     return placing ? lorasynci_device_packs(plan) + op->round : op->dst_space == LORASYNCI_SEND ? op->round : plan->num_rounds;
 }
 
-/* Tables of one launch appended to ops and tiles. */
+/* The launch after the last place: the report. */
+LORASYNCI_FN uint32_t lorasynci_device_launches(const lorasync_plan *plan) { return lorasynci_device_packs(plan) + plan->num_rounds + 1; }
+
+LORASYNCI_FN lorasynci_launch *lorasynci_device_launch_at(const lorasync_plan *plan, uint32_t launch)
+{
+    lorasynci_device *g     = plan->device;
+    uint32_t          packs = lorasynci_device_packs(plan);
+    if (launch + 1 == lorasynci_device_launches(plan)) return &g->report;
+    return launch < packs ? &g->pack[launch] : &g->place[launch - packs];
+}
+
+/* An operation and its tiles, behind those of the same launch. */
+LORASYNCI_FN void lorasynci_device_put_op(const lorasyncd_op *o, lorasynci_buffer *ops, lorasynci_buffer *tiles)
+{
+    lorasyncd_tile tile;
+    tile.op = (unsigned)(ops->size / sizeof *o);
+    lorasynci_put(ops, o, sizeof *o);
+    for (tile.first = 0; tile.first < o->num; tile.first += LORASYNCD_TILE) {
+        tile.count = o->num - tile.first < LORASYNCD_TILE ? (unsigned)(o->num - tile.first) : LORASYNCD_TILE;
+        lorasynci_put(tiles, &tile, sizeof tile);
+    }
+}
+
+/* Words as they are. */
+LORASYNCI_FN void lorasynci_device_put_words(const void *from, void *to, size_t num, lorasynci_buffer *ops, lorasynci_buffer *tiles)
+{
+    lorasyncd_op o;
+    if (!num) return;
+    memset(&o, 0, sizeof o);
+    o.src       = (uint64_t)(uintptr_t)from;
+    o.dst       = (uint64_t)(uintptr_t)to;
+    o.num       = (long long)num;
+    o.n1        = o.num;
+    o.s1        = 1;
+    o.d1        = 1;
+    o.scale     = 1.0f;
+    o.src_dtype = LORASYNC_U64;
+    o.dst_dtype = LORASYNC_U64;
+    o.unit      = (unsigned char)lorasynci_unit(&o);
+    lorasynci_device_put_op(&o, ops, tiles);
+}
+
+/* Ballots and sums, which lie together on both sides, and arrived digests. */
+LORASYNCI_FN void lorasynci_device_report(const lorasync_plan *plan, lorasynci_buffer *ops, lorasynci_buffer *tiles)
+{
+    const lorasynci_device *g  = plan->device;
+    char                   *to = g->host + sizeof *g->ballots;
+    size_t                  n  = (size_t)plan->comm.world * (sizeof *g->ballots / 8) + g->num_sums;
+    int                     i;
+    lorasynci_device_put_words(g->ballots, to, n, ops, tiles);
+    for (to += n * 8, i = 0; i < plan->comm.world; i++) {
+        const lorasynci_link *link = &plan->receives[i];
+        if (!link->num_digests) continue;
+        lorasynci_device_put_words(plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_staged_digests_at(link), to, link->num_digests, ops,
+                                   tiles);
+        to += link->num_digests * 8;
+    }
+}
+
+/* Tables of one launch. */
 LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t launch, const uint32_t *slot_of, lorasynci_buffer *ops,
                                           lorasynci_buffer *tiles)
 {
     int                  placing = launch >= lorasynci_device_packs(plan);
     const lorasynci_ops *list    = placing ? &plan->place : &plan->pack;
-    unsigned             num     = 0;
     size_t               i;
+    ops->size = tiles->size = 0;
+    if (launch + 1 == lorasynci_device_launches(plan)) {
+        lorasynci_device_report(plan, ops, tiles);
+        return;
+    }
     for (i = 0; i < lorasynci_ops_num(list); i++) {
         const lorasynci_op *op = lorasynci_ops_at(list, i);
         lorasyncd_op        o;
-        lorasyncd_tile      tile;
         if (lorasynci_device_launch_of(plan, op, placing) != launch) continue;
-        o       = lorasynci_device_op_of(plan, op, lorasynci_op_grid(list, op), lorasynci_device_sum(plan, slot_of, op));
-        tile.op = num++;
-        lorasynci_put(ops, &o, sizeof o);
-        for (tile.first = 0; tile.first < o.num; tile.first += LORASYNCD_TILE) {
-            tile.count = o.num - tile.first < LORASYNCD_TILE ? (unsigned)(o.num - tile.first) : LORASYNCD_TILE;
-            lorasynci_put(tiles, &tile, sizeof tile);
-        }
+        o = lorasynci_device_op_of(plan, op, lorasynci_op_grid(list, op), lorasynci_device_sum(plan, slot_of, op));
+        lorasynci_device_put_op(&o, ops, tiles);
     }
 }
 
@@ -9727,9 +9787,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan,
 {
     lorasynci_device *g     = plan->device;
     char             *table = (char *)g->table;
-    uint32_t          packs = lorasynci_device_packs(plan);
-    lorasynci_launch *out   = launch < packs ? &g->pack[launch] : &g->place[launch - packs];
-    ops->size = tiles->size = 0;
+    lorasynci_launch *out   = lorasynci_device_launch_at(plan, launch);
     lorasynci_device_tables(plan, launch, slot_of, ops, tiles);
     if (ops->failed || tiles->failed) return lorasynci_fail_memory(err, ops->size);
     if (tiles->size / sizeof(lorasyncd_tile) > 0x7fffffffu)
@@ -9745,25 +9803,50 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan,
     return LORASYNC_OK;
 }
 
+/* Pinned memory for what comes back each run. */
+LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    int               i;
+    g->num_sums   = plan->sums ? (plan->num_slots ? plan->num_slots : plan->catalogue.num) : 0;
+    g->host_bytes = (1 + (size_t)plan->comm.world) * sizeof *g->ballots + g->num_sums * 8;
+    for (i = 0; i < plan->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
+    LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host, g->host_bytes, cudaHostAllocDefault), "pinned memory");
+    if (plan->image && plan->has_image && !g->keep_on_device && !plan->lent) {
+        size_t n = plan->image->header_bytes + plan->image->payload_bytes;
+        LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host_image, n, cudaHostAllocDefault), "pinned memory for the image");
+    }
+    return LORASYNC_OK;
+}
+
+/* Nothing found that is not finite, nothing digested. */
+LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, lorasync_error *err)
+{
+    const lorasynci_device *g = plan->device;
+    LORASYNCI_CUDA(cudaMemsetAsync(&g->ballots[plan->comm.rank].bad, 0xff, sizeof g->ballots->bad, g->stream), "cudaMemsetAsync");
+    if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, g->stream), "cudaMemsetAsync");
+    return LORASYNC_OK;
+}
+
 /* All tables into one device allocation:  | ops of launch 0 | of 1 | .. || tiles of launch 0 | of 1 | .. || ballots | sums | */
 LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, const uint32_t *slot_of, lorasynci_buffer *ops,
                                                          lorasynci_buffer *tiles, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    uint32_t          l, launches = lorasynci_device_packs(plan) + plan->num_rounds;
-    size_t            op_at = 0, tile_at, ballots_at, sums_at, num_tiles = 0;
+    uint32_t          l, launches = lorasynci_device_launches(plan);
+    size_t            op_at = 0, tile_at = 0, ballots_at = 0, sums_at;
     for (l = 0; l < launches; l++) { /* sizes first: the sums' address is part of the operations */
-        ops->size = tiles->size = 0;
         lorasynci_device_tables(plan, l, slot_of, ops, tiles);
-        num_tiles += tiles->size / sizeof(lorasyncd_tile);
+        tile_at += ops->size;
+        ballots_at += tiles->size;
     }
-    tile_at    = lorasynci_align64((lorasynci_ops_num(&plan->pack) + lorasynci_ops_num(&plan->place)) * sizeof(lorasyncd_op));
-    ballots_at = lorasynci_align64(tile_at + num_tiles * sizeof(lorasyncd_tile));
+    tile_at    = lorasynci_align64(tile_at);
+    ballots_at = lorasynci_align64(tile_at + ballots_at);
     sums_at    = ballots_at + (size_t)plan->comm.world * sizeof *g->ballots;
     LORASYNCI_CUDA(cudaMalloc(&g->table, sums_at + g->num_sums * 8), "memory for the tables");
     g->ballots = (lorasynci_ballot *)(void *)((char *)g->table + ballots_at);
     g->sums    = (char *)g->table + sums_at;
-    LORASYNCI_CUDA(cudaMemsetAsync(g->ballots, 0, sums_at - ballots_at, g->stream), "cudaMemsetAsync");
+    LORASYNCI_CUDA(cudaMemset(g->ballots, 0, sums_at - ballots_at), "cudaMemset");
     for (l = 0; l < launches; l++) LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, slot_of, ops, tiles, &op_at, &tile_at, err));
     return LORASYNC_OK;
 }
@@ -9783,29 +9866,14 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
         return lorasynci_fail_memory(err, plan->catalogue.num * 4 + plan->num_rounds * 2 * sizeof *g->place);
     }
     for (i = 0; i < plan->num_slots; i++) slot_of[plan->slots[i]] = (uint32_t)i;
-    g->num_sums = plan->sums ? (plan->num_slots ? plan->num_slots : plan->catalogue.num) : 0;
     lorasynci_buffer_init(&ops, &plan->a);
     lorasynci_buffer_init(&tiles, &plan->a);
-    status = lorasynci_device_upload_all(plan, slot_of, &ops, &tiles, err);
+    status = lorasynci_device_host(plan, err);
+    if (status == LORASYNC_OK) status = lorasynci_device_upload_all(plan, slot_of, &ops, &tiles, err);
     lorasynci_buffer_free(&ops);
     lorasynci_buffer_free(&tiles);
     lorasynci_free(&plan->a, slot_of);
     return status;
-}
-
-/* Pinned memory for what comes back each run. */
-LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync_error *err)
-{
-    lorasynci_device *g = plan->device;
-    int               i;
-    g->host_bytes = (1 + (size_t)plan->comm.world) * sizeof *g->ballots + g->num_sums * 8;
-    for (i = 0; i < plan->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
-    LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host, g->host_bytes, cudaHostAllocDefault), "pinned memory");
-    if (plan->image && plan->has_image && !g->keep_on_device && !plan->lent) {
-        size_t n = plan->image->header_bytes + plan->image->payload_bytes;
-        LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host_image, n, cudaHostAllocDefault), "pinned memory for the image");
-    }
-    return LORASYNC_OK;
 }
 
 /* Staging, image and tables of a device plan. Staging is device memory where the comm takes that, else pinned memory that the kernel reads
@@ -9829,7 +9897,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
     if (g->image || g->peer_image) plan->memory[LORASYNCI_IMAGE] = g->image ? g->image : g->peer_image;
     LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
     LORASYNCI_TRY(lorasynci_device_upload(plan, err));
-    LORASYNCI_TRY(lorasynci_device_host(plan, err));
     if (!image || !plan->has_image) return LORASYNC_OK;
     if (g->host_image) {
         lorasynci_image_move_header(image, g->host_image);
@@ -9847,7 +9914,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *ho
     lorasync_image *image = plan->image;
     LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
     LORASYNCI_TRY(lorasynci_device_upload(plan, err));
-    LORASYNCI_TRY(lorasynci_device_host(plan, err));
     if (!image || !plan->has_image) return LORASYNC_OK;
     image->on_device = plan->device->keep_on_device;
     lorasync_image_bind(image, image->on_device ? plan->memory[LORASYNCI_IMAGE] : (char *)host_payload);
@@ -9911,14 +9977,14 @@ LORASYNCI_FN uint64_t lorasynci_device_tag(const lorasync_plan *plan)
 /* The ballots on the host: the one to cast, then as they came from the ranks. */
 LORASYNCI_FN lorasynci_ballot *lorasynci_device_ballot(const lorasynci_device *g) { return (lorasynci_ballot *)(void *)g->host; }
 
-/* Brings this rank's ballot to the GPU, where the kernel adds what is not finite. */
-LORASYNCI_FN lorasync_status lorasynci_device_fill_ballot(const lorasync_plan *plan, uint64_t tag, cudaStream_t stream, lorasync_error *err)
+/* Brings the tag of this rank's ballot to the GPU. */
+LORASYNCI_FN lorasync_status lorasynci_device_fill_tag(const lorasync_plan *plan, uint64_t tag, cudaStream_t stream, lorasync_error *err)
 {
     lorasynci_device *g   = plan->device;
     lorasynci_ballot *own = lorasynci_device_ballot(g);
-    own->bad              = UINT64_MAX;
     own->tag              = tag;
-    LORASYNCI_CUDA(cudaMemcpyAsync(&g->ballots[plan->comm.rank], own, sizeof *own, cudaMemcpyDefault, stream), "copying the ballot");
+    LORASYNCI_CUDA(cudaMemcpyAsync(&g->ballots[plan->comm.rank].tag, &own->tag, sizeof tag, cudaMemcpyDefault, stream),
+                   "copying the ballot");
     return LORASYNC_OK;
 }
 
@@ -9929,26 +9995,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_cast(lorasync_plan *plan, lorasync
     LORASYNCI_TRY(plan->comm.all_gather_stream(plan->comm.user, &g->ballots[plan->comm.rank], g->ballots, sizeof *g->ballots, g->wire,
                                                plan->timeout_ms, err));
     g->num_sent = plan->num_rounds + 1;
-    return LORASYNC_OK;
-}
-
-/* What the host needs to see: ballots and sums, which lie together on both sides, and arrived digests. */
-LORASYNCI_FN lorasync_status lorasynci_device_fetch(lorasync_plan *plan, cudaStream_t stream, lorasync_error *err)
-{
-    lorasynci_device *g  = plan->device;
-    char             *to = (char *)(lorasynci_device_ballot(g) + 1);
-    size_t            n  = (size_t)plan->comm.world * sizeof *g->ballots + g->num_sums * 8;
-    int               i;
-    LORASYNCI_CUDA(cudaMemcpyAsync(to, g->ballots, n, cudaMemcpyDefault, stream), "copying ballots and digests");
-    to += n;
-    for (i = 0; i < plan->comm.world; i++) {
-        const lorasynci_link *link = &plan->receives[i];
-        const char           *from;
-        if (!link->num_digests) continue;
-        from = plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_staged_digests_at(link);
-        LORASYNCI_CUDA(cudaMemcpyAsync(to, from, link->num_digests * 8, cudaMemcpyDefault, stream), "copying digests");
-        to += link->num_digests * 8;
-    }
     return LORASYNC_OK;
 }
 
@@ -10043,7 +10089,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasy
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
     if (lorasynci_is_meshed(plan) && plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[0], 0), "cudaStreamWaitEvent");
     if (lorasynci_device_casts(plan) && (!lorasynci_is_meshed(plan) || plan->captured)) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
-    LORASYNCI_TRY(lorasynci_device_fetch(plan, g->wire, err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, g->wire, err));
     LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived[0], 0), "cudaStreamWaitEvent");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->placed[last % 2], 0), "cudaStreamWaitEvent");
@@ -10058,6 +10104,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, loras
     LORASYNCI_CUDA(cudaStreamIsCapturing(plan->device->caller, &capture), "cudaStreamIsCapturing");
     plan->captured = capture == cudaStreamCaptureStatusActive;
     if (!plan->captured) return LORASYNC_OK;
+    plan->device->is_recorded = 1;
+    plan->device->is_reset    = 0;
     if (!plan->comm.exchange_stream && plan->num_rounds)
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
                               "a sync whose ranks exchange through the host cannot be captured in a CUDA graph; join them with NCCL, or "
@@ -10072,6 +10120,29 @@ LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, loras
     return LORASYNC_OK;
 }
 
+/* Where a run begins: own ballot and sums are mostly as the run before left them (lorasynci_device_end), so that packing starts at once. The tag is
+   there long before the vote. */
+LORASYNCI_FN lorasync_status lorasynci_device_prepare(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    if (!g->is_reset) LORASYNCI_TRY(lorasynci_device_reset(plan, err));
+    g->is_reset = 0;
+    if (!lorasynci_device_casts(plan)) return LORASYNC_OK;
+    return lorasynci_device_fill_tag(plan, lorasynci_device_tag(plan), plan->captured ? g->stream : g->wire, err);
+}
+
+/* Where it ends, on the GPU; `reported`: the host has been told all. Behind that, while nobody waits, the next one is prepared. Launches of a graph
+   prepare for themselves. */
+LORASYNCI_FN lorasync_status lorasynci_device_end(lorasync_plan *plan, int reported, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
+    if (!reported || g->is_recorded) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_device_reset(plan, err));
+    g->is_reset = 1;
+    return LORASYNC_OK;
+}
+
 LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
@@ -10079,16 +10150,15 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
     if (!plan->captured || lorasynci_is_meshed(plan)) LORASYNCI_TRY(lorasynci_await_readers(plan, err));
     LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
-    LORASYNCI_TRY(lorasynci_device_fill_ballot(plan, lorasynci_device_tag(plan), g->stream, err));
-    if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, g->stream), "cudaMemsetAsync");
+    LORASYNCI_TRY(lorasynci_device_prepare(plan, err));
     if (plan->source && plan->source->payload_bytes)
         LORASYNCI_CUDA(cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault, g->stream),
                        "copying the image to the GPU");
     LORASYNCI_TRY(lorasynci_device_pack(plan, err));
     if (!plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(g->caller, g->packed, 0), "cudaStreamWaitEvent");
-    if (plan->num_rounds == 0) LORASYNCI_TRY(lorasynci_device_fetch(plan, g->stream, err));
+    if (plan->num_rounds == 0) LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, g->stream, err));
     else if (plan->comm.exchange_stream) LORASYNCI_TRY(lorasynci_device_rounds(plan, err));
-    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
+    LORASYNCI_TRY(lorasynci_device_end(plan, plan->num_rounds == 0 || plan->comm.exchange_stream, err));
     if (plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(g->caller, g->done, 0), "cudaStreamWaitEvent");
     return LORASYNC_OK;
 }
@@ -10153,8 +10223,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, l
         if (status == LORASYNC_OK && arrived == LORASYNC_OK) status = lorasynci_device_place(plan, round, deadline_ns, err);
     }
     LORASYNCI_TRY(status);
-    LORASYNCI_TRY(lorasynci_device_fetch(plan, g->stream, err));
-    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, g->stream, err));
+    LORASYNCI_TRY(lorasynci_device_end(plan, 1, err));
     return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
 }
 
@@ -10197,7 +10267,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, 
     if (lorasynci_device_casts(plan)) {
         LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord"); /* a ballot that is on its way first */
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
-        LORASYNCI_TRY(lorasynci_device_fill_ballot(plan, ~plan->tag, g->wire, err));
+        LORASYNCI_TRY(lorasynci_device_fill_tag(plan, ~plan->tag, g->wire, err));
         LORASYNCI_TRY(lorasynci_device_cast(plan, err));
         if (lorasynci_is_meshed(plan) && plan->captured) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
     }

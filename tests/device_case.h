@@ -12,15 +12,15 @@ enum {
 };
 
 typedef struct device_options_t {
-    int                       way;
-    int                       runs;       /* 0: 3 */
-    int                       timeout_ms; /* 0: 20000 */
-    int                       keep_on_device;
-    int                       capture; /* runs are launches of a CUDA graph */
-    int                       pageable_source;
-    int                       watch_votes;             /* counts votes over the host, in device_host_votes; 2: and has no others */
-    int                       lazy_rank;               /* 1 more than the rank that does not begin the second run */
-    long                      fail_at, query_fails_at; /* set in the fake once all ranks have what they need */
+    int  way;
+    int  runs;       /* 0: 3 */
+    int  timeout_ms; /* 0: 20000 */
+    int  keep_on_device;
+    int  capture; /* runs are launches of a CUDA graph; 2: a run, two launches, a run, a launch not waited for, a run .. */
+    int  pageable_source;
+    int  watch_votes;             /* counts votes over the host, in device_host_votes; 2: and has no others */
+    int  lazy_rank;               /* 1 more than the rank that does not begin the second run */
+    long fail_at, query_fails_at; /* set in the fake once all ranks have what they need */
     const lorasync_allocator *allocator;
 } device_options_t;
 
@@ -163,9 +163,9 @@ TEST_UNUSED static lorasync_status device_begin(device_rank *d)
 }
 
 #ifdef FAKE_SLICE
-TEST_UNUSED static lorasync_status device_launch(device_rank *d, int run)
+TEST_UNUSED static lorasync_status device_launch(device_rank *d)
 {
-    if (run == 0) {
+    if (!d->graph) {
         lorasync_status s;
         cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
         s = device_begin(d);
@@ -176,9 +176,9 @@ TEST_UNUSED static lorasync_status device_launch(device_rank *d, int run)
     return LORASYNC_OK;
 }
 #else
-TEST_UNUSED static lorasync_status device_launch(device_rank *d, int run)
+TEST_UNUSED static lorasync_status device_launch(device_rank *d)
 {
-    if (run == 0) {
+    if (!d->graph) {
         cudaGraph_t graph;
         lorasync_status s;
         cudaStreamBeginCapture(d->stream, cudaStreamCaptureModeThreadLocal);
@@ -238,8 +238,14 @@ TEST_UNUSED static lorasync_status device_runs(device_rank *d)
     for (run = 0; run < runs && (status == LORASYNC_OK || status == LORASYNC_E_NAN) && !d->c->wrong[rank]; run++) {
         cudaStreamSynchronize(d->stream);
         pieces_copy(&d->c->have[rank], d->have, 0);
+        if (device_options.capture == 2 && run > 3) { /* only runs are waited for now */
+            status = device_launch(d);
+            cudaStreamSynchronize(d->stream);
+            device_barrier(d);
+            pieces_copy(&d->c->have[rank], d->have, 0);
+        }
         if (run) pieces_copy(&d->c->want[rank], d->want, 0);
-        if (device_options.capture) status = device_launch(d, run);
+        if (device_options.capture == 1 || (device_options.capture && (run == 1 || run == 2))) status = device_launch(d);
         else if (run != 1 || device_options.lazy_rank != rank + 1) status = device_begin(d);
         if (device_options.query_fails_at) device_barrier(d);
 #ifdef FAKE_SLICE

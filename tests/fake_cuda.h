@@ -123,6 +123,7 @@ typedef struct fake_cuda_state {
     int  delay;          /* times that a kernel is asked to run before it does: other streams run ahead */
     int  slow_device;    /* 1 more than the device that alone has the delay; 0: all have */
     int  launch_fails;   /* 1 more than the device whose next launch fails */
+    int  launches_first; /* of it that do not */
     long fail_at;        /* the nth cudaMalloc, cudaHostAlloc, stream or event fails; counts down; 0: none */
     long query_fails_at; /* the nth cudaEventQuery answers that an address was illegal */
     /* looked at by tests */
@@ -665,6 +666,8 @@ cudaError_t cudaMemsetAsync(void *dst, int value, size_t num_bytes, cudaStream_t
     return cudaSuccess;
 }
 
+cudaError_t cudaMemset(void *dst, int value, size_t num_bytes) { return cudaMemsetAsync(dst, value, num_bytes, NULL); }
+
 cudaError_t cudaMemcpy(void *dst, const void *src, size_t num_bytes, enum cudaMemcpyKind kind)
 {
     (void)kind;
@@ -860,8 +863,8 @@ static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, 
     fake_launch l;
     (void)function, (void)shared, (void)extra;
     if (!x || y != 1 || z != 1 || !tx || tx > LORASYNCD_THREADS || tx % 32 || ty != 1 || tz != 1) return CUDA_ERROR_INVALID_VALUE;
-    if (fake_cuda.launch_fails == fake_device + 1) {
-        fake_cuda.launch_fails = 0;
+    if (fake_cuda.launch_fails == fake_device + 1 && fake_cuda.launches_first-- <= 0) {
+        fake_cuda.launch_fails = fake_cuda.launches_first = 0;
         return CUDA_ERROR_LAUNCH_FAILED;
     }
     memset(&item, 0, sizeof item);

@@ -411,17 +411,18 @@ static void late_sender_writes_nothing(void)
     check_left();
 }
 
-/* The kernel is not launched on one rank: all are told why, and the next run is well. user: graphs or not. */
+/* The kernel is not launched on one rank: all are told why, and the next run is well, whatever this one had found. user: graphs or not. */
 static void one_launch_fails(rank_context *x)
 {
     const int   graph = *(const int *)x->user;
     one_tensor *o     = one_open(x, 5000);
-    if (x->rank == 0) one_fill(o, 1);
+    if (x->rank == 0) one_fill(o, NAN);
     device_barrier(&o->d);
     one_begin(o, graph);
     CHECK_EQ(lorasync_plan_wait(o->d.plan, &o->d.err), LORASYNC_E_CUDA);
     CHECK_HAS(o->d.err.text, "was not launched");
     device_barrier(&o->d);
+    if (x->rank == 0) one_fill(o, 1);
     if (!graph) {
         CHECK_EQ(one_begin(o, 0), LORASYNC_OK);
         CHECK_EQ(lorasync_plan_wait(o->d.plan, &o->d.err), LORASYNC_OK);
@@ -433,12 +434,13 @@ static void one_launch_fails(rank_context *x)
 static void launch_fails(void)
 {
     int i, graph;
-    for (i = 0; i < 2; i++)
-        for (graph = 0; graph <= i; graph++) {
+    for (i = 0; i < 3; i++)
+        for (graph = 0; graph <= i % 2; graph++) {
             reset();
-            fake_cuda.devices      = 3;
-            fake_cuda.launch_fails = 1;
-            device_options.way     = direct_ways[i];
+            fake_cuda.devices        = 3;
+            fake_cuda.launch_fails   = 1;
+            fake_cuda.launches_first = i == 2; /* the one that reports, behind the one that reads */
+            device_options.way       = direct_ways[i % 2];
             run_threads(3, one_launch_fails, &graph);
             check_left();
         }
@@ -500,6 +502,23 @@ static void graphs(void)
         random_cases(LORASYNC_GATHER, 60, 0, run_device_case);
         random_cases(LORASYNC_GATHER_ALL, 30, 0, run_device_case);
         random_cases(LORASYNC_RESHARD, ways[i] == WAY_DIRECT ? 0 : 60, 0, run_device_case);
+        check_left();
+    }
+}
+
+/* Runs, launches of a graph, and runs again; at the end behind a launch that nobody waited for. */
+static void graphs_among_runs(void)
+{
+    static const int ways[] = {WAY_DIRECT, WAY_NCCL, WAY_NCCL_DIRECT};
+    size_t           i;
+    for (i = 0; i < sizeof ways / sizeof ways[0]; i++) {
+        reset();
+        fake_cuda.devices      = 8;
+        device_options.way     = ways[i];
+        device_options.capture = 2;
+        device_options.runs    = 7;
+        random_cases(LORASYNC_GATHER, 40, 0, run_device_case);
+        random_cases(LORASYNC_RESHARD, ways[i] == WAY_DIRECT ? 0 : 40, 0, run_device_case);
         check_left();
     }
 }
@@ -824,6 +843,7 @@ int main(void)
     RUN(one_does_not_begin);
     RUN(kept_on_device);
     RUN(graphs);
+    RUN(graphs_among_runs);
     RUN(graph_of_pageable_image);
     RUN(processes);
     RUN(no_peer_access);
