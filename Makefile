@@ -73,11 +73,11 @@ $(B)/%: tests/%.c lorasync.h tests/test.h $(B)/flags
 	$(COMPILE) -o $@ $< $(LDLIBS)
 
 # Tests of the GPU and NCCL rooms, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
-$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: private CPPFLAGS += -isystem $(CUDA_HOME)/include
-$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: tests/fake_cuda.h tests/fake_nccl.h
-$(B)/test_plan $(B)/test_cuda_fake $(B)/test_base: tests/random_case.h
+$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: private CPPFLAGS += -isystem $(CUDA_HOME)/include
+$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: tests/fake_cuda.h tests/fake_nccl.h
+$(B)/test_plan $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base: tests/random_case.h
 $(B)/test_comm $(B)/test_nccl: tests/traffic.h
-$(B)/test_cuda_fake: tests/device_case.h
+$(B)/test_cuda_fake $(B)/test_plans_cuda: tests/device_case.h
 $(B)/test_in_place_cuda: tests/test_in_place.c tests/in_place_cuda.h
 
 # Changes only when the command does: other flags, new programs.

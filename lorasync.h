@@ -6602,20 +6602,22 @@ typedef struct lorasynci_vote {
     int32_t  status;
     uint32_t flag;
     uint64_t tag;
+    uint64_t plan; /* whose run this is about; 0: none's */
 } lorasynci_vote;
 
 LORASYNCI_FN size_t lorasynci_vote_scratch(int world) { return (size_t)world * sizeof(lorasync_error); }
 
 /* Collective: turns each rank's status into one verdict for all, the failure of the lowest failing rank. A comm failure is the verdict too.
-   `tag` must be equal on all ranks (what tags are is said in `tag_name`); *all_flags, if wanted, becomes 1 if every rank passed flag 1.
-   scratch: lorasynci_vote_scratch bytes. */
-LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scratch, int timeout_ms, lorasync_status mine,
-                                             const lorasync_error *why, uint64_t tag, const char *tag_name, int *all_flags,
-                                             lorasync_error *err)
+   `tag` must be equal on all ranks (what tags are is said in `tag_name`), as must `plan`; *all_flags, if wanted, becomes 1 if every rank passed
+   flag 1. scratch: lorasynci_vote_scratch bytes. */
+LORASYNCI_FN lorasync_status lorasynci_agree_on(uint64_t plan, const lorasync_comm *c, void *scratch, int timeout_ms, lorasync_status mine,
+                                                const lorasync_error *why, uint64_t tag, const char *tag_name, int *all_flags,
+                                                lorasync_error *err)
 {
     lorasynci_vote  vote, *votes = (lorasynci_vote *)scratch;
     lorasync_error *texts = (lorasync_error *)scratch, text;
-    int             i, failed = -1, differs = -1, flags = 1;
+    int             i, failed = -1, differs = -1, elsewhere = -1, flags = 1;
+    vote.plan   = plan;
     vote.status = (int32_t)mine;
     vote.flag   = all_flags ? (uint32_t)*all_flags : 1;
     vote.tag    = tag;
@@ -6623,9 +6625,16 @@ LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scrat
     for (i = c->world - 1; i >= 0; i--) {
         if (votes[i].status < 0) failed = i;
         if (votes[i].tag != votes[0].tag) differs = i;
+        if (votes[i].plan != votes[0].plan) elsewhere = i;
         if (!votes[i].flag) flags = 0;
     }
     if (all_flags) *all_flags = flags;
+    if (elsewhere >= 0)
+        return lorasynci_fail(
+            err, LORASYNC_E_DISAGREE,
+            "rank %d is in a call for another plan (session) than rank 0; every rank must begin, and wait for, the plans of "
+            "one communicator in the same order. Nothing was taken, the versions can be tried again",
+            elsewhere);
     if (failed < 0 && differs < 0) return LORASYNC_OK;
     if (failed < 0)
         return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%s: %llu on rank 0, %llu on rank %d; every rank must pass the same", tag_name,
@@ -6638,6 +6647,14 @@ LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scrat
     text.text[sizeof text.text - 1] = 0;
     if (c->world == 1) return lorasynci_fail(err, text.status, "%s", text.text);
     return lorasynci_fail(err, text.status, "rank %d: %.480s", failed, text.text);
+}
+
+/* The same outside of runs. */
+LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scratch, int timeout_ms, lorasync_status mine,
+                                             const lorasync_error *why, uint64_t tag, const char *tag_name, int *all_flags,
+                                             lorasync_error *err)
+{
+    return lorasynci_agree_on(0, c, scratch, timeout_ms, mine, why, tag, tag_name, all_flags, err);
 }
 
 /* -- catalogue: the tensors a rank has or wants, as bytes that can be sent as they are
@@ -7116,6 +7133,7 @@ struct lorasync_plan {
     lorasync_status       lost;                         /* the status with which the communicator went, or 0 */
     lorasync_error        begin_error;                  /* of the last begin; status 0 when it succeeded */
     const lorasync_error *objection;                    /* a failure in it is this rank's vote on a run, too; or NULL */
+    uint64_t              id;                           /* the same on all ranks, and no other plan's */
     uint64_t              tag;                          /* what all ranks must agree on at each run: the session's version */
     uint64_t              run;                          /* counts waits: equal on all ranks, whoever did not begin */
     lorasynci_catalogue   catalogue;                    /* this rank's tensors */
@@ -7137,18 +7155,17 @@ struct lorasync_plan {
     uint64_t       *tensor_digests;
     lorasynci_term *terms; /* per image tensor: its part in the image's digest */
     /* direct: what the ranks share,
-       | header | payload | to 64 | sums of runs 0, 2, .. | sums of runs 1, 3, .. | to 64 | marks: 64 per rank | importers: 64 |
+       | header | payload | to 64 | sums of runs 0, 2, .. | sums of runs 1, 3, .. | to 64 | line of rank 0: 64 | line of rank 1 | ..
        Sums are num_image_tensors for each rank; twice, since in runs that are captured a rank may write while another still reads the last.
        A reshard has instead of header, payload and sums:  | slot of rank 0 | slot of rank 1 | ..          (lorasynci_mesh_slot)             */
     char                 *mapping;
     size_t                mapping_bytes;
     uint64_t             *shared_sums;
     size_t                num_image_tensors;
-    uint64_t             *marks;     /* in mapping, one per 64 bytes: the run that a rank has begun, from 1 */
-    int64_t              *importers; /* in mapping, behind the sums: ranks that have the device image open */
-    lorasynci_device     *device;    /* with desc.cuda; else NULL */
-    int                   captured;  /* begin was recorded in a CUDA graph: each launch of it is a run */
-    const lorasync_image *source;    /* scatter, on the root */
+    uint64_t             *lines;    /* in mapping: see LORASYNCI_BEGUN */
+    lorasynci_device     *device;   /* with desc.cuda; else NULL */
+    int                   captured; /* begin was recorded in a CUDA graph: each launch of it is a run */
+    const lorasync_image *source;   /* scatter, on the root */
     lorasync_plan_stats   stats;
 };
 
@@ -7173,13 +7190,30 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
 LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err);
-LORASYNCI_FN int             lorasynci_device_agreed(const lorasync_plan *plan);
+LORASYNCI_FN int             lorasynci_device_voted(const lorasync_plan *plan);
+LORASYNCI_FN int             lorasynci_device_casts(const lorasync_plan *plan);
+LORASYNCI_FN void            lorasynci_device_veto(lorasync_plan *plan);
+LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err);
-LORASYNCI_FN void            lorasynci_device_await_importers(lorasync_plan *plan);
+LORASYNCI_FN int             lorasynci_device_await_holders(lorasync_plan *plan);
 LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan);
+LORASYNCI_FN void            lorasynci_device_forget(lorasync_plan *plan);
 LORASYNCI_FN int             lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b);
 LORASYNCI_FN int             lorasynci_device_is_captured(const lorasync_plan *plan);
 LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g);
+
+/* The words of a rank's line, which only that rank writes. Runs count from 1. */
+enum {
+    LORASYNCI_BEGUN = 0, /* the run that it has begun; 0 again when it has freed the plan */
+    LORASYNCI_HOLDS = 1, /* its process (lorasynci_process_self) while it has others' device memory open */
+    LORASYNCI_VOTE  = 2, /* two: its votes on even and on odd runs */
+    LORASYNCI_VOTED = 4  /* two: the runs that these are about */
+};
+
+LORASYNCI_FN uint64_t *lorasynci_word(const lorasync_plan *plan, int rank, int word)
+{
+    return &plan->lines[8 * (size_t)rank + (size_t)word];
+}
 
 /* A reshard in which every rank writes into the receive staging of those who want something of it; the only exchange is a vote. */
 LORASYNCI_FN int lorasynci_is_meshed(const lorasync_plan *plan) { return plan->direct && plan->kind == LORASYNC_RESHARD; }
@@ -7199,9 +7233,6 @@ LORASYNCI_FN uint64_t *lorasynci_mesh_starts(const lorasync_plan *plan, int rank
 {
     return (uint64_t *)(void *)(lorasynci_mesh_slot(plan, rank) + 1);
 }
-
-/* How many ranks have a rank's receive staging open: beside its mark. */
-LORASYNCI_FN uint64_t *lorasynci_mesh_importers(const lorasync_plan *plan, int rank) { return &plan->marks[8 * (size_t)rank + 1]; }
 
 /* Whether the rounds of a run overlap: while one travels, the one before is placed and the one behind packed. */
 LORASYNCI_FN int lorasynci_is_pipelined(const lorasync_plan *plan) { return plan->device && plan->comm.exchange_stream; }
@@ -7774,15 +7805,21 @@ typedef struct lorasynci_offer {
     uint64_t               sums_at;         /* direct: where the ranks' sums lie in it */
     uint64_t               header_bytes;
     uint64_t               num_tensors; /* of the image */
+    uint64_t               id;          /* of the plan, never 0 */
     lorasynci_device_offer device;
     char                   name[64];
 } lorasynci_offer;
 
-/* A name for shared memory that nobody else uses: process, time, address. */
-LORASYNCI_FN void lorasynci_mapping_name(char out[64], const void *owner)
+/* A number that nobody else has: process, time, address. */
+LORASYNCI_FN uint64_t lorasynci_unique(const void *owner)
 {
-    snprintf(out, 64, "/lorasync-%ld-%016llx", (long)getpid(),
-             (unsigned long long)lorasynci_mix(lorasynci_now_ns() ^ (uint64_t)(uintptr_t)owner));
+    return lorasynci_mix(lorasynci_mix(lorasynci_process_self() ^ lorasynci_now_ns()) ^ (uint64_t)(uintptr_t)owner) | 1;
+}
+
+/* A name for shared memory. */
+LORASYNCI_FN void lorasynci_mapping_name(char out[64], uint64_t id)
+{
+    snprintf(out, 64, "/lorasync-%ld-%016llx", (long)getpid(), (unsigned long long)id);
 }
 
 LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *offer)
@@ -7792,10 +7829,10 @@ LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *
     size_t         sums_at   = image ? lorasynci_align64(image->header_bytes + (plan->device || plan->lent ? 0 : image->payload_bytes)) : 0;
     size_t         before    = image ? lorasynci_align64(sums_at + 2 * world * image->num_tensors * sizeof(uint64_t))
                                      : world * lorasynci_mesh_slot_bytes(plan->comm.world);
-    size_t         num_bytes = before + (world + 1) * 64; /* marks and importers last */
+    size_t         num_bytes = before + world * 64; /* lines last */
     lorasync_error unused;
     if (image && plan->device && lorasynci_device_make_image(plan, &offer->device, &unused) < 0) return; /* said again when it is needed */
-    lorasynci_mapping_name(offer->name, plan);
+    lorasynci_mapping_name(offer->name, offer->id);
     plan->mapping = lorasynci_map_named(offer->name, num_bytes, 1);
     if (!plan->mapping) return;
     plan->mapping_bytes  = num_bytes;
@@ -8488,8 +8525,7 @@ LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
     plan->direct = 0;
     if (!plan->mapping) return;
     if (plan->device) lorasynci_device_unmap(plan);
-    plan->importers = NULL;
-    plan->marks     = NULL;
+    plan->lines = NULL;
     munmap(plan->mapping, plan->mapping_bytes);
     plan->mapping = NULL;
 }
@@ -8504,9 +8540,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
     if (!plan->mapping && !d->no_direct) plan->mapping = lorasynci_map_named(offer->name, (size_t)offer->mapping_bytes, 0);
     plan->mapping_bytes = (size_t)offer->mapping_bytes;
     if (plan->mapping) {
-        plan->importers = (int64_t *)(void *)(plan->mapping + plan->mapping_bytes - 64);
-        plan->marks     = (uint64_t *)(void *)(plan->mapping + plan->mapping_bytes - 64 * ((size_t)plan->comm.world + 1));
-        mapped          = !plan->device || d->kind == LORASYNC_RESHARD || lorasynci_device_map(plan, &offer->device);
+        plan->lines = (uint64_t *)(void *)(plan->mapping + plan->mapping_bytes - 64 * (size_t)plan->comm.world);
+        mapped      = !plan->device || d->kind == LORASYNC_RESHARD || lorasynci_device_map(plan, &offer->device);
     }
     status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, err);
     if (status < 0) return status;
@@ -8549,6 +8584,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci
     lorasync_status status;
     memset(offer, 0, sizeof *offer);
     if (lorasynci_is_planner(plan)) {
+        offer->id             = lorasynci_unique(plan);
         offer->verdict.status = lorasynci_planner_check(p, in_sizes, &offer->verdict);
         if (offer->verdict.status == LORASYNC_OK && d->kind == LORASYNC_GATHER_ALL) offer->catalogue_bytes = p->merged.bytes.size;
         if (offer->verdict.status == LORASYNC_OK && (plan->image || (plan->device && d->kind == LORASYNC_RESHARD)) && n > 1 &&
@@ -8556,7 +8592,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci
             lorasynci_offer_mapping(plan, offer);
         for (i = 0; i < n; i++) blocks[i] = (char *)offer, sizes[i] = sizeof *offer;
     }
-    status = lorasynci_star(plan, 1, blocks, sizes, offer, sizeof *offer, err);
+    status   = lorasynci_star(plan, 1, blocks, sizes, offer, sizeof *offer, err);
+    plan->id = offer->id;
     if (status == LORASYNC_OK && offer->verdict.status < 0)
         status = lorasynci_fail(err, offer->verdict.status, "%.500s", offer->verdict.text);
     if (status == LORASYNC_OK && offer->catalogue_bytes && n > 1)
@@ -8862,7 +8899,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lora
 /* Direct: from here on nobody begins to write to what this rank reads; it may be freed. */
 LORASYNCI_FN void lorasynci_mark_gone(lorasync_plan *plan)
 {
-    if (plan->direct && plan->marks) __atomic_store_n(&plan->marks[8 * (size_t)plan->comm.rank], 0, __ATOMIC_RELEASE);
+    if (plan->direct && plan->lines) __atomic_store_n(lorasynci_word(plan, plan->comm.rank, LORASYNCI_BEGUN), 0, __ATOMIC_RELEASE);
 }
 
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
@@ -9022,7 +9059,26 @@ LORASYNCI_FN lorasync_status lorasynci_plan_lose(lorasync_plan *plan, lorasync_s
 /* Direct: this rank has begun, or waits, so it has done with the image of the run before. */
 LORASYNCI_FN void lorasynci_mark_begun(lorasync_plan *plan)
 {
-    if (plan->direct) __atomic_store_n(&plan->marks[8 * (size_t)plan->comm.rank], plan->run + 1, __ATOMIC_RELEASE);
+    if (plan->direct) __atomic_store_n(lorasynci_word(plan, plan->comm.rank, LORASYNCI_BEGUN), plan->run + 1, __ATOMIC_RELEASE);
+}
+
+/* Direct: until a word of another rank's line says this run, or a later one. */
+LORASYNCI_FN lorasync_status lorasynci_await_rank(lorasync_plan *plan, int rank, int word, const char *what, uint64_t deadline_ns,
+                                                  lorasync_error *err)
+{
+    unsigned turns = 0;
+    while (__atomic_load_n(lorasynci_word(plan, rank, word), __ATOMIC_ACQUIRE) <= plan->run) {
+        lorasynci_pause(&turns);
+        if (turns % 256 != 0) continue;
+        if (plan->comm.check) LORASYNCI_TRY(plan->comm.check(plan->comm.user, err));
+        if (lorasynci_now_ns() >= deadline_ns)
+            return lorasynci_fail(
+                err, LORASYNC_E_TIMEOUT,
+                "rank %d did not %s this run before the deadline of %d ms; does every rank make the same calls, in the same "
+                "order?",
+                rank, what, plan->timeout_ms);
+    }
+    return LORASYNC_OK;
 }
 
 /* Direct: the image may be written when those who read it, the root or in a gather-all everybody, have begun too; the staging of another rank,
@@ -9030,20 +9086,11 @@ LORASYNCI_FN void lorasynci_mark_begun(lorasync_plan *plan)
 LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasync_error *err)
 {
     uint64_t deadline = lorasynci_deadline_ns(plan->timeout_ms);
-    unsigned turns    = 0;
     int      rank;
     for (rank = 0; plan->direct && rank < plan->comm.world; rank++) {
         if (plan->kind == LORASYNC_GATHER && rank != plan->root) continue;
         if (plan->kind == LORASYNC_RESHARD && !lorasynci_link_rounds(&plan->sends[rank])) continue;
-        while (__atomic_load_n(&plan->marks[8 * (size_t)rank], __ATOMIC_ACQUIRE) <= plan->run) {
-            lorasynci_pause(&turns);
-            if (turns % 256 != 0) continue;
-            if (plan->comm.check) LORASYNCI_TRY(plan->comm.check(plan->comm.user, err));
-            if (lorasynci_now_ns() >= deadline)
-                return lorasynci_fail(err, LORASYNC_E_TIMEOUT,
-                                      "rank %d did not begin before the deadline of %d ms; did every rank make the same call?", rank,
-                                      plan->timeout_ms);
-        }
+        LORASYNCI_TRY(lorasynci_await_rank(plan, rank, LORASYNCI_BEGUN, "begin", deadline, err));
     }
     return LORASYNC_OK;
 }
@@ -9056,8 +9103,10 @@ LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_e
     if (plan->begun) return lorasynci_fail(err, LORASYNC_E_STATE, "begin was called already; call wait");
     plan->begun              = 1;
     plan->begin_error.status = LORASYNC_OK;
+    if (plan->device) lorasynci_device_await_caller(plan, &plan->begin_error);
     lorasynci_mark_begun(plan);
-    if (plan->device) {
+    if (plan->begin_error.status < 0) {
+    } else if (plan->device) {
         lorasynci_device_begin(plan, &plan->begin_error);
     } else if (lorasynci_await_readers(plan, &plan->begin_error) == LORASYNC_OK) {
         start = lorasynci_now_ns();
@@ -9187,14 +9236,46 @@ LORASYNCI_FN lorasync_status lorasynci_move_all(lorasync_plan *plan, lorasync_er
     return LORASYNC_OK;
 }
 
-/* A run is taken, or given up, by all. */
+/* Direct: the vote in the memory that the ranks share, whatever joins them. Two votes of each are kept: who votes on the next run has seen all on this
+   one, but others may still look. 1 in *out_all if all are for this run. */
+LORASYNCI_FN lorasync_status lorasynci_vote_in_memory(lorasync_plan *plan, int *out_all, lorasync_error *err)
+{
+    const uint64_t deadline = lorasynci_deadline_ns(plan->timeout_ms), yes = lorasynci_mix(plan->tag) | 1;
+    const int      odd = (int)(plan->run % 2), me = plan->comm.rank;
+    int            rank;
+    __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTE + odd), plan->begin_error.status < 0 ? 0 : yes, __ATOMIC_RELAXED);
+    __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTED + odd), plan->run + 1, __ATOMIC_RELEASE);
+    *out_all = 1;
+    for (rank = 0; rank < plan->comm.world; rank++) {
+        lorasync_status status = lorasynci_await_rank(plan, rank, LORASYNCI_VOTED + odd, "finish", deadline, err);
+        if (status < 0) { /* who comes later must not take this rank to be for it */
+            __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTE + odd), 0, __ATOMIC_RELEASE);
+            return status;
+        }
+        if (__atomic_load_n(lorasynci_word(plan, rank, LORASYNCI_VOTE + odd), __ATOMIC_RELAXED) != yes) *out_all = 0;
+    }
+    return LORASYNC_OK;
+}
+
+/* A run is taken, or given up, by all. If not all are for it, the communicator brings the reason. */
 LORASYNCI_FN lorasync_status lorasynci_vote_run(lorasync_plan *plan, lorasync_error *err)
 {
     uint64_t        start = lorasynci_now_ns();
     lorasync_status status;
-    if (plan->device && lorasynci_device_agreed(plan)) return LORASYNC_OK;
-    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, plan->begin_error.status, &plan->begin_error, plan->tag, "version",
-                             NULL, err);
+    int             voted = plan->device ? lorasynci_device_voted(plan) : 0, all = 0;
+    if (voted > 0) return LORASYNC_OK;
+    if (plan->direct && !(plan->device && lorasynci_device_casts(plan))) {
+        status = lorasynci_vote_in_memory(plan, &all, err);
+        plan->stats.exchange_ns += lorasynci_now_ns() - start;
+        if (all || status < 0) return status;
+    }
+    status = lorasynci_agree_on(plan->id, &plan->comm, plan->votes, plan->timeout_ms, plan->begin_error.status, &plan->begin_error,
+                                plan->tag, "version", NULL, err);
+    if (status == LORASYNC_OK && voted < 0)
+        status =
+            lorasynci_fail(err, LORASYNC_E_DISAGREE,
+                           "what this run exchanged was not all of this plan; every rank must begin the plans of one communicator in the "
+                           "same order. Nothing was taken, the version can be tried again");
     plan->stats.exchange_ns += lorasynci_now_ns() - start;
     return status;
 }
@@ -9203,12 +9284,22 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
 {
     lorasync_error  why;
     lorasync_status status;
+    int             was_begun, unrecorded;
     if (!err) err = &why;
     if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
-    if (plan->lost) return lorasynci_lost_before(err);
-    if (!plan->begun && plan->captured) plan->begin_error.status = LORASYNC_OK; /* the graph has begun it */
-    else if (!plan->begun) lorasynci_fail(&plan->begin_error, LORASYNC_E_STATE, "wait was called without begin");
+    was_begun   = plan->begun;
     plan->begun = 0;
+    if (plan->lost) { /* by its begin: that one knows why */
+        if (was_begun && lorasync_is_lost(plan->begin_error.status)) *err = plan->begin_error;
+        else lorasynci_lost_before(err);
+        return err->status;
+    }
+    unrecorded = was_begun && plan->begin_error.status < 0;
+    if (!was_begun && plan->captured) plan->begin_error.status = LORASYNC_OK; /* the graph has begun it */
+    else if (!was_begun)
+        lorasynci_fail(
+            &plan->begin_error, LORASYNC_E_STATE,
+            "wait was called without begin; call begin first (a begin that is not captured ends a CUDA graph of the plan: capture anew)");
     lorasynci_mark_begun(plan);
     if (plan->image) plan->image->has_digest = 0;
     status = lorasynci_move_all(plan, err);
@@ -9220,6 +9311,8 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
         return lorasynci_plan_lose(plan, lorasynci_fail(err, LORASYNC_E_COMM, "%.500s", cuda.text), err);
     }
     if (status == LORASYNC_OK && plan->has_image && plan->image) lorasynci_finish_image(plan);
+    if (plan->device) lorasynci_device_forget(plan);
+    if (unrecorded) plan->captured = 0;
     plan->run++;
     return status;
 }
@@ -9281,6 +9374,8 @@ struct lorasynci_device {
     cudaEvent_t *sendable;                                   /* per round: it is packed */
     uint32_t     num_events;                                 /* of `sendable` that exist */
     uint32_t     num_sent; /* rounds of the run under way whose exchange is enqueued; one more: the ballots' too */
+    int          vetoed;   /* the run under way failed in begin, and all that the others count on is enqueued */
+    int          is_busy;  /* at the end: launches may still run, so what they use is not freed */
     CUmodule     module;
     CUfunction   kernel;
     CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void **, void **);
@@ -9294,7 +9389,7 @@ struct lorasynci_device {
     size_t            num_sums;
     int               is_reset;    /* own ballot and sums are as a run wants to find them, or will be on `stream` */
     int               is_recorded; /* a graph exists: what its launches leave there is not known here */
-    char             *host;        /* pinned: | the ballot to cast | ballots | sums | digests that arrive, link after link | */
+    char             *host; /* pinned: | tag to cast | tag that graphs cast | ballots | sums | digests that arrive, link after link | */
     size_t            host_bytes;
     char             *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
     char             *image;      /* device memory of the payload, made here */
@@ -9436,35 +9531,54 @@ LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
     if (g->wire) cudaStreamDestroy(g->wire);
 }
 
+#ifndef LORASYNCI_CLOSING_MS      /* tests make it small */
+#define LORASYNCI_CLOSING_MS 5000 /* how long the end of a plan waits for others, and for its own launches when the communicator is lost */
+#endif
+
+LORASYNCI_FN void lorasynci_device_hold(const lorasync_plan *plan, int on)
+{
+    __atomic_store_n(lorasynci_word(plan, plan->comm.rank, LORASYNCI_HOLDS), on ? lorasynci_process_self() : 0, __ATOMIC_RELEASE);
+}
+
 /* Closes another process's image, or others' staging. */
 LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     int               i;
-    for (i = 0; g->peers && i < plan->comm.world; i++) {
-        if (!g->peers[i].memory) continue;
-        if (!g->peers[i].same_process) cudaIpcCloseMemHandle(g->peers[i].memory);
-        __atomic_fetch_sub(lorasynci_mesh_importers(plan, i), 1, __ATOMIC_ACQ_REL);
-    }
+    for (i = 0; g->peers && i < plan->comm.world; i++)
+        if (g->peers[i].memory && !g->peers[i].same_process) cudaIpcCloseMemHandle(g->peers[i].memory);
     lorasynci_free(&plan->a, g->peers);
     g->peers = NULL;
-    if (!g->peer_image) return;
-    if (!g->same_process) cudaIpcCloseMemHandle(g->peer_image);
-    __atomic_fetch_sub(plan->importers, 1, __ATOMIC_ACQ_REL);
+    if (g->peer_image && !g->same_process) cudaIpcCloseMemHandle(g->peer_image);
     g->peer_image = NULL;
+    if (plan->lines) lorasynci_device_hold(plan, 0);
 }
 
-/* Freeing memory that another rank has open is undefined: waits for them to close, for those that can. */
-LORASYNCI_FN void lorasynci_device_await_importers(lorasync_plan *plan)
+/* Whether another rank, which lives, may write to memory of this one. */
+LORASYNCI_FN int lorasynci_device_is_held(const lorasync_plan *plan)
 {
-    uint64_t deadline = lorasynci_deadline_ns(5000);
+    uint64_t self = *lorasynci_word(plan, plan->comm.rank, LORASYNCI_HOLDS);
+    int      rank;
+    if (!self) self = lorasynci_process_self();
+    for (rank = 0; rank < plan->comm.world; rank++) {
+        uint64_t process = __atomic_load_n(lorasynci_word(plan, rank, LORASYNCI_HOLDS), __ATOMIC_ACQUIRE);
+        if (rank == plan->comm.rank || !process || lorasynci_process_ended(process, self)) continue;
+        if (!lorasynci_is_meshed(plan) || lorasynci_link_rounds(&plan->receives[rank])) return 1;
+    }
+    return 0;
+}
+
+/* Freeing memory that another rank has open is undefined: waits for them to close. 0 if one still has it then. */
+LORASYNCI_FN int lorasynci_device_await_holders(lorasync_plan *plan)
+{
+    uint64_t deadline = lorasynci_deadline_ns(LORASYNCI_CLOSING_MS);
     unsigned turns    = 0;
-    if (!plan->device || !plan->importers || plan->lost) return;
-    while (plan->device->image && __atomic_load_n(plan->importers, __ATOMIC_ACQUIRE) > 0 && lorasynci_now_ns() < deadline)
+    if (!plan->device || !plan->lines || !(plan->device->image || lorasynci_is_meshed(plan))) return 1;
+    while (lorasynci_device_is_held(plan)) {
+        if (lorasynci_now_ns() >= deadline) return 0;
         lorasynci_pause(&turns);
-    while (lorasynci_is_meshed(plan) && __atomic_load_n(lorasynci_mesh_importers(plan, plan->comm.rank), __ATOMIC_ACQUIRE) > 0 &&
-           lorasynci_now_ns() < deadline)
-        lorasynci_pause(&turns);
+    }
+    return 1;
 }
 
 /* Whether two are on one GPU, or both none. */
@@ -9482,32 +9596,42 @@ LORASYNCI_FN int lorasynci_device_is_captured(const lorasync_plan *plan)
 
 LORASYNCI_FN int lorasynci_device_keeps(const lorasynci_device *g) { return g->keep_on_device; }
 
+/* What others still have open stays: better lost than written to when it is somebody else's. */
+LORASYNCI_FN void lorasynci_device_free_memory(lorasync_plan *plan)
+{
+    lorasynci_device *g = plan->device;
+    int               ours, mesh = lorasynci_is_meshed(plan);
+    if (g->wire && !plan->lost) cudaStreamSynchronize(g->wire);
+    if (g->placing && !plan->lost) cudaStreamSynchronize(g->placing);
+    if (g->stream && !plan->lost) cudaStreamSynchronize(g->stream);
+    lorasynci_device_unmap(plan);
+    ours = lorasynci_device_await_holders(plan);
+    if (ours) cudaFree(g->image);
+    cudaFree(g->table);
+    cudaFreeHost(g->host);
+    cudaFreeHost(g->host_image);
+    if (plan->lent) return;
+    if (plan->comm.exchange_stream || mesh) cudaFree(plan->memory[LORASYNCI_SEND]);
+    else cudaFreeHost(plan->memory[LORASYNCI_SEND]);
+    if (mesh && !ours) return;
+    if (plan->comm.exchange_stream || mesh) cudaFree(plan->memory[LORASYNCI_RECEIVE]);
+    else cudaFreeHost(plan->memory[LORASYNCI_RECEIVE]);
+}
+
 LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     int               old;
     if (!g) return;
     lorasynci_device_enter(g, &old);
-    if (g->wire && !plan->lost) cudaStreamSynchronize(g->wire);
-    if (g->placing && !plan->lost) cudaStreamSynchronize(g->placing);
-    if (g->stream && !plan->lost) cudaStreamSynchronize(g->stream);
-    lorasynci_device_unmap(plan);
-    lorasynci_device_await_importers(plan);
-    cudaFree(g->image);
-    cudaFree(g->table);
-    cudaFreeHost(g->host);
-    cudaFreeHost(g->host_image);
-    if (plan->lent) {
-    } else if (plan->comm.exchange_stream || lorasynci_is_meshed(plan))
-        cudaFree(plan->memory[LORASYNCI_SEND]), cudaFree(plan->memory[LORASYNCI_RECEIVE]);
-    else cudaFreeHost(plan->memory[LORASYNCI_SEND]), cudaFreeHost(plan->memory[LORASYNCI_RECEIVE]);
+    if (!g->is_busy) lorasynci_device_free_memory(plan);
     plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = NULL;
     lorasynci_device_close_wire(plan);
     if (g->ready) cudaEventDestroy(g->ready);
     if (g->packed) cudaEventDestroy(g->packed);
     if (g->done) cudaEventDestroy(g->done);
     if (g->stream) cudaStreamDestroy(g->stream);
-    if (g->module) g->unload(g->module);
+    if (g->module && !g->is_busy) g->unload(g->module);
     lorasynci_device_leave(g, old);
     lorasynci_free(&plan->a, g->pack);
     lorasynci_free(&plan->a, g->place);
@@ -9528,12 +9652,15 @@ LORASYNCI_FN void lorasynci_device_describe(const lorasynci_device *g, char *mem
         (void)cudaGetLastError(); /* other processes will not open it, and the way over the comm is taken */
 }
 
+/* What is smaller may share its block with memory that is not offered. */
+static const size_t lorasynci_shared_least = (size_t)2 << 20;
+
 /* Makes the image's device memory, and puts into the offer what another process needs to open it. */
 LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    size_t            n = plan->image->payload_bytes;
-    LORASYNCI_CUDA(cudaMalloc((void **)&g->image, n ? n : 1), "memory for the image");
+    size_t            n = plan->image->payload_bytes, least = offer ? lorasynci_shared_least : 1;
+    LORASYNCI_CUDA(cudaMalloc((void **)&g->image, n < least ? least : n), "memory for the image");
     if (offer) lorasynci_device_describe(g, g->image, offer);
     return LORASYNC_OK;
 }
@@ -9565,16 +9692,16 @@ LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_devic
     lorasynci_device *g = plan->device;
     if (lorasynci_is_planner(plan)) return 1;
     g->peer_image = lorasynci_device_open_offer(g, offer, &g->same_process);
-    if (g->peer_image) __atomic_fetch_add(plan->importers, 1, __ATOMIC_ACQ_REL);
+    if (g->peer_image) lorasynci_device_hold(plan, 1);
     return g->peer_image != NULL;
 }
 
 /* -- the receive staging that other ranks of a reshard write to */
 
-/* Makes it, and says in this rank's slot how to open it. At least 2 MiB: what is smaller may share its block with memory that is not offered. */
+/* Makes it, and says in this rank's slot how to open it. */
 LORASYNCI_FN int lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_bytes)
 {
-    const size_t least = (size_t)2 << 20;
+    const size_t least = lorasynci_shared_least;
     if (!num_bytes) return 1;
     if (cudaMalloc((void **)&plan->memory[LORASYNCI_RECEIVE], num_bytes < least ? least : num_bytes) != cudaSuccess) {
         (void)cudaGetLastError();
@@ -9591,11 +9718,11 @@ LORASYNCI_FN int lorasynci_device_map_mesh(lorasync_plan *plan)
     lorasynci_device *g = plan->device;
     int               i;
     g->peers = (lorasynci_peer *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *g->peers);
+    lorasynci_device_hold(plan, 1);
     for (i = 0; g->peers && i < plan->comm.world; i++) {
         if (!lorasynci_link_rounds(&plan->sends[i])) continue;
         g->peers[i].memory = lorasynci_device_open_offer(g, lorasynci_mesh_slot(plan, i), &g->peers[i].same_process);
         if (!g->peers[i].memory) return 0;
-        __atomic_fetch_add(lorasynci_mesh_importers(plan, i), 1, __ATOMIC_ACQ_REL);
     }
     return g->peers != NULL;
 }
@@ -9604,8 +9731,7 @@ LORASYNCI_FN int lorasynci_device_map_mesh(lorasync_plan *plan)
 LORASYNCI_FN void lorasynci_device_leave_mesh(lorasync_plan *plan)
 {
     lorasynci_device_unmap(plan);
-    lorasynci_device_await_importers(plan);
-    cudaFree(plan->memory[LORASYNCI_RECEIVE]);
+    if (lorasynci_device_await_holders(plan)) cudaFree(plan->memory[LORASYNCI_RECEIVE]);
     (void)cudaGetLastError();
     plan->memory[LORASYNCI_RECEIVE] = NULL;
 }
@@ -9812,6 +9938,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
     g->host_bytes = (1 + (size_t)plan->comm.world) * sizeof *g->ballots + g->num_sums * 8;
     for (i = 0; i < plan->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
     LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host, g->host_bytes, cudaHostAllocDefault), "pinned memory");
+    memset(g->host, 0, g->host_bytes);
     if (plan->image && plan->has_image && !g->keep_on_device && !plan->lent) {
         size_t n = plan->image->header_bytes + plan->image->payload_bytes;
         LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host_image, n, cudaHostAllocDefault), "pinned memory for the image");
@@ -9971,20 +10098,20 @@ LORASYNCI_FN int lorasynci_device_casts(const lorasync_plan *plan)
 /* What all ranks must have in their ballots. A mesh that is captured votes once more than one that is not: all ranks capture, or none. */
 LORASYNCI_FN uint64_t lorasynci_device_tag(const lorasync_plan *plan)
 {
-    return plan->tag + (lorasynci_is_meshed(plan) && plan->captured ? 1 : 0);
+    return (plan->id ^ lorasynci_mix(plan->tag)) + (lorasynci_is_meshed(plan) && plan->captured ? 1 : 0);
 }
 
-/* The ballots on the host: the one to cast, then as they came from the ranks. */
-LORASYNCI_FN lorasynci_ballot *lorasynci_device_ballot(const lorasynci_device *g) { return (lorasynci_ballot *)(void *)g->host; }
+/* The ballots on the host, as they came from the ranks: behind the two tags. */
+LORASYNCI_FN lorasynci_ballot *lorasynci_device_ballots(const lorasynci_device *g) { return (lorasynci_ballot *)(void *)g->host + 1; }
 
-/* Brings the tag of this rank's ballot to the GPU. */
-LORASYNCI_FN lorasync_status lorasynci_device_fill_tag(const lorasync_plan *plan, uint64_t tag, cudaStream_t stream, lorasync_error *err)
+/* Brings the tag of this rank's ballot to the GPU; what a graph brings is read at each launch. */
+LORASYNCI_FN lorasync_status lorasynci_device_fill_tag(const lorasync_plan *plan, uint64_t tag, int recorded, cudaStream_t stream,
+                                                       lorasync_error *err)
 {
-    lorasynci_device *g   = plan->device;
-    lorasynci_ballot *own = lorasynci_device_ballot(g);
-    own->tag              = tag;
-    LORASYNCI_CUDA(cudaMemcpyAsync(&g->ballots[plan->comm.rank].tag, &own->tag, sizeof tag, cudaMemcpyDefault, stream),
-                   "copying the ballot");
+    lorasynci_device *g    = plan->device;
+    uint64_t         *from = (uint64_t *)(void *)g->host + recorded;
+    *from                  = tag;
+    LORASYNCI_CUDA(cudaMemcpyAsync(&g->ballots[plan->comm.rank].tag, from, sizeof tag, cudaMemcpyDefault, stream), "copying the ballot");
     return LORASYNC_OK;
 }
 
@@ -10127,8 +10254,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_prepare(lorasync_plan *plan, loras
     lorasynci_device *g = plan->device;
     if (!g->is_reset) LORASYNCI_TRY(lorasynci_device_reset(plan, err));
     g->is_reset = 0;
-    if (!lorasynci_device_casts(plan)) return LORASYNC_OK;
-    return lorasynci_device_fill_tag(plan, lorasynci_device_tag(plan), plan->captured ? g->stream : g->wire, err);
+    if (!lorasynci_device_casts(plan) && !plan->captured) return LORASYNC_OK;
+    return lorasynci_device_fill_tag(plan, lorasynci_device_tag(plan), plan->captured, plan->captured ? g->stream : g->wire, err);
 }
 
 /* Where it ends, on the GPU; `reported`: the host has been told all. Behind that, while nobody waits, the next one is prepared. Launches of a graph
@@ -10163,13 +10290,45 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
     return LORASYNC_OK;
 }
 
+/* What a run that failed here has not enqueued: the others have, and count on it before they vote. What travels is not used. */
+LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g    = plan->device;
+    int               late = g->num_sent > plan->num_rounds; /* its ballot, which says yes, is on its way */
+    while (g->num_sent < plan->num_rounds && !lorasynci_is_meshed(plan)) LORASYNCI_TRY(lorasynci_device_exchange(plan, g->num_sent, err));
+    if (lorasynci_device_casts(plan) && !late) {
+        LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord"); /* a ballot that is on its way first */
+        LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
+        LORASYNCI_TRY(lorasynci_device_fill_tag(plan, ~lorasynci_device_tag(plan), 0, g->wire, err));
+        LORASYNCI_TRY(lorasynci_device_cast(plan, err));
+        if (lorasynci_is_meshed(plan) && plan->captured) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
+    }
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
+    g->vetoed = !late;
+    return LORASYNC_OK;
+}
+
+/* The same at once where begin fails: the calls of one communicator are in the order of the begins on all ranks. If this fails, too, wait sees to
+   it. */
+LORASYNCI_FN void lorasynci_device_veto(lorasync_plan *plan)
+{
+    lorasync_error unused;
+    int            old;
+    if (!plan->device || !lorasynci_is_pipelined(plan) || !plan->num_rounds || plan->captured) return;
+    lorasynci_device_enter(plan->device, &old);
+    lorasynci_device_enqueue_rest(plan, &unused);
+    lorasynci_device_leave(plan->device, old);
+}
+
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err)
 {
     int             old;
     lorasync_status status;
     lorasynci_device_enter(plan->device, &old);
     status = lorasynci_device_enqueue(plan, err);
+    if (plan->captured) plan->device->num_sent = 0; /* recorded is not sent */
     lorasynci_device_leave(plan->device, old);
+    if (status < 0 && !lorasync_is_lost(status)) lorasynci_device_veto(plan);
     return status;
 }
 
@@ -10192,6 +10351,23 @@ LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cu
                                   plan->timeout_ms);
         if (turns > 20000) sched_yield(); /* NCCL's own threads want the CPU too */
     }
+}
+
+/* Direct, and the image stays on the device: others write to it as soon as this rank has begun. What the caller has enqueued to read it ends first. */
+LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    lorasync_status   status;
+    int               old;
+    if (!plan->direct || !plan->run || !plan->has_image || !plan->image->on_device || plan->memory[LORASYNCI_IMAGE] != g->home)
+        return LORASYNC_OK;
+    if (lorasynci_device_is_captured(plan) || cudaStreamQuery(g->caller) == cudaSuccess) return LORASYNC_OK;
+    lorasynci_device_enter(g, &old);
+    status = cudaEventRecord(g->ready, g->caller) == cudaSuccess ? LORASYNC_OK
+                                                                 : lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
+    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, g->ready, lorasynci_deadline_ns(plan->timeout_ms), 1, err);
+    lorasynci_device_leave(g, old);
+    return status;
 }
 
 /* Places what a round brought. */
@@ -10243,7 +10419,7 @@ LORASYNCI_FN int lorasynci_is_rounded(const lorasync_plan *plan, uint32_t tensor
 LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
 {
     const lorasynci_device *g   = plan->device;
-    const uint64_t          bad = lorasynci_device_ballot(g)[1 + plan->comm.rank].bad;
+    const uint64_t          bad = lorasynci_device_ballots(g)[plan->comm.rank].bad;
     uint64_t                sum;
     size_t                  i, k, at = (1 + (size_t)plan->comm.world) * sizeof *g->ballots;
     for (i = 0; i < g->num_sums; i++, at += 8) memcpy(&plan->sums[plan->num_slots ? plan->slots[i] : i], g->host + at, 8);
@@ -10259,22 +10435,6 @@ LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
     }
 }
 
-/* The exchanges that a run which failed here has not enqueued: the others have, and count on them before they vote. What travels is not used. */
-LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, lorasync_error *err)
-{
-    lorasynci_device *g = plan->device;
-    while (g->num_sent < plan->num_rounds && !lorasynci_is_meshed(plan)) LORASYNCI_TRY(lorasynci_device_exchange(plan, g->num_sent, err));
-    if (lorasynci_device_casts(plan)) {
-        LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord"); /* a ballot that is on its way first */
-        LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
-        LORASYNCI_TRY(lorasynci_device_fill_tag(plan, ~plan->tag, g->wire, err));
-        LORASYNCI_TRY(lorasynci_device_cast(plan, err));
-        if (lorasynci_is_meshed(plan) && plan->captured) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
-    }
-    LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
-    return LORASYNC_OK;
-}
-
 /* A failure that the ballots cannot tell the others any more: only giving up the communicator does. */
 LORASYNCI_FN lorasync_status lorasynci_device_give_up(const lorasync_plan *plan, lorasync_error *err)
 {
@@ -10288,7 +10448,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_send_rest(lorasync_plan *plan, uin
 {
     lorasync_status status = err->status;
     if (!lorasynci_is_pipelined(plan) || plan->num_rounds == 0) return LORASYNC_OK;
-    if (plan->device->num_sent <= plan->num_rounds) status = lorasynci_device_enqueue_rest(plan, err);
+    if (plan->device->vetoed) status = LORASYNC_OK;
+    else if (plan->device->num_sent <= plan->num_rounds) status = lorasynci_device_enqueue_rest(plan, err);
     if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, plan->device->arrived[0], deadline_ns, 1, err);
     return status == LORASYNC_OK ? status : lorasynci_device_give_up(plan, err);
 }
@@ -10306,24 +10467,48 @@ LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasy
     if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess)
         status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, g->done, deadline, 1, err);
+    if (status == LORASYNC_OK && plan->captured && lorasynci_device_ballots(g)[plan->comm.rank].tag != lorasynci_device_tag(plan)) {
+        lorasynci_fail(
+            err, LORASYNC_E_STATE,
+            "wait was called, but the CUDA graph into which begin was captured was not launched since the last one; launch it first");
+        return lorasynci_device_send_rest(plan, deadline, err) < 0 ? err->status : LORASYNC_E_STATE;
+    }
     if (by_host && !lorasync_is_lost(status)) status = lorasynci_device_host_rounds(plan, status, deadline, err);
     if (status < 0) return lorasynci_device_give_up(plan, err);
     lorasynci_device_results(plan);
     return LORASYNC_OK;
 }
 
+/* Behind a run: what it reported is no other run's. */
+LORASYNCI_FN void lorasynci_device_forget(lorasync_plan *plan)
+{
+    int i;
+    for (i = 0; plan->device->host && i < plan->comm.world; i++) lorasynci_device_ballots(plan->device)[i].tag = 0;
+}
+
 /* Before a plan is freed whose run was begun and not waited for: its work ends, or its communicator is given up, so that nothing waits for it
    for ever. */
 LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
 {
-    lorasync_error  err;
-    lorasync_status status;
-    int             old;
-    if (!plan || !plan->device || !plan->begun || plan->lost || plan->begin_error.status < 0) return;
-    lorasynci_device_enter(plan->device, &old);
-    status = lorasynci_device_poll(plan, plan->device->done, lorasynci_deadline_ns(plan->timeout_ms), 1, &err);
-    lorasynci_device_leave(plan->device, old);
+    lorasynci_device *g = plan ? plan->device : NULL;
+    lorasync_error    err;
+    lorasync_status   status = LORASYNC_OK;
+    cudaEvent_t       last;
+    int               old, failed;
+    if (!g || lorasynci_device_is_captured(plan) || !(plan->begun || plan->captured || plan->lost)) return;
+    lorasynci_device_enter(g, &old);
+    failed = plan->begun && plan->begin_error.status < 0;
+    last   = failed ? g->arrived[0] : g->done;
+    if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess) {
+        (void)cudaGetLastError();
+        last = NULL;
+    }
+    if (!plan->lost && last) status = lorasynci_device_poll(plan, last, lorasynci_deadline_ns(plan->timeout_ms), 1, &err);
     if (status < 0) lorasynci_plan_lose(plan, status, &err);
+    if (plan->lost) /* its launches end soon, or what they use is lost: see lorasynci_device_free_memory */
+        g->is_busy =
+            lorasynci_device_poll(plan, plan->captured ? g->done : g->packed, lorasynci_deadline_ns(LORASYNCI_CLOSING_MS), 0, &err) < 0;
+    lorasynci_device_leave(g, old);
 }
 
 /* All rounds of a device plan, for this rank: the second half of a run. */
@@ -10335,21 +10520,22 @@ LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync
     lorasynci_device_enter(plan->device, &old);
     status                 = lorasynci_device_finish(plan, err);
     plan->device->num_sent = 0;
+    plan->device->vetoed   = 0;
     lorasynci_device_leave(plan->device, old);
     plan->stats.exchange_ns = lorasynci_now_ns() - start;
     plan->stats.place_ns    = 0;
     return status;
 }
 
-/* Whether every rank has voted for this run on the GPU. If not, all know it, and ask for the reason over the host. */
-LORASYNCI_FN int lorasynci_device_agreed(const lorasync_plan *plan)
+/* 1 if every rank has voted for this run on the GPU, -1 if one has not: all know it, and ask for the reason over the host; 0 if there was no vote. */
+LORASYNCI_FN int lorasynci_device_voted(const lorasync_plan *plan)
 {
     const lorasynci_ballot *ballots;
     int                     i;
     if (!lorasynci_device_casts(plan) || plan->begin_error.status < 0) return 0;
-    ballots = lorasynci_device_ballot(plan->device) + 1;
+    ballots = lorasynci_device_ballots(plan->device);
     for (i = 0; i < plan->comm.world; i++)
-        if (ballots[i].tag != lorasynci_device_tag(plan) || (ballots[i].bad != UINT64_MAX && !plan->allow_nan)) return 0;
+        if (ballots[i].tag != lorasynci_device_tag(plan) || (ballots[i].bad != UINT64_MAX && !plan->allow_nan)) return -1;
     return 1;
 }
 
@@ -10459,8 +10645,16 @@ LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lo
 }
 
 LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan) { (void)plan; }
-LORASYNCI_FN void            lorasynci_device_await_importers(lorasync_plan *plan) { (void)plan; }
+LORASYNCI_FN int             lorasynci_device_await_holders(lorasync_plan *plan) { return !plan->device; }
 LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan) { (void)plan; }
+LORASYNCI_FN void            lorasynci_device_forget(lorasync_plan *plan) { (void)plan; }
+LORASYNCI_FN void            lorasynci_device_veto(lorasync_plan *plan) { (void)plan; }
+LORASYNCI_FN int             lorasynci_device_casts(const lorasync_plan *plan) { return plan->device != NULL; }
+LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, lorasync_error *err)
+{
+    (void)plan, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
 LORASYNCI_FN int             lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b) { return !a && !b; }
 LORASYNCI_FN int             lorasynci_device_is_captured(const lorasync_plan *plan) { return plan->device != NULL; }
 LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g) { return g != NULL; }
@@ -10504,7 +10698,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync
     (void)plan, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN int lorasynci_device_agreed(const lorasync_plan *plan)
+LORASYNCI_FN int lorasynci_device_voted(const lorasync_plan *plan)
 {
     (void)plan;
     return 0;
@@ -15353,7 +15547,7 @@ LORASYNCI_FN void lorasynci_session_drop_aims(lorasync_session *s)
     if (!s->plan || !s->plan->device) return;
     lorasynci_imports_sweep(s->plan->device, &s->aim.imports, NULL);
     lorasynci_shm_view_drop(s->aim.view);
-    if (s->aim.clock) lorasynci_device_await_importers(s->plan);
+    if (s->aim.clock) lorasynci_device_await_holders(s->plan);
 }
 
 LORASYNC_API void lorasync_close(lorasync_session *session)
@@ -15894,7 +16088,9 @@ LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64
     plan->tag = version;
     captured  = lorasynci_device_is_captured(plan);
     if (version > last_version && !captured) return lorasync_plan_begin(plan, err);
-    plan->begun = 1; /* nothing is packed, but the others are waiting for this rank's vote */
+    plan->begun    = 1; /* nothing is packed, but the others are waiting for this rank's vote */
+    plan->captured = 0;
+    lorasynci_mark_begun(plan);
     if (captured)
         lorasynci_fail(&plan->begin_error, LORASYNC_E_UNSUPPORTED,
                        "a session cannot be captured in a CUDA graph; capture lorasync_plan_begin of a plan");
@@ -15902,6 +16098,7 @@ LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64
         lorasynci_fail(&plan->begin_error, LORASYNC_E_VERSION,
                        "version %llu is not newer than %llu, the last one published; count versions up from 1", (unsigned long long)version,
                        (unsigned long long)last_version);
+    if (!captured) lorasynci_device_veto(plan);
     if (err) *err = plan->begin_error;
     return plan->begin_error.status;
 }
@@ -16542,7 +16739,7 @@ LORASYNCI_FN void lorasynci_stream_offer(lorasync_stream *s, lorasynci_division_
 {
     size_t num_bytes = lorasynci_align64((size_t)h->largest[0]) + (size_t)h->largest[1];
     if (s->comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
-    lorasynci_mapping_name(h->name, s);
+    lorasynci_mapping_name(h->name, lorasynci_unique(s));
     s->mapping = lorasynci_map_named(h->name, num_bytes, 1);
     if (!s->mapping) return;
     memcpy(s->mapping_name, h->name, sizeof h->name);

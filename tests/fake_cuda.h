@@ -617,6 +617,16 @@ cudaError_t cudaEventQuery(cudaEvent_t event)
     return fake_answer(e);
 }
 
+cudaError_t cudaStreamQuery(cudaStream_t stream)
+{
+    cudaError_t e;
+    pthread_mutex_lock(&fake_lock);
+    fake_progress(fake_stream(stream));
+    e = fake_stream(stream)->head ? cudaErrorNotReady : cudaSuccess;
+    pthread_mutex_unlock(&fake_lock);
+    return fake_answer(e);
+}
+
 /* -- copies */
 
 static int fake_run_copy(fake_item *item)

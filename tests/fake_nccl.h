@@ -46,7 +46,8 @@ typedef struct fake_group {
     struct ncclComm *comm;
     cudaStream_t     stream;
     fake_op          ops[FAKE_GROUP];
-    int              num, hangs;
+    int              num, hangs, numbered;
+    int              turn; /* among the comm's calls, whatever their streams; 0: recorded in a graph */
 } fake_group;
 
 /* What the ranks of one unique id share. */
@@ -58,7 +59,7 @@ typedef struct fake_world {
 
 struct ncclComm {
     fake_world   *world;
-    int           rank, size, device, blocking, polls, calls, hang;
+    int           rank, size, device, blocking, polls, calls, hang, turns, ended;
     ncclResult_t  broken;
     unsigned long sent[FAKE_RANKS], received[FAKE_RANKS], collectives;
     fake_group   *active; /* at the head of its stream: its sends and contributions are open */
@@ -280,13 +281,26 @@ static void fake_run_gather(const struct ncclComm *c, fake_op *op, unsigned *tak
     }
 }
 
+/* When it is its turn: a group in a graph has other numbers at each launch. */
+static void fake_number(fake_group *g)
+{
+    struct ncclComm *c = g->comm;
+    int              i;
+    for (i = 0; i < g->num && !g->numbered; i++) {
+        fake_op *op = &g->ops[i];
+        op->number  = op->kind == 0 ? c->sent[op->peer]++ : op->kind == 1 ? c->received[op->peer]++ : c->collectives++;
+    }
+    g->numbered = 1;
+}
+
 static int fake_run_group(fake_item *item)
 {
     fake_group *g = (fake_group *)item->blob;
     int         i, left = 0;
     if (!g->comm) return 1; /* aborted */
-    if (g->hangs || (g->comm->active && g->comm->active != g)) return 0;
+    if (g->hangs || (g->comm->active && g->comm->active != g) || (g->turn && g->turn != g->comm->ended + 1)) return 0;
     g->comm->active = g;
+    fake_number(g);
     for (i = 0; i < g->num; i++) {
         fake_op *op = &g->ops[i];
         if (op->kind == 1 && !op->done) fake_run_receive(g->comm, op);
@@ -305,7 +319,9 @@ static int fake_run_group(fake_item *item)
 static void fake_end_group(fake_item *item)
 {
     fake_group *g = (fake_group *)item->blob;
-    if (g->comm && g->comm->active == g) g->comm->active = NULL;
+    if (!g->comm || g->comm->active != g) return;
+    g->comm->active = NULL;
+    if (g->turn) g->comm->ended = g->turn;
 }
 
 static ncclResult_t fake_enqueue_group(fake_group *g)
@@ -318,6 +334,7 @@ static ncclResult_t fake_enqueue_group(fake_group *g)
     fake_nccl.calls++;
     c->calls++;
     c->polls = c->blocking ? 0 : k->in_progress;
+    g->turn  = fake_stream(g->stream)->capture ? 0 : ++c->turns;
     g->hangs = k->hang_at == c->calls || k->broken_at == c->calls;
     if (k->broken_at == c->calls) c->broken = k->broken;
     memset(&item, 0, sizeof item);
@@ -379,9 +396,7 @@ static ncclResult_t fake_add(struct ncclComm *c, cudaStream_t stream, const fake
         g->comm   = c;
         g->stream = stream;
     }
-    g->ops[g->num]        = *op;
-    g->ops[g->num].number = op->kind == 0 ? c->sent[op->peer]++ : op->kind == 1 ? c->received[op->peer]++ : c->collectives++;
-    g->num++;
+    g->ops[g->num++] = *op;
     return ncclSuccess;
 }
 

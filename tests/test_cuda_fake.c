@@ -7,6 +7,7 @@
 
 #ifdef HAVE_CUDA
 #define LORASYNCI_FULL 1
+#define LORASYNCI_CLOSING_MS 500
 #define LORASYNC_CUDA
 #define LORASYNC_NCCL
 #endif
@@ -408,6 +409,8 @@ static void late_sender_writes_nothing(void)
     fake_cuda.devices  = 2;
     device_options.way = WAY_NCCL_DIRECT; /* the threads' own communicator goes on */
     run_threads(2, late_sender, NULL);
+    CHECK_EQ(fake_cuda.live_memory, 1); /* what the sender still had open: it is not given to anybody else */
+    fake_cuda.live_memory = 0;
     check_left();
 }
 
