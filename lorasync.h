@@ -499,8 +499,9 @@ typedef struct lorasync_comm {
     lorasync_status (*all_gather_stream)(void *user, const void *in, void *out, size_t num_bytes, struct CUstream_st *stream,
                                          int timeout_ms, lorasync_error *err);
 
-    /* Optional: called now and then while this rank waits for something else than a message, in the middle of a collective call. 0 as long as
-       the communicator is healthy; else a status of -100 or below. */
+    /* Optional: called now and then while this rank waits for something else than a message, in the middle of a collective call, and by the root
+       between staging and committing: without it a version may be committed though the other ranks have given up. 0 as long as the communicator
+       is healthy; else a status of -100 or below. */
     lorasync_status (*check)(void *user, lorasync_error *err);
 } lorasync_comm;
 
@@ -903,6 +904,9 @@ LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memor
    names the engines on either side, and publishing the same version again brings all of them to it. So both must be legal for the version that is
    served already. More than one transport without commit cannot be all or nothing.
    No lock is held during a call; calls come from the thread that is in lorasync_wait, one at a time.
+   The other ranks wait meanwhile, up to lorasync_desc.publish_timeout_ms for all calls together: an engine that may hang needs a deadline of its own
+   below that. Before the first commit of a run that staged for more than 10 ms the root asks comm.check; when the communicator is lost, all that was
+   staged is aborted.
    `size` is sizeof(lorasync_transport) when filled. Return 0 or a negative status with err filled (never NULL). A status of -100 or below is
    passed on as LORASYNC_E_IO: it says nothing about the trainer's communicator. */
 typedef struct lorasync_transport {
@@ -1250,7 +1254,9 @@ typedef struct lorasync_desc {
     int                    no_direct;
     const lorasync_cuda   *cuda;         /* NULL: parameters are in host memory. Copied */
     size_t                 bucket_bytes; /* as in lorasync_plan_desc */
-    int                    timeout_ms;   /* 0: 60000 */
+    int timeout_ms; /* of each collective step but the root's publishing: that long ranks wait for one another. 0: 60000 */
+    int publish_timeout_ms; /* how long the other ranks wait in lorasync_wait and lorasync_republish while the root stages and commits, on all engines
+                                      together. A root that dies is noticed sooner where the comm notices it. 0: 600000, ten minutes */
     int quorum; /* 0: all engines must take a version, or none does. n: at least n must; those that fail keep the old one, are reported
                                       and tried again at the next sync; with fewer than n nobody gets it. Used on the root */
     int skip_unchanged; /* 1: when every engine serves exactly these bytes already, nothing is staged (report.skipped). Used on the root */
@@ -1277,6 +1283,9 @@ typedef struct lorasync_report {
 } lorasync_report;
 
 /* Not collective: if it fails on one rank, the others learn it in lorasync_compile, at its deadline or when the host gives its communicator up.
+   A new session does not know what was published before it. After a restart, or a lost communicator, go on with a version greater than the one that is
+   served: in a directory it is what <adapter>/latest points to, in shared memory an engine's lorasync_acquire(..)->version; or sync
+   version 1, and where a newer one is served LORASYNC_E_VERSION names it.
    Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_config_parse. */
 LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_session **out, lorasync_error *err);
 
@@ -1302,7 +1311,9 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
 /* One step. begin snapshots the parameters: when it returns they may change again. wait moves, publishes and returns the verdict. Both are
    collective and must be called in pairs, wait also after a failed begin. Versions count up from 1: a version must be greater than the last
    one published (a skipped one was not), and may be tried again after a failure.
-   wait fails without effect: engines keep the old version. LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE (ranks pass different versions),
+   wait fails without effect: engines keep the old version, but see lorasync_transport for commits that fail. Only a communicator that is lost while
+   the root commits, or tells the others that it has, leaves ranks in doubt: they return a status of -100 or below, and the version may be published.
+   So after a loss look at what engines serve before choosing the next version (see lorasync_open). LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE (ranks pass different versions),
    whatever a transport returned, LORASYNC_E_STATE (before compile), and those of the comm. No allocation, no string work. */
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err);
 LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err);
@@ -1367,7 +1378,7 @@ typedef struct lorasync_stream_desc {
     int no_direct;
     const lorasync_cuda
         *cuda;       /* NULL: parameters are in host memory. Copied. Device memory travels over exchange_stream or pinned memory */
-    int  timeout_ms; /* 0: 60000 */
+    int  timeout_ms; /* 0: 60000. Staging a bucket counts, and so does committing: give more than the slowest engine takes */
     const lorasync_allocator *allocator;
 } lorasync_stream_desc;
 
@@ -12044,6 +12055,7 @@ LORASYNCI_FN lorasync_status lorasynci_remember(lorasync_error *first, const lor
        outcomes    [ STAGED | COMMITTED | BEHIND | IDLE ]   in the middle of staging; num_possible is 3
                                                  ^ end[1]: those before it, of the transports with commit, were tried
 
+   Between staging and committing the trainer's communicator is asked whether the others still wait; else all is aborted.
    Within a run STAGED means: owes a commit or an abort. Of an image in buckets each is staged in this way, and only the last one is committed; until
    then a transport without commit owes an abort too. */
 typedef struct lorasynci_publication {
@@ -12053,6 +12065,9 @@ typedef struct lorasynci_publication {
     size_t                    need;        /* so many engines must take the image, or none shall */
     int                       behind_only; /* 1: leave those alone that serve this version */
     const lorasync_image     *image;
+    const lorasync_comm      *comm;          /* the trainer's, asked before the first commit; NULL: nobody waits for this */
+    uint64_t                  start_ns;      /* when its ranks were known to be there */
+    lorasync_error            lost;          /* why they are not any more */
     size_t                    num_possible;  /* tried without failure, or not tried yet */
     size_t                    end[2];        /* of those without and with commit */
     int                       num_new;       /* serve the image's version now */
@@ -12208,26 +12223,49 @@ LORASYNCI_FN lorasync_status lorasynci_tell_who(const lorasynci_publication *p, 
     return err->status;
 }
 
+enum {
+    LORASYNCI_QUICK_NS = 10000000
+};
+
+/* The last moment at which every engine keeps the old version. Ranks that gave up while the root was staging go on from that one: so must the engines.
+   After a quick staging nobody is asked: that costs a few system calls for each rank, and all have voted just before. */
+LORASYNCI_FN int lorasynci_may_commit(lorasynci_publication *p)
+{
+    lorasync_status status;
+    if (p->num_possible < p->need || p->lost.status < 0) return 0;
+    if (p->num_new || !p->num || !p->comm || !p->comm->check) return 1;
+    if (lorasynci_now_ns() - p->start_ns < LORASYNCI_QUICK_NS) return 1;
+    status         = p->comm->check(p->comm->user, &p->lost);
+    p->lost.status = status < 0 && !lorasync_is_lost(status) ? LORASYNC_E_COMM : status;
+    if (status >= 0) return 1;
+    lorasynci_prefix(&p->lost, "version %llu was staged, and is published nowhere, since the other ranks do not wait for it any more",
+                     (unsigned long long)p->image->version);
+    return 0;
+}
+
 LORASYNCI_FN void lorasynci_stage_all(lorasynci_publication *p)
 {
     lorasynci_stage_some(p, 1);
-    lorasynci_stage_some(p, 0);
+    if (lorasynci_may_commit(p)) lorasynci_stage_some(p, 0);
 }
 
 /* After staging: the commits, or the aborts. */
 LORASYNCI_FN lorasync_status lorasynci_publish_end(lorasynci_publication *p, lorasync_error *err)
 {
-    if (p->num_possible >= p->need) lorasynci_commit_all(p);
-    if (p->num_possible >= p->need) return LORASYNC_OK;
+    if (lorasynci_may_commit(p)) lorasynci_commit_all(p);
+    if (p->num_possible >= p->need && p->lost.status == LORASYNC_OK) return LORASYNC_OK;
     lorasynci_abort_all(p);
-    return lorasynci_tell_who(p, err);
+    if (p->lost.status == LORASYNC_OK) return lorasynci_tell_who(p, err);
+    if (err) *err = p->lost;
+    return p->lost.status;
 }
 
 /* Brings the image to at least p->need transports or to none (see above); transports, outcomes, num, need, behind_only and image are given.
-   p->num_new: how many took it. Allocates nothing. */
+   p->num_new: how many took it. Allocates nothing. A status of -100 and below is p->lost: the communicator's. */
 LORASYNCI_FN lorasync_status lorasynci_publish(lorasynci_publication *p, lorasync_error *err)
 {
     p->num_possible = p->num;
+    p->start_ns     = lorasynci_now_ns();
     lorasynci_stage_all(p);
     return lorasynci_publish_end(p, err);
 }
@@ -15509,6 +15547,8 @@ struct lorasync_session {
     uint64_t           last_version; /* published */
     uint64_t           last_digest;  /* of it, on the root */
     int                published;    /* the plan's image is last_version */
+    int                publish_timeout_ms;
+    char               engines[80]; /* names of the root's transports */
     uint64_t           begin_ns;
     lorasynci_aim      aim;
 };
@@ -15578,7 +15618,8 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
 LORASYNCI_FN lorasync_status lorasynci_session_copy(lorasync_session *s, lorasync_error *err)
 {
     const char *adapter = s->desc.adapter ? s->desc.adapter : "default", *config = s->desc.config_json, *base = s->desc.base_model;
-    s->adapter = lorasynci_copy_text(&s->a, adapter, strlen(adapter));
+    s->publish_timeout_ms = s->desc.publish_timeout_ms > 0 ? s->desc.publish_timeout_ms : 600000;
+    s->adapter            = lorasynci_copy_text(&s->a, adapter, strlen(adapter));
     if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
     if (base) s->base_model = lorasynci_copy_text(&s->a, base, strlen(base));
     s->votes            = lorasynci_alloc(&s->a, lorasynci_vote_scratch(s->comm.world));
@@ -15943,17 +15984,86 @@ typedef struct lorasynci_outcome {
     lorasynci_shm_target target;
 } lorasynci_outcome;
 
-/* Agrees on the root's verdict and hands its outcome to all. */
-LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const lorasync_error *mine, lorasynci_outcome *outcome,
-                                                     lorasync_error *err)
+/* One message from the root to each other rank. They wait for nobody else: only the root has anything to say. */
+typedef struct lorasynci_notice {
+    lorasync_error    verdict;
+    lorasynci_outcome outcome;
+    char              engines[80]; /* the transports' names, for errors on the other ranks */
+} lorasynci_notice;
+
+LORASYNCI_FN int lorasynci_session_is_root(const lorasync_session *s) { return s->comm.rank == s->desc.root; }
+
+/* Brings the root's bytes to all ranks. */
+LORASYNCI_FN lorasync_status lorasynci_session_tell(lorasync_session *s, void *bytes, size_t num_bytes, int timeout_ms, lorasync_error *err)
 {
-    const lorasync_comm *c      = &s->comm;
-    lorasynci_outcome   *all    = (lorasynci_outcome *)s->votes;
-    lorasync_status      status = lorasynci_session_agree(s, mine, 0, "", err);
-    if (status == LORASYNC_OK) status = c->all_gather(c->user, outcome, all, sizeof *outcome, s->plan->timeout_ms, err);
-    if (status == LORASYNC_OK) *outcome = all[s->desc.root];
-    if (lorasync_is_lost(status) && !s->plan->lost) lorasynci_plan_lose(s->plan, status, err);
-    return status;
+    const lorasync_comm *c        = &s->comm;
+    lorasync_message    *messages = (lorasync_message *)s->votes;
+    size_t               n        = 0;
+    int                  rank;
+    for (rank = 0; rank < c->world; rank++) {
+        if (rank == c->rank || (!lorasynci_session_is_root(s) && rank != s->desc.root)) continue;
+        messages[n].peer      = rank;
+        messages[n].data      = bytes;
+        messages[n].num_bytes = num_bytes;
+        n++;
+    }
+    if (n == 0) return LORASYNC_OK;
+    if (lorasynci_session_is_root(s)) return c->exchange(c->user, messages, n, NULL, 0, timeout_ms, err);
+    return c->exchange(c->user, NULL, 0, messages, n, timeout_ms, err);
+}
+
+/* The communicator went while the root was publishing, or telling of it: what is known of that. */
+LORASYNCI_FN void lorasynci_session_explain(const lorasync_session *s, lorasync_error *err)
+{
+    unsigned long long version = s->published ? s->last_version : s->version;
+    if (lorasynci_session_is_root(s)) lorasynci_prefix(err, "version %llu is published, and not all other ranks know", version);
+    else if (err->status == LORASYNC_E_TIMEOUT)
+        lorasynci_prefix(
+            err,
+            "the root, rank %d, was publishing version %llu to %s and did not end within %d ms; is a transport slow or stuck? Raise "
+            "desc.publish_timeout_ms; look at what engines serve before choosing the next version",
+            s->desc.root, version, s->engines, s->publish_timeout_ms);
+    else
+        lorasynci_prefix(err,
+                         "while the root, rank %d, was publishing version %llu to %s; look at what engines serve before choosing the next",
+                         s->desc.root, version, s->engines);
+}
+
+/* Hands the root's verdict and outcome to all. When it has `published` before, the others may have to wait for that: their deadline is another. */
+LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const lorasync_error *mine, lorasynci_outcome *outcome,
+                                                     int published, lorasync_error *err)
+{
+    lorasynci_notice notice;
+    lorasync_status  status     = mine->status;
+    int              timeout_ms = published && !lorasynci_session_is_root(s) ? s->publish_timeout_ms : s->plan->timeout_ms;
+    if (lorasync_is_lost(status)) {
+        *err = *mine;
+        return lorasynci_plan_lose(s->plan, status, err);
+    }
+    memset(&notice, 0, sizeof notice);
+    notice.verdict = *mine;
+    notice.outcome = *outcome;
+    memcpy(notice.engines, s->engines, sizeof notice.engines);
+    status = lorasynci_session_tell(s, &notice, sizeof notice, timeout_ms, err);
+    if (status < 0 && published) lorasynci_session_explain(s, err);
+    if (lorasync_is_lost(status)) return lorasynci_plan_lose(s->plan, status, err);
+    if (status < 0) return status;
+    notice.verdict.text[sizeof notice.verdict.text - 1] = 0;
+    memcpy(s->engines, notice.engines, sizeof s->engines);
+    *outcome = notice.outcome;
+    status   = notice.verdict.status;
+    if (status >= 0) return LORASYNC_OK;
+    if (s->comm.world == 1) return lorasynci_fail(err, status, "%s", notice.verdict.text);
+    return lorasynci_fail(err, status, "rank %d: %.480s", s->desc.root, notice.verdict.text);
+}
+
+/* The root's transports, as its errors and those of the other ranks call them. */
+LORASYNCI_FN void lorasynci_session_list_engines(lorasync_session *s)
+{
+    size_t i, num = lorasynci_session_is_root(s) ? lorasynci_num_transports(s) : 0;
+    s->engines[0] = 0;
+    for (i = 0; i < num; i++) lorasynci_list_name(s->engines, sizeof s->engines, lorasynci_transports(s)[i].name);
+    if (num == 0) snprintf(s->engines, sizeof s->engines, "no engine");
 }
 
 /* On the root: asks the first shared-memory transport for the slot of its next version. Without one the image is made in the plan's memory. */
@@ -16064,8 +16174,9 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
         session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
     lorasynci_session_aim_home(session);
     lorasynci_session_config(session, &mine);
+    lorasynci_session_list_engines(session);
     slot   = lorasynci_session_ask(session, &outcome.target);
-    status = lorasynci_session_share(session, &mine, &outcome, err);
+    status = lorasynci_session_share(session, &mine, &outcome, 0, err);
     if (status == LORASYNC_OK) lorasynci_session_aim(session, &outcome.target, slot);
     if (status < 0) {
         session->lost = session->plan->lost;
@@ -16154,6 +16265,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_to_engines(lorasync_session *s, c
     p.need        = behind_only ? 0 : s->desc.quorum ? (size_t)s->desc.quorum : p.num;
     p.behind_only = behind_only;
     p.image       = image;
+    if (!behind_only) p.comm = &s->comm; /* else others serve it already */
     return lorasynci_publish(&p, err);
 }
 
@@ -16210,7 +16322,7 @@ LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_r
     lorasynci_session_aim_home(session); /* the slot is served from here on, whatever comes of the rest */
     lorasynci_session_publish(session, &outcome, &mine);
     slot = lorasynci_session_ask(session, &outcome.target);
-    LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, err));
+    LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, 1, err));
     lorasynci_session_aim(session, &outcome.target, slot);
     if (!outcome.skipped) session->last_version = session->version;
     session->last_digest = outcome.digest;
@@ -16251,7 +16363,7 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     lorasynci_session_aim_home(session);
     lorasynci_session_republish(session, &outcome, &mine);
     slot = lorasynci_session_ask(session, &outcome.target);
-    LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, err));
+    LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, 1, err));
     lorasynci_session_aim(session, &outcome.target, slot);
     return outcome.num_behind ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
 }
@@ -17097,6 +17209,7 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
         p.transports = lorasynci_stream_transports(stream);
         p.outcomes   = (lorasync_engine_outcome *)(void *)stream->outcomes.data;
         p.num = p.need = p.num_possible = lorasynci_stream_num_transports(stream);
+        p.comm                          = &stream->comm;
     }
     status = lorasynci_stream_run(stream, version, &p, &outcome, &report, err);
     if (lorasync_is_lost(status)) stream->talk->lost = status;

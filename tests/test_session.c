@@ -5,6 +5,7 @@
 #include "ranks.h"
 
 #include <math.h>
+#include <signal.h>
 #include <sys/mman.h>
 
 #define P "base_model.model.model.layers.0."
@@ -141,22 +142,25 @@ static void fill_model(rank_model *m, int step)
 /* -- transports of the test: remembers, fails on demand */
 
 typedef struct engine {
-    int           stages, commits, aborts, closes, fail_stage, fail_commit, slow_ms;
+    int           stages, commits, aborts, closes, fail_stage, fail_commit, slow_ms, slow_commit_ms;
     uint64_t      staged, served, digest;
     unsigned char file[1 << 16], staged_file[1 << 16];
     size_t        num_bytes, staged_bytes;
     char          config[4096], adapter[64];
 } engine;
 
+static void sleep_ms(int ms)
+{
+    struct timespec t;
+    t.tv_sec = ms / 1000, t.tv_nsec = ms % 1000 * 1000000L;
+    nanosleep(&t, NULL);
+}
+
 static lorasync_status engine_stage(void *user, const lorasync_image *image, lorasync_error *err)
 {
     engine *e = (engine *)user;
     e->stages++;
-    if (e->slow_ms) {
-        struct timespec t;
-        t.tv_sec = 0, t.tv_nsec = e->slow_ms * 1000000L;
-        nanosleep(&t, NULL);
-    }
+    if (e->slow_ms) sleep_ms(e->slow_ms);
     if (e->fail_stage) return lorasynci_fail(err, LORASYNC_E_IO, "the engine has no room");
     memcpy(e->staged_file, image->header, image->header_bytes);
     memcpy(e->staged_file + image->header_bytes, image->payload, image->payload_bytes);
@@ -171,6 +175,7 @@ static lorasync_status engine_commit(void *user, const char *adapter, uint64_t v
 {
     engine *e = (engine *)user;
     e->commits++;
+    if (e->slow_commit_ms) sleep_ms(e->slow_commit_ms);
     if (e->fail_commit) return lorasynci_fail(err, LORASYNC_E_IO, "the engine will not commit");
     if (version != e->staged || strcmp(adapter, e->adapter) != 0)
         return lorasynci_fail(err, LORASYNC_E_STATE, "commit of what was not staged");
@@ -1244,6 +1249,93 @@ static void lost_story(rank_context *c)
 
 static void rank_is_lost(void) { tell(lost_story, 3); }
 
+/* -- transports that are slower than a deadline */
+
+/* Publishing is not held against the ranks that wait for it. */
+static void slow_story(rank_context *c)
+{
+    lorasync_desc     d = plain_desc(&c->comm);
+    rank_model       *m = &shared.models[c->rank];
+    engine           *e = &shared.engines[0];
+    lorasync_session *s = NULL;
+    lorasync_report   report;
+    lorasync_error    err;
+    d.timeout_ms = 300, d.no_direct = stories_no_direct, d.root = 1;
+    make_model(m, model, MODEL, FSDP2, c->rank, c->world, 1);
+    MUST(open_session(&d, m, c->rank == 1 ? e : NULL, &s, &err), LORASYNC_OK);
+    if (c->rank == 1) e->slow_ms = e->slow_commit_ms = 700;
+    MUST(lorasync_sync(s, 1, &report, &err), LORASYNC_OK);
+    HOLDS(report.version == 1 && report.num_engines == 1);
+    if (c->rank == 1) e->slow_commit_ms = 0, e->fail_stage = 1;
+    MUST(lorasync_sync(s, 2, &report, &err), LORASYNC_E_IO);
+    HOLDS(strstr(err.text, "rank 1: transport 'engine' could not stage: the engine has no room") != NULL);
+    if (c->rank == 1) e->slow_ms = e->fail_stage = 0;
+    MUST(lorasync_sync(s, 2, &report, &err), LORASYNC_OK);
+    MUST(lorasync_republish(s, &err), LORASYNC_NOTHING_NEW);
+    lorasync_close(s);
+}
+
+static void slow_engine(void) { tell(slow_story, 3); }
+
+/* One that takes longer than the others wait for publishing: they give up, and then nobody may serve the version. */
+static void too_slow_story(rank_context *c)
+{
+    lorasync_desc     d = plain_desc(&c->comm);
+    rank_model       *m = &shared.models[c->rank];
+    engine           *e = &shared.engines[0];
+    lorasync_session *s = NULL;
+    lorasync_status   status;
+    lorasync_error    err;
+    d.publish_timeout_ms = 200, d.no_direct = stories_no_direct;
+    make_model(m, model, MODEL, FSDP2, c->rank, c->world, 1);
+    MUST(open_session(&d, m, c->rank == 0 ? e : NULL, &s, &err), LORASYNC_OK);
+    MUST(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
+    if (c->rank == 0) e->slow_ms = 700;
+    status = lorasync_sync(s, 2, NULL, &err);
+    HOLDS(lorasync_is_lost(status));
+    if (c->rank == 0) {
+        HOLDS(e->served == 1 && e->stages == 2 && e->commits == 1 && e->aborts == 1);
+        HOLDS(strstr(err.text, "version 2 was staged, and is published nowhere") != NULL);
+    } else {
+        HOLDS(strstr(err.text, "the root, rank 0, was publishing version 2 to engine") != NULL);
+        HOLDS(status != LORASYNC_E_TIMEOUT || strstr(err.text, "publish_timeout_ms") != NULL);
+    }
+    MUST(lorasync_sync(s, 2, NULL, &err), LORASYNC_E_LOST);
+    lorasync_close(s);
+}
+
+static void too_slow_engine(void) { tell(too_slow_story, 3); }
+
+/* A rank that is killed while the root stages. */
+static void killed_story(rank_context *c)
+{
+    static rank_model m;
+    static engine     e;
+    lorasync_desc     d = plain_desc(&c->comm);
+    lorasync_session *s = NULL;
+    lorasync_status   status;
+    lorasync_error    err;
+    d.no_direct = stories_no_direct;
+    make_model(&m, model, MODEL, FSDP2, c->rank, c->world, 1);
+    CHECK_EQ(open_session(&d, &m, c->rank == 0 ? &e : NULL, &s, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
+    if (c->rank == 0) e.slow_ms = 600;
+    if (c->rank == 2 && fork() == 0) sleep_ms(250), kill(getppid(), SIGKILL), _exit(0);
+    status = lorasync_sync(s, 2, NULL, &err);
+    CHECK(lorasync_is_lost(status));
+    if (c->rank == 0) CHECK(e.served == 1 && e.commits == 1 && e.aborts == 1);
+    lorasync_close(s);
+}
+
+static void killed_while_staging(void)
+{
+    int direct;
+    for (direct = 0; direct < 2; direct++) {
+        stories_no_direct = !direct;
+        CHECK_EQ(run_processes(3, killed_story, NULL), 1); /* the one that was killed */
+    }
+}
+
 int main(void)
 {
     RUN(solo_session);
@@ -1266,5 +1358,8 @@ int main(void)
     RUN(no_allocation_per_sync);
     RUN(no_memory_anywhere);
     RUN(rank_is_lost);
+    RUN(slow_engine);
+    RUN(too_slow_engine);
+    RUN(killed_while_staging);
     return test_summary("test_session");
 }
