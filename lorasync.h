@@ -920,7 +920,7 @@ typedef struct lorasync_transport {
     lorasync_status (*commit)(void *user, const char *adapter, uint64_t version, lorasync_error *err);
     /* Forget what was staged. NULL: nothing to forget. */
     void (*abort)(void *user, const char *adapter, uint64_t version);
-    /* Called once when the session that it is attached to closes. NULL: nothing to close. */
+    /* Called once for each lorasync_attach, when that session closes. NULL: nothing to close. */
     void (*close)(void *user);
     /* 1: stage also takes base weights (>>api: base) in several images: image->bucket 0, 1, .. image->num_buckets - 1 of one version, one stage each,
        then one commit for all; an abort may come after any of them, and the next try begins with bucket 0 again. 0: num_buckets over 1 is refused. */
@@ -1017,11 +1017,13 @@ typedef struct lorasync_shm_desc {
 
 /* Fills *out; end with out->close(out->user), which a session that it is attached to does. The last version stays served after close and after
    the end of the process, until lorasync_shm_remove; the next publisher of that name goes on from there, also after a kill.
-   One publisher per name at a time; up to 64 adapters and 256 engines. All processes belong to one user: segments have mode 600, and one of
+   One publisher per name at a time; up to 64 adapters and 256 engines. Several adapters of a name come from one transport: open it once, attach
+   it to the session of each adapter before the first of them closes, and the close of the last one closes it. On the root one session at a time may
+   publish an adapter through it (LORASYNC_E_BUSY from lorasync_attach); all of them are then used by one thread at a time. All processes belong to one user: segments have mode 600, and one of
    another user, mode, size or layout is refused. They trust each other not to write into slots. A fork cannot publish through its parent's
    transport. After open nothing is allocated. Where shm_open is in librt (glibc before 2.34) link with -lrt.
    Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY, LORASYNC_E_IO (the system's reason), LORASYNC_E_FORMAT (size or layout),
-   LORASYNC_E_BUSY naming the process that publishes there; from stage and commit LORASYNC_E_IO also when shared memory is full, LORASYNC_E_BUSY when
+   LORASYNC_E_BUSY naming the process that publishes there, maybe this one; from stage and commit LORASYNC_E_IO also when shared memory is full, LORASYNC_E_BUSY when
    1,024 slots are held or 64 adapters published, LORASYNC_E_STATE in a fork or when the name was removed, and as the directory transport
    LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT, LORASYNC_E_STATE. LORASYNC_E_UNSUPPORTED for an image on a device, unless
    desc.cuda is set. With desc.cuda: LORASYNC_E_UNSUPPORTED from open without LORASYNC_CUDA; LORASYNC_E_CUDA and LORASYNC_E_MEMORY from open and stage, for what
@@ -1295,9 +1297,10 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
    (box out of bounds), LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err);
 
-/* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes, unless this call failed. Used on the root,
-   ignored elsewhere. An error is also remembered: lorasync_compile then fails on every rank. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_STATE after
-   compile, LORASYNC_E_MEMORY. */
+/* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes, unless this call failed: on every rank that
+   attached it. Only the root's stages and commits. One transport may be attached to several sessions if it is made for being closed by each, as that of
+   lorasync_shm_open is; lorasync_directory_open's is not. An error is also remembered: lorasync_compile then fails on every rank. Errors: LORASYNC_E_ARGUMENT,
+   LORASYNC_E_STATE after compile, LORASYNC_E_BUSY (see lorasync_shm_open), LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err);
 
 /* lorasync_directory_open with defaults, then lorasync_attach; an error of either is remembered. */
@@ -13038,6 +13041,9 @@ LORASYNCI_FN int lorasynci_shm_lock(int fd, int byte, short type, int ask, int *
 #endif
 }
 
+/* Whether two owners are one process: the locked bit says nothing about that. */
+LORASYNCI_FN int lorasynci_shm_is_same_owner(uint64_t a, uint64_t b) { return ((a ^ b) & ~lorasynci_shm_locked) == 0; }
+
 /* 1 unless it is certain that the owner is gone. */
 LORASYNCI_FN int lorasynci_shm_lives(int fd, int byte, uint64_t owner, uint64_t self)
 {
@@ -13226,6 +13232,13 @@ LORASYNCI_FN lorasync_status lorasynci_shm_take(const char *name, int create, lo
         if (!other) lorasynci_shm_disown(&out->control->publisher, *out_mine);
         lorasynci_shm_detach(out);
         if (!other) continue; /* it was being removed */
+        if (lorasynci_shm_is_same_owner(other, self)) {
+            return lorasynci_fail(
+                err, LORASYNC_E_BUSY,
+                "shared memory '%s' has a publisher, this very process %ld; attach that transport to the session of each adapter, "
+                "or close it, or use another name",
+                name, lorasynci_process_pid(other));
+        }
         return lorasynci_fail(err, LORASYNC_E_BUSY,
                               "shared memory '%s' has a publisher, process %ld; one at a time: close it or end it, or use another name",
                               name, lorasynci_process_pid(other));
@@ -13294,8 +13307,16 @@ typedef struct lorasynci_shm_place {
     uint64_t version;      /* that is staged */
 } lorasynci_shm_place;
 
+/* A session that publishes an adapter here: two would gather into one slot. */
+typedef struct lorasynci_shm_lease {
+    const void *session; /* NULL: nobody's */
+    const char *adapter; /* the session's text */
+} lorasynci_shm_lease;
+
 typedef struct lorasynci_shm {
     lorasync_allocator  a;
+    int                 num_users; /* atomic. Sessions that it is attached to: each closes it */
+    lorasynci_shm_lease leases[LORASYNCI_SHM_ADAPTERS];
     lorasynci_shm_map   map;
     char                name[104];
     uint64_t            mine; /* as it stands in the control */
@@ -13600,9 +13621,6 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
 }
 
 /* -- payloads in device memory: the publisher's side */
-
-/* Whether two owners are one process: the locked bit says nothing about that. */
-LORASYNCI_FN int lorasynci_shm_is_same_owner(uint64_t a, uint64_t b) { return ((a ^ b) & ~lorasynci_shm_locked) == 0; }
 
 #ifdef LORASYNC_CUDA
 
@@ -13937,11 +13955,79 @@ LORASYNCI_FN char *lorasynci_shm_map_target(const lorasynci_shm_target *t, size_
     return (char *)map;
 }
 
+/* -- the sessions that it is attached to */
+
+/* The lease of an adapter, or a free one; NULL when all are taken. */
+LORASYNCI_FN lorasynci_shm_lease *lorasynci_shm_lease_of(lorasynci_shm *s, const char *adapter)
+{
+    lorasynci_shm_lease *empty = NULL;
+    int                  i;
+    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
+        lorasynci_shm_lease *c = &s->leases[i];
+        if (c->session && strcmp(c->adapter, adapter) == 0) return c;
+        if (!c->session && !empty) empty = c;
+    }
+    return empty;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_shm_check_lease(void *user, const void *session, const char *adapter, lorasync_error *err)
+{
+    lorasynci_shm       *s = (lorasynci_shm *)user;
+    lorasynci_shm_lease *c = lorasynci_shm_lease_of(s, adapter);
+    if (c && (!c->session || c->session == session)) return LORASYNC_OK;
+    if (!c) {
+        return lorasynci_fail(err, LORASYNC_E_BUSY, "shared memory '%s' is attached to %d sessions already; use another name", s->name,
+                              LORASYNCI_SHM_ADAPTERS);
+    }
+    return lorasynci_fail(err, LORASYNC_E_BUSY,
+                          "another session publishes adapter '%.60s' in shared memory '%s'; close that one first, or use another name",
+                          adapter, s->name);
+}
+
+/* After the check above. A rank that does not publish has no lease (adapter is NULL), and closes all the same. */
+LORASYNCI_FN void lorasynci_shm_enter_lease(void *user, const void *session, const char *adapter)
+{
+    lorasynci_shm       *s = (lorasynci_shm *)user;
+    lorasynci_shm_lease *c = adapter ? lorasynci_shm_lease_of(s, adapter) : NULL;
+    __atomic_fetch_add(&s->num_users, 1, __ATOMIC_SEQ_CST);
+    if (!c) return;
+    c->session = session;
+    c->adapter = adapter;
+}
+
+/* A slot that was lent to a session that closes: a rank that was left behind may still write there, so it goes to nobody else. */
+LORASYNCI_FN void lorasynci_shm_take_back(lorasynci_shm *s, const char *adapter)
+{
+    int i = lorasynci_shm_find(s, adapter), slot;
+    if (i < 0) return;
+    lorasynci_shm_unstage(&s->places[i]);
+    slot              = s->places[i].next;
+    s->places[i].next = -1;
+    if (slot < 0) return;
+    if (!s->device) lorasynci_shm_drop_slot(s, slot);
+    else if (lorasynci_shm_is_open(s, slot)) lorasynci_shm_mark(s->others, slot);
+}
+
+/* Before the session closes the transport. */
+LORASYNCI_FN void lorasynci_shm_drop_leases(void *user, const void *session)
+{
+    lorasynci_shm *s = (lorasynci_shm *)user;
+    int            i;
+    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
+        lorasynci_shm_lease *c = &s->leases[i];
+        if (c->session != session) continue;
+        if (lorasynci_shm_check_mine(s, NULL) == LORASYNC_OK) lorasynci_shm_take_back(s, c->adapter);
+        c->session = NULL;
+    }
+}
+
+/* Closes it when nobody uses it any more. */
 LORASYNCI_FN void lorasynci_shm_close(void *user)
 {
     lorasynci_shm     *s = (lorasynci_shm *)user;
     lorasync_allocator a = s->a;
     int                i;
+    if (__atomic_sub_fetch(&s->num_users, 1, __ATOMIC_SEQ_CST) > 0) return;
     lorasynci_shm_leave_payloads(s);
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
         if (s->memory[i]) munmap(s->memory[i], s->sizes[i]);
@@ -15600,6 +15686,7 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     lorasynci_session_drop_aims(session);
     for (i = 0; i < lorasynci_num_transports(session); i++) {
         const lorasync_transport *t = &lorasynci_transports(session)[i];
+        if (t->stage == lorasynci_shm_stage) lorasynci_shm_drop_leases(t->user, session);
         if (t->close) t->close(t->user);
     }
     lorasync_plan_free(session->plan);
@@ -15731,10 +15818,15 @@ LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const loras
 LORASYNCI_FN lorasync_status lorasynci_session_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err)
 {
     lorasync_transport t;
+    const char        *leased = session->comm.rank == session->desc.root ? session->adapter : NULL;
     if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: transport is NULL");
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_attach after lorasync_compile: attach every engine before");
     LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
-    return lorasynci_put_engine(&session->transports, &session->outcomes, &t, err);
+    if (t.stage != lorasynci_shm_stage) return lorasynci_put_engine(&session->transports, &session->outcomes, &t, err);
+    if (leased) LORASYNCI_TRY(lorasynci_shm_check_lease(t.user, session, leased, err));
+    LORASYNCI_TRY(lorasynci_put_engine(&session->transports, &session->outcomes, &t, err));
+    lorasynci_shm_enter_lease(t.user, session, leased);
+    return LORASYNC_OK;
 }
 
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err)

@@ -1025,6 +1025,7 @@ static void test_one_publisher(void)
     snprintf(text, sizeof text, "process %ld", (long)getpid());
     CHECK_EQ(try_transport(&second, &err), LORASYNC_E_BUSY);
     CHECK_HAS(err.text, text);
+    CHECK_HAS(err.text, "attach that transport to the session of each adapter");
     CHECK_EQ(lorasync_shm_remove(name, &err), LORASYNC_E_BUSY);
     CHECK_HAS(err.text, text);
     fflush(NULL);
@@ -1042,6 +1043,88 @@ static void test_one_publisher(void)
     t = open_transport();
     CHECK_EQ(publish(&t, "default", 2, &err), 0);
     t.close(t.user);
+}
+
+/* -- one transport, several sessions */
+
+static float session_values[2][64];
+
+static lorasync_session *open_adapter_session(const char *adapter)
+{
+    lorasync_desc     d;
+    lorasync_session *s = NULL;
+    lorasync_error    err;
+    int               i;
+    memset(&d, 0, sizeof d);
+    d.lora_alpha = 4, d.adapter = adapter;
+    CHECK_EQ(lorasync_open(&d, &s, &err), 0);
+    for (i = 0; s && i < 2; i++) {
+        lorasync_piece p;
+        memset(&p, 0, sizeof p);
+        p.name  = i ? "model.layers.0.q_proj.lora_B.weight" : "model.layers.0.q_proj.lora_A.weight";
+        p.dtype = LORASYNC_F32, p.ndim = 2, p.shape[0] = p.shape[1] = 8;
+        p.box = lorasync_whole(p.shape, 2), p.data = session_values[i];
+        CHECK_EQ(lorasync_add(s, &p, &err), 0);
+    }
+    return s;
+}
+
+static uint64_t session_served(lorasync_engine *e, const char *adapter)
+{
+    const lorasync_adapter *a = lorasync_acquire(e, adapter);
+    uint64_t                v = a ? a->version : 0;
+    lorasync_release(a);
+    return v;
+}
+
+/* Versions of one session; the engine must see each. */
+static void session_publishes(lorasync_session *s, lorasync_engine *e, const char *adapter, uint64_t from, uint64_t to)
+{
+    lorasync_error  err;
+    lorasync_report report;
+    for (; from <= to; from++) {
+        CHECK_EQ(lorasync_sync(s, from, &report, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(session_served(e, adapter), from);
+    }
+    CHECK_EQ(report.in_place, 1);
+}
+
+static void test_sessions_share(void)
+{
+    lorasync_transport t;
+    lorasync_session  *a, *b, *c;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    fresh_name();
+    t = open_transport();
+    e = open_engine(NULL, 0);
+    a = open_adapter_session("a"), b = open_adapter_session("b"), c = open_adapter_session("a");
+    CHECK_EQ(lorasync_attach(a, &t, &err), 0);
+    CHECK_EQ(lorasync_attach(b, &t, &err), 0);
+    CHECK_EQ(lorasync_compile(a, &err), 0);
+    CHECK_EQ(lorasync_compile(b, &err), 0);
+    session_publishes(a, e, "a", 1, 4);
+    session_publishes(b, e, "b", 1, 4);
+    CHECK_EQ(lorasync_attach(c, &t, &err), LORASYNC_E_BUSY); /* two of one adapter would gather into one slot */
+    CHECK_HAS(err.text, "another session publishes adapter 'a'");
+    lorasync_close(c);
+    session_publishes(a, e, "a", 5, 6);
+    CHECK_EQ(lorasync_begin(b, 5, &err), 0);
+    lorasync_close(a);
+    CHECK_EQ(lorasync_wait(b, NULL, &err), 0);
+    session_publishes(b, e, "b", 6, 9);
+    c = open_adapter_session("a"); /* and another takes a's place */
+    CHECK_EQ(lorasync_attach(c, &t, &err), 0);
+    CHECK_EQ(lorasync_compile(c, &err), 0);
+    session_publishes(c, e, "a", 7, 9);
+    lorasync_close(b);
+    session_publishes(c, e, "a", 10, 12);
+    CHECK_EQ(session_served(e, "b"), 9);
+    lorasync_close(c); /* the last one: the place is free */
+    t = open_transport();
+    t.close(t.user);
+    lorasync_engine_close(e);
 }
 
 static void test_fork_engine(void)
@@ -1559,6 +1642,7 @@ int main(void)
     RUN(test_removed_by_hand);
     RUN(test_full);
     RUN(test_one_publisher);
+    RUN(test_sessions_share);
     RUN(test_fork_engine);
     RUN(test_dead_reader);
     RUN(test_many_dead_readers);
