@@ -1335,8 +1335,10 @@ LORASYNC_API const lorasync_engine_outcome *lorasync_get_outcomes(const lorasync
 LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, lorasync_error *err);
 
 /* Resumes: reads a PEFT directory or safetensors file on the root and writes every rank's pieces, replicas included, converted to their dtypes.
-   Collective, after compile. The file's tensors and the session's must be the same set with the same shapes. Scales are not undone:
-   LORASYNC_E_UNSUPPORTED with fold_scale or a piece.scale. On failure before anything moved the pieces are untouched; the error text says if any were written. */
+   Collective, after compile; path is equal on all ranks and read on the root. The file's tensors and the session's must be the same set with the same
+   shapes; the adapter's name in the file may be another. Each module's scale (alpha / rank) must be the same in the directory's adapter_config.json as
+   in the session, else LORASYNC_E_CONFIG names both: the session would publish these weights as another adapter. A single file has no config to
+   compare. Scales are not undone: LORASYNC_E_UNSUPPORTED with fold_scale or a piece.scale. On failure before anything moved the pieces are untouched; the error text says if any were written. */
 LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err);
 
 /* What compile found. num_added pieces were declared on this rank, num_taken passed the filter. */
@@ -16501,6 +16503,42 @@ LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, cons
     return status;
 }
 
+/* Under another scale the same weights are another adapter. */
+LORASYNCI_FN lorasync_status lorasynci_compare_scales(const lorasync_config *file, const lorasync_config *session,
+                                                      const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_name name;
+    size_t        i;
+    for (i = 0; i < image->num_tensors; i++) {
+        double was, is;
+        LORASYNCI_TRY(lorasync_parse_name(image->tensors[i].name, &name, err));
+        if (name.role != LORASYNC_ROLE_LORA_B && name.role != LORASYNC_ROLE_EMBEDDING_B) continue;
+        was = lorasync_config_scale(file, name.module);
+        is  = lorasync_config_scale(session, name.module);
+        if (fabs(was - is) <= 1e-9 * fabs(was)) continue;
+        return lorasynci_fail(
+            err, LORASYNC_E_CONFIG,
+            "module %.200s: the file's adapter_config.json gives it scale %.9g, this session %.9g; open the session with the "
+            "lora_alpha or config_json that the file was trained with",
+            name.module, was, is);
+    }
+    return LORASYNC_OK;
+}
+
+/* On the root: what can be loaded here. A single file comes without a config, and is believed. */
+LORASYNCI_FN lorasync_status lorasynci_session_open_file(const lorasync_session *s, const char *path, lorasync_image **out,
+                                                         lorasync_error *err)
+{
+    lorasync_config *file = NULL, *own = NULL;
+    const char      *text   = s->published_config;
+    lorasync_status  status = lorasync_open_adapter(path, &s->a, out, &file, err);
+    if (status == LORASYNC_OK && file && text) status = lorasync_config_parse(text, strlen(text), &s->a, &own, err);
+    if (status == LORASYNC_OK && own) status = lorasynci_compare_scales(file, own, *out, err);
+    lorasync_config_free(own);
+    lorasync_config_free(file);
+    return status;
+}
+
 LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err)
 {
     lorasync_error  mine, why;
@@ -16519,7 +16557,7 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
     else if (session->desc.fold_scale)
         lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED,
                        "a session with fold_scale cannot load: what it publishes is not what it trains; load with fold_scale 0");
-    else if (session->comm.rank == session->desc.root) lorasync_open_adapter(path, &session->a, &image, NULL, &mine);
+    else if (session->comm.rank == session->desc.root) lorasynci_session_open_file(session, path, &image, &mine);
     if (mine.status == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
     for (i = 0; pieces && i < lorasynci_num_taken(session) && mine.status == LORASYNC_OK; i++)
         if (pieces[i].scale != 0 && pieces[i].scale != 1)

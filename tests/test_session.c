@@ -1026,6 +1026,48 @@ static void load_with_a_scale(void)
     remove_folder();
 }
 
+/* What a file means depends on its config: another scale makes another adapter of it. */
+static void load_compares_scales(void)
+{
+    static rank_model        m;
+    static const char *const configs[] = {
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":999,\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"use_rslora\":true,\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"alpha_pattern\":{\"up_proj\":8},\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+    };
+    lorasync_desc     d = plain_desc(NULL);
+    lorasync_session *s = NULL;
+    lorasync_error    err;
+    char              path[400], file[460];
+    int               i;
+    make_folder();
+    REQUIRE(folder[0]);
+    make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
+    REQUIRE(lorasync_open(&d, &s, &err) == LORASYNC_OK);
+    CHECK_EQ(add_all(s, &m, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_attach_directory(s, folder, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_compile(s, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
+    lorasync_close(s);
+    snprintf(path, sizeof path, "%s/default/v1", folder);
+    snprintf(file, sizeof file, "%s/adapter_model.safetensors", path);
+    for (i = 0; i < 4; i++) {
+        d.config_json = configs[i];
+        fill_model(&m, 2);
+        REQUIRE(open_session(&d, &m, NULL, &s, &err) == LORASYNC_OK);
+        CHECK_EQ(lorasync_load(s, path, &err), i ? LORASYNC_E_CONFIG : LORASYNC_OK);
+        if (i == 1) CHECK_HAS(err.text, "scale 2, this session 124.875");
+        if (i == 2) CHECK_HAS(err.text, "scale 2, this session 5.65685");
+        if (i == 3)
+            CHECK_HAS(err.text, "module model.layers.0.mlp.up_proj: the file's adapter_config.json gives it scale 2, this session 1;");
+        CHECK(m.memory[1][0] == truth(1, 0, i ? 2 : 1));     /* untouched, or loaded */
+        CHECK_EQ(lorasync_load(s, file, &err), LORASYNC_OK); /* no config beside it is looked for */
+        lorasync_close(s);
+    }
+    remove_folder();
+}
+
 /* -- other kinds of tensors */
 
 static const parameter kinds[] = {
@@ -1352,6 +1394,7 @@ int main(void)
     RUN(one_function_transport);
     RUN(load_restores);
     RUN(load_with_a_scale);
+    RUN(load_compares_scales);
     RUN(other_kinds);
     RUN(all_linear);
     RUN(base_weights);
