@@ -1352,7 +1352,7 @@ typedef struct lorasync_session_info {
 } lorasync_session_info;
 LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_session_info *out);
 
-/* The image last synced, on the root between a successful wait and its next begin; NULL elsewhere. Its config_json is what was published. */
+/* The image last synced, on the root between a successful wait and its next begin; NULL elsewhere, and after a wait that failed. Its config_json is what was published. */
 LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session *session);
 
 /* Frees everything and closes the transports. Not collective. NULL is fine. On a GPU, between begin and wait, it first lets the run's work end; where
@@ -16586,7 +16586,7 @@ LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_se
 
 LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session *session)
 {
-    return session && session->plan ? lorasync_plan_image(session->plan) : NULL;
+    return session && session->plan && session->published ? lorasync_plan_image(session->plan) : NULL;
 }
 
 /* --------------------------------------------------------------------------------------------------------- >>base -- */

@@ -326,7 +326,8 @@ static void run_scene(rank_context *x)
         }
         if (x->rank == 0 && served) look(&r, s, served, content);
 #ifndef IN_PLACE_CUDA
-        if (x->rank == 0 && !nan)
+        CHECK((lorasync_session_image(session) != NULL) == (x->rank == 0 && status == LORASYNC_OK));
+        if (x->rank == 0 && status == LORASYNC_OK)
             CHECK_EQ(lorasync_image_verify(lorasync_session_image(session), &err), LORASYNC_OK); /* good until the next begin */
 #endif
     }

@@ -1308,8 +1308,10 @@ static void slow_story(rank_context *c)
     if (c->rank == 1) e->slow_ms = e->slow_commit_ms = 700;
     MUST(lorasync_sync(s, 1, &report, &err), LORASYNC_OK);
     HOLDS(report.version == 1 && report.num_engines == 1);
+    HOLDS((lorasync_session_image(s) != NULL) == (c->rank == 1));
     if (c->rank == 1) e->slow_commit_ms = 0, e->fail_stage = 1;
     MUST(lorasync_sync(s, 2, &report, &err), LORASYNC_E_IO);
+    HOLDS(lorasync_session_image(s) == NULL); /* stamped with a version that nobody serves */
     HOLDS(strstr(err.text, "rank 1: transport 'engine' could not stage: the engine has no room") != NULL);
     if (c->rank == 1) e->slow_ms = e->fail_stage = 0;
     MUST(lorasync_sync(s, 2, &report, &err), LORASYNC_OK);
