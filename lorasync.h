@@ -15991,7 +15991,15 @@ LORASYNCI_FN lorasync_piece *lorasynci_session_pieces(const lorasync_session *s,
             lorasynci_free(&s->a, pieces);
             return NULL;
         }
-        pieces[i].scale = (pieces[i].scale == 0 ? 1 : pieces[i].scale) * scale;
+        scale *= pieces[i].scale == 0 ? 1 : pieces[i].scale;
+        pieces[i].scale = scale;
+        if ((float)scale != 0) continue; /* a piece's 0 would stand for 1 */
+        lorasynci_fail(
+            err, LORASYNC_E_CONFIG,
+            "%.200s: fold_scale would multiply it by 0, since its lora_alpha or alpha_pattern is 0; give it an alpha, or leave it out",
+            pieces[i].name);
+        lorasynci_free(&s->a, pieces);
+        return NULL;
     }
     return pieces;
 }

@@ -1110,6 +1110,28 @@ static void other_kinds(void)
     lorasync_image_free(image);
 }
 
+/* A piece.scale of 0 stands for 1: folding 0 would publish lora_B as it is. */
+static void fold_zero(void)
+{
+    static rank_model        m;
+    static const char *const configs[] = {
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":0,\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"alpha_pattern\":{\"up_proj\":0},\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+    };
+    lorasync_desc     d = plain_desc(NULL);
+    lorasync_session *s = NULL;
+    lorasync_error    err;
+    int               i;
+    d.fold_scale = 1;
+    make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
+    for (i = 0; i < 2; i++) {
+        d.config_json = configs[i];
+        CHECK_EQ(open_session(&d, &m, NULL, &s, &err), LORASYNC_E_CONFIG);
+        CHECK_HAS(err.text, i ? "up_proj.lora_B.weight: fold_scale would multiply it by 0" : "fold_scale would multiply it by 0");
+        lorasync_close(s);
+    }
+}
+
 static void all_linear(void)
 {
     static rank_model     m;
@@ -1398,6 +1420,7 @@ int main(void)
     RUN(load_with_a_scale);
     RUN(load_compares_scales);
     RUN(other_kinds);
+    RUN(fold_zero);
     RUN(all_linear);
     RUN(base_weights);
     RUN(no_allocation_per_sync);
