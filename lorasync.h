@@ -1308,7 +1308,10 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
 
 /* Filters, pairs, plans and allocates. Collective, once. Errors, the same on all ranks: those remembered by lorasync_add and lorasync_attach;
    LORASYNC_E_EMPTY (no LoRA parameter on any rank); LORASYNC_E_PAIR (A without B); LORASYNC_E_NAME (two parameters of one key);
-   LORASYNC_E_ARGUMENT (quorum over the number of engines); LORASYNC_E_CONFIG (rank against config, no alpha); LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create. */
+   LORASYNC_E_ARGUMENT (quorum over the number of engines); LORASYNC_E_CONFIG (rank against config, no alpha, fold_scale with an alpha of 0);
+   LORASYNC_E_UNSUPPORTED (filter.base with a directory or shared memory, which publish adapters: there is no adapter_config.json then);
+   LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create.
+   After LORASYNC_E_PAIR and LORASYNC_E_EMPTY the rest may be added, and compile called again on all ranks. */
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err);
 
 /* One step. begin snapshots the parameters: when it returns they may change again. wait moves, publishes and returns the verdict. Both are
@@ -16062,11 +16065,36 @@ LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasyn
     return status;
 }
 
+/* Base weights, maybe with an adapter among them: what is left to check where there is no config. The built-in transports publish adapters only. */
+LORASYNCI_FN lorasync_status lorasynci_session_check_base(lorasync_session *s, lorasync_error *err)
+{
+    const lorasync_image *image = s->plan->image;
+    lorasynci_pairs       pairs;
+    lorasync_error        why;
+    lorasync_status       status;
+    size_t                i;
+    for (i = 0; i < lorasynci_num_transports(s); i++) {
+        const lorasync_transport *t = &lorasynci_transports(s)[i];
+        if (t->stage == lorasynci_directory_stage || t->stage == lorasynci_shm_stage)
+            return lorasynci_fail(
+                err, LORASYNC_E_UNSUPPORTED,
+                "transport '%.100s' publishes adapters, and with filter.base there is no adapter_config.json; send base weights "
+                "with lorasync_stream_open, or use a transport of your own",
+                t->name);
+    }
+    status = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &s->a, &why);
+    lorasynci_pairs_free(&pairs);
+    if (status >= 0 || status == LORASYNC_E_EMPTY) return LORASYNC_OK; /* base weights alone */
+    *err = why;
+    return status;
+}
+
 /* On the root: pairs and ranks are checked and the config is made, against the tensors that were found. With base weights there is no adapter to describe. */
 LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, lorasync_error *err)
 {
     lorasync_config_write_desc w;
-    if (!s->plan->has_image || lorasynci_wants_base(s)) return LORASYNC_OK;
+    if (!s->plan->has_image) return LORASYNC_OK;
+    if (lorasynci_wants_base(s)) return lorasynci_session_check_base(s, err);
     memset(&w, 0, sizeof w);
     w.config     = s->config;
     w.lora_alpha = s->desc.lora_alpha;

@@ -432,6 +432,9 @@ static void spoil_base_model(lorasync_desc *d, rank_model *m, int rank)
     if (rank == 1) d->base_model = "x";
 }
 
+static const lorasync_filter with_base = {NULL, NULL, 0, NULL, NULL, 0, NULL, 1, 0};
+static void spoil_pair_in_base(lorasync_desc *d, rank_model *m, int rank) { spoil_pair(d, m, rank), d->filter = &with_base; }
+
 static const wrong_session wrong[] = {
     {spoil_nothing_found, LORASYNC_E_EMPTY, {"adapter \"policy\"", "of 9 declared here 9 were dropped, the first: base_model"}},
     {spoil_filtered, LORASYNC_E_EMPTY, {"adapter \"default\"", "filter"}},
@@ -451,6 +454,7 @@ static const wrong_session wrong[] = {
     {spoil_shape, LORASYNC_E_DISAGREE, {KEY_QB, "[25, 8] on rank 1"}},
     {spoil_dtype, LORASYNC_E_DISAGREE, {KEY_QB, "F16 on rank 1"}},
     {spoil_base_model, LORASYNC_E_DISAGREE, {"base_model", "rank 1"}},
+    {spoil_pair_in_base, LORASYNC_E_PAIR, {"q_proj", "its lora_B"}},
 };
 
 typedef struct shared_results {
@@ -1181,6 +1185,35 @@ static void base_story(rank_context *c)
 
 static void base_weights(void) { tell(base_story, 2); }
 
+/* The built-in transports publish adapters: what they would refuse at every sync is refused at once. Engines of one's own take it. */
+static void base_and_transports(void)
+{
+    static rank_model  m;
+    static engine      e;
+    lorasync_desc      d = plain_desc(NULL);
+    lorasync_shm_desc  sd;
+    lorasync_transport t;
+    lorasync_session  *s = NULL;
+    lorasync_error     err;
+    int                kind;
+    make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
+    memset(&sd, 0, sizeof sd);
+    sd.name = "test-session-base", d.filter = &with_base;
+    for (kind = 0; kind < 3; kind++) {
+        REQUIRE(lorasync_open(&d, &s, &err) == LORASYNC_OK);
+        CHECK_EQ(add_all(s, &m, &err), LORASYNC_OK);
+        if (kind == 0) CHECK_EQ(lorasync_attach_directory(s, "never-made", &err), LORASYNC_OK);
+        if (kind == 1) REQUIRE(lorasync_shm_open(&sd, &t, &err) == LORASYNC_OK);
+        if (kind == 2) t = transport_to(&e, "own");
+        if (kind) CHECK_EQ(lorasync_attach(s, &t, &err), LORASYNC_OK);
+        CHECK_EQ(lorasync_compile(s, &err), kind == 2 ? LORASYNC_OK : LORASYNC_E_UNSUPPORTED);
+        if (kind < 2)
+            CHECK_HAS(err.text, kind ? "transport 'test-session-base' publishes adapters" : "transport 'never-made' publishes adapters");
+        lorasync_close(s);
+    }
+    CHECK_EQ(lorasync_shm_remove("test-session-base", &err), LORASYNC_OK);
+}
+
 /* -- memory */
 
 static void memory_story(rank_context *c)
@@ -1423,6 +1456,7 @@ int main(void)
     RUN(fold_zero);
     RUN(all_linear);
     RUN(base_weights);
+    RUN(base_and_transports);
     RUN(no_allocation_per_sync);
     RUN(no_memory_anywhere);
     RUN(rank_is_lost);
