@@ -1341,7 +1341,8 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
    Collective, after compile; path is equal on all ranks and read on the root. The file's tensors and the session's must be the same set with the same
    shapes; the adapter's name in the file may be another. Each module's scale (alpha / rank) must be the same in the directory's adapter_config.json as
    in the session, else LORASYNC_E_CONFIG names both: the session would publish these weights as another adapter. A single file has no config to
-   compare. Scales are not undone: LORASYNC_E_UNSUPPORTED with fold_scale or a piece.scale. On failure before anything moved the pieces are untouched; the error text says if any were written. */
+   compare. Tensors of which a rank's pieces lie at one address (the one A of a fused qkv) must be equal in the file, else LORASYNC_E_LAYOUT names two of
+   them; pieces of different tensors must not overlap otherwise. Scales are not undone: LORASYNC_E_UNSUPPORTED with fold_scale or a piece.scale. On failure before anything moved the pieces are untouched; the error text says if any were written. */
 LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err);
 
 /* What compile found. num_added pieces were declared on this rank, num_taken passed the filter. */
@@ -16027,10 +16028,10 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
 
 /* A verdict of all ranks in the session's own words, with the communicator given up where it is lost. */
 LORASYNCI_FN lorasync_status lorasynci_session_agree(lorasync_session *s, const lorasync_error *mine, uint64_t tag, const char *tag_name,
-                                                     lorasync_error *err)
+                                                     int *all_flags, lorasync_error *err)
 {
     int             timeout_ms = s->desc.timeout_ms > 0 ? s->desc.timeout_ms : 60000;
-    lorasync_status status     = lorasynci_agree(&s->comm, s->votes, timeout_ms, mine->status, mine, tag, tag_name, NULL, err);
+    lorasync_status status     = lorasynci_agree(&s->comm, s->votes, timeout_ms, mine->status, mine, tag, tag_name, all_flags, err);
     if (!lorasync_is_lost(status)) return status;
     if (s->plan) return lorasynci_plan_lose(s->plan, status, err);
     lorasynci_comm_abort(&s->comm, err->text);
@@ -16294,7 +16295,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     memset(&mine, 0, sizeof mine);
     if (lorasynci_session_prepare(session, &mine) == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
     status = lorasynci_session_agree(session, &mine, lorasynci_session_tag(session),
-                                     "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", err);
+                                     "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", NULL, err);
     if (status == LORASYNC_OK) status = lorasynci_session_plan(session, pieces, err);
     lorasynci_free(&session->a, pieces);
     if (lorasync_is_lost(status)) session->lost = status;
@@ -16488,7 +16489,7 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     memset(&outcome, 0, sizeof outcome);
     if (!session->published)
         lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_republish: nothing was published since the last begin; call lorasync_sync");
-    status = lorasynci_session_agree(session, &mine, session->last_version, "version to republish", err);
+    status = lorasynci_session_agree(session, &mine, session->last_version, "version to republish", NULL, err);
     if (status < 0) return status;
     lorasynci_session_aim_home(session);
     lorasynci_session_republish(session, &outcome, &mine);
@@ -16575,36 +16576,221 @@ LORASYNCI_FN lorasync_status lorasynci_session_open_file(const lorasync_session 
     return status;
 }
 
+/* -- memory that is part of several tensors, as a fused qkv has one A for three: it is loaded when the file's tensors are equal
+
+       pieces by address   | q.A | k.A | v.A |     one address, one layout: k is q's alias, v is k's
+       file                  digest of each, told by the root in pages: alias after alias must have the same */
+
+typedef struct lorasynci_alias {
+    const char *names[2];
+    uint64_t    keys[2];     /* hashes of the names */
+    uint64_t    contents[2]; /* of the file's tensors; 0: not told, or not in the file */
+} lorasynci_alias;
+
+typedef struct lorasynci_loading {
+    lorasync_image  *image; /* on the root */
+    lorasync_piece  *pieces;
+    lorasynci_alias *aliases;
+    size_t           num_aliases;
+} lorasynci_loading;
+
+LORASYNCI_FN int lorasynci_piece_order(const void *a, const void *b)
+{
+    const lorasync_piece *p = *(const lorasync_piece *const *)a, *q = *(const lorasync_piece *const *)b;
+    uintptr_t             x = (uintptr_t)p->data, y = (uintptr_t)q->data;
+    if (x != y) return x < y ? -1 : 1;
+    return p < q ? -1 : 1;
+}
+
+/* Where the elements of a piece lie, as strides; 1 when they lie in a row. */
+LORASYNCI_FN int lorasynci_piece_strides(const lorasync_piece *p, int64_t *stride)
+{
+    int64_t row[LORASYNC_MAX_DIMS];
+    int     d, strided = 0, in_a_row = 1;
+    lorasynci_row_major(p->box.len, p->box.ndim, row);
+    for (d = 0; d < p->box.ndim; d++) strided |= p->stride[d] != 0;
+    for (d = 0; d < p->box.ndim; d++) {
+        stride[d] = p->box.len[d] < 2 ? 0 : strided ? p->stride[d] : row[d];
+        in_a_row &= p->box.len[d] < 2 || stride[d] == row[d];
+    }
+    return in_a_row;
+}
+
+LORASYNCI_FN size_t lorasynci_piece_bytes(const lorasync_piece *p)
+{
+    int64_t n = lorasync_dtype_bits(p->dtype);
+    int     d;
+    for (d = 0; d < p->box.ndim; d++) n *= p->box.len[d];
+    return (size_t)(n / 8);
+}
+
+/* Two pieces at one address: 1 when each element of both is the same element. */
+LORASYNCI_FN int lorasynci_same_layout(const lorasync_piece *p, const lorasync_piece *q)
+{
+    int64_t x[LORASYNC_MAX_DIMS], y[LORASYNC_MAX_DIMS];
+    int     d;
+    if (p->dtype != q->dtype || p->ndim != q->ndim || p->box.flat != q->box.flat || p->box.ndim != q->box.ndim) return 0;
+    lorasynci_piece_strides(p, x);
+    lorasynci_piece_strides(q, y);
+    for (d = 0; d < p->ndim; d++)
+        if (p->shape[d] != q->shape[d]) return 0;
+    for (d = 0; d < p->box.ndim; d++)
+        if (p->box.off[d] != q->box.off[d] || p->box.len[d] != q->box.len[d] || x[d] != y[d]) return 0;
+    return 1;
+}
+
+/* Notes the aliases among pieces in the order of their addresses. Pieces with gaps that begin at different addresses may interleave without
+   sharing an element, and are taken to. */
+LORASYNCI_FN lorasync_status lorasynci_find_aliases(const lorasync_piece *const *order, size_t num, lorasynci_loading *l,
+                                                    lorasync_error *err)
+{
+    const lorasync_piece *reach = NULL; /* of those in a row, the one that ends last */
+    int64_t               stride[LORASYNC_MAX_DIMS];
+    size_t                i;
+    for (i = 0; i < num; i++) {
+        const lorasync_piece *p = order[i], *q = i ? order[i - 1] : NULL;
+        int                   in_a_row    = lorasynci_piece_strides(p, stride);
+        int                   one_address = q && q->data == p->data && strcmp(q->name, p->name) != 0, overlaps = 0;
+        const char           *end = reach ? (const char *)reach->data + lorasynci_piece_bytes(reach) : NULL;
+        if (one_address) overlaps = !lorasynci_same_layout(p, q);
+        else if (in_a_row && reach && reach->data != p->data && (const char *)p->data < end)
+            q = reach, overlaps = strcmp(q->name, p->name) != 0;
+        if (overlaps)
+            return lorasynci_fail(
+                err, LORASYNC_E_LAYOUT,
+                "%.200s and %.200s overlap in memory and are not the same elements of equal tensors; give each memory of its own", q->name,
+                p->name);
+        if (one_address) {
+            lorasynci_alias *alias = &l->aliases[l->num_aliases++];
+            alias->names[0] = q->name, alias->names[1] = p->name;
+            alias->keys[0] = lorasynci_hash_text(q->name, 1), alias->keys[1] = lorasynci_hash_text(p->name, 1);
+        }
+        if (in_a_row && (!reach || (const char *)p->data + lorasynci_piece_bytes(p) > end)) reach = p;
+    }
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_session_aliases(const lorasync_session *s, lorasynci_loading *l, lorasync_error *err)
+{
+    size_t                 i, n = 0, num = lorasynci_num_taken(s);
+    const lorasync_piece **order = (const lorasync_piece **)lorasynci_alloc_array(&s->a, num, sizeof *order);
+    lorasync_status        status;
+    l->aliases = (lorasynci_alias *)lorasynci_alloc_array(&s->a, num, sizeof *l->aliases);
+    if (!order || !l->aliases) {
+        lorasynci_free(&s->a, order);
+        return lorasynci_fail_memory(err, num * sizeof *l->aliases);
+    }
+    for (i = 0; i < num; i++)
+        if (lorasynci_piece_bytes(&l->pieces[i])) order[n++] = &l->pieces[i];
+    if (n) qsort(order, n, sizeof *order, lorasynci_piece_order);
+    status = lorasynci_find_aliases((const lorasync_piece *const *)order, n, l, err);
+    lorasynci_free(&s->a, order);
+    return status;
+}
+
+/* What the root tells of the file's tensors, some at a time. */
+typedef struct lorasynci_page {
+    uint64_t num, more;
+    uint64_t keys[32], contents[32];
+} lorasynci_page;
+
+LORASYNCI_FN void lorasynci_fill_page(const lorasync_image *image, size_t from, lorasynci_page *page)
+{
+    size_t i;
+    memset(page, 0, sizeof *page);
+    for (i = from; i < image->num_tensors && page->num < LORASYNCI_COUNT(page->keys); i++, page->num++) {
+        const lorasync_tensor *t = &image->tensors[i];
+        uint64_t               v[3];
+        v[0] = lorasync_digest(t->data, t->num_bytes, 0);
+        v[1] = (uint64_t)t->num_bytes;
+        v[2] = (uint64_t)t->dtype;
+
+        page->keys[page->num]     = lorasynci_hash_text(t->name, 1);
+        page->contents[page->num] = lorasynci_hash(v, sizeof v, 6) | 1;
+    }
+    page->more = i < image->num_tensors;
+}
+
+LORASYNCI_FN void lorasynci_read_page(const lorasynci_page *page, lorasynci_loading *l)
+{
+    size_t i, k;
+    int    side;
+    for (i = 0; i < page->num && i < LORASYNCI_COUNT(page->keys); i++)
+        for (k = 0; k < l->num_aliases; k++)
+            for (side = 0; side < 2; side++)
+                if (l->aliases[k].keys[side] == page->keys[i]) l->aliases[k].contents[side] = page->contents[i];
+}
+
+/* Collective: aliases of any rank must be equal in the file. One that is not in the file is the plan's business. */
+LORASYNCI_FN lorasync_status lorasynci_session_compare_aliases(lorasync_session *s, lorasynci_loading *l, lorasync_error *err)
+{
+    lorasynci_page  page;
+    lorasync_error  mine;
+    lorasync_status status;
+    size_t          from = 0, k;
+    memset(&page, 0, sizeof page);
+    memset(&mine, 0, sizeof mine);
+    do {
+        if (lorasynci_session_is_root(s)) lorasynci_fill_page(l->image, from, &page);
+        status = lorasynci_session_tell(s, &page, sizeof page, s->plan->timeout_ms, err);
+        if (status < 0) return lorasynci_plan_lose(s->plan, status, err);
+        lorasynci_read_page(&page, l);
+        from += (size_t)page.num;
+    } while (page.more);
+    for (k = 0; k < l->num_aliases && mine.status == LORASYNC_OK; k++) {
+        const lorasynci_alias *alias = &l->aliases[k];
+        if (alias->contents[0] == alias->contents[1] || !alias->contents[0] || !alias->contents[1]) continue;
+        lorasynci_fail(&mine, LORASYNC_E_LAYOUT,
+                       "%.180s and %.180s are one memory here, and the file has different values for them; give each memory of its own",
+                       alias->names[0], alias->names[1]);
+    }
+    return lorasynci_session_agree(s, &mine, 0, "", NULL, err);
+}
+
+/* This rank's part of loading; what fails here is put to the vote. */
+LORASYNCI_FN lorasync_status lorasynci_session_prepare_load(const lorasync_session *s, const char *path, lorasynci_loading *l,
+                                                            lorasync_error *err)
+{
+    size_t i;
+    if (!path) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "path is NULL");
+    if (s->plan->begun) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_load between begin and wait: call wait first");
+    if (s->desc.fold_scale)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "a session with fold_scale cannot load: what it publishes is not what it trains; load with fold_scale 0");
+    if (lorasynci_session_is_root(s)) LORASYNCI_TRY(lorasynci_session_open_file(s, path, &l->image, err));
+    l->pieces = lorasynci_session_pieces(s, err);
+    if (!l->pieces) return err->status;
+    for (i = 0; i < lorasynci_num_taken(s); i++)
+        if (l->pieces[i].scale != 0 && l->pieces[i].scale != 1)
+            return lorasynci_fail(
+                err, LORASYNC_E_UNSUPPORTED,
+                "%.200s: a session with piece.scale cannot load: what it publishes is not what it trains; load with scale 0",
+                l->pieces[i].name);
+    return lorasynci_session_aliases(s, l, err);
+}
+
 LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err)
 {
-    lorasync_error  mine, why;
-    lorasync_image *image  = NULL;
-    lorasync_piece *pieces = NULL;
-    lorasync_status status;
-    size_t          i;
+    lorasync_error    mine, why;
+    lorasynci_loading l;
+    lorasync_status   status;
+    int               no_alias;
     if (!err) err = &why;
     if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_load before lorasync_compile succeeded");
     if (session->plan->lost)
         return lorasynci_fail(err, LORASYNC_E_LOST,
                               "the communicator was lost before: close the session, make a new communicator, open again");
     memset(&mine, 0, sizeof mine);
-    if (!path) lorasynci_fail(&mine, LORASYNC_E_ARGUMENT, "path is NULL");
-    else if (session->plan->begun) lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_load between begin and wait: call wait first");
-    else if (session->desc.fold_scale)
-        lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED,
-                       "a session with fold_scale cannot load: what it publishes is not what it trains; load with fold_scale 0");
-    else if (session->comm.rank == session->desc.root) lorasynci_session_open_file(session, path, &image, &mine);
-    if (mine.status == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
-    for (i = 0; pieces && i < lorasynci_num_taken(session) && mine.status == LORASYNC_OK; i++)
-        if (pieces[i].scale != 0 && pieces[i].scale != 1)
-            lorasynci_fail(&mine, LORASYNC_E_UNSUPPORTED,
-                           "%.200s: a session with piece.scale cannot load: what it publishes is not what it trains; load with scale 0",
-                           pieces[i].name);
-    status = lorasynci_session_agree(session, &mine, lorasynci_hash_text(path, 1), "path, hashed", err);
-    if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, image, pieces, err);
+    memset(&l, 0, sizeof l);
+    lorasynci_session_prepare_load(session, path, &l, &mine);
+    no_alias = l.num_aliases == 0;
+    status   = lorasynci_session_agree(session, &mine, lorasynci_hash_text(path, 1), "path, hashed", &no_alias, err);
+    if (status == LORASYNC_OK && !no_alias) status = lorasynci_session_compare_aliases(session, &l, err);
+    if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, l.image, l.pieces, err);
     if (lorasync_is_lost(status)) session->plan->lost = status;
-    lorasync_image_free(image);
-    lorasynci_free(&session->a, pieces);
+    lorasync_image_free(l.image);
+    lorasynci_free(&session->a, l.pieces);
+    lorasynci_free(&session->a, l.aliases);
     return status;
 }
 

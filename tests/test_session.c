@@ -1072,6 +1072,86 @@ static void load_compares_scales(void)
     remove_folder();
 }
 
+/* Memory that is two tensors can be loaded when the file has the same for both. */
+static const parameter fused[] = {
+    {P "self_attn.q_proj.lora_A.default.weight", LORASYNC_F32, 2, {8, 16, 0}},
+    {P "self_attn.q_proj.lora_B.default.weight", LORASYNC_F32, 2, {24, 8, 0}},
+    {P "self_attn.k_proj.lora_A.default.weight", LORASYNC_F32, 2, {8, 16, 0}},
+    {P "self_attn.k_proj.lora_B.default.weight", LORASYNC_F32, 2, {24, 8, 0}},
+    {P "self_attn.v_proj.lora_A.default.weight", LORASYNC_F32, 2, {8, 16, 0}},
+    {P "self_attn.v_proj.lora_B.default.weight", LORASYNC_F32, 2, {24, 8, 0}},
+};
+
+/* On the last rank k and v have q's A; `differs` in the file: nothing, k's A, or v's. */
+static int fused_differs;
+
+static void fused_story(rank_context *c)
+{
+    lorasync_desc     d = plain_desc(&c->comm);
+    rank_model       *m = &shared.models[c->rank];
+    lorasync_session *s = NULL;
+    lorasync_error    err;
+    char              path[400];
+    int               fuses = c->rank == c->world - 1, i;
+    float             before;
+    d.no_direct = stories_no_direct;
+    make_model(m, fused, 6, FSDP2, c->rank, c->world, 1);
+    for (i = 2; i < 6; i += 2)
+        if (fused_differs != i / 2) memcpy(m->memory[i], m->memory[0], sizeof m->memory[0]);
+    snprintf(path, sizeof path, "%s/fused%d_%d_%d", folder, fused_differs, c->world, stories_no_direct);
+    MUST(lorasync_open(&d, &s, &err), LORASYNC_OK);
+    MUST(add_all(s, m, &err), LORASYNC_OK);
+    MUST(lorasync_attach_directory(s, path, &err), LORASYNC_OK);
+    MUST(lorasync_compile(s, &err), LORASYNC_OK);
+    MUST(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
+    lorasync_close(s);
+    before = m->memory[0][0];
+    memset(m->memory, 0x11, sizeof m->memory);
+    if (fuses) m->pieces[2].data = m->pieces[4].data = m->pieces[0].data;
+    MUST(open_session(&d, m, NULL, &s, &err), LORASYNC_OK);
+    snprintf(path + strlen(path), 40, "/default/v1");
+    MUST(lorasync_load(s, path, &err), fused_differs ? LORASYNC_E_LAYOUT : LORASYNC_OK);
+    if (fused_differs) {
+        HOLDS(strstr(err.text, "k_proj.lora_A") && strstr(err.text, fused_differs == 1 ? "q_proj.lora_A" : "v_proj.lora_A"));
+        HOLDS(strstr(err.text, "different values") != NULL);
+    }
+    HOLDS((m->memory[0][0] == before) == !fused_differs);
+    lorasync_close(s);
+    if (fuses) m->pieces[2].data = (float *)m->pieces[0].data + 1; /* never right */
+    MUST(open_session(&d, m, NULL, &s, &err), LORASYNC_OK);
+    MUST(lorasync_load(s, path, &err), LORASYNC_E_LAYOUT);
+    HOLDS(strstr(err.text, "overlap in memory") != NULL);
+    lorasync_close(s);
+}
+
+/* Columns of one matrix, side by side: they interleave and share nothing. */
+static void load_into_columns(const char *path)
+{
+    static rank_model m;
+    static float      rows[8][32];
+    lorasync_desc     d = plain_desc(NULL);
+    lorasync_session *s = NULL;
+    lorasync_error    err;
+    make_model(&m, fused, 6, FSDP2, 0, 1, 1);
+    m.pieces[0].data = &rows[0][0], m.pieces[2].data = &rows[0][16];
+    m.pieces[0].stride[0] = m.pieces[2].stride[0] = 32, m.pieces[0].stride[1] = m.pieces[2].stride[1] = 1;
+    REQUIRE(open_session(&d, &m, NULL, &s, &err) == LORASYNC_OK);
+    CHECK_EQ(lorasync_load(s, path, &err), LORASYNC_OK);
+    CHECK(rows[7][15] == truth(0, 7 * 16 + 15, 1) && rows[7][31] == truth(2, 7 * 16 + 15, 1));
+    lorasync_close(s);
+}
+
+static void load_into_one_memory(void)
+{
+    char path[400];
+    make_folder();
+    REQUIRE(folder[0]);
+    for (fused_differs = 0; fused_differs < 3; fused_differs++) tell(fused_story, 1), tell(fused_story, 3);
+    snprintf(path, sizeof path, "%s/fused1_1_0/default/v1", folder);
+    load_into_columns(path);
+    remove_folder();
+}
+
 /* -- other kinds of tensors */
 
 static const parameter kinds[] = {
@@ -1452,6 +1532,7 @@ int main(void)
     RUN(load_restores);
     RUN(load_with_a_scale);
     RUN(load_compares_scales);
+    RUN(load_into_one_memory);
     RUN(other_kinds);
     RUN(fold_zero);
     RUN(all_linear);
