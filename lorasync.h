@@ -101,12 +101,15 @@
    Every function that can fail returns a lorasync_status: 0 is success, above 0 is not an error, below 0 is a failure.
    Its last argument is a lorasync_error (or NULL) that receives the status and a text naming what, where, expected and
    found, and what to do. Nothing is half done after a failure: what was served is still served, and the call can be made
-   again. (Of several engines some may serve the new version when a later one fails its commit; >>api: transport says how they meet again.) Statuses of -100 and below say that the communicator is lost (lorasync_is_lost): close the session, make a new
+   again. (Of several engines some may serve the new version when a later one fails its commit; >>api: transport says how they
+   meet again.) Statuses of -100 and below say that the communicator is lost (lorasync_is_lost): close the session, make a new
    communicator, open again.
 
-   Collective calls (said at each) return the same status on every rank. An error on one rank - a bad argument, a missing
-   tensor, a NaN - is that call's error on all of them. A rank that dies or never calls ends in an error on all others
-   within the deadline (desc.timeout_ms, default 60 s), never in a hang.
+   Collective calls (said at each) return the same status on every rank, as long as the communicator is not lost. An error on
+   one rank - a bad argument, a missing tensor, a NaN - is that call's error on all of them. A rank that dies or never calls
+   ends in an error on all others within the deadline (desc.timeout_ms, default 60 s; publish_timeout_ms while the root
+   publishes), never in a hang. Then each rank returns whichever of -100 and below it saw, some of them maybe only from their
+   next call: test with lorasync_is_lost.
 
    THREADS
 
@@ -519,7 +522,7 @@ LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out
    Errors: LORASYNC_E_ARGUMENT for a rank out of range, LORASYNC_E_STATE when that rank has joined already. */
 LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank, lorasync_comm *out, lorasync_error *err);
 
-/* Unmaps. In every process that has it; with threads, once, after all ranks are done. NULL is fine. */
+/* Unmaps. In every process that has it, also in a parent that only forks ranks; with threads, once, after all ranks are done. NULL is fine. */
 LORASYNC_API void lorasync_local_close(lorasync_local *local);
 
 /* -------------------------------------------------------------------------------------------------- >>api: cuda -- */
@@ -964,7 +967,8 @@ typedef struct lorasync_engine_outcome {
                               config.json                                                          when lorasync_stream_desc.config_json is given
    Give them a directory of their own: an engine (>>api: engine) serves adapters, and reports a base checkpoint beside them as one that has no
    adapter_model.safetensors.
-   A reader sees a whole version or none, whatever is killed when. Publishing the served version again with the same bytes is a success without
+   A reader sees a whole version or none, whatever is killed when. With keep_versions 1 one that has read `latest` and then opens what it named fails
+   now and then: it is deleted already. Publishing the served version again with the same bytes is a success without
    effect. A commit fails with the new version visible only when the last fsync fails: it may then not survive a power cut. */
 typedef struct lorasync_directory_desc {
     const char *directory;     /* made if absent (its parent must exist); at most 3000 bytes. Copied */
@@ -1017,17 +1021,17 @@ typedef struct lorasync_shm_desc {
 
 /* Fills *out; end with out->close(out->user), which a session that it is attached to does. The last version stays served after close and after
    the end of the process, until lorasync_shm_remove; the next publisher of that name goes on from there, also after a kill.
-   One publisher per name at a time; up to 64 adapters and 256 engines. Several adapters of a name come from one transport: open it once, attach
-   it to the session of each adapter before the first of them closes, and the close of the last one closes it. On the root one session at a time may
-   publish an adapter through it (LORASYNC_E_BUSY from lorasync_attach); all of them are then used by one thread at a time. All processes belong to one user: segments have mode 600, and one of
-   another user, mode, size or layout is refused. They trust each other not to write into slots. A fork cannot publish through its parent's
-   transport. After open nothing is allocated. Where shm_open is in librt (glibc before 2.34) link with -lrt.
+   One publisher per name at a time; up to 64 adapters and 256 engines. Several adapters of a name come from one transport: open it once and
+   attach it to the session of each adapter; the last session to close closes it. On the root one session at a time may
+   publish an adapter through it (LORASYNC_E_BUSY from lorasync_attach); all of them are then used by one thread at a time. All processes belong to
+   one user: segments have mode 600, and one of another user, mode, size or layout is refused. They trust each other not to write into slots. A fork
+   cannot publish through its parent's transport. After open nothing is allocated. Where shm_open is in librt (glibc before 2.34) link with -lrt.
    Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY, LORASYNC_E_IO (the system's reason), LORASYNC_E_FORMAT (size or layout),
-   LORASYNC_E_BUSY naming the process that publishes there, maybe this one; from stage and commit LORASYNC_E_IO also when shared memory is full, LORASYNC_E_BUSY when
-   1,024 slots are held or 64 adapters published, LORASYNC_E_STATE in a fork or when the name was removed, and as the directory transport
-   LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT, LORASYNC_E_STATE. LORASYNC_E_UNSUPPORTED for an image on a device, unless
-   desc.cuda is set. With desc.cuda: LORASYNC_E_UNSUPPORTED from open without LORASYNC_CUDA; LORASYNC_E_CUDA and LORASYNC_E_MEMORY from open and stage, for what
-   CUDA refuses (no IPC, no memory left) and for a copy that has not ended after 60 s. */
+   LORASYNC_E_BUSY naming the process that publishes there, maybe this one; from stage and commit LORASYNC_E_IO also when shared memory is full,
+   LORASYNC_E_BUSY when 1,024 slots are held or 64 adapters published, LORASYNC_E_STATE in a fork or when the name was removed, and as the directory
+   transport LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT, LORASYNC_E_STATE. LORASYNC_E_UNSUPPORTED for an image on a
+   device, unless desc.cuda is set. With desc.cuda: LORASYNC_E_UNSUPPORTED from open without LORASYNC_CUDA; LORASYNC_E_CUDA and LORASYNC_E_MEMORY
+   from open and stage, for what CUDA refuses (no IPC, no memory left) and for a copy that has not ended after 60 s. */
 LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lorasync_transport *out, lorasync_error *err);
 
 /* Removes what is published under a name, and gives its memory back once engines let go of it: they keep what they serve, and follow whoever
@@ -1256,8 +1260,8 @@ typedef struct lorasync_desc {
     int                    no_direct;
     const lorasync_cuda   *cuda;         /* NULL: parameters are in host memory. Copied */
     size_t                 bucket_bytes; /* as in lorasync_plan_desc */
-    int timeout_ms; /* of each collective step but the root's publishing: that long ranks wait for one another. 0: 60000 */
-    int publish_timeout_ms; /* how long the other ranks wait in lorasync_wait and lorasync_republish while the root stages and commits, on all engines
+    int                    timeout_ms;   /* of each collective step: so long ranks wait for one another. 0: 60000. Not of publishing: */
+    int                    publish_timeout_ms; /* how long the other ranks wait in lorasync_wait and lorasync_republish while the root stages and commits, on all engines
                                       together. A root that dies is noticed sooner where the comm notices it. 0: 600000, ten minutes */
     int quorum; /* 0: all engines must take a version, or none does. n: at least n must; those that fail keep the old one, are reported
                                       and tried again at the next sync; with fewer than n nobody gets it. Used on the root */
@@ -1268,20 +1272,20 @@ typedef struct lorasync_desc {
 typedef struct lorasync_session lorasync_session;
 
 typedef struct lorasync_report {
-    uint64_t version; /* that is served now: the one asked for, or when skipped the one before */
-    uint64_t digest;  /* of the image; equal on all ranks */
-    size_t   num_tensors;
-    size_t   payload_bytes;
-    int      num_engines; /* that serve it */
-    int      num_behind;  /* that do not, with a quorum: lorasync_get_outcomes says which and why */
-    int      skipped;     /* 1: nothing had changed and nothing was staged */
+    uint64_t version;       /* that is served now: the one asked for, or when skipped the one before */
+    uint64_t digest;        /* of the image; equal on all ranks */
+    size_t   num_tensors;   /* of the adapter, on the root; elsewhere those held here */
+    size_t   payload_bytes; /* on the root; elsewhere 0 */
+    int      num_engines;   /* that serve it */
+    int      num_behind;    /* that do not, with a quorum: lorasync_get_outcomes says which and why */
+    int      skipped;       /* 1: nothing had changed and nothing was staged */
     int      direct;
     int      in_place; /* 1: the image was gathered in the slot of shared memory where engines read it, and not copied */
     uint64_t pack_ns;  /* on this rank */
     uint64_t exchange_ns;
     uint64_t place_ns;
     uint64_t publish_ns; /* stage and commit; as the root measured it */
-    uint64_t total_ns;   /* begin and wait together */
+    uint64_t total_ns;   /* from the beginning of begin to the end of wait, with what the caller does in between */
 } lorasync_report;
 
 /* Not collective: if it fails on one rank, the others learn it in lorasync_compile, at its deadline or when the host gives its communicator up.
@@ -1293,13 +1297,13 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
 
 /* Declares one piece this rank holds; call for every parameter of the model, LoRA or not, and several times for several pieces of one
    tensor. A rank that holds nothing of a tensor may leave it out or pass an empty box. Not collective; copies what it needs, borrows data.
-   An error is also remembered: lorasync_compile then fails on every rank. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT
-   (box out of bounds), LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
+   An error is also remembered: lorasync_compile then fails on every rank, each time, and the session can only be closed. Errors:
+   LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT (box out of bounds), LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err);
 
 /* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes, unless this call failed: on every rank that
    attached it. Only the root's stages and commits. One transport may be attached to several sessions if it is made for being closed by each, as that of
-   lorasync_shm_open is; lorasync_directory_open's is not. An error is also remembered: lorasync_compile then fails on every rank. Errors: LORASYNC_E_ARGUMENT,
+   lorasync_shm_open is; lorasync_directory_open's is not. An error is also remembered, as lorasync_add's is. Errors: LORASYNC_E_ARGUMENT,
    LORASYNC_E_STATE after compile, LORASYNC_E_BUSY (see lorasync_shm_open), LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport, lorasync_error *err);
 
@@ -1315,12 +1319,15 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err);
 
 /* One step. begin snapshots the parameters: when it returns they may change again. wait moves, publishes and returns the verdict. Both are
-   collective and must be called in pairs, wait also after a failed begin. Versions count up from 1: a version must be greater than the last
-   one published (a skipped one was not), and may be tried again after a failure.
-   wait fails without effect: engines keep the old version, but see lorasync_transport for commits that fail. Only a communicator that is lost while
-   the root commits, or tells the others that it has, leaves ranks in doubt: they return a status of -100 or below, and the version may be published.
-   So after a loss look at what engines serve before choosing the next version (see lorasync_open). LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE (ranks pass different versions),
-   whatever a transport returned, LORASYNC_E_STATE (before compile), and those of the comm. No allocation, no string work. */
+   collective and must be called in pairs, wait also after a failed begin. Sessions that share a communicator are begun and waited for in the same
+   order on every rank. Versions count up from 1: a version must be greater than the last one published (a skipped one was not), and may be
+   tried again after a failure.
+   wait fails without effect: engines keep the old version, but see lorasync_transport for commits that fail. Only a communicator that is lost
+   while the root commits (or stages, where the comm has no check), or tells the others that it has, leaves ranks in doubt: they return a status of
+   -100 or below, and the version may be published. So after a loss look at what engines serve before choosing the next version (see
+   lorasync_open).
+   Errors: LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE (ranks pass different versions), whatever a transport returned,
+   LORASYNC_E_STATE (before compile), and those of the comm. No allocation, no string work. */
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err);
 LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err);
 
@@ -1339,10 +1346,11 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
 
 /* Resumes: reads a PEFT directory or safetensors file on the root and writes every rank's pieces, replicas included, converted to their dtypes.
    Collective, after compile; path is equal on all ranks and read on the root. The file's tensors and the session's must be the same set with the same
-   shapes; the adapter's name in the file may be another. Each module's scale (alpha / rank) must be the same in the directory's adapter_config.json as
-   in the session, else LORASYNC_E_CONFIG names both: the session would publish these weights as another adapter. A single file has no config to
-   compare. Tensors of which a rank's pieces lie at one address (the one A of a fused qkv) must be equal in the file, else LORASYNC_E_LAYOUT names two of
-   them; pieces of different tensors must not overlap otherwise. Scales are not undone: LORASYNC_E_UNSUPPORTED with fold_scale or a piece.scale. On failure before anything moved the pieces are untouched; the error text says if any were written. */
+   shapes; the adapter's name in the file may be another. Each module's scale (alpha / rank) must be the same in the directory's adapter_config.json
+   as in the session, else LORASYNC_E_CONFIG names both: the session would publish these weights as another adapter. A single file has no config to
+   compare. Tensors of which a rank's pieces lie at one address (the one A of a fused qkv) must be equal in the file, else LORASYNC_E_LAYOUT names
+   two of them; pieces of different tensors must not overlap otherwise. Scales are not undone: LORASYNC_E_UNSUPPORTED with fold_scale or a
+   piece.scale. On failure before anything moved the pieces are untouched; the error text says if any were written. */
 LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err);
 
 /* What compile found. num_added pieces were declared on this rank, num_taken passed the filter. */
@@ -1356,7 +1364,8 @@ typedef struct lorasync_session_info {
 } lorasync_session_info;
 LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_session_info *out);
 
-/* The image last synced, on the root between a successful wait and its next begin; NULL elsewhere, and after a wait that failed. Its config_json is what was published. */
+/* The image last synced, on the root between a successful wait and its next begin; NULL elsewhere, and after a wait that failed. Its config_json is
+   what was published. */
 LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session *session);
 
 /* Frees everything and closes the transports. Not collective. NULL is fine. On a GPU, between begin and wait, it first lets the run's work end; where

@@ -523,6 +523,26 @@ static void compile_refuses(void)
     }
 }
 
+/* The half of a pair that was forgotten may follow; after a failed lorasync_add nothing helps. */
+static void added_after_a_failed_compile(void)
+{
+    static rank_model m;
+    lorasync_desc     d = plain_desc(NULL);
+    lorasync_session *s = NULL;
+    lorasync_error    err;
+    int               spoiled, num;
+    for (spoiled = 0; spoiled < 3; spoiled++) {
+        make_model(&m, model, 3, FSDP2, 0, 1, 1);
+        m.num = (size_t)(num = spoiled == 2 ? 1 : 2); /* a base weight, and lora_A */
+        CHECK_EQ(open_session(&d, &m, NULL, &s, &err), num == 1 ? LORASYNC_E_EMPTY : LORASYNC_E_PAIR);
+        if (spoiled == 1) CHECK_EQ(lorasync_add(s, NULL, &err), LORASYNC_E_ARGUMENT);
+        for (; num < 3; num++) CHECK_EQ(lorasync_add(s, &m.pieces[num], &err), LORASYNC_OK);
+        CHECK_EQ(lorasync_compile(s, &err), spoiled == 1 ? LORASYNC_E_ARGUMENT : LORASYNC_OK);
+        if (spoiled != 1) CHECK_EQ(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
+        lorasync_close(s);
+    }
+}
+
 /* -- the same file from any number of ranks and any layout */
 
 typedef struct file_user {
@@ -1520,6 +1540,7 @@ int main(void)
     RUN(solo_session);
     RUN(bad_calls);
     RUN(compile_refuses);
+    RUN(added_after_a_failed_compile);
     RUN(same_bytes);
     RUN(processes);
     RUN(fold_scale);
