@@ -530,14 +530,16 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local);
 /* Pieces in device memory. Needs LORASYNC_CUDA at the implementation; else a desc that has one is refused with LORASYNC_E_UNSUPPORTED.
    The device current when the plan (session) is made is the plan's; it is made current during calls and restored. CUDA 12.0 or later.
    The order of work: begin waits, on the device, for what is already on `stream`, reads the pieces, and lets what is enqueued on `stream`
-   afterwards wait for that reading, and for nothing else. The host waits only where bytes are placed directly, for those who read what the last run
-   placed (lorasync_plan_begin); begin returns once all is enqueued.
+   afterwards wait for that reading, and for nothing else. The host waits only where bytes are placed directly: for those who read what the last run
+   placed (lorasync_plan_begin), and, on a rank whose image stays on the device, for what is already on `stream`, since that may read the image;
+   begin returns once all is enqueued.
    Ranks of one host write straight into the root's image over CUDA IPC where their GPUs can, and in a reshard into each other's staging; else the
    comm's exchange_stream (NCCL) moves staged bytes; else the comm's exchange does, through pinned host memory. All three make the same bytes.
    CUDA graphs: lorasync_plan_begin may be called while `stream` is being captured (unless the exchange goes through the host); it then records the
-   run instead of starting it, on `stream`. After each launch of the graph call lorasync_plan_wait. A launch does not wait, as begin
-   does, for those who still read an image that is placed directly: launch it when all ranks have done with the last one. All ranks capture a
-   RESHARD, or none. Nothing else may be captured: a session refuses it (LORASYNC_E_UNSUPPORTED), since each of its runs is another version. */
+   run instead of starting it, on `stream`. After each launch of the graph call lorasync_plan_wait; without a launch that is LORASYNC_E_STATE on all
+   ranks. A launch does not wait, as begin does, for those who still read an image that is placed directly: launch it when all ranks have done with
+   the last one. All ranks capture a RESHARD, or none. A begin that is not captured ends the graph: capture anew. Nothing else may be captured: a
+   session refuses it (LORASYNC_E_UNSUPPORTED), since each of its runs is another version. */
 typedef struct lorasync_cuda {
     struct CUstream_st *stream; /* the caller's, borrowed until close; NULL: the default stream */
     int keep_on_device;         /* 1: the root's image stays in device memory (image->on_device); 0: wait copies it to pinned memory too */
@@ -745,11 +747,12 @@ typedef struct lorasync_plan_desc {
     /* Receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged whole, as the snapshot that lets
        the caller go on; but if it is more than this and travels over exchange_stream, at most this is staged at a time, and the caller's stream
        waits until the rest has travelled. On GPUs a RESHARD places directly only if what each rank receives fits into it. */
-    size_t               bucket_bytes;
-    int                  allow_nan;  /* 1: NaN and Inf may be gathered. 0: one of them fails the move, naming tensor, rank and element */
-    int                  no_direct;  /* 1: never place directly into shared memory, or another GPU's */
-    const lorasync_cuda *cuda;       /* NULL: pieces are in host memory. Else in device memory; copied. All ranks alike */
-    int                  timeout_ms; /* deadline of each collective step; 0: 60000 */
+    size_t bucket_bytes;
+    int    allow_nan; /* GATHER*: 1: NaN and Inf may be gathered; 0: one of them fails the run, naming tensor, rank and element.
+                                        Looked for in F64, F32, F16, BF16, F8_E4M3 and F8_E5M2. Other kinds take what they find */
+    int    no_direct; /* 1: never place directly into shared memory, or another GPU's */
+    const lorasync_cuda      *cuda;       /* NULL: pieces are in host memory. Else in device memory; copied. All ranks alike */
+    int                       timeout_ms; /* deadline of each collective step; 0: 60000 */
     const lorasync_allocator *allocator;
 } lorasync_plan_desc;
 
@@ -777,12 +780,15 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
 /* Reads the pieces: converts, scales, checks and digests them into staging (or to their final place). When it returns the caller's
    tensors may change again (device memory: in the order of the caller's stream). Sends nothing; when placing directly it first waits until the
    ranks that read the image of the run before (RESHARD: those it sends to) have begun, too. An error here (a NaN) is remembered and reported on
-   every rank by lorasync_plan_wait, which must be called in any case. Allocates nothing. */
+   every rank by lorasync_plan_wait, which must be called in any case. Several plans of one communicator may be begun before any is waited for;
+   all ranks begin them, and wait for them, in the same order. Allocates nothing. */
 LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err);
 
 /* Exchanges and places. Collective; blocks until every rank is done or failed. After success the image is complete and digested, or the
    wanted pieces are written. After failure the image must not be used (the next begin fills it again). Where ranks vote on the GPU (a comm with
-   all_gather_stream) a rank has done its part with begin: if it fails or dies later, the others learn it at their next call. Allocates nothing. */
+   all_gather_stream) a rank has done its part with begin: if it fails or dies later, the others learn it at their next call. Allocates nothing.
+   Errors: those of begin on any rank, named; LORASYNC_E_DISAGREE where ranks are in runs of different plans (nothing is taken, the communicator
+   stays good), or, if bytes are placed directly, LORASYNC_E_TIMEOUT for the same; LORASYNC_E_STATE without begin; those of the comm. */
 LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_error *err);
 
 /* The image of a GATHER (on the root) or GATHER_ALL (everywhere), valid between a successful wait and this rank's next begin; NULL elsewhere. */
@@ -806,7 +812,8 @@ typedef struct lorasync_plan_stats {
 
 LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out);
 
-/* Not collective. NULL is fine. Between begin and wait as lorasync_close. */
+/* Not collective. NULL is fine. Between begin and wait as lorasync_close. Device memory into which others place directly is freed when they have
+   freed their plan, too, or ended: this waits up to 5 s for that, and then leaves it allocated rather than to whoever would get it next. */
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan);
 
 /* ------------------------------------------------------------------------------------------------ >>api: config -- */
