@@ -11,6 +11,7 @@
        ep          experts whole, block by block of E / N; what is no expert's as fsdp
    Per model:
        direct      a plan that writes over CUDA IPC             nccl         the same plan over NCCL, no_direct
+       dnccl       as direct, and NCCL joins the ranks
        ncclsend    floor: the bytes that the other ranks send, already packed, one ncclSend each
        copy        floor: the same bytes, one copy each into rank 0's memory, mapped over CUDA IPC
        fused       floor: one flat tensor of as many elements: one launch that casts and writes, no work per tensor
@@ -849,22 +850,23 @@ static int join(state *st, int mode, lorasync_comm *out)
     return agree(st->res, "lorasync_local_join", status, &err);
 }
 
-static void bench_direct(state *st)
+/* what: the names of its results. */
+static void bench_direct(state *st, const char *what, const lorasync_comm *comm)
 {
-    lorasync_comm      comm;
     lorasync_cuda      cuda = on_stream();
-    lorasync_plan_desc d    = gather_desc(&comm, &cuda, st->given, st->num_given);
-    lorasync_plan     *plan;
+    lorasync_plan_desc d    = gather_desc(comm, &cuda, st->given, st->num_given);
+    lorasync_plan     *plan = make_plan(st, what, &d);
     timing             t;
-    if (!join(st, 0, &comm)) return;
-    plan = make_plan(st, "direct", &d);
+    char               name[32];
     if (!plan) return;
-    t = measure(st->res, "direct", run_plan, plan, 0);
-    put_timing(st->res, "direct", &t);
-    if (t.good) t = measure(st->res, "direct stall", run_plan_events, plan, 0);
-    if (t.good) put(st->res, "direct_stall_ms", t.value);
-    barrier("direct");
-    verify(st, "direct", plan);
+    t = measure(st->res, what, run_plan, plan, 0);
+    put_timing(st->res, what, &t);
+    snprintf(name, sizeof name, "%.16s stall", what);
+    if (t.good) t = measure(st->res, name, run_plan_events, plan, 0);
+    snprintf(name, sizeof name, "%.16s_stall_ms", what);
+    if (t.good) put(st->res, name, t.value);
+    barrier(what);
+    verify(st, what, plan);
     drop_plan(plan);
 }
 
@@ -1359,11 +1361,12 @@ static void bench_model(int index, const nccl_ranks *nccl)
     put(st.res, "elements", (double)st.s.numel);
     put(st.res, "bytes", (double)st.s.numel * 2);
     barrier("parameters");
-    bench_direct(&st);
+    if (join(&st, 0, &comm)) bench_direct(&st, "direct", &comm);
     bench_fused(&st);
     have_nccl = nccl_for(nccl, &st, 2, &comm);
     over_nccl = 1;
     if (have_nccl) bench_staged(&st, &comm);
+    if (have_nccl && option.ranks > 1) bench_direct(&st, "dnccl", &comm);
 #ifndef BENCH_NO_NCCL
     f.nccl    = nccl->raw;
     have_nccl = nccl->raw && (have_nccl || !nccl->good) && !common->nccl_lost;

@@ -48,7 +48,7 @@ def same(o, t):
     """Bits: each program against itself, then against each other."""
     if o.get("direct_equal") is None and o.get("nccl_equal") is None:
         return "not run"
-    mine = all(o.get(k, 1) == 1 for k in ("direct_equal", "nccl_equal", "direct_digest_ok", "nccl_digest_ok", "reshard_equal", "rdirect_equal", "rdnccl_equal"))
+    mine = all(o.get(k, 1) == 1 for k in ("direct_equal", "dnccl_equal", "nccl_equal", "direct_digest_ok", "nccl_digest_ok", "reshard_equal", "rdirect_equal", "rdnccl_equal"))
     if not mine or t.get("equal") is False:
         return "NO"
     if not t.get("checksum") or not o.get("checksum"):
@@ -70,10 +70,11 @@ def main():
           + ("; ours NCCL: with a communicator of its own, non-blocking" if info.get("own_comm") else "")
           + (f"; ours NCCL: buckets of {info['bucket_mib']} MiB" if info.get("bucket_mib") else ""))
     print()
-    table(["model", "tensors", "MiB", "full_tensor", "flattened", "ours NCCL", "ours direct", "ncclSend", "peer copy", "fused", "fused device", "stall",
+    table(["model", "tensors", "MiB", "full_tensor", "flattened", "ours NCCL", "ours direct", "NCCL ranks", "ncclSend", "peer copy", "fused", "fused device", "stall",
            "direct/fused", "direct/copy", "nccl/ncclSend", "full_tensor/direct", "equal to torch"],
           [[(o or t).get("model", i), (o or t).get("tensors", "-"), mib((o or t).get("bytes")), number(t.get("full_tensor_ms")), number(t.get("flat_ms")),
-            number(o.get("nccl_ms")), number(o.get("direct_ms")) + ("" if o.get("direct_is_direct", 1) else " (staged)"), number(o.get("ncclsend_ms")),
+            number(o.get("nccl_ms")), number(o.get("direct_ms")) + ("" if o.get("direct_is_direct", 1) else " (staged)"),
+            number(o.get("dnccl_ms")) + staged(o, "dnccl"), number(o.get("ncclsend_ms")),
             number(o.get("copy_ms")), number(o.get("fused_ms")), number(o.get("fused_device_ms")), number(o.get("direct_stall_ms")),
             ratio(o.get("direct_ms"), o.get("fused_ms")), ratio(o.get("direct_ms"), o.get("copy_ms")), ratio(o.get("nccl_ms"), o.get("ncclsend_ms")), ratio(t.get("full_tensor_ms"), o.get("direct_ms")), same(o, t)]
            for i, o, t in both])

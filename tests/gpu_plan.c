@@ -136,14 +136,15 @@ static void killed_over_nccl(void)
         CHECK_EQ(run_processes(2, plan_with_one_that_dies, &moment), 1); /* the one that is killed */
 }
 
-/* As processes_over_nccl, each run a launch of a CUDA graph. */
+/* As processes_over_nccl, each run a launch of a CUDA graph; or launches among runs. */
 static void captured_over_nccl(void)
 {
     static random_case c;
     int                i, bad = 0, run = 0;
     for (i = 0; run < (num_cases + 11) / 12 && i < 1000; i++) {
         reset(run % 2 ? WAY_NCCL_DIRECT : WAY_NCCL);
-        device_options.capture = 1;
+        device_options.capture = 1 + run / 2 % 2;
+        device_options.runs    = run / 2 % 2 ? 7 : 0;
         make_case(&c, (unsigned long long)i * 5417, i % 3 == 2 ? LORASYNC_RESHARD : (lorasync_plan_kind)(i % 3), 0);
         if (c.world <= num_gpus && (num_gpus < 2 || c.world > 1)) {
             bad += run_processes(c.world, run_device_process, &c) != 0;
