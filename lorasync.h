@@ -1085,7 +1085,8 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
    Returns LORASYNC_OK (something newer is served), LORASYNC_NOTHING_NEW, or a failure: the old version is still served, and the next poll tries
    again. LORASYNC_E_FORMAT (also metadata that names another adapter or version than the directories), LORASYNC_E_PAIR, LORASYNC_E_CONFIG,
    LORASYNC_E_EMPTY, LORASYNC_E_DIGEST, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED, LORASYNC_E_MEMORY, LORASYNC_E_BUSY when 8 versions of one adapter are
-   held: the served one and 7 older ones that readers pin. The served version published again with other bytes is LORASYNC_E_VERSION. An adapter
+   held: the served one and 7 older ones that readers pin. LORASYNC_E_VERSION when what is published is older than what is served (a trainer
+   began again in an emptied place: let it publish newer versions, or open a new engine), or is the same version with other bytes. An adapter
    that fails does not hold up the others; the first failure is returned. Files without lorasync metadata are served too, without a digest to
    check. With shm, LORASYNC_E_BUSY also when 256 engines are attached, LORASYNC_E_STATE in a fork; a version that readers have released is given
    back at the next poll, and a slot stays mapped until a poll finds it gone. With accept_device LORASYNC_E_CUDA for memory that cannot be opened
@@ -15036,6 +15037,16 @@ LORASYNCI_FN lorasync_status lorasynci_check_again(lorasync_engine *e, int adapt
     return status;
 }
 
+/* What is published is older than what is served: a trainer that began again where it had cleared away what an earlier one left. */
+LORASYNCI_FN lorasync_status lorasynci_fail_back(lorasync_error *err, const char *where, uint64_t version, uint64_t served)
+{
+    return lorasynci_fail(
+        err, LORASYNC_E_VERSION,
+        "%s is v%llu, v%llu is served: versions went back, and an engine takes only newer ones; publish versions above v%llu, "
+        "or close this engine and open a new one",
+        where, (unsigned long long)version, (unsigned long long)served, (unsigned long long)served);
+}
+
 /* One look at the adapter whose `latest` says `version`. */
 LORASYNCI_FN lorasync_status lorasynci_poll_version(lorasync_engine *e, int adapter_fd, const char *adapter, uint64_t version,
                                                     lorasync_error *err)
@@ -15047,7 +15058,11 @@ LORASYNCI_FN lorasync_status lorasynci_poll_version(lorasync_engine *e, int adap
     slot = lorasynci_empty_slot(s);
     if (s->current >= 0) {
         lorasynci_slot *now = &s->slots[s->current];
-        if (version < now->seen.version) return LORASYNC_NOTHING_NEW;
+        if (version < now->seen.version) {
+            char where[260];
+            snprintf(where, sizeof where, "%s/%.60s/latest", lorasynci_end_of(e->directory), adapter);
+            return lorasynci_fail_back(err, where, version, now->seen.version);
+        }
         if (version == now->seen.version) return lorasynci_check_again(e, adapter_fd, s, now, err);
     }
     if (!slot) {
@@ -15215,8 +15230,8 @@ LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const lor
     return lorasynci_check_names(out->image, where, adapter, h->version, err);
 }
 
-/* Pins, opens and checks what an adapter's place in the control names. */
-LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lorasynci_opened *served, int place, const char *adapter,
+/* Pins, opens and checks what an adapter's place in the control names. `now`: the slot that is served, or NULL. */
+LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lorasynci_slot *now, int place, const char *adapter,
                                                    uint64_t *out_word, uint64_t *out_version, lorasynci_opened *out, lorasync_error *err)
 {
     char              where[200];
@@ -15237,8 +15252,12 @@ LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lor
         out->mapped = mapped;
         mapped->num_users++;
         *out_version = ((const lorasynci_shm_head *)mapped->map)->version;
-        status       = lorasynci_open_mapped(e, served, adapter, where, out, err);
-        if (status < 0) lorasynci_prefix(err, "%s", where);
+        if (now && *out_version < now->seen.version) {
+            status = lorasynci_fail_back(err, where, *out_version, now->seen.version);
+        } else {
+            status = lorasynci_open_mapped(e, now ? &now->held : NULL, adapter, where, out, err);
+            if (status < 0) lorasynci_prefix(err, "%s", where);
+        }
     }
     if (status < 0) lorasynci_opened_free(out);
     return status == LORASYNC_E_NOT_FOUND ? lorasynci_gone_for_good(err) : status;
@@ -15260,13 +15279,13 @@ LORASYNCI_FN lorasync_status lorasynci_poll_place(lorasync_engine *e, int place,
                               "adapter '%.60s': a newer version is there, but %d versions are held by readers and the engine; release some",
                               adapter, LORASYNCI_SLOTS);
     }
-    LORASYNCI_TRY(lorasynci_open_shared(e, now ? &now->held : NULL, place, adapter, &word, &version, &opened, err));
+    LORASYNCI_TRY(lorasynci_open_shared(e, now, place, adapter, &word, &version, &opened, err));
     if (!now || version > now->seen.version) {
         lorasynci_serve(s, slot, version, &opened);
         s->word = word;
         return LORASYNC_OK;
     }
-    if (version < now->seen.version || lorasynci_same_content(opened.image, now->held.image)) s->word = word;
+    if (lorasynci_same_content(opened.image, now->held.image)) s->word = word;
     lorasynci_opened_free(&opened);
     if (s->word == word) return LORASYNC_NOTHING_NEW;
     return lorasynci_fail(

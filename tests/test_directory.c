@@ -1101,6 +1101,7 @@ static void test_same_version(void)
     lorasync_transport t;
     lorasync_engine   *e;
     lorasync_error     err;
+    int                i;
     fresh_root();
     t = open_directory(0, 1);
     e = open_engine("a");
@@ -1119,9 +1120,14 @@ static void test_same_version(void)
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
     remove_tree(at("a"));
-    CHECK_EQ(publish(&t, "a", 4, &err), 0); /* older: ignored */
-    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
-    CHECK_EQ(served(e, "a"), 5);
+    CHECK_EQ(publish(&t, "a", 4, &err), 0); /* older: said, at every poll */
+    for (i = 0; i < 2; i++) {
+        memset(&err, 0, sizeof err);
+        CHECK_EQ(lorasync_engine_poll(e, 1000, &err), LORASYNC_E_VERSION);
+        CHECK_HAS(err.text, "a/latest is v4, v5 is served: versions went back");
+        CHECK_HAS(err.text, "publish versions above v5");
+        CHECK_EQ(served(e, "a"), 5);
+    }
     CHECK_EQ(publish(&t, "a", 6, &err), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     CHECK_EQ(served(e, "a"), 6);

@@ -320,6 +320,7 @@ static void test_versions(void)
     lorasync_engine   *e;
     lorasync_error     err;
     uint64_t           word;
+    int                i;
     fresh_name();
     t = open_transport();
     e = open_engine(NULL, 0);
@@ -338,7 +339,14 @@ static void test_versions(void)
     CHECK_EQ(lorasync_shm_remove(name, &err), 0);
     t = open_transport(); /* a second run that begins again */
     CHECK_EQ(publish(&t, "default", 3, &err), 0);
-    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW); /* older: ignored */
+    for (i = 0; i < 2; i++) { /* older: said, at every poll */
+        memset(&err, 0, sizeof err);
+        CHECK_EQ(lorasync_engine_poll(e, 1000, &err), LORASYNC_E_VERSION);
+        CHECK_HAS(err.text, "'default' in shared memory");
+        CHECK_HAS(err.text, " is v3, v10 is served: versions went back");
+        CHECK_HAS(err.text, "publish versions above v10");
+        CHECK_EQ(served(e, "default"), 10);
+    }
     CHECK_EQ(publish(&t, "default", 10, &err), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW); /* the same again */
     t.close(t.user);
