@@ -13306,13 +13306,15 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
 {
     char              path[LORASYNCI_SHM_PATH];
     lorasynci_shm_map map;
-    lorasync_status   status;
+    lorasync_error    why; /* the caller's stays untouched when what is damaged, or a stranger's, is removed */
     uint64_t          mine   = 0;
     int               reason = 0;
     LORASYNCI_TRY(lorasynci_shm_check_name(name, err));
     memset(&map, 0, sizeof map);
-    status = lorasynci_shm_take(name, 0, &map, &mine, err);
-    if (status == LORASYNC_E_BUSY) return status;
+    if (lorasynci_shm_take(name, 0, &map, &mine, &why) == LORASYNC_E_BUSY) {
+        if (err) *err = why;
+        return LORASYNC_E_BUSY;
+    }
     lorasynci_shm_path(path, name, 0);
     lorasynci_shm_unlink_slots(name, map.control); /* first: once the control is gone the name is another publisher's */
     if (shm_unlink(path) != 0) reason = errno;
@@ -15101,16 +15103,14 @@ LORASYNCI_FN lorasync_status lorasynci_poll_link(lorasync_engine *e, int adapter
 
 LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, int root_fd, const char *adapter, lorasync_error *err)
 {
-    lorasync_error  why; /* the caller's stays untouched when a second look succeeds */
     lorasync_status status;
     int             fd = lorasynci_open_directory(root_fd, adapter);
     if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) return LORASYNC_NOTHING_NEW;
     if (fd < 0) {
         return lorasynci_fail(err, LORASYNC_E_IO, "cannot open %s/%.60s: %s", lorasynci_end_of(e->directory), adapter, strerror(errno));
     }
-    status = lorasynci_poll_link(e, fd, adapter, &why);
+    status = lorasynci_poll_link(e, fd, adapter, err);
     close(fd);
-    if (status < 0 && err) *err = why;
     return status;
 }
 
@@ -15324,7 +15324,11 @@ LORASYNCI_FN lorasync_status lorasynci_poll_shm(lorasync_engine *e, lorasync_err
 
 LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
 {
-    return e->shm ? lorasynci_poll_shm(e, err) : lorasynci_poll_directory(e, err);
+    lorasync_error
+        why; /* the caller's stays untouched when what failed is no failure: a publisher not there yet, a second look that succeeds */
+    lorasync_status status = e->shm ? lorasynci_poll_shm(e, &why) : lorasynci_poll_directory(e, &why);
+    if (status < 0 && err) *err = why;
+    return status;
 }
 
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err)

@@ -246,7 +246,9 @@ static void test_publish(void)
     uint64_t           v;
     fresh_name();
     e = open_engine(NULL, 0);
+    memset(&err, 0, sizeof err);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW); /* no publisher yet */
+    CHECK(err.status == 0 && !err.text[0]);                           /* which is no failure */
     t = open_transport();
     CHECK_TEXT(t.name, name);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
@@ -810,7 +812,9 @@ static void expect_refused(lorasync_status status, const char *text)
     CHECK_EQ(try_transport(&t, &err), status < 0 ? status : 0);
     if (status < 0) CHECK_HAS(err.text, text);
     else t.close(t.user);
+    memset(&err, 0, sizeof err);
     CHECK_EQ(lorasync_shm_remove(name, &err), 0);
+    CHECK(err.status == 0 && !err.text[0]); /* a success leaves it alone */
 }
 
 static void test_bad_control(void)
