@@ -1188,7 +1188,7 @@ typedef struct lorasync_policy_state {
     /* the engine's base weights and memory */
     int      base_synced;       /* it has had this trainer's base since it started: sent, or loaded from the same checkpoint */
     int      sleep_level;       /* how it sleeps between rollouts: 1 keeps its weights or restores them itself, 2 loses them; 0: no levels,
-                                   weights are lost when LORASYNC_MEMORY_WEIGHTS is in `released` */
+                                   weights are lost when LORASYNC_MEMORY_WEIGHTS is in `tags` and `released` */
     int      keeps_memory;      /* 1: it never sleeps (free_cache_engine=False), whatever the level */
     int      weights_backed_up; /* 1: it restores lost weights itself, from a CPU copy */
     unsigned tags;              /* lorasync_memory_tag bits that it knows; no other is resumed */
@@ -15492,15 +15492,19 @@ LORASYNC_API const char *lorasync_memory_tag_text(lorasync_memory_tag tag)
     }
 }
 
+/* What the engine has given back, of what it knows. */
+LORASYNCI_FN unsigned lorasynci_released(const lorasync_policy_state *s) { return s->released & s->tags; }
+
 LORASYNCI_FN lorasync_status lorasynci_policy_check(const lorasync_policy_state *s, lorasync_error *err)
 {
     if (s->sleep_level < 0 || s->sleep_level > 2)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "sleep_level is %d, expected 0 (no levels), 1 or 2", s->sleep_level);
     if ((int)s->cache_key < 0 || (int)s->cache_key > (int)LORASYNC_CACHE_NONE)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "cache_key is %d, expected one of lorasync_cache_key", (int)s->cache_key);
-    if (s->keeps_memory && s->released)
+    if (s->keeps_memory && lorasynci_released(s))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "keeps_memory is set, yet released is %u: an engine that never sleeps releases nothing", s->released);
+                              "keeps_memory is set, yet released is %u: an engine that never sleeps releases nothing",
+                              lorasynci_released(s));
     if (!s->no_adapter && !s->version)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "version is 0; give the version to be served, or set no_adapter");
     return LORASYNC_OK;
@@ -15510,7 +15514,7 @@ LORASYNCI_FN lorasync_status lorasynci_policy_check(const lorasync_policy_state 
 LORASYNCI_FN int lorasynci_weights_lost(const lorasync_policy_state *s)
 {
     if (s->keeps_memory || s->weights_backed_up) return 0;
-    return s->sleep_level == 2 || (s->sleep_level == 0 && (s->released & LORASYNC_MEMORY_WEIGHTS));
+    return s->sleep_level == 2 || (s->sleep_level == 0 && (lorasynci_released(s) & LORASYNC_MEMORY_WEIGHTS));
 }
 
 LORASYNCI_FN lorasync_base_reason lorasynci_base_reason(const lorasync_policy_state *s)
@@ -15548,7 +15552,7 @@ LORASYNC_API lorasync_status lorasync_policy_decide(const lorasync_policy_state 
     d.send_base      = d.base_reason != LORASYNC_BASE_KEPT;
     d.send_adapter   = d.adapter_reason != LORASYNC_ADAPTER_KEPT && d.adapter_reason != LORASYNC_ADAPTER_NONE;
     if (!state->no_adapter) d.version = d.send_adapter ? state->version : state->held_version;
-    resume = state->released & state->tags;
+    resume = lorasynci_released(state);
     hold   = d.send_base || (d.send_adapter && state->one_slot);
     flush  = state->cache_key != LORASYNC_CACHE_NONE && (d.send_base || (d.send_adapter && state->cache_key == LORASYNC_CACHE_BY_NAME));
     lorasynci_step(&d, hold, LORASYNC_STEP_PAUSE);
