@@ -678,8 +678,10 @@ LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, cons
 
 /* Which tensors changed between two versions of one layout (lorasync_image_delta makes what is to be sent of them). old_digests: a copy of the
    old version's image->tensor_digests (they change with the image; the layout of a session's image never does), num_tensors values.
-   out_indices: room for num_tensors; receives *out_num indices into image->tensors, ascending. Allocates nothing; any thread.
-   Errors: LORASYNC_E_ARGUMENT for NULL or 2^32 tensors, LORASYNC_E_STATE when the image has no tensor_digests (lorasync_image_digest makes some). */
+   out_indices: room for num_tensors; receives *out_num indices into image->tensors, ascending. The new digests are image->tensor_digests; an image
+   without them (lorasync_image_parse makes such) has its payload read. Allocates nothing; any thread.
+   Errors: LORASYNC_E_ARGUMENT for NULL or 2^32 tensors, LORASYNC_E_STATE for an image without tensor_digests whose payload is absent or in device
+   memory. */
 LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image, const uint64_t *old_digests, uint32_t *out_indices,
                                                     size_t *out_num, lorasync_error *err);
 
@@ -714,10 +716,10 @@ LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, u
    base->payload_bytes bytes that must outlive the image; NULL: from the allocator, freed with the image. config_json is "", as after
    lorasync_image_parse: it travels beside a delta as it does beside an image. The delta's digest is checked before, the result's after.
    Whatever fails, the full image helps; what is in `memory` is undefined then.
-   Errors: LORASYNC_E_BASE when the base is of another adapter, version or digest than the delta says; LORASYNC_E_DIGEST for a damaged delta, and for
+   Errors: LORASYNC_E_BASE for a base that is NULL (nothing is held), or of another adapter, version or digest than the delta says; LORASYNC_E_DIGEST for a damaged delta, and for
    a result that is not the promised one (the base is damaged); LORASYNC_E_FORMAT naming a tensor that is not of the base or has another dtype or
    shape there; LORASYNC_E_VERSION when the delta is not newer than its base; LORASYNC_E_UNSUPPORTED for a base whose header is another than
-   lorasync_image_layout writes; LORASYNC_E_ARGUMENT for NULL, a base that is a delta, a delta that is none, or `memory` that overlaps either;
+   lorasync_image_layout writes; LORASYNC_E_ARGUMENT for any other NULL, a base that is a delta, a delta that is none, or `memory` that overlaps either;
    LORASYNC_E_STATE for missing payload or one in device memory; LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, const lorasync_image *delta, void *memory,
                                                   const lorasync_allocator *allocator, lorasync_image **out, lorasync_error *err);
@@ -6250,6 +6252,19 @@ LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, cons
     return lorasynci_mix(sum);
 }
 
+/* An image says its tensors' digests, or lets them be made. */
+LORASYNCI_FN lorasync_status lorasynci_check_digestible(const lorasync_image *image, lorasync_error *err)
+{
+    if (image->tensor_digests || (!image->on_device && (image->payload || image->delta)))
+        return LORASYNC_OK; /* a delta's tensors may lie scattered */
+    return lorasynci_fail(err, LORASYNC_E_STATE, "the image has neither tensor_digests nor a payload in host memory to make them of");
+}
+
+LORASYNCI_FN uint64_t lorasynci_tensor_digest(const lorasync_image *image, size_t i)
+{
+    return image->tensor_digests ? image->tensor_digests[i] : lorasync_digest(image->tensors[i].data, image->tensors[i].num_bytes, 0);
+}
+
 LORASYNC_API uint64_t lorasync_image_digest(const lorasync_image *image, uint64_t *out_tensor_digests)
 {
     uint64_t sum = 0;
@@ -6291,11 +6306,9 @@ LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image,
     if (!image || !old_digests || !out_indices || !out_num)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_changes: image, old_digests, out_indices or out_num is NULL");
     if (image->num_tensors > UINT32_MAX) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu tensors are too many", image->num_tensors);
-    if (!image->tensor_digests)
-        return lorasynci_fail(err, LORASYNC_E_STATE,
-                              "the image has no tensor_digests; lorasync_image_digest makes them, a gathered image has them");
+    LORASYNCI_TRY(lorasynci_check_digestible(image, err));
     for (i = 0; i < image->num_tensors; i++)
-        if (image->tensor_digests[i] != old_digests[i]) out_indices[n++] = (uint32_t)i;
+        if (lorasynci_tensor_digest(image, i) != old_digests[i]) out_indices[n++] = (uint32_t)i;
     *out_num = n;
     return LORASYNC_OK;
 }
@@ -6371,8 +6384,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_delta_source(const lorasync_image *
     if (image->version <= base_version)
         return lorasynci_fail(err, LORASYNC_E_VERSION, "adapter \"%.100s\": a delta from version %llu to version %llu, which is not newer",
                               image->adapter, (unsigned long long)base_version, (unsigned long long)image->version);
-    if (!image->tensor_digests && (!image->payload || image->on_device))
-        return lorasynci_fail(err, LORASYNC_E_STATE, "the image has neither tensor_digests nor a payload to make them of");
+    LORASYNCI_TRY(lorasynci_check_digestible(image, err));
     if (((const lorasynci_image *)image)->stamped) return LORASYNC_OK; /* it is a layout */
     LORASYNCI_TRY(lorasynci_layout_again(image, a, &again, err));
     lorasync_image_free(again);
@@ -6398,9 +6410,8 @@ LORASYNCI_FN lorasync_status lorasynci_find_changed(const lorasync_image *image,
     c->tensors = (lorasync_tensor *)lorasynci_alloc_array(a, n, sizeof *c->tensors);
     c->names = name = (char *)lorasynci_alloc(a, room);
     if (!c->digests || !c->tensors || !c->names) return lorasynci_fail_memory(err, room);
-    if (!image->tensor_digests) lorasync_image_digest(image, c->digests);
-    else if (n) memcpy(c->digests, image->tensor_digests, n * sizeof *c->digests);
     for (i = 0; i < n; i++) {
+        c->digests[i] = lorasynci_tensor_digest(image, i);
         if (c->digests[i] == base_digests[i]) continue;
         c->tensors[c->num]        = image->tensors[i];
         c->tensors[c->num++].name = name;
@@ -6562,8 +6573,9 @@ LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, co
     size_t                  num_bytes;
     lorasync_status         status;
     if (out) *out = NULL;
-    if (!base || !delta || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: base, delta or out is NULL");
+    if (!delta || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: delta or out is NULL");
     if (!lorasynci_allocator(allocator, &a)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    if (!base) return lorasynci_fail(err, LORASYNC_E_BASE, "nothing is held that the delta could be applied to; send the full image");
     LORASYNCI_TRY(lorasynci_check_delta_base(base, delta, err));
     if (!lorasynci_add(base->header_bytes, base->payload_bytes, &num_bytes)) return lorasynci_fail_memory(err, SIZE_MAX);
     LORASYNCI_TRY(lorasynci_check_readable(base, "base", memory, num_bytes, err));

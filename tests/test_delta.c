@@ -444,7 +444,8 @@ static void wrong_base(void)
     APPLY_FAILS(renamed.read, delta, LORASYNC_E_BASE, "\"critic\"");
     APPLY_FAILS(delta, delta, LORASYNC_E_ARGUMENT, "the base is a delta itself");
     APPLY_FAILS(v1.read, v2.read, LORASYNC_E_ARGUMENT, "the delta is none");
-    APPLY_FAILS(NULL, delta, LORASYNC_E_ARGUMENT, "NULL");
+    APPLY_FAILS(NULL, delta, LORASYNC_E_BASE, "nothing is held");
+    APPLY_FAILS(NULL, NULL, LORASYNC_E_ARGUMENT, "NULL");
     APPLY_FAILS(v1.read, NULL, LORASYNC_E_ARGUMENT, "NULL");
     CHECK_EQ(lorasync_image_apply(v1.read, delta, NULL, NULL, NULL, &err), LORASYNC_E_ARGUMENT);
     CHECK_EQ(lorasync_image_apply(other.read, delta, NULL, NULL, &full, NULL), LORASYNC_E_BASE); /* err is not needed */

@@ -613,11 +613,21 @@ static void test_changes(void)
     CHECK_EQ(lorasync_image_changes(image, NULL, indices, &num, &err), LORASYNC_E_ARGUMENT);
     CHECK_EQ(lorasync_image_changes(image, old, NULL, &num, &err), LORASYNC_E_ARGUMENT);
     CHECK_EQ(lorasync_image_changes(image, old, indices, NULL, &err), LORASYNC_E_ARGUMENT);
-    bare                = *image;
+    bare                = *image; /* as lorasync_image_parse makes it */
     bare.tensor_digests = NULL;
-    CHECK_EQ(lorasync_image_changes(&bare, old, indices, &num, &err), LORASYNC_E_STATE);
-    CHECK_HAS(err.text, "tensor_digests");
-    CHECK_EQ(num, 9);
+    memcpy(old, image->tensor_digests, sizeof old);
+    old[1]++;
+    CHECK_EQ(lorasync_image_changes(&bare, old, indices, &num, &err), LORASYNC_OK);
+    CHECK_EQ(num, 1);
+    CHECK_EQ(indices[0], 1);
+    for (i = 0; i < 2; i++) {
+        bare.payload   = i ? image->payload : NULL;
+        bare.on_device = (int)i;
+        num            = 9;
+        CHECK_EQ(lorasync_image_changes(&bare, old, indices, &num, &err), LORASYNC_E_STATE);
+        CHECK_HAS(err.text, "tensor_digests");
+        CHECK_EQ(num, 9);
+    }
     lorasync_close(t.s);
 }
 
