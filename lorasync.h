@@ -104,6 +104,8 @@
    again. (Of several engines some may serve the new version when a later one fails its commit; >>api: transport says how they
    meet again.) Statuses of -100 and below say that the communicator is lost (lorasync_is_lost): close the session, make a new
    communicator, open again.
+   A NULL that is not said to be allowed is LORASYNC_E_ARGUMENT; other functions then return NULL or 0 (a box or a size: -1), fill in
+   zeros, or do nothing.
 
    Collective calls (said at each) return the same status on every rank, as long as the communicator is not lost. An error on
    one rank - a bad argument, a missing tensor, a NaN - is that call's error on all of them. A rank that dies or never calls
@@ -3335,7 +3337,8 @@ LORASYNC_API lorasync_status lorasync_parse_name(const char *raw_name, lorasync_
 
 LORASYNC_API void lorasync_drop_adapter(const char *key, const char *adapter, char *out)
 {
-    size_t n = strlen(key), m = strlen(adapter), end = n;
+    size_t n = key ? strlen(key) : 0, m = adapter ? strlen(adapter) : 0, end = n;
+    if (!key || !adapter || !out) return;
     if (!(n > m && key[n - m - 1] == '.' && memcmp(key + n - m, adapter, m) == 0)) { /* not the last: then the last but one */
         while (end > 0 && key[end - 1] != '.') end--;
         if (end > 0) end--; /* the dot before the last component */
@@ -4215,7 +4218,7 @@ LORASYNC_API lorasync_box lorasync_whole(const int64_t *shape, int ndim)
 {
     lorasync_box b = lorasync_none(ndim);
     int          d;
-    if (ndim < 0 || ndim > LORASYNC_MAX_DIMS) return lorasynci_impossible(ndim);
+    if (ndim < 0 || ndim > LORASYNC_MAX_DIMS || (ndim > 0 && !shape)) return lorasynci_impossible(ndim);
     b.flat = 0;
     b.ndim = ndim;
     for (d = 0; d < ndim; d++) b.len[d] = shape[d];
@@ -4304,7 +4307,7 @@ LORASYNC_API int64_t lorasync_fsdp1_layout(const int64_t *numel, size_t num, int
 {
     int64_t at = 0, alignment;
     size_t  i;
-    if (world < 1 || itemsize < 1 || itemsize > 16) return -1;
+    if (world < 1 || itemsize < 1 || itemsize > 16 || (num && (!numel || !start))) return -1;
     alignment = use_orig_params ? 16 / itemsize : 1;
     for (i = 0; i < num; i++)
         if (!lorasynci_flat_put(numel[i], alignment, &at, &start[i])) return -1;
@@ -4315,7 +4318,7 @@ LORASYNC_API int64_t lorasync_megatron_layout(const int64_t *numel, size_t num, 
 {
     int64_t at = 0, unit = high_busbw ? 65536 : 128, a = world, b = unit;
     size_t  i;
-    if (world < 1) return -1;
+    if (world < 1 || (num && (!numel || !start))) return -1;
     for (i = num; i-- > 0;)
         if (!lorasynci_flat_put(numel[i], 64, &at, &start[i])) return -1;
     while (b) { /* a becomes gcd(world, unit) */
@@ -4589,6 +4592,7 @@ LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out
     lorasync_local *l;
     size_t          at = sizeof(lorasynci_local_head), size;
     void           *map;
+    if (!out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_local_open: out is NULL");
     *out = NULL;
     if (world < 1 || world > LORASYNCI_MAX_LOCAL)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "world is %d, must be 1 to %d", world, (int)LORASYNCI_MAX_LOCAL);
@@ -5855,7 +5859,7 @@ LORASYNCI_FN int lorasynci_read_hex16(const char *text, uint64_t *out)
 
 LORASYNC_API const char *lorasync_image_metadata(const lorasync_image *image, const char *key)
 {
-    const lorasynci_member *member = lorasynci_members_find(&((const lorasynci_image *)image)->metadata, key);
+    const lorasynci_member *member = image && key ? lorasynci_members_find(&((const lorasynci_image *)image)->metadata, key) : NULL;
     return member ? member->value : NULL;
 }
 
@@ -5929,7 +5933,8 @@ LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_
 {
     lorasynci_image *m = NULL;
     lorasync_status  status;
-    *out = NULL;
+    if (out) *out = NULL;
+    if (!out || (!bytes && num_bytes)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_parse: bytes or out is NULL");
     LORASYNCI_TRY(lorasynci_image_new(allocator, &m, err));
     status = lorasynci_parse(m, (const unsigned char *)bytes, num_bytes, err);
     if (status < 0) {
@@ -5944,7 +5949,7 @@ LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_
 LORASYNC_API const lorasync_tensor *lorasync_image_find(const lorasync_image *image, const char *name)
 {
     const lorasynci_image *m = (const lorasynci_image *)image;
-    size_t                 i = lorasynci_table_find(&m->names, name, lorasynci_tensor_name, m->tensors);
+    size_t                 i = m && name ? lorasynci_table_find(&m->names, name, lorasynci_tensor_name, m->tensors) : SIZE_MAX;
     return i == SIZE_MAX ? NULL : &m->tensors[i];
 }
 
@@ -5952,6 +5957,7 @@ LORASYNC_API void lorasync_image_bind(lorasync_image *image, const void *payload
 {
     lorasynci_image *m = (lorasynci_image *)image;
     size_t           i;
+    if (!image) return;
     image->payload = payload;
     for (i = 0; i < image->num_tensors; i++) m->tensors[i].data = payload ? (const unsigned char *)payload + m->tensors[i].offset : NULL;
 }
@@ -6098,6 +6104,9 @@ LORASYNCI_FN lorasync_status lorasynci_layout(const lorasync_image_desc *desc, c
 LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator,
                                                    lorasync_image **out, lorasync_error *err)
 {
+    if (out) *out = NULL;
+    if (!desc || !out || (!desc->tensors && desc->num_tensors))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_layout: desc, desc->tensors or out is NULL");
     return lorasynci_layout(desc, NULL, allocator, out, err);
 }
 
@@ -6106,7 +6115,7 @@ LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, 
     lorasynci_image *m = (lorasynci_image *)image;
     uint64_t         rest;
     size_t           i;
-    if (!m->stamped || !m->digest_at) return;
+    if (!m || !m->stamped || !m->digest_at) return;
     for (i = 20, rest = version; i-- > 0; rest /= 10) m->stamped[m->version_at + i] = (unsigned char)('0' + rest % 10);
     for (i = 16, rest = digest; i-- > 0; rest >>= 4) m->stamped[m->digest_at + i] = (unsigned char)"0123456789abcdef"[rest & 15];
     image->version    = version;
@@ -6199,6 +6208,7 @@ LORASYNC_API uint64_t lorasync_digest(const void *bytes, size_t num_bytes, uint6
     const unsigned char *p     = (const unsigned char *)bytes;
     uint64_t             block = position / 256, sum = 0;
     size_t               at = (size_t)(position % 256), n;
+    if (!p) return 0;
     for (; num_bytes > 0; p += n, num_bytes -= n, at = 0, block++) {
         n = 256 - at < num_bytes ? 256 - at : num_bytes;
 #if defined(LORASYNCI_AVX2)
@@ -6245,6 +6255,7 @@ LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, cons
 {
     uint64_t sum = 0;
     size_t   i;
+    if ((!tensors || !tensor_digests) && num_tensors) return 0;
     for (i = 0; i < num_tensors; i++) {
         lorasynci_term term = lorasynci_digest_term(&tensors[i]);
         sum += (tensor_digests[i] + term.summand) * term.factor;
@@ -6269,6 +6280,7 @@ LORASYNC_API uint64_t lorasync_image_digest(const lorasync_image *image, uint64_
 {
     uint64_t sum = 0;
     size_t   i;
+    if (!image) return 0;
     for (i = 0; i < image->num_tensors; i++) {
         uint64_t       digest = lorasync_digest(image->tensors[i].data, image->tensors[i].num_bytes, 0);
         lorasynci_term term   = lorasynci_digest_term(&image->tensors[i]);
@@ -6290,6 +6302,7 @@ LORASYNCI_FN lorasync_status lorasynci_compare_digest(const lorasync_image *imag
 LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, lorasync_error *err)
 {
     uint64_t found;
+    if (!image) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_verify: image is NULL");
     if (!image->has_digest)
         return lorasynci_fail(err, LORASYNC_E_FORMAT,
                               "the image carries no lorasync.digest to compare with: it was not written by this library");
@@ -9371,7 +9384,12 @@ LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan)
     return plan && plan->image && plan->has_image && plan->image->has_digest ? plan->image : NULL;
 }
 
-LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out) { *out = plan->stats; }
+LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out)
+{
+    if (!out) return;
+    memset(out, 0, sizeof *out);
+    if (plan) *out = plan->stats;
+}
 
 
 /* -- the same on the GPU (LORASYNC_CUDA)
@@ -11023,7 +11041,7 @@ LORASYNC_API void lorasync_config_free(lorasync_config *c)
     lorasynci_free(&a, c);
 }
 
-LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config) { return &config->info; }
+LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config) { return config ? &config->info : NULL; }
 
 /* The members of the file while it is read, with a reader for the positions in error texts. */
 typedef struct lorasynci_fields {
@@ -11242,15 +11260,20 @@ LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_
 
 LORASYNC_API int64_t lorasync_config_rank(const lorasync_config *config, const char *module)
 {
-    const lorasynci_rule *rule = lorasynci_rules_find(&config->ranks, module);
+    const lorasynci_rule *rule;
+    if (!config || !module) return 0;
+    rule = lorasynci_rules_find(&config->ranks, module);
     return rule ? (int64_t)rule->value : config->info.r;
 }
 
 LORASYNC_API double lorasync_config_scale(const lorasync_config *config, const char *module)
 {
-    const lorasynci_rule *rule  = lorasynci_rules_find(&config->alphas, module);
-    double                alpha = rule ? rule->value : config->info.lora_alpha;
-    double                rank  = (double)lorasync_config_rank(config, module);
+    const lorasynci_rule *rule;
+    double                alpha, rank;
+    if (!config || !module) return 0;
+    rule  = lorasynci_rules_find(&config->alphas, module);
+    alpha = rule ? rule->value : config->info.lora_alpha;
+    rank  = (double)lorasync_config_rank(config, module);
     return alpha / (config->info.use_rslora ? sqrt(rank) : rank);
 }
 
@@ -16376,6 +16399,13 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
 
 /* -- running */
 
+LORASYNCI_FN lorasync_status lorasynci_session_ready(const lorasync_session *session, const char *what, lorasync_error *err)
+{
+    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%s: session is NULL", what);
+    if (!session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "%s before lorasync_compile succeeded", what);
+    return LORASYNC_OK;
+}
+
 /* Begins a run for a version; or lets it fail, when that is not newer than the last one, or when the begin is being captured in a CUDA graph, which
    would publish every launch as the same version. */
 LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64_t version, uint64_t last_version, lorasync_error *err)
@@ -16412,7 +16442,7 @@ LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t 
 {
     lorasync_status status;
     uint64_t        aimed_at = 0;
-    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_begin before lorasync_compile succeeded");
+    LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_begin", err));
     if (session->plan->begun || session->plan->lost) return lorasync_plan_begin(session->plan, err); /* says why not */
     session->begin_ns  = lorasynci_now_ns();
     session->version   = version;
@@ -16501,7 +16531,7 @@ LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_r
     lorasync_error    mine, why;
     char             *slot;
     if (!err) err = &why;
-    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_wait before lorasync_compile succeeded");
+    LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_wait", err));
     LORASYNCI_TRY(lorasync_plan_wait(session->plan, err));
     memset(&mine, 0, sizeof mine);
     memset(&outcome, 0, sizeof outcome);
@@ -16536,7 +16566,7 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     lorasync_status   status;
     char             *slot;
     if (!err) err = &why;
-    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_republish before lorasync_compile succeeded");
+    LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_republish", err));
     if (session->plan->lost)
         return lorasynci_fail(err, LORASYNC_E_LOST,
                               "the communicator was lost before: close the session, make a new communicator, open again");
@@ -16564,7 +16594,7 @@ LORASYNC_API const lorasync_engine_outcome *lorasync_get_outcomes(const lorasync
 LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t version, lorasync_report *out_report, lorasync_error *err)
 {
     lorasync_status status = lorasync_begin(session, version, err);
-    if (status == LORASYNC_E_STATE || lorasync_is_lost(status)) return status; /* not begun: there is nothing to wait for */
+    if (!session || status == LORASYNC_E_STATE || lorasync_is_lost(status)) return status; /* not begun: there is nothing to wait for */
     return lorasync_wait(session, out_report, err);
 }
 
@@ -16831,7 +16861,7 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
     lorasync_status   status;
     int               no_alias;
     if (!err) err = &why;
-    if (!session || !session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_load before lorasync_compile succeeded");
+    LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_load", err));
     if (session->plan->lost)
         return lorasynci_fail(err, LORASYNC_E_LOST,
                               "the communicator was lost before: close the session, make a new communicator, open again");
@@ -16851,8 +16881,10 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
 
 LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_session_info *out)
 {
-    const lorasync_image *image = session->plan ? session->plan->image : NULL;
+    const lorasync_image *image = session && session->plan ? session->plan->image : NULL;
+    if (!out) return;
     memset(out, 0, sizeof *out);
+    if (!session) return;
     out->num_added   = session->num_added;
     out->num_taken   = lorasynci_num_taken(session);
     out->num_dropped = session->num_dropped;
@@ -17605,8 +17637,8 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     lorasync_status       status;
     uint64_t              start = lorasynci_now_ns();
     if (!err) err = &why;
-    if (!stream || !stream->plans)
-        return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
+    if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
+    if (!stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
     if (stream->talk->lost) return lorasynci_lost_before(err);
     memset(&p, 0, sizeof p);
     memset(&outcome, 0, sizeof outcome);
@@ -17631,7 +17663,12 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     return LORASYNC_OK;
 }
 
-LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasync_stream_info *out) { *out = stream->info; }
+LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasync_stream_info *out)
+{
+    if (!out) return;
+    memset(out, 0, sizeof *out);
+    if (stream) *out = stream->info;
+}
 
 LORASYNC_API const lorasync_engine_outcome *lorasync_stream_outcomes(const lorasync_stream *stream, size_t *out_num)
 {

@@ -417,7 +417,7 @@ static void test_bad_quorum(void)
     CHECK_EQ(lorasync_republish(t.s, &err), LORASYNC_NOTHING_NEW);
     lorasync_close(t.s);
     CHECK(lorasync_get_outcomes(NULL, &num) == NULL);
-    CHECK_EQ(lorasync_republish(NULL, &err), LORASYNC_E_STATE);
+    CHECK_EQ(lorasync_republish(NULL, &err), LORASYNC_E_ARGUMENT);
 }
 
 static void test_out_of_memory(void)

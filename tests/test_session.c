@@ -1533,10 +1533,152 @@ static void killed_while_staging(void)
         stories_no_direct = !direct;
         CHECK_EQ(run_processes(3, killed_story, NULL), 1); /* the one that was killed */
     }
+
+/* -- NULL where it is not allowed: one line for each call and argument, with what its error must name */
+
+#define NULL_CALLS(X)                                                                                                                      \
+    X(lorasync_convert(NULL, LORASYNC_F32, buffer, LORASYNC_BF16, 1, e), "NULL")                                                           \
+    X(lorasync_convert(buffer, LORASYNC_F32, NULL, LORASYNC_BF16, 1, e), "NULL")                                                           \
+    X(lorasync_parse_name(NULL, &name, e), "raw_name")                                                                                     \
+    X(lorasync_parse_name("x.lora_A.weight", NULL, e), "out")                                                                              \
+    X(lorasync_pattern_compile(NULL, NULL, &pattern, e), "pattern")                                                                        \
+    X(lorasync_pattern_compile("a", NULL, NULL, e), "out")                                                                                 \
+    X(lorasync_matcher_create(NULL, NULL, 0, NULL, NULL, e), "out")                                                                        \
+    X(lorasync_matcher_create(&linear, NULL, 3, NULL, &matcher, e), "no name")                                                             \
+    X(lorasync_local_open(2, NULL, e), "out is NULL")                                                                                      \
+    X(lorasync_local_join(NULL, 0, &comm, e), "local")                                                                                     \
+    X(lorasync_image_layout(NULL, NULL, &image, e), "desc")                                                                                \
+    X(lorasync_image_layout(&layout, NULL, NULL, e), "out")                                                                                \
+    X(lorasync_image_layout(&no_tensors, NULL, &image, e), "desc->tensors")                                                                \
+    X(lorasync_image_parse(NULL, 16, NULL, &image, e), "bytes")                                                                            \
+    X(lorasync_image_parse(buffer, 16, NULL, NULL, e), "out")                                                                              \
+    X(lorasync_image_verify(NULL, e), "image is NULL")                                                                                     \
+    X(lorasync_image_changes(NULL, digests, indices, &num, e), "image")                                                                    \
+    X(lorasync_image_delta(NULL, 1, digests, NULL, &image, e), "image")                                                                    \
+    X(lorasync_image_apply(NULL, NULL, NULL, NULL, &image, e), "delta")                                                                    \
+    X(lorasync_plan_create(NULL, &plan, e), "desc")                                                                                        \
+    X(lorasync_plan_create(&plan_desc, NULL, e), "out")                                                                                    \
+    X(lorasync_plan_begin(NULL, e), "plan is NULL")                                                                                        \
+    X(lorasync_plan_wait(NULL, e), "plan is NULL")                                                                                         \
+    X(lorasync_config_parse(NULL, 2, NULL, &config, e), "json")                                                                            \
+    X(lorasync_config_parse("{}", 2, NULL, NULL, e), "out")                                                                                \
+    X(lorasync_config_check(NULL, NULL, 0, e), "config")                                                                                   \
+    X(lorasync_config_write(NULL, NULL, 0, NULL, &text, e), "desc")                                                                        \
+    X(lorasync_directory_open(NULL, &transport, e), "desc is NULL")                                                                        \
+    X(lorasync_shm_open(NULL, &transport, e), "desc is NULL")                                                                              \
+    X(lorasync_engine_open(NULL, &engine, e), "desc is NULL")                                                                              \
+    X(lorasync_engine_poll(NULL, 0, e), "engine is NULL")                                                                                  \
+    X(lorasync_open_adapter(NULL, NULL, &image, &config, e), "path is NULL")                                                               \
+    X(lorasync_open_adapter(".", NULL, NULL, &config, e), "out_image is NULL")                                                             \
+    X(lorasync_policy_decide(NULL, &decision, e), "state is NULL")                                                                         \
+    X(lorasync_policy_decide(&state, NULL, e), "out is NULL")                                                                              \
+    X(lorasync_policy_verl(NULL, &state, e), "knobs is NULL")                                                                              \
+    X(lorasync_policy_miles(NULL, &state, e), "knobs is NULL")                                                                             \
+    X(lorasync_open(NULL, &session, e), "desc")                                                                                            \
+    X(lorasync_open(&desc, NULL, e), "out")                                                                                                \
+    X(lorasync_add(NULL, &piece, e), "session is NULL")                                                                                    \
+    X(lorasync_attach(NULL, &transport, e), "session is NULL")                                                                             \
+    X(lorasync_attach_directory(NULL, "x", e), "session is NULL")                                                                          \
+    X(lorasync_compile(NULL, e), "session is NULL")                                                                                        \
+    X(lorasync_begin(NULL, 1, e), "session is NULL")                                                                                       \
+    X(lorasync_wait(NULL, NULL, e), "session is NULL")                                                                                     \
+    X(lorasync_sync(NULL, 1, NULL, e), "session is NULL")                                                                                  \
+    X(lorasync_republish(NULL, e), "session is NULL")                                                                                      \
+    X(lorasync_load(NULL, "x", e), "session is NULL")                                                                                      \
+    X(lorasync_stream_open(NULL, &stream, e), "desc")                                                                                      \
+    X(lorasync_stream_add(NULL, &piece, e), "stream is NULL")                                                                              \
+    X(lorasync_stream_attach(NULL, &transport, e), "stream is NULL")                                                                       \
+    X(lorasync_stream_compile(NULL, e), "stream is NULL")                                                                                  \
+    X(lorasync_stream_sync(NULL, 1, NULL, e), "stream is NULL")
+
+#define X(call, what)                                                                                                                      \
+    memset(e, 0, sizeof *e);                                                                                                               \
+    CHECK_EQ(call, LORASYNC_E_ARGUMENT);                                                                                                   \
+    CHECK_EQ(e->status, LORASYNC_E_ARGUMENT);                                                                                              \
+    CHECK_HAS(e->text, what);
+
+static void null_gives_a_status(void)
+{
+    char                  buffer[16] = {0}, *text = NULL;
+    uint64_t              digests[1] = {0};
+    uint32_t              indices[1];
+    size_t                num = 0;
+    lorasync_error        error, *e = &error;
+    lorasync_name         name;
+    lorasync_pattern     *pattern = NULL;
+    lorasync_matcher     *matcher = NULL;
+    lorasync_image       *image   = NULL;
+    lorasync_config      *config  = NULL;
+    lorasync_plan        *plan    = NULL;
+    lorasync_engine      *engine  = NULL;
+    lorasync_session     *session = NULL;
+    lorasync_stream      *stream  = NULL;
+    lorasync_comm         comm    = lorasync_solo();
+    lorasync_filter       linear;
+    lorasync_image_desc   layout, no_tensors;
+    lorasync_plan_desc    plan_desc;
+    lorasync_transport    transport;
+    lorasync_policy_state state;
+    lorasync_decision     decision;
+    lorasync_desc         desc;
+    lorasync_piece        piece;
+    memset(&linear, 0, sizeof linear), memset(&layout, 0, sizeof layout), memset(&plan_desc, 0, sizeof plan_desc);
+    memset(&transport, 0, sizeof transport), memset(&state, 0, sizeof state), memset(&decision, 0, sizeof decision);
+    memset(&desc, 0, sizeof desc), memset(&piece, 0, sizeof piece);
+    linear.target_pattern  = "all-linear";
+    no_tensors             = layout;
+    no_tensors.num_tensors = 1;
+    NULL_CALLS(X)
+}
+#undef X
+
+/* Calls without a status. */
+static void null_gives_nothing(void)
+{
+    int64_t               start[1] = {0};
+    lorasync_plan_stats   stats;
+    lorasync_session_info info;
+    lorasync_stream_info  stream_info;
+    size_t                num   = 9;
+    char                  key[] = "a.b";
+    memset(&stats, 0x11, sizeof stats);
+    memset(&info, 0x11, sizeof info);
+    memset(&stream_info, 0x11, sizeof stream_info);
+    CHECK(lorasync_image_find(NULL, "x") == NULL && lorasync_image_metadata(NULL, "x") == NULL && lorasync_plan_image(NULL) == NULL);
+    CHECK(lorasync_config_view(NULL) == NULL && lorasync_session_image(NULL) == NULL);
+    CHECK(lorasync_acquire(NULL, "x") == NULL && lorasync_find(NULL, "x") == NULL);
+    CHECK(lorasync_get_outcomes(NULL, &num) == NULL && num == 0 && lorasync_stream_outcomes(NULL, NULL) == NULL);
+    CHECK_EQ(lorasync_dtype_from_name(NULL), LORASYNC_DTYPE_NONE);
+    CHECK_EQ(lorasync_pattern_matches(NULL, "x"), 0);
+    CHECK_EQ(lorasync_matcher_takes(NULL, NULL, NULL), 0);
+    CHECK_EQ(lorasync_config_rank(NULL, "x"), 0);
+    CHECK(lorasync_config_scale(NULL, "x") == 0);
+    CHECK(lorasync_digest(NULL, 5, 0) == 0 && lorasync_digest_image(NULL, NULL, 1) == 0 && lorasync_image_digest(NULL, NULL) == 0);
+    CHECK_EQ(lorasync_whole(NULL, 2).len[0], -1);
+    CHECK_EQ(lorasync_fsdp1_layout(NULL, 1, 2, 1, 2, start), -1);
+    CHECK_EQ(lorasync_fsdp1_layout(start, 1, 2, 1, 2, NULL), -1);
+    CHECK_EQ(lorasync_megatron_layout(NULL, 1, 0, 2, start), -1);
+    CHECK_EQ(lorasync_megatron_layout(start, 1, 0, 2, NULL), -1);
+    lorasync_drop_adapter(NULL, "b", key);
+    lorasync_drop_adapter("a.b", NULL, key);
+    lorasync_drop_adapter("a.b", "b", NULL);
+    lorasync_image_bind(NULL, key);
+    lorasync_image_stamp(NULL, 1, 1);
+    lorasync_plan_get_stats(NULL, &stats);
+    lorasync_get_info(NULL, &info);
+    lorasync_stream_get_info(NULL, &stream_info);
+    CHECK_TEXT(key, "a.b");
+    CHECK(stats.num_tensors == 0 && info.num_added == 0 && stream_info.num_tensors == 0);
+    lorasync_plan_get_stats(NULL, NULL), lorasync_get_info(NULL, NULL), lorasync_stream_get_info(NULL, NULL);
+    lorasync_free(NULL, NULL), lorasync_pattern_free(NULL), lorasync_matcher_free(NULL), lorasync_image_free(NULL);
+    lorasync_config_free(NULL), lorasync_plan_free(NULL), lorasync_release(NULL), lorasync_engine_close(NULL);
+    lorasync_local_close(NULL), lorasync_nccl_close(NULL), lorasync_close(NULL), lorasync_stream_close(NULL);
 }
 
 int main(void)
 {
+    RUN(null_gives_a_status);
+    RUN(null_gives_nothing);
     RUN(solo_session);
     RUN(bad_calls);
     RUN(compile_refuses);
