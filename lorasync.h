@@ -413,7 +413,8 @@ LORASYNC_API lorasync_box lorasync_none(int ndim);
        TP, then FSDP on the same dim   lorasync_shard(lorasync_shard(whole, d, tp_rank, tp), d, dp_rank, dp)
                                        (_StridedShard: what is in memory; the spec of an uneven one can be wrong)
        HSDP                            the same on every replica: lorasync_shard(whole, d, shard_rank, shards)
-   A negative dim counts from the end. dim out of range, world < 1 or rank outside 0..world-1 gives a box of len -1. */
+   A negative dim counts from the end. dim out of range, world < 1, rank outside 0..world-1 or a box that ends beyond 2^63 - 1 gives a
+   box of len -1. */
 LORASYNC_API lorasync_box lorasync_shard(lorasync_box box, int dim, int rank, int world);
 
 /* The same for splits that must be even: Megatron column (dim 0) and row (dim 1) parallel, experts (dim 0 of a stack). A length
@@ -4239,7 +4240,7 @@ LORASYNCI_FN int lorasynci_split_dim(const lorasync_box *box, int dim, int rank,
 {
     if (dim < 0) dim += box->ndim;
     if (box->flat || dim < 0 || dim >= box->ndim || dim >= LORASYNC_MAX_DIMS) return -1;
-    if (world < 1 || rank < 0 || rank >= world || box->len[dim] < 0) return -1;
+    if (world < 1 || rank < 0 || rank >= world || box->len[dim] < 0 || box->off[dim] > INT64_MAX - box->len[dim]) return -1;
     return dim;
 }
 

@@ -262,7 +262,7 @@ static void flat_parts_brute(void)
 static void impossible_requests(void)
 {
     int64_t      shape[8] = {4, 6, 1, 1, 1, 1, 1, 1}, huge[2] = {INT64_MAX, 2}, negative[1] = {-3}, s[2], big[2] = {INT64_MAX, 1};
-    lorasync_box w = lorasync_whole(shape, 2);
+    lorasync_box w = lorasync_whole(shape, 2), far = w;
     int          r;
     CHECK(!is_impossible(w));
     CHECK(is_impossible(lorasync_shard(w, 2, 0, 2)));
@@ -280,6 +280,13 @@ static void impossible_requests(void)
     CHECK(is_impossible(lorasync_range(w, 0, 3, 2)));
     CHECK(is_impossible(lorasync_range(w, 0, -1, 2)));
     CHECK(is_impossible(lorasync_range(w, 0, 0, -1)));
+    far.off[0] = INT64_MAX - 4; /* made by hand: the last rows that there can be */
+    CHECK_EQ(lorasync_range(far, 0, 4, 0).off[0], INT64_MAX);
+    CHECK_EQ(lorasync_shard(far, 0, 3, 4).off[0], INT64_MAX - 1);
+    far.off[0]++; /* beyond */
+    CHECK_EQ(lorasync_shard(far, 0, 3, 4).len[0], -1);
+    CHECK_EQ(lorasync_even(far, 0, 1, 2).len[0], -1);
+    CHECK_EQ(lorasync_range(far, 0, 4, 0).len[0], -1);
     CHECK(is_impossible(lorasync_range(w, 0, INT64_MAX, INT64_MAX)));
     CHECK(!is_impossible(lorasync_range(w, 0, 4, 0)));
     CHECK(is_impossible(lorasync_shard(lorasync_flat(0, 4), 0, 0, 2))); /* flat intervals are cut with lorasync_flat_shard */
