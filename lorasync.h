@@ -459,10 +459,11 @@ typedef struct lorasync_piece {
     int64_t        shape[LORASYNC_MAX_DIMS];  /* of the whole tensor */
     lorasync_box   box;                       /* what is at data */
     void          *data;                      /* the box's first element; borrowed until the handle is closed; only lorasync_load and a
-                                                wanted piece are written. May be NULL for an empty box. Aligned to its element. */
+                                                wanted piece are written. May be NULL for an empty box. In device memory aligned to its element */
     int64_t        stride[LORASYNC_MAX_DIMS]; /* elements between neighbours along each dimension; all 0: row-major and contiguous over the
-                                                box. Only with flat == 0. */
-    double         scale;                     /* the values are multiplied by it in F32 before rounding; 0 means 1. Float types only. */
+                                                box. Else 0 only where the box has len 1. Only with flat == 0 */
+    double         scale; /* the values are multiplied by it in F32 before rounding; 0 means 1. Only of held pieces, of F32,
+                                                F16, BF16, F8_E4M3 and F8_E5M2 */
 } lorasync_piece;
 
 /* -------------------------------------------------------------------------------------------------- >>api: comm -- */
@@ -6881,10 +6882,45 @@ LORASYNCI_FN lorasync_status lorasynci_flat_part_add(void *user, const int64_t *
     return LORASYNC_OK;
 }
 
+/* Strides are given all or not at all: one that was forgotten would read, or write, one element again and again. */
+LORASYNCI_FN lorasync_status lorasynci_stride_check(const lorasync_piece *p, int empty, lorasync_error *err)
+{
+    int d, strided = 0;
+    for (d = 0; d < p->ndim; d++) strided |= p->stride[d] != 0;
+    if (strided && p->box.flat)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: a flat interval has no strides; leave piece.stride zero", p->name);
+    for (d = 0; strided && !empty && d < p->ndim; d++)
+        if (p->stride[d] == 0 && p->box.len[d] > 1)
+            return lorasynci_fail(
+                err, LORASYNC_E_ARGUMENT,
+                "%.200s: stride 0 along dimension %d, of length %lld, beside others that are set; give all of them, or none for "
+                "row-major",
+                p->name, d, (long long)p->box.len[d]);
+    return LORASYNC_OK;
+}
+
+/* The scale is used as an F32, by what is sent only. */
+LORASYNCI_FN lorasync_status lorasynci_scale_check(const lorasync_piece *p, int wanted, lorasync_error *err)
+{
+    double size = p->scale < 0 ? -p->scale : p->scale;
+    if (p->scale != p->scale || p->scale - p->scale != 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: scale is not a finite number", p->name);
+    if (size == 0 || p->scale == 1) return LORASYNC_OK;
+    if (!lorasynci_is_float(p->dtype))
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: %s cannot be scaled; leave piece.scale 0", p->name,
+                              lorasync_dtype_name(p->dtype));
+    if (wanted)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "%.200s: a wanted piece cannot be scaled; scale those that are held, and leave its piece.scale 0", p->name);
+    if (size > 3.4028234663852886e38 || (float)size == 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: scale %g is %s as F32", p->name, p->scale, size > 1 ? "Inf" : "0");
+    return LORASYNC_OK;
+}
+
 /* What is wrong with a piece in itself, without the other ranks. */
 LORASYNCI_FN lorasync_status lorasynci_piece_check(const lorasync_piece *p, int wanted, lorasync_error *err)
 {
-    int     bits = lorasync_dtype_bits(p->dtype), d, strided = 0, empty = 0;
+    int     bits = lorasync_dtype_bits(p->dtype), d, empty = 0;
     int64_t numel;
     if (!p->name || !p->name[0]) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a piece has no name");
     if (strlen(p->name) >= LORASYNC_MAX_NAME)
@@ -6892,28 +6928,17 @@ LORASYNCI_FN lorasync_status lorasynci_piece_check(const lorasync_piece *p, int 
     if (bits == 0) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: dtype %d is none; set piece.dtype", p->name, (int)p->dtype);
     if (bits < 8)
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                              "%.200s: %s packs several elements into a byte and cannot be cut; pass the bytes as U8", p->name,
+                              "%.200s: %s packs several elements into a byte and cannot be a piece; pass the bytes as U8", p->name,
                               lorasync_dtype_name(p->dtype));
     LORASYNCI_TRY(lorasynci_box_check(p, err));
-    for (d = 0; d < p->ndim; d++) strided |= p->stride[d] != 0;
     for (d = 0; d < p->box.ndim; d++) empty |= p->box.len[d] == 0;
     if (!lorasynci_numel(p->shape, p->ndim, &numel) || numel > INT64_MAX / (bits / 8))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensor passes 2^63 bytes", p->name);
-    if (strided && p->box.flat)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: a flat interval has no strides; leave piece.stride zero", p->name);
     if (!p->data && !empty)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "%.200s: data is NULL but the box is not empty; pass an empty box where a rank holds nothing", p->name);
-    for (d = 0; strided && wanted && d < p->ndim; d++)
-        if (p->stride[d] == 0 && p->box.len[d] > 1)
-            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: stride 0 along dimension %d would write several elements to one place",
-                                  p->name, d);
-    if (p->scale != 0 && p->scale != 1 && !lorasynci_is_float(p->dtype))
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: %s cannot be scaled; leave piece.scale 0", p->name,
-                              lorasync_dtype_name(p->dtype));
-    if (p->scale != p->scale || p->scale - p->scale != 0)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: scale is not a finite number", p->name);
-    return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_stride_check(p, empty, err));
+    return lorasynci_scale_check(p, wanted, err);
 }
 
 /* The number of a piece's tensor in the catalogue; a new tensor is added. Pieces of one tensor must agree on shape and dtype. */
@@ -8532,6 +8557,21 @@ LORASYNCI_FN uint64_t lorasynci_plan_tag(const lorasync_plan_desc *d)
     return lorasynci_hash(v, sizeof v, 2);
 }
 
+/* A GPU reads and writes elements where they are aligned, the CPU anywhere. */
+LORASYNCI_FN lorasync_status lorasynci_plan_check_aligned(const lorasync_plan_desc *d, lorasync_error *err)
+{
+    size_t i;
+    for (i = 0; i < d->num_have + d->num_want; i++) {
+        const lorasync_piece *p    = i < d->num_have ? &d->have[i] : &d->want[i - d->num_have];
+        int                   item = lorasync_dtype_bits(p->dtype) / 8;
+        if ((uintptr_t)p->data % (uintptr_t)item != 0)
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                                  "%.200s: data is %p, in device memory it must be a multiple of the %d bytes of its %s", p->name, p->data,
+                                  item, lorasync_dtype_name(p->dtype));
+    }
+    return LORASYNC_OK;
+}
+
 /* Checks the desc and describes this rank's pieces. Its failure is everybody's, by the vote that follows. */
 LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const lorasync_plan_desc *d, lorasynci_parts *parts,
                                                      lorasync_error *err)
@@ -8548,7 +8588,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const 
     if (d->kind == LORASYNC_SCATTER && plan->comm.rank == d->root && !d->image->payload && d->image->payload_bytes)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "scatter: the image has no payload; bind one with lorasync_image_bind");
     LORASYNCI_TRY(lorasynci_describe(d->have, d->num_have, 0, &plan->a, &plan->catalogue, parts, err));
-    return lorasynci_describe(d->want, d->num_want, 1, &plan->a, &plan->catalogue, parts, err);
+    LORASYNCI_TRY(lorasynci_describe(d->want, d->num_want, 1, &plan->a, &plan->catalogue, parts, err));
+    return d->cuda ? lorasynci_plan_check_aligned(d, err) : LORASYNC_OK;
 }
 
 /* Everybody's description to the planner. */

@@ -810,6 +810,31 @@ static void nan_is_named(void)
     }
 }
 
+/* A GPU cannot read an element across its alignment. */
+static void not_aligned(void)
+{
+    lorasync_piece     p;
+    lorasync_plan_desc d;
+    lorasync_cuda      cuda;
+    lorasync_plan     *plan = NULL;
+    lorasync_error     err;
+    void              *memory = NULL;
+    reset();
+    REQUIRE(cudaMalloc(&memory, 64) == cudaSuccess);
+    memset(&p, 0, sizeof p), memset(&d, 0, sizeof d), memset(&cuda, 0, sizeof cuda);
+    p.name = "A", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 4, p.data = (char *)memory + 2;
+    p.box  = lorasync_whole(p.shape, 1);
+    d.have = &p, d.num_have = 1, d.cuda = &cuda;
+    CHECK_EQ(lorasync_plan_create(&d, &plan, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "A: data is ");
+    CHECK_HAS(err.text, "a multiple of the 4 bytes of its F32");
+    p.data = (char *)memory + 4;
+    CHECK_EQ(lorasync_plan_create(&d, &plan, &err), LORASYNC_OK);
+    lorasync_plan_free(plan);
+    cudaFree(memory);
+    check_left();
+}
+
 /* Everything stays where it is. */
 static void kept_on_device(void)
 {
@@ -844,6 +869,7 @@ int main(void)
     RUN(late_sender_writes_nothing);
     RUN(launch_fails);
     RUN(one_does_not_begin);
+    RUN(not_aligned);
     RUN(kept_on_device);
     RUN(graphs);
     RUN(graphs_among_runs);

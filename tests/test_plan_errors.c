@@ -233,6 +233,18 @@ static void spoil_flat_stride(declared *x, int rank)
 {
     if (rank == 1) x->have[0].box = lorasync_flat(8, 8), x->have[0].stride[1] = 1;
 }
+static void spoil_held_stride(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].stride[0] = COLS; /* the other one was forgotten */
+}
+static void spoil_scale_tiny(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].scale = 1e-46;
+}
+static void spoil_scale_large(declared *x, int rank)
+{
+    if (rank == 2) x->have[0].scale = -3.5e38;
+}
 static void spoil_empty(declared *x, int rank)
 {
     (void)rank;
@@ -291,6 +303,11 @@ static void spoil_wanted_stride(declared *x, int rank)
     want_all(x);
     if (rank == 1) x->want[0].stride[1] = 1;
 }
+static void spoil_wanted_scale(declared *x, int rank)
+{
+    want_all(x);
+    if (rank == 1) x->want[0].scale = 2;
+}
 static void spoil_wanted_null(declared *x, int rank)
 {
     want_all(x);
@@ -337,6 +354,9 @@ static const wrong_case wrong[] = {
     {spoil_list, LORASYNC_E_ARGUMENT, {"rank 1", "list is NULL", ""}},
     {spoil_gather_want, LORASYNC_E_ARGUMENT, {"rank 1", "wanted", ""}},
     {spoil_flat_stride, LORASYNC_E_ARGUMENT, {"rank 1", "A: a flat interval has no strides", ""}},
+    {spoil_held_stride, LORASYNC_E_ARGUMENT, {"rank 1", "A: stride 0 along dimension 1, of length 4", "give all of them"}},
+    {spoil_scale_tiny, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale 1e-46 is 0 as F32", ""}},
+    {spoil_scale_large, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale -3.5e+38 is Inf as F32", ""}},
     {spoil_empty, LORASYNC_E_EMPTY, {"no rank declares a tensor", "", ""}},
     {spoil_scalar_twice, LORASYNC_E_LAYOUT, {"c", "held by no rank", ""}},
     {spoil_bucket, LORASYNC_E_DISAGREE, {"bucket_bytes", "rank 1", ""}},
@@ -349,6 +369,7 @@ static const wrong_case wrong[] = {
     {spoil_wanted_dtype, LORASYNC_E_UNSUPPORTED, {"A", "held as F32", "I32 by rank 1"}},
     {spoil_wanted_shape, LORASYNC_E_DISAGREE, {"A", "[6, 4] on rank 0", "[4, 6] on rank 1"}},
     {spoil_wanted_stride, LORASYNC_E_ARGUMENT, {"rank 1", "A: stride 0 along dimension 0", ""}},
+    {spoil_wanted_scale, LORASYNC_E_UNSUPPORTED, {"rank 1", "A: a wanted piece cannot be scaled", "piece.scale 0"}},
     {spoil_wanted_null, LORASYNC_E_ARGUMENT, {"rank 1", "A: data is NULL", ""}},
 };
 
@@ -413,6 +434,46 @@ static void wrong_declarations(void)
             CHECK_EQ(v.retry_failed[r], 0);
         }
     }
+}
+
+/* Host memory may begin at any byte: row by row and transposed, copied and converted. */
+static void any_alignment(void)
+{
+    static const lorasync_dtype wires[] = {LORASYNC_F32, LORASYNC_BF16, LORASYNC_F64};
+    double                      memory[ROWS * COLS + 1];
+    char                       *bytes = (char *)memory + 1;
+    lorasync_piece              p;
+    lorasync_plan_desc          d;
+    lorasync_plan              *plan;
+    lorasync_error              err;
+    int                         k, transposed, i;
+    for (k = 0; k < 3; k++)
+        for (transposed = 0; transposed < 2; transposed++) {
+            size_t      item = k == 2 ? 8 : 4;
+            const char *found;
+            declare(&p, "A", k == 2 ? LORASYNC_F64 : LORASYNC_F32, 2, ROWS, COLS, bytes);
+            if (transposed) p.stride[0] = 1, p.stride[1] = ROWS;
+            for (i = 0; i < ROWS * COLS; i++) {
+                double wide   = i;
+                float  narrow = (float)i;
+                int    at     = transposed ? i % COLS * ROWS + i / COLS : i;
+                memcpy(bytes + (size_t)at * item, k == 2 ? (void *)&wide : (void *)&narrow, item);
+            }
+            memset(&d, 0, sizeof d);
+            d.have = &p, d.num_have = 1, d.wire_dtype = k == 2 ? LORASYNC_DTYPE_NONE : wires[k];
+            REQUIRE(lorasync_plan_create(&d, &plan, &err) == LORASYNC_OK);
+            CHECK_EQ(lorasync_plan_begin(plan, &err), LORASYNC_OK);
+            CHECK_EQ(lorasync_plan_wait(plan, &err), LORASYNC_OK);
+            found = (const char *)lorasync_plan_image(plan)->payload;
+            for (i = 0; i < ROWS * COLS; i++) {
+                float  value = -1;
+                double wide;
+                if (k == 2) memcpy(&wide, found + i * 8, 8), value = (float)wide;
+                else lorasync_convert(&value, LORASYNC_F32, found + i * lorasync_dtype_bits(wires[k]) / 8, wires[k], 1, &err);
+                CHECK_EQ(value, i);
+            }
+            lorasync_plan_free(plan);
+        }
 }
 
 /* Bad arguments that a call finds without the others. */
@@ -987,6 +1048,7 @@ int main(int argc, char **argv)
         big_plan(atoi(argv[1]), (size_t)atol(argv[2]), argc > 3);
         return 0;
     }
+    RUN(any_alignment);
     RUN(bad_calls);
     RUN(lost_at_once);
     RUN(wrong_declarations);
