@@ -316,6 +316,7 @@ typedef struct lorasync_name {
      `base_layer` and without a last `token_adapter`.
    - `<module>.modules_to_save.<adapter>.<rest>` has the key base_model.model.<module>.<rest>. In a file it cannot be told from a
      base parameter: such a key parses as one.
+     An adapter name has no dot in it.
    - Everything else is a base parameter: `base_layer`, `original_module` and `token_adapter.base_layer` are dropped from its
      path.
    Errors, all naming what was found: LORASYNC_E_NAME for a name without a known leaf that looks like LoRA: a last or last but one
@@ -3281,6 +3282,11 @@ LORASYNCI_FN int lorasynci_is_megatron(const lorasynci_path *p)
 LORASYNCI_FN lorasync_status lorasynci_check_base(const lorasynci_path *p, lorasync_error *err)
 {
     size_t at = lorasynci_unknown_leaf(p);
+    if (at + 1 < p->num && lorasynci_leaf_of(p->seg[at]))
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "parameter name \"%.240s\": \"%.*s\" is followed by \"%.100s\", expected nothing, <adapter>, weight or "
+                              "<adapter>.weight; an adapter name cannot contain a dot",
+                              p->raw, (int)p->seg[at].size, p->seg[at].text, p->seg[at].text + p->seg[at].size + 1);
     if (at < p->num)
         return lorasynci_fail(err, LORASYNC_E_NAME,
                               "parameter name \"%.240s\": \"%.*s\" is no LoRA leaf known here (lora_A, lora_B, lora_embedding_A, "
