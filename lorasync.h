@@ -1268,7 +1268,7 @@ typedef struct lorasync_desc {
     lorasync_dtype         wire_dtype;  /* what engines get: BF16 usually; NONE: each tensor's own dtype */
     const lorasync_filter *filter;      /* NULL: all LoRA parameters of the adapter. Borrowed until lorasync_compile returns */
     const char            *config_json; /* the trainer's adapter_config.json as text; or NULL and give lora_alpha. Copied */
-    double                 lora_alpha;  /* without config_json */
+    double                 lora_alpha;  /* without config_json; beside it 0, or the same */
     const char            *base_model;  /* without config_json: base_model_name_or_path. Copied */
     int                    fold_scale;  /* 1: multiply alpha / r (or what the config says) into lora_B and publish lora_alpha == r */
     int                    allow_nan;
@@ -1327,7 +1327,7 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
 
 /* Filters, pairs, plans and allocates. Collective, once. Errors, the same on all ranks: those remembered by lorasync_add and lorasync_attach;
    LORASYNC_E_EMPTY (no LoRA parameter on any rank); LORASYNC_E_PAIR (A without B); LORASYNC_E_NAME (two parameters of one key);
-   LORASYNC_E_ARGUMENT (quorum over the number of engines); LORASYNC_E_CONFIG (rank against config, no alpha, fold_scale with an alpha of 0);
+   LORASYNC_E_ARGUMENT (quorum over the number of engines); LORASYNC_E_CONFIG (rank against config, no alpha, two of them, fold_scale with an alpha of 0);
    LORASYNC_E_UNSUPPORTED (filter.base with a directory or shared memory, which publish adapters: there is no adapter_config.json then);
    LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create.
    After LORASYNC_E_PAIR and LORASYNC_E_EMPTY the rest may be added, and compile called again on all ranks. */
@@ -16148,6 +16148,10 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
         return lorasynci_fail(
             err, LORASYNC_E_CONFIG,
             "no alpha: set desc.lora_alpha, or desc.config_json to the trainer's adapter_config.json (an engine would assume 8)");
+    if (s->config && s->desc.lora_alpha != 0 && s->desc.lora_alpha != s->config->info.lora_alpha)
+        return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                              "desc.lora_alpha is %g, but desc.config_json says lora_alpha %g; leave desc.lora_alpha 0, or make them agree",
+                              s->desc.lora_alpha, s->config->info.lora_alpha);
     LORASYNCI_TRY(lorasynci_session_filter(s, err));
     return lorasynci_session_collisions(s, err);
 }

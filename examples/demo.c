@@ -746,7 +746,7 @@ static lorasync_status open_session(const job *j, const lorasync_comm *comm, con
     d.comm        = comm;
     d.wire_dtype  = j->wire;
     d.config_json = j->config_json;
-    d.lora_alpha  = 2.0 * j->rank;
+    d.lora_alpha  = j->config_json ? 0 : 2.0 * j->rank;
     d.base_model  = j->shapes ? j->shapes->name : NULL;
     d.no_direct   = j->no_direct;
     d.timeout_ms  = j->timeout_ms;

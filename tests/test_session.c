@@ -374,6 +374,11 @@ static void spoil_rank(lorasync_desc *d, rank_model *m, int rank)
 static void spoil_target(lorasync_desc *d, rank_model *m, int rank)
 {
     (void)m, (void)rank, d->config_json = "{\"peft_type\":\"LORA\",\"r\":8,\"target_modules\":[\"q_proj\"]}";
+    d->lora_alpha = 8; /* the default, as in the config */
+}
+static void spoil_two_alphas(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m, (void)rank, d->config_json = "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":20}";
 }
 static void spoil_alpha(lorasync_desc *d, rank_model *m, int rank) { (void)m, (void)rank, d->lora_alpha = 0; }
 static void spoil_alpha_one(lorasync_desc *d, rank_model *m, int rank)
@@ -443,6 +448,7 @@ static const wrong_session wrong[] = {
     {spoil_rank, LORASYNC_E_CONFIG, {"rank", "16"}},
     {spoil_target, LORASYNC_E_CONFIG, {"up_proj", ""}},
     {spoil_alpha, LORASYNC_E_CONFIG, {"no alpha", "lora_alpha"}},
+    {spoil_two_alphas, LORASYNC_E_CONFIG, {"desc.lora_alpha is 16", "config_json says lora_alpha 20"}},
     {spoil_alpha_one, LORASYNC_E_DISAGREE, {"lora_alpha", "rank 1"}},
     {spoil_root, LORASYNC_E_DISAGREE, {"root", "rank 1"}},
     {spoil_fold_one, LORASYNC_E_DISAGREE, {"fold_scale", "rank 1"}},
@@ -1196,6 +1202,7 @@ static void other_kinds(void)
     lorasync_error        err;
     lorasync_image       *image;
     memset(&e, 0, sizeof e);
+    d.lora_alpha = 0; /* the config has it */
     d.config_json =
         "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"use_dora\":true,\"target_modules\":[\"q_proj\",\"embed_tokens\"],\"modules_to_save\":[\"classifier\"]}";
     make_model(&m, kinds, 9, FSDP2, 0, 1, 1);
