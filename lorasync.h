@@ -3479,7 +3479,9 @@ LORASYNCI_FN int lorasynci_re_include_class(unsigned char *set, unsigned letter)
     if (letter == 0 || !strchr("dwsDWS", (int)letter)) return 0;
     for (c = 0; c < 256; c++) {
         unsigned kind = letter | 32u;
-        int      in   = kind == 'd' ? c >= '0' && c <= '9' : kind == 'w' ? lorasynci_is_word(c) : c == ' ' || (c >= 9 && c <= 13);
+        int      in   = kind == 'd'   ? c >= '0' && c <= '9'
+                        : kind == 'w' ? lorasynci_is_word(c)
+                                      : c == ' ' || (c >= 9 && c <= 13) || (c >= 0x1c && c <= 0x1f);
         if (in == (letter == kind)) lorasynci_re_include(set, c, c);
     }
     return 1;
@@ -3917,6 +3919,7 @@ LORASYNCI_FN int lorasynci_re_holds(const lorasynci_re_place *at, unsigned asser
     case 'Z': return at->i == at->n;
     case '$': return at->i == at->n || (at->i + 1 == at->n && at->text[at->i] == '\n');
     default:
+        if (at->n == 0) return 0; /* before Python 3.14 not even \B holds in an empty text */
         left  = at->i > 0 && lorasynci_is_word(at->text[at->i - 1]);
         right = at->i < at->n && lorasynci_is_word(at->text[at->i]);
         return (left != right) == (assertion == 'b');

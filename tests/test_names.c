@@ -476,6 +476,12 @@ static const struct {
     {".(?:.{,2}[a-])*|.", "b\n. ", 0},
     {".b{0,3}", "b", 1},
     {".b{0,3}", "{b_a", 0},
+    {"\\B", "", 0}, /* 3.14 matches it */
+    {"\\b|\\B|a", "", 0},
+    {"\\s{4}", "\x1c\x1d\x1e\x1f", 1},
+    {"\\S|\\x1c\\S", "\x1c ", 0},
+    {"[\\S]", "\x1f", 0},
+    {"\\s", "\x1b", 0},
     {"\\b..|", "b_", 1},
     {"\\b..|", "a{.a_1_.", 0},
     {"c(?=a?)|[^\\s]{,}[\\d_][]a]", "{a11a", 1},
@@ -992,6 +998,7 @@ static int assertion(char kind, const char *text, size_t i, size_t n)
     int left, right;
     if (kind == '^') return i == 0;
     if (kind == '$') return i == n || (i + 1 == n && text[i] == '\n');
+    if (n == 0) return 0;
     left  = i > 0 && !in_set("\\W", text[i - 1]);
     right = i < n && !in_set("\\W", text[i]);
     return (left != right) == (kind == 'b');
