@@ -852,7 +852,7 @@ typedef struct lorasync_config_info {
 } lorasync_config_info;
 
 /* Reads one. Only peft_type is required (as in PEFT); null means the default. `json` need not outlive the call.
-   Errors: LORASYNC_E_FORMAT naming key, line and column for malformed JSON, a key twice in one object, NaN or Infinity (which Python would
+   Errors: LORASYNC_E_FORMAT naming byte, line and column, and the keys that lead there, for malformed JSON, a key twice in one object, NaN or Infinity (which Python would
    write), a wrong type or a rank below 1, and for a file without peft_type; LORASYNC_E_UNSUPPORTED for a peft_type other than LORA, naming
    it; those of lorasync_pattern_compile for target_modules, exclude_modules, rank_pattern and alpha_pattern; LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status             lorasync_config_parse(const char *json, size_t num_bytes, const lorasync_allocator *allocator,
@@ -2477,6 +2477,14 @@ LORASYNCI_FN lorasync_status lorasynci_members_count(const lorasynci_json *j, si
     return (lorasync_status)more;
 }
 
+/* Points to the later value: sorting may have changed their order. */
+LORASYNCI_FN lorasync_status lorasynci_fail_twice(const lorasynci_json *j, const lorasynci_member *a, const lorasynci_member *b)
+{
+    char why[160];
+    snprintf(why, sizeof why, "key \"%.100s\" occurs twice in one object", a->key);
+    return lorasynci_json_fail(j, a->value > b->value ? a->value : b->value, why);
+}
+
 /* Reads the members of an object, sorted by key (Python's order too: UTF-8 sorts as its characters do). A key that occurs twice is
    refused. The values point into the text. Free with lorasynci_members_free, also after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_members_read(lorasynci_json *j, const lorasync_allocator *a, lorasynci_members *out)
@@ -2504,9 +2512,7 @@ LORASYNCI_FN lorasync_status lorasynci_members_read(lorasynci_json *j, const lor
     }
     qsort(out->at, out->num, sizeof *out->at, lorasynci_member_order);
     for (i = 1; i < out->num; i++)
-        if (strcmp(out->at[i - 1].key, out->at[i].key) == 0)
-            return lorasynci_fail(j->err, LORASYNC_E_FORMAT, "JSON error: key \"%.100s\" occurs twice in one object, at bytes %zu and %zu",
-                                  out->at[i].key, (size_t)(out->at[i - 1].value - j->begin), (size_t)(out->at[i].value - j->begin));
+        if (strcmp(out->at[i - 1].key, out->at[i].key) == 0) return lorasynci_fail_twice(j, &out->at[i - 1], &out->at[i]);
     return LORASYNC_OK;
 }
 
@@ -2530,7 +2536,8 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lora
 
 LORASYNCI_FN lorasync_status lorasynci_json_put_members(lorasynci_buffer *b, const lorasynci_json *j, const lorasynci_members *m, int level)
 {
-    size_t i;
+    lorasync_status status;
+    size_t          i;
     for (i = 0; i < m->num; i++) {
         lorasynci_json value = *j;
         value.at             = m->at[i].value;
@@ -2538,7 +2545,9 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_members(lorasynci_buffer *b, con
         lorasynci_json_put_line(b, level + 1);
         lorasynci_json_put_ascii(b, m->at[i].key, strlen(m->at[i].key));
         lorasynci_put_text(b, ": ");
-        LORASYNCI_TRY(lorasynci_json_put_python(b, &value, level + 1));
+        status = lorasynci_json_put_python(b, &value, level + 1);
+        if (status < 0) lorasynci_prefix(j->err, "\"%.60s\"", m->at[i].key);
+        LORASYNCI_TRY(status);
     }
     if (!m->num) lorasynci_put_text(b, "{");
     else lorasynci_json_put_line(b, level);
@@ -11256,7 +11265,8 @@ LORASYNCI_FN lorasync_status lorasynci_config_read(lorasync_config *c, const lor
     lorasynci_put(&b, "", 1);
     c->text = b.data;
     if (status >= 0 && b.failed) status = lorasynci_fail_memory(all.err, b.size);
-    LORASYNCI_TRY(lorasynci_field_done(f, "{}", status));
+    if (status < 0) lorasynci_prefix(all.err, "adapter config");
+    LORASYNCI_TRY(status);
     LORASYNCI_TRY(lorasynci_field_rules(f, "rank_pattern", 1, &c->a, &c->ranks));
     return lorasynci_field_rules(f, "alpha_pattern", 0, &c->a, &c->alphas);
 }
