@@ -14807,6 +14807,21 @@ LORASYNCI_FN lorasync_status lorasynci_map_file(int at, const char *name, const 
     return LORASYNC_OK;
 }
 
+LORASYNCI_FN int lorasynci_name_ends(const char *name, const char *end)
+{
+    size_t n = strlen(name), k = strlen(end);
+    return n > k && strcmp(name + n - k, end) == 0;
+}
+
+/* 1 for what torch.save writes: a zip archive, or a bare pickle. (Asked of what is no safetensors: a header of 640 bytes begins with 80 02, too,
+   but with 0 behind.) */
+LORASYNCI_FN int lorasynci_is_pickled(const char *name, const unsigned char *p, size_t num_bytes)
+{
+    if (num_bytes >= 4 && memcmp(p, "PK\3\4", 4) == 0) return 1;
+    if (num_bytes >= 3 && p[0] == 0x80 && p[1] >= 2 && p[1] <= 5 && p[2]) return 1;
+    return lorasynci_name_ends(name, ".bin") || lorasynci_name_ends(name, ".pt") || lorasynci_name_ends(name, ".pth");
+}
+
 /* Maps and checks a safetensors file. */
 LORASYNCI_FN lorasync_status lorasynci_open_model(int at, const char *name, const char *label, int no_verify, const lorasync_allocator *a,
                                                   lorasynci_opened *out, lorasync_error *err)
@@ -14820,8 +14835,10 @@ LORASYNCI_FN lorasync_status lorasynci_open_model(int at, const char *name, cons
         lorasynci_image_own_mapping(out->image, map, num_bytes);
         status = lorasynci_refuse_delta(out->image, err);
         if (status >= 0 && !no_verify && out->image->has_digest) status = lorasync_image_verify(out->image, err);
-    } else if (map) {
-        munmap(map, num_bytes);
+    } else {
+        if (status == LORASYNC_E_FORMAT && lorasynci_is_pickled(name, (const unsigned char *)map, num_bytes))
+            status = lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "pickled files are not read, save it again as safetensors with PEFT");
+        if (map) munmap(map, num_bytes);
     }
     if (status < 0) {
         lorasynci_prefix(err, "%s", label);

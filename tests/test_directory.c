@@ -1285,6 +1285,16 @@ static void test_memory_fails(void)
 
 static void test_open(void)
 {
+    static const struct {
+        const char     *name, *bytes;
+        lorasync_status status;
+        const char     *part;
+    } pickled[] = {
+        {"adapter_model.bin", "PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
+        {"weights", "PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
+        {"old", "\200\2\212\12\154\374\234\106\371\40\152\250\120\31\56\200", LORASYNC_E_UNSUPPORTED, "as safetensors with PEFT"},
+        {"x.pt", "something of 16 b", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
+        {"cut.safetensors", "\200\2\0\0\0\0\0\0{\"a\":{\"b", LORASYNC_E_FORMAT, "640"}};
     lorasync_transport t;
     lorasync_image    *image  = NULL;
     lorasync_config   *config = NULL;
@@ -1318,6 +1328,12 @@ static void test_open(void)
     write_text(at("adapter_model.bin"), "x", 1);
     CHECK_EQ(lorasync_open_adapter(root, NULL, &image, NULL, &err), LORASYNC_E_UNSUPPORTED);
     CHECK_HAS(err.text, "pickled");
+    for (i = 0; i < sizeof pickled / sizeof pickled[0]; i++) { /* their own paths */
+        write_text(at("%s", pickled[i].name), pickled[i].bytes, 16);
+        CHECK_EQ(lorasync_open_adapter(at("%s", pickled[i].name), NULL, &image, NULL, &err), pickled[i].status);
+        CHECK_HAS(err.text, pickled[i].part);
+        CHECK_HAS(err.text, pickled[i].name);
+    }
     unlink(at("a/v1/adapter_config.json"));
     CHECK_EQ(lorasync_open_adapter(at("a/v1"), NULL, &image, NULL, &err), LORASYNC_E_NOT_FOUND);
     CHECK_HAS(err.text, "a/v1/adapter_config.json");
