@@ -58,7 +58,7 @@
        lorasync_release(a);
 
 
-   TABLE OF CONTENTS  (search for the mark; a room uses only rooms above it)
+   TABLE OF CONTENTS  (search for the mark; a room uses only rooms above it, but for what >>plan declares ahead of >>move)
 
        >>types      status, errors, allocator, dtypes
        >>api        names, layout, comm, cuda, image, plan, config, transport, engine, policy, session, base - each documented where declared
@@ -121,8 +121,9 @@
 
    MEMORY
 
-   All memory comes from the allocator given in a desc (default malloc/free; lorasync_nccl_open uses the latter). After lorasync_compile a sync allocates
-   nothing. Borrowed pointers are said to be borrowed, with the time until which they must stay valid.
+   All memory comes from the allocator given in a desc (default malloc/free). Not so: what lorasync_local_open and lorasync_nccl_open make, libc's own
+   (qsort, opendir), CUDA's and NCCL's, and images that are placed directly or published in shared memory, which lie there. After lorasync_compile a
+   sync allocates nothing. Borrowed pointers are said to be borrowed, with the time until which they must stay valid.
 */
 #if defined(LORASYNC_IMPLEMENTATION) && !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) && !defined(__APPLE__)
 #define _DEFAULT_SOURCE 1 /* strict -std=c99 hides POSIX and MAP_ANONYMOUS otherwise; no effect after the first system header */
@@ -566,7 +567,7 @@ typedef struct lorasync_nccl_desc {
 /* A new id for lorasync_nccl_desc.unique_id; out has 128 bytes. One rank calls it. Errors: LORASYNC_E_COMM, LORASYNC_E_UNSUPPORTED. */
 LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *err);
 
-/* Fills *out: all_gather and exchange for host memory (through device scratch), exchange_stream and check. Collective. The caller's
+/* Fills *out: all_gather and exchange for host memory (through device scratch), exchange_stream, all_gather_stream, check and abort. Collective. The caller's
    communicator must not be used on other streams while a call of the library is under way, as NCCL demands.
    After a failure (LORASYNC_E_TIMEOUT, LORASYNC_E_PEER, LORASYNC_E_COMM) the communicator is aborted, a borrowed one too, and must not be
    destroyed by the caller any more; make a new one. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, LORASYNC_E_CUDA, LORASYNC_E_UNSUPPORTED
@@ -743,7 +744,7 @@ typedef struct lorasync_plan_desc {
     lorasync_plan_kind   kind;
     int                  root; /* GATHER: who gets the image. SCATTER: who has it. Elsewhere: who does the planning */
     lorasync_dtype
-        wire_dtype; /* float tensors travel, and lie in the image, as this; NONE: as their pieces are. SCATTER: as the image is */
+        wire_dtype; /* float tensors but F64 travel, and lie in the image, as this; NONE: as their pieces are. SCATTER: as the image is */
     const lorasync_piece *have; /* GATHER, GATHER_ALL, RESHARD: what this rank holds. Borrowed until return (their data longer) */
     size_t                num_have;
     const lorasync_piece
@@ -751,7 +752,8 @@ typedef struct lorasync_plan_desc {
     size_t num_want;
     const lorasync_image *image;   /* SCATTER, on the root: borrowed until the plan is freed; has a payload */
     const char           *adapter; /* GATHER*: name for the image's metadata; NULL: none */
-    /* Receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. What a rank sends is staged whole, as the snapshot that lets
+    /* Receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. A rank's part of a tensor is never cut, so it is as large as the
+       largest of those where that is more. What a rank sends is staged whole, as the snapshot that lets
        the caller go on; but if it is more than this and travels over exchange_stream, at most this is staged at a time, and the caller's stream
        waits until the rest has travelled. On GPUs a RESHARD places directly only if what each rank receives fits into it. */
     size_t bucket_bytes;
@@ -765,7 +767,7 @@ typedef struct lorasync_plan_desc {
 
 typedef struct lorasync_plan lorasync_plan;
 
-/* Agrees, checks and plans. Collective: every rank with the same kind, root, wire_dtype and adapter.
+/* Agrees, checks and plans. Collective: every rank with the same kind, root, wire_dtype, bucket_bytes, allow_nan and adapter, and all with cuda or none.
    The names and shapes of a rank's tensors go to the planning rank once (ranks with the same list send only a hash of it), then
    boxes only; it checks that the pieces of each tensor cover it exactly and sends every rank its own part of the plan.
    - The same tensor must have the same shape and dtype on all ranks.
@@ -777,11 +779,12 @@ typedef struct lorasync_plan lorasync_plan;
    their final place. RESHARD between GPUs of one host: each rank writes, converted, into the receive staging of those who want it, if every rank's
    fits into bucket_bytes, and they place it once all have voted: on the GPU, with a comm that has all_gather_stream (NCCL), else over the host.
    Direct or not makes the same bytes.
-   Memory, names of some 80 bytes included: about 165 bytes per piece on the rank that holds it, and 100 on the planning rank with 8 ranks or more
-   (with fewer, the names weigh more: 240 with 2), about 400 while planning (750 with 2); the image, and staging; of a direct plan 16 for each
-   tensor and rank, shared.
-   Errors, on all ranks alike: LORASYNC_E_ARGUMENT, LORASYNC_E_EMPTY (no tensor at all), LORASYNC_E_LAYOUT (gap, overlap, box out of
-   bounds), LORASYNC_E_DISAGREE, LORASYNC_E_NOT_FOUND, LORASYNC_E_UNSUPPORTED (a conversion), LORASYNC_E_MEMORY, and those of the comm. */
+   Memory, names of some 80 bytes included: for each piece 160 to 190 bytes on the rank that holds it (while planning 430); on the planning rank, for
+   each piece of all ranks, 100 with 8 ranks or more, 150 with 4, 240 with 2, since the names weigh more there (while planning 390, 510, 750); the
+   image, and staging; of a direct plan 16 for each tensor and rank, shared.
+   Errors, on all ranks alike: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME (too long, not UTF-8), LORASYNC_E_EMPTY (no tensor at all), LORASYNC_E_LAYOUT (gap,
+   overlap, box out of bounds), LORASYNC_E_DISAGREE, LORASYNC_E_NOT_FOUND, LORASYNC_E_UNSUPPORTED (a conversion; a piece of F4 or an F6 type; a scale of
+   a wanted piece, or of one that is not F32, F16, BF16, F8_E4M3 or F8_E5M2), LORASYNC_E_MEMORY, and those of the comm. */
 LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out, lorasync_error *err);
 
 /* Reads the pieces: converts, scales, checks and digests them into staging (or to their final place). When it returns the caller's
@@ -854,7 +857,8 @@ typedef struct lorasync_config_info {
 /* Reads one. Only peft_type is required (as in PEFT); null means the default. `json` need not outlive the call.
    Errors: LORASYNC_E_FORMAT naming byte, line and column, and the keys that lead there, for malformed JSON, a key twice in one object, NaN or Infinity (which Python would
    write), a wrong type or a rank below 1, and for a file without peft_type; LORASYNC_E_UNSUPPORTED for a peft_type other than LORA, naming
-   it; those of lorasync_pattern_compile for target_modules, exclude_modules, rank_pattern and alpha_pattern; LORASYNC_E_MEMORY. */
+   it; those of lorasync_pattern_compile for target_modules, exclude_modules, rank_pattern and alpha_pattern; LORASYNC_E_ARGUMENT;
+   LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status             lorasync_config_parse(const char *json, size_t num_bytes, const lorasync_allocator *allocator,
                                                                lorasync_config **out, lorasync_error *err);
 LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config);
@@ -1097,7 +1101,8 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
    that fails does not hold up the others; the first failure is returned. Files without lorasync metadata are served too, without a digest to
    check. With shm, LORASYNC_E_BUSY also when 256 engines are attached, LORASYNC_E_STATE in a fork; a version that readers have released is given
    back at the next poll, and a slot stays mapped until a poll finds it gone. With accept_device LORASYNC_E_CUDA for memory that cannot be opened
-   or read, and LORASYNC_E_IO when it was a publisher's that has ended or closed. One thread at a time. */
+   or read, and LORASYNC_E_IO when it was a publisher's that has ended or closed. LORASYNC_E_ARGUMENT for NULL, and for a directory that holds
+   versions instead of adapters. One thread at a time. */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
 
 /* Pins the served version of an adapter; NULL if there is none. Wait-free but for a retry when a poll swaps versions in between; no system
@@ -1313,7 +1318,8 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
 /* Declares one piece this rank holds; call for every parameter of the model, LoRA or not, and several times for several pieces of one
    tensor. A rank that holds nothing of a tensor may leave it out or pass an empty box. Not collective; copies what it needs, borrows data.
    An error is also remembered: lorasync_compile then fails on every rank, each time, and the session can only be closed. Errors:
-   LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT (box out of bounds), LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
+   LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT (box out of bounds), LORASYNC_E_UNSUPPORTED (F4 or F6; a scale of another dtype than
+   F32, F16, BF16, F8_E4M3 and F8_E5M2), LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err);
 
 /* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes, unless this call failed: on every rank that
