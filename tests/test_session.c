@@ -1084,6 +1084,7 @@ static void load_compares_scales(void)
     snprintf(file, sizeof file, "%s/adapter_model.safetensors", path);
     for (i = 0; i < 4; i++) {
         d.config_json = configs[i];
+        d.lora_alpha  = 0;
         fill_model(&m, 2);
         REQUIRE(open_session(&d, &m, NULL, &s, &err) == LORASYNC_OK);
         CHECK_EQ(lorasync_load(s, path, &err), i ? LORASYNC_E_CONFIG : LORASYNC_OK);
@@ -1233,7 +1234,7 @@ static void fold_zero(void)
     lorasync_session *s = NULL;
     lorasync_error    err;
     int               i;
-    d.fold_scale = 1;
+    d.fold_scale = 1, d.lora_alpha = 0;
     make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
     for (i = 0; i < 2; i++) {
         d.config_json = configs[i];
@@ -1540,6 +1541,7 @@ static void killed_while_staging(void)
         stories_no_direct = !direct;
         CHECK_EQ(run_processes(3, killed_story, NULL), 1); /* the one that was killed */
     }
+}
 
 /* -- NULL where it is not allowed: one line for each call and argument, with what its error must name */
 
