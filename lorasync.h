@@ -4597,6 +4597,7 @@ typedef struct lorasynci_local_head {
 typedef struct lorasynci_seat {
     lorasync_local *local;
     int             rank;
+    uint64_t        looked_ns; /* when lorasynci_local_healthy last looked at the processes */
 } lorasynci_seat;
 
 struct lorasync_local {
@@ -4735,13 +4736,19 @@ LORASYNCI_FN void lorasynci_local_abort(void *user, const char *why)
     }
 }
 
+LORASYNCI_FN lorasync_status lorasynci_local_given_up(const lorasynci_seat *seat, lorasync_error *err)
+{
+    const lorasynci_local_head *head = seat->local->head;
+    if (__atomic_load_n(&head->aborted, __ATOMIC_ACQUIRE) != 2) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_COMM, "the communicator was given up by %.240s", head->why);
+}
+
 /* Why a wait for `peer` cannot succeed any more, or LORASYNC_OK. Called now and then while waiting. */
 LORASYNCI_FN lorasync_status lorasynci_local_check(const lorasynci_seat *seat, int peer, uint64_t deadline_ns, lorasync_error *err)
 {
     const lorasync_local       *l = seat->local;
     const lorasynci_local_rank *r = &l->ranks[peer];
-    if (__atomic_load_n(&l->head->aborted, __ATOMIC_ACQUIRE) == 2)
-        return lorasynci_fail(err, LORASYNC_E_COMM, "the communicator was given up by %.240s", l->head->why);
+    LORASYNCI_TRY(lorasynci_local_given_up(seat, err));
     if (__atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) == 2 && lorasynci_process_ended(r->process, l->ranks[seat->rank].process))
         return lorasynci_fail(err, LORASYNC_E_PEER, "rank %d (process %ld) is gone; restart it, make a new communicator and open again",
                               peer, lorasynci_process_pid(r->process));
@@ -4880,8 +4887,7 @@ LORASYNCI_FN lorasync_status lorasynci_local_exchange(void *user, const lorasync
     const lorasync_local *l        = seat->local;
     uint64_t              deadline = lorasynci_deadline_ns(timeout_ms);
     int                   k        = 1;
-    if (__atomic_load_n(&l->head->aborted, __ATOMIC_ACQUIRE) == 2)
-        return lorasynci_fail(err, LORASYNC_E_COMM, "the communicator was given up by %.240s", l->head->why);
+    LORASYNCI_TRY(lorasynci_local_given_up(seat, err));
     while (k < l->world) {
         lorasynci_flow out[LORASYNCI_GROUP], in[LORASYNCI_GROUP];
         size_t         num_out = 0, num_in = 0;
@@ -4923,11 +4929,16 @@ LORASYNCI_FN lorasync_status lorasynci_local_all_gather(void *user, const void *
     return LORASYNC_OK;
 }
 
-/* While this rank waits for something else than a message: has anybody given up or died? */
+/* While this rank waits for something else than a message: has anybody given up or died? Looking at a process takes microseconds, which is long
+   for those who ask in every run: that is done every 10 ms. */
 LORASYNCI_FN lorasync_status lorasynci_local_healthy(void *user, lorasync_error *err)
 {
-    const lorasynci_seat *seat = (const lorasynci_seat *)user;
-    int                   rank;
+    lorasynci_seat *seat = (lorasynci_seat *)user;
+    uint64_t        now  = lorasynci_now_ns();
+    int             rank;
+    LORASYNCI_TRY(lorasynci_local_given_up(seat, err));
+    if (now - seat->looked_ns < 10000000) return LORASYNC_OK;
+    seat->looked_ns = now;
     for (rank = 0; rank < seat->local->world; rank++)
         if (rank != seat->rank) LORASYNCI_TRY(lorasynci_local_check(seat, rank, UINT64_MAX, err));
     return LORASYNC_OK;

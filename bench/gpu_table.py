@@ -44,6 +44,10 @@ def table(head, rows):
         print("| " + " | ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(r, width))) + " |")
 
 
+def staged(o, k):
+    return "" if o.get(k + "_is_direct", 1) else " (staged)"
+
+
 def same(o, t):
     """Bits: each program against itself, then against each other."""
     if o.get("direct_equal") is None and o.get("nccl_equal") is None:
@@ -73,7 +77,7 @@ def main():
     table(["model", "tensors", "MiB", "full_tensor", "flattened", "ours NCCL", "ours direct", "NCCL ranks", "ncclSend", "peer copy", "fused", "fused device", "stall",
            "direct/fused", "direct/copy", "nccl/ncclSend", "full_tensor/direct", "equal to torch"],
           [[(o or t).get("model", i), (o or t).get("tensors", "-"), mib((o or t).get("bytes")), number(t.get("full_tensor_ms")), number(t.get("flat_ms")),
-            number(o.get("nccl_ms")), number(o.get("direct_ms")) + ("" if o.get("direct_is_direct", 1) else " (staged)"),
+            number(o.get("nccl_ms")), number(o.get("direct_ms")) + staged(o, "direct"),
             number(o.get("dnccl_ms")) + staged(o, "dnccl"), number(o.get("ncclsend_ms")),
             number(o.get("copy_ms")), number(o.get("fused_ms")), number(o.get("fused_device_ms")), number(o.get("direct_stall_ms")),
             ratio(o.get("direct_ms"), o.get("fused_ms")), ratio(o.get("direct_ms"), o.get("copy_ms")), ratio(o.get("nccl_ms"), o.get("ncclsend_ms")), ratio(t.get("full_tensor_ms"), o.get("direct_ms")), same(o, t)]
@@ -85,7 +89,6 @@ def main():
             mib(o.get("nccl_other_bytes")), mib(o.get("bytes")), number(t.get("flat_views_ms")), number(o.get("nccl_stall_ms")),
             f"{o.get('direct_runs', '-')}/{t.get('full_tensor_runs', '-')}"] for i, o, t in both])
     print()
-    staged = lambda o, k: "" if o.get(k + "_is_direct", 1) else " (staged)"
     table(["reshard", "direct", "stall", "direct, ranks of NCCL", "over NCCL", "stall", "its messages alone", "direct/messages", "NCCL/messages", "MiB received", "of at least",
            "ratio", "MiB on a link", "of at least, ratio", "equal"],
           [[o.get("model", i), number(o.get("rdirect_ms")) + staged(o, "rdirect"), number(o.get("rdirect_stall_ms")), number(o.get("rdnccl_ms")) + staged(o, "rdnccl"),

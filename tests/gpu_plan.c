@@ -49,13 +49,12 @@ static void processes(void)
     CHECK_EQ(bad, 0);
 }
 
-/* NCCL, a process for each GPU; the bytes over it, or directly. */
-static void processes_over_nccl(void)
+static void over_nccl(int way)
 {
     static random_case c;
     int                i, bad = 0, run = 0;
     for (i = 0; run < (num_cases + 3) / 4 && i < 1000; i++) {
-        reset(i % 3 ? WAY_NCCL : WAY_NCCL_DIRECT);
+        reset(way);
         make_case(&c, (unsigned long long)i * 7717, (lorasync_plan_kind)(i % 4), 0);
         if (c.world <= num_gpus && (num_gpus < 2 || c.world > 1)) {
             bad += run_processes(c.world, run_device_process, &c) != 0;
@@ -65,6 +64,10 @@ static void processes_over_nccl(void)
     }
     CHECK_EQ(bad, 0);
 }
+
+/* NCCL, a process for each GPU; the bytes over it, or directly. */
+static void processes_over_nccl(void) { over_nccl(WAY_NCCL); }
+static void processes_with_nccl(void) { over_nccl(WAY_NCCL_DIRECT); }
 
 /* -- a rank that is killed: the others are told before the deadline is long over, and can close */
 
@@ -196,6 +199,7 @@ int main(int argc, char **argv)
     }
     RUN_WANTED(processes);
     RUN_WANTED(processes_over_nccl);
+    RUN_WANTED(processes_with_nccl);
     RUN_WANTED(captured_over_nccl);
     RUN_WANTED(killed_over_nccl);
     RUN_WANTED(direct);
