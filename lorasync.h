@@ -9965,14 +9965,14 @@ LORASYNCI_FN lorasynci_launch *lorasynci_device_launch_at(const lorasync_plan *p
     return launch < packs ? &g->pack[launch] : &g->place[launch - packs];
 }
 
-/* An operation and its tiles, behind those of the same launch. */
-LORASYNCI_FN void lorasynci_device_put_op(const lorasyncd_op *o, lorasynci_buffer *ops, lorasynci_buffer *tiles)
+/* An operation and its tiles, of at most `most` elements, behind those of the same launch. */
+LORASYNCI_FN void lorasynci_device_put_op(const lorasyncd_op *o, unsigned most, lorasynci_buffer *ops, lorasynci_buffer *tiles)
 {
     lorasyncd_tile tile;
     tile.op = (unsigned)(ops->size / sizeof *o);
     lorasynci_put(ops, o, sizeof *o);
-    for (tile.first = 0; tile.first < o->num; tile.first += LORASYNCD_TILE) {
-        tile.count = o->num - tile.first < LORASYNCD_TILE ? (unsigned)(o->num - tile.first) : LORASYNCD_TILE;
+    for (tile.first = 0; tile.first < o->num; tile.first += most) {
+        tile.count = o->num - tile.first < most ? (unsigned)(o->num - tile.first) : most;
         lorasynci_put(tiles, &tile, sizeof tile);
     }
 }
@@ -9993,7 +9993,7 @@ LORASYNCI_FN void lorasynci_device_put_words(const void *from, void *to, size_t 
     o.src_dtype = LORASYNC_U64;
     o.dst_dtype = LORASYNC_U64;
     o.unit      = (unsigned char)lorasynci_unit(&o);
-    lorasynci_device_put_op(&o, ops, tiles);
+    lorasynci_device_put_op(&o, LORASYNCD_THREADS, ops, tiles); /* few, and far: one for each thread */
 }
 
 /* Ballots and sums, which lie together on both sides, and arrived digests. */
@@ -10030,7 +10030,7 @@ LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t la
         lorasyncd_op        o;
         if (lorasynci_device_launch_of(plan, op, placing) != launch) continue;
         o = lorasynci_device_op_of(plan, op, lorasynci_op_grid(list, op), lorasynci_device_sum(plan, slot_of, op));
-        lorasynci_device_put_op(&o, ops, tiles);
+        lorasynci_device_put_op(&o, LORASYNCD_TILE, ops, tiles);
     }
 }
 
