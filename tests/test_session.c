@@ -891,7 +891,32 @@ static void tell(void (*story)(rank_context *), int world)
     }
 }
 
+/* Two sessions of one communicator, of tensors of equal shapes, are synced in the other order on one rank: nothing is published. */
+static void order_story(rank_context *c)
+{
+    lorasync_desc     d    = plain_desc(&c->comm);
+    rank_model       *m    = &shared.models[c->rank];
+    lorasync_session *s[2] = {NULL, NULL};
+    lorasync_error    err;
+    int               i, first = c->rank == 1, run;
+    d.no_direct = 1;
+    make_model(m, model, MODEL, FSDP2, c->rank, c->world, 1);
+    for (i = 0; i < 2; i++) MUST(open_session(&d, m, c->rank == 0 ? &shared.engines[i] : NULL, &s[i], &err), LORASYNC_OK);
+    for (run = 0; run < 2; run++) {
+        if (run) first = 0;
+        for (i = 0; i < 2; i++) {
+            if (stories_no_direct) lorasync_begin(s[i ^ first], 1, &err);
+            else MUST(lorasync_sync(s[i ^ first], 1, NULL, &err), run ? LORASYNC_OK : LORASYNC_E_DISAGREE);
+        }
+        for (i = 0; i < 2 && stories_no_direct; i++) MUST(lorasync_wait(s[i ^ first], NULL, &err), run ? LORASYNC_OK : LORASYNC_E_DISAGREE);
+        if (!run) HOLDS(strstr(err.text, "same order") != NULL);
+        for (i = 0; i < 2 && c->rank == 0; i++) HOLDS(shared.engines[i].served == (uint64_t)run);
+    }
+    for (i = 0; i < 2; i++) lorasync_close(s[i]);
+}
+
 static void versions(void) { tell(version_story, 3); }
+static void sessions_in_order(void) { tell(order_story, 3); }
 static void nan_is_refused(void) { tell(nan_story, 3); }
 static void engines_fail(void) { tell(engine_story, 3); }
 static void snapshot(void) { tell(snapshot_story, 3); }
@@ -1697,6 +1722,7 @@ int main(void)
     RUN(fold_scale);
     RUN(fold_after_a_failed_compile);
     RUN(versions);
+    RUN(sessions_in_order);
     RUN(nan_is_refused);
     RUN(engines_fail);
     RUN(snapshot);
