@@ -16054,6 +16054,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lora
     size_t           num_base = s->modules.size / sizeof(uint64_t), num_lora = lorasynci_num_taken(s), i, n = 0;
     lorasync_module *modules = (lorasync_module *)lorasynci_alloc_array(&s->a, num_base + num_lora, sizeof *modules);
     lorasync_status  status;
+    lorasync_error   why;
     if (!modules) return lorasynci_fail_memory(err, (num_base + num_lora) * sizeof *modules);
     memset(&everything, 0, sizeof everything);
     for (i = 0; i < num_base; i++) {
@@ -16067,8 +16068,15 @@ LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lora
         modules[n].name        = s->texts.data + add->module;
         modules[n++].is_linear = 1;
     }
-    status = lorasync_matcher_create(s->desc.filter ? s->desc.filter : &everything, modules, n, &s->a, out, err);
+    status = lorasync_matcher_create(s->desc.filter ? s->desc.filter : &everything, modules, n, &s->a, out, &why);
     lorasynci_free(&s->a, modules);
+    if (status == LORASYNC_E_EMPTY) { /* none of the linear modules is on this rank; whether there are any is seen when all ranks plan */
+        lorasync_module nobody;
+        nobody.name      = "(elsewhere)";
+        nobody.is_linear = 1;
+        status           = lorasync_matcher_create(s->desc.filter, &nobody, 1, &s->a, out, &why);
+    }
+    if (status < 0) *err = why;
     return status;
 }
 

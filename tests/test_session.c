@@ -1292,6 +1292,35 @@ static void all_linear(void)
     lorasync_close(s);
 }
 
+/* A pipeline stage may have no linear module at all; if no stage has one, all are told. */
+static void stage_story(rank_context *c)
+{
+    static float      zeros[64];
+    lorasync_desc     d = plain_desc(&c->comm);
+    lorasync_filter   f;
+    lorasync_session *s = NULL;
+    lorasync_error    err;
+    lorasync_piece    p;
+    int               i, some;
+    memset(&f, 0, sizeof f);
+    f.target_pattern = "all-linear", d.filter = &f;
+    for (some = 1; some >= 0; some--) {
+        MUST(lorasync_open(&d, &s, &err), LORASYNC_OK);
+        for (i = 0; i < 3; i++) {
+            static const char *const names[] = {"model.norm.weight", "m.q_proj.lora_A.default.weight", "m.q_proj.lora_B.default.weight"};
+            memset(&p, 0, sizeof p);
+            p.name = names[i], p.data = zeros, p.dtype = LORASYNC_F32, p.ndim = i ? 2 : 1, p.shape[0] = 8, p.shape[1] = 8;
+            p.box = lorasync_whole(p.shape, p.ndim);
+            if (i == 0 || (some && c->rank == 0)) MUST(lorasync_add(s, &p, &err), LORASYNC_OK);
+        }
+        MUST(lorasync_compile(s, &err), some ? LORASYNC_OK : LORASYNC_E_EMPTY);
+        if (some) MUST(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
+        lorasync_close(s);
+    }
+}
+
+static void all_linear_elsewhere(void) { tell(stage_story, 2); }
+
 static void base_story(rank_context *c)
 {
     lorasync_desc         d = plain_desc(&c->comm);
@@ -1734,6 +1763,7 @@ int main(void)
     RUN(other_kinds);
     RUN(fold_zero);
     RUN(all_linear);
+    RUN(all_linear_elsewhere);
     RUN(base_weights);
     RUN(base_and_transports);
     RUN(no_allocation_per_sync);
