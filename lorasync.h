@@ -8943,21 +8943,18 @@ LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, cons
     return NULL;
 }
 
-/* There is no memory for the plan itself. The others wait for this rank's first vote: it is cast from the stack, or, with so many ranks that it does
+/* There can be no plan here, as `mine` says. The others wait for this rank's first vote: it is cast from the stack, or, with so many ranks that it does
    not fit there, the communicator is given up. */
-LORASYNCI_FN lorasync_status lorasynci_plan_refuse(const lorasync_plan_desc *d, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_refuse(const lorasync_plan_desc *d, const lorasync_error *mine, lorasync_error *err)
 {
     union {
         lorasync_error texts[64];
         uint64_t       aligned;
     } scratch;
-    lorasync_comm  c = lorasynci_comm_copy(d->comm);
-    lorasync_error mine;
-    int            votes = lorasynci_vote_scratch(c.world) <= sizeof scratch;
-    memset(&mine, 0, sizeof mine);
-    *err = mine;
-    lorasynci_fail_memory(votes ? &mine : err, sizeof(lorasync_plan));
-    if (votes) lorasynci_agree(&c, &scratch, d->timeout_ms > 0 ? d->timeout_ms : 60000, mine.status, &mine, 0, "", NULL, err);
+    lorasync_comm c     = lorasynci_comm_copy(d->comm);
+    int           votes = lorasynci_vote_scratch(c.world) <= sizeof scratch;
+    *err                = *mine;
+    if (votes) lorasynci_agree(&c, &scratch, d->timeout_ms > 0 ? d->timeout_ms : 60000, mine->status, mine, 0, "", NULL, err);
     if (!votes || lorasync_is_lost(err->status)) lorasynci_comm_abort(&c, err->text);
     return err->status;
 }
@@ -8966,7 +8963,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_refuse(const lorasync_plan_desc *d, 
 LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *desc, int lent, lorasync_plan **out, lorasync_error *err)
 {
     lorasync_allocator a;
-    lorasync_error     why;
+    lorasync_error     why, mine;
     lorasync_plan     *plan;
     lorasynci_planner  planner;
     lorasynci_parts    parts;
@@ -8974,11 +8971,17 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
     size_t            *sizes, num_parts;
     lorasync_status    status;
     if (!err) err = &why;
-    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_plan_create: desc or out is NULL");
-    *out = NULL;
-    LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, &a, err));
-    plan = lorasynci_plan_new(desc, &a);
-    if (!plan) return lorasynci_plan_refuse(desc, err);
+    memset(&mine, 0, sizeof mine);
+    if (!desc) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_plan_create: desc is NULL");
+    if (out) *out = NULL;
+    else lorasynci_fail(&mine, LORASYNC_E_ARGUMENT, "lorasync_plan_create: out is NULL");
+    if (lorasynci_check_host(desc->comm, desc->allocator, &a, &mine) < 0 && !lorasynci_comm_ok(desc->comm)) {
+        *err = mine; /* nobody to tell */
+        return err->status;
+    }
+    plan = mine.status < 0 ? NULL : lorasynci_plan_new(desc, &a);
+    if (!plan && mine.status == LORASYNC_OK) lorasynci_fail_memory(&mine, sizeof *plan);
+    if (!plan) return lorasynci_plan_refuse(desc, &mine, err);
     plan->lent = lent;
     memset(&planner, 0, sizeof planner);
     lorasynci_buffer_init(&parts.list, &plan->a);

@@ -762,6 +762,32 @@ static int shared_memory_left(void)
     return n;
 }
 
+/* Arguments that are wrong on one rank only are everybody's error, at once. */
+static void refused_rank(rank_context *c)
+{
+    float              data[4] = {0};
+    lorasync_plan_desc d;
+    lorasync_piece     p;
+    lorasync_allocator half;
+    lorasync_plan     *plan = NULL;
+    lorasync_error     err;
+    int                what;
+    memset(&d, 0, sizeof d), memset(&p, 0, sizeof p), memset(&half, 0, sizeof half);
+    p.name = "t", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 4, p.box = lorasync_whole(p.shape, 1), p.data = data;
+    d.comm = &c->comm, d.have = &p, d.num_have = 1, d.timeout_ms = 20000;
+    for (what = 0; what < 2; what++) {
+        half.free   = test_memory_free;
+        d.allocator = what && c->rank == 1 ? &half : NULL;
+        CHECK_EQ(lorasync_plan_create(&d, !what && c->rank == 1 ? NULL : &plan, &err), LORASYNC_E_ARGUMENT);
+        CHECK_HAS(err.text, what ? "rank 1: the allocator has one function" : "rank 1: lorasync_plan_create: out is NULL");
+    }
+    d.allocator = NULL;
+    CHECK_EQ(lorasync_plan_create(&d, &plan, &err), LORASYNC_OK);
+    lorasync_plan_free(plan);
+}
+
+static void one_rank_is_wrong(void) { run_threads(3, refused_rank, NULL); }
+
 static void no_memory(void)
 {
     static memory_user u;
@@ -1054,6 +1080,7 @@ int main(int argc, char **argv)
     RUN(wrong_declarations);
     RUN(run_without_begin);
     RUN(nan_and_inf);
+    RUN(one_rank_is_wrong);
     RUN(no_memory);
     RUN(rank_dies);
     RUN(direct_falls_back);
