@@ -87,9 +87,9 @@
        macro                      where                    effect
        LORASYNC_IMPLEMENTATION    one file                 compiles the implementation there
        LORASYNC_STATIC            same file, before both   every function static: a private copy inside that file only
-       LORASYNC_CUDA              implementation file      pieces and published payloads may be in device memory; needs the CUDA runtime's headers (12.0 or
-                                                           later, any C or C++ compiler, -isystem recommended) and -lcudart; no nvcc; GPUs from
-                                                           Volta (sm_70) on
+       LORASYNC_CUDA              implementation file      pieces and published payloads may be in device memory; needs the CUDA runtime's
+                                                           headers (12.0 or later, any C or C++ compiler, -isystem recommended) and
+                                                           -lcudart; no nvcc; GPUs from Volta (sm_70) on
        LORASYNC_NCCL              implementation file      lorasync_nccl_open; needs LORASYNC_CUDA, nccl.h (2.18 or later) and -lnccl
        LORASYNC_DEVICE_CODE       nobody but `make ptx`    shows the kernel's source to nvcc
 
@@ -567,8 +567,8 @@ typedef struct lorasync_nccl_desc {
 /* A new id for lorasync_nccl_desc.unique_id; out has 128 bytes. One rank calls it. Errors: LORASYNC_E_COMM, LORASYNC_E_UNSUPPORTED. */
 LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *err);
 
-/* Fills *out: all_gather and exchange for host memory (through device scratch), exchange_stream, all_gather_stream, check and abort. Collective. The caller's
-   communicator must not be used on other streams while a call of the library is under way, as NCCL demands.
+/* Fills *out: all_gather and exchange for host memory (through device scratch), exchange_stream, all_gather_stream, check and abort. Collective.
+   The caller's communicator must not be used on other streams while a call of the library is under way, as NCCL demands.
    After a failure (LORASYNC_E_TIMEOUT, LORASYNC_E_PEER, LORASYNC_E_COMM) the communicator is aborted, a borrowed one too, and must not be
    destroyed by the caller any more; make a new one. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, LORASYNC_E_CUDA, LORASYNC_E_UNSUPPORTED
    without LORASYNC_NCCL, those above. */
@@ -722,11 +722,11 @@ LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, u
    base->payload_bytes bytes that must outlive the image; NULL: from the allocator, freed with the image. config_json is "", as after
    lorasync_image_parse: it travels beside a delta as it does beside an image. The delta's digest is checked before, the result's after.
    Whatever fails, the full image helps; what is in `memory` is undefined then.
-   Errors: LORASYNC_E_BASE for a base that is NULL (nothing is held), or of another adapter, version or digest than the delta says; LORASYNC_E_DIGEST for a damaged delta, and for
-   a result that is not the promised one (the base is damaged); LORASYNC_E_FORMAT naming a tensor that is not of the base or has another dtype or
-   shape there; LORASYNC_E_VERSION when the delta is not newer than its base; LORASYNC_E_UNSUPPORTED for a base whose header is another than
-   lorasync_image_layout writes; LORASYNC_E_ARGUMENT for any other NULL, a base that is a delta, a delta that is none, or `memory` that overlaps either;
-   LORASYNC_E_STATE for missing payload or one in device memory; LORASYNC_E_MEMORY. */
+   Errors: LORASYNC_E_BASE for a base that is NULL (nothing is held), or of another adapter, version or digest than the delta says;
+   LORASYNC_E_DIGEST for a damaged delta, and for a result that is not the promised one (the base is damaged); LORASYNC_E_FORMAT naming a tensor that
+   is not of the base or has another dtype or shape there; LORASYNC_E_VERSION when the delta is not newer than its base; LORASYNC_E_UNSUPPORTED for a
+   base whose header is another than lorasync_image_layout writes; LORASYNC_E_ARGUMENT for any other NULL, a base that is a delta, a delta that is
+   none, or `memory` that overlaps either; LORASYNC_E_STATE for missing payload or one in device memory; LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, const lorasync_image *delta, void *memory,
                                                   const lorasync_allocator *allocator, lorasync_image **out, lorasync_error *err);
 
@@ -767,7 +767,8 @@ typedef struct lorasync_plan_desc {
 
 typedef struct lorasync_plan lorasync_plan;
 
-/* Agrees, checks and plans. Collective: every rank with the same kind, root, wire_dtype, bucket_bytes, allow_nan and adapter, and all with cuda or none.
+/* Agrees, checks and plans. Collective: every rank with the same kind, root, wire_dtype, bucket_bytes, allow_nan and adapter, and all with cuda or
+   none.
    The names and shapes of a rank's tensors go to the planning rank once (ranks with the same list send only a hash of it), then
    boxes only; it checks that the pieces of each tensor cover it exactly and sends every rank its own part of the plan.
    - The same tensor must have the same shape and dtype on all ranks.
@@ -855,10 +856,10 @@ typedef struct lorasync_config_info {
 } lorasync_config_info;
 
 /* Reads one. Only peft_type is required (as in PEFT); null means the default. `json` need not outlive the call.
-   Errors: LORASYNC_E_FORMAT naming byte, line and column, and the keys that lead there, for malformed JSON, a key twice in one object, NaN or Infinity (which Python would
-   write), a wrong type or a rank below 1, and for a file without peft_type; LORASYNC_E_UNSUPPORTED for a peft_type other than LORA, naming
-   it; those of lorasync_pattern_compile for target_modules, exclude_modules, rank_pattern and alpha_pattern; LORASYNC_E_ARGUMENT;
-   LORASYNC_E_MEMORY. */
+   Errors: LORASYNC_E_FORMAT naming byte, line and column, and the keys that lead there, for malformed JSON, a key twice in one object,
+   NaN or Infinity (which Python would write), a wrong type or a rank below 1, and for a file without peft_type; LORASYNC_E_UNSUPPORTED for a
+   peft_type other than LORA, naming it; those of lorasync_pattern_compile for target_modules, exclude_modules, rank_pattern and alpha_pattern;
+   LORASYNC_E_ARGUMENT; LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status             lorasync_config_parse(const char *json, size_t num_bytes, const lorasync_allocator *allocator,
                                                                lorasync_config **out, lorasync_error *err);
 LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config);
@@ -1067,7 +1068,8 @@ typedef struct lorasync_engine_desc {
     const char *adapter;   /* NULL: every adapter found there. Copied */
     int         no_verify; /* 1: skip the digest (the header is always checked) */
     const lorasync_allocator *allocator;
-    int                       accept_device; /* 1, with shm: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda), see below. Needs LORASYNC_CUDA */
+    int accept_device; /* 1, with shm: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda), see below. Needs
+                          LORASYNC_CUDA */
 } lorasync_engine_desc;
 
 /* With accept_device an adapter's image may have on_device = 1: the tensors' data are device addresses, good on the device that was current at
@@ -1087,8 +1089,9 @@ typedef struct lorasync_adapter {
     const lorasync_config *config;
 } lorasync_adapter;
 
-/* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY; with accept_device LORASYNC_E_CUDA, and LORASYNC_E_UNSUPPORTED without LORASYNC_CUDA. The directory, or the
-   publisher, need not be there yet. With shm, use the engine in the process that opened it: each process, and a fork too, opens its own. */
+/* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY; with accept_device LORASYNC_E_CUDA, and LORASYNC_E_UNSUPPORTED without
+   LORASYNC_CUDA. The directory, or the publisher, need not be there yet. With shm, use the engine in the process that opened it: each process, and a
+   fork too, opens its own. */
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out, lorasync_error *err);
 
 /* Looks for versions newer than the served ones, up to timeout_ms (0: once). Each is opened, its header, config and digest are checked, and it
@@ -1122,8 +1125,8 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine);
    In a directory: adapter_model.safetensors, or the only *.safetensors there; and adapter_config.json, which must be there and fit. For a
    directory *out_config is that config, for a file NULL. The image maps the file; free both with lorasync_image_free and lorasync_config_free.
    out_config may be NULL. The digest is verified when the file carries one.
-   Errors: LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED (pickled files, deltas), and those of lorasync_image_parse, lorasync_image_verify,
-   lorasync_config_parse and lorasync_config_check, all with the path. */
+   Errors: LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED (pickled files, deltas), and those of lorasync_image_parse,
+   lorasync_image_verify, lorasync_config_parse and lorasync_config_check, all with the path. */
 LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator, lorasync_image **out_image,
                                                    lorasync_config **out_config, lorasync_error *err);
 
@@ -1281,8 +1284,8 @@ typedef struct lorasync_desc {
     const lorasync_cuda   *cuda;         /* NULL: parameters are in host memory. Copied */
     size_t                 bucket_bytes; /* as in lorasync_plan_desc */
     int                    timeout_ms;   /* of each collective step: so long ranks wait for one another. 0: 60000. Not of publishing: */
-    int                    publish_timeout_ms; /* how long the other ranks wait in lorasync_wait and lorasync_republish while the root stages and commits, on all engines
-                                      together. A root that dies is noticed sooner where the comm notices it. 0: 600000, ten minutes */
+    int publish_timeout_ms; /* how long the other ranks wait in lorasync_wait and lorasync_republish while the root stages and commits, on all
+                                      engines together. A root that dies is noticed sooner where the comm notices it. 0: 600000, ten minutes */
     int quorum; /* 0: all engines must take a version, or none does. n: at least n must; those that fail keep the old one, are reported
                                       and tried again at the next sync; with fewer than n nobody gets it. Used on the root */
     int skip_unchanged; /* 1: when every engine serves exactly these bytes already, nothing is staged (report.skipped). Used on the root */
@@ -1333,10 +1336,10 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
 
 /* Filters, pairs, plans and allocates. Collective, once. Errors, the same on all ranks: those remembered by lorasync_add and lorasync_attach;
    LORASYNC_E_EMPTY (no LoRA parameter on any rank); LORASYNC_E_PAIR (A without B); LORASYNC_E_NAME (two parameters of one key);
-   LORASYNC_E_ARGUMENT (quorum over the number of engines); LORASYNC_E_CONFIG (rank against config, no alpha, two of them, fold_scale with an alpha of 0);
-   LORASYNC_E_UNSUPPORTED (filter.base with a directory or shared memory, which publish adapters: there is no adapter_config.json then);
-   LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create.
-   After LORASYNC_E_PAIR and LORASYNC_E_EMPTY the rest may be added, and compile called again on all ranks. */
+   LORASYNC_E_ARGUMENT (quorum over the number of engines); LORASYNC_E_CONFIG (rank against config, no alpha, two of them, fold_scale
+   with an alpha of 0); LORASYNC_E_UNSUPPORTED (filter.base with a directory or shared memory, which publish adapters: there is no adapter_config.json
+   then); LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create. After LORASYNC_E_PAIR and LORASYNC_E_EMPTY the rest may be
+   added, and compile called again on all ranks. */
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err);
 
 /* One step. begin snapshots the parameters: when it returns they may change again. wait moves, publishes and returns the verdict. Both are
@@ -16278,7 +16281,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_check_base(lorasync_session *s, l
     return status;
 }
 
-/* On the root: pairs and ranks are checked and the config is made, against the tensors that were found. With base weights there is no adapter to describe. */
+/* On the root: pairs and ranks are checked and the config is made, against the tensors that were found. With base weights there is no adapter to
+   describe. */
 LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, lorasync_error *err)
 {
     lorasync_config_write_desc w;
