@@ -866,6 +866,25 @@ static int fake_run_kernel(fake_item *item)
     return 1;
 }
 
+/* From now on, behind `first` launches that do not, the next launch on a device fails. */
+TEST_UNUSED static void fake_fail_launch(int device, int first)
+{
+    pthread_mutex_lock(&fake_lock);
+    fake_cuda.launch_fails   = device + 1;
+    fake_cuda.launches_first = first;
+    pthread_mutex_unlock(&fake_lock);
+}
+
+static int fake_launch_fails(void)
+{
+    int fails;
+    pthread_mutex_lock(&fake_lock);
+    fails = fake_cuda.launch_fails == fake_device + 1 && fake_cuda.launches_first-- <= 0;
+    if (fails) fake_cuda.launch_fails = fake_cuda.launches_first = 0;
+    pthread_mutex_unlock(&fake_lock);
+    return fails;
+}
+
 static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
                                    unsigned shared, CUstream stream, void **parameters, void **extra)
 {
@@ -873,10 +892,7 @@ static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, 
     fake_launch l;
     (void)function, (void)shared, (void)extra;
     if (!x || y != 1 || z != 1 || !tx || tx > LORASYNCD_THREADS || tx % 32 || ty != 1 || tz != 1) return CUDA_ERROR_INVALID_VALUE;
-    if (fake_cuda.launch_fails == fake_device + 1 && fake_cuda.launches_first-- <= 0) {
-        fake_cuda.launch_fails = fake_cuda.launches_first = 0;
-        return CUDA_ERROR_LAUNCH_FAILED;
-    }
+    if (fake_launch_fails()) return CUDA_ERROR_LAUNCH_FAILED;
     memset(&item, 0, sizeof item);
     l.blocks  = x;
     l.threads = tx;

@@ -440,10 +440,9 @@ static void launch_fails(void)
     for (i = 0; i < 3; i++)
         for (graph = 0; graph <= i % 2; graph++) {
             reset();
-            fake_cuda.devices        = 3;
-            fake_cuda.launch_fails   = 1;
-            fake_cuda.launches_first = i == 2; /* the one that reports, behind the one that reads */
-            device_options.way       = direct_ways[i % 2];
+            fake_cuda.devices = 3;
+            fake_fail_launch(0, i == 2); /* 1: the one that reports, behind the one that reads */
+            device_options.way = direct_ways[i % 2];
             run_threads(3, one_launch_fails, &graph);
             check_left();
         }

@@ -164,7 +164,7 @@ static void two_plans(rank_context *x)
         int now = run == 2;
         if (odd) fill(&a, (float)run), fill(&b, 100.0f * (float)run);
         device_barrier(&d);
-        if (now && odd && c->what == X_FAILS) fake_cuda.launch_fails = 1;
+        if (now && odd && c->what == X_FAILS) fake_fail_launch(0, 0);
         if (now && odd && c->what == SWAPPED) lorasync_plan_begin(b.plan, NULL);
         if (!(now && odd && c->what == X_LAZY)) lorasync_plan_begin(a.plan, NULL);
         if (!(now && odd && c->what == SWAPPED)) lorasync_plan_begin(b.plan, NULL);
@@ -406,8 +406,8 @@ static void ends_alone(rank_context *x)
     if (graph) CHECK_EQ(capture(&o), LORASYNC_OK);
     device_barrier(&d);
     if (x->rank == 1) {
-        fake_cuda.launch_fails = 2; /* it packs nothing: its first launch is the placing */
-        if (graph) fake_cuda.launch_fails = 0, fake_graph_launch(o.graph, o.cuda.stream);
+        if (!graph) fake_fail_launch(1, 0); /* it packs nothing: its first launch is the placing */
+        if (graph) fake_graph_launch(o.graph, o.cuda.stream);
         else CHECK_EQ(lorasync_plan_begin(o.plan, &o.err), LORASYNC_E_CUDA);
         start = lorasynci_now_ns();
         lorasync_plan_free(o.plan);
