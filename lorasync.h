@@ -9211,19 +9211,24 @@ LORASYNCI_FN void lorasynci_mark_begun(lorasync_plan *plan)
 LORASYNCI_FN lorasync_status lorasynci_await_rank(lorasync_plan *plan, int rank, int word, const char *what, uint64_t deadline_ns,
                                                   lorasync_error *err)
 {
-    unsigned turns = 0;
-    while (__atomic_load_n(lorasynci_word(plan, rank, word), __ATOMIC_ACQUIRE) <= plan->run) {
+    const uint64_t *at     = lorasynci_word(plan, rank, word);
+    unsigned        turns  = 0;
+    lorasync_status status = LORASYNC_OK;
+    lorasync_error  why;
+    while (__atomic_load_n(at, __ATOMIC_ACQUIRE) <= plan->run && status == LORASYNC_OK) {
         lorasynci_pause(&turns);
         if (turns % 256 != 0) continue;
-        if (plan->comm.check) LORASYNCI_TRY(plan->comm.check(plan->comm.user, err));
-        if (lorasynci_now_ns() >= deadline_ns)
-            return lorasynci_fail(
-                err, LORASYNC_E_TIMEOUT,
-                "rank %d did not %s this run before the deadline of %d ms; does every rank make the same calls, in the same "
-                "order?",
-                rank, what, plan->timeout_ms);
+        if (plan->comm.check) status = plan->comm.check(plan->comm.user, &why);
+        if (status == LORASYNC_OK && lorasynci_now_ns() >= deadline_ns)
+            status =
+                lorasynci_fail(&why, LORASYNC_E_TIMEOUT,
+                               "rank %d did not %s this run before the deadline of %d ms; does every rank make the same calls, in the same "
+                               "order?",
+                               rank, what, plan->timeout_ms);
     }
-    return LORASYNC_OK;
+    if (status == LORASYNC_OK || __atomic_load_n(at, __ATOMIC_ACQUIRE) > plan->run)
+        return LORASYNC_OK; /* a rank that ended, or was slow, may have written it meanwhile */
+    return lorasynci_fail(err, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, "%.500s", why.text);
 }
 
 /* Direct: the image may be written when those who read it, the root or in a gather-all everybody, have begun too; the staging of another rank,
@@ -10540,11 +10545,15 @@ LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, l
     lorasync_status   arrived;
     uint32_t          round;
     for (round = 0; round < plan->num_rounds; round++) {
-        arrived = mesh ? lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, status, err, 0, "", NULL, &lost)
+        arrived = mesh ? lorasynci_agree_on(plan->id, &plan->comm, plan->votes, plan->timeout_ms, status, err, 0, "", NULL, &lost)
                        : lorasynci_exchange_round(plan, round, &lost);
         if (arrived < 0 && (!mesh || lorasync_is_lost(arrived))) {
             *err = lost;
             return lost.status;
+        }
+        if (status == LORASYNC_OK && arrived == LORASYNC_E_DISAGREE) { /* nobody failed, and yet it is not this run */
+            *err   = lost;
+            status = lost.status;
         }
         if (status == LORASYNC_OK && arrived == LORASYNC_OK) status = lorasynci_device_place(plan, round, deadline_ns, err);
     }
@@ -10636,28 +10645,52 @@ LORASYNCI_FN void lorasynci_device_forget(lorasync_plan *plan)
     for (i = 0; plan->device->host && i < plan->comm.world; i++) lorasynci_device_ballots(plan->device)[i].tag = 0;
 }
 
+/* Whether all that is on a stream has ended by then. */
+LORASYNCI_FN int lorasynci_device_is_idle(cudaStream_t stream, uint64_t deadline_ns)
+{
+    unsigned turns = 0;
+    while (stream && cudaStreamQuery(stream) == cudaErrorNotReady) {
+        if (lorasynci_now_ns() >= deadline_ns) return 0;
+        lorasynci_pause(&turns);
+    }
+    (void)cudaGetLastError();
+    return 1;
+}
+
+/* The last of what a run that was begun, or a graph that may have been launched, has enqueued. 0 if others were promised what never was. */
+LORASYNCI_FN int lorasynci_device_last(lorasync_plan *plan, cudaEvent_t *out)
+{
+    lorasynci_device *g = plan->device;
+    *out                = g->done;
+    if (plan->begun && plan->begin_error.status < 0) {
+        *out = g->vetoed ? g->arrived[0] : NULL;
+        return g->vetoed || !lorasynci_is_pipelined(plan) || !plan->num_rounds;
+    }
+    if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess) *out = NULL;
+    return 1;
+}
+
 /* Before a plan is freed whose run was begun and not waited for: its work ends, or its communicator is given up, so that nothing waits for it
-   for ever. */
+   for ever. When it is lost its launches end soon, or what they use is lost, too: see lorasynci_device_free_memory. */
 LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
 {
     lorasynci_device *g = plan ? plan->device : NULL;
     lorasync_error    err;
     lorasync_status   status = LORASYNC_OK;
     cudaEvent_t       last;
-    int               old, failed;
+    uint64_t          closing;
+    int               old;
     if (!g || lorasynci_device_is_captured(plan) || !(plan->begun || plan->captured || plan->lost)) return;
     lorasynci_device_enter(g, &old);
-    failed = plan->begun && plan->begin_error.status < 0;
-    last   = failed ? g->arrived[0] : g->done;
-    if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess) {
-        (void)cudaGetLastError();
-        last = NULL;
-    }
-    if (!plan->lost && last) status = lorasynci_device_poll(plan, last, lorasynci_deadline_ns(plan->timeout_ms), 1, &err);
-    if (status < 0) lorasynci_plan_lose(plan, status, &err);
-    if (plan->lost) /* its launches end soon, or what they use is lost: see lorasynci_device_free_memory */
-        g->is_busy =
-            lorasynci_device_poll(plan, plan->captured ? g->done : g->packed, lorasynci_deadline_ns(LORASYNCI_CLOSING_MS), 0, &err) < 0;
+    if (!plan->lost && !lorasynci_device_last(plan, &last))
+        status = lorasynci_fail(&err, LORASYNC_E_COMM, "a plan was freed between a begin that failed and its wait");
+    else if (!plan->lost && last) status = lorasynci_device_poll(plan, last, lorasynci_deadline_ns(plan->timeout_ms), 1, &err);
+    if (status < 0) lorasynci_plan_lose(plan, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, &err);
+    closing = lorasynci_deadline_ns(LORASYNCI_CLOSING_MS);
+    if (plan->lost)
+        g->is_busy = !(lorasynci_device_is_idle(g->stream, closing) && lorasynci_device_is_idle(g->wire, closing) &&
+                       lorasynci_device_is_idle(g->placing, closing) && (!plan->captured || lorasynci_device_is_idle(g->caller, closing)));
+    (void)cudaGetLastError();
     lorasynci_device_leave(g, old);
 }
 
@@ -14124,7 +14157,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_lease(void *user, const void *s
                               LORASYNCI_SHM_ADAPTERS);
     }
     return lorasynci_fail(err, LORASYNC_E_BUSY,
-                          "another session publishes adapter '%.60s' in shared memory '%s'; close that one first, or use another name",
+                          "another session publishes adapter '%.60s' in shared memory '%s'; close that one, open the transport "
+                          "again and attach it to a new session; or use another name",
                           adapter, s->name);
 }
 
@@ -16336,10 +16370,12 @@ LORASYNCI_FN lorasync_status lorasynci_session_tell(lorasync_session *s, void *b
 }
 
 /* The communicator went while the root was publishing, or telling of it: what is known of that. */
-LORASYNCI_FN void lorasynci_session_explain(const lorasync_session *s, lorasync_error *err)
+LORASYNCI_FN void lorasynci_session_explain(const lorasync_session *s, const lorasync_error *verdict, lorasync_error *err)
 {
     unsigned long long version = s->published ? s->last_version : s->version;
-    if (lorasynci_session_is_root(s)) lorasynci_prefix(err, "version %llu is published, and not all other ranks know", version);
+    if (lorasynci_session_is_root(s) && verdict->status < 0)
+        lorasynci_prefix(err, "publishing version %llu failed (%.200s), and not all other ranks know", version, verdict->text);
+    else if (lorasynci_session_is_root(s)) lorasynci_prefix(err, "version %llu is published, and not all other ranks know", version);
     else if (err->status == LORASYNC_E_TIMEOUT)
         lorasynci_prefix(
             err,
@@ -16368,7 +16404,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const 
     notice.outcome = *outcome;
     memcpy(notice.engines, s->engines, sizeof notice.engines);
     status = lorasynci_session_tell(s, &notice, sizeof notice, timeout_ms, err);
-    if (status < 0 && published) lorasynci_session_explain(s, err);
+    if (status < 0 && published) lorasynci_session_explain(s, mine, err);
     if (lorasync_is_lost(status)) return lorasynci_plan_lose(s->plan, status, err);
     if (status < 0) return status;
     notice.verdict.text[sizeof notice.verdict.text - 1] = 0;

@@ -34,6 +34,7 @@ static void reset(void)
 {
     fake_cuda_reset();
     fake_nccl_reset();
+    fake_cuda.delay = fake_cuda.slow_device = 0;
     memset(&device_options, 0, sizeof device_options);
 }
 
