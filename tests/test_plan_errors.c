@@ -788,6 +788,42 @@ static void refused_rank(rank_context *c)
 
 static void one_rank_is_wrong(void) { run_threads(3, refused_rank, NULL); }
 
+/* Rank 1 votes, returns and is gone while rank 0, which has not seen the vote, asks for its health: the vote counts. */
+static int vote_asked, vote_done;
+
+static lorasync_status late_check(void *user, lorasync_error *err)
+{
+    (void)user;
+    __atomic_store_n(&vote_asked, 1, __ATOMIC_RELEASE);
+    while (!__atomic_load_n(&vote_done, __ATOMIC_ACQUIRE)) sched_yield();
+    snprintf(err->text, sizeof err->text, "rank 1 is gone");
+    return err->status = LORASYNC_E_PEER;
+}
+
+static void late_vote_rank(rank_context *c)
+{
+    float               data[4] = {0};
+    lorasync_plan_desc  d;
+    lorasync_piece      p;
+    lorasync_plan      *plan = NULL;
+    lorasync_plan_stats stats;
+    lorasync_error      err;
+    memset(&d, 0, sizeof d), memset(&p, 0, sizeof p);
+    p.name = "t", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 4, p.box = lorasync_whole(p.shape, 1), p.data = data;
+    d.comm = &c->comm, d.have = &p, d.num_have = 1, d.timeout_ms = 20000;
+    if (c->rank == 0) c->comm.check = late_check;
+    REQUIRE(lorasync_plan_create(&d, &plan, &err) == LORASYNC_OK);
+    lorasync_plan_get_stats(plan, &stats);
+    CHECK(stats.direct);
+    CHECK_EQ(lorasync_plan_begin(plan, &err), LORASYNC_OK);
+    while (c->rank == 1 && !__atomic_load_n(&vote_asked, __ATOMIC_ACQUIRE)) sched_yield();
+    CHECK_EQ(lorasync_plan_wait(plan, &err), LORASYNC_OK);
+    if (c->rank == 1) __atomic_store_n(&vote_done, 1, __ATOMIC_RELEASE);
+    lorasync_plan_free(plan);
+}
+
+static void late_vote_counts(void) { run_threads(2, late_vote_rank, NULL); }
+
 static void no_memory(void)
 {
     static memory_user u;
@@ -1081,6 +1117,7 @@ int main(int argc, char **argv)
     RUN(run_without_begin);
     RUN(nan_and_inf);
     RUN(one_rank_is_wrong);
+    RUN(late_vote_counts);
     RUN(no_memory);
     RUN(rank_dies);
     RUN(direct_falls_back);
