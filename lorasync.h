@@ -9255,9 +9255,8 @@ LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_e
     plan->begin_error.status = LORASYNC_OK;
     if (plan->device) lorasynci_device_await_caller(plan, &plan->begin_error);
     lorasynci_mark_begun(plan);
-    if (plan->begin_error.status < 0) {
-    } else if (plan->device) {
-        lorasynci_device_begin(plan, &plan->begin_error);
+    if (plan->device) {
+        if (plan->begin_error.status == LORASYNC_OK) lorasynci_device_begin(plan, &plan->begin_error);
     } else if (lorasynci_await_readers(plan, &plan->begin_error) == LORASYNC_OK) {
         start = lorasynci_now_ns();
         lorasynci_pack(plan);

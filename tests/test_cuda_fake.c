@@ -493,7 +493,7 @@ static void graph_of_pageable_image(void)
     check_left();
 }
 
-static void graphs(void)
+static void launched(int capture, int runs, int num)
 {
     static const int ways[] = {WAY_DIRECT, WAY_NCCL, WAY_NCCL_DIRECT};
     size_t           i;
@@ -501,30 +501,19 @@ static void graphs(void)
         reset();
         fake_cuda.devices      = 8;
         device_options.way     = ways[i];
-        device_options.capture = 1;
-        random_cases(LORASYNC_GATHER, 60, 0, run_device_case);
-        random_cases(LORASYNC_GATHER_ALL, 30, 0, run_device_case);
-        random_cases(LORASYNC_RESHARD, ways[i] == WAY_DIRECT ? 0 : 60, 0, run_device_case);
+        device_options.capture = capture;
+        device_options.runs    = runs;
+        random_cases(LORASYNC_GATHER, num, 0, run_device_case);
+        random_cases(LORASYNC_GATHER_ALL, num / 2, 0, run_device_case);
+        random_cases(LORASYNC_RESHARD, ways[i] == WAY_DIRECT ? 0 : num, 0, run_device_case);
         check_left();
     }
 }
 
+static void graphs(void) { launched(1, 0, 60); }
+
 /* Runs, launches of a graph, and runs again; at the end behind a launch that nobody waited for. */
-static void graphs_among_runs(void)
-{
-    static const int ways[] = {WAY_DIRECT, WAY_NCCL, WAY_NCCL_DIRECT};
-    size_t           i;
-    for (i = 0; i < sizeof ways / sizeof ways[0]; i++) {
-        reset();
-        fake_cuda.devices      = 8;
-        device_options.way     = ways[i];
-        device_options.capture = 2;
-        device_options.runs    = 7;
-        random_cases(LORASYNC_GATHER, 40, 0, run_device_case);
-        random_cases(LORASYNC_RESHARD, ways[i] == WAY_DIRECT ? 0 : 40, 0, run_device_case);
-        check_left();
-    }
-}
+static void graphs_among_runs(void) { launched(2, 7, 40); }
 
 /* -- processes: the image opened through a handle */
 
