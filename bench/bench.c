@@ -2,8 +2,9 @@
 
    make bench BENCH_ARGS="--quick"      see --help
 
-   Each figure is the median of repeated runs after a warm-up, with the best run beside it. A ratio compares with a baseline that was measured
-   in turns with it. GB/s counts bytes moved, source and destination together, in 10^9 bytes: memcpy of n bytes moves 2 n. */
+   Each figure is the median of repeated runs after a warm-up, with the best run beside it. A ratio compares with a
+   baseline that was measured in turns with it. GB/s counts bytes moved, source and destination together, in 10^9 bytes:
+   memcpy of n bytes moves 2 n. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -125,10 +126,12 @@ static int wants(const char *group)
 }
 
 /* ratio_to NULL: no ratio. */
-static void row(const char *group, const char *name, double value, double best, const char *unit, double ratio, const char *ratio_to)
+static void row(const char *group, const char *name, double value, double best, const char *unit, double ratio,
+                const char *ratio_to)
 {
     if (option.json) {
-        printf("{\"group\":\"%s\",\"name\":\"%s\",\"median\":%.6g,\"best\":%.6g,\"unit\":\"%s\"", group, name, value, best, unit);
+        printf("{\"group\":\"%s\",\"name\":\"%s\",\"median\":%.6g,\"best\":%.6g,\"unit\":\"%s\"", group, name, value,
+               best, unit);
         if (ratio_to) printf(",\"ratio\":%.4g,\"ratio_to\":\"%s\"", ratio, ratio_to);
         printf("}\n");
     } else {
@@ -142,7 +145,8 @@ static void row(const char *group, const char *name, double value, double best, 
 /* A number that is not measured in runs. */
 static void row_number(const char *group, const char *name, double value, const char *unit)
 {
-    if (option.json) printf("{\"group\":\"%s\",\"name\":\"%s\",\"value\":%.6g,\"unit\":\"%s\"}\n", group, name, value, unit);
+    if (option.json)
+        printf("{\"group\":\"%s\",\"name\":\"%s\",\"value\":%.6g,\"unit\":\"%s\"}\n", group, name, value, unit);
     else printf("%-8s%-60s%11.4g%11s  %s\n", group, name, value, "", unit);
 }
 
@@ -153,9 +157,11 @@ static void row_ms(const char *group, const char *name, const samples *s, double
 }
 
 /* GB/s of runs that moved `bytes` each, against runs of a baseline that moved as many. */
-static void row_rate(const char *group, const char *name, double bytes, const samples *s, const samples *baseline, const char *ratio_to)
+static void row_rate(const char *group, const char *name, double bytes, const samples *s, const samples *baseline,
+                     const char *ratio_to)
 {
-    row(group, name, bytes / median(s) / 1e9, bytes / lowest(s) / 1e9, "GB/s", baseline ? median(baseline) / median(s) : 0, ratio_to);
+    row(group, name, bytes / median(s) / 1e9, bytes / lowest(s) / 1e9, "GB/s",
+        baseline ? median(baseline) / median(s) : 0, ratio_to);
 }
 
 static void print_text(const char *key, const char *text)
@@ -262,8 +268,8 @@ static void list_add(tensor_list *list, const char *module, const char *leaf, in
 }
 
 /* `adapter`: "" for keys of a file, ".default" for names of a live model. */
-static void list_add_pair(tensor_list *list, const model *m, int layer, const char *group, const char *projection, int out, int in,
-                          const char *adapter)
+static void list_add_pair(tensor_list *list, const model *m, int layer, const char *group, const char *projection,
+                          int out, int in, const char *adapter)
 {
     char module[100], leaf[32];
     snprintf(module, sizeof module, "base_model.model.model.layers.%d.%.30s.%.20s", layer, group, projection);
@@ -304,7 +310,8 @@ static void list_free(tensor_list *list)
 }
 
 /* FSDP2: dimension 0 over the ranks. Pieces lie one behind the other from `data`; with shared set all begin there. */
-static lorasync_piece *fsdp2_pieces(const tensor_list *list, lorasync_dtype dtype, int rank, int world, void *data, int shared)
+static lorasync_piece *fsdp2_pieces(const tensor_list *list, lorasync_dtype dtype, int rank, int world, void *data,
+                                    int shared)
 {
     lorasync_piece *pieces = (lorasync_piece *)get(list->num * sizeof *pieces);
     size_t          i, at = 0, item = (size_t)lorasync_dtype_bits(dtype) / 8;
@@ -423,19 +430,20 @@ static double run_begin(void *user)
     return end - start;
 }
 
-static void bench_pack_pair(const model *m, const tensor_list *list, lorasync_dtype from, lorasync_dtype to, int allow_nan)
+static void bench_pack_pair(const model *m, const tensor_list *list, lorasync_dtype from, lorasync_dtype to,
+                            int allow_nan)
 {
     lorasync_plan_desc d;
     lorasync_plan     *plan;
     lorasync_error     err;
     counter            allocations;
     lorasync_allocator a = counting(&allocations);
-    size_t             n = (size_t)list->numel, sizes = (size_t)(lorasync_dtype_bits(from) + lorasync_dtype_bits(to)) / 8;
-    void              *data   = get(n * (size_t)lorasync_dtype_bits(from) / 8);
-    lorasync_piece    *pieces = fsdp2_pieces(list, from, 0, 1, data, 0);
-    copy               base   = copy_make(n * sizes / 2, 1);
-    samples            s, b;
-    char               name[NAME];
+    size_t          n = (size_t)list->numel, sizes = (size_t)(lorasync_dtype_bits(from) + lorasync_dtype_bits(to)) / 8;
+    void           *data   = get(n * (size_t)lorasync_dtype_bits(from) / 8);
+    lorasync_piece *pieces = fsdp2_pieces(list, from, 0, 1, data, 0);
+    copy            base   = copy_make(n * sizes / 2, 1);
+    samples         s, b;
+    char            name[NAME];
     fill_floats(data, from, n);
     memset(&d, 0, sizeof d);
     d.wire_dtype = to;
@@ -641,7 +649,8 @@ static void print_plan(const plan_rank *ranks, int world)
         }
         sample(&wall, w), sample(&planner, ranks[0].cpu[i]), sample(&most, c);
     }
-    snprintf(title, sizeof title, "%zu tensors, %d ranks, %s", root->num_tensors, world, root->direct ? "direct" : "messages");
+    snprintf(title, sizeof title, "%zu tensors, %d ranks, %s", root->num_tensors, world,
+             root->direct ? "direct" : "messages");
     snprintf(name, sizeof name, "%s: planning rank, CPU", title), row_ms("plan", name, &planner, 0, NULL);
     snprintf(name, sizeof name, "%s: other ranks, CPU", title), row_ms("plan", name, &most, 0, NULL);
     snprintf(name, sizeof name, "%s: wall", title), row_ms("plan", name, &wall, 0, NULL);
@@ -774,7 +783,8 @@ static void bench_image(void)
     memcpy(file.bytes, image->header, image->header_bytes);
     fill_floats((char *)file.bytes + image->header_bytes, LORASYNC_BF16, image->payload_bytes / 2);
     lorasync_image_bind(image, (char *)file.bytes + image->header_bytes);
-    snprintf(name, sizeof name, "%zu tensors: header", list.num), row_number("image", name, (double)image->header_bytes / 1e6, "MB");
+    snprintf(name, sizeof name, "%zu tensors: header", list.num),
+        row_number("image", name, (double)image->header_bytes / 1e6, "MB");
     measure(run_layout, &list, &s, NULL, NULL, NULL);
     snprintf(name, sizeof name, "%zu tensors: layout and write", list.num), row_ms("image", name, &s, 0, NULL);
     measure(run_parse, &file, &s, NULL, NULL, NULL);
@@ -856,7 +866,8 @@ static void bench_shm_polls(shm_bench *b, const char *shm, int no_verify, const 
     row_ms("shm", what, &s, 0, NULL);
     measure(run_acquire, b->engine, &s, NULL, NULL, NULL);
     if (!no_verify)
-        row("shm", "lorasync_acquire and lorasync_release", median(&s) / ACQUIRES * 1e9, lowest(&s) / ACQUIRES * 1e9, "ns", 0, NULL);
+        row("shm", "lorasync_acquire and lorasync_release", median(&s) / ACQUIRES * 1e9, lowest(&s) / ACQUIRES * 1e9,
+            "ns", 0, NULL);
     lorasync_engine_close(b->engine);
     b->engine = NULL;
 }
@@ -927,7 +938,8 @@ static void add_base_names(name_list *l, const model *m)
                                              "self_attn.v_proj.base_layer.weight",
                                              "self_attn.o_proj.base_layer.weight",
                                              "mlp.gate.weight"};
-    static const char *const per_expert[] = {"gate_proj.base_layer.weight", "up_proj.base_layer.weight", "down_proj.base_layer.weight"};
+    static const char *const per_expert[] = {"gate_proj.base_layer.weight", "up_proj.base_layer.weight",
+                                             "down_proj.base_layer.weight"};
     char                     prefix[80];
     int                      i, e;
     size_t                   k;
@@ -1026,7 +1038,10 @@ typedef struct sync_rank {
     sync_shared       *shared;
 } sync_rank;
 
-static void sync_shm_name(char *out, size_t size, int mode) { snprintf(out, size, "bench-sync-%ld-%d", (long)getppid(), mode); }
+static void sync_shm_name(char *out, size_t size, int mode)
+{
+    snprintf(out, size, "bench-sync-%ld-%d", (long)getppid(), mode);
+}
 
 /* First direct, then messages; each without transport, to shared memory, to a directory without fsync and with. */
 static lorasync_session *sync_open(const sync_rank *r, int mode, counter *allocations)
@@ -1095,7 +1110,8 @@ static void sync_mode(const sync_rank *r, int mode)
     }
 }
 
-/* What a framework does without a plan: one collective per tensor, of the parts in the wire's type, or as they are and a cast behind. */
+/* What a framework does without a plan: one collective per tensor, of the parts in the wire's type, or as they are and
+   a cast behind. */
 static void sync_per_tensor(const sync_rank *r, int cast_behind)
 {
     size_t         i, most = 0, item = cast_behind ? 4 : 2;
@@ -1116,12 +1132,14 @@ static void sync_per_tensor(const sync_rank *r, int cast_behind)
             const lorasync_piece *p = &r->pieces[i];
             size_t                n = (size_t)(p->box.len[0] * p->box.len[1]), all = n * SYNC_WORLD;
             if (!cast_behind) lorasync_convert(part, LORASYNC_BF16, p->data, LORASYNC_F32, n, NULL);
-            must(r->comm.all_gather(r->comm.user, cast_behind ? p->data : part, whole, n * item, 60000, &err), "all_gather", &err);
+            must(r->comm.all_gather(r->comm.user, cast_behind ? p->data : part, whole, n * item, 60000, &err),
+                 "all_gather", &err);
             if (cast_behind) lorasync_convert(to, LORASYNC_BF16, whole, LORASYNC_F32, all, NULL);
             else memcpy(to, whole, all * 2);
             to += all * 2;
         }
-        if (run >= 0 && r->comm.rank == 0) sample(cast_behind ? &r->shared->per_tensor_cast : &r->shared->per_tensor, now() - start);
+        if (run >= 0 && r->comm.rank == 0)
+            sample(cast_behind ? &r->shared->per_tensor_cast : &r->shared->per_tensor, now() - start);
     }
     free(part);
     free(whole);
@@ -1197,7 +1215,8 @@ static void remove_tree(const char *path)
     dir = opendir(path);
     while (dir && (entry = readdir(dir)) != NULL) {
         int n = snprintf(below, sizeof below, "%s/%s", path, entry->d_name);
-        if (n > 0 && (size_t)n < sizeof below && strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) remove_tree(below);
+        if (n > 0 && (size_t)n < sizeof below && strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0)
+            remove_tree(below);
     }
     if (dir) closedir(dir);
     rmdir(path);
@@ -1205,9 +1224,10 @@ static void remove_tree(const char *path)
 
 static void bench_sync(void)
 {
-    model           m = qwen_06b;
-    tensor_list     list;
-    sync_shared    *shared = (sync_shared *)mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    model        m = qwen_06b;
+    tensor_list  list;
+    sync_shared *shared =
+        (sync_shared *)mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     lorasync_local *local;
     lorasync_error  err;
     pid_t           pids[SYNC_WORLD];
@@ -1255,14 +1275,15 @@ typedef struct group {
     const char *what;
 } group;
 
-static const group groups[] = {{"pack", bench_pack, "begin of a gather plan of one rank, against memcpy"},
-                               {"convert", bench_convert, "lorasync_convert, in cache and in memory"},
-                               {"digest", bench_digest, "lorasync_digest, in cache and in memory"},
-                               {"plan", bench_plan, "lorasync_plan_create for 504 and 37,248 tensors on 2 to 64 ranks: time and memory"},
-                               {"image", bench_image, "safetensors header of 37,248 tensors: write, read, find; digest"},
-                               {"shm", bench_shm, "publishing to engines of this host through shared memory, against memcpy"},
-                               {"names", bench_names, "parsing and filtering 56,115 parameter names"},
-                               {"sync", bench_sync, "lorasync_sync between 4 processes, against memcpy and one collective per tensor"}};
+static const group groups[] = {
+    {"pack", bench_pack, "begin of a gather plan of one rank, against memcpy"},
+    {"convert", bench_convert, "lorasync_convert, in cache and in memory"},
+    {"digest", bench_digest, "lorasync_digest, in cache and in memory"},
+    {"plan", bench_plan, "lorasync_plan_create for 504 and 37,248 tensors on 2 to 64 ranks: time and memory"},
+    {"image", bench_image, "safetensors header of 37,248 tensors: write, read, find; digest"},
+    {"shm", bench_shm, "publishing to engines of this host through shared memory, against memcpy"},
+    {"names", bench_names, "parsing and filtering 56,115 parameter names"},
+    {"sync", bench_sync, "lorasync_sync between 4 processes, against memcpy and one collective per tensor"}};
 
 static int known_group(const char *name)
 {

@@ -6,7 +6,8 @@
 
    N processes, one per GPU (rank = GPU number), hold fp32 shards; rank 0 gets the bf16 image. The shards:
        fsdp        every tensor by rows over N ranks (the odd set: some by columns)
-       tp2         2 tensor-parallel halves of N / 2 ranks each: of q, k, v, gate and up lora_B by rows, of o and down lora_A by columns; the other
+       tp2         2 tensor-parallel halves of N / 2 ranks each: of q, k, v, gate and up lora_B by rows, of o and down
+                   lora_A by columns; the other
                    of the pair is in both halves. Then by rows over the N / 2
        ep          experts whole, block by block of E / N; what is no expert's as fsdp
    Per model:
@@ -18,18 +19,21 @@
        reshard     from these shards to TP over N, over NCCL
        rdirect     the same, every rank writing to the others over CUDA IPC; rdnccl: so, too, and NCCL joins the ranks
        exchange    floor of the reshard: its messages, already packed, in one group of ncclSend and ncclRecv
-   NCCL's communicator is the bench's own, borrowed; with --own-comm the library makes one for itself, which is non-blocking.
-   --bucket is bucket_bytes of the plans over NCCL: 256 without it. A rank that sends more stages a bucket, and stalls its caller the longer.
-   Times are from a barrier to the end on rank 0 (reshard: on the last rank), by the host's clock. "stall" is how long the caller's own stream
-   is held up: events around begin, behind other work, the slowest rank. Medians. Images are compared bit by bit.
+   NCCL's communicator is the bench's own, borrowed; with --own-comm the library makes one for itself, which is
+   non-blocking. --bucket is bucket_bytes of the plans over NCCL: 256 without it. A rank that sends more stages a
+   bucket, and stalls its caller the longer. Times are from a barrier to the end on rank 0 (reshard: on the last rank),
+   by the host's clock. "stall" is how long the caller's own stream is held up: events around begin, behind other work,
+   the slowest rank. Medians. Images are compared bit by bit.
 
-   The content of the parameters, the same in torch_gather.py. Elements are numbered through a model, tensor after tensor as made here, row by
-   row; element p has, in arithmetic modulo 2^32:
+   The content of the parameters, the same in torch_gather.py. Elements are numbered through a model, tensor after
+   tensor as made here, row by row; element p has, in arithmetic modulo 2^32:
        h = p + seed;  h ^= h >> 16;  h *= 0x21f0aaad;  h ^= h >> 15;  h *= 0x735a2d97;  h ^= h >> 15
        float bits = (h & 0x80000000) | (111 + (h >> 23 & 15)) << 23 | (h & 0x7fffff)
-   The checksum of a bf16 image, w[i] its i-th 16-bit word, modulo 2^64:  sum of (w[i] + 1) * (i * 0x9e3779b97f4a7c15 | 1) */
+   The checksum of a bf16 image, w[i] its i-th 16-bit word, modulo 2^64: sum of (w[i] + 1) * (i * 0x9e3779b97f4a7c15 |
+   1) */
 #define LORASYNC_IMPLEMENTATION
-#ifndef BENCH_HOST /* host memory and empty stand-ins for CUDA and NCCL: to try this program's own logic without a GPU */
+#ifndef BENCH_HOST /* host memory and empty stand-ins for CUDA and NCCL: to try this program's own logic without a
+                      GPU */
 #define LORASYNC_CUDA
 #ifndef BENCH_NO_NCCL
 #define LORASYNC_NCCL
@@ -343,7 +347,10 @@ static void add_odd(set *s)
     }
 }
 
-static int by_name(const void *a, const void *b) { return strcmp((*(tensor *const *)a)->name, (*(tensor *const *)b)->name); }
+static int by_name(const void *a, const void *b)
+{
+    return strcmp((*(tensor *const *)a)->name, (*(tensor *const *)b)->name);
+}
 
 static set make_set(const model *m)
 {
@@ -413,12 +420,14 @@ static int64_t box_numel(const lorasync_box *b) { return b->ndim == 2 ? b->len[0
 /* The elements of a box, row by row. */
 static void content(const tensor *t, const lorasync_box *b, float *out)
 {
-    int64_t i, columns = t->ndim == 2 ? t->shape[1] : 1, width = t->ndim == 2 ? b->len[1] : 1, off = t->ndim == 2 ? b->off[1] : 0;
+    int64_t i, columns = t->ndim == 2 ? t->shape[1] : 1, width = t->ndim == 2 ? b->len[1] : 1,
+               off = t->ndim == 2 ? b->off[1] : 0;
     if (width == columns) {
         hash_floats(out, (uint32_t)(t->base + b->off[0] * columns), (size_t)(b->len[0] * columns));
         return;
     }
-    for (i = 0; i < b->len[0]; i++) hash_floats(out + i * width, (uint32_t)(t->base + (b->off[0] + i) * columns + off), (size_t)width);
+    for (i = 0; i < b->len[0]; i++)
+        hash_floats(out + i * width, (uint32_t)(t->base + (b->off[0] + i) * columns + off), (size_t)width);
 }
 
 /* Whether a box lies at `bytes` as lorasync_convert rounds it. */
@@ -570,7 +579,8 @@ static void wake_gpu(void)
     must(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
 }
 
-/* Runs on all ranks together, until rank 0 has enough: 20 to 40 runs, fewer when they are slow. everywhere: the last rank's end counts. */
+/* Runs on all ranks together, until rank 0 has enough: 20 to 40 runs, fewer when they are slow. everywhere: the last
+   rank's end counts. */
 static timing measure(result *res, const char *what, run_fn run, void *user, int everywhere)
 {
     double         time[MAX_RUNS], value[MAX_RUNS], start, began = now();
@@ -678,12 +688,12 @@ typedef struct check_job {
 
 static void check_one(void *user, size_t i)
 {
-    check_job             *job = (check_job *)user;
-    const lorasync_tensor *t   = &job->image->tensors[i];
-    const tensor          *m   = job->s->by_name[i];
-    lorasync_box           b   = lorasync_whole(m->shape, m->ndim);
-    int good = strcmp(t->name, m->name) == 0 && t->dtype == LORASYNC_BF16 && t->ndim == m->ndim && t->num_bytes == (size_t)m->numel * 2 &&
-               is_content(m, &b, t->data);
+    check_job             *job  = (check_job *)user;
+    const lorasync_tensor *t    = &job->image->tensors[i];
+    const tensor          *m    = job->s->by_name[i];
+    lorasync_box           b    = lorasync_whole(m->shape, m->ndim);
+    int                    good = strcmp(t->name, m->name) == 0 && t->dtype == LORASYNC_BF16 && t->ndim == m->ndim &&
+               t->num_bytes == (size_t)m->numel * 2 && is_content(m, &b, t->data);
     if (!good) __atomic_fetch_add(&job->wrong, 1, __ATOMIC_RELAXED);
 }
 
@@ -712,7 +722,8 @@ static void check_image(state *st, const char *what, const lorasync_image *image
     size_t          n    = image->header_bytes + image->payload_bytes;
     char           *host = (char *)get(n);
     memcpy(host, image->header, image->header_bytes);
-    must(cudaMemcpy(host + image->header_bytes, image->payload, image->payload_bytes, cudaMemcpyDefault), "copying the image to the host");
+    must(cudaMemcpy(host + image->header_bytes, image->payload, image->payload_bytes, cudaMemcpyDefault),
+         "copying the image to the host");
     if (lorasync_image_parse(host, n, NULL, &parsed, &err) != LORASYNC_OK) {
         note(res, what, err.text);
     } else if (parsed->num_tensors != st->s.num || parsed->payload_bytes != (size_t)st->s.numel * 2) {
@@ -761,7 +772,8 @@ static void verify(state *st, const char *what, lorasync_plan *plan)
 
 /* -- plans */
 
-static lorasync_plan_desc gather_desc(const lorasync_comm *comm, const lorasync_cuda *cuda, const lorasync_piece *have, size_t num)
+static lorasync_plan_desc gather_desc(const lorasync_comm *comm, const lorasync_cuda *cuda, const lorasync_piece *have,
+                                      size_t num)
 {
     lorasync_plan_desc d;
     memset(&d, 0, sizeof d);
@@ -938,8 +950,10 @@ static lorasync_status run_send(void *user, lorasync_error *err)
     ncclResult_t r = ncclGroupStart();
     int          i;
     for (i = 1; rank == 0 && i < option.ranks && r == ncclSuccess; i++)
-        if (f->at[i + 1] > f->at[i]) r = ncclRecv(f->bytes + f->at[i], f->at[i + 1] - f->at[i], ncclInt8, i, f->nccl, stream);
-    if (rank != 0 && f->num_bytes && r == ncclSuccess) r = ncclSend(f->bytes, f->num_bytes, ncclInt8, 0, f->nccl, stream);
+        if (f->at[i + 1] > f->at[i])
+            r = ncclRecv(f->bytes + f->at[i], f->at[i + 1] - f->at[i], ncclInt8, i, f->nccl, stream);
+    if (rank != 0 && f->num_bytes && r == ncclSuccess)
+        r = ncclSend(f->bytes, f->num_bytes, ncclInt8, 0, f->nccl, stream);
     if (r == ncclSuccess) r = ncclGroupEnd();
     if (r != ncclSuccess) return failed(err, "ncclSend/ncclRecv", ncclGetErrorString(r));
     must(cudaEventRecord(eventd, stream), "cudaEventRecord");
@@ -957,7 +971,9 @@ static lorasync_status run_copy(void *user, lorasync_error *err)
     f->turn++;
     if (rank != 0) {
         /* cudaMemcpyPeerAsync by unified addresses; naming device 0 would make a second context here */
-        if (f->num_bytes) must(cudaMemcpyAsync(f->to + f->at[rank], f->bytes, f->num_bytes, cudaMemcpyDefault, stream), "cudaMemcpyAsync");
+        if (f->num_bytes)
+            must(cudaMemcpyAsync(f->to + f->at[rank], f->bytes, f->num_bytes, cudaMemcpyDefault, stream),
+                 "cudaMemcpyAsync");
         must(cudaEventRecord(eventd, stream), "cudaEventRecord");
         status = poll_event(eventd, err);
         __atomic_store_n(&common->flag[rank], f->turn, __ATOMIC_RELEASE);
@@ -982,7 +998,8 @@ static void floor_open(state *st, floor_job *f)
     must(cudaMalloc((void **)&f->bytes, f->num_bytes + 1), "cudaMalloc for a floor");
     must(cudaMemset(f->bytes, 0, f->num_bytes + 1), "cudaMemset");
     must(cudaDeviceSynchronize(), "cudaMemset");
-    if (rank == 0) must(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)common->ipc, f->bytes), "cudaIpcGetMemHandle");
+    if (rank == 0)
+        must(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)common->ipc, f->bytes), "cudaIpcGetMemHandle");
     barrier("floor");
 }
 
@@ -1061,7 +1078,8 @@ static void check_want(void *user, size_t i)
         __atomic_fetch_add(&job->wrong, 1, __ATOMIC_RELAXED);
 }
 
-/* The wanted pieces in one device buffer, which is returned with its size; *bound: bytes that must come from other ranks. */
+/* The wanted pieces in one device buffer, which is returned with its size; *bound: bytes that must come from other
+   ranks. */
 static char *make_want(const state *st, lorasync_piece *want, size_t *num_bytes, uint64_t *bound)
 {
     size_t i, at = 0;
@@ -1069,7 +1087,10 @@ static char *make_want(const state *st, lorasync_piece *want, size_t *num_bytes,
     *bound        = 0;
     for (i = 0; i < st->s.num; i++) {
         const tensor *t = &st->s.at[i];
-        want[i]         = piece_of(t, LORASYNC_BF16, lorasync_shard(lorasync_whole(t->shape, t->ndim), want_dim(t, i), rank, option.ranks));
+
+        want[i] = piece_of(t, LORASYNC_BF16,
+                           lorasync_shard(lorasync_whole(t->shape, t->ndim), want_dim(t, i), rank, option.ranks));
+
         at += aligned((size_t)box_numel(&want[i].box) * 2);
         *bound += (uint64_t)outside(&want[i].box, &st->have[i].box) * 2;
     }
@@ -1099,8 +1120,8 @@ static size_t count_wrong(const state *st, const lorasync_piece *want, const cha
     return job.wrong;
 }
 
-/* The busiest link into this rank, and the worst of what a link carries over what it must. Where tensors are in several places it need not be
-   one link or the other. */
+/* The busiest link into this rank, and the worst of what a link carries over what it must. Where tensors are in several
+   places it need not be one link or the other. */
 static void note_links(const state *st, const lorasync_plan *plan, const lorasync_piece *want)
 {
     int    r;
@@ -1109,14 +1130,16 @@ static void note_links(const state *st, const lorasync_plan *plan, const lorasyn
     common->value[rank]  = 0;
     for (r = 0; r < option.ranks && option.layout != TP2; r++) {
         const lorasynci_link *link = &plan->receives[r];
-        uint64_t bytes = lorasynci_link_rounds(link) ? lorasynci_link_end(link, lorasynci_link_rounds(link) - 1) : 0, least = 0;
+        uint64_t bytes = lorasynci_link_rounds(link) ? lorasynci_link_end(link, lorasynci_link_rounds(link) - 1) : 0,
+                 least = 0;
         if (r == rank) continue;
         for (i = 0; i < st->s.num; i++) {
             lorasync_box box = box_of(st->m, &st->s.at[i], r);
             least += (uint64_t)(box_numel(&want[i].box) - outside(&want[i].box, &box)) * 2;
         }
         if (bytes > common->number[rank]) common->number[rank] = bytes;
-        if (least && (double)bytes / (double)least > common->value[rank]) common->value[rank] = (double)bytes / (double)least;
+        if (least && (double)bytes / (double)least > common->value[rank])
+            common->value[rank] = (double)bytes / (double)least;
     }
     barrier("links");
     for (r = 1; rank == 0 && r < option.ranks; r++) {
@@ -1165,8 +1188,9 @@ static void bench_exchange(state *st, const lorasync_plan *plan, ncclComm_t nccl
     x.nccl = nccl;
     for (i = 0; i < option.ranks; i++) {
         const lorasynci_link *to = &plan->sends[i], *from = &plan->receives[i];
-        x.send[i]    = lorasynci_link_rounds(to) ? (size_t)lorasynci_link_end(to, lorasynci_link_rounds(to) - 1) : 0;
-        x.receive[i] = lorasynci_link_rounds(from) ? (size_t)lorasynci_link_end(from, lorasynci_link_rounds(from) - 1) : 0;
+        x.send[i] = lorasynci_link_rounds(to) ? (size_t)lorasynci_link_end(to, lorasynci_link_rounds(to) - 1) : 0;
+        x.receive[i] =
+            lorasynci_link_rounds(from) ? (size_t)lorasynci_link_end(from, lorasynci_link_rounds(from) - 1) : 0;
         total += aligned(x.send[i]) + aligned(x.receive[i]);
     }
     must(cudaMalloc((void **)&x.bytes, total + 1), "cudaMalloc for a floor");
@@ -1193,7 +1217,8 @@ static void note_bytes(state *st, const lorasync_plan *plan, uint64_t bound)
     barrier("reshard");
 }
 
-static void run_reshard(state *st, const char *what, lorasync_plan *plan, const lorasync_piece *want, char *memory, size_t num_bytes)
+static void run_reshard(state *st, const char *what, lorasync_plan *plan, const lorasync_piece *want, char *memory,
+                        size_t num_bytes)
 {
     timing          t = measure(st->res, what, run_plan, plan, 1);
     lorasync_error  err;
@@ -1263,7 +1288,8 @@ typedef struct nccl_ranks {
 } nccl_ranks;
 
 #if !defined(BENCH_NO_NCCL)
-/* NCCL makes its channels and buffers with the first use of a peer: now, so that no plan's memory and no first run counts them. */
+/* NCCL makes its channels and buffers with the first use of a peer: now, so that no plan's memory and no first run
+   counts them. */
 static void connect_all(ncclComm_t comm)
 {
     const size_t num_bytes = (size_t)1 << 20;
@@ -1277,8 +1303,8 @@ static void connect_all(ncclComm_t comm)
             ncclSend(memory, num_bytes, ncclChar, peer, comm, stream);
             ncclRecv(memory + num_bytes, num_bytes, ncclChar, peer, comm, stream);
         }
-    if (ncclGroupEnd() != ncclSuccess ||
-        ncclAllGather(memory, memory + num_bytes, num_bytes / (size_t)option.ranks, ncclChar, comm, stream) != ncclSuccess)
+    if (ncclGroupEnd() != ncclSuccess || ncclAllGather(memory, memory + num_bytes, num_bytes / (size_t)option.ranks,
+                                                       ncclChar, comm, stream) != ncclSuccess)
         die("connecting", "NCCL");
     must(cudaStreamSynchronize(stream), "connecting");
     cudaFree(memory);
@@ -1400,7 +1426,8 @@ static void describe(void)
 #endif
     if (gpus > 1) cudaDeviceCanAccessPeer(&peer, 1, 0);
     snprintf(common->info, sizeof common->info,
-             "\"gpus\":%d,\"gpu\":\"%.200s\",\"cuda_driver\":%d,\"cuda_runtime\":%d,\"nccl\":%d,\"peer_access\":%d,\"lorasync\":\"%s\"",
+             "\"gpus\":%d,\"gpu\":\"%.200s\",\"cuda_driver\":%d,\"cuda_runtime\":%d,\"nccl\":%d,\"peer_access\":%d,"
+             "\"lorasync\":\"%s\"",
              gpus, p.name, driver, runtime, nccl, peer, LORASYNC_VERSION);
 }
 
@@ -1459,8 +1486,8 @@ static void print_result(int index)
     const result *res = &common->results[index];
     int           i;
     if (option.json) {
-        printf("{\"id\":\"%s\",\"model\":\"%s\",\"ranks\":%d,\"seed\":%lu,\"checksum\":\"%s\"", models[index].id, models[index].name,
-               option.ranks, (unsigned long)option.seed, res->checksum);
+        printf("{\"id\":\"%s\",\"model\":\"%s\",\"ranks\":%d,\"seed\":%lu,\"checksum\":\"%s\"", models[index].id,
+               models[index].name, option.ranks, (unsigned long)option.seed, res->checksum);
         for (i = 0; i < res->num; i++) printf(",\"%s\":%.10g", res->item[i].key, res->item[i].value);
         printf(",\"error\":");
         print_quoted(res->error);
@@ -1479,9 +1506,9 @@ static void print_info(void)
     if (printed) return;
     printed = 1;
     if (option.json)
-        printf("{\"info\":1,%s%s\"ranks\":%d,\"layout\":\"%s\",\"own_comm\":%d,\"bucket_mib\":%d,\"seed\":%lu}\n", common->info,
-               common->info[0] ? "," : "", option.ranks, layout_names[option.layout], option.own_comm, option.bucket_mib,
-               (unsigned long)option.seed);
+        printf("{\"info\":1,%s%s\"ranks\":%d,\"layout\":\"%s\",\"own_comm\":%d,\"bucket_mib\":%d,\"seed\":%lu}\n",
+               common->info, common->info[0] ? "," : "", option.ranks, layout_names[option.layout], option.own_comm,
+               option.bucket_mib, (unsigned long)option.seed);
     else printf("%s\n", common->info);
 }
 
@@ -1521,7 +1548,7 @@ static int watch(pid_t *pid, double end, char *why, size_t size)
             left--;
             if (WIFEXITED(status) && WEXITSTATUS(status) == 0) continue;
             over = 1;
-            n    = (size_t)snprintf(why, size, "rank %d %s %d;", i, WIFSIGNALED(status) ? "died of signal" : "exited with",
+            n = (size_t)snprintf(why, size, "rank %d %s %d;", i, WIFSIGNALED(status) ? "died of signal" : "exited with",
                                  WIFSIGNALED(status) ? WTERMSIG(status) : WEXITSTATUS(status));
         }
         if (left > 0 && !over && (now() > end || now() - common->progress > stuck_after + 5)) {
@@ -1532,7 +1559,8 @@ static int watch(pid_t *pid, double end, char *why, size_t size)
         usleep(2000);
     }
     if (!over) return 1;
-    for (i = 0; i < option.ranks && n < size; i++) n += (size_t)snprintf(why + n, size - n, " rank %d in '%s'", i, common->stage[i]);
+    for (i = 0; i < option.ranks && n < size; i++)
+        n += (size_t)snprintf(why + n, size - n, " rank %d in '%s'", i, common->stage[i]);
     end_children(pid);
     return 0;
 }
@@ -1599,8 +1627,8 @@ static void read_options(int argc, char **argv)
         else {
             fprintf(
                 stderr,
-                "usage: bench_gpu [N] [--layout fsdp|tp2|ep] [--json] [--only MODEL] [--quick] [--own-comm] [--bucket MIB] [--seed S] [--deadline "
-                "SECONDS]\nmodels:");
+                "usage: bench_gpu [N] [--layout fsdp|tp2|ep] [--json] [--only MODEL] [--quick] [--own-comm] [--bucket "
+                "MIB] [--seed S] [--deadline SECONDS]\nmodels:");
             for (i = 0; i < NUM_MODELS; i++) fprintf(stderr, " %s", models[i].id);
             fprintf(stderr, "\n");
             exit(2);

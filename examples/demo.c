@@ -1,7 +1,10 @@
-/* The main job on real shapes: a trainer of N ranks publishes every version of a LoRA adapter, an engine takes each and proves every byte.
+/* The main job on real shapes: a trainer of N ranks publishes every version of a LoRA adapter, an engine takes each and
+   proves every byte.
 
-   compile   cc -O2 -I. -o demo examples/demo.c -lm                  (from the folder that holds lorasync.h; `make demo` does it and runs it)
-   run       ./demo            ./demo --help            ./demo --layout mixed --ranks 5            ./demo --adapter my_peft_directory
+   compile   cc -O2 -I. -o demo examples/demo.c -lm                  (from the folder that holds lorasync.h; `make demo`
+                                                                     does it and runs it)
+   run       ./demo            ./demo --help            ./demo --layout mixed --ranks 5            ./demo --adapter
+   my_peft_directory
    output    Qwen3-0.6B, LoRA rank 32: 392 tensors, fsdp2 over 4 ranks, F32 parameters, BF16 published
              a line per version with its size, times and verdict; the last line is
              demo: 392 tensors, 40370176 bytes, verified 5/5 versions
@@ -12,12 +15,12 @@
             ^                        |                                          |
             '---- this process: starts them, prints, ends them <-----pipes------'
 
-   The content of version v is a function of v, tensor and element (see truth). A rank knows only its own pieces; the engine computes the
-   whole unsharded tensors, converts them to the published type, and compares. Right after lorasync_begin the ranks already write the next
-   version into their parameters: what begin took must not change by it.
+   The content of version v is a function of v, tensor and element (see truth). A rank knows only its own pieces; the
+   engine computes the whole unsharded tensors, converts them to the published type, and compares. Right after
+   lorasync_begin the ranks already write the next version into their parameters: what begin took must not change by it.
 
-   With -DDEMO_CUDA (`make demo CUDA=1`) the parameters are in device memory, rank r on GPU r; with -DDEMO_NCCL as well (NCCL=1) the ranks are
-   joined by NCCL. The engine is the same: it knows nothing of it. */
+   With -DDEMO_CUDA (`make demo CUDA=1`) the parameters are in device memory, rank r on GPU r; with -DDEMO_NCCL as well
+   (NCCL=1) the ranks are joined by NCCL. The engine is the same: it knows nothing of it. */
 #if defined(DEMO_CUDA)
 #define LORASYNC_CUDA
 #if defined(DEMO_NCCL)
@@ -55,7 +58,8 @@ typedef enum layout {
     MIXED,
     NUM_LAYOUTS
 } layout;
-static const char *const layout_names[NUM_LAYOUTS] = {"fsdp2", "tp", "tp+fsdp", "hsdp", "zero3", "fsdp1", "megatron", "mixed"};
+static const char *const layout_names[NUM_LAYOUTS] = {"fsdp2", "tp",    "tp+fsdp",  "hsdp",
+                                                      "zero3", "fsdp1", "megatron", "mixed"};
 
 /* Shapes of a model's linear layers. experts == 0: dense; inter == 0: attention only. */
 typedef struct model {
@@ -83,7 +87,8 @@ typedef struct tensor {
     int            ndim;
     int64_t        shape[LORASYNC_MAX_DIMS], numel;
     char           half;          /* 'A', 'B', or 0 for other tensors */
-    int            row_parallel;  /* o_proj and down_proj: tensor parallelism cuts their input, of all others their output */
+    int            row_parallel;  /* o_proj and down_proj: tensor parallelism cuts their input, of all others their
+                                     output */
     int            layer, expert; /* -1: none */
     const void    *author;        /* the element values of --adapter; NULL: made up */
     lorasync_dtype author_dtype;
@@ -93,7 +98,8 @@ typedef struct job {
     const model    *shapes;
     const char     *adapter, *out;
     layout          how;
-    int             ranks, steps, rank, no_direct, timeout_ms, victim; /* victim: -2 nobody, -1 the engine, else a rank */
+    int             ranks, steps, rank, no_direct, timeout_ms, victim; /* victim: -2 nobody, -1 the engine, else a
+                                                                          rank */
     lorasync_dtype  wire;                                              /* for the desc; NONE: each tensor's own */
     tensor         *tensors;
     size_t          num_tensors, max_tensors;
@@ -136,7 +142,8 @@ static char *print_new(const char *format, ...)
 
 static int is_float(lorasync_dtype d)
 {
-    return d == LORASYNC_F32 || d == LORASYNC_F16 || d == LORASYNC_BF16 || d == LORASYNC_F8_E4M3 || d == LORASYNC_F8_E5M2;
+    return d == LORASYNC_F32 || d == LORASYNC_F16 || d == LORASYNC_BF16 || d == LORASYNC_F8_E4M3 ||
+           d == LORASYNC_F8_E5M2;
 }
 
 static size_t item_bytes(lorasync_dtype d) { return (size_t)lorasync_dtype_bits(d) / 8; }
@@ -150,8 +157,9 @@ static int number_after(const char *text, const char *mark)
 /* Fills in what follows from the name. */
 static tensor *new_tensor(job *j, const char *key, const char *name)
 {
-    static const char *const row_parallel[] = {"o_proj", "down_proj", "out_proj", "out_lin", "fc2", "c_proj", "dense_4h_to_h"};
-    const char              *prefix         = j->how == FSDP1 ? "_fsdp_wrapped_module." : j->how == MEGATRON ? "module." : "";
+    static const char *const row_parallel[] = {"o_proj", "down_proj", "out_proj",     "out_lin",
+                                               "fc2",    "c_proj",    "dense_4h_to_h"};
+    const char              *prefix = j->how == FSDP1 ? "_fsdp_wrapped_module." : j->how == MEGATRON ? "module." : "";
     lorasync_name            parsed;
     tensor                  *t;
     size_t                   i;
@@ -171,7 +179,8 @@ static tensor *new_tensor(job *j, const char *key, const char *name)
         const char *last = strrchr(parsed.module, '.') ? strrchr(parsed.module, '.') + 1 : parsed.module;
         if (parsed.role == LORASYNC_ROLE_LORA_A) t->half = 'A';
         if (parsed.role == LORASYNC_ROLE_LORA_B) t->half = 'B';
-        for (i = 0; i < sizeof row_parallel / sizeof *row_parallel; i++) t->row_parallel |= strcmp(last, row_parallel[i]) == 0;
+        for (i = 0; i < sizeof row_parallel / sizeof *row_parallel; i++)
+            t->row_parallel |= strcmp(last, row_parallel[i]) == 0;
     }
     return t;
 }
@@ -269,14 +278,16 @@ static int add_adapter(job *j)
         const lorasync_tensor *from = &j->author->tensors[i];
         tensor                *t;
         if (item_bytes(from->dtype) * 8 != (size_t)lorasync_dtype_bits(from->dtype))
-            return problem("%s: %s cannot be cut into pieces of whole bytes", from->name, lorasync_dtype_name(from->dtype));
+            return problem("%s: %s cannot be cut into pieces of whole bytes", from->name,
+                           lorasync_dtype_name(from->dtype));
         if (lorasync_parse_name(from->name, &parsed, &err) < 0) return problem("%s", err.text);
         name = trainer_name(from->name, parsed.role);
         t    = new_tensor(j, from->name, name);
         free(name);
         t->author       = from->data;
         t->author_dtype = from->dtype;
-        t->dtype        = uniform ? LORASYNC_F32 : from->dtype; /* trainers keep F32; types that are mixed are left as they are */
+        t->dtype        = uniform ? LORASYNC_F32 : from->dtype; /* trainers keep F32; types that are mixed are left as
+                                                                   they are */
         t->wire         = j->wire && is_float(from->dtype) ? j->wire : from->dtype;
         t->ndim         = from->ndim;
         memcpy(t->shape, from->shape, sizeof t->shape);
@@ -312,7 +323,8 @@ static void made_up(size_t index, int version, int64_t first, int64_t num, float
     }
 }
 
-/* An adapter's values: the author's in the last version, half of them in the one before, and so on: a training that ends there. */
+/* An adapter's values: the author's in the last version, half of them in the one before, and so on: a training that
+   ends there. */
 static void author_values(const tensor *t, int before_last, int64_t first, int64_t num, void *out)
 {
     const char *from  = (const char *)t->author + (size_t)first * item_bytes(t->author_dtype);
@@ -363,8 +375,9 @@ static int put(part *out, lorasync_box box)
     return 1;
 }
 
-/* Hugging Face's tensor parallelism shards one half of the adapter: B of a column parallel layer, A of a row parallel one. Megatron's
-   shards both: A by its rank dimension where the layer is column parallel. The dimension, or -1 for a replica. */
+/* Hugging Face's tensor parallelism shards one half of the adapter: B of a column parallel layer, A of a row parallel
+   one. Megatron's shards both: A by its rank dimension where the layer is column parallel. The dimension, or -1 for a
+   replica. */
 static int parallel_dim(layout how, const tensor *t)
 {
     if (!t->half || t->ndim != 2) return -1;
@@ -415,7 +428,9 @@ static int mixed(const tensor *t, size_t index, int rank, int world, part *out)
         if (rank != stage && rank != (stage + 1) % world) return 0;
         put(out, whole);
         return out->transposed = rank == stage && t->ndim == 2, 1;
-    case 7: return put(out, lorasync_shard(lorasync_shard(whole, 0, rank % (world / half), world / half), 0, rank / (world / half), half));
+    case 7:
+        return put(out, lorasync_shard(lorasync_shard(whole, 0, rank % (world / half), world / half), 0,
+                                       rank / (world / half), half));
     case 8: return put(out, lorasync_shard(whole, 0, rank % half, half)); /* replicas of shards */
     default: return put(out, rows_of(t, whole, rank, world));
     }
@@ -447,7 +462,8 @@ static int parts_of(const job *j, size_t index, int rank, part *out, const char 
     case HSDP: put(out, rows_of(t, lorasync_whole(t->shape, t->ndim), rank % (n / two), n / two)); break;
     case ZERO3: return put(out, lorasync_flat_shard(t->numel, rank, n));
     case FSDP1:
-        if (t->dtype != j->tensors[0].dtype) return *why = "a flat parameter has one type, and this adapter has several", -1;
+        if (t->dtype != j->tensors[0].dtype)
+            return *why = "a flat parameter has one type, and this adapter has several", -1;
         flat = lorasync_flat_part(j->start[index], t->numel, j->flat_total, rank, n);
         put(out, flat.box);
         out->in_shard = flat.in_shard;
@@ -478,8 +494,8 @@ static int check_layout(job *j)
     for (r = 0; r < j->ranks; r++)
         for (i = 0; i < j->num_tensors; i++)
             if (parts_of(j, i, r, parts, &why) < 0)
-                return problem("--layout %s does not fit %d ranks: %s (%s [%lld, %lld])", layout_names[j->how], j->ranks, why,
-                               j->tensors[i].key, (long long)j->tensors[i].shape[0],
+                return problem("--layout %s does not fit %d ranks: %s (%s [%lld, %lld])", layout_names[j->how],
+                               j->ranks, why, j->tensors[i].key, (long long)j->tensors[i].shape[0],
                                (long long)(j->tensors[i].ndim > 1 ? j->tensors[i].shape[1] : 1));
     return 0;
 }
@@ -565,7 +581,8 @@ static void let_go(holdings *all)
     free(all->list), free(all->flat_shard);
 }
 
-/* The optimizer step: this rank's part of version `version`, row by row, in longer runs where rows follow each other. */
+/* The optimizer step: this rank's part of version `version`, row by row, in longer runs where rows follow each
+   other. */
 static void train(const job *j, const holding *h, int version)
 {
     const lorasync_piece *p                     = &h->piece;
@@ -653,7 +670,8 @@ static void upload(const holdings *all)
     if (all->shard_bytes) cudaMemcpyAsync(all->device, all->flat_shard, all->shard_bytes, cudaMemcpyHostToDevice, 0);
     for (i = 0; i < all->num; i++)
         if (all->list[i].own && all->list[i].num_bytes)
-            cudaMemcpyAsync(all->list[i].piece.data, all->list[i].own, all->list[i].num_bytes, cudaMemcpyHostToDevice, 0);
+            cudaMemcpyAsync(all->list[i].piece.data, all->list[i].own, all->list[i].num_bytes, cudaMemcpyHostToDevice,
+                            0);
 }
 
 static void leave_gpu(holdings *all) { cudaFree(all->device); }
@@ -675,7 +693,8 @@ static lorasync_status join_ranks(const lorasync_comm *local, lorasync_comm *out
         lorasync_status    status;
         memset(ids, 0, sizeof ids);
         if (local->rank == 0 && (status = lorasync_nccl_unique_id(ids[0], err)) < 0) return status;
-        if ((status = local->all_gather(local->user, local->rank == 0 ? ids[0] : ids[63], ids, 128, 60000, err)) < 0) return status;
+        if ((status = local->all_gather(local->user, local->rank == 0 ? ids[0] : ids[63], ids, 128, 60000, err)) < 0)
+            return status;
         memset(&d, 0, sizeof d);
         d.unique_id = ids[0];
         d.rank      = local->rank;
@@ -724,8 +743,8 @@ static int rank_failed(int rank, const char *what, const lorasync_error *err)
     return 1;
 }
 
-static lorasync_status open_session(const job *j, const lorasync_comm *comm, const holdings *all, lorasync_session **out,
-                                    lorasync_error *err)
+static lorasync_status open_session(const job *j, const lorasync_comm *comm, const holdings *all,
+                                    lorasync_session **out, lorasync_error *err)
 {
     static const char *const base_names[4] = {"base_model.model.model.embed_tokens.weight",
                                               "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
@@ -753,7 +772,8 @@ static lorasync_status open_session(const job *j, const lorasync_comm *comm, con
     status        = lorasync_open(&d, out, err);
     if (status < 0) return status;
     for (i = 0; i < all->num; i++) lorasync_add(*out, &all->list[i].piece, NULL); /* compile reports a failure */
-    for (i = 0; i < 4; i++) {                                                     /* the frozen model, which nobody wants to send */
+    for (i = 0; i < 4; i++) {                                                     /* the frozen model, which nobody
+                                                                                     wants to send */
         memset(&base, 0, sizeof base);
         base.name     = base_names[i];
         base.dtype    = LORASYNC_BF16;
@@ -767,8 +787,8 @@ static lorasync_status open_session(const job *j, const lorasync_comm *comm, con
     return status < 0 ? status : lorasync_compile(*out, err);
 }
 
-static int run_steps(const job *j, lorasync_session *s, const lorasync_comm *comm, const holdings *all, int rank, int to_parent,
-                     int from_parent)
+static int run_steps(const job *j, lorasync_session *s, const lorasync_comm *comm, const holdings *all, int rank,
+                     int to_parent, int from_parent)
 {
     trainer_message message;
     lorasync_error  err;
@@ -847,8 +867,8 @@ static int verify_tensor(const job *j, size_t index, int version, const lorasync
     const char   *data = (const char *)found->data;
     size_t        item = item_bytes(t->wire), k;
     int64_t       at, n;
-    if (found->dtype != t->wire || found->ndim != t->ndim || memcmp(found->shape, t->shape, (size_t)t->ndim * sizeof *t->shape) != 0 ||
-        found->num_bytes != wire_bytes(t))
+    if (found->dtype != t->wire || found->ndim != t->ndim ||
+        memcmp(found->shape, t->shape, (size_t)t->ndim * sizeof *t->shape) != 0 || found->num_bytes != wire_bytes(t))
         return snprintf(m->text, sizeof m->text, "%.200s has the wrong type or shape", t->key), 0;
     for (at = 0; at < t->numel; at += n, data += (size_t)n * item) {
         n = t->numel - at < BLOCK ? t->numel - at : (int64_t)BLOCK;
@@ -871,22 +891,25 @@ static void verify(const job *j, const lorasync_adapter *a, int version, engine_
     m->num_bytes   = a->image->payload_bytes;
     m->as_author   = j->author != NULL;
     if (a->version != (uint64_t)version) {
-        snprintf(m->text, sizeof m->text, "version %llu is served, expected %d", (unsigned long long)a->version, version);
+        snprintf(m->text, sizeof m->text, "version %llu is served, expected %d", (unsigned long long)a->version,
+                 version);
         return;
     }
     if (a->image->num_tensors != j->num_tensors || a->image->payload_bytes != j->payload_bytes) {
-        snprintf(m->text, sizeof m->text, "%zu tensors of %zu bytes, expected %zu of %zu", a->image->num_tensors, a->image->payload_bytes,
-                 j->num_tensors, j->payload_bytes);
+        snprintf(m->text, sizeof m->text, "%zu tensors of %zu bytes, expected %zu of %zu", a->image->num_tensors,
+                 a->image->payload_bytes, j->num_tensors, j->payload_bytes);
         return;
     }
     for (i = 0; i < j->num_tensors; i++) {
-        const lorasync_tensor *found = lorasync_find(a, j->tensors[i].key), *author = j->author ? &j->author->tensors[i] : NULL;
+        const lorasync_tensor *found  = lorasync_find(a, j->tensors[i].key),
+                              *author = j->author ? &j->author->tensors[i] : NULL;
         if (!found) {
             snprintf(m->text, sizeof m->text, "%.200s is missing", j->tensors[i].key);
             return;
         }
         if (!verify_tensor(j, i, version, found, m)) return;
-        m->as_author &= author && author->num_bytes == found->num_bytes && memcmp(author->data, found->data, found->num_bytes) == 0;
+        m->as_author &=
+            author && author->num_bytes == found->num_bytes && memcmp(author->data, found->data, found->num_bytes) == 0;
     }
     m->verified = 1;
 }
@@ -907,7 +930,8 @@ static int await_version(const job *j, lorasync_engine *e, int version, int from
         parent.fd      = from_parent;
         parent.events  = POLLIN;
         parent.revents = 0;
-        if (poll(&parent, 1, 0) > 0) return fprintf(stderr, "demo: engine: the trainer ended before it published version %d\n", version), 0;
+        if (poll(&parent, 1, 0) > 0)
+            return fprintf(stderr, "demo: engine: the trainer ended before it published version %d\n", version), 0;
         nanosleep(&nap, NULL);
     }
     return fprintf(stderr, "demo: engine: no version %d within %d ms\n", version, j->timeout_ms), 0;
@@ -968,7 +992,8 @@ static void close_fd(int *fd)
     *fd = -1;
 }
 
-/* Something went wrong: the others are told by closed pipes and by the communicator, and get some time to say so themselves. */
+/* Something went wrong: the others are told by closed pipes and by the communicator, and get some time to say so
+   themselves. */
 static void stop(const job *j, crew *c)
 {
     c->failed = 1;
@@ -1008,11 +1033,13 @@ static void start(const job *j, crew *c, lorasync_local *local)
 /* On a terminal only; three steps per version. */
 static void progress(const job *j, const crew *c, const char *what)
 {
-    int total = 3 * j->steps, done = 3 * c->num_shown + (c->trained.version > c->num_shown) + (c->served.version > c->num_shown), i;
+    int total = 3 * j->steps,
+        done  = 3 * c->num_shown + (c->trained.version > c->num_shown) + (c->served.version > c->num_shown), i;
     if (!isatty(2)) return;
     fprintf(stderr, "\r[");
     for (i = 0; i < 30; i++) fputc(i < done * 30 / total ? '#' : '.', stderr);
-    fprintf(stderr, "] version %d of %d %s\033[K", c->num_shown < j->steps ? c->num_shown + 1 : j->steps, j->steps, what);
+    fprintf(stderr, "] version %d of %d %s\033[K", c->num_shown < j->steps ? c->num_shown + 1 : j->steps, j->steps,
+            what);
 }
 
 static void clear_progress(void)
@@ -1030,23 +1057,27 @@ static void show_version(const job *j, crew *c)
     uint64_t               ns = r->pack_ns + r->exchange_ns + r->place_ns + r->publish_ns + e->load_ns;
     if (c->trained.version != c->num_shown + 1 || e->version != c->num_shown + 1) return;
     clear_progress();
-    if (c->num_shown == 0) printf("version         bytes    pack ms  gather ms publish ms  engine ms     GB/s  verdict\n");
+    if (c->num_shown == 0)
+        printf("version         bytes    pack ms  gather ms publish ms  engine ms     GB/s  verdict\n");
     printf("%7d %13zu %10.2f %10.2f %10.2f %10.2f %8.2f  %s%s\n", e->version, r->payload_bytes, ms(r->pack_ns),
-           ms(r->exchange_ns + r->place_ns), ms(r->publish_ns), ms(e->load_ns), ns ? (double)r->payload_bytes / (double)ns : 0.0,
-           e->verified ? "every byte verified" : "WRONG: ", e->text);
+           ms(r->exchange_ns + r->place_ns), ms(r->publish_ns), ms(e->load_ns),
+           ns ? (double)r->payload_bytes / (double)ns : 0.0, e->verified ? "every byte verified" : "WRONG: ", e->text);
     c->num_shown++;
     c->num_verified += e->verified;
     c->as_author = e->as_author;
     progress(j, c, "");
-    if (c->num_shown < j->steps && c->pipes[TO_TRAINER][1] >= 0 && write(c->pipes[TO_TRAINER][1], "", 1) < 0) stop(j, c);
+    if (c->num_shown < j->steps && c->pipes[TO_TRAINER][1] >= 0 && write(c->pipes[TO_TRAINER][1], "", 1) < 0)
+        stop(j, c);
 }
 
 static void show_start(const trainer_message *m)
 {
     const lorasync_session_info *i = &m->info;
     clear_progress();
-    printf("rank 0 declared %zu pieces: %zu of the adapter, %zu of the base model dropped; %s; plan %zu bytes, staging %zu\n", i->num_added,
-           i->num_taken, i->num_dropped, i->plan.direct ? "ranks write directly into the image" : "ranks send messages", i->plan.plan_bytes,
+    printf("rank 0 declared %zu pieces: %zu of the adapter, %zu of the base model dropped; %s; plan %zu bytes, staging "
+           "%zu\n",
+           i->num_added, i->num_taken, i->num_dropped,
+           i->plan.direct ? "ranks write directly into the image" : "ranks send messages", i->plan.plan_bytes,
            i->plan.staging_bytes);
 }
 
@@ -1071,7 +1102,8 @@ static void listen_once(const job *j, crew *c)
         if (c->trained.version == 0) show_start(&c->trained);
         else progress(j, c, "published");
     }
-    if (fds[1].revents && read_message(&c->pipes[FROM_ENGINE][0], &c->served, sizeof c->served)) progress(j, c, "verified");
+    if (fds[1].revents && read_message(&c->pipes[FROM_ENGINE][0], &c->served, sizeof c->served))
+        progress(j, c, "verified");
     show_version(j, c);
 }
 
@@ -1167,26 +1199,24 @@ static void print_help(FILE *to)
     fprintf(to, "usage: demo [options]\n"
                 "  --model NAME      shapes:");
     for (i = 0; i < NUM_MODELS; i++) fprintf(to, " %s", models[i].name);
-    fprintf(to,
-            "\n"
-            "  --rank R          LoRA rank (default 32, 16 for Qwen3-30B-A3B, 12 for tiny)\n"
-            "  --adapter DIR     instead of a model: a trained PEFT adapter gives names, shapes, types, values and config\n"
-            "  --wire TYPE       published type: f32 f16 bf16 e4m3 (default bf16; with --adapter the adapter's own)\n"
-            "  --layout L        fsdp2     rows over all ranks (the default)\n"
-            "                    tp        Hugging Face's tensor parallelism: B of column parallel layers, A of row parallel ones\n"
-            "                    tp+fsdp   the same over 2 ranks, then rows over N/2\n"
-            "                    hsdp      2 replicas of rows over N/2\n"
-            "                    zero3     DeepSpeed: flat intervals of each tensor\n"
-            "                    fsdp1     one flat parameter, cut anywhere\n"
-            "                    megatron  both halves of every pair sharded, whole experts per rank\n"
-            "                    mixed     another one for every tensor: stages, replicas, interleaved rows, padded and transposed memory\n"
-            "  --ranks N         trainer processes, 1 to 64 (default 4)\n"
-            "  --steps N         versions (default 5)\n"
-            "  --out DIR         leave the last version there, as a PEFT directory\n"
-            "  --no-direct       send messages even where ranks could write into shared memory\n"
-            "  --timeout S       seconds until a silent process counts as lost (default 60)\n"
-            "  --kill WHO        show a failure: `engine`, or the rank of this number, dies during version 2\n"
-            "exit status: 0 every byte of every version verified, 1 not, 2 the options do not fit\n");
+    fprintf(
+        to,
+        "\n"
+        "  --rank R          LoRA rank (default 32, 16 for Qwen3-30B-A3B, 12 for tiny)\n"
+        "  --adapter DIR     instead of a model: a trained PEFT adapter gives names, shapes, types, values and config\n"
+        "  --wire TYPE       published type: f32 f16 bf16 e4m3 (default bf16; with --adapter the adapter's own)\n"
+        "  --layout L        fsdp2     rows over all ranks (the default)\n"
+        "                    tp        Hugging Face's tensor parallelism: B of column parallel layers, A of row "
+        "parallel ones\n                    tp+fsdp   the same over 2 ranks, then rows over N/2\n                    "
+        "hsdp      2 replicas of rows over N/2\n                    zero3     DeepSpeed: flat intervals of each "
+        "tensor\n                    fsdp1     one flat parameter, cut anywhere\n                    megatron  both "
+        "halves of every pair sharded, whole experts per rank\n                    mixed     another one for every "
+        "tensor: stages, replicas, interleaved rows, padded and transposed memory\n  --ranks N         trainer "
+        "processes, 1 to 64 (default 4)\n  --steps N         versions (default 5)\n  --out DIR         leave the last "
+        "version there, as a PEFT directory\n  --no-direct       send messages even where ranks could write into "
+        "shared memory\n  --timeout S       seconds until a silent process counts as lost (default 60)\n  --kill WHO   "
+        "     show a failure: `engine`, or the rank of this number, dies during version 2\nexit status: 0 every byte "
+        "of every version verified, 1 not, 2 the options do not fit\n");
 }
 
 static int number(const char *option, const char *text, int low, int high)
@@ -1205,7 +1235,8 @@ static int choice(const char *option, const char *text, const void *list, size_t
     for (i = 0; i < num; i++)
         if (strcmp(text, *(const char *const *)(const void *)((const char *)list + (size_t)i * stride)) == 0) return i;
     fprintf(stderr, "demo: %s %s: give one of", option, text);
-    for (i = 0; i < num; i++) fprintf(stderr, " %s", *(const char *const *)(const void *)((const char *)list + (size_t)i * stride));
+    for (i = 0; i < num; i++)
+        fprintf(stderr, " %s", *(const char *const *)(const void *)((const char *)list + (size_t)i * stride));
     fprintf(stderr, "\n");
     exit(2);
     return 0;
@@ -1228,7 +1259,8 @@ static void read_options(job *j, int argc, char **argv)
         if (strcmp(o, "--model") == 0) j->shapes = &models[choice(o, v, models, sizeof *models, NUM_MODELS)];
         else if (strcmp(o, "--adapter") == 0) j->adapter = v;
         else if (strcmp(o, "--out") == 0) j->out = v;
-        else if (strcmp(o, "--layout") == 0) j->how = (layout)choice(o, v, layout_names, sizeof *layout_names, NUM_LAYOUTS);
+        else if (strcmp(o, "--layout") == 0)
+            j->how = (layout)choice(o, v, layout_names, sizeof *layout_names, NUM_LAYOUTS);
         else if (strcmp(o, "--wire") == 0) j->wire = dtypes[choice(o, v, wires, sizeof *wires, 4)];
         else if (strcmp(o, "--ranks") == 0) j->ranks = number(o, v, 1, 64);
         else if (strcmp(o, "--steps") == 0) j->steps = number(o, v, 1, 100000);
@@ -1237,7 +1269,8 @@ static void read_options(job *j, int argc, char **argv)
         else if (strcmp(o, "--kill") == 0) j->victim = strcmp(v, "engine") == 0 ? -1 : number(o, v, 0, 63);
         else exit(problem("%s: unknown; --help lists the options", o));
     }
-    if (j->adapter && (j->shapes || j->rank)) exit(problem("--adapter brings its own shapes and rank: leave out --model and --rank"));
+    if (j->adapter && (j->shapes || j->rank))
+        exit(problem("--adapter brings its own shapes and rank: leave out --model and --rank"));
 }
 
 static int make_job(job *j)
@@ -1261,9 +1294,9 @@ static void introduce(const job *j)
 {
     char rank[40] = "";
     if (!j->adapter) snprintf(rank, sizeof rank, ", LoRA rank %d", j->rank);
-    printf("%s%s: %zu tensors, %s over %d rank%s, %s parameters, %s published\n", j->adapter ? j->adapter : j->shapes->name, rank,
-           j->num_tensors, layout_names[j->how], j->ranks, j->ranks == 1 ? "" : "s", lorasync_dtype_name(j->tensors[0].dtype),
-           lorasync_dtype_name(j->tensors[0].wire));
+    printf("%s%s: %zu tensors, %s over %d rank%s, %s parameters, %s published\n",
+           j->adapter ? j->adapter : j->shapes->name, rank, j->num_tensors, layout_names[j->how], j->ranks,
+           j->ranks == 1 ? "" : "s", lorasync_dtype_name(j->tensors[0].dtype), lorasync_dtype_name(j->tensors[0].wire));
 }
 
 static int conclude(const job *j, const crew *c)
@@ -1276,7 +1309,8 @@ static int conclude(const job *j, const crew *c)
                j->num_tensors);
     if (good && j->author && !c->as_author && j->wire == j->tensors[0].author_dtype) good = 0;
     if (good && j->out) good = leave(j);
-    printf("demo: %zu tensors, %zu bytes, verified %d/%d versions\n", j->num_tensors, j->payload_bytes, c->num_verified, j->steps);
+    printf("demo: %zu tensors, %zu bytes, verified %d/%d versions\n", j->num_tensors, j->payload_bytes, c->num_verified,
+           j->steps);
     return good ? 0 : 1;
 }
 

@@ -3,13 +3,14 @@
    compile   cc -I. -o inspect examples/inspect.c -lm                (from the folder that holds lorasync.h)
    run       ./inspect PATH...         ./inspect --json PATH... | python3 -m json.tool
    output    adapters/policy/latest/adapter_model.safetensors
-             key                                                            role    dtype  shape        rank      size  digest
-             base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight lora_A  BF16   [8, 64]         8    1.0 KiB  05a0c4...
+             key                                                      role    dtype  shape        rank      size  digest
+             base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight lora_A  BF16   [8, 64]         8    1.0 KiB
+             05a0c4...
              ...
              exit status 1 when a path is no valid adapter or file (the reason is on stderr), 2 for wrong options
 
-   A directory whose config is no PEFT LoRA config (another method, another framework) is still printed, with a note, as long as its tensors
-   do not claim to be LoRA. A delta, which is no adapter, is printed with what it is against. */
+   A directory whose config is no PEFT LoRA config (another method, another framework) is still printed, with a note, as
+   long as its tensors do not claim to be LoRA. A delta, which is no adapter, is printed with what it is against. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -151,7 +152,8 @@ static const char *size_text(size_t num_bytes, char out[32])
 static int shape_text(const lorasync_tensor *t, char out[200])
 {
     int d, n = snprintf(out, 200, "[");
-    for (d = 0; d < t->ndim; d++) n += snprintf(out + n, 200 - (size_t)n, "%s%lld", d ? ", " : "", (long long)t->shape[d]);
+    for (d = 0; d < t->ndim; d++)
+        n += snprintf(out + n, 200 - (size_t)n, "%s%lld", d ? ", " : "", (long long)t->shape[d]);
     return n + snprintf(out + n, 200 - (size_t)n, "]");
 }
 
@@ -173,8 +175,8 @@ static void print_tensors(const subject *s)
         role = role_of(t->name, &name);
         if (role >= 0 && (n = (int)strlen(lorasync_role_text((lorasync_role)role))) > role_width) role_width = n;
     }
-    printf("%-*s  %-*s  %-11s %-*s %6s %10s  digest\n", key_width, "key", role_width, "role", "dtype", shape_width, "shape", "rank",
-           "size");
+    printf("%-*s  %-*s  %-11s %-*s %6s %10s  digest\n", key_width, "key", role_width, "role", "dtype", shape_width,
+           "shape", "rank", "size");
     for (i = 0; i < s->image->num_tensors; i++) {
         const lorasync_tensor *t = &s->image->tensors[i];
         role                     = role_of(t->name, &name);
@@ -184,7 +186,8 @@ static void print_tensors(const subject *s)
         if (strlen(t->name) > MAX_KEY) printf("\n%-*s", key_width, "");
         else printf("%-*s", key_width - (int)strlen(t->name), "");
         printf("  %-*s  %-11s %-*s %6s %10s", role_width, role < 0 ? "-" : lorasync_role_text((lorasync_role)role),
-               lorasync_dtype_name(t->dtype), shape_width, shape, rank_of(t, role) ? rank : "-", size_text(t->num_bytes, size));
+               lorasync_dtype_name(t->dtype), shape_width, shape, rank_of(t, role) ? rank : "-",
+               size_text(t->num_bytes, size));
         if (s->digests) printf("  %016llx", (unsigned long long)s->digests[i]);
         printf("\n");
     }
@@ -237,7 +240,10 @@ static void print_subject(const subject *s)
                (unsigned long long)s->image->delta->base_version, (unsigned long long)s->image->delta->base_digest,
                (unsigned long long)s->image->delta->full_digest);
     }
-    if (s->image->has_digest) printf("digest %016llx, verified\n", (unsigned long long)s->image->digest); /* opening verified it */
+    if (s->image->has_digest)
+        printf("digest %016llx, verified\n", (unsigned long long)s->image->digest); /* opening
+                                                                                                             verified
+                                                                                                             it */
     else printf("no digest in the file\n");
     if (s->config) print_config(lorasync_config_view(s->config));
     if (s->note[0]) printf("note: "), print_safe(s->note), printf("\n");
@@ -245,10 +251,16 @@ static void print_subject(const subject *s)
 
 /* ---- JSON */
 
-/* Length of the UTF-8 sequence at p, 0 if it is none. Tensor names are checked by the reader; paths are whatever the system has. */
+/* Length of the UTF-8 sequence at p, 0 if it is none. Tensor names are checked by the reader; paths are whatever the
+   system has. */
 static int utf8_length(const unsigned char *p)
 {
-    int n = p[0] < 0x80 ? 1 : p[0] >= 0xC2 && p[0] < 0xE0 ? 2 : p[0] >= 0xE0 && p[0] < 0xF0 ? 3 : p[0] >= 0xF0 && p[0] < 0xF5 ? 4 : 0, i;
+    int n = p[0] < 0x80                   ? 1
+            : p[0] >= 0xC2 && p[0] < 0xE0 ? 2
+            : p[0] >= 0xE0 && p[0] < 0xF0 ? 3
+            : p[0] >= 0xF0 && p[0] < 0xF5 ? 4
+                                          : 0,
+        i;
     for (i = 1; i < n; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
     if (n == 3 && ((p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xED && p[1] >= 0xA0))) return 0;
@@ -297,7 +309,8 @@ static void json_config(const lorasync_config_info *c)
     printf(", \"task_type\": "), json_text(c->task_type);
     printf(", \"base_model_name_or_path\": "), json_text(c->base_model);
     printf(", \"bias\": "), json_text(c->bias);
-    printf(", \"r\": %lld, \"lora_alpha\": %.17g, \"use_rslora\": %s, \"use_dora\": %s, \"lora_bias\": %s, \"fan_in_fan_out\": %s",
+    printf(", \"r\": %lld, \"lora_alpha\": %.17g, \"use_rslora\": %s, \"use_dora\": %s, \"lora_bias\": %s, "
+           "\"fan_in_fan_out\": %s",
            (long long)c->r, c->lora_alpha, json_bool(c->use_rslora), json_bool(c->use_dora), json_bool(c->lora_bias),
            json_bool(c->fan_in_fan_out));
     if (c->target_pattern) printf(", \"target_modules\": "), json_text(c->target_pattern);
@@ -334,17 +347,19 @@ static void json_subject(const subject *s)
     printf(", \"error\": "), json_text(s->error.status ? s->error.text : NULL);
     printf(", \"note\": "), json_text(s->note[0] ? s->note : NULL);
     if (s->image) {
-        printf(",\n  \"header_bytes\": %zu, \"payload_bytes\": %zu, \"num_tensors\": %zu, \"adapter\": ", s->image->header_bytes,
-               s->image->payload_bytes, s->image->num_tensors);
+        printf(",\n  \"header_bytes\": %zu, \"payload_bytes\": %zu, \"num_tensors\": %zu, \"adapter\": ",
+               s->image->header_bytes, s->image->payload_bytes, s->image->num_tensors);
         json_text(s->image->adapter[0] ? s->image->adapter : NULL);
         if (s->image->version) printf(", \"version\": %llu", (unsigned long long)s->image->version);
         else printf(", \"version\": null");
-        if (s->image->has_digest) printf(", \"digest\": \"%016llx\", \"verified\": true", (unsigned long long)s->image->digest);
+        if (s->image->has_digest)
+            printf(", \"digest\": \"%016llx\", \"verified\": true", (unsigned long long)s->image->digest);
         else printf(", \"digest\": null, \"verified\": false");
         if (s->image->delta) {
-            printf(",\n  \"delta\": {\"base_version\": %llu, \"base_digest\": \"%016llx\", \"full_digest\": \"%016llx\"}",
-                   (unsigned long long)s->image->delta->base_version, (unsigned long long)s->image->delta->base_digest,
-                   (unsigned long long)s->image->delta->full_digest);
+            printf(
+                ",\n  \"delta\": {\"base_version\": %llu, \"base_digest\": \"%016llx\", \"full_digest\": \"%016llx\"}",
+                (unsigned long long)s->image->delta->base_version, (unsigned long long)s->image->delta->base_digest,
+                (unsigned long long)s->image->delta->full_digest);
         } else {
             printf(",\n  \"delta\": null");
         }
@@ -368,7 +383,9 @@ static int inspect(const char *path, int json, int first)
     bad = s->error.status != LORASYNC_OK;
     if (json) printf("%s", first ? "" : ",\n"), json_subject(s);
     else if (s->image) printf("%s", first ? "" : "\n"), print_subject(s);
-    if (bad) fflush(stdout), fprintf(stderr, "inspect: %s: %s: %s\n", path, lorasync_status_text(s->error.status), s->error.text);
+    if (bad)
+        fflush(stdout),
+            fprintf(stderr, "inspect: %s: %s: %s\n", path, lorasync_status_text(s->error.status), s->error.text);
     forget(s);
     free(s);
     return bad;
@@ -388,8 +405,9 @@ int main(int argc, char **argv)
 {
     static const char usage[] =
         "usage: inspect [--json] PATH...\n"
-        "Prints PEFT adapter directories and safetensors files: a table per path, or with --json one array with an object per path.\n"
-        "exit status: 0 all are valid, 1 one is not (the reason is on stderr, the others are printed), 2 wrong options\n";
+        "Prints PEFT adapter directories and safetensors files: a table per path, or with --json one array with an "
+        "object per path.\nexit status: 0 all are valid, 1 one is not (the reason is on stderr, the others are "
+        "printed), 2 wrong options\n";
     int json = 0, num = 0, bad = 0, only_paths = 0, i;
     signal(SIGPIPE, SIG_IGN); /* `inspect ... | head` ends quietly */
     for (i = 1; i < argc; i++) {

@@ -1,11 +1,12 @@
-/* A communicator of the host's own: MPI. The first part is all that a trainer needs; the second gathers a toy adapter and checks it.
+/* A communicator of the host's own: MPI. The first part is all that a trainer needs; the second gathers a toy adapter
+   and checks it.
 
    compile   mpicc -I. -o mpi_comm examples/mpi_comm.c -lm           (from the folder that holds lorasync.h)
-   run       mpirun -n 4 ./mpi_comm                                   (--no-direct: messages even between ranks of one host)
+   run       mpirun -n 4 ./mpi_comm                               (--no-direct: messages even between ranks of one host)
    output    mpi_comm: 4 ranks, 8 tensors, 98304 bytes, 3 versions, every byte right
 
-   Works with any MPI of version 3 or later. No call blocks: everything is started with an I-call and then tested until it is done or the
-   deadline has passed. */
+   Works with any MPI of version 3 or later. No call blocks: everything is started with an I-call and then tested until
+   it is done or the deadline has passed. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -39,8 +40,8 @@ static lorasync_status mpi_failed(lorasync_error *err, lorasync_status status, c
     return status;
 }
 
-/* Tests until all requests are done. After a failure they are still under way, on memory that is about to be freed: mpi_abort must follow,
-   which the library calls. */
+/* Tests until all requests are done. After a failure they are still under way, on memory that is about to be freed:
+   mpi_abort must follow, which the library calls. */
 static lorasync_status mpi_finish(mpi_user *u, int result, int timeout_ms, lorasync_error *err)
 {
     double deadline = MPI_Wtime() + timeout_ms / 1000.0;
@@ -54,14 +55,17 @@ static lorasync_status mpi_finish(mpi_user *u, int result, int timeout_ms, loras
     return result == MPI_SUCCESS ? LORASYNC_OK : mpi_failed(err, LORASYNC_E_COMM, "a call failed");
 }
 
-static lorasync_status mpi_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms, lorasync_error *err)
+static lorasync_status mpi_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                      lorasync_error *err)
 {
     mpi_user *u = (mpi_user *)user;
     if (num_bytes > MPI_PART)
-        return mpi_failed(err, LORASYNC_E_COMM, "an all_gather of more than MPI_PART bytes per rank"); /* the library's are small */
+        return mpi_failed(err, LORASYNC_E_COMM, "an all_gather of more than MPI_PART bytes per rank"); /* the library's
+                                                                                                          are small */
     u->num = 1;
-    return mpi_finish(u, MPI_Iallgather(in, (int)num_bytes, MPI_BYTE, out, (int)num_bytes, MPI_BYTE, u->comm, u->requests), timeout_ms,
-                      err);
+    return mpi_finish(u,
+                      MPI_Iallgather(in, (int)num_bytes, MPI_BYTE, out, (int)num_bytes, MPI_BYTE, u->comm, u->requests),
+                      timeout_ms, err);
 }
 
 /* Starts one message, in parts. */
@@ -72,14 +76,16 @@ static int mpi_start(mpi_user *u, const lorasync_message *m, int is_send)
     for (at = 0; at < m->num_bytes && result == MPI_SUCCESS; at += n) {
         n = m->num_bytes - at < MPI_PART ? m->num_bytes - at : MPI_PART;
         if (u->num == MAX_REQUESTS) return MPI_ERR_OTHER;
-        if (is_send) result = MPI_Isend((char *)m->data + at, (int)n, MPI_BYTE, m->peer, 0, u->comm, &u->requests[u->num++]);
+        if (is_send)
+            result = MPI_Isend((char *)m->data + at, (int)n, MPI_BYTE, m->peer, 0, u->comm, &u->requests[u->num++]);
         else result = MPI_Irecv((char *)m->data + at, (int)n, MPI_BYTE, m->peer, 0, u->comm, &u->requests[u->num++]);
     }
     return result;
 }
 
-static lorasync_status mpi_exchange(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
-                                    size_t num_receives, int timeout_ms, lorasync_error *err)
+static lorasync_status mpi_exchange(void *user, const lorasync_message *sends, size_t num_sends,
+                                    const lorasync_message *receives, size_t num_receives, int timeout_ms,
+                                    lorasync_error *err)
 {
     mpi_user *u      = (mpi_user *)user;
     int       result = MPI_SUCCESS;
@@ -90,7 +96,8 @@ static lorasync_status mpi_exchange(void *user, const lorasync_message *sends, s
     return mpi_finish(u, result, timeout_ms, err);
 }
 
-/* MPI has no gentler way to wake the other ranks. A host that wants to go on without MPI leaves `abort` out and exits by its own rules. */
+/* MPI has no gentler way to wake the other ranks. A host that wants to go on without MPI leaves `abort` out and exits
+   by its own rules. */
 static void mpi_abort(void *user, const char *why)
 {
     fprintf(stderr, "lorasync gave up its communicator: %s\n", why);
@@ -177,7 +184,8 @@ static int run(const lorasync_comm *comm, int no_direct)
     if (lorasync_open(&d, &s, &err) < 0) return fprintf(stderr, "open: %s\n", err.text), 1;
     for (t = 0; t < NUM; t++) {
         lorasync_piece *p = &pieces[t];
-        snprintf(names[t], sizeof names[t], "model.layers.%d.self_attn.q_proj.lora_%c.default.weight", t / 2, t % 2 ? 'B' : 'A');
+        snprintf(names[t], sizeof names[t], "model.layers.%d.self_attn.q_proj.lora_%c.default.weight", t / 2,
+                 t % 2 ? 'B' : 'A');
         p->name     = names[t];
         p->dtype    = LORASYNC_F32;
         p->ndim     = 2;
@@ -190,12 +198,13 @@ static int run(const lorasync_comm *comm, int no_direct)
     if (lorasync_compile(s, &err) < 0) return fprintf(stderr, "rank %d: compile: %s\n", comm->rank, err.text), 1;
     for (version = 1; version <= VERSIONS; version++) {
         for (t = 0; t < NUM; t++) train(version, &pieces[t], t);
-        if (lorasync_sync(s, (uint64_t)version, &report, &err) < 0) return fprintf(stderr, "rank %d: sync: %s\n", comm->rank, err.text), 1;
+        if (lorasync_sync(s, (uint64_t)version, &report, &err) < 0)
+            return fprintf(stderr, "rank %d: sync: %s\n", comm->rank, err.text), 1;
         if (comm->rank == 0) right = right && image_is_right(lorasync_session_image(s), names, version);
     }
     if (comm->rank == 0)
-        printf("mpi_comm: %d ranks, %d tensors, %d bytes, %d versions, %s\n", comm->world, NUM, (int)report.payload_bytes, VERSIONS,
-               right ? "every byte right" : "WRONG BYTES");
+        printf("mpi_comm: %d ranks, %d tensors, %d bytes, %d versions, %s\n", comm->world, NUM,
+               (int)report.payload_bytes, VERSIONS, right ? "every byte right" : "WRONG BYTES");
     lorasync_close(s);
     for (t = 0; t < NUM; t++) free(pieces[t].data);
     return !right;

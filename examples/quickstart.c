@@ -7,8 +7,8 @@
              rank 0 published version 3: 2 tensors, 2048 bytes
              the engine serves version 3: 2 tensors, every value as trained
 
-   Every rank holds some rows of lora_A [8, 64] and lora_B [64, 8], as FSDP2 would leave them: 8 rows over 3 ranks are 3, 3 and 2.
-   In version v element i of a tensor is v + i / 512; BF16 of it is what the engine must find. */
+   Every rank holds some rows of lora_A [8, 64] and lora_B [64, 8], as FSDP2 would leave them: 8 rows over 3 ranks are
+   3, 3 and 2. In version v element i of a tensor is v + i / 512; BF16 of it is what the engine must find. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -86,7 +86,8 @@ static int trainer(lorasync_local *local, int rank, const char *directory)
         for (t = 0; t < NUM_TENSORS; t++) train(memory[t], &pieces[t], version);
         if (lorasync_sync(session, version, &report, &err) < 0) return complain("sync", &err);
         if (rank == 0)
-            printf("rank 0 published version %d: %d tensors, %d bytes\n", (int)version, (int)report.num_tensors, (int)report.payload_bytes);
+            printf("rank 0 published version %d: %d tensors, %d bytes\n", (int)version, (int)report.num_tensors,
+                   (int)report.payload_bytes);
     }
     lorasync_close(session);
     return 0;
@@ -105,7 +106,8 @@ static int tensor_is_right(const lorasync_adapter *adapter, const char *key, uin
     return memcmp(tensor->data, expected, sizeof expected) == 0;
 }
 
-/* What the engine does: takes each new version until it has the last one. It may skip some: the newest is what counts. */
+/* What the engine does: takes each new version until it has the last one. It may skip some: the newest is what
+   counts. */
 static int engine(const char *directory, char *verdict, size_t verdict_size)
 {
     lorasync_engine_desc    desc;

@@ -1,11 +1,12 @@
 /* A transport of one's own with all four functions: it has a server load every version over HTTP, as vLLM does.
 
-   compile   cc -I. -o transport_full examples/transport_full.c -lm -lpthread            (from the folder that holds lorasync.h)
+   compile   cc -I. -o transport_full examples/transport_full.c -lm -lpthread    (from the folder that holds lorasync.h)
              cc -DUSE_CURL ... -lcurl     the same requests through libcurl, where TLS or a proxy is needed
    run       ./transport_full             against a small server inside this program
-             ./transport_full HOST PORT   against a real one: vllm serve MODEL --enable-lora --max-loras 3 and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
-                                          in its environment. It must see the same files; and put your model's parameters in place of the
-                                          toy ones below, or it will refuse them
+             ./transport_full HOST PORT   against a real one: vllm serve MODEL --enable-lora --max-loras 3 and
+                                          VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
+                                          in its environment. It must see the same files; and put your model's
+                                          parameters in place of the toy ones below, or it will refuse them
    output    server: loads policy-v1
              version 1: full image of 4736 bytes, requests go to policy-v1
              server: loads policy-v2 from a delta
@@ -29,17 +30,19 @@
              version 6: full image of 4736 bytes, a delta of 2584 was refused, requests go to policy-v6
              server: unloads policy-v6
 
-   Every version is loaded under a name of its own, so nothing that runs is disturbed, no cache goes stale, and loading early is harmless:
+   Every version is loaded under a name of its own, so nothing that runs is disturbed, no cache goes stale, and loading
+   early is harmless:
 
        stage    write <folder>/policy-v7/, POST /v1/load_lora_adapter        loaded, and nobody asks for it
-       commit   from now on requests name policy-v7; unload the one before the last      one slot for requests that are still running
+       commit   from now on requests name policy-v7; unload the one before the last      one slot for requests that are
+                                                                                         still running
        abort    POST /v1/unload_lora_adapter, remove the files
        close    unload and remove what is left
 
-   And only what changed is sent, where the engine can make the rest of what it holds. It says so in its answers: "holds policy-v6 <digest>". If that
-   is what was sent last, stage writes a delta instead, and POSTs /v1/load_lora_delta. The full image follows when the engine refuses (it was
-   restarted, it holds something else, it has no such call); it is sent at once when the engine says nothing, as vLLM does, or when nearly all has
-   changed. */
+   And only what changed is sent, where the engine can make the rest of what it holds. It says so in its answers: "holds
+   policy-v6 <digest>". If that is what was sent last, stage writes a delta instead, and POSTs /v1/load_lora_delta. The
+   full image follows when the engine refuses (it was restarted, it holds something else, it has no such call); it is
+   sent at once when the engine says nothing, as vLLM does, or when nearly all has changed. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -71,7 +74,8 @@ fail(lorasync_error *err, lorasync_status status, const char *format, ...)
     return status;
 }
 
-/* -- one HTTP request. Returns the status code, or 0 with a reason in `reply`; `reply` gets the beginning of the body. At most 60 seconds. */
+/* -- one HTTP request. Returns the status code, or 0 with a reason in `reply`; `reply` gets the beginning of the body.
+   At most 60 seconds. */
 
 enum {
     REPLY = 400
@@ -154,10 +158,13 @@ static int post(const char *host, int port, const char *path, const char *json, 
     ssize_t     got = 1;
     snprintf(reply, REPLY, "cannot connect to %.100s port %d", host, port);
     if (fd < 0) return 0;
-    n = snprintf(text, sizeof text,
-                 "POST %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s",
-                 path, host, port, (int)strlen(json), json);
-    for (size = n > 0 && (size_t)n < sizeof text ? (size_t)n : 0; done < size && got > 0; done += got > 0 ? (size_t)got : 0)
+    n = snprintf(
+        text, sizeof text,
+        "POST %s HTTP/1.1\r\nHost: %s:%d\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: "
+        "close\r\n\r\n%s",
+        path, host, port, (int)strlen(json), json);
+    for (size = n > 0 && (size_t)n < sizeof text ? (size_t)n : 0; done < size && got > 0;
+         done += got > 0 ? (size_t)got : 0)
         got = send(fd, text + done, size - done, MSG_NOSIGNAL);
     for (done = 0; got > 0 && done<sizeof text - 1; done += got> 0 ? (size_t)got : 0)
         got = recv(fd, text + done, sizeof text - 1 - done, 0);
@@ -271,7 +278,8 @@ static void drop(http_engine *e, uint64_t version)
     rmdir(path);
 }
 
-/* What changed since the served version, if that is what the engine holds and if it is much less than all. NULL: send the full image. */
+/* What changed since the served version, if that is what the engine holds and if it is much less than all. NULL: send
+   the full image. */
 static lorasync_image *delta_for(const http_engine *e, const lorasync_image *image)
 {
     const sent_version *s     = &e->served;
@@ -306,7 +314,8 @@ static lorasync_status http_stage(void *user, const lorasync_image *image, loras
     if (http == 404 || http == 409) { /* no such call; not with what it holds */
         snprintf(e->how, sizeof e->how, "full image of %d bytes", (int)size_of(image));
         if (delta)
-            snprintf(e->how, sizeof e->how, "full image of %d bytes, a delta of %d was refused", (int)size_of(image), (int)size_of(delta));
+            snprintf(e->how, sizeof e->how, "full image of %d bytes, a delta of %d was refused", (int)size_of(image),
+                     (int)size_of(delta));
         call = "/v1/load_lora_adapter";
         http = load(e, image, FULL_FILE, call, reply);
     } else {
@@ -458,7 +467,8 @@ static int fake_answer(fake_server *s, const char *request, const char *body, ch
     else if (strncmp(request, "POST /v1/load_lora_delta ", 25) == 0) http = fake_load(s, body, 1, said);
     else if (strncmp(request, "POST /v1/unload_lora_adapter ", 29) == 0) http = fake_unload(s, body);
     if (http == 200 && newest(s)) {
-        snprintf(said, REPLY, "holds policy-v%llu %016llx", (unsigned long long)newest(s)->version, (unsigned long long)newest(s)->digest);
+        snprintf(said, REPLY, "holds policy-v%llu %016llx", (unsigned long long)newest(s)->version,
+                 (unsigned long long)newest(s)->digest);
     } else if (http == 200) {
         snprintf(said, REPLY, "holds nothing");
     }
@@ -489,7 +499,8 @@ static int same_bytes(fake_server *s, const lorasync_image *image)
     pthread_mutex_lock(&s->lock);
     got  = newest(s);
     same = got && got->header_bytes == image->header_bytes && got->payload_bytes == image->payload_bytes &&
-           memcmp(got->header, image->header, image->header_bytes) == 0 && memcmp(got->payload, image->payload, image->payload_bytes) == 0;
+           memcmp(got->header, image->header, image->header_bytes) == 0 &&
+           memcmp(got->payload, image->payload, image->payload_bytes) == 0;
     pthread_mutex_unlock(&s->lock);
     return same;
 }
@@ -539,7 +550,8 @@ static int fake_open(fake_server *s)
     s->refuse               = 1;
     pthread_mutex_init(&s->lock, NULL);
     s->listener = socket(AF_INET, SOCK_STREAM, 0);
-    if (s->listener < 0 || bind(s->listener, (struct sockaddr *)&address, size) != 0 || listen(s->listener, 8) != 0) return 0;
+    if (s->listener < 0 || bind(s->listener, (struct sockaddr *)&address, size) != 0 || listen(s->listener, 8) != 0)
+        return 0;
     if (getsockname(s->listener, (struct sockaddr *)&address, &size) != 0) return 0;
     s->port = ntohs(address.sin_port);
     return 1;
@@ -617,7 +629,8 @@ static int train(http_engine *e, fake_server *server)
             failed = server && !same_bytes(server, lorasync_session_image(session));
             if (failed) printf("version %d: the server has other bytes than the trainer\n", (int)version);
         } else {
-            printf("version %d failed: %s\nrequests still go to policy-v%d\n", (int)version, err.text, (int)e->served.version);
+            printf("version %d failed: %s\nrequests still go to policy-v%d\n", (int)version, err.text,
+                   (int)e->served.version);
             failed = ++tries > 1; /* the same version may be tried again */
         }
     }

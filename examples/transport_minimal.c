@@ -1,13 +1,15 @@
 /* A transport of one's own in one function: it puts the adapter's bytes into a file.
 
-   compile   cc -I. -o transport_minimal examples/transport_minimal.c -lm          (from the folder that holds lorasync.h)
-   run       ./transport_minimal [FILE]          writes FILE, or adapter.safetensors in a new folder below TMPDIR that it removes
+   compile   cc -I. -o transport_minimal examples/transport_minimal.c -lm        (from the folder that holds lorasync.h)
+   run       ./transport_minimal [FILE]          writes FILE, or adapter.safetensors in a new folder below TMPDIR that
+                                                 it removes
    output    published version 1: 4096 bytes, read back and verified
              published version 2: 4096 bytes, read back and verified
              published version 3: 4096 bytes, read back and verified
 
-   An image is a whole safetensors file: header, then payload. What `stage` does with it is up to it; here a new file takes the place of the
-   old one by rename, so a reader sees the old version or the new one. Without a `commit` the stage is all: it must be undivided by itself. */
+   An image is a whole safetensors file: header, then payload. What `stage` does with it is up to it; here a new file
+   takes the place of the old one by rename, so a reader sees the old version or the new one. Without a `commit` the
+   stage is all: it must be undivided by itself. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -53,14 +55,16 @@ static int read_back(const char *path, uint64_t version)
     int             same;
     if (lorasync_open_adapter(path, NULL, &image, NULL, &err) < 0) return complain(&err);
     same = image->version == version;
-    if (same) printf("published version %d: %d bytes, read back and verified\n", (int)version, (int)image->payload_bytes);
+    if (same)
+        printf("published version %d: %d bytes, read back and verified\n", (int)version, (int)image->payload_bytes);
     lorasync_image_free(image);
     return !same;
 }
 
 static int run(char *path)
 {
-    static const char *const names[2] = {"model.layers.0.q_proj.lora_A.default.weight", "model.layers.0.q_proj.lora_B.default.weight"};
+    static const char *const names[2] = {"model.layers.0.q_proj.lora_A.default.weight",
+                                         "model.layers.0.q_proj.lora_B.default.weight"};
     static float             values[2][8 * 64];
     lorasync_desc            desc;
     lorasync_session        *session = NULL;
@@ -92,7 +96,9 @@ static int run(char *path)
     }
     if (failed || lorasync_compile(session, &err) < 0) failed = complain(&err);
     for (version = 1; version <= 3 && !failed; version++) {
-        for (i = 0; i < 8 * 64; i++) values[0][i] = values[1][i] = (float)version + (float)i / 512.0f; /* an optimizer step */
+        for (i = 0; i < 8 * 64; i++)
+            values[0][i] = values[1][i] = (float)version + (float)i / 512.0f; /* an optimizer
+                                                                                                          step */
         failed = lorasync_sync(session, version, NULL, &err) < 0 ? complain(&err) : read_back(path, version);
     }
     lorasync_close(session);

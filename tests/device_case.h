@@ -2,7 +2,8 @@
 #ifndef LORASYNC_TEST_DEVICE_CASE_H
 #define LORASYNC_TEST_DEVICE_CASE_H
 
-/* How the bytes shall go. FALLBACK: directly or over the host, whatever is found. NCCL_DIRECT: directly, between ranks that NCCL joins. */
+/* How the bytes shall go. FALLBACK: directly or over the host, whatever is found. NCCL_DIRECT: directly, between ranks
+   that NCCL joins. */
 enum {
     WAY_DIRECT = 0,
     WAY_NCCL,
@@ -16,7 +17,8 @@ typedef struct device_options_t {
     int  runs;       /* 0: 3 */
     int  timeout_ms; /* 0: 20000 */
     int  keep_on_device;
-    int  capture; /* runs are launches of a CUDA graph; 2: a run, two launches, a run, a launch not waited for, a run .. */
+    int  capture; /* runs are launches of a CUDA graph; 2: a run, two launches, a run, a launch not waited for, a run
+                     .. */
     int  pageable_source;
     int  watch_votes;             /* counts votes over the host, in device_host_votes; 2: and has no others */
     int  lazy_rank;               /* 1 more than the rank that does not begin the second run */
@@ -87,7 +89,8 @@ TEST_UNUSED static void pieces_copy(const rank_pieces *r, const lorasync_piece *
 {
     size_t i;
     for (i = 0; i < r->num; i++)
-        cudaMemcpy(back ? r->memory[i] : pieces[i].data, back ? pieces[i].data : r->memory[i], r->num_bytes[i] + 1, cudaMemcpyDefault);
+        cudaMemcpy(back ? r->memory[i] : pieces[i].data, back ? pieces[i].data : r->memory[i], r->num_bytes[i] + 1,
+                   cudaMemcpyDefault);
 }
 
 /* The communicator of the way: the threads' own, or NCCL, whose id goes through it. */
@@ -98,7 +101,8 @@ TEST_UNUSED static lorasync_status device_comm(device_rank *d)
     d->comm = d->context->comm;
     if (device_options.way != WAY_NCCL && device_options.way != WAY_NCCL_DIRECT) return LORASYNC_OK;
     if (d->context->rank == 0 && lorasync_nccl_unique_id(id, &d->err) < 0) return d->err.status;
-    if (d->context->comm.all_gather(d->context->comm.user, id, ids, sizeof id, device_patience_ms, &d->err) < 0) return d->err.status;
+    if (d->context->comm.all_gather(d->context->comm.user, id, ids, sizeof id, device_patience_ms, &d->err) < 0)
+        return d->err.status;
     memset(&n, 0, sizeof n);
     n.unique_id  = ids;
     n.rank       = d->context->rank;
@@ -134,8 +138,8 @@ TEST_UNUSED static lorasync_status device_plan(device_rank *d)
 }
 
 #ifdef LORASYNC_NCCL
-TEST_UNUSED static lorasync_status device_counted_vote(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
-                                                       lorasync_error *err)
+TEST_UNUSED static lorasync_status device_counted_vote(void *user, const void *in, void *out, size_t num_bytes,
+                                                       int timeout_ms, lorasync_error *err)
 {
     __atomic_fetch_add(&device_host_votes, 1, __ATOMIC_RELAXED);
     return lorasynci_nccl_all_gather(user, in, out, num_bytes, timeout_ms, err);
@@ -213,7 +217,8 @@ TEST_UNUSED static int device_wrong(const device_rank *d)
     random_case *c     = d->c;
     int          rank  = d->context->rank;
     int          wrong = 0;
-    if (c->kind == LORASYNC_GATHER_ALL || (c->kind == LORASYNC_GATHER && rank == c->root)) wrong = device_image_wrong(d);
+    if (c->kind == LORASYNC_GATHER_ALL || (c->kind == LORASYNC_GATHER && rank == c->root))
+        wrong = device_image_wrong(d);
     else if (lorasync_plan_image(d->plan)) wrong = 9;
     pieces_copy(&c->want[rank], d->want, 1);
     return wrong + check_wanted(c, &c->want[rank]);
@@ -222,9 +227,11 @@ TEST_UNUSED static int device_wrong(const device_rank *d)
 TEST_UNUSED static int device_stats_wrong(const device_rank *d)
 {
     lorasync_plan_stats stats;
-    const random_case  *c   = d->c;
-    int                 can = c->kind == LORASYNC_GATHER || c->kind == LORASYNC_GATHER_ALL || (c->kind == LORASYNC_RESHARD && !c->bucket);
-    int                 may = device_options.way == WAY_DIRECT || (device_options.way == WAY_NCCL_DIRECT && !device_options.watch_votes);
+    const random_case  *c = d->c;
+    int                 can =
+        c->kind == LORASYNC_GATHER || c->kind == LORASYNC_GATHER_ALL || (c->kind == LORASYNC_RESHARD && !c->bucket);
+    int may =
+        device_options.way == WAY_DIRECT || (device_options.way == WAY_NCCL_DIRECT && !device_options.watch_votes);
     lorasync_plan_get_stats(d->plan, &stats);
     if (may && can && !device_options.fail_at && d->context->world > 1 && !stats.direct) return 50;
     if (stats.direct && stats.num_rounds) return 52;
@@ -245,11 +252,13 @@ TEST_UNUSED static lorasync_status device_runs(device_rank *d)
             pieces_copy(&d->c->have[rank], d->have, 0);
         }
         if (run) pieces_copy(&d->c->want[rank], d->want, 0);
-        if (device_options.capture == 1 || (device_options.capture && (run == 1 || run == 2))) status = device_launch(d);
+        if (device_options.capture == 1 || (device_options.capture && (run == 1 || run == 2)))
+            status = device_launch(d);
         else if (run != 1 || device_options.lazy_rank != rank + 1) status = device_begin(d);
         if (device_options.query_fails_at) device_barrier(d);
 #ifdef FAKE_SLICE
-        if (device_options.query_fails_at && rank == 0) fake_set(&fake_cuda.query_fails_at, device_options.query_fails_at);
+        if (device_options.query_fails_at && rank == 0)
+            fake_set(&fake_cuda.query_fails_at, device_options.query_fails_at);
 #endif
         if (!lorasync_is_lost(status)) status = lorasync_plan_wait(d->plan, &d->err);
         if (run == 1 && device_options.lazy_rank > 0) { /* an error of that run only, the same for all */
@@ -277,7 +286,8 @@ TEST_UNUSED static void run_device_case(rank_context *x)
     cudaGetDeviceCount(&devices);
     cudaSetDevice(r % devices);
     if (d.c->seed % 3 || device_options.capture) cudaStreamCreateWithFlags(&d.stream, cudaStreamNonBlocking);
-    status = pieces_to_device(&d.c->have[r], d.have) && pieces_to_device(&d.c->want[r], d.want) ? device_comm(&d) : LORASYNC_E_MEMORY;
+    status = pieces_to_device(&d.c->have[r], d.have) && pieces_to_device(&d.c->want[r], d.want) ? device_comm(&d)
+                                                                                                : LORASYNC_E_MEMORY;
     pieces_copy(&d.c->want[r], d.want, 0);
 #ifdef FAKE_SLICE
     if (device_options.fail_at) {

@@ -1,4 +1,5 @@
-/* Rounding done differently from the library: the values of a type are listed as doubles, and the nearest one is looked up. */
+/* Rounding done differently from the library: the values of a type are listed as doubles, and the nearest one is looked
+   up. */
 #ifndef LORASYNC_DTYPE_REFERENCE_H
 #define LORASYNC_DTYPE_REFERENCE_H
 
@@ -7,8 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A float type: 1 sign bit, `exponent_bits`, `mantissa_bits`. All codes below `limit` (without sign) are finite; `limit` is what too large
-   values become, and takes part in rounding with the value its bits would have. */
+/* A float type: 1 sign bit, `exponent_bits`, `mantissa_bits`. All codes below `limit` (without sign) are finite;
+   `limit` is what too large values become, and takes part in rounding with the value its bits would have. */
 typedef struct ref_type {
     lorasync_dtype dtype;
     int            exponent_bits, mantissa_bits, bias;

@@ -1,15 +1,17 @@
-/* The CUDA runtime that lorasync.h calls, without a GPU: include it behind lorasync.h (implementation, LORASYNC_CUDA) and link no libcudart.
+/* The CUDA runtime that lorasync.h calls, without a GPU: include it behind lorasync.h (implementation, LORASYNC_CUDA)
+   and link no libcudart.
 
-   Device memory is memory that only the fake's own copies and kernels can touch: between them it is protected, so that a host that reads it
-   crashes. (With the address sanitizer it is malloc's, and the sanitizer looks for overruns instead.) It is shared with processes forked
-   later, so that a fake IPC handle can be opened there.
+   Device memory is memory that only the fake's own copies and kernels can touch: between them it is protected, so that
+   a host that reads it crashes. (With the address sanitizer it is malloc's, and the sanitizer looks for overruns
+   instead.) It is shared with processes forked later, so that a fake IPC handle can be opened there.
 
    A stream is a queue of items that run in order:
 
        head -> [ copy ] -> [ wait for event ] -> [ kernel ] -> [ exchange: asks until its peers are there ] -> tail
 
-   Items run when they are enqueued, unless an item in front of them is not done, or fake_cuda.hold asks for a number of "not ready" answers
-   first. One lock guards everything. The kernel is lorasync.h's own, compiled for the CPU and run thread by thread. */
+   Items run when they are enqueued, unless an item in front of them is not done, or fake_cuda.hold asks for a number of
+   "not ready" answers first. One lock guards everything. The kernel is lorasync.h's own, compiled for the CPU and run
+   thread by thread. */
 #ifndef LORASYNC_TEST_FAKE_CUDA_H
 #define LORASYNC_TEST_FAKE_CUDA_H
 
@@ -74,7 +76,10 @@ TEST_UNUSED static float fake_float(unsigned bits)
     return value;
 }
 
-TEST_UNUSED static void fake_atomic_add(lorasyncd_u64 *at, lorasyncd_u64 value) { __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
+TEST_UNUSED static void fake_atomic_add(lorasyncd_u64 *at, lorasyncd_u64 value)
+{
+    __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+}
 
 TEST_UNUSED static void fake_atomic_min(lorasyncd_u64 *at, lorasyncd_u64 value)
 {
@@ -129,7 +134,8 @@ typedef struct fake_cuda_state {
     /* looked at by tests */
     long live_memory, live_pinned, live_streams, live_events, live_modules, live_opened, allocations;
     long launches, overruns, errors; /* errors: wrong uses */
-    long pageable_in, pageable_out;  /* asynchronous copies from and to memory that is neither the device's nor pinned */
+    long pageable_in, pageable_out;  /* asynchronous copies from and to memory that is neither the device's nor
+                                        pinned */
     /* kept */
     fake_memory         memory[FAKE_BLOCKS];
     int                 num_memory, opened;
@@ -200,9 +206,9 @@ static void fake_reserve(void)
 {
     void *p;
     if (FAKE_MALLOC || fake_cuda.base) return;
-    p               = mmap(NULL, FAKE_SLICES * FAKE_SLICE, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    fake_cuda.base  = p == MAP_FAILED ? NULL : (char *)p;
-    p               = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    p              = mmap(NULL, FAKE_SLICES * FAKE_SLICE, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    fake_cuda.base = p == MAP_FAILED ? NULL : (char *)p;
+    p              = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     fake_cuda.arena = p == MAP_FAILED ? NULL : (fake_arena *)p;
 }
 
@@ -219,7 +225,8 @@ TEST_UNUSED static void fake_cuda_reclaim(void)
 {
     pthread_mutex_lock(&fake_lock);
     if (fake_cuda.arena)
-        fake_cuda.arena->taken = fake_cuda.slice_pid == getpid() ? (int)((size_t)(fake_cuda.slice - fake_cuda.base) / FAKE_SLICE) + 1 : 0;
+        fake_cuda.arena->taken =
+            fake_cuda.slice_pid == getpid() ? (int)((size_t)(fake_cuda.slice - fake_cuda.base) / FAKE_SLICE) + 1 : 0;
     pthread_mutex_unlock(&fake_lock);
 }
 
@@ -228,7 +235,8 @@ static void fake_protect(int protection)
 {
     if (FAKE_MALLOC || !fake_cuda.base) return;
     if (fake_cuda.opened)
-        mprotect(fake_cuda.base, (size_t)__atomic_load_n(&fake_cuda.arena->taken, __ATOMIC_RELAXED) * FAKE_SLICE, protection);
+        mprotect(fake_cuda.base, (size_t)__atomic_load_n(&fake_cuda.arena->taken, __ATOMIC_RELAXED) * FAKE_SLICE,
+                 protection);
     else if (fake_cuda.extent) mprotect(fake_cuda.slice, fake_cuda.extent, protection);
 }
 
@@ -249,7 +257,8 @@ static int fake_find(const void *p)
 {
     int i;
     for (i = 0; i < fake_cuda.num_memory; i++)
-        if ((const char *)p >= fake_cuda.memory[i].data && (const char *)p < fake_cuda.memory[i].data + fake_cuda.memory[i].num_bytes)
+        if ((const char *)p >= fake_cuda.memory[i].data &&
+            (const char *)p < fake_cuda.memory[i].data + fake_cuda.memory[i].num_bytes)
             return i;
     return -1;
 }
@@ -259,7 +268,8 @@ static char *fake_device_place(size_t num_bytes) /* first fit behind another blo
     size_t at = 0;
     int    i, moved = 1;
     if (fake_cuda.slice_pid != getpid()) {
-        fake_cuda.slice     = fake_cuda.base + (size_t)(__atomic_fetch_add(&fake_cuda.arena->taken, 1, __ATOMIC_RELAXED)) * FAKE_SLICE;
+        fake_cuda.slice =
+            fake_cuda.base + (size_t)(__atomic_fetch_add(&fake_cuda.arena->taken, 1, __ATOMIC_RELAXED)) * FAKE_SLICE;
         fake_cuda.slice_pid = getpid();
         fake_cuda.extent    = 0;
     }
@@ -719,7 +729,9 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *out, const vo
     memset(out, 0, sizeof *out);
     pthread_mutex_lock(&fake_lock);
     i         = fake_find(p);
-    out->type = i < 0 ? cudaMemoryTypeUnregistered : fake_cuda.memory[i].pinned ? cudaMemoryTypeHost : cudaMemoryTypeDevice;
+    out->type = i < 0                        ? cudaMemoryTypeUnregistered
+                : fake_cuda.memory[i].pinned ? cudaMemoryTypeHost
+                                             : cudaMemoryTypeDevice;
     pthread_mutex_unlock(&fake_lock);
     return cudaSuccess;
 }
@@ -762,7 +774,9 @@ cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t *handle, void *p)
     pthread_mutex_lock(&fake_lock);
     i = fake_find(p);
     if (fake_cuda.ipc_fails == 1 || i < 0 || fake_cuda.memory[i].pinned) e = cudaErrorInvalidValue;
-    else h.data = fake_cuda.memory[i].data, h.num_bytes = fake_cuda.memory[i].num_bytes, h.pid = getpid(), h.magic = 4711;
+    else
+        h.data = fake_cuda.memory[i].data, h.num_bytes = fake_cuda.memory[i].num_bytes, h.pid = getpid(),
+        h.magic = 4711;
     pthread_mutex_unlock(&fake_lock);
     if (e == cudaSuccess) memcpy(handle, &h, sizeof h);
     return fake_answer(e);
@@ -825,7 +839,8 @@ const char *cudaGetErrorString(cudaError_t e)
 static CUresult fake_module_load(CUmodule *module, const void *image)
 {
     const char *text = (const char *)image;
-    if (fake_cuda.jit_fails || strncmp(text, ".version", 8) != 0 || !strstr(text, ".entry lorasyncd_copy(")) return CUDA_ERROR_INVALID_PTX;
+    if (fake_cuda.jit_fails || strncmp(text, ".version", 8) != 0 || !strstr(text, ".entry lorasyncd_copy("))
+        return CUDA_ERROR_INVALID_PTX;
     *module = (CUmodule)malloc(1);
     pthread_mutex_lock(&fake_lock);
     fake_cuda.live_modules++;
@@ -862,7 +877,8 @@ static int fake_run_kernel(fake_item *item)
     fake_open();
     fake_dim.x = l->threads;
     for (fake_block.x = 0; fake_block.x < l->blocks; fake_block.x++)
-        for (fake_thread.x = 0; fake_thread.x < l->threads; fake_thread.x++) lorasyncd_copy(l->ops, l->tiles, l->bad, l->image_shift);
+        for (fake_thread.x = 0; fake_thread.x < l->threads; fake_thread.x++)
+            lorasyncd_copy(l->ops, l->tiles, l->bad, l->image_shift);
     return 1;
 }
 
@@ -885,13 +901,14 @@ static int fake_launch_fails(void)
     return fails;
 }
 
-static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty, unsigned tz,
-                                   unsigned shared, CUstream stream, void **parameters, void **extra)
+static CUresult fake_launch_kernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned tx, unsigned ty,
+                                   unsigned tz, unsigned shared, CUstream stream, void **parameters, void **extra)
 {
     fake_item   item;
     fake_launch l;
     (void)function, (void)shared, (void)extra;
-    if (!x || y != 1 || z != 1 || !tx || tx > LORASYNCD_THREADS || tx % 32 || ty != 1 || tz != 1) return CUDA_ERROR_INVALID_VALUE;
+    if (!x || y != 1 || z != 1 || !tx || tx > LORASYNCD_THREADS || tx % 32 || ty != 1 || tz != 1)
+        return CUDA_ERROR_INVALID_VALUE;
     if (fake_launch_fails()) return CUDA_ERROR_LAUNCH_FAILED;
     memset(&item, 0, sizeof item);
     l.blocks  = x;
@@ -933,7 +950,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **out, unsig
 }
 #endif
 #if CUDART_VERSION < 13000
-cudaError_t cudaGetDriverEntryPoint(const char *name, void **out, unsigned long long flags, enum cudaDriverEntryPointQueryResult *found)
+cudaError_t cudaGetDriverEntryPoint(const char *name, void **out, unsigned long long flags,
+                                    enum cudaDriverEntryPointQueryResult *found)
 {
     (void)flags;
     return fake_entry_point(name, out, found);
@@ -1002,8 +1020,8 @@ TEST_UNUSED static void fake_set(long *setting, long value)
 /* Back to the beginning: settings off, counters 0. What is alive stays. */
 TEST_UNUSED static void fake_cuda_reset(void)
 {
-    fake_cuda.devices = fake_cuda.no_peer_access = fake_cuda.ipc_fails = fake_cuda.jit_fails = fake_cuda.no_entry_points = fake_cuda.hold =
-        0;
+    fake_cuda.devices = fake_cuda.no_peer_access = fake_cuda.ipc_fails = fake_cuda.jit_fails =
+        fake_cuda.no_entry_points = fake_cuda.hold = 0;
     fake_cuda.fail_at = fake_cuda.query_fails_at = fake_cuda.launches = fake_cuda.pageable_in = fake_cuda.pageable_out =
         fake_cuda.overruns = fake_cuda.errors = fake_cuda.allocations = 0;
     fake_last_error                                                   = cudaSuccess;
@@ -1013,8 +1031,9 @@ TEST_UNUSED static void fake_cuda_reset(void)
 /* How many things are alive that should not be, and wrong uses. */
 TEST_UNUSED static long fake_cuda_left(void)
 {
-    return fake_cuda.live_memory + fake_cuda.live_pinned + fake_cuda.live_streams + fake_cuda.live_events + fake_cuda.live_modules +
-           fake_cuda.live_opened + fake_cuda.overruns + fake_cuda.errors + fake_cuda.pageable_in + fake_cuda.pageable_out;
+    return fake_cuda.live_memory + fake_cuda.live_pinned + fake_cuda.live_streams + fake_cuda.live_events +
+           fake_cuda.live_modules + fake_cuda.live_opened + fake_cuda.overruns + fake_cuda.errors +
+           fake_cuda.pageable_in + fake_cuda.pageable_out;
 }
 
 #endif

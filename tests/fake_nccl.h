@@ -1,7 +1,9 @@
-/* The part of NCCL that lorasync.h calls, for ranks that are threads of one process: include it behind fake_cuda.h and link no libnccl.
+/* The part of NCCL that lorasync.h calls, for ranks that are threads of one process: include it behind fake_cuda.h and
+   link no libnccl.
 
-   A group becomes one item on the stream. When the stream reaches it, its sends lie open for their receivers; the item is done when all of its
-   receives have copied and all of its sends were taken. Sizes that do not match never end, as in NCCL, and are counted. */
+   A group becomes one item on the stream. When the stream reaches it, its sends lie open for their receivers; the item
+   is done when all of its receives have copied and all of its sends were taken. Sizes that do not match never end, as
+   in NCCL, and are counted. */
 #ifndef LORASYNC_TEST_FAKE_NCCL_H
 #define LORASYNC_TEST_FAKE_NCCL_H
 
@@ -18,7 +20,8 @@ typedef struct fake_nccl_rank { /* set by tests, for one rank of every communica
     int          broken_at;     /* at the nth, the communicator gets the error `broken` and the work never ends */
     ncclResult_t broken;
     int          hang_init, hang_finalize;
-    ncclResult_t fail_init, fail_call; /* what ncclCommInitRankConfig, every ncclSend and ncclAllGather answer; 0: success */
+    ncclResult_t fail_init, fail_call; /* what ncclCommInitRankConfig, every ncclSend and ncclAllGather answer; 0:
+                                          success */
     int          delay_us;             /* before each call */
 } fake_nccl_rank;
 
@@ -154,7 +157,10 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int size, ncclUniqueId id, 
     return fake_init(out, size, &id, rank, config->blocking != 0);
 }
 
-ncclResult_t ncclCommInitRank(ncclComm_t *out, int size, ncclUniqueId id, int rank) { return fake_init(out, size, &id, rank, 1); }
+ncclResult_t ncclCommInitRank(ncclComm_t *out, int size, ncclUniqueId id, int rank)
+{
+    return fake_init(out, size, &id, rank, 1);
+}
 
 static void fake_comm_free(struct ncclComm *c) /* locked */
 {
@@ -179,11 +185,13 @@ ncclResult_t ncclCommAbort(ncclComm_t c)
     pthread_mutex_lock(&fake_lock);
     fake_nccl.aborts++;
     for (r = 0; r < c->size && fake_nccl.peers_notice; r++)
-        if (c->world->comms[r] && r != c->rank && c->world->comms[r]->broken == ncclSuccess) c->world->comms[r]->broken = ncclRemoteError;
+        if (c->world->comms[r] && r != c->rank && c->world->comms[r]->broken == ncclSuccess)
+            c->world->comms[r]->broken = ncclRemoteError;
     for (s = fake_cuda.streams; s; s = s->next) {
         fake_item *item;
         for (item = s->head; item; item = item->next)
-            if (item->end && item->blob && item->blob_bytes == sizeof(fake_group) && ((fake_group *)item->blob)->comm == c)
+            if (item->end && item->blob && item->blob_bytes == sizeof(fake_group) &&
+                ((fake_group *)item->blob)->comm == c)
                 ((fake_group *)item->blob)->comm = NULL;
     }
     fake_comm_free(c);
@@ -377,7 +385,10 @@ static ncclResult_t fake_add(struct ncclComm *c, cudaStream_t stream, const fake
     ncclResult_t r;
     int          i;
     pthread_mutex_lock(&fake_lock);
-    r = c->blocking ? c->broken : c->broken != ncclSuccess ? c->broken : c->hang || c->polls > 0 ? ncclInvalidArgument : ncclSuccess;
+    r = c->blocking                ? c->broken
+        : c->broken != ncclSuccess ? c->broken
+        : c->hang || c->polls > 0  ? ncclInvalidArgument
+                                   : ncclSuccess;
     if (r == ncclInvalidArgument) fake_misuse("a call before the one in front of it has settled");
     if (fake_device != c->device) fake_misuse("another device is current");
     if (op->kind != 2 && (op->peer < 0 || op->peer >= c->size || op->peer == c->rank || op->num_bytes == 0))
@@ -427,7 +438,8 @@ ncclResult_t ncclRecv(void *data, size_t num, ncclDataType_t type, int peer, ncc
     return fake_add(c, stream, &op);
 }
 
-ncclResult_t ncclAllGather(const void *send, void *receive, size_t num, ncclDataType_t type, ncclComm_t c, cudaStream_t stream)
+ncclResult_t ncclAllGather(const void *send, void *receive, size_t num, ncclDataType_t type, ncclComm_t c,
+                           cudaStream_t stream)
 {
     fake_op      op = fake_op_of(2, 0, send, receive, num, type);
     ncclResult_t r;

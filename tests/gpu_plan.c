@@ -1,5 +1,6 @@
-/* The random cases of test_plan in real device memory: `make test-gpu`. Ranks share the GPUs there are; NCCL needs one for each.
-   gpu_plan [N [TEST...]]: N cases of each kind instead of 60, and only these tests (sanitizers are slow, and not all can see what other processes do). */
+/* The random cases of test_plan in real device memory: `make test-gpu`. Ranks share the GPUs there are; NCCL needs one
+   for each. gpu_plan [N [TEST...]]: N cases of each kind instead of 60, and only these tests (sanitizers are slow, and
+   not all can see what other processes do). */
 #define LORASYNCI_FULL 1 /* small tiles get small blocks although there are few */
 #define LORASYNC_CUDA
 #define LORASYNC_NCCL
@@ -33,7 +34,8 @@ static void reset(int way)
 /* Ranks are processes: the image is opened through CUDA IPC. */
 static void processes(void)
 {
-    static const lorasync_plan_kind kinds[] = {LORASYNC_GATHER, LORASYNC_RESHARD, LORASYNC_GATHER_ALL, LORASYNC_RESHARD};
+    static const lorasync_plan_kind kinds[] = {LORASYNC_GATHER, LORASYNC_RESHARD, LORASYNC_GATHER_ALL,
+                                               LORASYNC_RESHARD};
     static random_case              c;
     int                             i, bad = 0;
     for (i = 0; i < (num_cases + 3) / 4; i++) {

@@ -1,8 +1,8 @@
 /* Payloads in real device memory from one process to another over CUDA IPC: `make test-gpu`. Needs one GPU.
-   The adapter is that of a Qwen3-8B of rank 32: 504 tensors, 174.6 MB of bf16. Bytes are checked over several versions; then the publisher is timed
-   from a complete image on its device to the moment at which the engine can acquire the version: copied into the engine's slot; gathered there, as
-   sessions do; and copied for an engine that does not verify. Then it is killed under the engine.
-   gpu_shm [ROUNDS]: versions to time, 20 without it. */
+   The adapter is that of a Qwen3-8B of rank 32: 504 tensors, 174.6 MB of bf16. Bytes are checked over several versions;
+   then the publisher is timed from a complete image on its device to the moment at which the engine can acquire the
+   version: copied into the engine's slot; gathered there, as sessions do; and copied for an engine that does not
+   verify. Then it is killed under the engine. gpu_shm [ROUNDS]: versions to time, 20 without it. */
 #define LORASYNC_CUDA
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
@@ -28,14 +28,16 @@ enum {
     CARELESS,
     KINDS
 };
-#define CONFIG                                                                                                                             \
-    "{\"peft_type\":\"LORA\",\"r\":32,\"lora_alpha\":64,\"target_modules\":[\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\",\"gate_proj\",\"up_proj\",\"down_proj\"]}"
+#define CONFIG                                                                                                         \
+    "{\"peft_type\":\"LORA\",\"r\":32,\"lora_alpha\":64,\"target_modules\":[\"q_proj\",\"k_proj\",\"v_proj\","
+"\"o_proj\",\"gate_proj\",\"up_proj\",\"down_proj\"]}"
 
-/* What the three processes share. */
-typedef struct board {
+    /* What the three processes share. */
+    typedef struct board {
     uint64_t asked, staged, served;          /* versions. Atomic */
     uint64_t start_ns, staged_ns, served_ns; /* of the last one */
-    uint64_t engine;                         /* versions up to this one are for the engine that checks digests; atomic */
+    uint64_t engine;                         /* versions up to this one are for the engine that checks digests;
+                                                atomic */
     int      failed;                         /* atomic */
     uint64_t total_ns[KINDS][MAX_ROUNDS], stage_ns[KINDS][MAX_ROUNDS];
 } board;
@@ -64,19 +66,21 @@ static void await(const char *who, const uint64_t *p, uint64_t v)
 
 static lorasync_image *lay_out(void)
 {
-    static const char *const modules[7] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-                                           "mlp.gate_proj",    "mlp.up_proj",      "mlp.down_proj"};
-    static const int         in[7] = {4096, 4096, 4096, 4096, 4096, 4096, 12288}, out[7] = {4096, 1024, 1024, 4096, 12288, 12288, 4096};
-    static char              names[NUM_TENSORS][128];
-    static lorasync_tensor   t[NUM_TENSORS];
-    lorasync_image_desc      desc;
-    lorasync_image          *image = NULL;
-    lorasync_error           err;
-    int                      i;
+    static const char *const modules[7] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                                           "self_attn.o_proj", "mlp.gate_proj",    "mlp.up_proj",
+                                           "mlp.down_proj"};
+    static const int         in[7]      = {4096, 4096, 4096, 4096, 4096, 4096, 12288},
+                     out[7]             = {4096, 1024, 1024, 4096, 12288, 12288, 4096};
+    static char            names[NUM_TENSORS][128];
+    static lorasync_tensor t[NUM_TENSORS];
+    lorasync_image_desc    desc;
+    lorasync_image        *image = NULL;
+    lorasync_error         err;
+    int                    i;
     for (i = 0; i < NUM_TENSORS; i++) {
         int module = i / 2 % 7;
-        snprintf(names[i], sizeof names[i], "base_model.model.model.layers.%d.%s.lora_%s.weight", i / 14, modules[module],
-                 i % 2 ? "B" : "A");
+        snprintf(names[i], sizeof names[i], "base_model.model.model.layers.%d.%s.lora_%s.weight", i / 14,
+                 modules[module], i % 2 ? "B" : "A");
         t[i].name     = names[i];
         t[i].dtype    = LORASYNC_BF16;
         t[i].ndim     = 2;
@@ -107,13 +111,14 @@ static void publish(lorasync_transport *t, lorasync_image *image, void *host, vo
     lorasync_status      status;
     lorasynci_shm_target target;
     char                *slot = (char *)device;
-    if (kind == IN_PLACE &&
-        lorasynci_shm_slot(t->user, "default", image->header_bytes, image->payload_bytes, sizeof CONFIG, &slot, &target, &err) < 0)
+    if (kind == IN_PLACE && lorasynci_shm_slot(t->user, "default", image->header_bytes, image->payload_bytes,
+                                               sizeof CONFIG, &slot, &target, &err) < 0)
         fail("publisher", err.text);
     fill((uint64_t *)host, image->payload_bytes, version);
     lorasync_image_bind(image, host);
     lorasync_image_stamp(image, version, lorasync_image_digest(image, NULL));
-    if (cudaMemcpy(slot, host, image->payload_bytes, cudaMemcpyDefault) != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess)
+    if (cudaMemcpy(slot, host, image->payload_bytes, cudaMemcpyDefault) != cudaSuccess ||
+        cudaDeviceSynchronize() != cudaSuccess)
         fail("publisher", "cudaMemcpy");
     lorasync_image_bind(image, slot);
     image->on_device = 1;
@@ -183,7 +188,8 @@ static void check_bytes(const lorasync_adapter *a, uint64_t version, uint64_t *h
     if (!a || a->version != version || !a->image->on_device) fail("engine", "another version, or not on the device");
     fill(expected, a->image->payload_bytes, version);
     memset(host, 0, a->image->payload_bytes);
-    if (cudaMemcpy(host, a->image->payload, a->image->payload_bytes, cudaMemcpyDefault) != cudaSuccess) fail("engine", "cudaMemcpy");
+    if (cudaMemcpy(host, a->image->payload, a->image->payload_bytes, cudaMemcpyDefault) != cudaSuccess)
+        fail("engine", "cudaMemcpy");
     if (memcmp(host, expected, a->image->payload_bytes) != 0) fail("engine", "wrong bytes");
 }
 
@@ -217,7 +223,8 @@ static void after_the_kill(lorasync_engine *e, uint64_t version, uint64_t *host,
         status = lorasync_engine_poll(late, 0, &err);
         if (status >= 0) lorasync_engine_close(late), late = open_engine(0);
     }
-    if (status != LORASYNC_E_IO || !strstr(err.text, "which has ended")) fail("engine", "a dead publisher's memory was opened");
+    if (status != LORASYNC_E_IO || !strstr(err.text, "which has ended"))
+        fail("engine", "a dead publisher's memory was opened");
     check_bytes(a, version, host, expected);
     lorasync_release(a);
     lorasync_engine_close(late);
@@ -227,8 +234,8 @@ static void run_engine(void)
 {
     lorasync_image  *image = lay_out();
     lorasync_engine *e     = open_engine(0), *careless;
-    uint64_t        *host = (uint64_t *)malloc(image->payload_bytes), *expected = (uint64_t *)malloc(image->payload_bytes);
-    uint64_t         v = 0, i;
+    uint64_t *host = (uint64_t *)malloc(image->payload_bytes), *expected = (uint64_t *)malloc(image->payload_bytes);
+    uint64_t  v = 0, i;
     alarm(300);
     if (!host || !expected) fail("engine", "no memory");
     for (i = 0; i < CHECKED + CARELESS * (WARM + (uint64_t)rounds); i++) {
@@ -294,10 +301,11 @@ static void device_payloads(void)
     if (test_errors) return;
     image = lay_out();
     gb    = (double)image->payload_bytes / 1e9;
-    for (kind = 0; kind < KINDS; kind++) ms[kind] = median_ms(shared->total_ns[kind]), stage[kind] = median_ms(shared->stage_ns[kind]);
+    for (kind = 0; kind < KINDS; kind++)
+        ms[kind] = median_ms(shared->total_ns[kind]), stage[kind] = median_ms(shared->stage_ns[kind]);
     printf("%d tensors, %.1f MB, complete on the device to served, medians of %d\n", NUM_TENSORS, gb * 1e3, rounds);
-    printf("copied into the slot    %.3f ms (%.0f GB/s), of it stage and commit %.3f ms\n", ms[COPIED], gb / ms[COPIED] * 1e3,
-           stage[COPIED]);
+    printf("copied into the slot    %.3f ms (%.0f GB/s), of it stage and commit %.3f ms\n", ms[COPIED],
+           gb / ms[COPIED] * 1e3, stage[COPIED]);
     printf("gathered into the slot  %.3f ms, of it stage and commit %.3f ms\n", ms[IN_PLACE], stage[IN_PLACE]);
     printf("copied, not verified    %.3f ms, of it stage and commit %.3f ms\n", ms[CARELESS], stage[CARELESS]);
     lorasync_image_free(image);

@@ -19,7 +19,8 @@ static void print(const lorasync_image *image)
     int    d;
     for (i = 0; i < image->num_tensors; i++) {
         const lorasync_tensor *t = &image->tensors[i];
-        printf("%016llx %s [", (unsigned long long)lorasync_digest(t->data, t->num_bytes, 0), lorasync_dtype_name(t->dtype));
+        printf("%016llx %s [", (unsigned long long)lorasync_digest(t->data, t->num_bytes, 0),
+               lorasync_dtype_name(t->dtype));
         for (d = 0; d < t->ndim; d++) printf(d ? ",%lld" : "%lld", (long long)t->shape[d]);
         printf("] %s\n", t->name);
     }
@@ -48,12 +49,14 @@ static int read_file(const char *path)
 #define MAX_TENSORS 40
 
 /* Types that numpy has. */
-static const lorasync_dtype dtypes[] = {LORASYNC_BOOL, LORASYNC_U8,  LORASYNC_I8,  LORASYNC_I16, LORASYNC_U16, LORASYNC_F16,
-                                        LORASYNC_I32,  LORASYNC_U32, LORASYNC_F32, LORASYNC_F64, LORASYNC_I64, LORASYNC_U64};
+static const lorasync_dtype dtypes[] = {LORASYNC_BOOL, LORASYNC_U8,  LORASYNC_I8,  LORASYNC_I16,
+                                        LORASYNC_U16,  LORASYNC_F16, LORASYNC_I32, LORASYNC_U32,
+                                        LORASYNC_F32,  LORASYNC_F64, LORASYNC_I64, LORASYNC_U64};
 
 static size_t random_tensors(unsigned long long *state, lorasync_tensor *tensors, char (*names)[64])
 {
-    static const char *const tails[] = {"lora_A.weight", "lora_B.weight", "b\"q\\", "\xc3\xa9t\xc3\xa9", "x/y z", "\xf0\x9f\x98\x80"};
+    static const char *const tails[] = {"lora_A.weight",     "lora_B.weight", "b\"q\\",
+                                        "\xc3\xa9t\xc3\xa9", "x/y z",         "\xf0\x9f\x98\x80"};
     size_t                   num     = test_random(state) % MAX_TENSORS, i;
     int                      d;
     memset(tensors, 0, MAX_TENSORS * sizeof *tensors);
@@ -72,7 +75,10 @@ static int write_payload(const char *path, lorasync_image *image, unsigned char 
     FILE  *f = fopen(path, "wb");
     size_t i;
     int    ok;
-    for (i = 0; i < image->payload_bytes; i++) payload[i] = (unsigned char)(test_random(state) & 1); /* valid in every type, BOOL too */
+    for (i = 0; i < image->payload_bytes; i++)
+        payload[i] = (unsigned char)(test_random(state) & 1); /* valid in every
+                                                                                                        type, BOOL
+                                                                                                        too */
     lorasync_image_bind(image, payload);
     print(image);
     ok = f && fwrite(image->header, 1, image->header_bytes, f) == image->header_bytes &&

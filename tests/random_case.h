@@ -1,4 +1,5 @@
-/* Random tensors, cut in random ways over random numbers of ranks, and what must come out. Include it behind ranks.h. */
+/* Random tensors, cut in random ways over random numbers of ranks, and what must come out. Include it behind
+   ranks.h. */
 #ifndef LORASYNC_TEST_RANDOM_CASE_H
 #define LORASYNC_TEST_RANDOM_CASE_H
 
@@ -137,7 +138,8 @@ TEST_UNUSED static void random_tensor(unsigned long long *s, truth_tensor *t, in
     }
 }
 
-TEST_UNUSED static lorasync_piece *add_piece(rank_pieces *r, const truth_tensor *t, int number, lorasync_box box, lorasync_dtype dtype)
+TEST_UNUSED static lorasync_piece *add_piece(rank_pieces *r, const truth_tensor *t, int number, lorasync_box box,
+                                             lorasync_dtype dtype)
 {
     lorasync_piece *p = &r->pieces[r->num];
     if (r->num >= MAX_PIECES) return NULL;
@@ -183,8 +185,8 @@ TEST_UNUSED static void give_memory(unsigned long long *s, rank_pieces *r, size_
 }
 
 /* Cuts a box into random boxes by splitting, and deals them to ranks. */
-TEST_UNUSED static void deal_boxes(unsigned long long *s, rank_pieces *ranks, int world, const truth_tensor *t, int number,
-                                   lorasync_box box, lorasync_dtype dtype, int depth)
+TEST_UNUSED static void deal_boxes(unsigned long long *s, rank_pieces *ranks, int world, const truth_tensor *t,
+                                   int number, lorasync_box box, lorasync_dtype dtype, int depth)
 {
     int d = t->ndim ? (int)below(s, (unsigned)t->ndim) : 0, replicas, k, first;
     if (depth > 0 && t->ndim && box.len[d] > 1) {
@@ -199,13 +201,13 @@ TEST_UNUSED static void deal_boxes(unsigned long long *s, rank_pieces *ranks, in
 }
 
 /* One tensor over all ranks, by one of the trainers' layouts or a free one. */
-TEST_UNUSED static void deal_tensor(unsigned long long *s, rank_pieces *ranks, int world, const truth_tensor *t, int number,
-                                    lorasync_dtype dtype)
+TEST_UNUSED static void deal_tensor(unsigned long long *s, rank_pieces *ranks, int world, const truth_tensor *t,
+                                    int number, lorasync_dtype dtype)
 {
     lorasync_box whole = lorasync_whole(t->shape, t->ndim);
-    int          r, dim = t->ndim ? (int)below(s, (unsigned)t->ndim) : 0, dim2 = t->ndim ? (int)below(s, (unsigned)t->ndim) : 0;
-    int          n0 = world % 2 == 0 ? 2 : 1, kind = (int)below(s, t->ndim ? 8 : 2);
-    int64_t      start[2], numel[2], total;
+    int r, dim = t->ndim ? (int)below(s, (unsigned)t->ndim) : 0, dim2 = t->ndim ? (int)below(s, (unsigned)t->ndim) : 0;
+    int n0 = world % 2 == 0 ? 2 : 1, kind = (int)below(s, t->ndim ? 8 : 2);
+    int64_t start[2], numel[2], total;
     numel[0] = below(s, 50);
     numel[1] = t->numel;
     total    = lorasync_fsdp1_layout(numel, 2, 4, (int)below(s, 2), world, start);
@@ -214,11 +216,17 @@ TEST_UNUSED static void deal_tensor(unsigned long long *s, rank_pieces *ranks, i
         case 0: add_piece(&ranks[r], t, number, whole, dtype); break;                                /* replicas */
         case 2: add_piece(&ranks[r], t, number, lorasync_shard(whole, dim, r, world), dtype); break; /* FSDP2 */
         case 3:
-            add_piece(&ranks[r], t, number, lorasync_shard(lorasync_shard(whole, dim, r % n0, n0), dim2, r / n0, world / n0), dtype);
-            break;                                                                                                          /* TP x FSDP */
-        case 4: add_piece(&ranks[r], t, number, lorasync_flat_shard(t->numel, r, world), dtype); break;                     /* ZeRO-3 */
-        case 5: add_piece(&ranks[r], t, number, lorasync_flat_part(start[1], t->numel, total, r, world).box, dtype); break; /* FSDP1 */
-        case 6: add_piece(&ranks[r], t, number, lorasync_shard(whole, dim, r / n0, world / n0), dtype); break;              /* HSDP */
+            add_piece(&ranks[r], t, number,
+                      lorasync_shard(lorasync_shard(whole, dim, r % n0, n0), dim2, r / n0, world / n0), dtype);
+            /* TP x FSDP */
+            break;
+        case 4: add_piece(&ranks[r], t, number, lorasync_flat_shard(t->numel, r, world), dtype); break; /* ZeRO-3 */
+        case 5:
+            add_piece(&ranks[r], t, number, lorasync_flat_part(start[1], t->numel, total, r, world).box, dtype);
+            break; /* FSDP1 */
+        case 6:
+            add_piece(&ranks[r], t, number, lorasync_shard(whole, dim, r / n0, world / n0), dtype);
+            break; /* HSDP */
         default: break;
         }
     }
@@ -345,7 +353,9 @@ TEST_UNUSED static int check_image(const random_case *c, const lorasync_image *i
 {
     if (!image) return 1;
     if (image->payload_bytes != c->expected->payload_bytes || image->num_tensors != c->expected->num_tensors) return 2;
-    if (image->header_bytes != c->expected->header_bytes || memcmp(image->header, c->expected->header, image->header_bytes) != 0) return 3;
+    if (image->header_bytes != c->expected->header_bytes ||
+        memcmp(image->header, c->expected->header, image->header_bytes) != 0)
+        return 3;
     if (memcmp(payload, c->expected_bytes, image->payload_bytes) != 0) return 4;
     if (image->digest != lorasync_image_digest(c->expected, NULL)) return 5;
     return 0;
@@ -376,7 +386,8 @@ TEST_UNUSED static int check_wanted(const random_case *c, const rank_pieces *r)
     return wrong;
 }
 
-/* Runs cases 0 to num - 1 of a kind (large: of one or two tensors of tens of thousands of elements): run_case, on every rank, fills status, wrong and text of the case. */
+/* Runs cases 0 to num - 1 of a kind (large: of one or two tensors of tens of thousands of elements): run_case, on every
+   rank, fills status, wrong and text of the case. */
 TEST_UNUSED static void random_cases(lorasync_plan_kind kind, int num, int large, void (*run_case)(rank_context *x))
 {
     static random_case c;
@@ -386,8 +397,8 @@ TEST_UNUSED static void random_cases(lorasync_plan_kind kind, int num, int large
         run_threads(c.world, run_case, &c);
         for (r = 0; r < c.world; r++)
             if (c.status[r] < 0 || c.wrong[r]) {
-                fprintf(stderr, "seed %llu rank %d of %d (root %d): status %d, wrong %d: %s\n", c.seed, r, c.world, c.root,
-                        (int)c.status[r], c.wrong[r], c.text[r]);
+                fprintf(stderr, "seed %llu rank %d of %d (root %d): status %d, wrong %d: %s\n", c.seed, r, c.world,
+                        c.root, (int)c.status[r], c.wrong[r], c.text[r]);
                 bad++;
             }
         free_case(&c);

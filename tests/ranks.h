@@ -47,7 +47,8 @@ TEST_UNUSED static void run_threads(int world, void (*function)(rank_context *),
     lorasync_local_close(local);
 }
 
-/* World child processes; each exits with the number of its failed checks (at most 99). Returns the number of ranks that failed. */
+/* World child processes; each exits with the number of its failed checks (at most 99). Returns the number of ranks that
+   failed. */
 TEST_UNUSED static int run_processes(int world, void (*function)(rank_context *), void *user)
 {
     lorasync_local *local;

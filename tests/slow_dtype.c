@@ -20,13 +20,17 @@ static void check(const ref_type *t, uint32_t u, uint32_t expected, uint32_t fou
 {
     int ok = ref_is_nan_code(t, expected) ? ref_is_nan_code(t, found) : expected == found;
     if (!ok && num_wrong++ < 20)
-        fprintf(stderr, "%s: %08x (%g) is %x, expected %x\n", lorasync_dtype_name(t->dtype), (unsigned)u, (double)ref_float(u),
-                (unsigned)found, (unsigned)expected);
+        fprintf(stderr, "%s: %08x (%g) is %x, expected %x\n", lorasync_dtype_name(t->dtype), (unsigned)u,
+                (double)ref_float(u), (unsigned)found, (unsigned)expected);
 }
 
-static double middle_above(const ref_type *t, uint32_t k) { return k < t->limit ? (ref_value(t, k) + ref_value(t, k + 1)) / 2 : HUGE_VAL; }
+static double middle_above(const ref_type *t, uint32_t k)
+{
+    return k < t->limit ? (ref_value(t, k) + ref_value(t, k + 1)) / 2 : HUGE_VAL;
+}
 
-/* Magnitudes come in rising order, so that the nearest code only ever moves up: code k holds until the middle between k and k + 1. */
+/* Magnitudes come in rising order, so that the nearest code only ever moves up: code k holds until the middle between k
+   and k + 1. */
 static void sweep(const ref_type *t, uint32_t first, uint32_t last)
 {
     static uint32_t expected[BLOCK];

@@ -18,44 +18,45 @@ static const char *test_skip_reason;
 #endif
 
 /* A failed check is printed and counted; the test goes on. The first 20 of a test are printed. */
-#define CHECK(condition)                                                                                                                   \
-    do {                                                                                                                                   \
-        if (!(condition)) test_fail(__FILE__, __LINE__, #condition);                                                                       \
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) test_fail(__FILE__, __LINE__, #condition);                                                   \
     } while (0)
 
 /* Equal integers, printed when they differ. */
-#define CHECK_EQ(a, b)                                                                                                                     \
-    do {                                                                                                                                   \
-        long long test_a_ = (long long)(a), test_b_ = (long long)(b);                                                                      \
-        if (test_a_ != test_b_) test_fail_eq(__FILE__, __LINE__, #a, test_a_, #b, test_b_);                                                \
+#define CHECK_EQ(a, b)                                                                                                 \
+    do {                                                                                                               \
+        long long test_a_ = (long long)(a), test_b_ = (long long)(b);                                                  \
+        if (test_a_ != test_b_) test_fail_eq(__FILE__, __LINE__, #a, test_a_, #b, test_b_);                            \
     } while (0)
 
-#define CHECK_TEXT(a, b)                                                                                                                   \
-    do {                                                                                                                                   \
-        const char *test_a_ = (a), *test_b_ = (b);                                                                                         \
-        if (!test_a_ || !test_b_ || strcmp(test_a_, test_b_) != 0) test_fail_text(__FILE__, __LINE__, #a, test_a_, test_b_);               \
+#define CHECK_TEXT(a, b)                                                                                               \
+    do {                                                                                                               \
+        const char *test_a_ = (a), *test_b_ = (b);                                                                     \
+        if (!test_a_ || !test_b_ || strcmp(test_a_, test_b_) != 0)                                                     \
+            test_fail_text(__FILE__, __LINE__, #a, test_a_, test_b_);                                                  \
     } while (0)
 
 /* `text` must hold `part`: for error texts, which must name things. */
-#define CHECK_HAS(text, part)                                                                                                              \
-    do {                                                                                                                                   \
-        const char *test_a_ = (text), *test_b_ = (part);                                                                                   \
-        if (!strstr(test_a_, test_b_)) test_fail_text(__FILE__, __LINE__, #text, test_a_, test_b_);                                        \
+#define CHECK_HAS(text, part)                                                                                          \
+    do {                                                                                                               \
+        const char *test_a_ = (text), *test_b_ = (part);                                                               \
+        if (!strstr(test_a_, test_b_)) test_fail_text(__FILE__, __LINE__, #text, test_a_, test_b_);                    \
     } while (0)
 
 /* A failed requirement leaves the test function. */
-#define REQUIRE(condition)                                                                                                                 \
-    do {                                                                                                                                   \
-        if (!(condition)) {                                                                                                                \
-            test_fail(__FILE__, __LINE__, #condition);                                                                                     \
-            return;                                                                                                                        \
-        }                                                                                                                                  \
+#define REQUIRE(condition)                                                                                             \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            test_fail(__FILE__, __LINE__, #condition);                                                                 \
+            return;                                                                                                    \
+        }                                                                                                              \
     } while (0)
 
-#define SKIP(reason)                                                                                                                       \
-    do {                                                                                                                                   \
-        test_skip_reason = (reason);                                                                                                       \
-        return;                                                                                                                            \
+#define SKIP(reason)                                                                                                   \
+    do {                                                                                                               \
+        test_skip_reason = (reason);                                                                                   \
+        return;                                                                                                        \
     } while (0)
 
 #define RUN(function) test_run(#function, function)
@@ -65,12 +66,14 @@ TEST_UNUSED static void test_fail(const char *file, int line, const char *what)
     if (test_errors++ < 20) fprintf(stderr, "%s:%d: failed: %s\n", file, line, what);
 }
 
-TEST_UNUSED static void test_fail_eq(const char *file, int line, const char *a, long long va, const char *b, long long vb)
+TEST_UNUSED static void test_fail_eq(const char *file, int line, const char *a, long long va, const char *b,
+                                     long long vb)
 {
     if (test_errors++ < 20) fprintf(stderr, "%s:%d: failed: %s is %lld, %s is %lld\n", file, line, a, va, b, vb);
 }
 
-TEST_UNUSED static void test_fail_text(const char *file, int line, const char *what, const char *found, const char *expected)
+TEST_UNUSED static void test_fail_text(const char *file, int line, const char *what, const char *found,
+                                       const char *expected)
 {
     if (test_errors++ < 20)
         fprintf(stderr, "%s:%d: failed: %s is \"%s\", expected \"%s\"\n", file, line, what, found ? found : "(null)",
@@ -149,7 +152,8 @@ TEST_UNUSED static unsigned long long test_random(unsigned long long *state)
     return x ^ (x >> 31);
 }
 
-/* An allocator that counts, and fails at the nth allocation (fail_at counts down from n; 0: never). Not for several threads. */
+/* An allocator that counts, and fails at the nth allocation (fail_at counts down from n; 0: never). Not for several
+   threads. */
 typedef struct test_memory {
     long live, total, fail_at;
 } test_memory;

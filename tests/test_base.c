@@ -1,5 +1,5 @@
-/* Base weights in buckets: random tensors and layouts over thread ranks against the uncut truth, the checkpoint that the directory transport writes,
-   and every way in which a bucket can fail. */
+/* Base weights in buckets: random tensors and layouts over thread ranks against the uncut truth, the checkpoint that
+   the directory transport writes, and every way in which a bucket can fail. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -88,11 +88,13 @@ static lorasync_status keeper_stage(void *user, const lorasync_image *image, lor
     bucket_file *f;
     k->num_stages++;
     if (k->die && k->num_stages == k->die) raise(SIGKILL);
-    if (k->fail_stage && --k->fail_stage == 0) return lorasynci_fail(err, LORASYNC_E_IO, "bucket %zu is not wanted", image->bucket);
+    if (k->fail_stage && --k->fail_stage == 0)
+        return lorasynci_fail(err, LORASYNC_E_IO, "bucket %zu is not wanted", image->bucket);
     if (image->bucket == 0) drop_staged(k);
     if (image->bucket != k->num_staged || image->bucket >= image->num_buckets || k->num_staged >= MAX_FILES) {
         k->wrong++;
-        return lorasynci_fail(err, LORASYNC_E_STATE, "bucket %zu of %zu after %zu", image->bucket, image->num_buckets, k->num_staged);
+        return lorasynci_fail(err, LORASYNC_E_STATE, "bucket %zu of %zu after %zu", image->bucket, image->num_buckets,
+                              k->num_staged);
     }
     if (lorasync_image_verify(image, err) < 0) k->wrong++;
     f                = &k->staged[k->num_staged++];
@@ -201,8 +203,8 @@ static void free_model(model *m)
     }
 }
 
-static lorasync_status open_stream(const model *m, const lorasync_comm *comm, bytes_memory *memory, lorasync_stream **out,
-                                   lorasync_error *err)
+static lorasync_status open_stream(const model *m, const lorasync_comm *comm, bytes_memory *memory,
+                                   lorasync_stream **out, lorasync_error *err)
 {
     lorasync_stream_desc d;
     lorasync_allocator   a;
@@ -244,7 +246,8 @@ static unsigned char *expected_bytes(const model *m, int i, lorasync_dtype *dtyp
     return p;
 }
 
-/* All tensors, each in exactly one of the files, with the truth's bytes; *where: the file of each. Returns what is wrong. */
+/* All tensors, each in exactly one of the files, with the truth's bytes; *where: the file of each. Returns what is
+   wrong. */
 static int check_files(const model *m, const bucket_file *files, size_t num, size_t *where)
 {
     lorasync_image *images[MAX_FILES];
@@ -267,7 +270,8 @@ static int check_files(const model *m, const bucket_file *files, size_t num, siz
             if (!t) continue;
             found++;
             where[i] = f;
-            if (t->dtype != dtype || t->ndim != m->t[i].ndim || memcmp(t->shape, m->t[i].shape, sizeof(int64_t) * (size_t)t->ndim) != 0)
+            if (t->dtype != dtype || t->ndim != m->t[i].ndim ||
+                memcmp(t->shape, m->t[i].shape, sizeof(int64_t) * (size_t)t->ndim) != 0)
                 wrong |= 4;
             else if (t->num_bytes != n || memcmp(t->data, bytes, n) != 0) wrong |= 8;
         }
@@ -317,10 +321,13 @@ static int check_index(const model *m, const char *text, const size_t *where, si
     int             found = 0, i, wrong = 0;
     if (num < 2) return text[0] ? 1 : 0;
     lorasynci_json_init(&j, text, strlen(text), &err);
-    if (lorasynci_json_object(&j) < 0 || !lorasynci_json_key(&j, &key) || !lorasynci_json_is(&key, "metadata")) return 2;
-    if (lorasynci_json_object(&j) < 0 || !lorasynci_json_key(&j, &key) || !lorasynci_json_is(&key, "total_size")) return 3;
+    if (lorasynci_json_object(&j) < 0 || !lorasynci_json_key(&j, &key) || !lorasynci_json_is(&key, "metadata"))
+        return 2;
+    if (lorasynci_json_object(&j) < 0 || !lorasynci_json_key(&j, &key) || !lorasynci_json_is(&key, "total_size"))
+        return 3;
     if (lorasynci_json_uint(&j, &size) < 0 || size != total || lorasynci_json_key(&j, &key)) return 4;
-    if (!lorasynci_json_key(&j, &key) || !lorasynci_json_is(&key, "weight_map") || lorasynci_json_object(&j) < 0) return 5;
+    if (!lorasynci_json_key(&j, &key) || !lorasynci_json_is(&key, "weight_map") || lorasynci_json_object(&j) < 0)
+        return 5;
     while (lorasynci_json_key(&j, &key)) {
         k[lorasynci_json_decode(&key, k)] = 0;
         if (strcmp(last, k) >= 0) wrong |= 8;
@@ -403,7 +410,8 @@ static void check_random(const model *m, unsigned long long seed)
         if (n > largest[f % 2]) largest[f % 2] = n;
     }
     if (!files && !division) index = check_index(m, shared.k[0].index, where, shared.k[0].num_served, total);
-    if (files || division || index) fprintf(stderr, "seed %llu: files %d, division %d, index %d\n", seed, files, division, index);
+    if (files || division || index)
+        fprintf(stderr, "seed %llu: files %d, division %d, index %d\n", seed, files, division, index);
     CHECK(!files && !division && !index);
     CHECK_EQ(shared.k[0].version, 5);
     CHECK_EQ(shared.k[0].wrong, 0);
@@ -411,8 +419,8 @@ static void check_random(const model *m, unsigned long long seed)
     CHECK_EQ(shared.k[0].num_aborts, 0);
     CHECK_EQ(shared.k[0].num_closed, m->world);
     for (r = 0; r < m->world; r++) {
-        const lorasync_stream_info *i   = &shared.info[r];
-        size_t                      own = i->staging_bytes + i->plan_bytes + (r == m->root && !i->direct ? i->image_bytes : 0);
+        const lorasync_stream_info *i = &shared.info[r];
+        size_t own = i->staging_bytes + i->plan_bytes + (r == m->root && !i->direct ? i->image_bytes : 0);
         if (shared.status[r] < 0) fprintf(stderr, "seed %llu rank %d: %s\n", seed, r, shared.text[r]);
         CHECK_EQ(shared.status[r], LORASYNC_OK);
         CHECK_EQ(shared.wrong[r], 0);
@@ -420,7 +428,8 @@ static void check_random(const model *m, unsigned long long seed)
         CHECK_EQ(i->num_buckets, shared.k[0].num_served);
         CHECK_EQ(i->payload_bytes, total);
         CHECK_EQ(i->direct, m->world > 1 && !m->no_direct && total > 0);
-        if (r == m->root || i->direct) CHECK(i->image_bytes >= largest[0] + largest[1] && i->image_bytes < largest[0] + largest[1] + 64);
+        if (r == m->root || i->direct)
+            CHECK(i->image_bytes >= largest[0] + largest[1] && i->image_bytes < largest[0] + largest[1] + 64);
         else CHECK_EQ(i->image_bytes, 0);
         if (i->direct) CHECK_EQ(i->staging_bytes, 0);
         CHECK(shared.after_compile[r] < own + 8192 + 4096 * i->num_buckets); /* handles, and the index */
@@ -454,7 +463,8 @@ enum {
 };
 static float big_data[BIG_TENSORS][BIG_ROWS * BIG_COLUMNS];
 
-static lorasync_status open_big(const lorasync_comm *comm, bytes_memory *memory, size_t bucket, lorasync_stream **out, lorasync_error *err)
+static lorasync_status open_big(const lorasync_comm *comm, bytes_memory *memory, size_t bucket, lorasync_stream **out,
+                                lorasync_error *err)
 {
     lorasync_stream_desc d;
     lorasync_allocator   a;
@@ -507,7 +517,8 @@ static void peak_memory(void)
         CHECK_EQ(i->image_bytes, r ? 0 : 2 * bucket);
         CHECK(i->staging_bytes < bucket + 1024);
         if (r) CHECK(i->staging_bytes < bucket / 4 + 1024);
-        CHECK(shared.after_compile[r] < i->image_bytes + i->staging_bytes + i->plan_bytes + 8192 + 4096 * i->num_buckets);
+        CHECK(shared.after_compile[r] <
+              i->image_bytes + i->staging_bytes + i->plan_bytes + 8192 + 4096 * i->num_buckets);
         CHECK(shared.memory[r].peak < total / 2);
     }
     keeper_free(&shared.k[0]);
@@ -573,7 +584,8 @@ static void failing_rank(rank_context *c)
     if (root) {
         size_t num = 0;
         lorasync_stream_outcomes(s, &num);
-        if (num != (size_t)wanted.num_engines || lorasync_stream_outcomes(s, NULL)[1].version != 3) shared.wrong[0] |= 64;
+        if (num != (size_t)wanted.num_engines || lorasync_stream_outcomes(s, NULL)[1].version != 3)
+            shared.wrong[0] |= 64;
         if (shared.k[0].version != 3 || shared.k[1].version != 3) shared.wrong[0] |= 128;
     }
     lorasync_stream_close(s);
@@ -588,8 +600,8 @@ static void fail_once(failure f, int aborts)
     run_threads(3, failing_rank, NULL);
     for (r = 0; r < 3; r++) {
         if (shared.status[r] != f.status || shared.wrong[r])
-            fprintf(stderr, "stage %d commit %d nan %d: rank %d: wrong %d, status %d: %s\n", f.stage, f.commit, f.nan_tensor, r,
-                    shared.wrong[r], (int)shared.status[r], shared.text[r]);
+            fprintf(stderr, "stage %d commit %d nan %d: rank %d: wrong %d, status %d: %s\n", f.stage, f.commit,
+                    f.nan_tensor, r, shared.wrong[r], (int)shared.status[r], shared.text[r]);
         CHECK_EQ(shared.status[r], f.status);
         CHECK_EQ(shared.wrong[r], 0);
         CHECK_HAS(shared.text[r], f.word);
@@ -764,7 +776,8 @@ static void checkpoint(void)
         if (files.num_served > 1) many++;
         else one++;
         for (f = 0; f < files.num_served; f++) free(files.served[f].bytes);
-        snprintf(path, sizeof path, "%s/%d/policy-model/v1", root, seed); /* keep_versions 2: removed with all its files */
+        snprintf(path, sizeof path, "%s/%d/policy-model/v1", root, seed); /* keep_versions 2: removed with all its
+                                                                             files */
         CHECK(access(path, F_OK) != 0);
         keeper_free(&shared.k[1]);
         free_model(&m);
@@ -793,8 +806,8 @@ static lorasync_image *bucket_image(size_t b, size_t n, uint64_t version, float 
     return image;
 }
 
-static lorasync_status stage_buckets(lorasync_transport *t, size_t from, size_t to, size_t n, uint64_t version, float value,
-                                     lorasync_error *err)
+static lorasync_status stage_buckets(lorasync_transport *t, size_t from, size_t to, size_t n, uint64_t version,
+                                     float value, lorasync_error *err)
 {
     lorasync_status status = LORASYNC_OK;
     size_t          b;
@@ -846,7 +859,8 @@ static void directory_rules(void)
     CHECK_EQ(stage_buckets(&t, 0, 3, 3, 2, 3, &err), LORASYNC_OK);
     CHECK_EQ(t.commit(t.user, "base", 2, &err), LORASYNC_OK);
     CHECK_EQ(stage_buckets(&t, 0, 1, 3, 1, 2, &err), LORASYNC_E_VERSION); /* older */
-    child = fork();                                                       /* a publisher that dies between two buckets */
+    child = fork();                                                       /* a publisher that dies between two
+                                                                             buckets */
     if (child == 0) {
         stage_buckets(&t, 0, 2, 3, 3, 3, &err);
         _exit(0);
@@ -955,7 +969,8 @@ static void arguments(void)
     REQUIRE(lorasync_stream_open(&d, &s, &err) == LORASYNC_OK);
     CHECK_EQ(lorasync_stream_sync(s, 1, NULL, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_E_EMPTY);
-    p.name = "model.a.weight", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 4, p.box = lorasync_whole(p.shape, 1), p.data = big_data[0];
+    p.name = "model.a.weight", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 4, p.box = lorasync_whole(p.shape, 1),
+    p.data = big_data[0];
     CHECK_EQ(lorasync_stream_add(s, &p, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_OK); /* after the failed one */
     CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_E_STATE);
@@ -971,7 +986,8 @@ static void arguments(void)
     REQUIRE(lorasync_stream_open(&d, &s, &err) == LORASYNC_OK);
     CHECK_EQ(lorasync_stream_add(s, &p, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_stream_attach(s, NULL, NULL), LORASYNC_E_ARGUMENT);
-    CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_E_ARGUMENT); /* it comes again: nothing is sent to fewer engines in silence */
+    CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_E_ARGUMENT); /* it comes again: nothing is sent to fewer engines
+                                                                        in silence */
     CHECK_HAS(err.text, "transport is NULL");
     lorasync_stream_close(s);
     REQUIRE(lorasync_stream_open(&d, &other, &err) == LORASYNC_OK);
@@ -1035,7 +1051,8 @@ static void scarce_memory(void)
             run_threads(m.world, scarce_rank, NULL);
             for (i = 0; i < m.world; i++) {
                 if (shared.wrong[i] || shared.status[i] != shared.status[0])
-                    fprintf(stderr, "allocation %ld of rank %d: rank %d wrong %d: %s\n", n, r, i, shared.wrong[i], shared.text[i]);
+                    fprintf(stderr, "allocation %ld of rank %d: rank %d wrong %d: %s\n", n, r, i, shared.wrong[i],
+                            shared.text[i]);
                 CHECK_EQ(shared.wrong[i], 0);
                 CHECK_EQ(shared.status[i], shared.status[0]);
             }

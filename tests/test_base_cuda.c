@@ -54,7 +54,8 @@ static lorasync_status look(void *user, const lorasync_image *image, lorasync_er
     if (image->on_device) cudaMemcpy(copy, image->payload, image->payload_bytes, cudaMemcpyDefault);
     else memcpy(copy, image->payload, image->payload_bytes);
     for (i = 0; i < image->num_tensors; i++) {
-        if (sscanf(image->tensors[i].name, "model.layers.%d.weight", &k) != 1 || image->tensors[i].num_bytes != sizeof u.truth[0])
+        if (sscanf(image->tensors[i].name, "model.layers.%d.weight", &k) != 1 ||
+            image->tensors[i].num_bytes != sizeof u.truth[0])
             u.wrong[0] |= 2;
         else if (memcmp(copy + image->tensors[i].offset, u.truth[k], sizeof u.truth[0]) != 0) u.wrong[0] |= 4;
         else u.seen[k]++;
@@ -131,11 +132,14 @@ static void device_rank(rank_context *c)
         if (info.direct || (c->rank && info.image_bytes) || info.num_buckets != 5) u.wrong[c->rank] |= 8;
         if (u.spoil >= 0) {
             spoilt = (float)(1e300 * 1e300);
-            if (c->rank == c->world - 1) cudaMemcpy((char *)data[u.spoil] + num_bytes - 4, &spoilt, 4, cudaMemcpyDefault);
-            snprintf(word, sizeof word, "model.layers.%d.weight: NaN or Inf at element [31", u.spoil);
-            if (lorasync_stream_sync(s, 2, NULL, &err) != LORASYNC_E_NAN || !strstr(err.text, word)) u.wrong[c->rank] |= 16;
             if (c->rank == c->world - 1)
-                cudaMemcpy((char *)data[u.spoil] + num_bytes - 4, &u.truth[u.spoil][ROWS * COLUMNS - 1], 4, cudaMemcpyDefault);
+                cudaMemcpy((char *)data[u.spoil] + num_bytes - 4, &spoilt, 4, cudaMemcpyDefault);
+            snprintf(word, sizeof word, "model.layers.%d.weight: NaN or Inf at element [31", u.spoil);
+            if (lorasync_stream_sync(s, 2, NULL, &err) != LORASYNC_E_NAN || !strstr(err.text, word))
+                u.wrong[c->rank] |= 16;
+            if (c->rank == c->world - 1)
+                cudaMemcpy((char *)data[u.spoil] + num_bytes - 4, &u.truth[u.spoil][ROWS * COLUMNS - 1], 4,
+                           cudaMemcpyDefault);
             if (u.version != 1 && c->rank == 0) u.wrong[0] |= 32;
         }
         status = lorasync_stream_sync(s, 2, NULL, &err);
@@ -160,7 +164,8 @@ static void run_device(int world, int nccl, int keep_on_device, int spoil)
     run_threads(world, device_rank, NULL);
     for (i = 0; i < world; i++) {
         if (u.status[i] < 0)
-            fprintf(stderr, "world %d nccl %d keep %d spoil %d, rank %d: %s\n", world, nccl, keep_on_device, spoil, i, u.text[i]);
+            fprintf(stderr, "world %d nccl %d keep %d spoil %d, rank %d: %s\n", world, nccl, keep_on_device, spoil, i,
+                    u.text[i]);
         CHECK_EQ(u.status[i], LORASYNC_OK);
         CHECK_EQ(u.wrong[i], 0);
     }

@@ -5,7 +5,8 @@
 #include "ranks.h"
 #include "traffic.h"
 
-static const long long no_hang = 10000000000ll; /* ns. On a busy machine a deadline of a moment is kept late, not never */
+static const long long no_hang = 10000000000ll; /* ns. On a busy machine a deadline of a moment is kept late, not
+                                                   never */
 
 #include <sys/mman.h>
 
@@ -128,10 +129,15 @@ static void mismatched(rank_context *x)
     lorasync_error   err;
     uint64_t         start = lorasynci_now_ns();
     lorasync_status  status;
-    s.peer = r.peer = 1 - x->rank, s.data = a, r.data = b, s.num_bytes = 10, r.num_bytes = x->rank ? 20 : 10; /* rank 1 expects 20 of 10 */
+    s.peer = r.peer = 1 - x->rank, s.data = a, r.data = b, s.num_bytes = 10, r.num_bytes = x->rank ? 20 : 10; /* rank 1
+                                                                                                                 expects
+                                                                                                                 20 of
+                                                                                                                 10 */
     status = x->comm.exchange(x->comm.user, &s, 1, &r, 1, 300, &err);
     if (status < 0) x->comm.abort(x->comm.user, err.text);
-    else status = x->comm.all_gather(x->comm.user, a, b, 8, 300, &err); /* whoever had luck learns of it in the next call */
+    else
+        status = x->comm.all_gather(x->comm.user, a, b, 8, 300, &err); /* whoever had luck learns of it in the next
+                                                                           call */
     note(x, status, start, &err);
 }
 
@@ -238,7 +244,8 @@ static void abort_wakes(void)
     }
 }
 
-/* -- ranks that die. The test is the parent: a killed child stays a zombie until it is collected, or is collected at once. */
+/* -- ranks that die. The test is the parent: a killed child stays a zombie until it is collected, or is collected at
+   once. */
 
 static int kill_when; /* 0: before the exchange, 1: in the middle of it, 2: in an all_gather between two of a series */
 

@@ -1,4 +1,5 @@
-/* The rooms json and config: the strict reader, the writer in Python's form, and adapter_config.json read, checked and written. */
+/* The rooms json and config: the strict reader, the writer in Python's form, and adapter_config.json read, checked and
+   written. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -171,12 +172,14 @@ static void test_json_depth(void)
     CHECK_HAS(err.text, "deeper than 32");
 }
 
-/* Every cut of a good text is refused, and so is nothing else than the reader says: no crash on any change of one byte. */
+/* Every cut of a good text is refused, and so is nothing else than the reader says: no crash on any change of one
+   byte. */
 static void test_json_cuts(void)
 {
-    static const char text[] = "{\"a\\u00e9\":[1,-2.5e-3,true,{\"\xc3\xa9\":null}],\"long enough for eight\":\"\\ud83d\\ude00\"}";
-    size_t            n      = sizeof text - 1, i;
-    int               c;
+    static const char text[] =
+        "{\"a\\u00e9\":[1,-2.5e-3,true,{\"\xc3\xa9\":null}],\"long enough for eight\":\"\\ud83d\\ude00\"}";
+    size_t n = sizeof text - 1, i;
+    int    c;
     for (i = 0; i < n; i++) {
         char *copy = (char *)malloc(i + 1); /* exact size: a sanitizer sees any read behind it */
         memcpy(copy, text, i);
@@ -191,7 +194,8 @@ static void test_json_cuts(void)
             memcpy(copy, text, n);
             copy[i] = (char)(unsigned char)c;
             lorasynci_buffer_init(&b, &a);
-            if (validate(copy, n) == LORASYNC_OK) CHECK(python_form(&b, copy, n) == LORASYNC_OK || strstr(err.text, "twice") != NULL);
+            if (validate(copy, n) == LORASYNC_OK)
+                CHECK(python_form(&b, copy, n) == LORASYNC_OK || strstr(err.text, "twice") != NULL);
             else CHECK(python_form(&b, copy, n) == LORASYNC_E_FORMAT);
             lorasynci_buffer_free(&b);
         }
@@ -212,7 +216,9 @@ static void test_json_plain(void)
                 text[at] = (char)(unsigned char)c;
                 if (at + 3 < n) text[at + 3] = '"';
                 for (expected = text; expected < text + n; expected++)
-                    if ((unsigned char)*expected < 32 || (unsigned char)*expected > 127 || *expected == '"' || *expected == '\\') break;
+                    if ((unsigned char)*expected < 32 || (unsigned char)*expected > 127 || *expected == '"' ||
+                        *expected == '\\')
+                        break;
                 CHECK(lorasynci_json_plain(text, text + n) == expected);
             }
 }
@@ -221,8 +227,12 @@ static void test_json_plain(void)
 static size_t utf8_reference(const unsigned char *p, size_t n)
 {
     static const long least[] = {0, 0, 0x80, 0x800, 0x10000};
-    size_t            size    = p[0] >= 0xF0 && p[0] < 0xF8 ? 4 : p[0] >= 0xE0 && p[0] < 0xF0 ? 3 : p[0] >= 0xC0 && p[0] < 0xE0 ? 2 : 0, i;
-    long              c       = p[0] & (0x7F >> size);
+    size_t            size    = p[0] >= 0xF0 && p[0] < 0xF8   ? 4
+                                : p[0] >= 0xE0 && p[0] < 0xF0 ? 3
+                                : p[0] >= 0xC0 && p[0] < 0xE0 ? 2
+                                                              : 0,
+           i;
+    long c = p[0] & (0x7F >> size);
     if (!size || size > n) return 0;
     for (i = 1; i < size; i++) {
         if ((p[i] & 0xC0) != 0x80) return 0;
@@ -240,7 +250,8 @@ static void test_json_utf8(void)
         for (b = 0; b < 256; b++)
             for (c = 0; c < 256; c += (c > 0x7c && c < 0xc2 ? 1 : 13)) {
                 size_t n;
-                p[0] = (unsigned char)a, p[1] = (unsigned char)b, p[2] = (unsigned char)c, p[3] = (unsigned char)(c ^ 0x15);
+                p[0] = (unsigned char)a, p[1] = (unsigned char)b, p[2] = (unsigned char)c,
+                p[3] = (unsigned char)(c ^ 0x15);
                 for (n = 1; n <= 4; n++) CHECK_EQ(lorasynci_utf8((char *)p, (char *)p + n), utf8_reference(p, n));
             }
     for (code = 0x80; code <= 0x10FFFF; code++) { /* every character, written and read back */
@@ -260,7 +271,8 @@ static void test_json_strings(void)
                             {"\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\/\b\f\n\r\t", 1},
                             {"\"\\u0041\\u00e9\\u20AC\\ud83d\\ude00z\"", "A\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80z", 1},
                             {"\"\\uDBFF\\uDFFF\\uD800\\uDC00\"", "\xf4\x8f\xbf\xbf\xf0\x90\x80\x80", 1},
-                            {"\"\\u0001\\u001f\\u007f\\u0080\\u07ff\\u0800\\uffff\"", "\x01\x1f\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xef\xbf\xbf", 1}};
+                            {"\"\\u0001\\u001f\\u007f\\u0080\\u07ff\\u0800\\uffff\"",
+                             "\x01\x1f\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xef\xbf\xbf", 1}};
     lorasync_allocator a = plain_allocator();
     size_t             i;
     for (i = 0; i < COUNT(s); i++) {
@@ -459,8 +471,10 @@ static void test_json_python_form(void)
         {"1e5", "100000.0"},
         {"123456789012345678901234567890", "123456789012345678901234567890"},
         {"{\"b\":1,\"a\":[1,2.0,\"\xc3\xa9\",{}],\"c\":{\"y\":null,\"x\":[]}}",
-         "{\n  \"a\": [\n    1,\n    2.0,\n    \"\\u00e9\",\n    {}\n  ],\n  \"b\": 1,\n  \"c\": {\n    \"x\": [],\n    \"y\": null\n  }\n}"},
-        {"{\"\xef\xbf\xbf\":1,\"\xf0\x90\x80\x80\":2,\"a\\u0062\":3}", "{\n  \"ab\": 3,\n  \"\\uffff\": 1,\n  \"\\ud800\\udc00\": 2\n}"}};
+         "{\n  \"a\": [\n    1,\n    2.0,\n    \"\\u00e9\",\n    {}\n  ],\n  \"b\": 1,\n  \"c\": {\n    \"x\": [],\n   "
+         " \"y\": null\n  }\n}"},
+        {"{\"\xef\xbf\xbf\":1,\"\xf0\x90\x80\x80\":2,\"a\\u0062\":3}",
+         "{\n  \"ab\": 3,\n  \"\\uffff\": 1,\n  \"\\ud800\\udc00\": 2\n}"}};
     static const char *const twice[] = {"{\"a\":1,\"a\":2}", "{\"x\":[{\"a\":1,\"b\":2,\"\\u0061\":3}]}"};
     lorasync_allocator       a       = plain_allocator();
     lorasynci_buffer         b, again;
@@ -531,10 +545,10 @@ static lorasync_status check(const char *json)
     return status;
 }
 
-#define CHECK_FAILS(call, status, part)                                                                                                    \
-    do {                                                                                                                                   \
-        CHECK_EQ(call, status);                                                                                                            \
-        CHECK_HAS(err.text, part);                                                                                                         \
+#define CHECK_FAILS(call, status, part)                                                                                \
+    do {                                                                                                               \
+        CHECK_EQ(call, status);                                                                                        \
+        CHECK_HAS(err.text, part);                                                                                     \
     } while (0)
 
 /* -- config: reading */
@@ -552,8 +566,9 @@ static void test_config_defaults(void)
     CHECK(!i->num_target_modules && !i->num_modules_to_save && !i->num_rank_patterns && !i->num_alpha_patterns);
     CHECK(lorasync_config_rank(c, "x") == 8 && lorasync_config_scale(c, "x") == 1);
     lorasync_config_free(c);
-    c = parse("{\"peft_type\":\"LORA\",\"r\":null,\"lora_alpha\":null,\"bias\":null,\"use_dora\":null,\"target_modules\":null,"
-              "\"rank_pattern\":null,\"modules_to_save\":null,\"layers_to_transform\":null,\"task_type\":null}");
+    c = parse("{\"peft_type\":\"LORA\",\"r\":null,\"lora_alpha\":null,\"bias\":null,\"use_dora\":null,"
+              "\"target_modules\":null,\"rank_pattern\":null,\"modules_to_save\":null,\"layers_to_transform\":null,"
+              "\"task_type\":null}");
     REQUIRE(c);
     CHECK(lorasync_config_view(c)->r == 8);
     lorasync_config_free(c);
@@ -562,11 +577,12 @@ static void test_config_defaults(void)
 
 static void test_config_fields(void)
 {
-    lorasync_config *c =
-        parse("{\"peft_type\":\"LORA\",\"r\":32,\"lora_alpha\":16.5,\"bias\":\"lora_only\",\"use_rslora\":true,\"use_dora\":true,"
-              "\"lora_bias\":true,\"fan_in_fan_out\":true,\"task_type\":\"SEQ_CLS\",\"base_model_name_or_path\":\"a\\/\\u7ed8\","
-              "\"target_modules\":[\"q\",\"k.v\",\"q\"],\"modules_to_save\":[\"score\"],\"rank_pattern\":{\"q\":4,\"^x\\\\.k.v\":64},"
-              "\"alpha_pattern\":{\"k.v\":1e2},\"unknown\":{\"deep\":[1]}}");
+    lorasync_config *c = parse(
+        "{\"peft_type\":\"LORA\",\"r\":32,\"lora_alpha\":16.5,\"bias\":\"lora_only\",\"use_rslora\":true,"
+        "\"use_dora\":true,\"lora_bias\":true,\"fan_in_fan_out\":true,\"task_type\":\"SEQ_CLS\","
+        "\"base_model_name_or_path\":\"a\\/\\u7ed8\",\"target_modules\":[\"q\",\"k.v\",\"q\"],"
+        "\"modules_to_save\":[\"score\"],\"rank_pattern\":{\"q\":4,\"^x\\\\.k.v\":64},\"alpha_pattern\":{\"k.v\":1e2},"
+        "\"unknown\":{\"deep\":[1]}}");
     const lorasync_config_info *i;
     REQUIRE(c);
     i = lorasync_config_view(c);
@@ -594,51 +610,54 @@ static void test_config_refuses(void)
         const char *json;
         int         status;
         const char *part;
-    } bad[] = {{"", LORASYNC_E_FORMAT, "expected an object"},
-               {"[]", LORASYNC_E_FORMAT, "expected an object"},
-               {"{} x", LORASYNC_E_FORMAT, "nothing may follow"},
-               {"{}", LORASYNC_E_FORMAT, "no \"peft_type\""},
-               {"{\"peft_type\":null}", LORASYNC_E_FORMAT, "no \"peft_type\""},
-               {"{\"peft_type\":1}", LORASYNC_E_FORMAT, "\"peft_type\": JSON error at byte 13"},
-               {"{\"peft_type\":\"lora\"}", LORASYNC_E_UNSUPPORTED, "peft_type is \"lora\""},
-               {"{\"peft_type\":\"ADALORA\"}", LORASYNC_E_UNSUPPORTED, "\"ADALORA\""},
-               {"{\"peft_type\":\"LORA\",\"r\":1,\"r\":1}", LORASYNC_E_FORMAT,
-                "JSON error at byte 30 (line 1, column 31): key \"r\" occurs twice"},
-               {"{\"peft_type\":\"LORA\",\n\"x\":[{\"y\":{\"z\":1,\n\"z\":2}}]}", LORASYNC_E_FORMAT,
-                "adapter config: \"x\": \"y\": JSON error at byte 43 (line 3, column 5): key \"z\" occurs twice in one object; found `2`"},
-               {"{\"peft_type\":\"LORA\",\"x\":NaN}", LORASYNC_E_FORMAT, "NaN and Infinity"},
-               {"{\"peft_type\":\"LORA\",\"lora_alpha\":-Infinity}", LORASYNC_E_FORMAT, "NaN and Infinity"},
-               {"{\"peft_type\":\"LORA\",\"x\":1e999}", LORASYNC_E_FORMAT, "does not fit a double"},
-               {"{\"peft_type\":\"LORA\",\n\"r\":0}", LORASYNC_E_FORMAT,
-                "\"r\": JSON error at byte 25 (line 2, column 5): a rank is 1 to 2147483647"},
-               {"{\"peft_type\":\"LORA\",\"r\":-1}", LORASYNC_E_FORMAT, "\"r\""},
-               {"{\"peft_type\":\"LORA\",\"r\":8.0}", LORASYNC_E_FORMAT, "\"r\""},
-               {"{\"peft_type\":\"LORA\",\"r\":2147483648}", LORASYNC_E_FORMAT, "a rank is"},
-               {"{\"peft_type\":\"LORA\",\"r\":\"8\"}", LORASYNC_E_FORMAT, "\"r\""},
-               {"{\"peft_type\":\"LORA\",\"lora_alpha\":\"8\"}", LORASYNC_E_FORMAT, "\"lora_alpha\""},
-               {"{\"peft_type\":\"LORA\",\"bias\":\"some\"}", LORASYNC_E_FORMAT, "expected \"none\", \"all\" or \"lora_only\""},
-               {"{\"peft_type\":\"LORA\",\"bias\":false}", LORASYNC_E_FORMAT, "\"bias\""},
-               {"{\"peft_type\":\"LORA\",\"use_dora\":1}", LORASYNC_E_FORMAT, "\"use_dora\""},
-               {"{\"peft_type\":\"LORA\",\"use_rslora\":\"x\"}", LORASYNC_E_FORMAT, "\"use_rslora\""},
-               {"{\"peft_type\":\"LORA\",\"lora_bias\":[]}", LORASYNC_E_FORMAT, "\"lora_bias\""},
-               {"{\"peft_type\":\"LORA\",\"fan_in_fan_out\":{}}", LORASYNC_E_FORMAT, "\"fan_in_fan_out\""},
-               {"{\"peft_type\":\"LORA\",\"task_type\":3}", LORASYNC_E_FORMAT, "\"task_type\""},
-               {"{\"peft_type\":\"LORA\",\"base_model_name_or_path\":3}", LORASYNC_E_FORMAT, "\"base_model_name_or_path\""},
-               {"{\"peft_type\":\"LORA\",\"target_modules\":3}", LORASYNC_E_FORMAT, "\"target_modules\": JSON error"},
-               {"{\"peft_type\":\"LORA\",\"target_modules\":[3]}", LORASYNC_E_FORMAT, "\"target_modules\""},
-               {"{\"peft_type\":\"LORA\",\"target_modules\":\"(?<=x)y\"}", LORASYNC_E_UNSUPPORTED, "\"target_modules\""},
-               {"{\"peft_type\":\"LORA\",\"target_modules\":\"(\"}", LORASYNC_E_FORMAT, "\"target_modules\""},
-               {"{\"peft_type\":\"LORA\",\"exclude_modules\":true}", LORASYNC_E_FORMAT, "\"exclude_modules\""},
-               {"{\"peft_type\":\"LORA\",\"exclude_modules\":\"(\"}", LORASYNC_E_FORMAT, "\"exclude_modules\""},
-               {"{\"peft_type\":\"LORA\",\"modules_to_save\":\"score\"}", LORASYNC_E_FORMAT, "\"modules_to_save\""},
-               {"{\"peft_type\":\"LORA\",\"target_parameters\":{}}", LORASYNC_E_FORMAT, "\"target_parameters\""},
-               {"{\"peft_type\":\"LORA\",\"layers_to_transform\":\"1\"}", LORASYNC_E_FORMAT, "\"layers_to_transform\""},
-               {"{\"peft_type\":\"LORA\",\"layers_to_transform\":[1.5]}", LORASYNC_E_FORMAT, "expected an integer"},
-               {"{\"peft_type\":\"LORA\",\"rank_pattern\":[]}", LORASYNC_E_FORMAT, "\"rank_pattern\""},
-               {"{\"peft_type\":\"LORA\",\"rank_pattern\":{\"a\":0}}", LORASYNC_E_FORMAT, "\"rank_pattern\""},
-               {"{\"peft_type\":\"LORA\",\"rank_pattern\":{\"a\":1,\"a\":2}}", LORASYNC_E_FORMAT, "key \"a\" occurs twice"},
-               {"{\"peft_type\":\"LORA\",\"rank_pattern\":{\"a(\":1}}", LORASYNC_E_FORMAT, "\"rank_pattern\""},
-               {"{\"peft_type\":\"LORA\",\"alpha_pattern\":{\"a\":\"1\"}}", LORASYNC_E_FORMAT, "\"alpha_pattern\""}};
+    } bad[] = {
+        {"", LORASYNC_E_FORMAT, "expected an object"},
+        {"[]", LORASYNC_E_FORMAT, "expected an object"},
+        {"{} x", LORASYNC_E_FORMAT, "nothing may follow"},
+        {"{}", LORASYNC_E_FORMAT, "no \"peft_type\""},
+        {"{\"peft_type\":null}", LORASYNC_E_FORMAT, "no \"peft_type\""},
+        {"{\"peft_type\":1}", LORASYNC_E_FORMAT, "\"peft_type\": JSON error at byte 13"},
+        {"{\"peft_type\":\"lora\"}", LORASYNC_E_UNSUPPORTED, "peft_type is \"lora\""},
+        {"{\"peft_type\":\"ADALORA\"}", LORASYNC_E_UNSUPPORTED, "\"ADALORA\""},
+        {"{\"peft_type\":\"LORA\",\"r\":1,\"r\":1}", LORASYNC_E_FORMAT,
+         "JSON error at byte 30 (line 1, column 31): key \"r\" occurs twice"},
+        {"{\"peft_type\":\"LORA\",\n\"x\":[{\"y\":{\"z\":1,\n\"z\":2}}]}", LORASYNC_E_FORMAT,
+         "adapter config: \"x\": \"y\": JSON error at byte 43 (line 3, column 5): key \"z\" occurs twice in one "
+         "object; found `2`"},
+        {"{\"peft_type\":\"LORA\",\"x\":NaN}", LORASYNC_E_FORMAT, "NaN and Infinity"},
+        {"{\"peft_type\":\"LORA\",\"lora_alpha\":-Infinity}", LORASYNC_E_FORMAT, "NaN and Infinity"},
+        {"{\"peft_type\":\"LORA\",\"x\":1e999}", LORASYNC_E_FORMAT, "does not fit a double"},
+        {"{\"peft_type\":\"LORA\",\n\"r\":0}", LORASYNC_E_FORMAT,
+         "\"r\": JSON error at byte 25 (line 2, column 5): a rank is 1 to 2147483647"},
+        {"{\"peft_type\":\"LORA\",\"r\":-1}", LORASYNC_E_FORMAT, "\"r\""},
+        {"{\"peft_type\":\"LORA\",\"r\":8.0}", LORASYNC_E_FORMAT, "\"r\""},
+        {"{\"peft_type\":\"LORA\",\"r\":2147483648}", LORASYNC_E_FORMAT, "a rank is"},
+        {"{\"peft_type\":\"LORA\",\"r\":\"8\"}", LORASYNC_E_FORMAT, "\"r\""},
+        {"{\"peft_type\":\"LORA\",\"lora_alpha\":\"8\"}", LORASYNC_E_FORMAT, "\"lora_alpha\""},
+        {"{\"peft_type\":\"LORA\",\"bias\":\"some\"}", LORASYNC_E_FORMAT,
+         "expected \"none\", \"all\" or \"lora_only\""},
+        {"{\"peft_type\":\"LORA\",\"bias\":false}", LORASYNC_E_FORMAT, "\"bias\""},
+        {"{\"peft_type\":\"LORA\",\"use_dora\":1}", LORASYNC_E_FORMAT, "\"use_dora\""},
+        {"{\"peft_type\":\"LORA\",\"use_rslora\":\"x\"}", LORASYNC_E_FORMAT, "\"use_rslora\""},
+        {"{\"peft_type\":\"LORA\",\"lora_bias\":[]}", LORASYNC_E_FORMAT, "\"lora_bias\""},
+        {"{\"peft_type\":\"LORA\",\"fan_in_fan_out\":{}}", LORASYNC_E_FORMAT, "\"fan_in_fan_out\""},
+        {"{\"peft_type\":\"LORA\",\"task_type\":3}", LORASYNC_E_FORMAT, "\"task_type\""},
+        {"{\"peft_type\":\"LORA\",\"base_model_name_or_path\":3}", LORASYNC_E_FORMAT, "\"base_model_name_or_path\""},
+        {"{\"peft_type\":\"LORA\",\"target_modules\":3}", LORASYNC_E_FORMAT, "\"target_modules\": JSON error"},
+        {"{\"peft_type\":\"LORA\",\"target_modules\":[3]}", LORASYNC_E_FORMAT, "\"target_modules\""},
+        {"{\"peft_type\":\"LORA\",\"target_modules\":\"(?<=x)y\"}", LORASYNC_E_UNSUPPORTED, "\"target_modules\""},
+        {"{\"peft_type\":\"LORA\",\"target_modules\":\"(\"}", LORASYNC_E_FORMAT, "\"target_modules\""},
+        {"{\"peft_type\":\"LORA\",\"exclude_modules\":true}", LORASYNC_E_FORMAT, "\"exclude_modules\""},
+        {"{\"peft_type\":\"LORA\",\"exclude_modules\":\"(\"}", LORASYNC_E_FORMAT, "\"exclude_modules\""},
+        {"{\"peft_type\":\"LORA\",\"modules_to_save\":\"score\"}", LORASYNC_E_FORMAT, "\"modules_to_save\""},
+        {"{\"peft_type\":\"LORA\",\"target_parameters\":{}}", LORASYNC_E_FORMAT, "\"target_parameters\""},
+        {"{\"peft_type\":\"LORA\",\"layers_to_transform\":\"1\"}", LORASYNC_E_FORMAT, "\"layers_to_transform\""},
+        {"{\"peft_type\":\"LORA\",\"layers_to_transform\":[1.5]}", LORASYNC_E_FORMAT, "expected an integer"},
+        {"{\"peft_type\":\"LORA\",\"rank_pattern\":[]}", LORASYNC_E_FORMAT, "\"rank_pattern\""},
+        {"{\"peft_type\":\"LORA\",\"rank_pattern\":{\"a\":0}}", LORASYNC_E_FORMAT, "\"rank_pattern\""},
+        {"{\"peft_type\":\"LORA\",\"rank_pattern\":{\"a\":1,\"a\":2}}", LORASYNC_E_FORMAT, "key \"a\" occurs twice"},
+        {"{\"peft_type\":\"LORA\",\"rank_pattern\":{\"a(\":1}}", LORASYNC_E_FORMAT, "\"rank_pattern\""},
+        {"{\"peft_type\":\"LORA\",\"alpha_pattern\":{\"a\":\"1\"}}", LORASYNC_E_FORMAT, "\"alpha_pattern\""}};
     size_t i;
     for (i = 0; i < COUNT(bad); i++) {
         lorasync_config *c = (lorasync_config *)&err;
@@ -648,7 +667,8 @@ static void test_config_refuses(void)
         CHECK_HAS(err.text, bad[i].part);
         CHECK_HAS(err.text, "adapter config");
         CHECK(c == NULL);
-        CHECK_EQ(lorasync_config_parse(bad[i].json, strlen(bad[i].json), NULL, &c, NULL), bad[i].status); /* without err */
+        CHECK_EQ(lorasync_config_parse(bad[i].json, strlen(bad[i].json), NULL, &c, NULL), bad[i].status); /* without
+                                                                                                             err */
     }
     CHECK_EQ(lorasync_config_parse("{}", 2, NULL, NULL, &err), LORASYNC_E_ARGUMENT);
 }
@@ -704,7 +724,8 @@ static void test_config_rank_patterns(void)
             int expected;
             random_text(module, "ab.", 8);
             expected = first_match(keys, num, module);
-            if (lorasync_config_rank(c, module) != (expected < 0 ? 999 : expected + 1)) fprintf(stderr, "%s in %s\n", module, json);
+            if (lorasync_config_rank(c, module) != (expected < 0 ? 999 : expected + 1))
+                fprintf(stderr, "%s in %s\n", module, json);
             CHECK_EQ(lorasync_config_rank(c, module), expected < 0 ? 999 : expected + 1);
         }
         lorasync_config_free(c);
@@ -801,7 +822,9 @@ static void test_check_targets(void)
     CHECK_EQ(check(LORA ",\"layers_to_transform\":0}"), LORASYNC_OK);
     CHECK_EQ(check(LORA ",\"layers_to_transform\":[]}"), LORASYNC_OK);
     CHECK_FAILS(check(LORA ",\"layers_to_transform\":1}"), LORASYNC_E_CONFIG, "\"m.0.q\"");
-    CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"m.0.q\",\"m.0.v\"],\"layers_to_transform\":1}"), LORASYNC_OK);
+    CHECK_EQ(
+        check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"m.0.q\",\"m.0.v\"],\"layers_to_transform\":1}"),
+        LORASYNC_OK);
 }
 
 static void test_check_ranks(void)
@@ -830,14 +853,16 @@ static void test_check_bias_and_dora(void)
     CHECK_EQ(check(LORA ",\"use_dora\":true}"), LORASYNC_OK);
     set.at[5].shape[0] = 9;
     CHECK_FAILS(check(LORA ",\"use_dora\":true}"), LORASYNC_E_PAIR, "vector of 10 elements");
-    set.at[5].ndim = 4, set.at[5].shape[0] = set.at[5].shape[2] = set.at[5].shape[3] = 1, set.at[5].shape[1] = 10; /* a convolution's */
+    /* a convolution's */
+    set.at[5].ndim = 4, set.at[5].shape[0] = set.at[5].shape[2] = set.at[5].shape[3] = 1, set.at[5].shape[1] = 10;
     CHECK_EQ(check(LORA ",\"use_dora\":true}"), LORASYNC_OK);
     set.at[5].shape[3] = 10;
     CHECK_EQ(check(LORA ",\"use_dora\":true}"), LORASYNC_E_PAIR);
     usual_set();
     CHECK_FAILS(check(LORA ",\"lora_bias\":true}"), LORASYNC_E_CONFIG, "has no lora_B.bias");
     add("m.0.q", ".lora_B.bias", 10, 0);
-    CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG, "\"base_model.model.m.0.q.lora_B.bias\": the adapter config says lora_bias false");
+    CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG,
+                "\"base_model.model.m.0.q.lora_B.bias\": the adapter config says lora_bias false");
     add("m.0.v", ".lora_B.bias", 10, 0);
     CHECK_EQ(check(LORA ",\"lora_bias\":true}"), LORASYNC_OK);
     set.num -= 2;
@@ -863,7 +888,8 @@ static void test_check_saved(void)
     add("head.modules_to_save.default.out.weight", "", 2, 5);
     CHECK_EQ(check(LORA ",\"modules_to_save\":[\"head\"]}"), LORASYNC_OK);
     CHECK_EQ(check(LORA ",\"modules_to_save\":[\"tail\"]}"), LORASYNC_E_CONFIG);
-    CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\",\"head\"],\"modules_to_save\":[\"head\"]}"),
+    CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\",\"head\"],"
+                   "\"modules_to_save\":[\"head\"]}"),
              LORASYNC_OK);
     usual_set();
     add("m.0.q.base_layer.bias", "", 10, 0);
@@ -900,7 +926,8 @@ static void test_check_embeddings(void)
 static void test_check_experts(void)
 {
     static const char json[] =
-        "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\"],\"target_parameters\":[\"experts.gate_up_proj\",\"experts.down_proj\"]}";
+        "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\"],\"target_parameters\":[\"experts.gate_up_proj\","
+        "\"experts.down_proj\"]}";
     set.num = 0;
     add_pair("m.0.q", 4);
     add_pair("m.0.mlp.experts", 32);
@@ -908,10 +935,9 @@ static void test_check_experts(void)
     CHECK_EQ(check(json), LORASYNC_OK);
     set.at[2].shape[0] = set.at[3].shape[1] = 30;
     CHECK_FAILS(check(json), LORASYNC_E_CONFIG, "rank 30");
-    CHECK_EQ(
-        check(
-            "{\"peft_type\":\"LORA\",\"r\":2,\"rank_pattern\":{\"q\":4},\"target_modules\":[\"q\"],\"target_parameters\":[\"down_proj\"]}"),
-        LORASYNC_OK);
+    CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":2,\"rank_pattern\":{\"q\":4},\"target_modules\":[\"q\"],"
+                   "\"target_parameters\":[\"down_proj\"]}"),
+             LORASYNC_OK);
     set.num = 0;
     add_pair("m.0.q", 8); /* a multiple is for expert parameters only */
     CHECK_EQ(check(json), LORASYNC_E_CONFIG);
@@ -949,10 +975,11 @@ static void test_write_from_tensors(void)
     add_pair("m.1.v", 4);
     check_written(
         NULL, 32, 0,
-        "{\n  \"alpha_pattern\": {},\n  \"base_model_name_or_path\": null,\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": false,\n"
-        "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n  \"lora_alpha\": 32,\n  \"lora_dropout\": 0.0,\n"
-        "  \"modules_to_save\": null,\n  \"peft_type\": \"LORA\",\n  \"r\": 4,\n  \"rank_pattern\": {},\n  \"target_modules\": [\n"
-        "    \"q\",\n    \"v\"\n  ],\n  \"task_type\": null,\n  \"use_dora\": false,\n  \"use_rslora\": false\n}");
+        "{\n  \"alpha_pattern\": {},\n  \"base_model_name_or_path\": null,\n  \"bias\": \"none\",\n  "
+        "\"fan_in_fan_out\": false,\n  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n  \"lora_alpha\": "
+        "32,\n  \"lora_dropout\": 0.0,\n  \"modules_to_save\": null,\n  \"peft_type\": \"LORA\",\n  \"r\": 4,\n  "
+        "\"rank_pattern\": {},\n  \"target_modules\": [\n    \"q\",\n    \"v\"\n  ],\n  \"task_type\": null,\n  "
+        "\"use_dora\": false,\n  \"use_rslora\": false\n}");
 }
 
 /* The parts of a written config that a test is about. */
@@ -967,10 +994,11 @@ static void check_parts(const char *json, double alpha, int fold, const char *co
 
 static void test_write_ranks(void)
 {
-    static const char *const plain[]  = {"\"r\": 4,", "\"rank_pattern\": {\n    \"m.1.q\": 2,\n    \"v\": 16\n  }", "\"alpha_pattern\": {}",
-                                         "\"lora_alpha\": 0.5,", NULL};
+    static const char *const plain[]  = {"\"r\": 4,", "\"rank_pattern\": {\n    \"m.1.q\": 2,\n    \"v\": 16\n  }",
+                                         "\"alpha_pattern\": {}", "\"lora_alpha\": 0.5,", NULL};
     static const char *const folded[] = {"\"r\": 4,", "\"rank_pattern\": {\n    \"m.1.q\": 2,\n    \"v\": 16\n  }",
-                                         "\"alpha_pattern\": {\n    \"m.1.q\": 2,\n    \"v\": 16\n  }", "\"lora_alpha\": 4,", NULL};
+                                         "\"alpha_pattern\": {\n    \"m.1.q\": 2,\n    \"v\": 16\n  }",
+                                         "\"lora_alpha\": 4,", NULL};
     set.num                           = 0;
     add_pair("m.0.q", 4);
     add_pair("m.1.q", 2);
@@ -983,8 +1011,9 @@ static void test_write_ranks(void)
 
 static void test_write_targets(void)
 {
-    static const char *const parts[] = {"\"target_modules\": [\n    \"0\",\n    \"emb\",\n    \"to_out.0\",\n    \"x.1.2\"\n  ]",
-                                        "\"use_dora\": true", "\"lora_bias\": true", NULL};
+    static const char *const parts[] = {
+        "\"target_modules\": [\n    \"0\",\n    \"emb\",\n    \"to_out.0\",\n    \"x.1.2\"\n  ]", "\"use_dora\": true",
+        "\"lora_bias\": true", NULL};
     static const char *const saved[] = {"\"modules_to_save\": [\n    \"a.head\",\n    \"score\"\n  ]", NULL};
     static const char *const none[]  = {"\"modules_to_save\": null", "\"emb\",\n    \"q\"", NULL};
     static const char *const names[] = {"0", "b.to_out.0", "c.to_out.0", "x.1.2"};
@@ -1062,28 +1091,27 @@ static void test_write_from_config(void)
 {
     usual_set();
     check_written(
-        "{\"zeta\":{\"b\":1.50,\"a\":[]},\"r\":4,\"peft_type\":\"LORA\",\"lora_alpha\":16.0,\"target_modules\":[\"v\",\"q\"],"
-        "\"base_model_name_or_path\":\"\xc3\xa9\",\"inference_mode\":false,\"lora_dropout\":1e-5}",
+        "{\"zeta\":{\"b\":1.50,\"a\":[]},\"r\":4,\"peft_type\":\"LORA\",\"lora_alpha\":16.0,\"target_modules\":[\"v\","
+        "\"q\"],\"base_model_name_or_path\":\"\xc3\xa9\",\"inference_mode\":false,\"lora_dropout\":1e-5}",
         0, 0,
-        "{\n  \"base_model_name_or_path\": \"\\u00e9\",\n  \"inference_mode\": true,\n  \"lora_alpha\": 16.0,\n  \"lora_dropout\": 1e-05,\n"
-        "  \"peft_type\": \"LORA\",\n  \"r\": 4,\n  \"target_modules\": [\n    \"v\",\n    \"q\"\n  ],\n  \"zeta\": {\n    \"a\": [],\n"
-        "    \"b\": 1.5\n  }\n}");
+        "{\n  \"base_model_name_or_path\": \"\\u00e9\",\n  \"inference_mode\": true,\n  \"lora_alpha\": 16.0,\n  "
+        "\"lora_dropout\": 1e-05,\n  \"peft_type\": \"LORA\",\n  \"r\": 4,\n  \"target_modules\": [\n    \"v\",\n    "
+        "\"q\"\n  ],\n  \"zeta\": {\n    \"a\": [],\n    \"b\": 1.5\n  }\n}");
+    check_written("{\"r\":4,\"peft_type\":\"LORA\",\"target_modules\":\".*[qv]\"}", 0, 0,
+                  "{\n  \"inference_mode\": true,\n  \"lora_alpha\": 8,\n  \"peft_type\": \"LORA\",\n  \"r\": 4,\n  "
+                  "\"target_modules\": [\n    \"q\",\n    \"v\"\n  ]\n}");
     check_written(
-        "{\"r\":4,\"peft_type\":\"LORA\",\"target_modules\":\".*[qv]\"}", 0, 0,
-        "{\n  \"inference_mode\": true,\n  \"lora_alpha\": 8,\n  \"peft_type\": \"LORA\",\n  \"r\": 4,\n  \"target_modules\": [\n    \"q\",\n"
-        "    \"v\"\n  ]\n}");
-    check_written(
-        "{\"r\":4,\"peft_type\":\"LORA\",\"lora_alpha\":16.0,\"use_rslora\":true,\"target_modules\":null,\"rank_pattern\":{\"0.v\":4},"
-        "\"alpha_pattern\":{\"q\":3}}",
+        "{\"r\":4,\"peft_type\":\"LORA\",\"lora_alpha\":16.0,\"use_rslora\":true,\"target_modules\":null,"
+        "\"rank_pattern\":{\"0.v\":4},\"alpha_pattern\":{\"q\":3}}",
         0, 1,
-        "{\n  \"alpha_pattern\": {\n    \"0.v\": 4\n  },\n  \"inference_mode\": true,\n  \"lora_alpha\": 4,\n  \"peft_type\": \"LORA\",\n"
-        "  \"r\": 4,\n  \"rank_pattern\": {\n    \"0.v\": 4\n  },\n  \"target_modules\": [\n    \"q\",\n    \"v\"\n  ],\n"
-        "  \"use_rslora\": false\n}");
+        "{\n  \"alpha_pattern\": {\n    \"0.v\": 4\n  },\n  \"inference_mode\": true,\n  \"lora_alpha\": 4,\n  "
+        "\"peft_type\": \"LORA\",\n  \"r\": 4,\n  \"rank_pattern\": {\n    \"0.v\": 4\n  },\n  \"target_modules\": [\n "
+        "   \"q\",\n    \"v\"\n  ],\n  \"use_rslora\": false\n}");
     add_pair("m.0.mlp.experts", 32);
     check_written(
         "{\"r\":4,\"peft_type\":\"LORA\",\"lora_alpha\":4,\"target_parameters\":[\"experts.w\"]}", 0, 0,
-        "{\n  \"inference_mode\": true,\n  \"lora_alpha\": 4,\n  \"peft_type\": \"LORA\",\n  \"r\": 4,\n  \"target_modules\": [\n    \"q\",\n"
-        "    \"v\"\n  ],\n  \"target_parameters\": [\n    \"experts.w\"\n  ]\n}");
+        "{\n  \"inference_mode\": true,\n  \"lora_alpha\": 4,\n  \"peft_type\": \"LORA\",\n  \"r\": 4,\n  "
+        "\"target_modules\": [\n    \"q\",\n    \"v\"\n  ],\n  \"target_parameters\": [\n    \"experts.w\"\n  ]\n}");
 }
 
 /* -- memory */
@@ -1091,9 +1119,10 @@ static void test_write_from_config(void)
 static void test_memory_everywhere(void)
 {
     static const char json[] =
-        "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\"],\"exclude_modules\":\"x.*\",\"modules_to_save\":[\"score\"],"
-        "\"rank_pattern\":{\"v\":4,\"[q]\":4},\"alpha_pattern\":{\"q\":2},\"layers_to_transform\":0,\"target_parameters\":[\"e.w\"],"
-        "\"base_model_name_or_path\":\"b\",\"task_type\":\"t\",\"x\":{\"y\":[\"z\"]}}";
+        "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\"],\"exclude_modules\":\"x.*\","
+        "\"modules_to_save\":[\"score\"],\"rank_pattern\":{\"v\":4,\"[q]\":4},\"alpha_pattern\":{\"q\":2},"
+        "\"layers_to_transform\":0,\"target_parameters\":[\"e.w\"],\"base_model_name_or_path\":\"b\","
+        "\"task_type\":\"t\",\"x\":{\"y\":[\"z\"]}}";
     test_memory        memory;
     lorasync_allocator a;
     long               n;
@@ -1219,14 +1248,17 @@ static void try_config(const char *path, const char *name)
     out = write_config(text, 0, 0);
     if (!out) fprintf(stderr, "%s: %s\n", name, err.text);
     REQUIRE(out);
-    if (strncmp(text, "{\n  \"al", 7) == 0 || strncmp(text, "{\n  \"au", 7) == 0 || strncmp(text, "{\n  \"ba", 7) == 0) {
-        expected = replaced(text, "\"inference_mode\": false", "\"inference_mode\": true"); /* written by PEFT: only these may change */
+    if (strncmp(text, "{\n  \"al", 7) == 0 || strncmp(text, "{\n  \"au", 7) == 0 ||
+        strncmp(text, "{\n  \"ba", 7) == 0) {
+        expected = replaced(text, "\"inference_mode\": false", "\"inference_mode\": true"); /* written by PEFT: only
+                                                                                               these may change */
         free(text);
         text = expected;
         if (!lorasync_config_view(c)->target_modules) {
             expected = replaced(text, "\"target_modules\": null", "\"target_modules\": [\n    \"q\"\n  ]");
             free(text);
-            text = replaced(expected, "\"target_modules\": \"classifier\"", "\"target_modules\": [\n    \"classifier\"\n  ]");
+            text = replaced(expected, "\"target_modules\": \"classifier\"",
+                            "\"target_modules\": [\n    \"classifier\"\n  ]");
             free(expected);
         }
         for (n = strlen(text); n && text[n - 1] == '\n'; n--) text[n - 1] = 0;
@@ -1248,7 +1280,8 @@ static void test_real_configs(void)
     if (!each_file(test_path("adapter_configs"), try_config)) SKIP("no adapter_configs in the data folder");
     CHECK_EQ(num_lora, 27);
     CHECK_EQ(num_others, 13);
-    printf("     %d LORA configs read, %d others refused, %d written by PEFT come back byte for byte\n", num_lora, num_others, num_same);
+    printf("     %d LORA configs read, %d others refused, %d written by PEFT come back byte for byte\n", num_lora,
+           num_others, num_same);
     CHECK_EQ(num_same, 18); /* the 19th has a pattern that is more than its test tensors */
 }
 

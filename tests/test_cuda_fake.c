@@ -1,4 +1,5 @@
-/* Device plans without a GPU: the random cases of test_plan in fake device memory, over every way that bytes can take, and what may fail. */
+/* Device plans without a GPU: the random cases of test_plan in fake device memory, over every way that bytes can take,
+   and what may fail. */
 #if defined(__has_include)
 #if __has_include(<cuda_runtime_api.h>) && __has_include(<nccl.h>)
 #define HAVE_CUDA 1
@@ -166,7 +167,10 @@ static void plan_of_much(rank_context *x)
     CHECK_EQ(lorasync_plan_create(&desc, &d.plan, &d.err), LORASYNC_OK);
     lorasync_plan_get_stats(d.plan, &stats);
     if (x->rank == 1) CHECK(stats.send_bytes > 4000000);
-    if (bucket) CHECK(stats.staging_bytes > BUCKET / 2 && stats.staging_bytes <= BUCKET + 1024); /* of either rank; digests and alignment */
+    if (bucket)
+        CHECK(stats.staging_bytes > BUCKET / 2 && stats.staging_bytes <= BUCKET + 1024); /* of either rank;
+                                                                                                    digests and
+                                                                                                    alignment */
     else if (x->rank == 1) CHECK(stats.staging_bytes >= stats.send_bytes);
     lorasync_plan_free(d.plan);
     lorasync_nccl_close(&d.comm);
@@ -210,7 +214,8 @@ static void votes_travel_with_the_bytes(void)
     }
 }
 
-/* -- a reshard that places directly: what a run brought is not overwritten by the next one before it is placed, without any barrier between */
+/* -- a reshard that places directly: what a run brought is not overwritten by the next one before it is placed, without
+   any barrier between */
 
 enum {
     MANY_RUNS = 40,
@@ -415,7 +420,8 @@ static void late_sender_writes_nothing(void)
     check_left();
 }
 
-/* The kernel is not launched on one rank: all are told why, and the next run is well, whatever this one had found. user: graphs or not. */
+/* The kernel is not launched on one rank: all are told why, and the next run is well, whatever this one had found.
+   user: graphs or not. */
 static void one_launch_fails(rank_context *x)
 {
     const int   graph = *(const int *)x->user;
@@ -612,7 +618,8 @@ static void driver_fails(void)
     free_case(&c);
 }
 
-/* The nth allocation of device memory, pinned memory, a stream or an event. On all ranks the same, and the next plan is well. */
+/* The nth allocation of device memory, pinned memory, a stream or an event. On all ranks the same, and the next plan is
+   well. */
 static void memory_fails(void)
 {
     static random_case c;
@@ -687,7 +694,8 @@ static void gpu_fails(void)
         run_threads(c.world, run_device_case, &c);
         /* over NCCL it may be the very last step that fails, when the others already have all they need */
         for (r = 0; r < c.world; r++) CHECK(c.status[r] < 0 || (way == WAY_NCCL && lorasync_is_lost(c.status[1 - r])));
-        CHECK(c.status[0] == LORASYNC_E_CUDA || c.status[1] == LORASYNC_E_CUDA || strstr(c.text[0], "CUDA") || strstr(c.text[1], "CUDA"));
+        CHECK(c.status[0] == LORASYNC_E_CUDA || c.status[1] == LORASYNC_E_CUDA || strstr(c.text[0], "CUDA") ||
+              strstr(c.text[1], "CUDA"));
         free_case(&c);
         fake_cuda.query_fails_at = 0;
         check_left();
@@ -777,12 +785,14 @@ static void nan_is_named(void)
             device_options.way = way;
             make_case(&c, seed, LORASYNC_GATHER, (int)(seed % 2));
             /* one NaN in the only copy of a one-dimensional float tensor */
-            if (c.tensors[0].ndim == 1 && c.tensors[0].numel && c.tensors[0].dtype == LORASYNC_F32 && c.wire != LORASYNC_F8_E4M3) {
+            if (c.tensors[0].ndim == 1 && c.tensors[0].numel && c.tensors[0].dtype == LORASYNC_F32 &&
+                c.wire != LORASYNC_F8_E4M3) {
                 float nan_value = (float)NAN;
                 element         = (int64_t)(seed * 7919 % (unsigned long long)c.tensors[0].numel);
                 for (r = 0; r < c.world; r++)
                     for (k = 0; k < c.have[r].num; k++)
-                        if (c.have[r].tensor[k] == 0) put_element(&c.tensors[0], &c.have[r].pieces[k], element, &nan_value);
+                        if (c.have[r].tensor[k] == 0)
+                            put_element(&c.tensors[0], &c.have[r].pieces[k], element, &nan_value);
                 snprintf(where, sizeof where, "NaN or Inf at element [%lld]", (long long)element);
                 device_options.runs = 2; /* the same error again */
                 run_threads(c.world, run_device_case, &c);

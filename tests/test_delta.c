@@ -86,9 +86,10 @@ static int small_version(version *v, uint64_t number, const unsigned char *paylo
     return version_open(v, t, 3, "policy", number, payload);
 }
 
-/* A delta as an attacker or another program might write it: any tensors, any claims, and a digest of its own that is right. free() *out_bytes. */
-static lorasync_image *forge(const lorasync_tensor *tensors, size_t num, const char *adapter, uint64_t number, const lorasync_delta *claims,
-                             unsigned char **out_bytes)
+/* A delta as an attacker or another program might write it: any tensors, any claims, and a digest of its own that is
+   right. free() *out_bytes. */
+static lorasync_image *forge(const lorasync_tensor *tensors, size_t num, const char *adapter, uint64_t number,
+                             const lorasync_delta *claims, unsigned char **out_bytes)
 {
     lorasync_image_desc d;
     lorasync_image     *layout = NULL, *read = NULL;
@@ -116,9 +117,11 @@ static lorasync_image *forge(const lorasync_tensor *tensors, size_t num, const c
 
 static void golden(void)
 {
-    static const char before[] = "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.base_digest\":\"";
+    static const char before[] =
+        "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.base_digest\":\"";
     static const char after[] =
-        ",\"lorasync.version\":\"00000000000000000007\"},\"b:delta\":{\"dtype\":\"BF16\",\"shape\":[1,2],\"data_offsets\":[0,4]}}";
+        ",\"lorasync.version\":\"00000000000000000007\"},\"b:delta\":{\"dtype\":\"BF16\",\"shape\":[1,2],"
+        "\"data_offsets\":[0,4]}}";
     version         v1, v2;
     lorasync_image *delta = NULL;
     lorasync_error  err;
@@ -126,11 +129,12 @@ static void golden(void)
     size_t          n;
     REQUIRE(small_version(&v1, 5, old_payload) && small_version(&v2, 7, new_payload));
     REQUIRE(lorasync_image_delta(v2.image, 5, v1.digests, NULL, &delta, &err) == LORASYNC_OK);
-    n = (size_t)snprintf(text, sizeof text,
-                         "%s%016llx\",\"lorasync.base_version\":\"00000000000000000005\",\"lorasync.digest\":\"%016llx\","
-                         "\"lorasync.full_digest\":\"%016llx\"%s",
-                         before, (unsigned long long)v1.image->digest, (unsigned long long)delta->digest,
-                         (unsigned long long)v2.image->digest, after);
+    n = (size_t)snprintf(
+        text, sizeof text,
+        "%s%016llx\",\"lorasync.base_version\":\"00000000000000000005\",\"lorasync.digest\":\"%016llx\","
+        "\"lorasync.full_digest\":\"%016llx\"%s",
+        before, (unsigned long long)v1.image->digest, (unsigned long long)delta->digest,
+        (unsigned long long)v2.image->digest, after);
     while (n % 8) text[n++] = ' ';
     CHECK_EQ(delta->header_bytes, 8 + n);
     CHECK(memcmp((const char *)delta->header + 8, text, n) == 0);
@@ -161,12 +165,14 @@ static size_t random_tensors(lorasync_tensor *tensors, char (*names)[32], unsign
     size_t                   num     = test_random(state) % (MAX_TENSORS + 1), i;
     for (i = 0; i < num; i++) {
         int d;
-        snprintf(names[i], sizeof names[i], "%c%d%s", (char)('!' + (int)(test_random(state) % 90)), (int)i, tails[test_random(state) % 6]);
+        snprintf(names[i], sizeof names[i], "%c%d%s", (char)('!' + (int)(test_random(state) % 90)), (int)i,
+                 tails[test_random(state) % 6]);
         if (i && strlen(names[i - 1]) < 20 && test_random(state) % 4 == 0)
             snprintf(names[i], sizeof names[i], "%.20s:delta", names[i - 1]); /* one name begins another */
         tensors[i]      = tensor(names[i], (lorasync_dtype)(1 + test_random(state) % 22), 0, 0);
         tensors[i].ndim = (int)(test_random(state) % 5);
-        for (d = 0; d < tensors[i].ndim; d++) tensors[i].shape[d] = (int64_t)(test_random(state) % 5 ? 1 + test_random(state) % 4 : 0);
+        for (d = 0; d < tensors[i].ndim; d++)
+            tensors[i].shape[d] = (int64_t)(test_random(state) % 5 ? 1 + test_random(state) % 4 : 0);
         if (tensors[i].ndim) tensors[i].shape[0] *= 4; /* packed types fill bytes */
         else if (lorasync_dtype_bits(tensors[i].dtype) < 8) tensors[i].dtype = LORASYNC_I16;
     }
@@ -204,7 +210,8 @@ static void check_result(const lorasync_image *full, const version *v)
     CHECK_EQ(lorasync_image_verify(full, &err), LORASYNC_OK);
     for (i = 0; i < full->num_tensors; i++) {
         CHECK(lorasync_image_find(full, v->image->tensors[i].name) == &full->tensors[i]);
-        CHECK((const unsigned char *)full->tensors[i].data == (const unsigned char *)full->payload + v->image->tensors[i].offset);
+        CHECK((const unsigned char *)full->tensors[i].data ==
+              (const unsigned char *)full->payload + v->image->tensors[i].offset);
     }
 }
 
@@ -256,7 +263,8 @@ static void random_round_trips(void)
         unsigned char  *payload, *kept;
         if (number == UINT64_MAX) number--;
         REQUIRE(version_open(&v1, tensors, num, "ad\"apter", number, NULL));
-        for (i = 0; i < v1.image->payload_bytes; i++) v1.bytes[v1.image->header_bytes + i] = (unsigned char)test_random(&state);
+        for (i = 0; i < v1.image->payload_bytes; i++)
+            v1.bytes[v1.image->header_bytes + i] = (unsigned char)test_random(&state);
         payload = (unsigned char *)malloc(v1.image->payload_bytes + 1);
         memcpy(payload, v1.bytes + v1.image->header_bytes, v1.image->payload_bytes);
         version_close(&v1);
@@ -337,14 +345,14 @@ static void empty(void)
 
 /* -- the sender's errors */
 
-#define DELTA_FAILS(image, base_version, digests, want, part)                                                                              \
-    do {                                                                                                                                   \
-        delta       = (lorasync_image *)&err;                                                                                              \
-        err.text[0] = 0;                                                                                                                   \
-        CHECK_EQ(lorasync_image_delta(image, base_version, digests, NULL, &delta, &err), want);                                            \
-        CHECK(delta == NULL);                                                                                                              \
-        CHECK_EQ(err.status, want);                                                                                                        \
-        CHECK_HAS(err.text, part);                                                                                                         \
+#define DELTA_FAILS(image, base_version, digests, want, part)                                                          \
+    do {                                                                                                               \
+        delta       = (lorasync_image *)&err;                                                                          \
+        err.text[0] = 0;                                                                                               \
+        CHECK_EQ(lorasync_image_delta(image, base_version, digests, NULL, &delta, &err), want);                        \
+        CHECK(delta == NULL);                                                                                          \
+        CHECK_EQ(err.status, want);                                                                                    \
+        CHECK_HAS(err.text, part);                                                                                     \
     } while (0)
 
 static void sender_errors(void)
@@ -352,8 +360,9 @@ static void sender_errors(void)
     static const char foreign[] =
         "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000001\","
         "\"lorasync.version\":\"7\"},\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}";
-    static const char  nameless[] = "{\"__metadata__\":{\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000001\","
-                                    "\"lorasync.version\":\"7\"},\"\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}";
+    static const char nameless[] =
+        "{\"__metadata__\":{\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000001\","
+        "\"lorasync.version\":\"7\"},\"\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}";
     version            v1, v2, anonymous;
     lorasync_image    *delta, *made = NULL;
     lorasync_error     err;
@@ -402,7 +411,8 @@ static void sender_errors(void)
     memcpy(file + 8, nameless, sizeof nameless - 1);
     memset(file + 8 + sizeof nameless - 1, 0, 4);
     REQUIRE(lorasync_image_parse(file, 8 + sizeof nameless - 1 + 4, NULL, &made, &err) == LORASYNC_OK);
-    DELTA_FAILS(made, 5, v1.digests, LORASYNC_E_UNSUPPORTED, "send the full image"); /* no layout has a tensor without a name */
+    DELTA_FAILS(made, 5, v1.digests, LORASYNC_E_UNSUPPORTED, "send the full image"); /* no layout has a tensor without a
+                                                                                        name */
     lorasync_image_free(made);
     version_close(&v1);
     version_close(&v2);
@@ -411,14 +421,14 @@ static void sender_errors(void)
 
 /* -- the receiver's errors */
 
-#define APPLY_FAILS_IN(base, delta, memory, want, part)                                                                                    \
-    do {                                                                                                                                   \
-        full        = (lorasync_image *)&err;                                                                                              \
-        err.text[0] = 0;                                                                                                                   \
-        CHECK_EQ(lorasync_image_apply(base, delta, memory, NULL, &full, &err), want);                                                      \
-        CHECK(full == NULL);                                                                                                               \
-        CHECK_EQ(err.status, want);                                                                                                        \
-        CHECK_HAS(err.text, part);                                                                                                         \
+#define APPLY_FAILS_IN(base, delta, memory, want, part)                                                                \
+    do {                                                                                                               \
+        full        = (lorasync_image *)&err;                                                                          \
+        err.text[0] = 0;                                                                                               \
+        CHECK_EQ(lorasync_image_apply(base, delta, memory, NULL, &full, &err), want);                                  \
+        CHECK(full == NULL);                                                                                           \
+        CHECK_EQ(err.status, want);                                                                                    \
+        CHECK_HAS(err.text, part);                                                                                     \
     } while (0)
 #define APPLY_FAILS(base, delta, want, part) APPLY_FAILS_IN(base, delta, NULL, want, part)
 
@@ -435,7 +445,8 @@ static void wrong_base(void)
     t[0] = tensor("c", LORASYNC_BF16, 2, 2);
     t[1] = tensor("b", LORASYNC_BF16, 1, 2);
     t[2] = tensor("a", LORASYNC_F32, 1, 2);
-    REQUIRE(version_open(&anonymous, t, 3, NULL, 5, old_payload) && version_open(&renamed, t, 3, "critic", 5, old_payload));
+    REQUIRE(version_open(&anonymous, t, 3, NULL, 5, old_payload) &&
+            version_open(&renamed, t, 3, "critic", 5, old_payload));
     REQUIRE(lorasync_image_delta(v2.image, 5, v1.digests, NULL, &delta, &err) == LORASYNC_OK);
     APPLY_FAILS(other.read, delta, LORASYNC_E_BASE, "send the full image"); /* same version, other bytes */
     APPLY_FAILS(earlier.read, delta, LORASYNC_E_BASE, "the base is version 4");
@@ -468,7 +479,8 @@ static void wrong_base(void)
 }
 
 /* A delta of one tensor, against the right base, that promises `digest`. */
-static void forged_at(int line, const version *v1, lorasync_tensor t, uint64_t digest, lorasync_status status, const char *part)
+static void forged_at(int line, const version *v1, lorasync_tensor t, uint64_t digest, lorasync_status status,
+                      const char *part)
 {
     lorasync_delta  claims;
     lorasync_image *delta, *full = NULL;
@@ -494,22 +506,27 @@ static void wrong_tensors(void)
     version                    v1, v2;
     lorasync_tensor            t;
     REQUIRE(small_version(&v1, 5, old_payload) && small_version(&v2, 7, zeroed));
-    forged_at(__LINE__, &v1, tensor("x:delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "\"x:delta\"");
+    forged_at(__LINE__, &v1, tensor("x:delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT,
+              "\"x:delta\"");
     forged_at(__LINE__, &v1, tensor("b", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "\"b\"");
     forged_at(__LINE__, &v1, tensor(":delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "\":delta\"");
-    forged_at(__LINE__, &v1, tensor("b:delta:delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "\"b:delta:delta\"");
-    forged_at(__LINE__, &v1, tensor("b:Delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT, "\"b:Delta\"");
+    forged_at(__LINE__, &v1, tensor("b:delta:delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT,
+              "\"b:delta:delta\"");
+    forged_at(__LINE__, &v1, tensor("b:Delta", LORASYNC_BF16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT,
+              "\"b:Delta\"");
     forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_F16, 1, 2), v2.image->digest, LORASYNC_E_FORMAT,
               "F16 [1,2], the base has BF16 [1,2]");
     forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_BF16, 2, 1), v2.image->digest, LORASYNC_E_FORMAT,
               "BF16 [2,1], the base has BF16 [1,2]");
-    forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_BF16, 1, 1000), v2.image->digest, LORASYNC_E_FORMAT, "BF16 [1,1000]");
+    forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_BF16, 1, 1000), v2.image->digest, LORASYNC_E_FORMAT,
+              "BF16 [1,1000]");
     t      = tensor("b:delta", LORASYNC_BF16, 1, 2);
     t.ndim = 3, t.shape[2] = 1; /* as many bytes */
     forged_at(__LINE__, &v1, t, v2.image->digest, LORASYNC_E_FORMAT, "BF16 [1,2,1]");
     t.ndim = 1;
     forged_at(__LINE__, &v1, t, v2.image->digest, LORASYNC_E_FORMAT, "BF16 [1]");
-    forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_BF16, 1, 2), v2.image->digest + 1, LORASYNC_E_DIGEST, "the promised image");
+    forged_at(__LINE__, &v1, tensor("b:delta", LORASYNC_BF16, 1, 2), v2.image->digest + 1, LORASYNC_E_DIGEST,
+              "the promised image");
     {
         lorasync_delta  claims; /* and the right promise is kept */
         lorasync_image *delta, *full = NULL;
@@ -578,7 +595,8 @@ static void damage_and_memory(void)
     APPLY_FAILS_IN(v1.read, read, memory + 1, LORASYNC_E_ARGUMENT, "memory overlaps the base");
     APPLY_FAILS_IN(v1.read, read, memory + 2 * v1.num_bytes - 1, LORASYNC_E_ARGUMENT, "memory overlaps the base");
     APPLY_FAILS_IN(v1.read, read, memory + 2 * v1.num_bytes + 1, LORASYNC_E_ARGUMENT, "memory overlaps the delta");
-    APPLY_FAILS_IN(v1.read, read, memory + 3 * v1.num_bytes + num_bytes - 1, LORASYNC_E_ARGUMENT, "memory overlaps the delta");
+    APPLY_FAILS_IN(v1.read, read, memory + 3 * v1.num_bytes + num_bytes - 1, LORASYNC_E_ARGUMENT,
+                   "memory overlaps the delta");
     CHECK(memcmp(memory + v1.num_bytes, v1.bytes, v1.num_bytes) == 0);
     for (i = 0; i < 2; i++) { /* close by is no overlap */
         REQUIRE(lorasync_image_apply(v1.read, read, memory + i * 2 * v1.num_bytes, NULL, &full, &err) == LORASYNC_OK);
@@ -599,7 +617,8 @@ static void malformed_metadata(void)
 {
     static const char *const keys[]   = {"lorasync.adapter", "lorasync.base_digest", "lorasync.base_version",
                                          "lorasync.digest",  "lorasync.full_digest", "lorasync.version"};
-    static const char *const values[] = {"policy", "0000000000000001", "5", "0000000000000002", "0000000000000003", "7"};
+    static const char *const values[] = {"policy",           "0000000000000001", "5",
+                                         "0000000000000002", "0000000000000003", "7"};
     static const char *const bad[]    = {NULL, "000000000000000G", "-5", "00000000000000", "00000000000000003", "7 "};
     size_t                   left, wrong, i;
     for (left = 0; left <= 6; left++) {
@@ -611,14 +630,16 @@ static void malformed_metadata(void)
             lorasync_status expected = left == 6 && wrong == 6 ? LORASYNC_OK : LORASYNC_E_FORMAT;
             if (left < 6 && wrong < 6) continue;
             for (i = 0; i < 6; i++)
-                if (i != left) snprintf(text + strlen(text), 100, ",\"%s\":\"%s\"", keys[i], i == wrong ? bad[i] : values[i]);
+                if (i != left)
+                    snprintf(text + strlen(text), 100, ",\"%s\":\"%s\"", keys[i], i == wrong ? bad[i] : values[i]);
             strcat(text, "}}");
             n = strlen(text) - 8;
             for (i = 0; i < 8; i++) text[i] = (char)(n >> (8 * i) & 0xff);
             CHECK_EQ(lorasync_image_parse(text, n + 8, NULL, &image, &err), expected);
             if (image) {
                 CHECK(image->delta != NULL);
-                CHECK(image->delta->base_digest == 1 && image->delta->base_version == 5 && image->delta->full_digest == 3);
+                CHECK(image->delta->base_digest == 1 && image->delta->base_version == 5 &&
+                      image->delta->full_digest == 3);
                 lorasync_image_free(image);
             } else CHECK_HAS(err.text, keys[left < 6 ? left : wrong]);
         }
@@ -749,7 +770,8 @@ static void check_readers(const char *folder, const unsigned char *bytes, size_t
     snprintf(served, sizeof served, "%s/v7", adapter);
     snprintf(latest, sizeof latest, "%s/latest", adapter);
     snprintf(file, sizeof file, "%s/adapter_model.safetensors", served);
-    REQUIRE(mkdir(adapter, 0755) == 0 && mkdir(served, 0755) == 0 && symlink("v7", latest) == 0 && write_file(file, bytes, num_bytes));
+    REQUIRE(mkdir(adapter, 0755) == 0 && mkdir(served, 0755) == 0 && symlink("v7", latest) == 0 &&
+            write_file(file, bytes, num_bytes));
     CHECK_EQ(lorasync_open_adapter(served, NULL, &image, NULL, &err), LORASYNC_E_UNSUPPORTED);
     CHECK_HAS(err.text, "a delta against version 5");
     CHECK_EQ(lorasync_open_adapter(file, NULL, &image, NULL, &err), LORASYNC_E_UNSUPPORTED);

@@ -1,4 +1,5 @@
-/* Tests of the rooms publish and engine: two-phase publishing, the directory transport, polling, pinning, and what is left after a kill. */
+/* Tests of the rooms publish and engine: two-phase publishing, the directory transport, polling, pinning, and what is
+   left after a kill. */
 #if !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE) && !defined(__APPLE__)
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE 1
@@ -12,7 +13,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Every system call of the library that touches the disk is a step. The step that step_at counts down to fails with EIO, or ends the process. */
+/* Every system call of the library that touches the disk is a step. The step that step_at counts down to fails with
+   EIO, or ends the process. */
 static long step_at;
 static int  step_ends;
 
@@ -50,8 +52,8 @@ static int test_step(void)
 #define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
 
 /* Publishes to all of the transports or to none, as a session without quorum does. */
-static lorasync_status publish_to_all(const lorasync_transport *given, size_t num, const lorasync_image *image, int *out_num,
-                                      lorasync_error *err)
+static lorasync_status publish_to_all(const lorasync_transport *given, size_t num, const lorasync_image *image,
+                                      int *out_num, lorasync_error *err)
 {
     lorasync_transport      t[4];
     lorasync_engine_outcome o[4];
@@ -228,7 +230,8 @@ static lorasync_transport open_directory(int keep, int no_fsync)
     return t;
 }
 
-static lorasync_status publish_seed(lorasync_transport *t, const char *adapter, uint64_t version, int seed, lorasync_error *err)
+static lorasync_status publish_seed(lorasync_transport *t, const char *adapter, uint64_t version, int seed,
+                                    lorasync_error *err)
 {
     lorasync_image *image = make_image(adapter, version, seed, 64);
     int             num   = -1;
@@ -656,7 +659,9 @@ static void test_unwritable(void)
         if (getuid() == 0 && setuid(65534) != 0) _exit(9);
         if (getuid() != 65534) chmod(root, 0555);
         t = open_directory(0, 0);
-        _exit(publish(&t, "new", 1, &err) == LORASYNC_E_IO && strstr(err.text, "new") && publish(&t, "a", 3, &err) != 0 ? 0 : 1);
+        _exit(publish(&t, "new", 1, &err) == LORASYNC_E_IO && strstr(err.text, "new") && publish(&t, "a", 3, &err) != 0
+                  ? 0
+                  : 1);
     }
     waitpid(child, &result, 0);
     chmod(root, 0755);
@@ -713,14 +718,15 @@ static void test_two_phases(void)
 {
     lorasync_image *image = make_image("default", 5, 0, 8);
     int             mix, i;
-    for (mix = 0; mix < 625; mix++) { /* each: 0 good, 1 fails stage, 2 fails commit, 3 good without commit, 4 fails without commit */
+    for (mix = 0; mix < 625; mix++) { /* each: 0 good, 1 fails stage, 2 fails commit, 3 good without commit, 4 fails
+                                         without commit */
         lorasync_transport t[4];
         fake               f[4];
         char               names[4][16];
         lorasync_error     err;
-        int                kind[4], m = mix, num = -1, stage_fails = 0, commit_fails = 0, one_phase_ok = 0, good = 0, expect_new = 0;
-        lorasync_status    status;
-        int                first_two_phase = -1, stage_failed_two = 0;
+        int kind[4], m = mix, num = -1, stage_fails = 0, commit_fails = 0, one_phase_ok = 0, good = 0, expect_new = 0;
+        lorasync_status status;
+        int             first_two_phase = -1, stage_failed_two = 0;
         memset(t, 0, sizeof t);
         memset(f, 0, sizeof f);
         for (i = 0; i < 4; i++, m /= 5) {
@@ -963,12 +969,16 @@ static void break_two(int how)
     case 3: unlink(config); break;
     case 4: write_string(config, "{\"peft_type\":\"LOHA\",\"r\":4}"); break;
     case 5: write_string(config, "{\"peft_type\":\"LORA\","); break;
-    case 6: write_string(config, "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"); break;
+    case 6:
+        write_string(config, "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}");
+        break;
     case 7: unlink(model), mkdir(model, 0755); break;
     case 8: unlink(model), mkfifo(model, 0644); break;
     case 9: unlink(model), write_text(model, "", 0); break;
     case 10: rename(at("a/v2"), at("a/x")); break;
-    case 11: unlink(at("a/latest")), rename(at("a/v2"), at("a/v3")), symlink("v3", at("a/latest")) ? (void)0 : (void)0; break;
+    case 11:
+        unlink(at("a/latest")), rename(at("a/v2"), at("a/v3")), symlink("v3", at("a/latest")) ? (void)0 : (void)0;
+        break;
     case 12: remove_tree(at("a/v2")), rename(at("b/v2"), at("a/v2")); break;
     case 13: unlink(config), mkdir(config, 0755); break;
     default: break;
@@ -1292,7 +1302,8 @@ static void test_open(void)
     } pickled[] = {
         {"adapter_model.bin", "PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
         {"weights", "PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
-        {"old", "\200\2\212\12\154\374\234\106\371\40\152\250\120\31\56\200", LORASYNC_E_UNSUPPORTED, "as safetensors with PEFT"},
+        {"old", "\200\2\212\12\154\374\234\106\371\40\152\250\120\31\56\200", LORASYNC_E_UNSUPPORTED,
+         "as safetensors with PEFT"},
         {"x.pt", "something of 16 b", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
         {"cut.safetensors", "\200\2\0\0\0\0\0\0{\"a\":{\"b", LORASYNC_E_FORMAT, "640"}};
     lorasync_transport t;
@@ -1308,7 +1319,8 @@ static void test_open(void)
     CHECK_EQ(image->version, 1);
     CHECK_TEXT(image->config_json, CONFIG);
     CHECK_EQ(lorasync_config_view(config)->r, 4);
-    for (i = 0; i < image->payload_bytes; i++) CHECK(((const unsigned char *)image->payload)[i] == expected_byte(1, 0, i));
+    for (i = 0; i < image->payload_bytes; i++)
+        CHECK(((const unsigned char *)image->payload)[i] == expected_byte(1, 0, i));
     lorasync_image_free(image);
     lorasync_config_free(config);
     CHECK_EQ(lorasync_open_adapter(at("a/v1"), NULL, &image, NULL, &err), 0);
@@ -1345,7 +1357,8 @@ static void test_open(void)
     write_text(at("a/v1/0000100_adapters.safetensors"), "x", 1);
     CHECK_EQ(lorasync_open_adapter(at("a/v1"), NULL, &image, NULL, &err), LORASYNC_E_NOT_FOUND);
     CHECK_HAS(err.text, "2 .safetensors files");
-    CHECK_EQ(lorasync_open_adapter(at("a/v1/0000100_adapters.safetensors"), NULL, &image, NULL, &err), LORASYNC_E_FORMAT);
+    CHECK_EQ(lorasync_open_adapter(at("a/v1/0000100_adapters.safetensors"), NULL, &image, NULL, &err),
+             LORASYNC_E_FORMAT);
     CHECK_HAS(err.text, "0000100_adapters");
     break_file(at("a/v1/adapters.safetensors"), 0, 9);
     CHECK_EQ(lorasync_open_adapter(at("a/v1/adapters.safetensors"), NULL, &image, NULL, &err), LORASYNC_E_DIGEST);
@@ -1564,8 +1577,9 @@ static int publish_with_step(lorasync_transport *t, long k, int ends, lorasync_s
     return WEXITSTATUS(result) == 77;
 }
 
-/* Whichever step of publishing is the last one, readers have one version or the other, and publishing goes on. With leftover 1 an earlier try
-   was cut off between making v2 and pointing to it, with other content; with 2, with the same content. */
+/* Whichever step of publishing is the last one, readers have one version or the other, and publishing goes on. With
+   leftover 1 an earlier try was cut off between making v2 and pointing to it, with other content; with 2, with the same
+   content. */
 static void every_step(int ends, int leftover)
 {
     long k;

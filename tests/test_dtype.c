@@ -74,13 +74,15 @@ static void vectors(void)
         CHECK_EQ(narrow(table[i][0], LORASYNC_BF16), table[i][3]);
     }
     for (i = 0; i < sizeof e5m2 / sizeof e5m2[0]; i++) CHECK_EQ(narrow(e5m2[i][0], LORASYNC_F8_E5M2), e5m2[i][1]);
-    for (i = 0; i < sizeof f16_edges / sizeof f16_edges[0]; i++) CHECK_EQ(narrow(f16_edges[i][0], LORASYNC_F16), f16_edges[i][1]);
+    for (i = 0; i < sizeof f16_edges / sizeof f16_edges[0]; i++)
+        CHECK_EQ(narrow(f16_edges[i][0], LORASYNC_F16), f16_edges[i][1]);
     CHECK_EQ(narrow(0x7f7fffff, LORASYNC_BF16), 0x7f80); /* the largest finite value rounds to Inf */
 }
 
 static void nan_stays_nan(void)
 {
-    static const uint32_t nans[] = {0x7f800001, 0x7fc00000, 0x7fffffff, 0xff800001, 0xffc00000, 0xffffffff, 0x7f80ffff, 0xff8fffff};
+    static const uint32_t nans[] = {0x7f800001, 0x7fc00000, 0x7fffffff, 0xff800001,
+                                    0xffc00000, 0xffffffff, 0x7f80ffff, 0xff8fffff};
     size_t                i, t;
     for (i = 0; i < sizeof nans / sizeof nans[0]; i++)
         for (t = 0; t < REF_NUM; t++) CHECK(ref_is_nan_code(&ref_types[t], narrow(nans[i], ref_types[t].dtype)));
@@ -159,7 +161,8 @@ static void small_to_small(void)
             if (d == s) continue;
             REQUIRE(lorasync_convert(direct, ref_types[d].dtype, codes, ref_types[s].dtype, num, NULL) == LORASYNC_OK);
             for (i = 0; i < num; i++) {
-                uint32_t expected = ref_round(&ref_types[d], wide[i]), found = load(direct + i * (size_t)out_bytes, out_bytes);
+                uint32_t expected = ref_round(&ref_types[d], wide[i]),
+                         found    = load(direct + i * (size_t)out_bytes, out_bytes);
                 if (ref_is_nan_code(&ref_types[d], expected)) CHECK(ref_is_nan_code(&ref_types[d], found));
                 else CHECK_EQ(found, expected);
             }
@@ -173,7 +176,9 @@ static uint32_t random_f32(unsigned long long *state, int kind)
     uint32_t r = (uint32_t)(test_random(state) >> 16);
     switch (kind) {
     case 0: return r;
-    case 1: return (r & 0x80000000u) | (0x38000000u + r % 0x01000000u);  /* around the smallest normals of f16 and e5m2 */
+    case 1:
+        return (r & 0x80000000u) | (0x38000000u + r % 0x01000000u);      /* around the smallest normals of f16 and
+                                                                            e5m2 */
     case 2: return (r & 0x80000000u) | (0x3a000000u + r % 0x03000000u);  /* of e4m3 */
     case 3: return (r & 0x80000000u) | (0x43d00000u + r % 0x04000000u);  /* where they overflow */
     case 4: return r & 0xffff8000u;                                      /* ties of bf16 */
@@ -198,7 +203,8 @@ static void random_values(void)
             int num_bytes = ref_bits(&ref_types[t]) / 8;
             lorasync_convert(out, ref_types[t].dtype, in, LORASYNC_F32, NUM, NULL);
             for (i = 0; i < NUM; i++) {
-                uint32_t expected = ref_round(&ref_types[t], in[i]), found = load(out + i * (size_t)num_bytes, num_bytes);
+                uint32_t expected = ref_round(&ref_types[t], in[i]),
+                         found    = load(out + i * (size_t)num_bytes, num_bytes);
                 if (ref_is_nan_code(&ref_types[t], expected)) CHECK(ref_is_nan_code(&ref_types[t], found));
                 else CHECK_EQ(found, expected);
             }
@@ -208,9 +214,11 @@ static void random_values(void)
 
 /* -- any alignment, any length, nothing written behind the end; one NaN beside ordinary values changes none of them */
 
-static const lorasync_dtype float_types[] = {LORASYNC_F32, LORASYNC_BF16, LORASYNC_F16, LORASYNC_F8_E5M2, LORASYNC_F8_E4M3};
+static const lorasync_dtype float_types[] = {LORASYNC_F32, LORASYNC_BF16, LORASYNC_F16, LORASYNC_F8_E5M2,
+                                             LORASYNC_F8_E4M3};
 
-static void one_by_one(unsigned char *dst, lorasync_dtype dt, const unsigned char *src, lorasync_dtype st, size_t n, float scale)
+static void one_by_one(unsigned char *dst, lorasync_dtype dt, const unsigned char *src, lorasync_dtype st, size_t n,
+                       float scale)
 {
     size_t i, ds = (size_t)lorasync_dtype_bits(dt) / 8, ss = (size_t)lorasync_dtype_bits(st) / 8;
     for (i = 0; i < n; i++) lorasynci_convert(dst + i * ds, dt, src + i * ss, st, 1, scale);
@@ -338,7 +346,8 @@ static void refusals(void)
             int floats = lorasynci_is_float((lorasync_dtype)s) && lorasynci_is_float((lorasync_dtype)d);
             int ok     = floats || (s == d && s >= 1 && s <= 22);
             CHECK_EQ(lorasynci_can_convert((lorasync_dtype)s, (lorasync_dtype)d), ok);
-            CHECK_EQ(lorasync_convert(out, (lorasync_dtype)d, in, (lorasync_dtype)s, 0, &err), ok ? LORASYNC_OK : LORASYNC_E_UNSUPPORTED);
+            CHECK_EQ(lorasync_convert(out, (lorasync_dtype)d, in, (lorasync_dtype)s, 0, &err),
+                     ok ? LORASYNC_OK : LORASYNC_E_UNSUPPORTED);
         }
     }
     CHECK_EQ(lorasync_convert(out, LORASYNC_F16, in, LORASYNC_F64, 1, &err), LORASYNC_E_UNSUPPORTED);
@@ -402,7 +411,8 @@ static void nonfinite_codes(void)
 
 static void nonfinite_positions(void)
 {
-    static const lorasync_dtype types[] = {LORASYNC_F64, LORASYNC_F32, LORASYNC_BF16, LORASYNC_F16, LORASYNC_F8_E5M2, LORASYNC_F8_E4M3};
+    static const lorasync_dtype types[] = {LORASYNC_F64, LORASYNC_F32,     LORASYNC_BF16,
+                                           LORASYNC_F16, LORASYNC_F8_E5M2, LORASYNC_F8_E4M3};
     unsigned char               data[8 * 300 + 8];
     unsigned long long          state = 5;
     size_t                      t, n, i, k;
@@ -411,7 +421,9 @@ static void nonfinite_positions(void)
         for (k = 0; k < 300; k++) {
             unsigned char *p = data + test_random(&state) % 8;
             n                = test_random(&state) % 300;
-            for (i = 0; i < n * size; i++) p[i] = (unsigned char)(test_random(&state) & 0x3b); /* finite in every type */
+            for (i = 0; i < n * size; i++)
+                p[i] = (unsigned char)(test_random(&state) & 0x3b); /* finite in every
+                                                                                                  type */
             CHECK_EQ(lorasynci_find_nonfinite(p, types[t], n), SIZE_MAX);
             memset(p + n * size, 0xff, 8 - (size_t)(p - data)); /* behind the end: must not be seen */
             CHECK_EQ(lorasynci_find_nonfinite(p, types[t], n), SIZE_MAX);

@@ -52,7 +52,8 @@ static void refuse_file_at(int line, file f, const char *part)
     err.status  = LORASYNC_OK;
     status      = parse_file(f, &image, &err);
     if (status != LORASYNC_E_FORMAT || err.status != status || image != NULL || !strstr(err.text, part))
-        fprintf(stderr, "status %d, \"%s\" should hold \"%s\"\n", (int)status, err.text, part), test_fail(__FILE__, line, "refused");
+        fprintf(stderr, "status %d, \"%s\" should hold \"%s\"\n", (int)status, err.text, part),
+            test_fail(__FILE__, line, "refused");
 }
 
 #define ACCEPT(text, payload, num) accept_at(__LINE__, text, payload, num)
@@ -60,7 +61,8 @@ static void refuse_file_at(int line, file f, const char *part)
 #define REFUSE_FILE(file, part) refuse_file_at(__LINE__, file, part)
 
 #define H(shape, offsets) "{\"test\":{\"dtype\":\"I32\",\"shape\":" shape ",\"data_offsets\":" offsets "}}"
-#define T(name, dtype, shape, offsets) "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
+#define T(name, dtype, shape, offsets)                                                                                 \
+    "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
 
 /* -- accept and refuse */
 
@@ -75,13 +77,18 @@ static void accepts(void)
     ACCEPT("{" T("f", "F4", "[1,2]", "[0,1]") "}", 1, 1);
     ACCEPT("{" T("f", "F6_E2M3", "[4]", "[0,3]") "}", 3, 1);
     ACCEPT(H("[0,9223372036854775807,2]", "[0,0]"), 0, 1); /* 0 before it could overflow */
-    ACCEPT("{" T("z1", "F32", "[0]", "[0,0]") "," T("z2", "F32", "[3,0]", "[0,0]") "," T("r", "F32", "[1]", "[0,4]") "}", 4, 3);
-    ACCEPT("{" T("r", "F32", "[1]", "[0,4]") "," T("z1", "F32", "[0]", "[0,0]") "}", 4, 2); /* zero-size first after sorting */
+    ACCEPT(
+        "{" T("z1", "F32", "[0]", "[0,0]") "," T("z2", "F32", "[3,0]", "[0,0]") "," T("r", "F32", "[1]", "[0,4]") "}",
+        4, 3);
+    ACCEPT("{" T("r", "F32", "[1]", "[0,4]") "," T("z1", "F32", "[0]", "[0,0]") "}", 4, 2); /* zero-size first after
+                                                                                               sorting */
     ACCEPT("{" T("b", "F32", "[1]", "[4,8]") "," T("a", "F32", "[1]", "[0,4]") "}", 8, 2);
     ACCEPT("{\"__metadata__\":null," T("a", "F32", "[1]", "[0,4]") "}", 4, 1);
     ACCEPT("{\"__metadata__\":{}," T("a", "F32", "[1]", "[0,4]") "}", 4, 1);
     ACCEPT("{" T("a", "F32", "[1]", "[0,4]") ",\"__metadata__\":{\"k\":\"v\"}}", 4, 1);
-    ACCEPT("{ \"a\" : { \"shape\" : [ 1 ] , \"extra\" : [1,{\"x\":null}] , \"data_offsets\" : [ 0 , 4 ] , \"dtype\" : \"F32\" } }", 4, 1);
+    ACCEPT("{ \"a\" : { \"shape\" : [ 1 ] , \"extra\" : [1,{\"x\":null}] , \"data_offsets\" : [ 0 , 4 ] , \"dtype\" : "
+           "\"F32\" } }",
+           4, 1);
     ACCEPT("{" T("a", "\\u004632", "[1]", "[0,4]") "}", 4, 1); /* an escaped F32 */
     ACCEPT("{" T("a", "BF\\u0031\\u0036", "[2]", "[0,4]") "}", 4, 1);
     ACCEPT("{" T("", "F32", "[1]", "[0,4]") "}", 4, 1);
@@ -118,8 +125,10 @@ static void refuses(void)
     REFUSE(H("[4,9223372036854775807]", "[0,16]"), 16, "does not fit 64 bits");
     REFUSE(H("[2,9223372036854775807]", "[0,16]"), 16, "does not fit 64 bits");
     REFUSE(H("[2,18446744073709551615,0]", "[0,0]"), 0, "over 2^63 - 1");
-    REFUSE(H("[0,18446744073709551615,2]", "[0,0]"), 0, "over 2^63 - 1");                 /* the reference reader accepts it */
-    REFUSE(H("[4,9223372036854775807,0]", "[0,0]"), 0, "does not fit 64 bits");           /* overflows before it meets the 0 */
+    REFUSE(H("[0,18446744073709551615,2]", "[0,0]"), 0, "over 2^63 - 1");                 /* the reference reader
+                                                                                             accepts it */
+    REFUSE(H("[4,9223372036854775807,0]", "[0,0]"), 0, "does not fit 64 bits");           /* overflows before it meets
+                                                                                             the 0 */
     REFUSE(H("[4194305,4194305,211106198978564]", "[0,16]"), 16, "does not fit 64 bits"); /* 4 elements modulo 2^64 */
     REFUSE("{" T("f", "F4", "[1,3]", "[0,1]") "}", 1, "inside a byte");
     REFUSE("{" T("f", "F6_E3M2", "[2]", "[0,1]") "}", 1, "inside a byte");
@@ -137,7 +146,8 @@ static void refuses_forms(void)
     REFUSE("{" T("w", "F32", "[1]", "[0,4]") "," T("w", "F32", "[1]", "[0,4]") "}", 4, "\"w\"");
     REFUSE("{" T("w", "F32", "[1]", "[0,4]") "," T("w", "F32", "[1]", "[4,8]") "}", 8, "\"w\" occurs twice");
     REFUSE("{" T("w", "F32", "[1]", "[0,4]") "," T("\\u0077", "F32", "[1]", "[4,8]") "}", 8, "\"w\" occurs twice");
-    REFUSE("{\"__metadata__\":{}," T("a", "F32", "[1]", "[0,4]") ",\"__metadata__\":{}}", 4, "__metadata__ occurs twice");
+    REFUSE("{\"__metadata__\":{}," T("a", "F32", "[1]", "[0,4]") ",\"__metadata__\":{}}", 4,
+           "__metadata__ occurs twice");
     REFUSE("{\"__metadata__\":null,\"__metadata__\":null}", 0, "__metadata__ occurs twice");
     REFUSE("{\"__metadata__\":{\"a\":\"1\",\"a\":\"2\"}}", 0, "\"a\"");
     REFUSE("{\"__metadata__\":{\"a\":1}}", 0, "expected a string");
@@ -146,17 +156,21 @@ static void refuses_forms(void)
     REFUSE("{\"__metadata__\":\"x\"}", 0, "JSON");
     REFUSE("{\"a\":[\"F32\",[1],[0,4]]}", 4, "\"a\": expected an object");
     REFUSE("{\"a\":null}", 0, "\"a\": expected an object");
-    REFUSE("{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "\"dtype\" occurs twice");
-    REFUSE("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "\"shape\" occurs twice");
-    REFUSE("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"data_offsets\":[0,4]}}", 4, "\"data_offsets\" occurs twice");
+    REFUSE("{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4,
+           "\"dtype\" occurs twice");
+    REFUSE("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"shape\":[1],\"data_offsets\":[0,4]}}", 4,
+           "\"shape\" occurs twice");
+    REFUSE("{\"a\":{\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4],\"data_offsets\":[0,4]}}", 4,
+           "\"data_offsets\" occurs twice");
     REFUSE("{\"a\":{\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "\"dtype\" is missing");
     REFUSE("{\"a\":{\"dtype\":\"F32\",\"data_offsets\":[0,4]}}", 4, "\"shape\" is missing");
     REFUSE("{\"a\":{\"dtype\":\"F32\",\"shape\":[1]}}", 4, "\"data_offsets\" is missing");
     REFUSE("{\"a\":{}}", 4, "\"dtype\" is missing");
     REFUSE("{" T("a", "F33", "[1]", "[0,4]") "}", 4, "unknown dtype \"F33\"");
     REFUSE("{" T("a", "", "[1]", "[0,4]") "}", 4, "unknown dtype");
-    REFUSE("{" T("a", "F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32", "[1]", "[0,4]") "}", 4,
-           "unknown dtype");
+    REFUSE("{" T("a", "F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32F32", "[1]",
+                 "[0,4]") "}",
+           4, "unknown dtype");
     REFUSE("{" T("a", "f32", "[1]", "[0,4]") "}", 4, "unknown dtype \"f32\"");
     REFUSE("{\"a\":{\"dtype\":7,\"shape\":[1],\"data_offsets\":[0,4]}}", 4, "JSON");
     REFUSE("{" T("a", "F32", "[-1]", "[0,4]") "}", 4, "JSON");
@@ -214,9 +228,10 @@ static void many_overlapping(void)
 static void reads(void)
 {
     static const char text[] =
-        "{\"__metadata__\":{\"format\":\"pt\",\"a\\u00e9\":\"x\\ny\",\"lorasync.adapter\":\"policy\",\"lorasync.version\":\"007\","
-        "\"lorasync.digest\":\"00000000000000ff\"}," T("b", "BF16", "[2,1]", "[8,12]") "," T("a\\\"\\u00e9", "F32", "[1,2]", "[0,8]") "," T(
-            "z", "F64", "[0,3]", "[12,12]") "}";
+        "{\"__metadata__\":{\"format\":\"pt\",\"a\\u00e9\":\"x\\ny\",\"lorasync.adapter\":\"policy\","
+        "\"lorasync.version\":\"007\","
+        "\"lorasync.digest\":\"00000000000000ff\"}," T("b", "BF16", "[2,1]", "[8,12]") "," T(
+            "a\\\"\\u00e9", "F32", "[1,2]", "[0,8]") "," T("z", "F64", "[0,3]", "[12,12]") "}";
     file                   f     = make(text, 12);
     lorasync_image        *image = NULL;
     lorasync_error         err;
@@ -286,7 +301,8 @@ static lorasync_tensor tensor(const char *name, lorasync_dtype dtype, int ndim, 
     return t;
 }
 
-static lorasync_status layout(const lorasync_tensor *tensors, size_t num, const char *adapter, lorasync_image **out, lorasync_error *err)
+static lorasync_status layout(const lorasync_tensor *tensors, size_t num, const char *adapter, lorasync_image **out,
+                              lorasync_error *err)
 {
     lorasync_image_desc d;
     d.tensors     = tensors;
@@ -299,8 +315,8 @@ static lorasync_status layout(const lorasync_tensor *tensors, size_t num, const 
 static void golden(void)
 {
     static const char json[] =
-        "{\"__metadata__\":{\"format\":\"pt\"},\"a.lora_A.weight\":{\"dtype\":\"F32\",\"shape\":[1,2],\"data_offsets\":[0,8]},"
-        "\"b.lora_B.weight\":{\"dtype\":\"BF16\",\"shape\":[2,1],\"data_offsets\":[8,12]},"
+        "{\"__metadata__\":{\"format\":\"pt\"},\"a.lora_A.weight\":{\"dtype\":\"F32\",\"shape\":[1,2],"
+        "\"data_offsets\":[0,8]},\"b.lora_B.weight\":{\"dtype\":\"BF16\",\"shape\":[2,1],\"data_offsets\":[8,12]},"
         "\"c\":{\"dtype\":\"BF16\",\"shape\":[0],\"data_offsets\":[12,12]}}    ";
     static const unsigned char payload[] = {0x00, 0x00, 0x80, 0x3f, 0x00, 0x00, 0x00, 0x40, 0x80, 0x3f, 0x00, 0x40};
     lorasync_tensor            tensors[3];
@@ -358,7 +374,8 @@ static void order_and_escapes(void)
     CHECK_TEXT(image->tensors[0].name, "Z");
     CHECK_TEXT(image->tensors[1].name, "a");
     CHECK_TEXT(image->tensors[2].name, "\xc3\xa9\"\\/");
-    CHECK_HAS((const char *)image->header + 8, "\"\xc3\xa9\\\"\\\\/\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[8,12]}");
+    CHECK_HAS((const char *)image->header + 8,
+              "\"\xc3\xa9\\\"\\\\/\":{\"dtype\":\"F32\",\"shape\":[],\"data_offsets\":[8,12]}");
     CHECK_HAS((const char *)image->header + 8, "\"lorasync.adapter\":\"ad\\\"\\n\"");
     CHECK_TEXT(image->adapter, "ad\"\n");
     CHECK(lorasync_image_find(image, "\xc3\xa9\"\\/") == &image->tensors[2]);
@@ -377,12 +394,12 @@ static void layout_errors(void)
     lorasync_image *image;
     lorasync_error  err;
     int             i;
-#define LAYOUT_FAILS(num, status, part)                                                                                                    \
-    do {                                                                                                                                   \
-        image = (lorasync_image *)&err;                                                                                                    \
-        CHECK_EQ(layout(t, num, NULL, &image, &err), status);                                                                              \
-        CHECK(image == NULL);                                                                                                              \
-        CHECK_HAS(err.text, part);                                                                                                         \
+#define LAYOUT_FAILS(num, status, part)                                                                                \
+    do {                                                                                                               \
+        image = (lorasync_image *)&err;                                                                                \
+        CHECK_EQ(layout(t, num, NULL, &image, &err), status);                                                          \
+        CHECK(image == NULL);                                                                                          \
+        CHECK_HAS(err.text, part);                                                                                     \
     } while (0)
     t[0] = t[1] = tensor("same", LORASYNC_F32, 1, 2, 0);
     LAYOUT_FAILS(2, LORASYNC_E_NAME, "\"same\" occurs twice");
@@ -473,12 +490,14 @@ static void stamps_and_moves(void)
     CHECK_TEXT(image->adapter, "policy");
     CHECK_EQ(image->version, 0);
     CHECK_EQ(image->has_digest, 0);
-    CHECK_HAS((const char *)image->header + 8,
-              "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000000\","
-              "\"lorasync.version\":\"00000000000000000000\"},\"w\":{\"dtype\":\"F32\"");
+    CHECK_HAS(
+        (const char *)image->header + 8,
+        "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.adapter\":\"policy\",\"lorasync.digest\":\"0000000000000000\","
+        "\"lorasync.version\":\"00000000000000000000\"},\"w\":{\"dtype\":\"F32\"");
     CHECK_EQ(lorasync_image_verify(image, &err), LORASYNC_E_FORMAT);
     lorasync_image_stamp(image, 12, UINT64_C(0x0123456789abcdef));
-    CHECK_HAS((const char *)image->header + 8, "\"lorasync.digest\":\"0123456789abcdef\",\"lorasync.version\":\"00000000000000000012\"}");
+    CHECK_HAS((const char *)image->header + 8,
+              "\"lorasync.digest\":\"0123456789abcdef\",\"lorasync.version\":\"00000000000000000012\"}");
     CHECK_EQ(image->version, 12);
     CHECK_EQ(image->has_digest, 1);
     CHECK_EQ(lorasync_image_verify(image, &err), LORASYNC_E_STATE);
@@ -523,7 +542,8 @@ static void random_layouts(void)
             int d;
             snprintf(names[i], sizeof names[i], "%c%c.%d", (char)('!' + (int)(test_random(&state) % 90)),
                      (char)('!' + (int)(test_random(&state) % 90)), (int)i);
-            tensors[i] = tensor(names[i], (lorasync_dtype)(1 + test_random(&state) % 22), (int)(test_random(&state) % 9), 0, 0);
+            tensors[i] =
+                tensor(names[i], (lorasync_dtype)(1 + test_random(&state) % 22), (int)(test_random(&state) % 9), 0, 0);
             for (d = 0; d < tensors[i].ndim; d++) tensors[i].shape[d] = (int64_t)(test_random(&state) % 3);
             if (tensors[i].ndim) tensors[i].shape[0] *= 4; /* packed types fill bytes */
             else if (lorasync_dtype_bits(tensors[i].dtype) < 8) tensors[i].dtype = LORASYNC_I16;
@@ -532,16 +552,19 @@ static void random_layouts(void)
         bytes = (unsigned char *)calloc(image->header_bytes + image->payload_bytes, 1);
         memcpy(bytes, image->header, image->header_bytes);
         CHECK_EQ(image->header_bytes % 8, 0);
-        REQUIRE(lorasync_image_parse(bytes, image->header_bytes + image->payload_bytes, NULL, &read, &err) == LORASYNC_OK);
+        REQUIRE(lorasync_image_parse(bytes, image->header_bytes + image->payload_bytes, NULL, &read, &err) ==
+                LORASYNC_OK);
         REQUIRE(read->num_tensors == num && image->num_tensors == num);
         for (i = 0; i < num; i++) {
             const lorasync_tensor *a = lorasync_image_find(image, names[i]), *b = lorasync_image_find(read, names[i]);
             REQUIRE(a && b);
-            CHECK(a->offset == b->offset && a->num_bytes == b->num_bytes && a->dtype == b->dtype && a->dtype == tensors[i].dtype);
+            CHECK(a->offset == b->offset && a->num_bytes == b->num_bytes && a->dtype == b->dtype &&
+                  a->dtype == tensors[i].dtype);
             CHECK_EQ(a->ndim, tensors[i].ndim);
             CHECK(memcmp(a->shape, tensors[i].shape, sizeof a->shape) == 0 || a->ndim < 2);
             CHECK(i == 0 || read->tensors[i].offset >= read->tensors[i - 1].offset);
-            if (lorasync_dtype_bits(a->dtype) >= 8) CHECK_EQ(a->offset % (size_t)(lorasync_dtype_bits(a->dtype) / 8), 0);
+            if (lorasync_dtype_bits(a->dtype) >= 8)
+                CHECK_EQ(a->offset % (size_t)(lorasync_dtype_bits(a->dtype) / 8), 0);
         }
         CHECK(lorasync_image_digest(read, NULL) != 0 || num == 0);
         lorasync_image_free(image);
@@ -554,8 +577,8 @@ static void random_layouts(void)
 
 static void allocation_failures(void)
 {
-    static const char text[] =
-        "{\"__metadata__\":{\"format\":\"pt\"}," T("b", "BF16", "[2,1]", "[8,12]") "," T("a", "F32", "[1,2]", "[0,8]") "}";
+    static const char text[] = "{\"__metadata__\":{\"format\":\"pt\"}," T("b", "BF16", "[2,1]", "[8,12]") "," T(
+        "a", "F32", "[1,2]", "[0,8]") "}";
     file                f = make(text, 12);
     test_memory         memory;
     lorasync_allocator  a;
@@ -657,8 +680,11 @@ static void digest_additive(void)
     CHECK(lorasync_digest(NULL, 0, 77) == 0);
     for (round = 0; round < 2000; round++) {
         size_t   first = test_random(&state) % 8, n = test_random(&state) % (sizeof data - 8), at = 0, cut;
-        uint64_t position = round % 3 == 0 ? 0 : round % 3 == 1 ? test_random(&state) % 2000 : test_random(&state) >> 2, sum = 0, whole;
-        whole = lorasync_digest(data + first, n, position);
+        uint64_t position = round % 3 == 0   ? 0
+                            : round % 3 == 1 ? test_random(&state) % 2000
+                                             : test_random(&state) >> 2,
+                 sum      = 0, whole;
+        whole             = lorasync_digest(data + first, n, position);
         while (at < n) {
             cut = 1 + test_random(&state) % (round % 2 ? 40u : 900u);
             if (cut > n - at) cut = n - at;
@@ -683,7 +709,8 @@ static void digest_detects(void)
     size_t             i;
     for (round = 0; round < 3000; round++) {
         size_t a, b, size = (size_t)1 << (round % 3), row = 32;
-        for (i = 0; i < N; i++) data[i] = (unsigned char)(round % 5 ? test_random(&state) : (i % 16 == 3 ? 1 : 0)); /* also sparse ones */
+        for (i = 0; i < N; i++) /* also sparse ones */
+            data[i] = (unsigned char)(round % 5 ? test_random(&state) : (i % 16 == 3 ? 1 : 0));
         right = lorasync_digest(data, N, 0);
         a     = test_random(&state) % (N / size) * size;
         b     = test_random(&state) % (N / size) * size;
@@ -816,7 +843,7 @@ static void check_accepted(const lorasync_image *image, const unsigned char *byt
 static size_t mutate(unsigned char *p, size_t n, size_t capacity, unsigned long long *state)
 {
     static const char tokens[] = "{}[]\",:\\0123456789u-. eE\x80\xff";
-    size_t            at       = n ? (test_random(state) % 4 ? test_random(state) % n : test_random(state) % (n < 16 ? n : 16)) : 0, len;
+    size_t at = n ? (test_random(state) % 4 ? test_random(state) % n : test_random(state) % (n < 16 ? n : 16)) : 0, len;
     switch (test_random(state) % 6) {
     case 0:
         if (n) p[at] ^= (unsigned char)(1u << test_random(state) % 8);
@@ -843,15 +870,16 @@ static size_t mutate(unsigned char *p, size_t n, size_t capacity, unsigned long 
     }
 }
 
-/* Mutated valid files. The length field is set right again in half of the cases, so that the rest of the reader is reached. */
+/* Mutated valid files. The length field is set right again in half of the cases, so that the rest of the reader is
+   reached. */
 static void mutated(void)
 {
     static const char *const seeds[] = {
-        "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.version\":\"00000000000000000007\",\"lorasync.digest\":\"0123456789abcdef\"}," T(
-            "a.lora_A.weight", "F32", "[1,2]", "[0,8]") "," T("b.lora_B.weight", "BF16", "[2,1]", "[8,12]") "," T("c", "BF16", "[0]",
-                                                                                                                  "[12,12]") "}    ",
-        "{" T("b", "F32", "[1]", "[4,8]") ",\"__metadata__\":null," T("a\\u00e9\\\"", "F4", "[2,4]", "[0,4]") "," T("z", "I8", "[4]",
-                                                                                                                    "[8,12]") "}",
+        "{\"__metadata__\":{\"format\":\"pt\",\"lorasync.version\":\"00000000000000000007\","
+        "\"lorasync.digest\":\"0123456789abcdef\"}," T("a.lora_A.weight", "F32", "[1,2]", "[0,8]") "," T(
+            "b.lora_B.weight", "BF16", "[2,1]", "[8,12]") "," T("c", "BF16", "[0]", "[12,12]") "}    ",
+        "{" T("b", "F32", "[1]", "[4,8]") ",\"__metadata__\":null," T("a\\u00e9\\\"", "F4", "[2,4]",
+                                                                      "[0,4]") "," T("z", "I8", "[4]", "[8,12]") "}",
         "{" T("x", "U8", "[12]", "[0,12]") "}",
     };
     unsigned long long state = 31;
@@ -888,10 +916,11 @@ static void mutated(void)
 
 /* -- real files */
 
-static const char *const adapters[] = {"bert-tiny-r4",       "distilbert-classifier-r8", "gemma3-270m-qkvo-r4", "gpt2-fan-in-fan-out-r8",
-                                       "minilm-run-step100", "minilm-run-step200",       "minilm-run-step500",  "minilm-run-step600",
-                                       "minilm-run-step700", "mlx-transposed-unaligned", "not-lora-unilora",    "open-calm-f16-r1",
-                                       "opt-125m-bf16-r16",  "qwen2.5-0.5b-r8",          "tinyllama-r4"};
+static const char *const adapters[] = {
+    "bert-tiny-r4",       "distilbert-classifier-r8", "gemma3-270m-qkvo-r4", "gpt2-fan-in-fan-out-r8",
+    "minilm-run-step100", "minilm-run-step200",       "minilm-run-step500",  "minilm-run-step600",
+    "minilm-run-step700", "mlx-transposed-unaligned", "not-lora-unilora",    "open-calm-f16-r1",
+    "opt-125m-bf16-r16",  "qwen2.5-0.5b-r8",          "tinyllama-r4"};
 
 static char *read_adapter(const char *name, size_t *num_bytes)
 {
@@ -911,7 +940,8 @@ static int rewrite(const lorasync_image *image)
     lorasync_error  err;
     int             same;
     if (layout(image->tensors, image->num_tensors, NULL, &again, &err) != LORASYNC_OK) return 0;
-    same = again->header_bytes == image->header_bytes && memcmp(again->header, image->header, image->header_bytes) == 0 &&
+    same = again->header_bytes == image->header_bytes &&
+           memcmp(again->header, image->header, image->header_bytes) == 0 &&
            again->payload_bytes == image->payload_bytes;
     lorasync_image_free(again);
     return same;
@@ -942,7 +972,8 @@ static void real_files(void)
             if (format && strcmp(format, "pt") == 0) {
                 num_same++;
                 if (!rewrite(image))
-                    fprintf(stderr, "%s: rewritten differently\n", adapters[i]), test_fail(__FILE__, __LINE__, adapters[i]);
+                    fprintf(stderr, "%s: rewritten differently\n", adapters[i]),
+                        test_fail(__FILE__, __LINE__, adapters[i]);
             }
         }
         lorasync_image_free(image);

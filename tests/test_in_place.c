@@ -1,6 +1,7 @@
-/* Sessions that gather straight into the slot of shared memory where engines read: no version that an engine holds is ever written to, whatever
-   fails in between. Ranks are processes; the root's process has the engine, too.
-   Included by test_in_place_cuda.c, which defines IN_PLACE_CUDA: parameters, image and slots are then in device memory. */
+/* Sessions that gather straight into the slot of shared memory where engines read: no version that an engine holds is
+   ever written to, whatever fails in between. Ranks are processes; the root's process has the engine, too.
+   Included by test_in_place_cuda.c, which defines IN_PLACE_CUDA: parameters, image and slots are then in device
+   memory. */
 #define _DEFAULT_SOURCE 1
 #include <errno.h>
 #include <fcntl.h>
@@ -47,14 +48,17 @@ typedef struct scene {
     int         same_at;  /* version that repeats the one before */
     int         blind;    /* the last rank can map no slot */
     int         hold;     /* the engine keeps the last versions pinned */
-    int         stale_at; /* before this version the root asks for the one before again, or waits without begin, while the others go on */
+    int         stale_at; /* before this version the root asks for the one before again, or waits without begin, while
+                             the others go on */
 } scene;
 
 /* -- what the parameters are */
 
 static float element(uint64_t version, int module, int b, int row, int column)
 {
-    return (float)((version * 7919 + (uint64_t)module * 613 + (uint64_t)b * 257 + (uint64_t)row * 31 + (uint64_t)column) % 2048);
+    return (
+        float)((version * 7919 + (uint64_t)module * 613 + (uint64_t)b * 257 + (uint64_t)row * 31 + (uint64_t)column) %
+               2048);
 }
 
 static void set_parts(float *part, int rank, int world, uint64_t version)
@@ -69,7 +73,8 @@ static void set_parts(float *part, int rank, int world, uint64_t version)
             box = lorasync_shard(lorasync_whole(shape, 2), 0, rank, world);
             for (r = 0; r < (int)box.len[0]; r++)
                 for (c = 0; c < columns; c++)
-                    part[((m * 2 + b) * ROWS * COLUMNS) + r * columns + c] = element(version, m, b, (int)box.off[0] + r, c);
+                    part[((m * 2 + b) * ROWS * COLUMNS) + r * columns + c] =
+                        element(version, m, b, (int)box.off[0] + r, c);
         }
 }
 
@@ -137,7 +142,8 @@ static int is_version(const lorasync_adapter *a, uint64_t version, uint64_t cont
         for (b = 0; b < 2; b++) {
             const lorasync_tensor *t;
             int                    rows = b ? COLUMNS : ROWS, columns = b ? ROWS : COLUMNS;
-            snprintf(name, sizeof name, "base_model.model.model.layers.%d.mlp.up_proj.lora_%c.weight", m, b ? 'B' : 'A');
+            snprintf(name, sizeof name, "base_model.model.model.layers.%d.mlp.up_proj.lora_%c.weight", m,
+                     b ? 'B' : 'A');
             t = lorasync_find(a, name);
             if (!t || t->shape[0] != rows || t->shape[1] != columns) return 0;
             copy_bytes(values, t->data, sizeof values);
@@ -321,14 +327,16 @@ static void run_scene(rank_context *x)
             CHECK_EQ(report.skipped, same && s->skip_unchanged);
             if (!report.skipped) served = v, content = same ? v - 1 : v;
             /* after a publication that failed, one version takes the way through the plan's own memory */
-            if (!report.skipped) CHECK_EQ(report.in_place, is_seen_by_all(s, x) && !(s->fails_at && ((int)v == s->fails_at % 100 + 1)));
+            if (!report.skipped)
+                CHECK_EQ(report.in_place, is_seen_by_all(s, x) && !(s->fails_at && ((int)v == s->fails_at % 100 + 1)));
             if (v % 5 == 0) CHECK_EQ(lorasync_republish(session, &err), LORASYNC_NOTHING_NEW);
         }
         if (x->rank == 0 && served) look(&r, s, served, content);
 #ifndef IN_PLACE_CUDA
         CHECK((lorasync_session_image(session) != NULL) == (x->rank == 0 && status == LORASYNC_OK));
         if (x->rank == 0 && status == LORASYNC_OK)
-            CHECK_EQ(lorasync_image_verify(lorasync_session_image(session), &err), LORASYNC_OK); /* good until the next begin */
+            CHECK_EQ(lorasync_image_verify(lorasync_session_image(session), &err), LORASYNC_OK); /* good until the next
+                                                                                                    begin */
 #endif
     }
     lorasync_close(session);
@@ -336,7 +344,9 @@ static void run_scene(rank_context *x)
     if (x->rank == 0) close_reader(&r);
     part_free(part);
 #ifdef FAKE_SLICE
-    if (x->rank > 0) CHECK_EQ(fake_cuda_left(), 0); /* what the engine had open when the session closed is left to the process */
+    if (x->rank > 0)
+        CHECK_EQ(fake_cuda_left(), 0); /* what the engine had open when the session closed is left to the
+                                                       process */
 #endif
 }
 

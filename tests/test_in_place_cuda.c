@@ -1,4 +1,5 @@
-/* test_in_place.c in device memory: the fake's, or with IN_PLACE_GPU (make test-gpu) that of the GPUs of this machine. */
+/* test_in_place.c in device memory: the fake's, or with IN_PLACE_GPU (make test-gpu) that of the GPUs of this
+   machine. */
 #if defined(__has_include)
 #if __has_include(<cuda_runtime_api.h>)
 #define HAVE_CUDA 1

@@ -21,7 +21,8 @@ static int is_impossible(lorasync_box b)
     return lorasynci_box_check(&p, &err) < 0;
 }
 
-/* -- torch.chunk, written down independently: cut off pieces of ceil(n / parts) until nothing is left, then empty ones */
+/* -- torch.chunk, written down independently: cut off pieces of ceil(n / parts) until nothing is left, then empty
+   ones */
 
 static void torch_chunk(int64_t n, int parts, int64_t *off, int64_t *len)
 {
@@ -110,7 +111,8 @@ static void shard_of_shard(void)
         CHECK_EQ(b.off[0], r);
         CHECK_EQ(b.len[0], 1);
     }
-    for (r = 2; r < 4; r++) CHECK(lorasync_shard(whole1(2), 0, r, 4).off[0] == 2 && lorasync_shard(whole1(2), 0, r, 4).len[0] == 0);
+    for (r = 2; r < 4; r++)
+        CHECK(lorasync_shard(whole1(2), 0, r, 4).off[0] == 2 && lorasync_shard(whole1(2), 0, r, 4).len[0] == 0);
     shape[0] = 2, shape[1] = 5;
     for (r = 0; r < 4; r++) {
         lorasync_box b = lorasync_shard(lorasync_shard(lorasync_whole(shape, 2), 1, r / 2, 2), 1, r % 2, 2);
@@ -132,12 +134,12 @@ static lorasync_box tp_then_fsdp(int64_t n, int tp, int tp_rank, int dp, int dp_
 
 static void tp_and_fsdp(void)
 {
-    static const int64_t v[][5] = {/* N, dp rank, tp rank, first, number; dp = 2 (N 10: 3), tp = 2 */
-                                   {8, 0, 0, 0, 2},  {8, 0, 1, 4, 2},  {8, 1, 0, 2, 2},  {8, 1, 1, 6, 2},  {10, 0, 0, 0, 2},
-                                   {10, 0, 1, 5, 2}, {10, 1, 0, 2, 2}, {10, 1, 1, 7, 2}, {10, 2, 0, 4, 1}, {10, 2, 1, 9, 1},
-                                   {5, 0, 0, 0, 2},  {5, 1, 0, 2, 1},  {5, 0, 1, 3, 1},  {5, 1, 1, 4, 1},  {7, 0, 0, 0, 2},
-                                   {7, 0, 1, 4, 2},  {7, 1, 0, 2, 2},  {7, 1, 1, 6, 1}};
-    size_t               i;
+    static const int64_t v[][5] = {
+        /* N, dp rank, tp rank, first, number; dp = 2 (N 10: 3), tp = 2 */
+        {8, 0, 0, 0, 2},  {8, 0, 1, 4, 2},  {8, 1, 0, 2, 2},  {8, 1, 1, 6, 2},  {10, 0, 0, 0, 2}, {10, 0, 1, 5, 2},
+        {10, 1, 0, 2, 2}, {10, 1, 1, 7, 2}, {10, 2, 0, 4, 1}, {10, 2, 1, 9, 1}, {5, 0, 0, 0, 2},  {5, 1, 0, 2, 1},
+        {5, 0, 1, 3, 1},  {5, 1, 1, 4, 1},  {7, 0, 0, 0, 2},  {7, 0, 1, 4, 2},  {7, 1, 0, 2, 2},  {7, 1, 1, 6, 1}};
+    size_t i;
     for (i = 0; i < sizeof v / sizeof v[0]; i++) {
         lorasync_box b = tp_then_fsdp(v[i][0], 2, (int)v[i][2], v[i][0] == 10 ? 3 : 2, (int)v[i][1]);
         CHECK_EQ(b.off[0], v[i][3]);
@@ -151,8 +153,8 @@ static void tp_and_fsdp(void)
 
 /* -- flat buffers */
 
-static void check_part(int64_t start, int64_t numel, int64_t total, int rank, int world, int64_t in_shard, int64_t num, int64_t first,
-                       int64_t last)
+static void check_part(int64_t start, int64_t numel, int64_t total, int rank, int world, int64_t in_shard, int64_t num,
+                       int64_t first, int64_t last)
 {
     lorasync_flat_piece p = lorasync_flat_part(start, numel, total, rank, world);
     CHECK(p.box.flat == 1 && p.box.ndim == 1);
@@ -261,7 +263,8 @@ static void flat_parts_brute(void)
 
 static void impossible_requests(void)
 {
-    int64_t      shape[8] = {4, 6, 1, 1, 1, 1, 1, 1}, huge[2] = {INT64_MAX, 2}, negative[1] = {-3}, s[2], big[2] = {INT64_MAX, 1};
+    int64_t shape[8] = {4, 6, 1, 1, 1, 1, 1, 1}, huge[2] = {INT64_MAX, 2}, negative[1] = {-3}, s[2],
+            big[2] = {INT64_MAX, 1};
     lorasync_box w = lorasync_whole(shape, 2), far = w;
     int          r;
     CHECK(!is_impossible(w));
@@ -289,7 +292,8 @@ static void impossible_requests(void)
     CHECK_EQ(lorasync_range(far, 0, 4, 0).len[0], -1);
     CHECK(is_impossible(lorasync_range(w, 0, INT64_MAX, INT64_MAX)));
     CHECK(!is_impossible(lorasync_range(w, 0, 4, 0)));
-    CHECK(is_impossible(lorasync_shard(lorasync_flat(0, 4), 0, 0, 2))); /* flat intervals are cut with lorasync_flat_shard */
+    CHECK(is_impossible(lorasync_shard(lorasync_flat(0, 4), 0, 0, 2))); /* flat intervals are cut with
+                                                                           lorasync_flat_shard */
     CHECK(is_impossible(lorasync_flat(-1, 4)));
     CHECK(is_impossible(lorasync_flat(0, -1)));
     CHECK(is_impossible(lorasync_flat(INT64_MAX, INT64_MAX)));
@@ -374,7 +378,9 @@ static lorasync_status flat_box(void *user, const int64_t *off, const int64_t *l
         int64_t rest = i, number = 0;
         for (d = c->ndim - 1; d >= 0; d--) at[d] = off[d] + rest % len[d], rest /= len[d];
         for (d = 0; d < c->ndim; d++) number = number * c->shape[d] + at[d];
-        if (number != c->first + before + run++) c->bad = 3; /* in memory order, without a hole: strides of the whole tensor hold */
+        if (number != c->first + before + run++)
+            c->bad = 3; /* in memory order, without a hole: strides of the whole
+                                                                tensor hold */
         else if (c->hit[number]++) c->bad = 4;
     }
     c->seen += n;
@@ -400,8 +406,8 @@ static void flat_to_boxes(void)
     }
 }
 
-/* -- Megatron: fused qkv (interleaved by query group) and fc1 (gate and up side by side on each TP rank), both B, TP sharded, as the tensors
-   that Hugging Face names. Pieces point into the fused local buffers. */
+/* -- Megatron: fused qkv (interleaved by query group) and fc1 (gate and up side by side on each TP rank), both B, TP
+   sharded, as the tensors that Hugging Face names. Pieces point into the fused local buffers. */
 
 enum {
     NH   = 8,
@@ -430,7 +436,8 @@ static void fused_piece(fused *f, const char *name, int64_t rows, int64_t first,
     p->data = at;
 }
 
-/* What Megatron has in memory: head by head in the interleaved order of the whole tensor; this rank has the groups of its TP part. */
+/* What Megatron has in memory: head by head in the interleaved order of the whole tensor; this rank has the groups of
+   its TP part. */
 static void fused_fill(fused *f, int tp_rank)
 {
     int local, row, col;
@@ -441,10 +448,13 @@ static void fused_fill(fused *f, int tp_rank)
             for (row = 0; row < HEAD; row++)
                 for (col = 0; col < RANK; col++)
                     f->qkv[(local * (HPG + 2) + head) * HEAD + row][col] =
-                        head < HPG ? value(1, (group * HPG + head) * HEAD + row, col) : value(head == HPG ? 2 : 3, group * HEAD + row, col);
-        fused_piece(f, "q_proj.lora_B.weight", NH * HEAD, group * HPG * HEAD, HPG * HEAD, f->qkv[local * (HPG + 2) * HEAD]);
+                        head < HPG ? value(1, (group * HPG + head) * HEAD + row, col)
+                                   : value(head == HPG ? 2 : 3, group * HEAD + row, col);
+        fused_piece(f, "q_proj.lora_B.weight", NH * HEAD, group * HPG * HEAD, HPG * HEAD,
+                    f->qkv[local * (HPG + 2) * HEAD]);
         fused_piece(f, "k_proj.lora_B.weight", NG * HEAD, group * HEAD, HEAD, f->qkv[(local * (HPG + 2) + HPG) * HEAD]);
-        fused_piece(f, "v_proj.lora_B.weight", NG * HEAD, group * HEAD, HEAD, f->qkv[(local * (HPG + 2) + HPG + 1) * HEAD]);
+        fused_piece(f, "v_proj.lora_B.weight", NG * HEAD, group * HEAD, HEAD,
+                    f->qkv[(local * (HPG + 2) + HPG + 1) * HEAD]);
     }
     for (row = 0; row < HALF / TP; row++)
         for (col = 0; col < RANK; col++) {
@@ -459,8 +469,8 @@ static int fused_wrong[TP];
 
 static void fused_rank(rank_context *x)
 {
-    static const char *const names[5] = {"q_proj.lora_B.weight", "k_proj.lora_B.weight", "v_proj.lora_B.weight", "gate_proj.lora_B.weight",
-                                         "up_proj.lora_B.weight"};
+    static const char *const names[5] = {"q_proj.lora_B.weight", "k_proj.lora_B.weight", "v_proj.lora_B.weight",
+                                         "gate_proj.lora_B.weight", "up_proj.lora_B.weight"};
     fused                    f;
     lorasync_plan_desc       d;
     lorasync_plan           *plan;
@@ -512,7 +522,8 @@ static void fused_tensors(void)
     CHECK_EQ(fused_wrong[0] + fused_wrong[1], 0);
 }
 
-/* Megatron experts: [E, r / etp, in] of a stack, EP on dim 0, TP on dim 1; llm.c: per-layer slices as ranges. Each element once. */
+/* Megatron experts: [E, r / etp, in] of a stack, EP on dim 0, TP on dim 1; llm.c: per-layer slices as ranges. Each
+   element once. */
 static void experts(void)
 {
     int64_t shape[3] = {8, 4, 6};

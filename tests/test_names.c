@@ -41,29 +41,34 @@ static const name_case names[] = {
     {"m.q.lora_A.default", ROLE(LORA_A), P "m.q.lora_A", "m.q", "default"},
     {"m.q.lora_B.default", ROLE(LORA_B), P "m.q.lora_B", "m.q", "default"},
     {"m.score.modules_to_save.default.weight", ROLE(MODULES_TO_SAVE), P "m.score.weight", "m.score", "default"},
-    {"classifier.modules_to_save.default.dense.weight", ROLE(MODULES_TO_SAVE), P "classifier.dense.weight", "classifier", "default"},
-    {"classifier.modules_to_save.x.lora_router.weight", ROLE(MODULES_TO_SAVE), P "classifier.lora_router.weight", "classifier", "x"},
+    {"classifier.modules_to_save.default.dense.weight", ROLE(MODULES_TO_SAVE), P "classifier.dense.weight",
+     "classifier", "default"},
+    {"classifier.modules_to_save.x.lora_router.weight", ROLE(MODULES_TO_SAVE), P "classifier.lora_router.weight",
+     "classifier", "x"},
     {P "classifier.modules_to_save.p.bias", ROLE(MODULES_TO_SAVE), P "classifier.bias", "classifier", "p"},
-    {"m.emb.token_adapter.trainable_tokens_delta.default", ROLE(TRAINABLE_TOKENS), P "m.emb.token_adapter.trainable_tokens_delta", "m.emb",
-     "default"},
-    {"m.emb.token_adapter.trainable_tokens_delta", ROLE(TRAINABLE_TOKENS), P "m.emb.token_adapter.trainable_tokens_delta", "m.emb", ""},
+    {"m.emb.token_adapter.trainable_tokens_delta.default", ROLE(TRAINABLE_TOKENS),
+     P "m.emb.token_adapter.trainable_tokens_delta", "m.emb", "default"},
+    {"m.emb.token_adapter.trainable_tokens_delta", ROLE(TRAINABLE_TOKENS),
+     P "m.emb.token_adapter.trainable_tokens_delta", "m.emb", ""},
     {"m.emb.trainable_tokens_delta.a", ROLE(TRAINABLE_TOKENS), P "m.emb.trainable_tokens_delta", "m.emb", "a"},
     {"m.q.base_layer.bias", ROLE(BASE), "m.q.bias", "m.q", ""},
     {P "lm_head.weight", ROLE(BASE), "lm_head.weight", "lm_head", ""},
     /* base_layer: dropped from base paths and modules, part of LoRA keys */
-    {P "model.layers.0.q_proj.base_layer.weight", ROLE(BASE), "model.layers.0.q_proj.weight", "model.layers.0.q_proj", ""},
+    {P "model.layers.0.q_proj.base_layer.weight", ROLE(BASE), "model.layers.0.q_proj.weight", "model.layers.0.q_proj",
+     ""},
     {P "m.experts.base_layer.base_layer.gate_up_proj", ROLE(BASE), "m.experts.gate_up_proj", "m.experts", ""},
     {"m.experts.lora_A.default.weight", ROLE(LORA_A), P "m.experts.lora_A.weight", "m.experts", "default"},
-    {"m.experts.base_layer.lora_A.default.weight", ROLE(LORA_A), P "m.experts.base_layer.lora_A.weight", "m.experts", "default"},
+    {"m.experts.base_layer.lora_A.default.weight", ROLE(LORA_A), P "m.experts.base_layer.lora_A.weight", "m.experts",
+     "default"},
     {"base_layer", ROLE(BASE), "base_layer", "", ""},
     {P "lm_head.original_module.weight", ROLE(BASE), "lm_head.weight", "lm_head", ""},
     {P "m.emb.token_adapter.base_layer.weight", ROLE(BASE), "m.emb.weight", "m.emb", ""},
     {"m.token_adapter.weight", ROLE(BASE), "m.token_adapter.weight", "m.token_adapter", ""},
     /* experts */
-    {"model.layers.3.mlp.experts.127.gate_proj.lora_B.p.weight", ROLE(LORA_B), P "model.layers.3.mlp.experts.127.gate_proj.lora_B.weight",
-     "model.layers.3.mlp.experts.127.gate_proj", "p"},
-    {"model.layers.3.mlp.experts.gate_up_proj.lora_A.weight", ROLE(LORA_A), P "model.layers.3.mlp.experts.gate_up_proj.lora_A.weight",
-     "model.layers.3.mlp.experts.gate_up_proj", ""},
+    {"model.layers.3.mlp.experts.127.gate_proj.lora_B.p.weight", ROLE(LORA_B),
+     P "model.layers.3.mlp.experts.127.gate_proj.lora_B.weight", "model.layers.3.mlp.experts.127.gate_proj", "p"},
+    {"model.layers.3.mlp.experts.gate_up_proj.lora_A.weight", ROLE(LORA_A),
+     P "model.layers.3.mlp.experts.gate_up_proj.lora_A.weight", "model.layers.3.mlp.experts.gate_up_proj", ""},
     /* adapters and modules with awkward names */
     {"m.q_proj.lora_A.q_proj.weight", ROLE(LORA_A), P "m.q_proj.lora_A.weight", "m.q_proj", "q_proj"},
     {"m.weight.lora_A.a.weight", ROLE(LORA_A), P "m.weight.lora_A.weight", "m.weight", "a"},
@@ -74,7 +79,8 @@ static const name_case names[] = {
     {"m.q.lora_A.modules_to_save.weight", ROLE(LORA_A), P "m.q.lora_A.weight", "m.q", "modules_to_save"},
     {"m.s.modules_to_save.modules_to_save.weight", ROLE(MODULES_TO_SAVE), P "m.s.weight", "m.s", "modules_to_save"},
     {"model.lora_router.gate.weight", ROLE(BASE), "model.lora_router.gate.weight", "model.lora_router.gate", ""},
-    {"model.lora_router.gate.lora_A.d.weight", ROLE(LORA_A), P "model.lora_router.gate.lora_A.weight", "model.lora_router.gate", "d"},
+    {"model.lora_router.gate.lora_A.d.weight", ROLE(LORA_A), P "model.lora_router.gate.lora_A.weight",
+     "model.lora_router.gate", "d"},
     {"model.lora_router.lora_A.weight", ROLE(LORA_A), P "model.lora_router.lora_A.weight", "model.lora_router", ""},
     {"model.xlora_A.weight", ROLE(BASE), "model.xlora_A.weight", "model.xlora_A", ""},
     {"model.lora.0.weight", ROLE(BASE), "model.lora.0.weight", "model.lora.0", ""},
@@ -84,14 +90,15 @@ static const name_case names[] = {
     {"m.flux.linear_in.weight", ROLE(BASE), "m.flux.linear_in.weight", "m.flux.linear_in", ""},
     {"m.adapter.linear_in.bias", ROLE(BASE), "m.adapter.linear_in.bias", "m.adapter.linear_in", ""},
     /* wrappers */
-    {"_fsdp_wrapped_module.model.layers.0.q_proj._orig_mod.lora_A.policy.weight", ROLE(LORA_A), P "model.layers.0.q_proj.lora_A.weight",
-     "model.layers.0.q_proj", "policy"},
-    {"module.module.model.q.lora_A._fsdp_wrapped_module.p._checkpoint_wrapped_module.weight", ROLE(LORA_A), P "model.q.lora_A.weight",
-     "model.q", "p"},
+    {"_fsdp_wrapped_module.model.layers.0.q_proj._orig_mod.lora_A.policy.weight", ROLE(LORA_A),
+     P "model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj", "policy"},
+    {"module.module.model.q.lora_A._fsdp_wrapped_module.p._checkpoint_wrapped_module.weight", ROLE(LORA_A),
+     P "model.q.lora_A.weight", "model.q", "p"},
     {"_orig_mod.module." P "model.q.weight", ROLE(BASE), "model.q.weight", "model.q", ""},
     {"model.module.q.weight", ROLE(BASE), "model.module.q.weight", "model.module.q", ""},
     {"module", ROLE(BASE), "module", "", ""},
-    {"decoder.layers.0.linear_qkv.to_wrap.weight", ROLE(BASE), "decoder.layers.0.linear_qkv.weight", "decoder.layers.0.linear_qkv", ""},
+    {"decoder.layers.0.linear_qkv.to_wrap.weight", ROLE(BASE), "decoder.layers.0.linear_qkv.weight",
+     "decoder.layers.0.linear_qkv", ""},
     {"my_orig_mod.to_wrap2.weight", ROLE(BASE), "my_orig_mod.to_wrap2.weight", "my_orig_mod.to_wrap2", ""},
 };
 
@@ -159,7 +166,8 @@ static void test_name_table(void)
     for (i = 0; i < sizeof names / sizeof names[0]; i++) check_name(names[i].raw, &names[i]);
 }
 
-/* The key of a LoRA parameter is a name again: of the same parameter, with no adapter. With base_model.model. in front nothing changes. */
+/* The key of a LoRA parameter is a name again: of the same parameter, with no adapter. With base_model.model. in front
+   nothing changes. */
 static void test_name_round_trip(void)
 {
     size_t i;
@@ -169,7 +177,8 @@ static void test_name_round_trip(void)
         want.adapter   = "";
         if (want.role == ROLE(MODULES_TO_SAVE)) { /* a file key of these looks like a base parameter */
             lorasync_name n;
-            CHECK_EQ(lorasync_parse_name(want.key, &n, NULL), strstr(want.key, "lora_router") ? LORASYNC_E_NAME : LORASYNC_OK);
+            CHECK_EQ(lorasync_parse_name(want.key, &n, NULL),
+                     strstr(want.key, "lora_router") ? LORASYNC_E_NAME : LORASYNC_OK);
             continue;
         }
         if (strchr(want.key, '.') && strcmp(want.key, "base_model.model") != 0) check_name(want.key, &want);
@@ -182,13 +191,15 @@ static void test_name_round_trip(void)
 /* `raw` with wrapper segments put anywhere; what it means must not change. */
 static void insert_wrappers(const char *raw, char *out, size_t capacity, u64 *state)
 {
-    static const char *const wrappers[] = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "to_wrap"};
+    static const char *const wrappers[] = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod",
+                                           "to_wrap"};
     const char              *at         = raw;
     size_t                   used       = 0;
     out[0]                              = 0;
     for (;;) {
         size_t n = strcspn(at, ".");
-        while (test_random(state) % 3 == 0) used += (size_t)snprintf(out + used, capacity - used, "%s.", wrappers[test_random(state) % 4]);
+        while (test_random(state) % 3 == 0)
+            used += (size_t)snprintf(out + used, capacity - used, "%s.", wrappers[test_random(state) % 4]);
         if (at == raw)
             while (test_random(state) % 3 == 0) used += (size_t)snprintf(out + used, capacity - used, "module.");
         used += (size_t)snprintf(out + used, capacity - used, "%.*s", (int)n, at);
@@ -253,10 +264,12 @@ static void test_name_lengths(void)
         if (n >= LORASYNC_MAX_NAME) CHECK_HAS(err.text, "512 bytes or more");
         else CHECK_TEXT(name.key, base);
         snprintf(lora, sizeof lora, "%s.lora_A.a.weight", base);
-        CHECK_EQ(lorasync_parse_name(lora, &name, &err), n + 17 + 14 < LORASYNC_MAX_NAME ? LORASYNC_OK : LORASYNC_E_NAME);
+        CHECK_EQ(lorasync_parse_name(lora, &name, &err),
+                 n + 17 + 14 < LORASYNC_MAX_NAME ? LORASYNC_OK : LORASYNC_E_NAME);
         for (i = 0; i < n; i++) dots[i] = i % 2 ? '.' : 'y';
         dots[n] = 0;
-        CHECK_EQ(lorasync_parse_name(dots, &name, &err), n % 2 && n < LORASYNC_MAX_NAME ? LORASYNC_OK : LORASYNC_E_NAME);
+        CHECK_EQ(lorasync_parse_name(dots, &name, &err),
+                 n % 2 && n < LORASYNC_MAX_NAME ? LORASYNC_OK : LORASYNC_E_NAME);
         if (n % 2 && n < LORASYNC_MAX_NAME) CHECK_TEXT(name.key, dots);
     }
 }
@@ -327,7 +340,9 @@ static void test_drop_adapter(void)
     for (i = 0; i < 20000; i++) {
         size_t      n = 1 + test_random(&state) % 6, used = 0;
         const char *adapter = word[test_random(&state) % 6];
-        while (n--) used += (size_t)snprintf(key + used, sizeof key - used, "%s%s", used ? "." : "", word[test_random(&state) % 6]);
+        while (n--)
+            used +=
+                (size_t)snprintf(key + used, sizeof key - used, "%s%s", used ? "." : "", word[test_random(&state) % 6]);
         drop_adapter_reference(key, adapter, want);
         lorasync_drop_adapter(key, adapter, out);
         CHECK_TEXT(out, want);
@@ -339,7 +354,8 @@ static void test_drop_adapter(void)
 
 /* ---- patterns */
 
-#define COLPALI "(.*(language_model).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$|.*(custom_text_proj).*$)"
+#define COLPALI                                                                                                        \
+    "(.*(language_model).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$|.*(custom_text_proj).*$)"
 
 /* Pattern, text, and what Python's re.fullmatch says. */
 static const struct {
@@ -920,10 +936,11 @@ static void test_pattern_catastrophes(void)
     CHECK((double)(clock() - begin) / CLOCKS_PER_SEC < 20); /* 0.1 s; the rest is for sanitizers and valgrind */
 }
 
-/* Random patterns against a matcher that follows the definition: a tree node maps the set of places where it may begin to the set of
-   places where it may end. Sets are bits of a u64. */
+/* Random patterns against a matcher that follows the definition: a tree node maps the set of places where it may begin
+   to the set of places where it may end. Sets are bits of a u64. */
 typedef struct tree {
-    char               kind; /* 'c' byte  '.'  '[' set  '&' then  '|' or  '*' repeat  '=' '!' look-ahead  'e' empty  assertions ^ $ b B */
+    char               kind; /* 'c' byte '.' '[' set '&' then '|' or '*' repeat '=' '!' look-ahead 'e' empty assertions
+                                ^ $ b B */
     unsigned char      byte;
     const char        *set; /* "[...]" as printed */
     const struct tree *a, *b;
@@ -943,7 +960,11 @@ static const tree *grow(int depth, u64 *state)
         t->kind = 'c';
         t->byte = (unsigned char)"aab._\n1"[test_random(state) % 7];
     } else if (k < 8) {
-        t->kind = k == 4 ? '.' : k == 5 ? '[' : k == 6 ? "^$bB"[test_random(state) % 4] : test_random(state) % 4 ? 'c' : 'e';
+        t->kind = k == 4                   ? '.'
+                  : k == 5                 ? '['
+                  : k == 6                 ? "^$bB"[test_random(state) % 4]
+                  : test_random(state) % 4 ? 'c'
+                                           : 'e';
         t->byte = 'a';
         t->set  = sets[test_random(state) % 7];
     } else {
@@ -1029,7 +1050,8 @@ static u64 ends(const tree *t, u64 begin, const char *text, size_t n)
         if (!(begin & here)) continue;
         if (t->kind == 'c' || t->kind == '.' || t->kind == '[') {
             if (i == n) continue;
-            if (t->kind == 'c' ? text[i] == (char)t->byte : t->kind == '.' ? text[i] != '\n' : in_set(t->set, text[i])) out |= here << 1;
+            if (t->kind == 'c' ? text[i] == (char)t->byte : t->kind == '.' ? text[i] != '\n' : in_set(t->set, text[i]))
+                out |= here << 1;
         } else if (t->kind == '=' || t->kind == '!') {
             if ((ends(t->a, here, text, n) != 0) == (t->kind == '=')) out |= here;
         } else if (assertion(t->kind, text, i, n)) {
@@ -1098,7 +1120,8 @@ static int takes(const lorasync_filter *filter, const char *raw, const char *ada
     lorasync_name     n;
     int               yes;
     err.text[0] = 0;
-    if (lorasync_matcher_create(filter, NULL, 0, NULL, &m, &err) != LORASYNC_OK || lorasync_parse_name(raw, &n, &err) != LORASYNC_OK) {
+    if (lorasync_matcher_create(filter, NULL, 0, NULL, &m, &err) != LORASYNC_OK ||
+        lorasync_parse_name(raw, &n, &err) != LORASYNC_OK) {
         fprintf(stderr, "%s: %s\n", raw, err.text);
         return -1;
     }
@@ -1181,7 +1204,8 @@ static int all_linear_takes(const lorasync_filter *f, const lorasync_module *mod
 
 static void test_matcher_all_linear(void)
 {
-    lorasync_module   causal[] = {{"model.embed", 0}, {"model.q", 1}, {"model.q", 1}, {"model.score", 1}, {"x.lm_head", 1}, {"score", 1}};
+    lorasync_module   causal[] = {{"model.embed", 0}, {"model.q", 1},   {"model.q", 1},
+                                  {"model.score", 1}, {"x.lm_head", 1}, {"score", 1}};
     lorasync_module   sorter[] = {{"bert.classifier", 1}, {"bert.q", 1}, {"score", 0}, {"classifier", 1}};
     lorasync_module   nested[] = {{"bert.q", 1}, {"classifier.dense", 1}};
     lorasync_filter   f;
@@ -1278,7 +1302,8 @@ static void random_module(char *out, size_t capacity, u64 *state)
 {
     static const char *const word[] = {"a", "b", "ab", "q_proj", "proj", "0", "1"};
     size_t                   n = 1 + test_random(state) % 4, used = 0;
-    while (n--) used += (size_t)snprintf(out + used, capacity - used, "%s%s", used ? "." : "", word[test_random(state) % 7]);
+    while (n--)
+        used += (size_t)snprintf(out + used, capacity - used, "%s%s", used ? "." : "", word[test_random(state) % 7]);
 }
 
 static void test_matcher_random_lists(void)
@@ -1307,7 +1332,8 @@ static void test_matcher_random_lists(void)
         for (k = 0; k < 50; k++) {
             random_module(n.module, sizeof n.module, &state);
             CHECK_EQ(lorasync_matcher_takes(m, &n, "x"),
-                     list_reference(n.module, list, f.num_target_modules) && !list_reference(n.module, list + 5, f.num_exclude_modules));
+                     list_reference(n.module, list, f.num_target_modules) &&
+                         !list_reference(n.module, list + 5, f.num_exclude_modules));
         }
         lorasync_matcher_free(m);
     }
@@ -1338,7 +1364,8 @@ static void test_memory_failures(void)
             mem.fail_at = n;
             err.text[0] = 0;
             if (what == 0) {
-                status = lorasync_pattern_compile("(?:[ab]|\\w)*(?=x(?!y))a{2,70}.*(?P<n>b|c|\303\251)+$", &a, &p, &err);
+                status =
+                    lorasync_pattern_compile("(?:[ab]|\\w)*(?=x(?!y))a{2,70}.*(?P<n>b|c|\303\251)+$", &a, &p, &err);
             } else {
                 f.target_pattern      = what == 1 ? "all-linear" : "a(?=b).*[cd]";
                 f.exclude_modules     = list;
@@ -1374,7 +1401,7 @@ static void test_many_names(void)
 {
     static const char *const attention[] = {"q_proj", "k_proj", "v_proj", "o_proj"};
     static const char *const expert[]    = {"gate_proj", "up_proj", "down_proj"};
-    static const char *const all[]       = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
+    static const char *const all[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};
     lorasync_filter          f;
     lorasync_matcher        *lists, *patterns;
     lorasync_name            n;
@@ -1390,10 +1417,12 @@ static void test_many_names(void)
     for (i = 0; i < 48 * (4 + 128 * 3) * 2; i++) {
         char   raw[256];
         size_t layer = i / (388 * 2), k = i / 2 % 388;
-        if (k < 4) snprintf(raw, sizeof raw, "model.layers.%d.self_attn.%s.lora_%c.p.weight", (int)layer, attention[k], i % 2 ? 'B' : 'A');
+        if (k < 4)
+            snprintf(raw, sizeof raw, "model.layers.%d.self_attn.%s.lora_%c.p.weight", (int)layer, attention[k],
+                     i % 2 ? 'B' : 'A');
         else
-            snprintf(raw, sizeof raw, "model.layers.%d.mlp.experts.%d.%s.lora_%c.p.weight", (int)layer, (int)(k - 4) / 3,
-                     expert[(k - 4) % 3], i % 2 ? 'B' : 'A');
+            snprintf(raw, sizeof raw, "model.layers.%d.mlp.experts.%d.%s.lora_%c.p.weight", (int)layer,
+                     (int)(k - 4) / 3, expert[(k - 4) % 3], i % 2 ? 'B' : 'A');
         num += lorasync_parse_name(raw, &n, NULL) == LORASYNC_OK && n.role == (i % 2 ? ROLE(LORA_B) : ROLE(LORA_A));
         by_list += lorasync_matcher_takes(lists, &n, "p") != 0;
         by_pattern += lorasync_matcher_takes(patterns, &n, "p") != 0;
@@ -1407,8 +1436,10 @@ static void test_many_names(void)
 
 /* ---- real data */
 
-/* Calls what(file text) for every file below `folder` (one level of folders down) that ends in `ending`; returns how many. */
-static int for_each_file(const char *folder, const char *ending, int (*what)(const char *path, const char *text, size_t size))
+/* Calls what(file text) for every file below `folder` (one level of folders down) that ends in `ending`; returns how
+   many. */
+static int for_each_file(const char *folder, const char *ending,
+                         int (*what)(const char *path, const char *text, size_t size))
 {
     char           path[1024];
     struct dirent *d;
@@ -1490,7 +1521,8 @@ static int parse_keys(const char *path, const char *text, size_t size)
         if (*at != '"') continue;
         for (at = from; at < end && *at != '"';) at++;
         k = (size_t)(at - from);
-        if (end - at < 10 || strncmp(at, "\":{\"", 4) != 0 || strncmp(from, "__metadata__", 12) == 0 || k >= sizeof key) continue;
+        if (end - at < 10 || strncmp(at, "\":{\"", 4) != 0 || strncmp(from, "__metadata__", 12) == 0 || k >= sizeof key)
+            continue;
         memcpy(key, from, k);
         key[k] = 0;
         num++;

@@ -13,7 +13,8 @@
 #include "lorasync.h"
 #include "test.h"
 
-static const long long no_hang = 10000000000ll; /* ns. On a busy machine a deadline of a moment is kept late, not never */
+static const long long no_hang = 10000000000ll; /* ns. On a busy machine a deadline of a moment is kept late, not
+                                                   never */
 
 #ifndef HAVE_NCCL
 int main(void)
@@ -61,7 +62,8 @@ static void end_party(void)
     CHECK_EQ(fake_nccl.misuses, 0);
 }
 
-static lorasync_status open_rank(party *p, int rank, int world, ncclComm_t *borrowed, lorasync_comm *c, lorasync_error *err)
+static lorasync_status open_rank(party *p, int rank, int world, ncclComm_t *borrowed, lorasync_comm *c,
+                                 lorasync_error *err)
 {
     lorasync_nccl_desc d;
     ncclUniqueId       id;
@@ -85,8 +87,9 @@ static lorasync_status open_rank(party *p, int rank, int world, ncclComm_t *borr
 /* -- data */
 
 /* The same traffic over exchange_stream: messages are copied to the device and back by the test. */
-static lorasync_status exchange_on_stream(void *user, const lorasync_message *sends, size_t num_sends, const lorasync_message *receives,
-                                          size_t num_receives, int timeout_ms, lorasync_error *err)
+static lorasync_status exchange_on_stream(void *user, const lorasync_message *sends, size_t num_sends,
+                                          const lorasync_message *receives, size_t num_receives, int timeout_ms,
+                                          lorasync_error *err)
 {
     lorasynci_nccl  *n = (lorasynci_nccl *)user;
     lorasync_message s[MAX_WORLD], r[MAX_WORLD];
@@ -236,7 +239,8 @@ static void unsettled_rank(rank_context *x)
         ncclResult_t state = ncclInProgress; /* an exchange without messages has not looked */
         while (state == ncclInProgress) ncclCommGetAsyncError(borrowed, &state);
         CHECK_EQ(ncclAllGather(data, data, 8, ncclUint8, borrowed, NULL), ncclInProgress);
-        CHECK_EQ(i % 2 ? gather_round(&c, (unsigned long long)i, 100) : exchange_round(&c, (unsigned long long)i, 1), 0);
+        CHECK_EQ(i % 2 ? gather_round(&c, (unsigned long long)i, 100) : exchange_round(&c, (unsigned long long)i, 1),
+                 0);
     }
     cudaFree(data);
     lorasync_nccl_close(&c);
@@ -265,7 +269,8 @@ static void allocations_rank(rank_context *x)
     int            i;
     if (open_rank(p, x->rank, x->world, &borrowed, &c, &err) < 0) return;
     before = fake_cuda.allocations;
-    for (i = 0; i < 5; i++) CHECK(!gather_round(&c, (unsigned long long)i, 512) && !exchange_round(&c, (unsigned long long)i, 1));
+    for (i = 0; i < 5; i++)
+        CHECK(!gather_round(&c, (unsigned long long)i, 512) && !exchange_round(&c, (unsigned long long)i, 1));
     CHECK(!gather_round(&c, 9, 9 << 20));
     CHECK_EQ(fake_cuda.allocations, before);
     lorasync_nccl_close(&c);
@@ -452,7 +457,8 @@ static void troubled_rank(rank_context *x)
     start = lorasynci_now_ns();
     for (i = 0; i < 4 && status == LORASYNC_OK; i++) {
         start  = lorasynci_now_ns();
-        status = i % 2 ? c.exchange(c.user, s, n, r, n, p->timeout_ms, &err) : c.all_gather(c.user, data, got, 16, p->timeout_ms, &err);
+        status = i % 2 ? c.exchange(c.user, s, n, r, n, p->timeout_ms, &err)
+                       : c.all_gather(c.user, data, got, 16, p->timeout_ms, &err);
     }
     note(p, x->rank, status, start, &err);
     if (status < 0) {

@@ -1,4 +1,5 @@
-/* Plans against brute force: random tensors, cut in random ways over random numbers of ranks, must give the bytes that the uncut tensors give. */
+/* Plans against brute force: random tensors, cut in random ways over random numbers of ranks, must give the bytes that
+   the uncut tensors give. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"
@@ -23,7 +24,8 @@ static void run_case(rank_context *x)
     c->status[x->rank] = lorasync_plan_create(&d, &plan, &err);
     snprintf(c->text[x->rank], sizeof c->text[0], "%s", err.text);
     if (c->status[x->rank] < 0) return;
-    for (run = 0; run < 4 && !c->wrong[x->rank]; run++) { /* again and again: nothing may be left over from the run before */
+    for (run = 0; run < 4 && !c->wrong[x->rank]; run++) { /* again and again: nothing may be left over from the run
+                                                             before */
         lorasync_status s = lorasync_plan_begin(plan, &err);
         if (s == LORASYNC_OK || s == LORASYNC_E_NAN) s = lorasync_plan_wait(plan, &err);
         if (s < 0) {

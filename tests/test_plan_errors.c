@@ -1,4 +1,5 @@
-/* What can go wrong with a plan: declarations that do not fit, values that must not travel, memory that is not there, ranks that die. */
+/* What can go wrong with a plan: declarations that do not fit, values that must not travel, memory that is not there,
+   ranks that die. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"
@@ -15,7 +16,8 @@ enum {
     COLS  = 4
 };
 
-/* One rank's declarations: A [6, 4] F32 by rows over 3 ranks, B [4, 6] BF16 by columns over 3 ranks, c [] I64 on rank 2 alone. */
+/* One rank's declarations: A [6, 4] F32 by rows over 3 ranks, B [4, 6] BF16 by columns over 3 ranks, c [] I64 on rank 2
+   alone. */
 typedef struct declared {
     lorasync_piece     have[4], want[4];
     lorasync_plan_desc d;
@@ -27,7 +29,8 @@ typedef struct declared {
     lorasync_allocator allocator;
 } declared;
 
-static void declare(lorasync_piece *p, const char *name, lorasync_dtype dtype, int ndim, int64_t n0, int64_t n1, void *data)
+static void declare(lorasync_piece *p, const char *name, lorasync_dtype dtype, int ndim, int64_t n0, int64_t n1,
+                    void *data)
 {
     memset(p, 0, sizeof *p);
     p->name = name, p->dtype = dtype, p->ndim = ndim, p->shape[0] = n0, p->shape[1] = n1, p->data = data;
@@ -227,7 +230,8 @@ static void spoil_list(declared *x, int rank)
 }
 static void spoil_gather_want(declared *x, int rank)
 {
-    if (rank == 1) x->d.want = x->want, x->d.num_want = 1, declare(&x->want[0], "A", LORASYNC_F32, 2, ROWS, COLS, x->out);
+    if (rank == 1)
+        x->d.want = x->want, x->d.num_want = 1, declare(&x->want[0], "A", LORASYNC_F32, 2, ROWS, COLS, x->out);
 }
 static void spoil_flat_stride(declared *x, int rank)
 {
@@ -354,7 +358,9 @@ static const wrong_case wrong[] = {
     {spoil_list, LORASYNC_E_ARGUMENT, {"rank 1", "list is NULL", ""}},
     {spoil_gather_want, LORASYNC_E_ARGUMENT, {"rank 1", "wanted", ""}},
     {spoil_flat_stride, LORASYNC_E_ARGUMENT, {"rank 1", "A: a flat interval has no strides", ""}},
-    {spoil_held_stride, LORASYNC_E_ARGUMENT, {"rank 1", "A: stride 0 along dimension 1, of length 4", "give all of them"}},
+    {spoil_held_stride,
+     LORASYNC_E_ARGUMENT,
+     {"rank 1", "A: stride 0 along dimension 1, of length 4", "give all of them"}},
     {spoil_scale_tiny, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale 1e-46 is 0 as F32", ""}},
     {spoil_scale_large, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale -3.5e+38 is Inf as F32", ""}},
     {spoil_empty, LORASYNC_E_EMPTY, {"no rank declares a tensor", "", ""}},
@@ -469,7 +475,9 @@ static void any_alignment(void)
                 float  value = -1;
                 double wide;
                 if (k == 2) memcpy(&wide, found + i * 8, 8), value = (float)wide;
-                else lorasync_convert(&value, LORASYNC_F32, found + i * lorasync_dtype_bits(wires[k]) / 8, wires[k], 1, &err);
+                else
+                    lorasync_convert(&value, LORASYNC_F32, found + i * lorasync_dtype_bits(wires[k]) / 8, wires[k], 1,
+                                     &err);
                 CHECK_EQ(value, i);
             }
             lorasync_plan_free(plan);
@@ -515,7 +523,8 @@ static void bad_calls(void)
 }
 
 /* A comm filled by somebody who knows no `abort`: what lies behind is not looked at. */
-static lorasync_status broken_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms, lorasync_error *err)
+static lorasync_status broken_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                     lorasync_error *err)
 {
     (void)user, (void)in, (void)out, (void)num_bytes, (void)timeout_ms;
     err->status = LORASYNC_E_TIMEOUT;
@@ -650,14 +659,15 @@ static void nan_rank(rank_context *x)
     memset(&d, 0, sizeof d), memset(data, 0, sizeof data), memset(&p, 0, sizeof p);
     p.name = "the.tensor", p.dtype = u->c->dtype, p.ndim = 2, p.shape[0] = 7, p.shape[1] = 100, p.data = data;
     p.box  = lorasync_shard(lorasync_whole(p.shape, 2), 0, x->rank, x->world);
-    d.comm = &x->comm, d.have = &p, d.num_have = 1, d.wire_dtype = u->c->wire, d.allow_nan = u->allow, d.no_direct = u->no_direct,
-    d.timeout_ms = 10000;
+    d.comm = &x->comm, d.have = &p, d.num_have = 1, d.wire_dtype = u->c->wire, d.allow_nan = u->allow,
+    d.no_direct = u->no_direct, d.timeout_ms = 10000;
     if (lorasync_plan_create(&d, &plan, &err) < 0) {
         u->failed[x->rank] = 1;
         return;
     }
     for (round = 0; round < 4; round++) { /* good, bad, good, bad */
-        if (round % 2 && x->rank == last) memcpy(data + ((size_t)p.box.len[0] * 100 - 3) * item, &u->c->bits, item); /* [6, 97] */
+        if (round % 2 && x->rank == last) /* [6, 97] */
+            memcpy(data + ((size_t)p.box.len[0] * 100 - 3) * item, &u->c->bits, item);
         else memset(data, 0, sizeof data);
         s = lorasync_plan_begin(plan, &err);
         if (s != (refused && round % 2 && x->rank == last ? LORASYNC_E_NAN : LORASYNC_OK)) u->failed[x->rank] |= 2;
@@ -731,7 +741,8 @@ static void memory_rank(rank_context *c)
     uint64_t        start;
     declare_rank(&x, &c->comm, c->rank);
     x.d.kind = (lorasync_plan_kind)u->kind, x.d.no_direct = u->no_direct;
-    if (u->kind == LORASYNC_RESHARD || u->kind == LORASYNC_SCATTER) want_all(&x), x.d.kind = (lorasync_plan_kind)u->kind;
+    if (u->kind == LORASYNC_RESHARD || u->kind == LORASYNC_SCATTER)
+        want_all(&x), x.d.kind = (lorasync_plan_kind)u->kind;
     if (u->kind == LORASYNC_SCATTER) x.d.num_have = 0;
     if (u->kind == LORASYNC_SCATTER && c->rank == 0) image = scatter_image(&x);
     if (c->rank == u->victim) x.memory.fail_at = u->nth;
@@ -779,7 +790,8 @@ static void refused_rank(rank_context *c)
         half.free   = test_memory_free;
         d.allocator = what && c->rank == 1 ? &half : NULL;
         CHECK_EQ(lorasync_plan_create(&d, !what && c->rank == 1 ? NULL : &plan, &err), LORASYNC_E_ARGUMENT);
-        CHECK_HAS(err.text, what ? "rank 1: the allocator has one function" : "rank 1: lorasync_plan_create: out is NULL");
+        CHECK_HAS(err.text,
+                  what ? "rank 1: the allocator has one function" : "rank 1: lorasync_plan_create: out is NULL");
     }
     d.allocator = NULL;
     CHECK_EQ(lorasync_plan_create(&d, &plan, &err), LORASYNC_OK);
@@ -926,10 +938,11 @@ static void limited_rank(rank_context *c)
     int                 variant;
     for (variant = 0; variant < 3; variant++) {
         struct rlimit old, none;
-        int           limit = variant == 1 ? RLIMIT_NOFILE : RLIMIT_FSIZE, limited = variant == 0 ? 0 : c->rank == (variant == 1);
+        int limit = variant == 1 ? RLIMIT_NOFILE : RLIMIT_FSIZE, limited = variant == 0 ? 0 : c->rank == (variant == 1);
         declare_rank(&x, &c->comm, c->rank);
         x.d.no_direct =
-            variant == 0 && c->rank == 2; /* 0: one rank does not want; 1: one has no descriptor left; 2: the root may make no file */
+            variant == 0 && c->rank == 2; /* 0: one rank does not want; 1: one has no descriptor left; 2: the root may
+                                             make no file */
         signal(SIGXFSZ, SIG_IGN);
         getrlimit(limit, &old);
         none = old, none.rlim_cur = 0;
@@ -950,7 +963,8 @@ static void limited_rank(rank_context *c)
 
 static void direct_falls_back(void) { CHECK_EQ(run_processes(WORLD, limited_rank, NULL), 0); }
 
-/* What 4 ranks gathered is still there, whole, when the root looks, also when it takes its time while the others are at the next run. */
+/* What 4 ranks gathered is still there, whole, when the root looks, also when it takes its time while the others are at
+   the next run. */
 static void repeated_rank(rank_context *c)
 {
     enum {
@@ -970,7 +984,8 @@ static void repeated_rank(rank_context *c)
         declare(&p[1], "y", LORASYNC_F32, 2, 3, N / 5, data);
         p[0].box = lorasync_shard(p[0].box, 0, c->rank, 4);
         p[1].box = lorasync_shard(p[1].box, 1, c->rank, 4);
-        d.comm = &c->comm, d.have = p, d.num_have = 2, d.wire_dtype = LORASYNC_BF16, d.no_direct = no_direct, d.timeout_ms = 20000;
+        d.comm = &c->comm, d.have = p, d.num_have = 2, d.wire_dtype = LORASYNC_BF16, d.no_direct = no_direct,
+        d.timeout_ms = 20000;
         CHECK_EQ(lorasync_plan_create(&d, &plan, &err), LORASYNC_OK);
         lorasync_plan_get_stats(plan, &stats);
         CHECK_EQ(stats.direct, !no_direct);
@@ -985,7 +1000,8 @@ static void repeated_rank(rank_context *c)
                 const lorasync_image *image = lorasync_plan_image(plan);
                 if (run % 20 == 0) usleep(1000);
                 CHECK_EQ(lorasync_image_digest(image, NULL), image->digest);
-                CHECK(((const uint16_t *)image->payload)[run % 100] == ((const uint16_t *)image->payload)[image->payload_bytes / 2 - 1]);
+                CHECK(((const uint16_t *)image->payload)[run % 100] ==
+                      ((const uint16_t *)image->payload)[image->payload_bytes / 2 - 1]);
             }
         }
         lorasync_plan_free(plan);
@@ -996,10 +1012,12 @@ static void gather_1000_times(void) { CHECK_EQ(run_processes(4, repeated_rank, N
 
 /* -- size of plans */
 
-/* The LoRA tensors of a model like Qwen3-30B-A3B at rank 16: 48 layers x (4 attention + 128 experts x 3) x (A, B) = 37,248. */
+/* The LoRA tensors of a model like Qwen3-30B-A3B at rank 16: 48 layers x (4 attention + 128 experts x 3) x (A, B) =
+   37,248. */
 static size_t big_model(lorasync_piece *pieces, char (*names)[96], size_t max, int rank, int world, float *data)
 {
-    static const char *const attention[4] = {"q_proj", "k_proj", "v_proj", "o_proj"}, *const expert[3] = {"gate_proj", "up_proj",
+    static const char *const attention[4] = {"q_proj", "k_proj", "v_proj", "o_proj"}, *const expert[3] = {"gate_proj",
+                                                                                                          "up_proj",
                                                                                                           "down_proj"};
     static const int in4[4] = {2048, 2048, 2048, 4096}, out4[4] = {4096, 512, 512, 2048}, in3[3] = {2048, 2048, 768},
                      out3[3] = {768, 768, 2048};
@@ -1010,10 +1028,11 @@ static size_t big_model(lorasync_piece *pieces, char (*names)[96], size_t max, i
             for (ab = 0; ab < 2 && n < max; ab++, n++) {
                 int in = m < 4 ? in4[m] : in3[(m - 4) % 3], out = m < 4 ? out4[m] : out3[(m - 4) % 3];
                 if (m < 4)
-                    snprintf(names[n], 96, "base_model.model.model.layers.%d.self_attn.%s.lora_%c.weight", layer, attention[m], "AB"[ab]);
+                    snprintf(names[n], 96, "base_model.model.model.layers.%d.self_attn.%s.lora_%c.weight", layer,
+                             attention[m], "AB"[ab]);
                 else
-                    snprintf(names[n], 96, "base_model.model.model.layers.%d.mlp.experts.%d.%s.lora_%c.weight", layer, (m - 4) / 3,
-                             expert[(m - 4) % 3], "AB"[ab]);
+                    snprintf(names[n], 96, "base_model.model.model.layers.%d.mlp.experts.%d.%s.lora_%c.weight", layer,
+                             (m - 4) / 3, expert[(m - 4) % 3], "AB"[ab]);
                 declare(&pieces[n], names[n], LORASYNC_F32, 2, ab ? out : 16, ab ? 16 : in, data);
                 pieces[n].box = lorasync_shard(pieces[n].box, 0, rank, world);
             }
@@ -1072,16 +1091,18 @@ static void big_plan(int world, size_t max, int no_direct)
         double pieces = (double)u.stats[r].num_pieces;
         CHECK(pieces > 0);
         if ((double)u.stats[r].plan_bytes / pieces > worst) worst = (double)u.stats[r].plan_bytes / pieces;
-        if ((double)u.stats[r].peak_plan_bytes / pieces > worst_peak) worst_peak = (double)u.stats[r].peak_plan_bytes / pieces;
+        if ((double)u.stats[r].peak_plan_bytes / pieces > worst_peak)
+            worst_peak = (double)u.stats[r].peak_plan_bytes / pieces;
         if (r && (double)u.cpu_ns[r] / 1e6 > other) other = (double)u.cpu_ns[r] / 1e6;
     }
     printf(
-        "     %d ranks x %zu tensors%s: root %zu pieces, plan %.1f MB (%.0f bytes each), peak %.1f MB (%.0f each), %.0f ms (cpu %.0f ms); "
-        "rank 1: %zu pieces, plan %.0f bytes each, peak %.0f each, cpu %.0f ms at most; worst %.0f, peak %.0f\n",
+        "     %d ranks x %zu tensors%s: root %zu pieces, plan %.1f MB (%.0f bytes each), peak %.1f MB (%.0f each), "
+        "%.0f ms (cpu %.0f ms); rank 1: %zu pieces, plan %.0f bytes each, peak %.0f each, cpu %.0f ms at most; worst "
+        "%.0f, peak %.0f\n",
         world, max, no_direct ? "" : ", direct", u.stats[0].num_pieces, (double)u.stats[0].plan_bytes / 1e6,
         (double)u.stats[0].plan_bytes / (double)u.stats[0].num_pieces, (double)u.stats[0].peak_plan_bytes / 1e6,
-        (double)u.stats[0].peak_plan_bytes / (double)u.stats[0].num_pieces, (double)u.ns[0] / 1e6, (double)u.cpu_ns[0] / 1e6,
-        u.stats[1].num_pieces, (double)u.stats[1].plan_bytes / (double)u.stats[1].num_pieces,
+        (double)u.stats[0].peak_plan_bytes / (double)u.stats[0].num_pieces, (double)u.ns[0] / 1e6,
+        (double)u.cpu_ns[0] / 1e6, u.stats[1].num_pieces, (double)u.stats[1].plan_bytes / (double)u.stats[1].num_pieces,
         (double)u.stats[1].peak_plan_bytes / (double)u.stats[1].num_pieces, other, worst, worst_peak);
     if (world > 8) { /* most ranks hold a part of every other tensor only */
         free(u.data);

@@ -1,4 +1,5 @@
-/* Device plans without a GPU, beyond their runs: several on one communicator, captures that come to nothing, and ends at any point. */
+/* Device plans without a GPU, beyond their runs: several on one communicator, captures that come to nothing, and ends
+   at any point. */
 #if defined(__has_include)
 #if __has_include(<cuda_runtime_api.h>) && __has_include(<nccl.h>)
 #define HAVE_CUDA 1
@@ -52,7 +53,8 @@ static void check_left(void)
 
 static int has_plan_nccl(void) { return device_options.way == WAY_NCCL || device_options.way == WAY_NCCL_DIRECT; }
 
-/* One tensor: rank 0 has it, or, `split`, every rank a part; it goes into rank 1's image, into everybody's, or (RESHARD) to rank 1. */
+/* One tensor: rank 0 has it, or, `split`, every rank a part; it goes into rank 1's image, into everybody's, or
+   (RESHARD) to rank 1. */
 typedef struct one_plan {
     device_rank       *d;
     lorasync_piece     piece;
@@ -174,7 +176,10 @@ static void two_plans(rank_context *x)
         if (x->rank == 1 && sa == LORASYNC_OK) CHECK(value(&a) == (float)run);
         if (x->rank == 1 && sb == LORASYNC_OK) CHECK(value(&b) == 100.0f * (float)run);
         if (!now) CHECK(sa == LORASYNC_OK && sb == LORASYNC_OK);
-        else CHECK_EQ(sa, c->what == X_FAILS ? LORASYNC_E_CUDA : c->what == X_LAZY ? LORASYNC_E_STATE : LORASYNC_E_DISAGREE);
+        else
+            CHECK_EQ(sa, c->what == X_FAILS  ? LORASYNC_E_CUDA
+                         : c->what == X_LAZY ? LORASYNC_E_STATE
+                                             : LORASYNC_E_DISAGREE);
         if (now && c->what == X_FAILS) CHECK_EQ(sb, LORASYNC_OK);
         if (now && c->what == SWAPPED) CHECK_HAS(a.err.text, "same order");
     }
@@ -394,7 +399,8 @@ static void root_is_freed_first(void)
     check_left();
 }
 
-/* Rank 1's begin fails behind its vote, or its graph is launched and not waited for, and the plan is freed while the others do nothing. */
+/* Rank 1's begin fails behind its vote, or its graph is launched and not waited for, and the plan is freed while the
+   others do nothing. */
 static void ends_alone(rank_context *x)
 {
     const int   graph = *(const int *)x->user;
@@ -430,7 +436,8 @@ static void end_is_bounded(void)
     }
 }
 
-/* The root's image stays on the device, and the root's own stream still reads it: the next begin lets that end first. */
+/* The root's image stays on the device, and the root's own stream still reads it: the next begin lets that end
+   first. */
 static void reads_behind(rank_context *x)
 {
     device_rank d;

@@ -1,4 +1,5 @@
-/* What must be sent now. The reference tables below are written as the frameworks say it, not as the header computes it. */
+/* What must be sent now. The reference tables below are written as the frameworks say it, not as the header computes
+   it. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -39,7 +40,10 @@ static int reference_base_is_fine(const lorasync_policy_state *s)
     int came = s->base_synced, stayed = 1, right = !s->base_changed && !s->verify;
     if (!s->keeps_memory && !s->weights_backed_up) {
         switch (s->sleep_level) {
-        case 0: stayed = s->released % 2 == 0 || s->tags % 2 == 0; break; /* what it does not know it does not give back */
+        case 0:
+            stayed = s->released % 2 == 0 || s->tags % 2 == 0;
+            break; /* what it does not know it does not give
+                                                                             back */
         case 1: stayed = 1; break;
         default: stayed = 0;
         }
@@ -67,7 +71,8 @@ static void reference(const lorasync_policy_state *s, char *out)
         if (c == 0 && base) *out++ = 'B';
         if (c == 0 && adapter) *out++ = 'A';
     }
-    if ((base && s->cache_key != LORASYNC_CACHE_NONE) || (adapter && s->cache_key == LORASYNC_CACHE_BY_NAME)) *out++ = 'f';
+    if ((base && s->cache_key != LORASYNC_CACHE_NONE) || (adapter && s->cache_key == LORASYNC_CACHE_BY_NAME))
+        *out++ = 'f';
     if (quiet) *out++ = 'c';
     *out = 0;
 }
@@ -87,11 +92,12 @@ static void test_all_states(void)
                             lorasync_decision     d;
                             char                  expected[16], found[16];
                             memset(&s, 0, sizeof s);
-                            s.base_synced = bits & 1, s.keeps_memory = bits >> 1 & 1, s.weights_backed_up = bits >> 2 & 1,
-                            s.one_slot     = bits >> 3 & 1;
+                            s.base_synced = bits & 1, s.keeps_memory = bits >> 1 & 1,
+                            s.weights_backed_up = bits >> 2 & 1, s.one_slot = bits >> 3 & 1;
                             s.base_changed = bits >> 4 & 1, s.no_adapter = bits >> 5 & 1, s.verify = bits >> 6 & 1,
                             s.ask_adapter = bits >> 7 & 1;
-                            s.sleep_level = level, s.tags = tags, s.released = released, s.cache_key = (lorasync_cache_key)key;
+                            s.sleep_level = level, s.tags = tags, s.released = released,
+                            s.cache_key = (lorasync_cache_key)key;
                             s.version = 9, s.digest = bits >> 8 & 1 ? 77 : 0;
                             s.held_version = held ? 8 : 0, s.held_digest = held == 1 ? s.digest : 5;
                             if (s.keeps_memory && (released & tags)) {
@@ -102,7 +108,8 @@ static void test_all_states(void)
                             letters(&d, found);
                             reference(&s, expected);
                             CHECK_TEXT(found, expected);
-                            CHECK_EQ(d.send_base, strchr(found, 'B') != NULL); /* no update without a base, no base without a reason */
+                            CHECK_EQ(d.send_base, strchr(found, 'B') != NULL); /* no update without a base, no base
+                                                                                  without a reason */
                             CHECK_EQ(d.send_base, d.base_reason != LORASYNC_BASE_KEPT);
                             CHECK_EQ(d.send_adapter, strchr(found, 'A') != NULL);
                             CHECK_EQ(d.version, s.no_adapter ? 0 : d.send_adapter ? 9 : 8);
@@ -216,8 +223,8 @@ static void test_verl(void)
     CHECK_EQ(lorasync_policy_verl(&k, NULL, &err), LORASYNC_E_ARGUMENT);
 }
 
-/* -- miles. One row: what is offloaded; for sent, backup, check from 000 to 111 whether the base goes; and the resumed tags with and without
-   cuda_graph. Full fine-tuning always sends it. */
+/* -- miles. One row: what is offloaded; for sent, backup, check from 000 to 111 whether the base goes; and the resumed
+   tags with and without cuda_graph. Full fine-tuning always sends it. */
 
 typedef struct miles_row {
     const char *level;

@@ -1,4 +1,5 @@
-/* Publishing to many engines: every mix of outcomes against a model, quorum, death and recovery, republishing, unchanged versions. */
+/* Publishing to many engines: every mix of outcomes against a model, quorum, death and recovery, republishing,
+   unchanged versions. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -7,7 +8,8 @@
 
 #define NUM 3 /* engines */
 
-/* -- an engine of the test. `plan` says how the next try ends; what it serves is the truth that outcomes are compared with */
+/* -- an engine of the test. `plan` says how the next try ends; what it serves is the truth that outcomes are compared
+   with */
 
 enum {
     GOOD,
@@ -82,7 +84,10 @@ typedef struct model {
     int      state[NUM];
 } model;
 
-static void model_misses(model *m, int i) { m->state[i] = ++m->failures[i] >= 3 ? LORASYNC_ENGINE_DEAD : LORASYNC_ENGINE_BEHIND; }
+static void model_misses(model *m, int i)
+{
+    m->state[i] = ++m->failures[i] >= 3 ? LORASYNC_ENGINE_DEAD : LORASYNC_ENGINE_BEHIND;
+}
 
 static void model_serves(model *m, int i, uint64_t version)
 {
@@ -183,7 +188,8 @@ static void compare(const bench *b, const model *m)
             CHECK_EQ(b->o[i].num_failures, m->failures[i]);
             CHECK_EQ(b->e[i].staged, 0);
         }
-        if ((b->o[i].error.status < 0) != (m->state[i] == LORASYNC_ENGINE_BEHIND || m->state[i] == LORASYNC_ENGINE_DEAD))
+        if ((b->o[i].error.status < 0) !=
+            (m->state[i] == LORASYNC_ENGINE_BEHIND || m->state[i] == LORASYNC_ENGINE_DEAD))
             test_fail(__FILE__, __LINE__, "an error in the wrong state");
     }
 }
@@ -225,11 +231,13 @@ static void run_one(bench *b, int mix, int quorum, int mask)
             if (b->e[i].plan == FAIL_COMMIT && (mix + i) % 2) b->e[i].plan = FAIL_COMMIT_LATE;
         }
         accepted = model_publish(&m, b->e, version, quorum ? NUM - quorum : 0);
-        if ((bench_publish(b, version, quorum, 0, &err) == LORASYNC_OK) != accepted) test_fail(__FILE__, __LINE__, "the verdict");
+        if ((bench_publish(b, version, quorum, 0, &err) == LORASYNC_OK) != accepted)
+            test_fail(__FILE__, __LINE__, "the verdict");
         compare(b, &m);
         for (i = 0; i < NUM; i++) { /* old or new, never anything else; what is accepted is served by enough */
             now += b->e[i].served == version;
-            if (b->e[i].served != version && b->e[i].served != before[i]) test_fail(__FILE__, __LINE__, "neither old nor new");
+            if (b->e[i].served != version && b->e[i].served != before[i])
+                test_fail(__FILE__, __LINE__, "neither old nor new");
         }
         if (accepted && now < (quorum ? quorum : NUM)) test_fail(__FILE__, __LINE__, "accepted by too few");
         if (accepted != (err.status == LORASYNC_OK)) test_fail(__FILE__, __LINE__, "the error");
@@ -253,7 +261,8 @@ static void test_all_outcomes(void)
     lorasync_image_free(b.image);
 }
 
-/* The text of a failure says how many could, how many must, whose fault it is, and who has the new version all the same. */
+/* The text of a failure says how many could, how many must, whose fault it is, and who has the new version all the
+   same. */
 static void test_error_texts(void)
 {
     bench          b;
@@ -274,7 +283,8 @@ static void test_error_texts(void)
 
 /* -- sessions */
 
-static const char *const raw_names[2] = {"model.layers.0.q_proj.lora_A.default.weight", "model.layers.0.q_proj.lora_B.default.weight"};
+static const char *const raw_names[2] = {"model.layers.0.q_proj.lora_A.default.weight",
+                                         "model.layers.0.q_proj.lora_B.default.weight"};
 
 typedef struct trainer {
     float             values[2][64];
@@ -310,11 +320,11 @@ static lorasync_desc plain(void)
     return d;
 }
 
-#define EXPECT(index, expected_state, expected_version)                                                                                    \
-    do {                                                                                                                                   \
-        const lorasync_engine_outcome *o_ = lorasync_get_outcomes(t.s, NULL);                                                              \
-        CHECK_TEXT(lorasync_engine_state_text(o_[index].state), #expected_state);                                                          \
-        CHECK_EQ(o_[index].version, expected_version);                                                                                     \
+#define EXPECT(index, expected_state, expected_version)                                                                \
+    do {                                                                                                               \
+        const lorasync_engine_outcome *o_ = lorasync_get_outcomes(t.s, NULL);                                          \
+        CHECK_TEXT(lorasync_engine_state_text(o_[index].state), #expected_state);                                      \
+        CHECK_EQ(o_[index].version, expected_version);                                                                 \
     } while (0)
 
 /* Death and recovery of one engine of three. */
@@ -545,7 +555,8 @@ static void rank_publishes(rank_context *c)
         if (i == 2 && lorasync_republish(t->s, &err) != LORASYNC_OK) shared->status[c->rank][6]++;
         if (i == 3 && lorasync_republish(t->s, &err) != LORASYNC_NOTHING_NEW) shared->status[c->rank][6]++;
         if (i == 4 && lorasync_republish(t->s, &err) != LORASYNC_E_STATE) shared->status[c->rank][6]++;
-        if ((lorasync_get_outcomes(t->s, &num) != NULL) != (c->rank == 1) || num != (c->rank == 1 ? NUM : 0)) shared->status[c->rank][6]++;
+        if ((lorasync_get_outcomes(t->s, &num) != NULL) != (c->rank == 1) || num != (c->rank == 1 ? NUM : 0))
+            shared->status[c->rank][6]++;
     }
     lorasync_close(t->s);
     free(t);

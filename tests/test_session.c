@@ -55,7 +55,8 @@ static int64_t numel(const parameter *p)
 
 static float truth(int number, int64_t element, int step)
 {
-    unsigned long long s = (unsigned long long)number * 100003 + (unsigned long long)element * 7 + (unsigned long long)step * 1000000007;
+    unsigned long long s =
+        (unsigned long long)number * 100003 + (unsigned long long)element * 7 + (unsigned long long)step * 1000000007;
     return (float)((double)(test_random(&s) % 2000001) / 1000000.0 - 1.0);
 }
 
@@ -185,7 +186,10 @@ static lorasync_status engine_commit(void *user, const char *adapter, uint64_t v
     return LORASYNC_OK;
 }
 
-static void engine_abort(void *user, const char *adapter, uint64_t version) { (void)adapter, (void)version, ((engine *)user)->aborts++; }
+static void engine_abort(void *user, const char *adapter, uint64_t version)
+{
+    (void)adapter, (void)version, ((engine *)user)->aborts++;
+}
 static void engine_close(void *user) { ((engine *)user)->closes++; }
 
 static lorasync_transport transport_to(engine *e, const char *name)
@@ -214,7 +218,8 @@ static lorasync_status add_all(lorasync_session *s, const rank_model *m, lorasyn
 }
 
 /* Opens, adds, attaches e (if any), compiles. */
-static lorasync_status open_session(const lorasync_desc *d, const rank_model *m, engine *e, lorasync_session **s, lorasync_error *err)
+static lorasync_status open_session(const lorasync_desc *d, const rank_model *m, engine *e, lorasync_session **s,
+                                    lorasync_error *err)
 {
     lorasync_status status;
     status = lorasync_open(d, s, err);
@@ -355,8 +360,14 @@ typedef struct wrong_session {
 static const char *const     only_lm_head[1] = {"lm_head"};
 static const lorasync_filter lm_head_filter  = {NULL, only_lm_head, 1, NULL, NULL, 0, NULL, 0, 0};
 
-static void spoil_nothing_found(lorasync_desc *d, rank_model *m, int rank) { (void)m, (void)rank, d->adapter = "policy"; }
-static void spoil_filtered(lorasync_desc *d, rank_model *m, int rank) { (void)m, (void)rank, d->filter = &lm_head_filter; }
+static void spoil_nothing_found(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m, (void)rank, d->adapter = "policy";
+}
+static void spoil_filtered(lorasync_desc *d, rank_model *m, int rank)
+{
+    (void)m, (void)rank, d->filter = &lm_head_filter;
+}
 static void spoil_pair(lorasync_desc *d, rank_model *m, int rank)
 {
     (void)d, (void)rank, m->pieces[2].name = P "self_attn.q_proj.lora_B.other2.weight";
@@ -365,11 +376,13 @@ static void spoil_collision(lorasync_desc *d, rank_model *m, int rank)
 {
     (void)d;
     if (rank == 1)
-        m->pieces[3] = m->pieces[1], m->pieces[3].name = "base_model.model._orig_mod.model.layers.0.self_attn.q_proj.lora_A.default.weight";
+        m->pieces[3]      = m->pieces[1],
+        m->pieces[3].name = "base_model.model._orig_mod.model.layers.0.self_attn.q_proj.lora_A.default.weight";
 }
 static void spoil_rank(lorasync_desc *d, rank_model *m, int rank)
 {
-    (void)m, (void)rank, d->config_json = "{\"peft_type\":\"LORA\",\"r\":16,\"target_modules\":[\"q_proj\",\"up_proj\"]}";
+    (void)m, (void)rank,
+        d->config_json = "{\"peft_type\":\"LORA\",\"r\":16,\"target_modules\":[\"q_proj\",\"up_proj\"]}";
 }
 static void spoil_target(lorasync_desc *d, rank_model *m, int rank)
 {
@@ -438,10 +451,15 @@ static void spoil_base_model(lorasync_desc *d, rank_model *m, int rank)
 }
 
 static const lorasync_filter with_base = {NULL, NULL, 0, NULL, NULL, 0, NULL, 1, 0};
-static void spoil_pair_in_base(lorasync_desc *d, rank_model *m, int rank) { spoil_pair(d, m, rank), d->filter = &with_base; }
+static void                  spoil_pair_in_base(lorasync_desc *d, rank_model *m, int rank)
+{
+    spoil_pair(d, m, rank), d->filter = &with_base;
+}
 
 static const wrong_session wrong[] = {
-    {spoil_nothing_found, LORASYNC_E_EMPTY, {"adapter \"policy\"", "of 9 declared here 9 were dropped, the first: base_model"}},
+    {spoil_nothing_found,
+     LORASYNC_E_EMPTY,
+     {"adapter \"policy\"", "of 9 declared here 9 were dropped, the first: base_model"}},
     {spoil_filtered, LORASYNC_E_EMPTY, {"adapter \"default\"", "filter"}},
     {spoil_pair, LORASYNC_E_PAIR, {"q_proj", "lora_B"}},
     {spoil_collision, LORASYNC_E_NAME, {"rank 1", "_orig_mod"}},
@@ -518,7 +536,8 @@ static void compile_refuses(void)
         shared.wrong = &wrong[i];
         run_threads(3, wrong_rank, NULL);
         for (r = 0; r < 3; r++) {
-            if (shared.status[r] != wrong[i].status) fprintf(stderr, "case %d, rank %d: %s\n", (int)i, r, shared.text[r]);
+            if (shared.status[r] != wrong[i].status)
+                fprintf(stderr, "case %d, rank %d: %s\n", (int)i, r, shared.text[r]);
             CHECK_EQ(shared.status[r], wrong[i].status);
             CHECK_EQ(shared.again[r], wrong[i].status);
             CHECK_HAS(shared.text[r], wrong[i].words[0]);
@@ -592,7 +611,8 @@ static void same_bytes(void)
                 for (r = 0; r < worlds[w]; r++) CHECK_EQ(shared.failed[r], 0);
                 CHECK_EQ(u.direct_seen, worlds[w] > 1 && !no_direct);
                 if (!first.e.num_bytes) first = u;
-                CHECK(u.e.num_bytes > 1000 && u.e.num_bytes == first.e.num_bytes && memcmp(u.e.file, first.e.file, first.e.num_bytes) == 0);
+                CHECK(u.e.num_bytes > 1000 && u.e.num_bytes == first.e.num_bytes &&
+                      memcmp(u.e.file, first.e.file, first.e.num_bytes) == 0);
                 CHECK_TEXT(u.e.config, first.e.config);
             }
 }
@@ -622,11 +642,16 @@ typedef struct fold_case {
 static const fold_case folds[] = {
     {NULL, 16, 2, 2, 8, 8},
     {NULL, 12, 1.5, 3, 8, 4},
-    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":20,\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0, 2.5, 2.5, 8, 8},
-    {"{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":20,\"use_rslora\":true,\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0, 10, 10, 4, 4},
-    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"rank_pattern\":{\"up_proj\":4},\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0,
-     2, 4, 8, 4},
-    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"rank_pattern\":{\"up_proj\":4},\"alpha_pattern\":{\"q_proj\":6},\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":20,\"target_modules\":[\"q_proj\",\"up_proj\"]}", 0, 2.5, 2.5, 8,
+     8},
+    {"{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":20,\"use_rslora\":true,\"target_modules\":[\"q_proj\","
+     "\"up_proj\"]}",
+     0, 10, 10, 4, 4},
+    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"rank_pattern\":{\"up_proj\":4},"
+     "\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+     0, 2, 4, 8, 4},
+    {"{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"rank_pattern\":{\"up_proj\":4},"
+     "\"alpha_pattern\":{\"q_proj\":6},\"target_modules\":[\"q_proj\",\"up_proj\"]}",
      0, 0.75, 4, 8, 4},
 };
 
@@ -739,22 +764,22 @@ static void fold_after_a_failed_compile(void)
 
 /* -- versions, NaN, engines that fail */
 
-#define MUST(call, expected)                                                                                                               \
-    do {                                                                                                                                   \
-        lorasync_status must_ = (call);                                                                                                    \
-        if (must_ != (expected)) {                                                                                                         \
-            fprintf(stderr, "%s:%d: rank %d: %s is %d, expected %d: %s\n", __FILE__, __LINE__, c->rank, #call, (int)must_,                 \
-                    (int)(expected), err.text);                                                                                            \
-            shared.failed[c->rank]++;                                                                                                      \
-        }                                                                                                                                  \
+#define MUST(call, expected)                                                                                           \
+    do {                                                                                                               \
+        lorasync_status must_ = (call);                                                                                \
+        if (must_ != (expected)) {                                                                                     \
+            fprintf(stderr, "%s:%d: rank %d: %s is %d, expected %d: %s\n", __FILE__, __LINE__, c->rank, #call,         \
+                    (int)must_, (int)(expected), err.text);                                                            \
+            shared.failed[c->rank]++;                                                                                  \
+        }                                                                                                              \
     } while (0)
 
-#define HOLDS(condition)                                                                                                                   \
-    do {                                                                                                                                   \
-        if (!(condition)) {                                                                                                                \
-            fprintf(stderr, "%s:%d: rank %d: %s\n", __FILE__, __LINE__, c->rank, #condition);                                              \
-            shared.failed[c->rank]++;                                                                                                      \
-        }                                                                                                                                  \
+#define HOLDS(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            fprintf(stderr, "%s:%d: rank %d: %s\n", __FILE__, __LINE__, c->rank, #condition);                          \
+            shared.failed[c->rank]++;                                                                                  \
+        }                                                                                                              \
     } while (0)
 
 static int stories_no_direct;
@@ -891,7 +916,8 @@ static void tell(void (*story)(rank_context *), int world)
     }
 }
 
-/* Two sessions of one communicator, of tensors of equal shapes, are synced in the other order on one rank: nothing is published. */
+/* Two sessions of one communicator, of tensors of equal shapes, are synced in the other order on one rank: nothing is
+   published. */
 static void order_story(rank_context *c)
 {
     lorasync_desc     d    = plain_desc(&c->comm);
@@ -901,14 +927,16 @@ static void order_story(rank_context *c)
     int               i, first = c->rank == 1, run;
     d.no_direct = 1;
     make_model(m, model, MODEL, FSDP2, c->rank, c->world, 1);
-    for (i = 0; i < 2; i++) MUST(open_session(&d, m, c->rank == 0 ? &shared.engines[i] : NULL, &s[i], &err), LORASYNC_OK);
+    for (i = 0; i < 2; i++)
+        MUST(open_session(&d, m, c->rank == 0 ? &shared.engines[i] : NULL, &s[i], &err), LORASYNC_OK);
     for (run = 0; run < 2; run++) {
         if (run) first = 0;
         for (i = 0; i < 2; i++) {
             if (stories_no_direct) lorasync_begin(s[i ^ first], 1, &err);
             else MUST(lorasync_sync(s[i ^ first], 1, NULL, &err), run ? LORASYNC_OK : LORASYNC_E_DISAGREE);
         }
-        for (i = 0; i < 2 && stories_no_direct; i++) MUST(lorasync_wait(s[i ^ first], NULL, &err), run ? LORASYNC_OK : LORASYNC_E_DISAGREE);
+        for (i = 0; i < 2 && stories_no_direct; i++)
+            MUST(lorasync_wait(s[i ^ first], NULL, &err), run ? LORASYNC_OK : LORASYNC_E_DISAGREE);
         if (!run) HOLDS(strstr(err.text, "same order") != NULL);
         for (i = 0; i < 2 && c->rank == 0; i++) HOLDS(shared.engines[i].served == (uint64_t)run);
     }
@@ -1024,7 +1052,8 @@ static void load_story(rank_context *c)
         make_model(m, model, MODEL, load_layout, c->rank, c->world, 12);
         if (i == 1) m->pieces[5].name = P "x.lora_A.zzz.weight", m->pieces[6].name = P "x.lora_B.zzz.weight";
         if (i == 0)
-            m->pieces[3].name = P "mlp.down_proj.lora_A.default.weight", m->pieces[4].name = P "mlp.down_proj.lora_B.default.weight";
+            m->pieces[3].name = P "mlp.down_proj.lora_A.default.weight",
+            m->pieces[4].name = P "mlp.down_proj.lora_B.default.weight";
         if (i == 2) {
             parameter wide[MODEL];
             memcpy(wide, model, sizeof model);
@@ -1048,7 +1077,8 @@ static void load_restores(void)
     make_folder();
     REQUIRE(folder[0]);
     for (how = 0; how < NUM_LAYOUTS; how++)
-        for (load_half = 0; load_half < 2; load_half++) load_layout = (layout)how, tell(load_story, how % 2 ? 1 : 3), tell(load_story, 2);
+        for (load_half = 0; load_half < 2; load_half++)
+            load_layout = (layout)how, tell(load_story, how % 2 ? 1 : 3), tell(load_story, 2);
     remove_folder();
 }
 
@@ -1088,8 +1118,10 @@ static void load_compares_scales(void)
     static const char *const configs[] = {
         "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"target_modules\":[\"q_proj\",\"up_proj\"]}",
         "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":999,\"target_modules\":[\"q_proj\",\"up_proj\"]}",
-        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"use_rslora\":true,\"target_modules\":[\"q_proj\",\"up_proj\"]}",
-        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"alpha_pattern\":{\"up_proj\":8},\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"use_rslora\":true,\"target_modules\":[\"q_proj\","
+        "\"up_proj\"]}",
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"alpha_pattern\":{\"up_proj\":8},"
+        "\"target_modules\":[\"q_proj\",\"up_proj\"]}",
     };
     lorasync_desc     d = plain_desc(NULL);
     lorasync_session *s = NULL;
@@ -1116,7 +1148,9 @@ static void load_compares_scales(void)
         if (i == 1) CHECK_HAS(err.text, "scale 2, this session 124.875");
         if (i == 2) CHECK_HAS(err.text, "scale 2, this session 5.65685");
         if (i == 3)
-            CHECK_HAS(err.text, "module model.layers.0.mlp.up_proj: the file's adapter_config.json gives it scale 2, this session 1;");
+            CHECK_HAS(
+                err.text,
+                "module model.layers.0.mlp.up_proj: the file's adapter_config.json gives it scale 2, this session 1;");
         CHECK(m.memory[1][0] == truth(1, 0, i ? 2 : 1));     /* untouched, or loaded */
         CHECK_EQ(lorasync_load(s, file, &err), LORASYNC_OK); /* no config beside it is looked for */
         lorasync_close(s);
@@ -1164,7 +1198,8 @@ static void fused_story(rank_context *c)
     snprintf(path + strlen(path), 40, "/default/v1");
     MUST(lorasync_load(s, path, &err), fused_differs ? LORASYNC_E_LAYOUT : LORASYNC_OK);
     if (fused_differs) {
-        HOLDS(strstr(err.text, "k_proj.lora_A") && strstr(err.text, fused_differs == 1 ? "q_proj.lora_A" : "v_proj.lora_A"));
+        HOLDS(strstr(err.text, "k_proj.lora_A") &&
+              strstr(err.text, fused_differs == 1 ? "q_proj.lora_A" : "v_proj.lora_A"));
         HOLDS(strstr(err.text, "different values") != NULL);
     }
     HOLDS((m->memory[0][0] == before) == !fused_differs);
@@ -1228,9 +1263,9 @@ static void other_kinds(void)
     lorasync_error        err;
     lorasync_image       *image;
     memset(&e, 0, sizeof e);
-    d.lora_alpha = 0; /* the config has it */
-    d.config_json =
-        "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"use_dora\":true,\"target_modules\":[\"q_proj\",\"embed_tokens\"],\"modules_to_save\":[\"classifier\"]}";
+    d.lora_alpha  = 0; /* the config has it */
+    d.config_json = "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"use_dora\":true,\"target_modules\":[\"q_proj\","
+                    "\"embed_tokens\"],\"modules_to_save\":[\"classifier\"]}";
     make_model(&m, kinds, 9, FSDP2, 0, 1, 1);
     if (open_session(&d, &m, &e, &s, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
     else CHECK_EQ(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
@@ -1253,7 +1288,8 @@ static void fold_zero(void)
     static rank_model        m;
     static const char *const configs[] = {
         "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":0,\"target_modules\":[\"q_proj\",\"up_proj\"]}",
-        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"alpha_pattern\":{\"up_proj\":0},\"target_modules\":[\"q_proj\",\"up_proj\"]}",
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":16,\"alpha_pattern\":{\"up_proj\":0},"
+        "\"target_modules\":[\"q_proj\",\"up_proj\"]}",
     };
     lorasync_desc     d = plain_desc(NULL);
     lorasync_session *s = NULL;
@@ -1264,7 +1300,8 @@ static void fold_zero(void)
     for (i = 0; i < 2; i++) {
         d.config_json = configs[i];
         CHECK_EQ(open_session(&d, &m, NULL, &s, &err), LORASYNC_E_CONFIG);
-        CHECK_HAS(err.text, i ? "up_proj.lora_B.weight: fold_scale would multiply it by 0" : "fold_scale would multiply it by 0");
+        CHECK_HAS(err.text,
+                  i ? "up_proj.lora_B.weight: fold_scale would multiply it by 0" : "fold_scale would multiply it by 0");
         lorasync_close(s);
     }
 }
@@ -1307,10 +1344,12 @@ static void stage_story(rank_context *c)
     for (some = 1; some >= 0; some--) {
         MUST(lorasync_open(&d, &s, &err), LORASYNC_OK);
         for (i = 0; i < 3; i++) {
-            static const char *const names[] = {"model.norm.weight", "m.q_proj.lora_A.default.weight", "m.q_proj.lora_B.default.weight"};
+            static const char *const names[] = {"model.norm.weight", "m.q_proj.lora_A.default.weight",
+                                                "m.q_proj.lora_B.default.weight"};
             memset(&p, 0, sizeof p);
-            p.name = names[i], p.data = zeros, p.dtype = LORASYNC_F32, p.ndim = i ? 2 : 1, p.shape[0] = 8, p.shape[1] = 8;
-            p.box = lorasync_whole(p.shape, p.ndim);
+            p.name = names[i], p.data = zeros, p.dtype = LORASYNC_F32, p.ndim = i ? 2 : 1, p.shape[0] = 8,
+            p.shape[1] = 8;
+            p.box      = lorasync_whole(p.shape, p.ndim);
             if (i == 0 || (some && c->rank == 0)) MUST(lorasync_add(s, &p, &err), LORASYNC_OK);
         }
         MUST(lorasync_compile(s, &err), some ? LORASYNC_OK : LORASYNC_E_EMPTY);
@@ -1347,7 +1386,8 @@ static void base_story(rank_context *c)
 
 static void base_weights(void) { tell(base_story, 2); }
 
-/* The built-in transports publish adapters: what they would refuse at every sync is refused at once. Engines of one's own take it. */
+/* The built-in transports publish adapters: what they would refuse at every sync is refused at once. Engines of one's
+   own take it. */
 static void base_and_transports(void)
 {
     static rank_model  m;
@@ -1370,7 +1410,8 @@ static void base_and_transports(void)
         if (kind) CHECK_EQ(lorasync_attach(s, &t, &err), LORASYNC_OK);
         CHECK_EQ(lorasync_compile(s, &err), kind == 2 ? LORASYNC_OK : LORASYNC_E_UNSUPPORTED);
         if (kind < 2)
-            CHECK_HAS(err.text, kind ? "transport 'test-session-base' publishes adapters" : "transport 'never-made' publishes adapters");
+            CHECK_HAS(err.text, kind ? "transport 'test-session-base' publishes adapters"
+                                     : "transport 'never-made' publishes adapters");
         lorasync_close(s);
     }
     CHECK_EQ(lorasync_shm_remove("test-session-base", &err), LORASYNC_OK);
@@ -1460,7 +1501,8 @@ static void starved(int world, int victim)
         for (r = 0; r < world; r++) {
             CHECK_EQ(shared.live[r], 0);
             CHECK_EQ(shared.status[r] < 0, shared.status[0] < 0);
-            CHECK(shared.status[r] == LORASYNC_OK || shared.status[r] == LORASYNC_E_MEMORY || shared.status[r] == LORASYNC_E_COMM);
+            CHECK(shared.status[r] == LORASYNC_OK || shared.status[r] == LORASYNC_E_MEMORY ||
+                  shared.status[r] == LORASYNC_E_COMM);
         }
         failures += shared.status[0] < 0;
         if (shared.status[0] == LORASYNC_OK && starving.total < nth) break;
@@ -1599,65 +1641,65 @@ static void killed_while_staging(void)
 
 /* -- NULL where it is not allowed: one line for each call and argument, with what its error must name */
 
-#define NULL_CALLS(X)                                                                                                                      \
-    X(lorasync_convert(NULL, LORASYNC_F32, buffer, LORASYNC_BF16, 1, e), "NULL")                                                           \
-    X(lorasync_convert(buffer, LORASYNC_F32, NULL, LORASYNC_BF16, 1, e), "NULL")                                                           \
-    X(lorasync_parse_name(NULL, &name, e), "raw_name")                                                                                     \
-    X(lorasync_parse_name("x.lora_A.weight", NULL, e), "out")                                                                              \
-    X(lorasync_pattern_compile(NULL, NULL, &pattern, e), "pattern")                                                                        \
-    X(lorasync_pattern_compile("a", NULL, NULL, e), "out")                                                                                 \
-    X(lorasync_matcher_create(NULL, NULL, 0, NULL, NULL, e), "out")                                                                        \
-    X(lorasync_matcher_create(&linear, NULL, 3, NULL, &matcher, e), "no name")                                                             \
-    X(lorasync_local_open(2, NULL, e), "out is NULL")                                                                                      \
-    X(lorasync_local_join(NULL, 0, &comm, e), "local")                                                                                     \
-    X(lorasync_image_layout(NULL, NULL, &image, e), "desc")                                                                                \
-    X(lorasync_image_layout(&layout, NULL, NULL, e), "out")                                                                                \
-    X(lorasync_image_layout(&no_tensors, NULL, &image, e), "desc->tensors")                                                                \
-    X(lorasync_image_parse(NULL, 16, NULL, &image, e), "bytes")                                                                            \
-    X(lorasync_image_parse(buffer, 16, NULL, NULL, e), "out")                                                                              \
-    X(lorasync_image_verify(NULL, e), "image is NULL")                                                                                     \
-    X(lorasync_image_changes(NULL, digests, indices, &num, e), "image")                                                                    \
-    X(lorasync_image_delta(NULL, 1, digests, NULL, &image, e), "image")                                                                    \
-    X(lorasync_image_apply(NULL, NULL, NULL, NULL, &image, e), "delta")                                                                    \
-    X(lorasync_plan_create(NULL, &plan, e), "desc")                                                                                        \
-    X(lorasync_plan_create(&plan_desc, NULL, e), "out")                                                                                    \
-    X(lorasync_plan_begin(NULL, e), "plan is NULL")                                                                                        \
-    X(lorasync_plan_wait(NULL, e), "plan is NULL")                                                                                         \
-    X(lorasync_config_parse(NULL, 2, NULL, &config, e), "json")                                                                            \
-    X(lorasync_config_parse("{}", 2, NULL, NULL, e), "out")                                                                                \
-    X(lorasync_config_check(NULL, NULL, 0, e), "config")                                                                                   \
-    X(lorasync_config_write(NULL, NULL, 0, NULL, &text, e), "desc")                                                                        \
-    X(lorasync_directory_open(NULL, &transport, e), "desc is NULL")                                                                        \
-    X(lorasync_shm_open(NULL, &transport, e), "desc is NULL")                                                                              \
-    X(lorasync_engine_open(NULL, &engine, e), "desc is NULL")                                                                              \
-    X(lorasync_engine_poll(NULL, 0, e), "engine is NULL")                                                                                  \
-    X(lorasync_open_adapter(NULL, NULL, &image, &config, e), "path is NULL")                                                               \
-    X(lorasync_open_adapter(".", NULL, NULL, &config, e), "out_image is NULL")                                                             \
-    X(lorasync_policy_decide(NULL, &decision, e), "state is NULL")                                                                         \
-    X(lorasync_policy_decide(&state, NULL, e), "out is NULL")                                                                              \
-    X(lorasync_policy_verl(NULL, &state, e), "knobs is NULL")                                                                              \
-    X(lorasync_policy_miles(NULL, &state, e), "knobs is NULL")                                                                             \
-    X(lorasync_open(NULL, &session, e), "desc")                                                                                            \
-    X(lorasync_open(&desc, NULL, e), "out")                                                                                                \
-    X(lorasync_add(NULL, &piece, e), "session is NULL")                                                                                    \
-    X(lorasync_attach(NULL, &transport, e), "session is NULL")                                                                             \
-    X(lorasync_attach_directory(NULL, "x", e), "session is NULL")                                                                          \
-    X(lorasync_compile(NULL, e), "session is NULL")                                                                                        \
-    X(lorasync_begin(NULL, 1, e), "session is NULL")                                                                                       \
-    X(lorasync_wait(NULL, NULL, e), "session is NULL")                                                                                     \
-    X(lorasync_sync(NULL, 1, NULL, e), "session is NULL")                                                                                  \
-    X(lorasync_republish(NULL, e), "session is NULL")                                                                                      \
-    X(lorasync_load(NULL, "x", e), "session is NULL")                                                                                      \
-    X(lorasync_stream_open(NULL, &stream, e), "desc")                                                                                      \
-    X(lorasync_stream_add(NULL, &piece, e), "stream is NULL")                                                                              \
-    X(lorasync_stream_attach(NULL, &transport, e), "stream is NULL")                                                                       \
-    X(lorasync_stream_compile(NULL, e), "stream is NULL")                                                                                  \
+#define NULL_CALLS(X)                                                                                                  \
+    X(lorasync_convert(NULL, LORASYNC_F32, buffer, LORASYNC_BF16, 1, e), "NULL")                                       \
+    X(lorasync_convert(buffer, LORASYNC_F32, NULL, LORASYNC_BF16, 1, e), "NULL")                                       \
+    X(lorasync_parse_name(NULL, &name, e), "raw_name")                                                                 \
+    X(lorasync_parse_name("x.lora_A.weight", NULL, e), "out")                                                          \
+    X(lorasync_pattern_compile(NULL, NULL, &pattern, e), "pattern")                                                    \
+    X(lorasync_pattern_compile("a", NULL, NULL, e), "out")                                                             \
+    X(lorasync_matcher_create(NULL, NULL, 0, NULL, NULL, e), "out")                                                    \
+    X(lorasync_matcher_create(&linear, NULL, 3, NULL, &matcher, e), "no name")                                         \
+    X(lorasync_local_open(2, NULL, e), "out is NULL")                                                                  \
+    X(lorasync_local_join(NULL, 0, &comm, e), "local")                                                                 \
+    X(lorasync_image_layout(NULL, NULL, &image, e), "desc")                                                            \
+    X(lorasync_image_layout(&layout, NULL, NULL, e), "out")                                                            \
+    X(lorasync_image_layout(&no_tensors, NULL, &image, e), "desc->tensors")                                            \
+    X(lorasync_image_parse(NULL, 16, NULL, &image, e), "bytes")                                                        \
+    X(lorasync_image_parse(buffer, 16, NULL, NULL, e), "out")                                                          \
+    X(lorasync_image_verify(NULL, e), "image is NULL")                                                                 \
+    X(lorasync_image_changes(NULL, digests, indices, &num, e), "image")                                                \
+    X(lorasync_image_delta(NULL, 1, digests, NULL, &image, e), "image")                                                \
+    X(lorasync_image_apply(NULL, NULL, NULL, NULL, &image, e), "delta")                                                \
+    X(lorasync_plan_create(NULL, &plan, e), "desc")                                                                    \
+    X(lorasync_plan_create(&plan_desc, NULL, e), "out")                                                                \
+    X(lorasync_plan_begin(NULL, e), "plan is NULL")                                                                    \
+    X(lorasync_plan_wait(NULL, e), "plan is NULL")                                                                     \
+    X(lorasync_config_parse(NULL, 2, NULL, &config, e), "json")                                                        \
+    X(lorasync_config_parse("{}", 2, NULL, NULL, e), "out")                                                            \
+    X(lorasync_config_check(NULL, NULL, 0, e), "config")                                                               \
+    X(lorasync_config_write(NULL, NULL, 0, NULL, &text, e), "desc")                                                    \
+    X(lorasync_directory_open(NULL, &transport, e), "desc is NULL")                                                    \
+    X(lorasync_shm_open(NULL, &transport, e), "desc is NULL")                                                          \
+    X(lorasync_engine_open(NULL, &engine, e), "desc is NULL")                                                          \
+    X(lorasync_engine_poll(NULL, 0, e), "engine is NULL")                                                              \
+    X(lorasync_open_adapter(NULL, NULL, &image, &config, e), "path is NULL")                                           \
+    X(lorasync_open_adapter(".", NULL, NULL, &config, e), "out_image is NULL")                                         \
+    X(lorasync_policy_decide(NULL, &decision, e), "state is NULL")                                                     \
+    X(lorasync_policy_decide(&state, NULL, e), "out is NULL")                                                          \
+    X(lorasync_policy_verl(NULL, &state, e), "knobs is NULL")                                                          \
+    X(lorasync_policy_miles(NULL, &state, e), "knobs is NULL")                                                         \
+    X(lorasync_open(NULL, &session, e), "desc")                                                                        \
+    X(lorasync_open(&desc, NULL, e), "out")                                                                            \
+    X(lorasync_add(NULL, &piece, e), "session is NULL")                                                                \
+    X(lorasync_attach(NULL, &transport, e), "session is NULL")                                                         \
+    X(lorasync_attach_directory(NULL, "x", e), "session is NULL")                                                      \
+    X(lorasync_compile(NULL, e), "session is NULL")                                                                    \
+    X(lorasync_begin(NULL, 1, e), "session is NULL")                                                                   \
+    X(lorasync_wait(NULL, NULL, e), "session is NULL")                                                                 \
+    X(lorasync_sync(NULL, 1, NULL, e), "session is NULL")                                                              \
+    X(lorasync_republish(NULL, e), "session is NULL")                                                                  \
+    X(lorasync_load(NULL, "x", e), "session is NULL")                                                                  \
+    X(lorasync_stream_open(NULL, &stream, e), "desc")                                                                  \
+    X(lorasync_stream_add(NULL, &piece, e), "stream is NULL")                                                          \
+    X(lorasync_stream_attach(NULL, &transport, e), "stream is NULL")                                                   \
+    X(lorasync_stream_compile(NULL, e), "stream is NULL")                                                              \
     X(lorasync_stream_sync(NULL, 1, NULL, e), "stream is NULL")
 
-#define X(call, what)                                                                                                                      \
-    memset(e, 0, sizeof *e);                                                                                                               \
-    CHECK_EQ(call, LORASYNC_E_ARGUMENT);                                                                                                   \
-    CHECK_EQ(e->status, LORASYNC_E_ARGUMENT);                                                                                              \
+#define X(call, what)                                                                                                  \
+    memset(e, 0, sizeof *e);                                                                                           \
+    CHECK_EQ(call, LORASYNC_E_ARGUMENT);                                                                               \
+    CHECK_EQ(e->status, LORASYNC_E_ARGUMENT);                                                                          \
     CHECK_HAS(e->text, what);
 
 static void null_gives_a_status(void)
@@ -1707,7 +1749,8 @@ static void null_gives_nothing(void)
     memset(&stats, 0x11, sizeof stats);
     memset(&info, 0x11, sizeof info);
     memset(&stream_info, 0x11, sizeof stream_info);
-    CHECK(lorasync_image_find(NULL, "x") == NULL && lorasync_image_metadata(NULL, "x") == NULL && lorasync_plan_image(NULL) == NULL);
+    CHECK(lorasync_image_find(NULL, "x") == NULL && lorasync_image_metadata(NULL, "x") == NULL &&
+          lorasync_plan_image(NULL) == NULL);
     CHECK(lorasync_config_view(NULL) == NULL && lorasync_session_image(NULL) == NULL);
     CHECK(lorasync_acquire(NULL, "x") == NULL && lorasync_find(NULL, "x") == NULL);
     CHECK(lorasync_get_outcomes(NULL, &num) == NULL && num == 0 && lorasync_stream_outcomes(NULL, NULL) == NULL);
@@ -1716,7 +1759,8 @@ static void null_gives_nothing(void)
     CHECK_EQ(lorasync_matcher_takes(NULL, NULL, NULL), 0);
     CHECK_EQ(lorasync_config_rank(NULL, "x"), 0);
     CHECK(lorasync_config_scale(NULL, "x") == 0);
-    CHECK(lorasync_digest(NULL, 5, 0) == 0 && lorasync_digest_image(NULL, NULL, 1) == 0 && lorasync_image_digest(NULL, NULL) == 0);
+    CHECK(lorasync_digest(NULL, 5, 0) == 0 && lorasync_digest_image(NULL, NULL, 1) == 0 &&
+          lorasync_image_digest(NULL, NULL) == 0);
     CHECK_EQ(lorasync_whole(NULL, 2).len[0], -1);
     CHECK_EQ(lorasync_fsdp1_layout(NULL, 1, 2, 1, 2, start), -1);
     CHECK_EQ(lorasync_fsdp1_layout(start, 1, 2, 1, 2, NULL), -1);

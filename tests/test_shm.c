@@ -1,5 +1,5 @@
-/* Tests of the shared-memory transport and the engine's side of it. Processes are killed at random points: LORASYNC_TEST_ROUNDS of them, 100
-   without it. */
+/* Tests of the shared-memory transport and the engine's side of it. Processes are killed at random points:
+   LORASYNC_TEST_ROUNDS of them, 100 without it. */
 #if !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE) && !defined(__APPLE__)
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE 1
@@ -149,7 +149,8 @@ static long wrong_words(const lorasync_adapter *a, int seed)
     const char *p;
     size_t      i;
     long        wrong = 0;
-    if (!a || !lorasync_find(a, KEY_A) || !lorasync_find(a, KEY_B) || lorasync_config_view(a->config)->r != 4) return -1;
+    if (!a || !lorasync_find(a, KEY_A) || !lorasync_find(a, KEY_B) || lorasync_config_view(a->config)->r != 4)
+        return -1;
     if (a->image->version != a->version || strcmp(a->image->config_json, CONFIG) != 0) return -1;
     p = (const char *)a->image->payload;
     for (i = 0; i < a->image->payload_bytes / 8; i++) {
@@ -203,7 +204,8 @@ static lorasync_status put(lorasync_transport *t, const lorasync_image *image, l
     return status;
 }
 
-static lorasync_status publish_as(lorasync_transport *t, const char *adapter, uint64_t version, int seed, size_t width, lorasync_error *err)
+static lorasync_status publish_as(lorasync_transport *t, const char *adapter, uint64_t version, int seed, size_t width,
+                                  lorasync_error *err)
 {
     lorasync_image *image  = make_image(adapter, version, seed, width);
     lorasync_status status = put(t, image, err);
@@ -388,7 +390,8 @@ static void test_two_adapters(void)
         CHECK_EQ(served(one, "b"), v + 100);
         CHECK(lorasync_acquire(one, "a") == NULL);
     }
-    CHECK(inside(&t)->map.control->last_serial - inside(&t)->map.control->slots[0].serial <= 5); /* 2 x 3 slots, used again and again */
+    CHECK(inside(&t)->map.control->last_serial - inside(&t)->map.control->slots[0].serial <= 5); /* 2 x 3 slots, used
+                                                                                                    again and again */
     for (i = 2; i < LORASYNCI_SHM_ADAPTERS; i++) {
         snprintf(adapter, sizeof adapter, "n%d", i);
         CHECK_EQ(publish(&t, adapter, 1, &err), 0);
@@ -462,7 +465,8 @@ static int count_mapped(void)
     return num;
 }
 
-/* Versions that come to lie in the same slots are not mapped anew; slots that are gone are unmapped by the next poll. */
+/* Versions that come to lie in the same slots are not mapped anew; slots that are gone are unmapped by the next
+   poll. */
 static void test_stays_mapped(void)
 {
     lorasync_transport t;
@@ -563,7 +567,8 @@ static void test_replaced_before_pin(void)
         CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
         CHECK(between == NULL);
         CHECK_EQ(served(e, "default"), hurried_version);
-        CHECK_EQ(inside(&hurried)->map.control->readers[0].pins[0] & (inside(&hurried)->map.control->readers[0].pins[0] - 1),
+        CHECK_EQ(inside(&hurried)->map.control->readers[0].pins[0] &
+                     (inside(&hurried)->map.control->readers[0].pins[0] - 1),
                  0); /* one pin */
     }
     lorasync_engine_close(e);
@@ -638,7 +643,8 @@ static void test_direct(void)
         lorasynci_image_move_header(image, memory - image->header_bytes);
         set_version(image, memory, v, 0);
         CHECK_EQ(put(&t, image, &err), 0);
-        CHECK_EQ(lorasynci_shm_slot_of(inside(&t)->map.control->adapters[0].word), slot); /* the very same memory is served */
+        CHECK_EQ(lorasynci_shm_slot_of(inside(&t)->map.control->adapters[0].word), slot); /* the very same memory is
+                                                                                             served */
         CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
         CHECK_EQ(served(e, "default"), v);
     }
@@ -649,7 +655,9 @@ static void test_direct(void)
     memset(longer, ' ', 300000);
     memcpy(longer, CONFIG, sizeof CONFIG - 1);
     longer[299999] = 0;
-    CHECK_EQ(lorasynci_shm_slot(t.user, "default", image->header_bytes, image->payload_bytes, 1000, &memory, &target, &err), 0);
+    CHECK_EQ(
+        lorasynci_shm_slot(t.user, "default", image->header_bytes, image->payload_bytes, 1000, &memory, &target, &err),
+        0);
     lorasynci_image_move_header(image, memory - image->header_bytes);
     set_version(image, memory, 11, 0);
     image->config_json = longer;
@@ -670,7 +678,8 @@ static void test_direct(void)
     CHECK_EQ(served(e, "default"), 12);
     drop_image(other);
     CHECK_EQ(lorasynci_shm_slot(t.user, "a/b", 1000, 4000, 100, &memory, &target, &err), LORASYNC_E_NAME);
-    CHECK_EQ(lorasynci_shm_slot(t.user, "default", 1000, SIZE_MAX - 5, 100, &memory, &target, &err), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(lorasynci_shm_slot(t.user, "default", 1000, SIZE_MAX - 5, 100, &memory, &target, &err),
+             LORASYNC_E_ARGUMENT);
     free(longer);
     lorasync_image_free(image);
     lorasync_engine_close(e);
@@ -681,7 +690,8 @@ static void test_direct(void)
 
 static void test_bad_names(void)
 {
-    static const char *const names[] = {"", "../x", "a/b", "/x", ".", "..", ".hidden", "a b", "a@1", "a\n", "\xc3\xa4", "%s"};
+    static const char *const names[] = {"",        "../x", "a/b", "/x",  ".",        "..",
+                                        ".hidden", "a b",  "a@1", "a\n", "\xc3\xa4", "%s"};
     char                     longer[200];
     lorasync_shm_desc        desc;
     lorasync_engine_desc     ed;
@@ -893,13 +903,15 @@ static void test_stranger(void)
     t.close(t.user);
 }
 
-/* What stands in the control and in slots is checked: an engine says what is wrong, goes on serving, and takes the next version. */
+/* What stands in the control and in slots is checked: an engine says what is wrong, goes on serving, and takes the next
+   version. */
 static void test_damage(void)
 {
     int how;
     for (how = 0; how < 9; how++) {
-        static const char *const texts[] = {"names no slot", "cannot open", "bytes, expected", "is damaged", "is damaged",
-                                            "is damaged",    "digest",      "adapter name",    "expected 2"};
+        static const char *const texts[] = {"names no slot", "cannot open",  "bytes, expected",
+                                            "is damaged",    "is damaged",   "is damaged",
+                                            "digest",        "adapter name", "expected 2"};
         lorasync_transport       t;
         lorasync_engine         *e;
         lorasync_error           err;
@@ -1179,7 +1191,8 @@ static pid_t start_reader(void)
     child = fork();
     if (child == 0) {
         lorasync_engine *e = open_engine(NULL, 0);
-        if (lorasync_engine_poll(e, 5000, NULL) != 0 || !lorasync_acquire(e, "default") || write(ready[1], "x", 1) != 1) _exit(1);
+        if (lorasync_engine_poll(e, 5000, NULL) != 0 || !lorasync_acquire(e, "default") || write(ready[1], "x", 1) != 1)
+            _exit(1);
         for (;;) pause();
     }
     close(ready[1]);
@@ -1206,8 +1219,15 @@ static void test_dead_reader(void)
     CHECK_EQ(lorasynci_process_pid(owner), child);
     CHECK_EQ(r->pins[0], 1);
     CHECK_EQ(lorasynci_shm_lives(fd, 0, owner, inside(&t)->mine), 1);
-    if (owner >> 17 & 0x7fffff) CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1 << 20, inside(&t)->mine), 0); /* its pid, another start */
-    if (owner & 0xffff) CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1, inside(&t)->mine), 1);               /* of another container */
+    if (owner >> 17 & 0x7fffff)
+        CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1 << 20, inside(&t)->mine), 0); /* its pid,
+                                                                                                               another
+                                                                                                               start */
+    if (owner & 0xffff)
+        CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1, inside(&t)->mine), 1); /* of
+                                                                                                               another
+                                                                                                               container
+                                                                                                               */
     CHECK_EQ(publish(&t, "default", 2, &err), 0);
     CHECK_EQ(publish(&t, "default", 3, &err), 0);
     CHECK_EQ(publish(&t, "default", 4, &err), 0);
@@ -1215,7 +1235,8 @@ static void test_dead_reader(void)
     kill(child, SIGKILL);
     nap(50000); /* a zombie from here */
     CHECK_EQ(lorasynci_shm_lives(fd, 0, owner, inside(&t)->mine), 0);
-    if (owner & lorasynci_shm_locked && owner & 0xffff) CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1, inside(&t)->mine), 0);
+    if (owner & lorasynci_shm_locked && owner & 0xffff)
+        CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1, inside(&t)->mine), 0);
     else printf("     no open file locks here\n");
     CHECK_EQ(lorasynci_shm_lock(fd, 0, F_WRLCK, 1, &held) == 0 && held, 0);
     lorasynci_shm_look(inside(&t), 1);
@@ -1296,7 +1317,8 @@ static void test_many_engines(void)
         child[i] = fork();
         if (child[i] == 0) {
             lorasync_engine *e = open_engine("default", 0);
-            if (lorasync_engine_poll(e, 10000, NULL) != 0 || served(e, "default") != 1 || write(done[1], "x", 1) != 1) _exit(1);
+            if (lorasync_engine_poll(e, 10000, NULL) != 0 || served(e, "default") != 1 || write(done[1], "x", 1) != 1)
+                _exit(1);
             if (read(go[0], &c, 1) != 1) _exit(2);
             if (lorasync_engine_poll(e, 10000, NULL) != 0 || served(e, "default") != 2) _exit(3);
             lorasync_engine_close(e);
@@ -1347,7 +1369,9 @@ static void run_publisher(arena *shared)
         set_version(image, payload, v, 0);
         status = put(&t, image, &err);
         if (status < 0) report(shared, "publish", status, (long long)v, err.text);
-        else __atomic_store_n(&shared->committed, v, __ATOMIC_SEQ_CST), __atomic_add_fetch(&shared->publishes, 1, __ATOMIC_SEQ_CST);
+        else
+            __atomic_store_n(&shared->committed, v, __ATOMIC_SEQ_CST),
+                __atomic_add_fetch(&shared->publishes, 1, __ATOMIC_SEQ_CST);
         if (v % 16 == 0) nap(200); /* with two cores: let the others in */
     }
     _exit(1);
@@ -1398,10 +1422,10 @@ static void test_kill(void)
     enum {
         READERS = 3
     };
-    const char        *given  = getenv("LORASYNC_TEST_ROUNDS");
-    int                rounds = given ? atoi(given) : ROUNDS, round, i;
-    arena             *shared = (arena *)mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    pid_t              who[1 + READERS];
+    const char *given  = getenv("LORASYNC_TEST_ROUNDS");
+    int         rounds = given ? atoi(given) : ROUNDS, round, i;
+    arena      *shared = (arena *)mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    pid_t       who[1 + READERS];
     unsigned long long random = 11;
     uint64_t           last   = 0;
     REQUIRE(shared != (arena *)MAP_FAILED);
@@ -1420,7 +1444,8 @@ static void test_kill(void)
         }
         who[i] = start(shared, i == 0, test_random(&random));
         last   = __atomic_load_n(&shared->publishes, __ATOMIC_SEQ_CST);
-        while (i == 0 && __atomic_load_n(&shared->publishes, __ATOMIC_SEQ_CST) == last && !shared->broken && lorasynci_now_ns() < until)
+        while (i == 0 && __atomic_load_n(&shared->publishes, __ATOMIC_SEQ_CST) == last && !shared->broken &&
+               lorasynci_now_ns() < until)
             nap(200);
         CHECK(i != 0 || shared->broken || shared->publishes > last);
         if (old) wait_for(old);
@@ -1430,8 +1455,8 @@ static void test_kill(void)
     if (shared->broken) printf("     %d times; the first: %s\n", (int)shared->broken, shared->why);
     CHECK_EQ(shared->broken, 0);
     CHECK(shared->reads > 0);
-    printf("     %d kills, %llu versions, %llu reads, %d slots at the end\n", round, (unsigned long long)shared->publishes,
-           (unsigned long long)shared->reads, count_slots());
+    printf("     %d kills, %llu versions, %llu reads, %d slots at the end\n", round,
+           (unsigned long long)shared->publishes, (unsigned long long)shared->reads, count_slots());
     CHECK(count_slots() <= 64);
     munmap(shared, sizeof *shared);
     drop_name();
@@ -1564,7 +1589,8 @@ static void test_memory_fails(void)
         CHECK_EQ(served(e, "default"), v);
         lorasynci_shm_look(inside(&t), 0);
     }
-    CHECK_EQ(inside(&t)->map.control->readers[0].pins[0] & (inside(&t)->map.control->readers[0].pins[0] - 1), 0); /* one pin is left */
+    /* one pin is left */
+    CHECK_EQ(inside(&t)->map.control->readers[0].pins[0] & (inside(&t)->map.control->readers[0].pins[0] - 1), 0);
     lorasync_engine_close(e);
     t.close(t.user);
     CHECK_EQ(m.live, 0);
@@ -1586,7 +1612,9 @@ static void test_left_behind(void)
     t     = open_transport();
     image = make_image("default", 1, 0, 64);
     CHECK_EQ(put(&t, image, &err), 0);
-    CHECK_EQ(lorasynci_shm_slot(t.user, "default", image->header_bytes, image->payload_bytes, 1000, &payload, &target, &err), 0);
+    CHECK_EQ(
+        lorasynci_shm_slot(t.user, "default", image->header_bytes, image->payload_bytes, 1000, &payload, &target, &err),
+        0);
     map = lorasynci_shm_map_target(&target, &num_bytes);
     REQUIRE(map != NULL);
     t.close(t.user);

@@ -1,5 +1,5 @@
-/* The shared-memory transport with payloads in (fake) device memory: publisher and engines in one process and in several. LORASYNC_TEST_ROUNDS
-   publishers are killed at random points, 12 without it. */
+/* The shared-memory transport with payloads in (fake) device memory: publisher and engines in one process and in
+   several. LORASYNC_TEST_ROUNDS publishers are killed at random points, 12 without it. */
 #if !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE) && !defined(__APPLE__)
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE 1
@@ -32,9 +32,9 @@ int main(void)
 #define KEY_A "base_model.model.layers.0.q_proj.lora_A.weight"
 #define KEY_B "base_model.model.layers.0.q_proj.lora_B.weight"
 #define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
-#define SKIP_WITHOUT_SHARING()                                                                                                             \
-    do {                                                                                                                                   \
-        if (FAKE_MALLOC) SKIP("the address sanitizer's device memory is not shared between processes");                                    \
+#define SKIP_WITHOUT_SHARING()                                                                                         \
+    do {                                                                                                               \
+        if (FAKE_MALLOC) SKIP("the address sanitizer's device memory is not shared between processes");                \
     } while (0)
 
 static char name[64];
@@ -58,7 +58,8 @@ static void nap(long us)
     nanosleep(&t, NULL);
 }
 
-/* -- images whose every byte follows from version and seed. Tensor B has `odd` more bytes than it has words: nothing behind it is aligned */
+/* -- images whose every byte follows from version and seed. Tensor B has `odd` more bytes than it has words: nothing
+   behind it is aligned */
 
 typedef struct picture {
     lorasync_image *image;
@@ -124,7 +125,8 @@ static long wrong_bytes(const lorasync_adapter *a)
 {
     size_t i, k;
     long   wrong = 0;
-    if (!a || !lorasync_find(a, KEY_A) || !lorasync_find(a, KEY_B) || a->image->num_tensors != 4 || lorasync_config_view(a->config)->r != 4)
+    if (!a || !lorasync_find(a, KEY_A) || !lorasync_find(a, KEY_B) || a->image->num_tensors != 4 ||
+        lorasync_config_view(a->config)->r != 4)
         return -1;
     if (a->image->version != a->version || strcmp(a->image->config_json, CONFIG) != 0) return -1;
     for (i = 0; i < a->image->num_tensors; i++) {
@@ -140,7 +142,8 @@ static long wrong_bytes(const lorasync_adapter *a)
 
 /* -- shorthands */
 
-static lorasync_status try_transport(lorasync_transport *t, int on_device, const lorasync_allocator *a, lorasync_error *err)
+static lorasync_status try_transport(lorasync_transport *t, int on_device, const lorasync_allocator *a,
+                                     lorasync_error *err)
 {
     lorasync_shm_desc desc;
     lorasync_cuda     cuda;
@@ -184,7 +187,8 @@ static lorasync_status put(lorasync_transport *t, const lorasync_image *image, l
     return status;
 }
 
-static lorasync_status publish_as(lorasync_transport *t, uint64_t version, int seed, size_t width, int on_device, lorasync_error *err)
+static lorasync_status publish_as(lorasync_transport *t, uint64_t version, int seed, size_t width, int on_device,
+                                  lorasync_error *err)
 {
     picture         p      = make_picture(version, seed, width, on_device);
     lorasync_status status = put(t, p.image, err);
@@ -274,8 +278,8 @@ static remote start_remote(void)
     r.pid = fork();
     if (r.pid == 0) {
         close(to[1]), close(from[0]);
-        fake_cuda.live_memory = fake_cuda.live_pinned = fake_cuda.live_streams = fake_cuda.live_events = fake_cuda.live_modules =
-            fake_cuda.live_opened                                                                      = 0;
+        fake_cuda.live_memory = fake_cuda.live_pinned = fake_cuda.live_streams = fake_cuda.live_events =
+            fake_cuda.live_modules = fake_cuda.live_opened = 0;
         fake_cuda.num_memory = fake_cuda.opened = 0;
         _exit(run_remote(to[0], from[1]));
     }
@@ -534,7 +538,8 @@ static lorasync_status whole_story(const lorasync_allocator *a, int versions, lo
     return status;
 }
 
-/* The nth allocation fails, of CUDA and of the allocator, for every n; the nth question whether the GPU is ready; the JIT. */
+/* The nth allocation fails, of CUDA and of the allocator, for every n; the nth question whether the GPU is ready; the
+   JIT. */
 static void failures(void)
 {
     test_memory        m;

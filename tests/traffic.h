@@ -1,4 +1,5 @@
-/* Random traffic over any communicator: every rank works out the same sizes and bytes from a round's number. Include it behind ranks.h. */
+/* Random traffic over any communicator: every rank works out the same sizes and bytes from a round's number. Include it
+   behind ranks.h. */
 #ifndef LORASYNC_TEST_TRAFFIC_H
 #define LORASYNC_TEST_TRAFFIC_H
 
