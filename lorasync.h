@@ -92,12 +92,14 @@
        LORASYNC_IMPLEMENTATION    one file                 compiles the implementation there
        LORASYNC_STATIC            same file, before both   every function static: a private copy inside that file only
        LORASYNC_CUDA              implementation file      pieces and published payloads may be in device memory; needs
-                                                           the CUDA runtime's
-                                                           headers (12.0 or later, any C or C++ compiler, -isystem
-                                                           recommended) and -lcudart; no nvcc; GPUs from Volta (sm_70)
-                                                           on
+                                                           the CUDA runtime's headers (12.0 or later, any C or C++
+                                                           compiler, -isystem recommended) and -lcudart; no nvcc;
+                                                           GPUs from Volta (sm_70) on
        LORASYNC_NCCL              implementation file      lorasync_nccl_open; needs LORASYNC_CUDA, nccl.h (2.18 or
                                                            later) and -lnccl
+       LORASYNC_ASSERT(condition) implementation file      a check of the library's own invariants, such as assert; it
+                                                           is never about what callers or other ranks do. Default:
+                                                           nothing
        LORASYNC_DEVICE_CODE       nobody but `make ptx`    shows the kernel's source to nvcc
 
    The public part does not depend on any of them: calls that need what was left out return LORASYNC_E_UNSUPPORTED and
@@ -1716,8 +1718,7 @@ typedef struct lorasyncd_tile {
 #endif
 
 #if !defined(O_CLOEXEC) || !defined(CLOCK_MONOTONIC) || !defined(MAP_ANONYMOUS)
-#error "lorasync.h: POSIX is hidden. Compile its file with -std=gnu99 or -D_DEFAULT_SOURCE, or include it before any "
-"system header."
+#error "lorasync.h: POSIX is hidden: compile with -std=gnu99 or -D_DEFAULT_SOURCE, or include it before system headers"
 #endif
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "lorasync.h: needs a little-endian machine; safetensors data is little-endian and is used in place."
@@ -1742,8 +1743,16 @@ typedef struct lorasyncd_tile {
 
 #define LORASYNCI_COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
-    LORASYNC_API const char *
-    lorasync_status_text(lorasync_status status)
+/* States what holds here whatever the caller or another rank does: a condition that is false is a mistake of this file.
+   Its condition has no effects, since it is not evaluated unless the user defines the macro. */
+#ifndef LORASYNC_ASSERT
+#define LORASYNC_ASSERT(condition) ((void)0)
+#define LORASYNCI_ASSERTS_NOTHING
+#endif
+
+LORASYNC_API int lorasync_is_lost(lorasync_status status) { return (int)status <= -100; }
+
+LORASYNC_API const char *lorasync_status_text(lorasync_status status)
 {
     switch ((int)status) {
 #define LORASYNC_X(name, value, text)                                                                                  \
@@ -1753,8 +1762,6 @@ typedef struct lorasyncd_tile {
     default: return "unknown status";
     }
 }
-
-LORASYNC_API int lorasync_is_lost(lorasync_status status) { return (int)status <= -100; }
 
 /* Fills err (if any) and returns status, so that a failing function can end in `return lorasynci_fail(err, ...)`. */
 LORASYNCI_PRINTF(3, 4)
@@ -19434,6 +19441,10 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 #undef LORASYNCI_MAX_DIRECTORY
 #undef LORASYNCI_MAX_CONFIG
 #undef LORASYNCI_SLOTS
+#ifdef LORASYNCI_ASSERTS_NOTHING
+#undef LORASYNC_ASSERT
+#undef LORASYNCI_ASSERTS_NOTHING
+#endif
 
 #endif /* LORASYNC_IMPLEMENTATION */
 
