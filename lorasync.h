@@ -2071,6 +2071,83 @@ LORASYNCI_FN void lorasynci_pause(unsigned *turns)
     }
 }
 
+/* -- processes */
+
+/* Field 22 of /proc/<which>/stat, counted in clock ticks since boot; 0 when it cannot be read. *out_ended: 1 for a
+   zombie of which no thread is left. */
+LORASYNCI_FN uint64_t lorasynci_process_start(const char *which, int *out_ended)
+{
+    char        path[64], text[1024];
+    const char *at;
+    ssize_t     n;
+    char        state;
+    long        num_threads = 0;
+    int         fd, field;
+    *out_ended = 0;
+    snprintf(path, sizeof path, "/proc/%.20s/stat", which);
+    fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return 0;
+    n = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (n <= 0) return 0;
+    text[n] = 0;
+    at      = strrchr(text, ')'); /* "pid (name) state ..." and the name may hold anything */
+    if (!at || at[1] != ' ') return 0;
+    state = at[2];
+    for (field = 2; field < 22; field++) {
+        at = strchr(at, ' ');
+        if (!at) return 0;
+        at++;
+        if (field == 19) num_threads = strtol(at, NULL, 10);
+    }
+    *out_ended = (state == 'Z' || state == 'X') && num_threads <= 1;
+    return strtoull(at, NULL, 10);
+}
+
+/* A process in one word: pid 24 bits | start time 23 | free for its user 1 | pid namespace 16. The start time tells it
+   from a later one with its pid, the namespace from one of another container. */
+LORASYNCI_FN uint64_t lorasynci_process_self(void)
+{
+    struct stat st;
+    int         ended;
+    uint64_t    start = lorasynci_process_start("self", &ended), space = 0;
+    if (stat("/proc/self/ns/pid", &st) == 0) space = ((uint64_t)st.st_ino ^ (uint64_t)st.st_ino >> 16) & 0xffff;
+    return (uint64_t)(uint32_t)getpid() << 40 | (start & 0x7fffff) << 17 | space;
+}
+
+LORASYNCI_FN long lorasynci_process_pid(uint64_t process) { return (long)(process >> 40); }
+
+/* 1 if the pid of one is known to be none in the namespace of the other. */
+LORASYNCI_FN int lorasynci_process_is_foreign(uint64_t process, uint64_t self)
+{
+    uint64_t theirs = process & 0xffff, ours = self & 0xffff;
+    return theirs && ours && theirs != ours;
+}
+
+/* 1 if /proc speaks of the pids that this process sees. In a container it may be another one's. */
+LORASYNCI_FN int lorasynci_process_sees_own(void)
+{
+    char    text[24];
+    ssize_t n = readlink("/proc/self", text, sizeof text - 1);
+    if (n <= 0) return 0;
+    text[n] = 0;
+    return strtol(text, NULL, 10) == (long)getpid();
+}
+
+/* 1 if it is certain that a process has ended; a zombie that its parent has yet to collect has. Nothing is certain of
+   those of other namespaces. */
+LORASYNCI_FN int lorasynci_process_ended(uint64_t process, uint64_t self)
+{
+    char     which[24];
+    int      ended;
+    uint64_t then = process >> 17 & 0x7fffff, now;
+    if (lorasynci_process_is_foreign(process, self)) return 0;
+    if (kill((pid_t)lorasynci_process_pid(process), 0) != 0 && errno == ESRCH) return 1;
+    if (!lorasynci_process_sees_own()) return 0;
+    snprintf(which, sizeof which, "%ld", lorasynci_process_pid(process));
+    now = lorasynci_process_start(which, &ended) & 0x7fffff;
+    return ended || (then && now && then != now);
+}
 
 /* -------------------------------------------------------------------------------------------------------- >>json -- */
 
@@ -4980,82 +5057,6 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local)
     if (!local) return;
     munmap(local->head, local->num_bytes);
     free(local);
-}
-
-/* Field 22 of /proc/<which>/stat, counted in clock ticks since boot; 0 when it cannot be read. *out_ended: 1 for a
-   zombie of which no thread is left. */
-LORASYNCI_FN uint64_t lorasynci_process_start(const char *which, int *out_ended)
-{
-    char        path[64], text[1024];
-    const char *at;
-    ssize_t     n;
-    char        state;
-    long        num_threads = 0;
-    int         fd, field;
-    *out_ended = 0;
-    snprintf(path, sizeof path, "/proc/%.20s/stat", which);
-    fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return 0;
-    n = read(fd, text, sizeof text - 1);
-    close(fd);
-    if (n <= 0) return 0;
-    text[n] = 0;
-    at      = strrchr(text, ')'); /* "pid (name) state ..." and the name may hold anything */
-    if (!at || at[1] != ' ') return 0;
-    state = at[2];
-    for (field = 2; field < 22; field++) {
-        at = strchr(at, ' ');
-        if (!at) return 0;
-        at++;
-        if (field == 19) num_threads = strtol(at, NULL, 10);
-    }
-    *out_ended = (state == 'Z' || state == 'X') && num_threads <= 1;
-    return strtoull(at, NULL, 10);
-}
-
-/* A process in one word: pid 24 bits | start time 23 | free for its user 1 | pid namespace 16. The start time tells it
-   from a later one with its pid, the namespace from one of another container. */
-LORASYNCI_FN uint64_t lorasynci_process_self(void)
-{
-    struct stat st;
-    int         ended;
-    uint64_t    start = lorasynci_process_start("self", &ended), space = 0;
-    if (stat("/proc/self/ns/pid", &st) == 0) space = ((uint64_t)st.st_ino ^ (uint64_t)st.st_ino >> 16) & 0xffff;
-    return (uint64_t)(uint32_t)getpid() << 40 | (start & 0x7fffff) << 17 | space;
-}
-
-LORASYNCI_FN long lorasynci_process_pid(uint64_t process) { return (long)(process >> 40); }
-
-/* 1 if the pid of one is known to be none in the namespace of the other. */
-LORASYNCI_FN int lorasynci_process_is_foreign(uint64_t process, uint64_t self)
-{
-    uint64_t theirs = process & 0xffff, ours = self & 0xffff;
-    return theirs && ours && theirs != ours;
-}
-
-/* 1 if /proc speaks of the pids that this process sees. In a container it may be another one's. */
-LORASYNCI_FN int lorasynci_process_sees_own(void)
-{
-    char    text[24];
-    ssize_t n = readlink("/proc/self", text, sizeof text - 1);
-    if (n <= 0) return 0;
-    text[n] = 0;
-    return strtol(text, NULL, 10) == (long)getpid();
-}
-
-/* 1 if it is certain that a process has ended; a zombie that its parent has yet to collect has. Nothing is certain of
-   those of other namespaces. */
-LORASYNCI_FN int lorasynci_process_ended(uint64_t process, uint64_t self)
-{
-    char     which[24];
-    int      ended;
-    uint64_t then = process >> 17 & 0x7fffff, now;
-    if (lorasynci_process_is_foreign(process, self)) return 0;
-    if (kill((pid_t)lorasynci_process_pid(process), 0) != 0 && errno == ESRCH) return 1;
-    if (!lorasynci_process_sees_own()) return 0;
-    snprintf(which, sizeof which, "%ld", lorasynci_process_pid(process));
-    now = lorasynci_process_start(which, &ended) & 0x7fffff;
-    return ended || (then && now && then != now);
 }
 
 LORASYNCI_FN void lorasynci_local_abort(void *user, const char *why)
