@@ -54,7 +54,7 @@ if [ "$(cat "$T/out")" = "$quick_lines" ]; then ok quickstart-lines; else bad qu
 # The first C block of the README, alone in a folder with the header, compiled as the README says.
 sed -n '/^```c$/,/^```$/p' README.md | sed '1d;/^```$/,$d' >"$T/quick.c"
 cp lorasync.h "$T/" && (cd "$T" && $CC $STD -Wall -Wextra -Werror -o quick quick.c $LIBS) >"$T/out" 2>&1 && ok readme-compiles || bad readme-compiles "$CC fails"
-expect readme-runs 0 'adapters/default/latest' sh -c "cd '$T' && ./quick"
+expect readme-runs 0 "^$(sed -n 's/^    cc .*# prints: //p' README.md)\$" sh -c "cd '$T' && ./quick"
 expect readme-runs-again 1 'is version 3, which is newer than 1; go on with a greater version' sh -c "cd '$T' && ./quick"
 expect readme-published 0 'q_proj$' "$E/inspect" "$T/adapters/default/latest"
 
