@@ -1814,7 +1814,7 @@ LORASYNCI_FN void lorasynci_default_free(void *user, void *memory)
 }
 
 /* The allocator to keep in a handle: the caller's or malloc. 0 if only one of its functions is set. */
-LORASYNCI_FN int lorasynci_allocator(const lorasync_allocator *given, lorasync_allocator *out)
+LORASYNCI_FN int lorasynci_take_allocator(const lorasync_allocator *given, lorasync_allocator *out)
 {
     if (given && (given->alloc || given->free)) {
         *out = *given;
@@ -1831,7 +1831,7 @@ LORASYNCI_FN void *lorasynci_alloc(const lorasync_allocator *a, size_t num_bytes
     return a->alloc(a->user, num_bytes ? num_bytes : 1);
 }
 
-LORASYNCI_FN void lorasynci_free(const lorasync_allocator *a, void *memory)
+LORASYNCI_FN void lorasynci_dealloc(const lorasync_allocator *a, void *memory)
 {
     if (memory) a->free(a->user, memory);
 }
@@ -1839,18 +1839,18 @@ LORASYNCI_FN void lorasynci_free(const lorasync_allocator *a, void *memory)
 LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memory)
 {
     lorasync_allocator a;
-    if (lorasynci_allocator(allocator, &a)) lorasynci_free(&a, memory);
+    if (lorasynci_take_allocator(allocator, &a)) lorasynci_dealloc(&a, memory);
 }
 
 /* 1 and *out = a * b (a + b), or 0 when it does not fit. */
-LORASYNCI_FN int lorasynci_mul(size_t a, size_t b, size_t *out)
+LORASYNCI_FN int lorasynci_checked_mul(size_t a, size_t b, size_t *out)
 {
     if (a != 0 && b > SIZE_MAX / a) return 0;
     *out = a * b;
     return 1;
 }
 
-LORASYNCI_FN int lorasynci_add(size_t a, size_t b, size_t *out)
+LORASYNCI_FN int lorasynci_checked_add(size_t a, size_t b, size_t *out)
 {
     if (b > SIZE_MAX - a) return 0;
     *out = a + b;
@@ -1862,7 +1862,7 @@ LORASYNCI_FN void *lorasynci_alloc_array(const lorasync_allocator *a, size_t num
 {
     size_t n;
     void  *p;
-    if (!lorasynci_mul(num, num_bytes, &n)) return NULL;
+    if (!lorasynci_checked_mul(num, num_bytes, &n)) return NULL;
     p = lorasynci_alloc(a, n);
     if (p) memset(p, 0, n ? n : 1);
     return p;
@@ -1885,7 +1885,7 @@ LORASYNCI_FN void lorasynci_buffer_init(lorasynci_buffer *b, const lorasync_allo
 
 LORASYNCI_FN void lorasynci_buffer_free(lorasynci_buffer *b)
 {
-    lorasynci_free(&b->a, b->data);
+    lorasynci_dealloc(&b->a, b->data);
     b->data = NULL;
     b->size = b->capacity = 0;
 }
@@ -1896,7 +1896,7 @@ LORASYNCI_FN char *lorasynci_buffer_reserve(lorasynci_buffer *b, size_t num_byte
     size_t need, capacity;
     char  *data;
     if (b->failed) return NULL;
-    if (!lorasynci_add(b->size, num_bytes, &need)) {
+    if (!lorasynci_checked_add(b->size, num_bytes, &need)) {
         b->failed = 1;
         return NULL;
     }
@@ -1910,7 +1910,7 @@ LORASYNCI_FN char *lorasynci_buffer_reserve(lorasynci_buffer *b, size_t num_byte
         return NULL;
     }
     if (b->size) memcpy(data, b->data, b->size);
-    lorasynci_free(&b->a, b->data);
+    lorasynci_dealloc(&b->a, b->data);
     b->data     = data;
     b->capacity = capacity;
     return b->data + b->size;
@@ -1981,14 +1981,14 @@ LORASYNCI_FN uint64_t lorasynci_hash(const void *bytes, size_t num_bytes, uint64
     return lorasynci_mix(h);
 }
 
-/* From a string to its number: open addressing over strings that the caller keeps. A slot holds index + 1, 0 is empty.
+/* From a string to its number: open addressing over strings that the caller keeps. A cell holds index + 1, 0 is empty.
 
-       slots  [ 0 | 3 | 0 | 1 | 2 | ... ]   power of two, at most half full
+       cells  [ 0 | 3 | 0 | 1 | 2 | ... ]   power of two, at most half full
        keys   key_of(user, index) -> the string with that number
 */
 typedef struct lorasynci_table {
-    uint32_t          *slots;
-    size_t             num_slots;
+    uint32_t          *cells;
+    size_t             num_cells;
     lorasync_allocator a;
 } lorasynci_table;
 
@@ -2002,23 +2002,23 @@ LORASYNCI_FN int lorasynci_table_init(lorasynci_table *t, const lorasync_allocat
         n *= 2;
     }
     t->a         = *a;
-    t->num_slots = n;
-    t->slots     = max_keys < UINT32_MAX ? (uint32_t *)lorasynci_alloc_array(a, n, sizeof *t->slots) : NULL;
-    return t->slots != NULL;
+    t->num_cells = n;
+    t->cells     = max_keys < UINT32_MAX ? (uint32_t *)lorasynci_alloc_array(a, n, sizeof *t->cells) : NULL;
+    return t->cells != NULL;
 }
 
 LORASYNCI_FN void lorasynci_table_free(lorasynci_table *t)
 {
-    lorasynci_free(&t->a, t->slots);
-    t->slots = NULL;
+    lorasynci_dealloc(&t->a, t->cells);
+    t->cells = NULL;
 }
 
-/* The slot where the key is, or where it would go. */
-LORASYNCI_FN size_t lorasynci_table_slot(const lorasynci_table *t, const char *key, lorasynci_key_of key_of,
+/* The cell where the key is, or where it would go. */
+LORASYNCI_FN size_t lorasynci_table_cell(const lorasynci_table *t, const char *key, lorasynci_key_of key_of,
                                          const void *user)
 {
-    size_t mask = t->num_slots - 1, at = (size_t)lorasynci_hash(key, strlen(key), 0) & mask;
-    while (t->slots[at] && strcmp(key_of(user, t->slots[at] - 1), key) != 0) at = (at + 1) & mask;
+    size_t mask = t->num_cells - 1, at = (size_t)lorasynci_hash(key, strlen(key), 0) & mask;
+    while (t->cells[at] && strcmp(key_of(user, t->cells[at] - 1), key) != 0) at = (at + 1) & mask;
     return at;
 }
 
@@ -2026,17 +2026,17 @@ LORASYNCI_FN size_t lorasynci_table_slot(const lorasynci_table *t, const char *k
 LORASYNCI_FN size_t lorasynci_table_find(const lorasynci_table *t, const char *key, lorasynci_key_of key_of,
                                          const void *user)
 {
-    size_t at = lorasynci_table_slot(t, key, key_of, user);
-    return t->slots[at] ? (size_t)t->slots[at] - 1 : SIZE_MAX;
+    size_t at = lorasynci_table_cell(t, key, key_of, user);
+    return t->cells[at] ? (size_t)t->cells[at] - 1 : SIZE_MAX;
 }
 
 /* Enters a key under `index` and returns index, or the number it already has. */
-LORASYNCI_FN size_t lorasynci_table_enter(lorasynci_table *t, const char *key, size_t index, lorasynci_key_of key_of,
-                                          const void *user)
+LORASYNCI_FN size_t lorasynci_table_insert(lorasynci_table *t, const char *key, size_t index, lorasynci_key_of key_of,
+                                           const void *user)
 {
-    size_t at = lorasynci_table_slot(t, key, key_of, user);
-    if (t->slots[at]) return (size_t)t->slots[at] - 1;
-    t->slots[at] = (uint32_t)(index + 1);
+    size_t at = lorasynci_table_cell(t, key, key_of, user);
+    if (t->cells[at]) return (size_t)t->cells[at] - 1;
+    t->cells[at] = (uint32_t)(index + 1);
     return index;
 }
 
@@ -2410,7 +2410,7 @@ LORASYNCI_FN int lorasynci_json_is(const lorasynci_slice *s, const char *text)
 
 /* -- objects and arrays */
 
-LORASYNCI_FN lorasync_status lorasynci_json_enter(lorasynci_json *j, char bracket)
+LORASYNCI_FN lorasync_status lorasynci_json_bracket(lorasynci_json *j, char bracket)
 {
     lorasynci_json_space(j);
     if (j->at == j->end || *j->at != bracket)
@@ -2422,8 +2422,8 @@ LORASYNCI_FN lorasync_status lorasynci_json_enter(lorasynci_json *j, char bracke
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_json_object(lorasynci_json *j) { return lorasynci_json_enter(j, '{'); }
-LORASYNCI_FN lorasync_status lorasynci_json_array(lorasynci_json *j) { return lorasynci_json_enter(j, '['); }
+LORASYNCI_FN lorasync_status lorasynci_json_object(lorasynci_json *j) { return lorasynci_json_bracket(j, '{'); }
+LORASYNCI_FN lorasync_status lorasynci_json_array(lorasynci_json *j) { return lorasynci_json_bracket(j, '['); }
 
 /* Takes the comma before the next member or element, or the closing bracket. 1: one follows. 0: closed. Below 0: an
    error. */
@@ -2756,8 +2756,8 @@ typedef struct lorasynci_members {
 
 LORASYNCI_FN void lorasynci_members_free(lorasynci_members *m)
 {
-    lorasynci_free(&m->a, m->at);
-    lorasynci_free(&m->a, m->keys);
+    lorasynci_dealloc(&m->a, m->at);
+    lorasynci_dealloc(&m->a, m->keys);
     m->at   = NULL;
     m->keys = NULL;
     m->num  = 0;
@@ -2912,7 +2912,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lora
         text = lorasynci_json_copy(&s, &b->a);
         if (!text) return lorasynci_fail_memory(j->err, s.size + 1);
         lorasynci_json_put_ascii(b, text, strlen(text));
-        lorasynci_free(&b->a, text);
+        lorasynci_dealloc(&b->a, text);
         return LORASYNC_OK;
     case '0':
         again = *j;
@@ -3906,7 +3906,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_escape(lorasynci_re *r, unsigned char 
 }
 
 /* One item of [...]: a byte, or a class, which goes into `set` (*byte is -1 then). */
-LORASYNCI_FN lorasync_status lorasynci_re_class_item(lorasynci_re *r, size_t open, unsigned char *set, int *byte)
+LORASYNCI_FN lorasync_status lorasynci_re_class_member(lorasynci_re *r, size_t open, unsigned char *set, int *byte)
 {
     unsigned c  = lorasynci_re_peek(r, 0);
     size_t   at = r->at;
@@ -3935,10 +3935,10 @@ LORASYNCI_FN lorasync_status lorasynci_re_class(lorasynci_re *r, uint32_t *out)
     if (negate) r->at++;
     for (first = r->at; r->at == first || lorasynci_re_peek(r, 0) != ']';) { /* a ] that comes first is itself */
         at = r->at;
-        LORASYNCI_TRY(lorasynci_re_class_item(r, open, set, &from));
+        LORASYNCI_TRY(lorasynci_re_class_member(r, open, set, &from));
         if (lorasynci_re_peek(r, 0) == '-' && lorasynci_re_peek(r, 1) != ']' && lorasynci_re_peek(r, 1) != 0) {
             r->at++;
-            LORASYNCI_TRY(lorasynci_re_class_item(r, open, set, &to));
+            LORASYNCI_TRY(lorasynci_re_class_member(r, open, set, &to));
             if (from < 0 || to < from)
                 return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a range in [...] with bad ends");
             lorasynci_re_include(set, (unsigned)from, (unsigned)to);
@@ -4247,7 +4247,7 @@ LORASYNC_API lorasync_status lorasync_pattern_compile(const char *pattern, const
     lorasync_pattern  *p;
     lorasync_status    status;
     if (out) *out = NULL;
-    if (!pattern || !out || !lorasynci_allocator(allocator, &a))
+    if (!pattern || !out || !lorasynci_take_allocator(allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "lorasync_pattern_compile: pattern or out is NULL, or allocator is incomplete");
     memset(&r, 0, sizeof r);
@@ -4281,11 +4281,11 @@ LORASYNC_API void lorasync_pattern_free(lorasync_pattern *pattern)
     lorasync_allocator a;
     if (!pattern) return;
     a = pattern->a;
-    lorasynci_free(&a, pattern->states);
-    lorasynci_free(&a, pattern->sets);
-    lorasynci_free(&a, pattern->machines);
-    lorasynci_free(&a, pattern->work);
-    lorasynci_free(&a, pattern);
+    lorasynci_dealloc(&a, pattern->states);
+    lorasynci_dealloc(&a, pattern->sets);
+    lorasynci_dealloc(&a, pattern->machines);
+    lorasynci_dealloc(&a, pattern->work);
+    lorasynci_dealloc(&a, pattern);
 }
 
 /* -- patterns: matching */
@@ -4318,7 +4318,7 @@ LORASYNCI_FN int lorasynci_re_reads(const lorasync_pattern *p, const lorasynci_r
 
 /* Adds a state of machine m, and all that it leads to without reading, to the set of this position. Only states that
    can read the byte to the left are kept. */
-LORASYNCI_FN void lorasynci_re_enter(lorasync_pattern *p, lorasynci_re_machine *m, uint32_t state,
+LORASYNCI_FN void lorasynci_re_reach(lorasync_pattern *p, lorasynci_re_machine *m, uint32_t state,
                                      const lorasynci_re_place *at)
 {
     uint32_t num = 0;
@@ -4360,8 +4360,8 @@ LORASYNCI_FN void lorasynci_re_move(lorasync_pattern *p, lorasynci_re_machine *m
     uint32_t i, size = m->size;
     m->size    = 0;
     m->arrived = 0;
-    for (i = 0; i < size; i++) lorasynci_re_enter(p, m, p->states[p->before[m->first + i]].next, at);
-    if (starts) lorasynci_re_enter(p, m, m->start, at);
+    for (i = 0; i < size; i++) lorasynci_re_reach(p, m, p->states[p->before[m->first + i]].next, at);
+    if (starts) lorasynci_re_reach(p, m, m->start, at);
 }
 
 LORASYNC_API int lorasync_pattern_matches(lorasync_pattern *pattern, const char *text)
@@ -4431,7 +4431,7 @@ LORASYNCI_FN lorasync_status lorasynci_modules_add(lorasynci_modules *m, const c
     if (lorasynci_table_find(&m->table, entry, lorasynci_entry_of, m) != SIZE_MAX) return LORASYNC_OK;
     m->entries[m->num] = lorasynci_copy_text(a, entry, strlen(entry));
     if (!m->entries[m->num]) return lorasynci_fail_memory(err, strlen(entry) + 1);
-    lorasynci_table_enter(&m->table, m->entries[m->num], m->num, lorasynci_entry_of, m);
+    lorasynci_table_insert(&m->table, m->entries[m->num], m->num, lorasynci_entry_of, m);
     m->num++;
     return LORASYNC_OK;
 }
@@ -4440,9 +4440,9 @@ LORASYNCI_FN void lorasynci_modules_free(lorasynci_modules *m, const lorasync_al
 {
     size_t i;
     lorasync_pattern_free(m->pattern);
-    for (i = 0; i < m->num; i++) lorasynci_free(a, m->entries[i]);
-    lorasynci_free(a, m->entries);
-    if (m->table.slots) lorasynci_table_free(&m->table);
+    for (i = 0; i < m->num; i++) lorasynci_dealloc(a, m->entries[i]);
+    lorasynci_dealloc(a, m->entries);
+    if (m->table.cells) lorasynci_table_free(&m->table);
 }
 
 /* From the filter's two forms; `what` is target or exclude, for messages. */
@@ -4575,7 +4575,7 @@ LORASYNC_API lorasync_status lorasync_matcher_create(const lorasync_filter *filt
     lorasync_matcher  *m;
     lorasync_status    status;
     if (out) *out = NULL;
-    if (!out || !lorasynci_allocator(allocator, &a))
+    if (!out || !lorasynci_take_allocator(allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "lorasync_matcher_create: out is NULL, or allocator is incomplete");
     memset(&nothing, 0, sizeof nothing);
@@ -4595,7 +4595,7 @@ LORASYNC_API void lorasync_matcher_free(lorasync_matcher *matcher)
     a = matcher->a;
     lorasynci_modules_free(&matcher->target, &a);
     lorasynci_modules_free(&matcher->exclude, &a);
-    lorasynci_free(&a, matcher);
+    lorasynci_dealloc(&a, matcher);
 }
 
 LORASYNC_API int lorasync_matcher_takes(lorasync_matcher *matcher, const lorasync_name *name, const char *adapter)
@@ -4716,7 +4716,7 @@ LORASYNCI_FN int lorasynci_round_up(int64_t *at, int64_t step)
 }
 
 /* Puts one parameter of a flat buffer at *at (after alignment) and moves *at behind it. */
-LORASYNCI_FN int lorasynci_flat_put(int64_t numel, int64_t alignment, int64_t *at, int64_t *start)
+LORASYNCI_FN int lorasynci_flat_place(int64_t numel, int64_t alignment, int64_t *at, int64_t *start)
 {
     if (numel < 0 || !lorasynci_round_up(at, alignment) || numel > INT64_MAX - *at) return 0;
     *start = *at;
@@ -4732,7 +4732,7 @@ LORASYNC_API int64_t lorasync_fsdp1_layout(const int64_t *numel, size_t num, int
     if (world < 1 || itemsize < 1 || itemsize > 16 || (num && (!numel || !start))) return -1;
     alignment = use_orig_params ? 16 / itemsize : 1;
     for (i = 0; i < num; i++)
-        if (!lorasynci_flat_put(numel[i], alignment, &at, &start[i])) return -1;
+        if (!lorasynci_flat_place(numel[i], alignment, &at, &start[i])) return -1;
     return lorasynci_round_up(&at, use_orig_params ? world : 1) ? at : -1;
 }
 
@@ -4743,7 +4743,7 @@ LORASYNC_API int64_t lorasync_megatron_layout(const int64_t *numel, size_t num, 
     size_t  i;
     if (world < 1 || (num && (!numel || !start))) return -1;
     for (i = num; i-- > 0;)
-        if (!lorasynci_flat_put(numel[i], 64, &at, &start[i])) return -1;
+        if (!lorasynci_flat_place(numel[i], 64, &at, &start[i])) return -1;
     while (b) { /* a becomes gcd(world, unit) */
         int64_t t = a % b;
         a         = b;
@@ -4951,7 +4951,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_host(const lorasync_comm *comm, con
     if (!lorasynci_comm_ok(comm))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
-    if (!lorasynci_allocator(allocator, out))
+    if (!lorasynci_take_allocator(allocator, out))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
     return LORASYNC_OK;
 }
@@ -4969,13 +4969,13 @@ LORASYNCI_FN void lorasynci_comm_abort(const lorasync_comm *c, const char *why)
    A channel carries bytes one way between two ranks, in messages; its sender owns `sent`, its receiver `taken`, both
    counting chunks:
 
-       slots   [ chunk 4 ][ chunk 5 ][ chunk 2 ][ chunk 3 ]      sent = 6, taken = 2: full
+       chunks  [ chunk 4 ][ chunk 5 ][ chunk 2 ][ chunk 3 ]      sent = 6, taken = 2: full
        sizes   [  65536  ][  1200   ][  65536  ][  65536  ]
 
    The first chunk of a message begins with its size, so that a receiver that expects another size can say so. */
 enum {
     LORASYNCI_CHUNK     = 65536,
-    LORASYNCI_SLOTS     = 4,
+    LORASYNCI_RING      = 4,
     LORASYNCI_MAX_LOCAL = 256
 };
 
@@ -4984,9 +4984,9 @@ typedef struct lorasynci_channel {
     char     pad0[56];
     uint64_t taken;
     char     pad1[56];
-    uint32_t sizes[LORASYNCI_SLOTS];
+    uint32_t sizes[LORASYNCI_RING];
     char     pad2[48];
-    char     chunks[LORASYNCI_SLOTS][LORASYNCI_CHUNK];
+    char     chunks[LORASYNCI_RING][LORASYNCI_CHUNK];
 } lorasynci_channel;
 
 typedef struct lorasynci_local_rank {
@@ -5116,7 +5116,7 @@ LORASYNCI_FN lorasynci_flow lorasynci_flow_start(lorasynci_channel *channel, con
     return f;
 }
 
-/* Copies the next chunk of a flow between its memory and a slot. The first 8 bytes of a message are its size. */
+/* The bytes of a flow's next chunk; the first *skip of them are the message's size, which goes ahead of its data. */
 LORASYNCI_FN size_t lorasynci_flow_chunk(const lorasynci_flow *f, size_t *skip)
 {
     uint64_t left = f->total - f->at;
@@ -5129,11 +5129,11 @@ LORASYNCI_FN int lorasynci_flow_send(lorasynci_flow *f)
 {
     lorasynci_channel *c    = f->channel;
     uint64_t           sent = c->sent, start = f->at;
-    while (f->at < f->total && sent - __atomic_load_n(&c->taken, __ATOMIC_ACQUIRE) < LORASYNCI_SLOTS) {
-        size_t slot = (size_t)(sent % LORASYNCI_SLOTS), skip, n = lorasynci_flow_chunk(f, &skip);
-        if (skip) memcpy(c->chunks[slot], &f->num_bytes, 8);
-        if (n > skip) memcpy(c->chunks[slot] + skip, f->data + (f->at + skip - 8), n - skip);
-        c->sizes[slot] = (uint32_t)n;
+    while (f->at < f->total && sent - __atomic_load_n(&c->taken, __ATOMIC_ACQUIRE) < LORASYNCI_RING) {
+        size_t place = (size_t)(sent % LORASYNCI_RING), skip, n = lorasynci_flow_chunk(f, &skip);
+        if (skip) memcpy(c->chunks[place], &f->num_bytes, 8);
+        if (n > skip) memcpy(c->chunks[place] + skip, f->data + (f->at + skip - 8), n - skip);
+        c->sizes[place] = (uint32_t)n;
         f->at += n;
         __atomic_store_n(&c->sent, ++sent, __ATOMIC_RELEASE);
     }
@@ -5146,15 +5146,15 @@ LORASYNCI_FN lorasync_status lorasynci_flow_receive(lorasynci_flow *f, int rank,
     lorasynci_channel *c     = f->channel;
     uint64_t           taken = c->taken;
     while (f->at < f->total && __atomic_load_n(&c->sent, __ATOMIC_ACQUIRE) != taken) {
-        size_t   slot = (size_t)(taken % LORASYNCI_SLOTS), skip, n = lorasynci_flow_chunk(f, &skip);
+        size_t   place = (size_t)(taken % LORASYNCI_RING), skip, n = lorasynci_flow_chunk(f, &skip);
         uint64_t size = f->num_bytes;
-        if (skip) memcpy(&size, c->chunks[slot], 8);
-        if (size != f->num_bytes || c->sizes[slot] != n)
+        if (skip) memcpy(&size, c->chunks[place], 8);
+        if (size != f->num_bytes || c->sizes[place] != n)
             return lorasynci_fail(
                 err, LORASYNC_E_COMM,
                 "rank %d expected %llu bytes from rank %d, which sends %llu; do both make the same calls?", rank,
                 (unsigned long long)f->num_bytes, f->peer, (unsigned long long)size);
-        if (n > skip) memcpy(f->data + (f->at + skip - 8), c->chunks[slot] + skip, n - skip);
+        if (n > skip) memcpy(f->data + (f->at + skip - 8), c->chunks[place] + skip, n - skip);
         f->at += n;
         *moved = 1;
         __atomic_store_n(&c->taken, ++taken, __ATOMIC_RELEASE);
@@ -5728,7 +5728,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_borrow(lorasynci_nccl *n, const lora
 LORASYNCI_FN lorasync_status lorasynci_nccl_allocate(lorasynci_nccl *n, lorasync_error *err)
 {
     cudaError_t e;
-    if (!lorasynci_mul((size_t)n->world, LORASYNCI_NCCL_PER_RANK, &n->scratch_bytes))
+    if (!lorasynci_checked_mul((size_t)n->world, LORASYNCI_NCCL_PER_RANK, &n->scratch_bytes))
         return lorasynci_fail_memory(err, SIZE_MAX);
     if (n->scratch_bytes < LORASYNCI_NCCL_SCRATCH) n->scratch_bytes = LORASYNCI_NCCL_SCRATCH;
     e = cudaStreamCreateWithFlags(&n->stream, cudaStreamNonBlocking);
@@ -5876,7 +5876,7 @@ LORASYNC_API void lorasync_nccl_close(lorasync_comm *comm) { (void)comm; }
 
        tensors  [ {name, shape, ...} | ... ]   in payload order; names and data point elsewhere
        pool     name \0 name \0 metadata value \0 name \0 ...                                                     */
-typedef struct lorasynci_image {
+typedef struct lorasynci_image_impl {
     lorasync_image     image; /* first: the handle that callers hold */
     lorasync_allocator a;
     lorasync_tensor   *tensors;
@@ -5891,34 +5891,33 @@ typedef struct lorasynci_image {
     size_t             mapping_bytes;
     char              *own_config;
     lorasync_delta     delta; /* image.delta points here, or is NULL */
-} lorasynci_image;
+} lorasynci_image_impl;
 
-LORASYNCI_FN void lorasynci_image_free(lorasynci_image *m)
+LORASYNC_API void lorasync_image_free(lorasync_image *image)
 {
-    lorasync_allocator a;
+    lorasynci_image_impl *m = (lorasynci_image_impl *)image;
+    lorasync_allocator    a;
     if (!m) return;
     a = m->a;
-    lorasynci_free(&a, m->tensors);
-    lorasynci_free(&a, m->pool);
-    if (m->names.slots) lorasynci_table_free(&m->names);
+    lorasynci_dealloc(&a, m->tensors);
+    lorasynci_dealloc(&a, m->pool);
+    if (m->names.cells) lorasynci_table_free(&m->names);
     if (m->metadata.at || m->metadata.keys) lorasynci_members_free(&m->metadata);
-    lorasynci_free(&a, m->own_header);
-    lorasynci_free(&a, m->own_config);
+    lorasynci_dealloc(&a, m->own_header);
+    lorasynci_dealloc(&a, m->own_config);
     if (m->mapping) munmap(m->mapping, m->mapping_bytes);
-    lorasynci_free(&a, m);
+    lorasynci_dealloc(&a, m);
 }
 
-LORASYNC_API void lorasync_image_free(lorasync_image *image) { lorasynci_image_free((lorasynci_image *)image); }
-
 /* Fails with a LORASYNC_E_MEMORY error when there is no memory or `given` is half an allocator. */
-LORASYNCI_FN lorasync_status lorasynci_image_new(const lorasync_allocator *given, lorasynci_image **out,
+LORASYNCI_FN lorasync_status lorasynci_image_new(const lorasync_allocator *given, lorasynci_image_impl **out,
                                                  lorasync_error *err)
 {
-    lorasync_allocator a;
-    lorasynci_image   *m;
-    if (!lorasynci_allocator(given, &a))
+    lorasync_allocator    a;
+    lorasynci_image_impl *m;
+    if (!lorasynci_take_allocator(given, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: alloc and free must both be set, or neither");
-    m = (lorasynci_image *)lorasynci_alloc_array(&a, 1, sizeof *m);
+    m = (lorasynci_image_impl *)lorasynci_alloc_array(&a, 1, sizeof *m);
     if (!m) return lorasynci_fail_memory(err, sizeof *m);
     m->a                 = a;
     m->image.adapter     = "";
@@ -5931,16 +5930,16 @@ LORASYNCI_FN lorasync_status lorasynci_image_new(const lorasync_allocator *given
 /* The image unmaps it when it is freed. */
 LORASYNCI_FN void lorasynci_image_own_mapping(lorasync_image *image, void *mapping, size_t num_bytes)
 {
-    lorasynci_image *m = (lorasynci_image *)image;
-    m->mapping         = mapping;
-    m->mapping_bytes   = num_bytes;
+    lorasynci_image_impl *m = (lorasynci_image_impl *)image;
+    m->mapping              = mapping;
+    m->mapping_bytes        = num_bytes;
 }
 
 /* The image shows it as config_json, and frees it. From the image's allocator. */
 LORASYNCI_FN void lorasynci_image_own_config(lorasync_image *image, char *config_json)
 {
-    lorasynci_image *m = (lorasynci_image *)image;
-    lorasynci_free(&m->a, m->own_config);
+    lorasynci_image_impl *m = (lorasynci_image_impl *)image;
+    lorasynci_dealloc(&m->a, m->own_config);
     m->own_config      = config_json;
     image->config_json = config_json;
 }
@@ -6019,13 +6018,13 @@ LORASYNCI_FN int lorasynci_is_utf8(const char *text)
 /* -- reading a header */
 
 typedef struct lorasynci_image_reader {
-    lorasynci_json   j;
-    lorasynci_image *m;
-    char            *pool; /* its free part */
-    size_t           num;  /* tensors read */
-    size_t           payload_bytes;
-    int              has_metadata;
-    lorasync_error  *err;
+    lorasynci_json        j;
+    lorasynci_image_impl *m;
+    char                 *pool; /* its free part */
+    size_t                num;  /* tensors read */
+    size_t                payload_bytes;
+    int                   has_metadata;
+    lorasync_error       *err;
 } lorasynci_image_reader;
 
 /* Decodes a string into the pool. There is room: two quotes stand around each string of the header and one NUL behind
@@ -6180,7 +6179,7 @@ LORASYNCI_FN size_t lorasynci_max_tensors(const char *text, size_t num_bytes)
 }
 
 /* All of the JSON, into tensors in the header's order. Nothing is checked across tensors yet. */
-LORASYNCI_FN lorasync_status lorasynci_read_json(lorasynci_image *m, const char *text, size_t num_bytes,
+LORASYNCI_FN lorasync_status lorasynci_read_json(lorasynci_image_impl *m, const char *text, size_t num_bytes,
                                                  size_t payload_bytes, lorasync_error *err)
 {
     lorasynci_image_reader r;
@@ -6190,7 +6189,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_json(lorasynci_image *m, const char 
     if (num_bytes == 0 || text[0] != '{')
         return lorasynci_fail(err, LORASYNC_E_FORMAT,
                               "the JSON must begin with `{` at byte 8; this is no safetensors file");
-    if (!lorasynci_mul(max_tensors, sizeof *m->tensors, &size)) return lorasynci_fail_memory(err, SIZE_MAX);
+    if (!lorasynci_checked_mul(max_tensors, sizeof *m->tensors, &size)) return lorasynci_fail_memory(err, SIZE_MAX);
     m->tensors = (lorasync_tensor *)lorasynci_alloc(&m->a, size);
     m->pool    = (char *)lorasynci_alloc(&m->a, num_bytes);
     if (!m->tensors || !m->pool) return lorasynci_fail_memory(err, m->tensors ? num_bytes : size);
@@ -6221,7 +6220,7 @@ LORASYNCI_FN int lorasynci_payload_order(const void *a, const void *b)
 
 /* Puts the tensors in payload order, if they are not, and checks that they fill the payload without gap, overlap or
    rest. */
-LORASYNCI_FN lorasync_status lorasynci_check_payload(lorasynci_image *m, size_t payload_bytes, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_check_payload(lorasynci_image_impl *m, size_t payload_bytes, lorasync_error *err)
 {
     size_t i, n = m->image.num_tensors, running = 0, size = 0;
     for (i = 1; i < n; i++) {
@@ -6255,12 +6254,12 @@ LORASYNCI_FN const char *lorasynci_tensor_name(const void *tensors, size_t index
 }
 
 /* Makes the tensors findable by name; fails with `twice` when two have one name. */
-LORASYNCI_FN lorasync_status lorasynci_index_names(lorasynci_image *m, lorasync_status twice, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_index_names(lorasynci_image_impl *m, lorasync_status twice, lorasync_error *err)
 {
     size_t i, n = m->image.num_tensors;
-    if (!lorasynci_table_init(&m->names, &m->a, n)) return lorasynci_fail_memory(err, n * sizeof *m->names.slots);
+    if (!lorasynci_table_init(&m->names, &m->a, n)) return lorasynci_fail_memory(err, n * sizeof *m->names.cells);
     for (i = 0; i < n; i++)
-        if (lorasynci_table_enter(&m->names, m->tensors[i].name, i, lorasynci_tensor_name, m->tensors) != i)
+        if (lorasynci_table_insert(&m->names, m->tensors[i].name, i, lorasynci_tensor_name, m->tensors) != i)
             return lorasynci_fail(err, twice, "tensor \"%.150s\" occurs twice; give every tensor its own name",
                                   m->tensors[i].name);
     return LORASYNC_OK;
@@ -6299,7 +6298,7 @@ LORASYNCI_FN int lorasynci_read_hex16(const char *text, uint64_t *out)
 LORASYNC_API const char *lorasync_image_metadata(const lorasync_image *image, const char *key)
 {
     const lorasynci_member *member =
-        image && key ? lorasynci_members_find(&((const lorasynci_image *)image)->metadata, key) : NULL;
+        image && key ? lorasynci_members_find(&((const lorasynci_image_impl *)image)->metadata, key) : NULL;
     return member ? member->value : NULL;
 }
 
@@ -6313,7 +6312,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_stamp(const lorasync_image *image, c
 }
 
 /* A delta says all of it, a full image nothing. */
-LORASYNCI_FN lorasync_status lorasynci_delta_metadata(lorasynci_image *m, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_delta_metadata(lorasynci_image_impl *m, lorasync_error *err)
 {
     static const char *const keys[] = {"lorasync.base_digest", "lorasync.base_version", "lorasync.full_digest",
                                        "lorasync.adapter",     "lorasync.digest",       "lorasync.version"};
@@ -6334,7 +6333,7 @@ LORASYNCI_FN lorasync_status lorasynci_delta_metadata(lorasynci_image *m, lorasy
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasynci_image *m, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasynci_image_impl *m, lorasync_error *err)
 {
     lorasync_image *image   = &m->image;
     const char     *adapter = lorasync_image_metadata(image, "lorasync.adapter");
@@ -6347,7 +6346,7 @@ LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasynci_image *m, lorasync
 
 /* -- parse */
 
-LORASYNCI_FN lorasync_status lorasynci_parse(lorasynci_image *m, const unsigned char *bytes, size_t num_bytes,
+LORASYNCI_FN lorasync_status lorasynci_parse(lorasynci_image_impl *m, const unsigned char *bytes, size_t num_bytes,
                                              lorasync_error *err)
 {
     uint64_t n;
@@ -6378,8 +6377,8 @@ LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_
                                                   const lorasync_allocator *allocator, lorasync_image **out,
                                                   lorasync_error *err)
 {
-    lorasynci_image *m = NULL;
-    lorasync_status  status;
+    lorasynci_image_impl *m = NULL;
+    lorasync_status       status;
     if (out) *out = NULL;
     if (!out || (!bytes && num_bytes))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_parse: bytes or out is NULL");
@@ -6387,7 +6386,7 @@ LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_
     status = lorasynci_parse(m, (const unsigned char *)bytes, num_bytes, err);
     if (status < 0) {
         if (status != LORASYNC_E_MEMORY) lorasynci_prefix(err, "safetensors header");
-        lorasynci_image_free(m);
+        lorasync_image_free((lorasync_image *)m);
         return status;
     }
     *out = &m->image;
@@ -6396,15 +6395,15 @@ LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_
 
 LORASYNC_API const lorasync_tensor *lorasync_image_find(const lorasync_image *image, const char *name)
 {
-    const lorasynci_image *m = (const lorasynci_image *)image;
+    const lorasynci_image_impl *m = (const lorasynci_image_impl *)image;
     size_t i = m && name ? lorasynci_table_find(&m->names, name, lorasynci_tensor_name, m->tensors) : SIZE_MAX;
     return i == SIZE_MAX ? NULL : &m->tensors[i];
 }
 
 LORASYNC_API void lorasync_image_bind(lorasync_image *image, const void *payload)
 {
-    lorasynci_image *m = (lorasynci_image *)image;
-    size_t           i;
+    lorasynci_image_impl *m = (lorasynci_image_impl *)image;
+    size_t                i;
     if (!image) return;
     image->payload = payload;
     for (i = 0; i < image->num_tensors; i++)
@@ -6443,7 +6442,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_tensor(const lorasync_tensor *t, si
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN void lorasynci_put_metadata(lorasynci_image *m, lorasynci_buffer *b, const char *adapter)
+LORASYNCI_FN void lorasynci_put_metadata(lorasynci_image_impl *m, lorasynci_buffer *b, const char *adapter)
 {
     const lorasync_delta *d = m->image.delta;
     lorasynci_put_text(b, "{\"__metadata__\":{\"format\":\"pt\"");
@@ -6476,7 +6475,7 @@ LORASYNCI_FN void lorasynci_put_tensor(lorasynci_buffer *b, const lorasync_tenso
 
 /* The whole header, length field included, for tensors in the writer's order. *payload_bytes is where the last one
    ends. */
-LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image *m, lorasynci_buffer *b,
+LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image_impl *m, lorasynci_buffer *b,
                                                   const lorasync_tensor *const *order, size_t num, const char *adapter,
                                                   lorasync_error *err)
 {
@@ -6485,7 +6484,7 @@ LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image *m, lorasynci_
     lorasynci_put_metadata(m, b, adapter);
     for (i = 0; i < num; i++, begin = end) {
         LORASYNCI_TRY(lorasynci_tensor_bytes(order[i], LORASYNC_E_ARGUMENT, &size, err));
-        if (!lorasynci_add(begin, size, &end))
+        if (!lorasynci_checked_add(begin, size, &end))
             return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                                   "tensor \"%.150s\": %s and the tensors before it do not fit memory", order[i]->name,
                                   lorasynci_type_of(order[i]).text);
@@ -6505,7 +6504,7 @@ LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image *m, lorasynci_
 }
 
 /* Writes the header into *b. `order` is memory for desc->num_tensors pointers. */
-LORASYNCI_FN lorasync_status lorasynci_write_header(lorasynci_image *m, const lorasync_image_desc *desc,
+LORASYNCI_FN lorasync_status lorasynci_write_header(lorasynci_image_impl *m, const lorasync_image_desc *desc,
                                                     const lorasync_tensor **order, lorasynci_buffer *b,
                                                     lorasync_error *err)
 {
@@ -6521,7 +6520,7 @@ LORASYNCI_FN lorasync_status lorasynci_write_header(lorasynci_image *m, const lo
 }
 
 /* Makes *m from the header in `b`, which it takes. */
-LORASYNCI_FN lorasync_status lorasynci_take_header(lorasynci_image *m, lorasynci_buffer *b, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_take_header(lorasynci_image_impl *m, lorasynci_buffer *b, lorasync_error *err)
 {
     m->own_header = m->stamped = (unsigned char *)b->data;
     m->image.header            = m->own_header;
@@ -6539,7 +6538,7 @@ LORASYNCI_FN lorasync_status lorasynci_layout(const lorasync_image_desc *desc, c
                                               const lorasync_allocator *allocator, lorasync_image **out,
                                               lorasync_error *err)
 {
-    lorasynci_image        *m = NULL;
+    lorasynci_image_impl   *m = NULL;
     const lorasync_tensor **order;
     lorasynci_buffer        b;
     lorasync_status         status;
@@ -6550,11 +6549,11 @@ LORASYNCI_FN lorasync_status lorasynci_layout(const lorasync_image_desc *desc, c
     order  = (const lorasync_tensor **)lorasynci_alloc_array(&m->a, desc->num_tensors, sizeof *order);
     status = order ? lorasynci_write_header(m, desc, order, &b, err)
                    : lorasynci_fail_memory(err, desc->num_tensors * sizeof *order);
-    lorasynci_free(&m->a, (void *)order);
+    lorasynci_dealloc(&m->a, (void *)order);
     if (status < 0) lorasynci_buffer_free(&b);
     else status = lorasynci_take_header(m, &b, err);
     if (status < 0) {
-        lorasynci_image_free(m);
+        lorasync_image_free((lorasync_image *)m);
         return status;
     }
     *out = &m->image;
@@ -6572,9 +6571,9 @@ LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *de
 
 LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, uint64_t digest)
 {
-    lorasynci_image *m = (lorasynci_image *)image;
-    uint64_t         rest;
-    size_t           i;
+    lorasynci_image_impl *m = (lorasynci_image_impl *)image;
+    uint64_t              rest;
+    size_t                i;
     if (!m || !m->stamped || !m->digest_at) return;
     for (i = 20, rest = version; i-- > 0; rest /= 10) m->stamped[m->version_at + i] = (unsigned char)('0' + rest % 10);
     for (i = 16, rest = digest; i-- > 0; rest >>= 4)
@@ -6588,9 +6587,9 @@ LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, 
    `to` stays the caller's. */
 LORASYNCI_FN void lorasynci_image_move_header(lorasync_image *image, void *to)
 {
-    lorasynci_image *m = (lorasynci_image *)image;
+    lorasynci_image_impl *m = (lorasynci_image_impl *)image;
     memcpy(to, image->header, image->header_bytes);
-    lorasynci_free(&m->a, m->own_header);
+    lorasynci_dealloc(&m->a, m->own_header);
     m->own_header = NULL;
     m->stamped    = (unsigned char *)to;
     image->header = to;
@@ -6879,7 +6878,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_delta_source(const lorasync_image *
                               "adapter \"%.100s\": a delta from version %llu to version %llu, which is not newer",
                               image->adapter, (unsigned long long)base_version, (unsigned long long)image->version);
     LORASYNCI_TRY(lorasynci_check_digestible(image, err));
-    if (((const lorasynci_image *)image)->stamped) return LORASYNC_OK; /* it is a layout */
+    if (((const lorasynci_image_impl *)image)->stamped) return LORASYNC_OK; /* it is a layout */
     LORASYNCI_TRY(lorasynci_layout_again(image, a, &again, err));
     lorasync_image_free(again);
     return LORASYNC_OK;
@@ -6900,7 +6899,8 @@ LORASYNCI_FN lorasync_status lorasynci_find_changed(const lorasync_image *image,
     size_t i, n = image->num_tensors, room = 0;
     char  *name;
     /* every name stands in the header; a length more would not have fitted there either */
-    if (!lorasynci_mul(n, sizeof LORASYNCI_DELTA_NAME, &room) || !lorasynci_add(room, image->header_bytes, &room))
+    if (!lorasynci_checked_mul(n, sizeof LORASYNCI_DELTA_NAME, &room) ||
+        !lorasynci_checked_add(room, image->header_bytes, &room))
         room = SIZE_MAX;
     c->digests = (uint64_t *)lorasynci_alloc_array(a, n, sizeof *c->digests);
     c->tensors = (lorasync_tensor *)lorasynci_alloc_array(a, n, sizeof *c->tensors);
@@ -6922,7 +6922,7 @@ LORASYNCI_FN lorasync_status lorasynci_find_changed(const lorasync_image *image,
 /* Points the delta's tensors at the image's data, and stamps it. */
 LORASYNCI_FN void lorasynci_bind_delta(lorasync_image *delta, const lorasync_image *image, lorasynci_changed *c)
 {
-    lorasync_tensor *t   = ((lorasynci_image *)delta)->tensors;
+    lorasync_tensor *t   = ((lorasynci_image_impl *)delta)->tensors;
     uint64_t         sum = 0;
     size_t           i;
     for (i = 0; i < c->num; i++) {
@@ -6949,7 +6949,7 @@ LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, u
     if (out) *out = NULL;
     if (!image || !base_digests || !out)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_delta: image, base_digests or out is NULL");
-    if (!lorasynci_allocator(allocator, &a))
+    if (!lorasynci_take_allocator(allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
     LORASYNCI_TRY(lorasynci_check_delta_source(image, base_version, &a, err));
     memset(&c, 0, sizeof c);
@@ -6962,7 +6962,7 @@ LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, u
     desc.adapter       = image->adapter;
     if (status >= 0) status = lorasynci_layout(&desc, &delta, &a, out, err);
     if (status >= 0) lorasynci_bind_delta(*out, image, &c);
-    lorasynci_free(&a, c.digests), lorasynci_free(&a, c.tensors), lorasynci_free(&a, c.names);
+    lorasynci_dealloc(&a, c.digests), lorasynci_dealloc(&a, c.tensors), lorasynci_dealloc(&a, c.names);
     return status;
 }
 
@@ -7050,14 +7050,14 @@ LORASYNCI_FN lorasync_status lorasynci_fill_result(lorasync_image *full, const l
                                                    const lorasync_tensor *const *from, void *memory,
                                                    lorasync_error *err)
 {
-    lorasynci_image *m   = (lorasynci_image *)full;
-    void            *own = memory ? NULL : lorasynci_alloc(&m->a, full->header_bytes + full->payload_bytes); /* as many
+    lorasynci_image_impl *m = (lorasynci_image_impl *)full;
+    void           *own = memory ? NULL : lorasynci_alloc(&m->a, full->header_bytes + full->payload_bytes); /* as many
                                                                                                                 as the
                                                                                                                 base
                                                                                                                 has */
-    unsigned char   *payload;
-    lorasync_status  status;
-    size_t           i;
+    unsigned char  *payload;
+    lorasync_status status;
+    size_t          i;
     if (!memory && !own) return lorasynci_fail_memory(err, full->header_bytes + full->payload_bytes);
     lorasynci_image_move_header(full, own ? own : memory);
     m->own_header = (unsigned char *)own;
@@ -7084,13 +7084,13 @@ LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, co
     lorasync_status         status;
     if (out) *out = NULL;
     if (!delta || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: delta or out is NULL");
-    if (!lorasynci_allocator(allocator, &a))
+    if (!lorasynci_take_allocator(allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
     if (!base)
         return lorasynci_fail(err, LORASYNC_E_BASE,
                               "nothing is held that the delta could be applied to; send the full image");
     LORASYNCI_TRY(lorasynci_check_delta_base(base, delta, err));
-    if (!lorasynci_add(base->header_bytes, base->payload_bytes, &num_bytes))
+    if (!lorasynci_checked_add(base->header_bytes, base->payload_bytes, &num_bytes))
         return lorasynci_fail_memory(err, SIZE_MAX);
     LORASYNCI_TRY(lorasynci_check_readable(base, "base", memory, num_bytes, err));
     LORASYNCI_TRY(lorasynci_check_readable(delta, "delta", memory, num_bytes, err));
@@ -7103,7 +7103,7 @@ LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, co
     status = from && room ? lorasynci_merge_delta(base, delta, from, room, err)
                           : lorasynci_fail_memory(err, delta->header_bytes);
     if (status >= 0) status = lorasynci_fill_result(full, delta, from, memory, err);
-    lorasynci_free(&a, (void *)from), lorasynci_free(&a, room);
+    lorasynci_dealloc(&a, (void *)from), lorasynci_dealloc(&a, room);
     if (status < 0) lorasync_image_free(full);
     else *out = full;
     return status;
@@ -7157,7 +7157,7 @@ LORASYNCI_FN void lorasynci_meter_free(void *user, void *memory)
     size_t           num_bytes;
     memcpy(&num_bytes, p, sizeof num_bytes);
     m->live -= num_bytes;
-    lorasynci_free(&m->a, p);
+    lorasynci_dealloc(&m->a, p);
 }
 
 /* -- agreeing */
@@ -7468,7 +7468,7 @@ LORASYNCI_FN lorasync_status lorasynci_describe_tensor(const lorasync_piece *p, 
                                                        lorasynci_catalogue *catalogue, uint32_t *out,
                                                        lorasync_error *err)
 {
-    size_t t = lorasynci_table_enter(names, p->name, catalogue->num, lorasynci_catalogue_key, catalogue);
+    size_t t = lorasynci_table_insert(names, p->name, catalogue->num, lorasynci_catalogue_key, catalogue);
     const lorasynci_record *r;
     *out = (uint32_t)t;
     if (t == catalogue->num)
@@ -7980,7 +7980,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge_record(lorasynci_planner *p, const 
             return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "%.200s: wanted by rank %d, %s", name, rank,
                                   p->desc->kind == LORASYNC_SCATTER ? "not in the image" : "held by no rank");
     } else {
-        t = lorasynci_table_enter(&p->names, name, p->merged.num, lorasynci_catalogue_key, &p->merged);
+        t = lorasynci_table_insert(&p->names, name, p->merged.num, lorasynci_catalogue_key, &p->merged);
     }
     *number = (uint32_t)t;
     if (t < p->merged.num) return lorasynci_merge_check(p, t, r, rank, err);
@@ -8002,7 +8002,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge(lorasynci_planner *p, lorasync_erro
     for (i = 0; p->desc->kind == LORASYNC_SCATTER && i < p->desc->image->num_tensors; i++) {
         const lorasync_tensor *t = &p->desc->image->tensors[i];
         p->first_rank[i]         = -1;
-        lorasynci_table_enter(&p->names, t->name, i, lorasynci_catalogue_key, &p->merged);
+        lorasynci_table_insert(&p->names, t->name, i, lorasynci_catalogue_key, &p->merged);
         LORASYNCI_TRY(lorasynci_catalogue_add(&p->merged, t->name, t->dtype, t->ndim, t->shape, 0, err));
     }
     for (rank = 0; rank < p->world; rank++) {
@@ -8456,7 +8456,7 @@ LORASYNCI_FN lorasync_status lorasynci_layout_image(lorasync_plan *plan, const l
     image.num_tensors = c->num;
     image.adapter     = d->adapter;
     status            = lorasync_image_layout(&image, &plan->a, &plan->image, err);
-    lorasynci_free(&plan->a, tensors);
+    lorasynci_dealloc(&plan->a, tensors);
     return status;
 }
 
@@ -8627,23 +8627,23 @@ LORASYNCI_FN void lorasynci_planner_free(lorasynci_planner *p)
     a = &p->plan->a;
     for (i = 0; i < p->world; i++) {
         if (p->catalogues) lorasynci_catalogue_free(&p->catalogues[i]);
-        if (p->numbers) lorasynci_free(a, p->numbers[i]);
-        if (p->parts) lorasynci_free(a, p->parts[i]);
+        if (p->numbers) lorasynci_dealloc(a, p->numbers[i]);
+        if (p->parts) lorasynci_dealloc(a, p->parts[i]);
         if (p->sends) lorasynci_buffer_free(&p->sends[i]);
         if (p->receives) lorasynci_buffer_free(&p->receives[i]);
         if (p->digests) lorasynci_buffer_free(&p->digests[i]);
     }
     lorasynci_catalogue_free(&p->merged);
-    if (p->names.slots) lorasynci_table_free(&p->names);
-    lorasynci_free(a, p->catalogues), lorasynci_free(a, p->same_as), lorasynci_free(a, p->numbers),
-        lorasynci_free(a, p->parts);
-    lorasynci_free(a, p->parts_bytes), lorasynci_free(a, p->streams), lorasynci_free(a, p->load),
-        lorasynci_free(a, p->sends);
-    lorasynci_free(a, p->receives), lorasynci_free(a, p->digests), lorasynci_free(a, p->first_rank),
-        lorasynci_free(a, p->image_index);
-    lorasynci_free(a, p->merged_index), lorasynci_free(a, p->held.list), lorasynci_free(a, p->held.starts),
-        lorasynci_free(a, p->wanted.list);
-    lorasynci_free(a, p->wanted.starts);
+    if (p->names.cells) lorasynci_table_free(&p->names);
+    lorasynci_dealloc(a, p->catalogues), lorasynci_dealloc(a, p->same_as), lorasynci_dealloc(a, p->numbers),
+        lorasynci_dealloc(a, p->parts);
+    lorasynci_dealloc(a, p->parts_bytes), lorasynci_dealloc(a, p->streams), lorasynci_dealloc(a, p->load),
+        lorasynci_dealloc(a, p->sends);
+    lorasynci_dealloc(a, p->receives), lorasynci_dealloc(a, p->digests), lorasynci_dealloc(a, p->first_rank),
+        lorasynci_dealloc(a, p->image_index);
+    lorasynci_dealloc(a, p->merged_index), lorasynci_dealloc(a, p->held.list), lorasynci_dealloc(a, p->held.starts),
+        lorasynci_dealloc(a, p->wanted.list);
+    lorasynci_dealloc(a, p->wanted.starts);
     memset(p, 0, sizeof *p);
 }
 
@@ -8658,7 +8658,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_expect(lorasynci_planner *p, cons
         p->same_as[i]     = j;
         p->parts_bytes[i] = (size_t)hellos[i].parts_bytes;
         n                 = j == i ? (size_t)hellos[i].catalogue_bytes : 0;
-        if (!lorasynci_add(n, p->parts_bytes[i], &sizes[i]))
+        if (!lorasynci_checked_add(n, p->parts_bytes[i], &sizes[i]))
             return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d announces an impossible size", i);
         p->parts[i] = (char *)lorasynci_alloc(&p->plan->a, sizes[i]);
         if (!p->parts[i]) return lorasynci_fail_memory(err, sizes[i]);
@@ -9108,7 +9108,7 @@ LORASYNCI_FN void lorasynci_buffer_trim(lorasynci_buffer *b)
     p = (char *)lorasynci_alloc(&b->a, b->size);
     if (!p) return; /* what there is does as well */
     memcpy(p, b->data, b->size);
-    lorasynci_free(&b->a, b->data);
+    lorasynci_dealloc(&b->a, b->data);
     b->data     = p;
     b->capacity = b->size;
 }
@@ -9390,8 +9390,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasyn
     }
     for (i = 0; i < n && bodies; i++)
         if (i != here || out->data != bodies[i].data) lorasynci_buffer_free(&bodies[i]);
-    lorasynci_free(a, heads);
-    lorasynci_free(a, bodies);
+    lorasynci_dealloc(a, heads);
+    lorasynci_dealloc(a, bodies);
     return status;
 }
 
@@ -9617,8 +9617,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
     lorasynci_planner_free(&planner);
     lorasynci_buffer_free(&parts.list);
     lorasynci_buffer_free(&parts.geometry);
-    lorasynci_free(&plan->a, sizes);
-    lorasynci_free(&plan->a, hellos);
+    lorasynci_dealloc(&plan->a, sizes);
+    lorasynci_dealloc(&plan->a, hellos);
     if (lorasync_is_lost(status)) lorasynci_comm_abort(&plan->comm, err->text);
     if (status < 0) {
         lorasync_plan_free(plan);
@@ -9685,21 +9685,22 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
     for (i = 0; i < plan->comm.world; i++) {
         if (plan->sends) lorasynci_buffer_free(&plan->sends[i].ends);
         if (plan->receives) lorasynci_buffer_free(&plan->receives[i].ends);
-        if (plan->receives) lorasynci_free(&plan->a, plan->receives[i].digests);
+        if (plan->receives) lorasynci_dealloc(&plan->a, plan->receives[i].digests);
     }
-    lorasynci_free(&plan->a, plan->sends), lorasynci_free(&plan->a, plan->receives),
-        lorasynci_free(&plan->a, plan->messages);
-    lorasynci_free(&plan->a, plan->votes), lorasynci_free(&plan->a, plan->sums), lorasynci_free(&plan->a, plan->index);
-    lorasynci_free(&plan->a, plan->slots), lorasynci_free(&plan->a, plan->tensor_digests),
-        lorasynci_free(&plan->a, plan->terms);
+    lorasynci_dealloc(&plan->a, plan->sends), lorasynci_dealloc(&plan->a, plan->receives),
+        lorasynci_dealloc(&plan->a, plan->messages);
+    lorasynci_dealloc(&plan->a, plan->votes), lorasynci_dealloc(&plan->a, plan->sums),
+        lorasynci_dealloc(&plan->a, plan->index);
+    lorasynci_dealloc(&plan->a, plan->slots), lorasynci_dealloc(&plan->a, plan->tensor_digests),
+        lorasynci_dealloc(&plan->a, plan->terms);
     lorasynci_catalogue_free(&plan->catalogue);
     lorasynci_buffer_free(&plan->pack.list), lorasynci_buffer_free(&plan->pack.grids);
     lorasynci_buffer_free(&plan->place.list), lorasynci_buffer_free(&plan->place.grids);
     if (!plan->lent)
-        lorasynci_free(&a, plan->memory[LORASYNCI_SEND]), lorasynci_free(&a, plan->memory[LORASYNCI_RECEIVE]);
-    lorasynci_free(&a, plan->image_memory);
+        lorasynci_dealloc(&a, plan->memory[LORASYNCI_SEND]), lorasynci_dealloc(&a, plan->memory[LORASYNCI_RECEIVE]);
+    lorasynci_dealloc(&a, plan->image_memory);
     if (plan->mapping) munmap(plan->mapping, plan->mapping_bytes);
-    lorasynci_free(&a, plan);
+    lorasynci_dealloc(&a, plan);
 }
 /* -------------------------------------------------------------------------------------------------------- >>move -- */
 
@@ -10333,7 +10334,7 @@ LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     while (g->num_events > 0) cudaEventDestroy(g->sendable[--g->num_events]);
-    lorasynci_free(&plan->a, g->sendable);
+    lorasynci_dealloc(&plan->a, g->sendable);
     if (g->arrived[0]) cudaEventDestroy(g->arrived[0]);
     if (g->arrived[1]) cudaEventDestroy(g->arrived[1]);
     if (g->placed[0]) cudaEventDestroy(g->placed[0]);
@@ -10361,7 +10362,7 @@ LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan)
     int               i;
     for (i = 0; g->peers && i < plan->comm.world; i++)
         if (g->peers[i].memory && !g->peers[i].same_process) cudaIpcCloseMemHandle(g->peers[i].memory);
-    lorasynci_free(&plan->a, g->peers);
+    lorasynci_dealloc(&plan->a, g->peers);
     g->peers = NULL;
     if (g->peer_image && !g->same_process) cudaIpcCloseMemHandle(g->peer_image);
     g->peer_image = NULL;
@@ -10448,9 +10449,9 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     if (g->stream) cudaStreamDestroy(g->stream);
     if (g->module && !g->is_busy) g->unload(g->module);
     lorasynci_device_leave(g, old);
-    lorasynci_free(&plan->a, g->pack);
-    lorasynci_free(&plan->a, g->place);
-    lorasynci_free(&plan->a, g);
+    lorasynci_dealloc(&plan->a, g->pack);
+    lorasynci_dealloc(&plan->a, g->place);
+    lorasynci_dealloc(&plan->a, g);
     plan->device = NULL;
     (void)cudaGetLastError();
 }
@@ -10824,7 +10825,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
     g->pack  = (lorasynci_launch *)lorasynci_alloc_array(&plan->a, lorasynci_device_packs(plan), sizeof *g->pack);
     g->place = (lorasynci_launch *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->place);
     if (!slot_of || !g->pack || !g->place) {
-        lorasynci_free(&plan->a, slot_of);
+        lorasynci_dealloc(&plan->a, slot_of);
         return lorasynci_fail_memory(err, plan->catalogue.num * 4 + plan->num_rounds * 2 * sizeof *g->place);
     }
     for (i = 0; i < plan->num_slots; i++) slot_of[plan->slots[i]] = (uint32_t)i;
@@ -10834,7 +10835,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
     if (status == LORASYNC_OK) status = lorasynci_device_upload_all(plan, slot_of, &ops, &tiles, err);
     lorasynci_buffer_free(&ops);
     lorasynci_buffer_free(&tiles);
-    lorasynci_free(&plan->a, slot_of);
+    lorasynci_dealloc(&plan->a, slot_of);
     return status;
 }
 
@@ -11477,7 +11478,7 @@ LORASYNCI_FN void lorasynci_device_stop(const lorasync_allocator *a, lorasynci_d
         lorasynci_device_leave(g, old);
         (void)cudaGetLastError();
     }
-    lorasynci_free(a, g);
+    lorasynci_dealloc(a, g);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_device_fill(lorasynci_device *g, const lorasync_allocator *a, int with_kernel,
@@ -11648,8 +11649,8 @@ typedef struct lorasynci_list {
 
 LORASYNCI_FN void lorasynci_list_free(lorasynci_list *l, const lorasync_allocator *a)
 {
-    lorasynci_free(a, l->at);
-    lorasynci_free(a, l->text);
+    lorasynci_dealloc(a, l->at);
+    lorasynci_dealloc(a, l->text);
     memset(l, 0, sizeof *l);
 }
 
@@ -11659,7 +11660,7 @@ LORASYNCI_FN const char *lorasynci_list_key(const void *user, size_t index)
 }
 
 /* A string, or an integer as its text. */
-LORASYNCI_FN lorasync_status lorasynci_list_item(lorasynci_json *j, int integers, lorasynci_slice *out)
+LORASYNCI_FN lorasync_status lorasynci_list_entry(lorasynci_json *j, int integers, lorasynci_slice *out)
 {
     if (!integers) return lorasynci_json_string(j, out);
     LORASYNCI_TRY(lorasynci_json_number(j, out));
@@ -11675,7 +11676,7 @@ LORASYNCI_FN lorasync_status lorasynci_list_count(const lorasynci_json *j, int i
     *num = *num_bytes = 0;
     LORASYNCI_TRY(lorasynci_json_array(&ahead));
     while ((more = lorasynci_json_element(&ahead)) > 0) {
-        LORASYNCI_TRY(lorasynci_list_item(&ahead, integers, &item));
+        LORASYNCI_TRY(lorasynci_list_entry(&ahead, integers, &item));
         (*num)++;
         *num_bytes += item.size + 1; /* both are in the text, the sum fits */
     }
@@ -11696,7 +11697,7 @@ LORASYNCI_FN lorasync_status lorasynci_list_read(lorasynci_json *j, int integers
     to = out->text;
     LORASYNCI_TRY(lorasynci_json_array(j));
     while (lorasynci_json_element(j) > 0) {
-        LORASYNCI_TRY(lorasynci_list_item(j, integers, &item));
+        LORASYNCI_TRY(lorasynci_list_entry(j, integers, &item));
         out->at[out->num++] = to;
         to += lorasynci_json_decode(&item, to);
         *to++ = 0;
@@ -11731,8 +11732,8 @@ LORASYNCI_FN void lorasynci_rules_free(lorasynci_rules *r, const lorasync_alloca
 {
     size_t i;
     for (i = 0; i < r->num; i++) lorasync_pattern_free(r->at[i].pattern);
-    lorasynci_free(a, r->at);
-    lorasynci_free(a, r->text);
+    lorasynci_dealloc(a, r->at);
+    lorasynci_dealloc(a, r->text);
     memset(r, 0, sizeof *r);
 }
 
@@ -11885,11 +11886,11 @@ LORASYNC_API void lorasync_config_free(lorasync_config *c)
     lorasync_allocator a;
     if (!c) return;
     a = c->a;
-    lorasynci_free(&a, c->text);
-    lorasynci_free(&a, c->task_type);
-    lorasynci_free(&a, c->base_model);
-    lorasynci_free(&a, c->target_text);
-    lorasynci_free(&a, c->exclude_text);
+    lorasynci_dealloc(&a, c->text);
+    lorasynci_dealloc(&a, c->task_type);
+    lorasynci_dealloc(&a, c->base_model);
+    lorasynci_dealloc(&a, c->target_text);
+    lorasynci_dealloc(&a, c->exclude_text);
     lorasynci_list_free(&c->target, &a);
     lorasynci_list_free(&c->exclude, &a);
     lorasynci_list_free(&c->saved, &a);
@@ -11900,7 +11901,7 @@ LORASYNC_API void lorasync_config_free(lorasync_config *c)
     lorasync_pattern_free(c->exclude_pattern);
     lorasynci_rules_free(&c->ranks, &a);
     lorasynci_rules_free(&c->alphas, &a);
-    lorasynci_free(&a, c);
+    lorasynci_dealloc(&a, c);
 }
 
 LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config)
@@ -12032,7 +12033,7 @@ LORASYNCI_FN lorasync_status lorasynci_config_layers(lorasync_config *c, const l
     lorasynci_json  v;
     lorasynci_slice s;
     if (!lorasynci_field(f, key, &v) || *v.at == '[') return lorasynci_field_list(f, key, 1, &c->a, &c->layers);
-    LORASYNCI_TRY(lorasynci_field_done(f, key, lorasynci_list_item(&v, 1, &s)));
+    LORASYNCI_TRY(lorasynci_field_done(f, key, lorasynci_list_entry(&v, 1, &s)));
     c->layers.at   = (const char **)lorasynci_alloc_array(&c->a, 1, sizeof *c->layers.at);
     c->layers.text = lorasynci_copy_text(&c->a, s.at, s.size);
     if (!c->layers.at || !c->layers.text) return lorasynci_fail_memory(f->j.err, s.size + 1);
@@ -12058,7 +12059,7 @@ LORASYNCI_FN lorasync_status lorasynci_config_modules(lorasync_config *c, const 
     if (!lorasynci_table_init(&c->target_table, &c->a, c->target.num))
         return lorasynci_fail_memory(f->j.err, c->target.num);
     for (i = 0; i < c->target.num; i++)
-        lorasynci_table_enter(&c->target_table, c->target.at[i], i, lorasynci_list_key, &c->target);
+        lorasynci_table_insert(&c->target_table, c->target.at[i], i, lorasynci_list_key, &c->target);
     return LORASYNC_OK;
 }
 
@@ -12113,7 +12114,7 @@ LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_
     if (out) *out = NULL;
     if (!out || !json)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_parse: json and out must not be NULL");
-    if (!lorasynci_allocator(allocator, &a))
+    if (!lorasynci_take_allocator(allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "lorasync_config_parse: the allocator has only one of its two functions");
     c = (lorasync_config *)lorasynci_alloc_array(&a, 1, sizeof *c);
@@ -12194,8 +12195,8 @@ LORASYNCI_FN const char *lorasynci_pair_module(const lorasynci_pairs *p, size_t 
 
 LORASYNCI_FN void lorasynci_pairs_free(lorasynci_pairs *p)
 {
-    lorasynci_free(&p->a, p->at);
-    lorasynci_free(&p->a, p->others);
+    lorasynci_dealloc(&p->a, p->at);
+    lorasynci_dealloc(&p->a, p->others);
     lorasynci_buffer_free(&p->names);
     lorasynci_table_free(&p->table);
 }
@@ -12217,7 +12218,7 @@ LORASYNCI_FN lorasynci_pair *lorasynci_pairs_at(lorasynci_pairs *p, lorasync_nam
     size_t index;
     for (leaf = NULL, next = name->key; (next = strstr(next, ".lora_")) != NULL; next++) leaf = next;
     if (leaf) *leaf = 0;
-    index = lorasynci_table_enter(&p->table, name->key, p->num, lorasynci_pair_key, p);
+    index = lorasynci_table_insert(&p->table, name->key, p->num, lorasynci_pair_key, p);
     if (index == p->num) {
         lorasynci_pair *pair = &p->at[p->num++];
         pair->prefix         = p->names.size;
@@ -12230,7 +12231,7 @@ LORASYNCI_FN lorasynci_pair *lorasynci_pairs_at(lorasynci_pairs *p, lorasync_nam
 }
 
 /* Where in a pair a role goes; NULL for a role that is no LoRA leaf. */
-LORASYNCI_FN const lorasync_tensor **lorasynci_pair_slot(lorasynci_pair *pair, lorasync_role role)
+LORASYNCI_FN const lorasync_tensor **lorasynci_pair_tensor(lorasynci_pair *pair, lorasync_role role)
 {
     switch ((int)role) {
     case LORASYNC_ROLE_LORA_A:
@@ -12247,21 +12248,21 @@ LORASYNCI_FN lorasync_status lorasynci_pairs_add(lorasynci_pairs *p, const loras
 {
     lorasync_name           name;
     lorasynci_pair         *pair, none;
-    const lorasync_tensor **slot;
+    const lorasync_tensor **place;
     if (!t->name) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a tensor has no name");
     LORASYNCI_TRY(lorasync_parse_name(t->name, &name, err));
-    if (!lorasynci_pair_slot(&none, name.role)) {
+    if (!lorasynci_pair_tensor(&none, name.role)) {
         p->others[p->num_others++] = t;
         return LORASYNC_OK;
     }
     pair = lorasynci_pairs_at(p, &name);
     if (!pair) return lorasynci_fail_memory(err, p->names.size);
-    slot = lorasynci_pair_slot(pair, name.role);
-    if (*slot)
+    place = lorasynci_pair_tensor(pair, name.role);
+    if (*place)
         return lorasynci_fail(err, LORASYNC_E_PAIR,
-                              "tensors \"%.200s\" and \"%.200s\" are both %s of one module: drop one", (*slot)->name,
+                              "tensors \"%.200s\" and \"%.200s\" are both %s of one module: drop one", (*place)->name,
                               t->name, lorasync_role_text(name.role));
-    *slot = t;
+    *place = t;
     if (name.role == LORASYNC_ROLE_EMBEDDING_A) pair->embedding_a = 1;
     if (name.role == LORASYNC_ROLE_EMBEDDING_B) pair->embedding_b = 1;
     return LORASYNC_OK;
@@ -12564,7 +12565,7 @@ LORASYNCI_FN lorasync_status lorasynci_config_check_pairs(const lorasync_config 
     for (i = 0; i < p->num && status >= 0; i++) status = lorasynci_check_pair(c, p, i, used, err);
     for (i = 0; i < p->num_others && status >= 0; i++) status = lorasynci_check_other(c, p, p->others[i], used, err);
     if (status >= 0) status = lorasynci_check_used(c, used, err);
-    lorasynci_free(&c->a, used);
+    lorasynci_dealloc(&c->a, used);
     return status;
 }
 
@@ -12752,7 +12753,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_rank(lorasynci_config_writer *w, i
             *out = ranks[i];
         }
     }
-    lorasynci_free(&w->a, ranks);
+    lorasynci_dealloc(&w->a, ranks);
     return LORASYNC_OK;
 }
 
@@ -12933,7 +12934,7 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
     if (!desc || !out || (!tensors && num_tensors))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "lorasync_config_write: desc, tensors and out must not be NULL");
-    if (!lorasynci_allocator(allocator, &w.a))
+    if (!lorasynci_take_allocator(allocator, &w.a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "lorasync_config_write: the allocator has only one of its two functions");
     if (!desc->config && !(desc->lora_alpha > 0 && desc->lora_alpha < 1e300))
@@ -12947,9 +12948,9 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
     w.pairs.a = w.a;
     status    = lorasynci_writer_run(&w, tensors, num_tensors, &text);
     lorasynci_pairs_free(&w.pairs);
-    lorasynci_free(&w.a, w.targets);
-    lorasynci_free(&w.a, w.saved);
-    lorasynci_free(&w.a, w.saved_text);
+    lorasynci_dealloc(&w.a, w.targets);
+    lorasynci_dealloc(&w.a, w.saved);
+    lorasynci_dealloc(&w.a, w.saved_text);
     lorasynci_buffer_free(&w.raw);
     if (status < 0) lorasynci_buffer_free(&text);
     else *out = text.data;
@@ -13550,8 +13551,8 @@ LORASYNCI_FN int lorasynci_make_directory(int at, const char *name, int no_fsync
 }
 
 /* Opens <path>/<adapter>, and makes both first if asked. */
-LORASYNCI_FN lorasync_status lorasynci_enter(lorasynci_directory *d, const char *adapter, int make, int *out_fd,
-                                             lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_adapter_directory(lorasynci_directory *d, const char *adapter, int make,
+                                                         int *out_fd, lorasync_error *err)
 {
     int failed = 0, root;
     LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
@@ -13805,7 +13806,7 @@ LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasyn
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image is bucket %zu of %zu and has %s index_json",
                               image->bucket, image->num_buckets, image->index_json ? "an" : "no");
     }
-    LORASYNCI_TRY(lorasynci_enter(d, image->adapter, 1, &fd, err));
+    LORASYNCI_TRY(lorasynci_adapter_directory(d, image->adapter, 1, &fd, err));
     status = lorasynci_stage_at(d, fd, image, err);
     close(fd);
     return status;
@@ -13870,7 +13871,7 @@ LORASYNCI_FN lorasync_status lorasynci_directory_commit(void *user, const char *
     lorasynci_directory *d = (lorasynci_directory *)user;
     lorasync_status      status;
     int                  fd = -1;
-    LORASYNCI_TRY(lorasynci_enter(d, adapter, 0, &fd, err));
+    LORASYNCI_TRY(lorasynci_adapter_directory(d, adapter, 0, &fd, err));
     status = lorasynci_commit_at(d, fd, adapter, version, err);
     close(fd);
     return status;
@@ -13880,7 +13881,7 @@ LORASYNCI_FN void lorasynci_directory_abort(void *user, const char *adapter, uin
 {
     char stage[64];
     int  fd = -1;
-    if (lorasynci_enter((lorasynci_directory *)user, adapter, 0, &fd, NULL) < 0) return;
+    if (lorasynci_adapter_directory((lorasynci_directory *)user, adapter, 0, &fd, NULL) < 0) return;
     lorasynci_stage_name(stage, version);
     lorasynci_remove(fd, stage);
     close(fd);
@@ -13890,8 +13891,8 @@ LORASYNCI_FN void lorasynci_directory_close(void *user)
 {
     lorasynci_directory *d = (lorasynci_directory *)user;
     lorasync_allocator   a = d->a;
-    lorasynci_free(&a, d->path);
-    lorasynci_free(&a, d);
+    lorasynci_dealloc(&a, d->path);
+    lorasynci_dealloc(&a, d);
 }
 
 /* A copy of the path of a directory, or the reason why there is none. */
@@ -13918,7 +13919,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     char                *path;
     if (!desc || !out)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_directory_open: %s is NULL", desc ? "out" : "desc");
-    if (!lorasynci_allocator(desc->allocator, &a))
+    if (!lorasynci_take_allocator(desc->allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
     if (desc->keep_versions < 0) {
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "keep_versions is %d, expected 0 or more", desc->keep_versions);
@@ -13926,7 +13927,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     LORASYNCI_TRY(lorasynci_copy_directory(&a, desc->directory, &path, err));
     d = (lorasynci_directory *)lorasynci_alloc_array(&a, 1, sizeof *d);
     if (!d) {
-        lorasynci_free(&a, path);
+        lorasynci_dealloc(&a, path);
         return lorasynci_fail_memory(err, sizeof *d);
     }
     d->a             = a;
@@ -14555,7 +14556,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot,
 LORASYNCI_FN size_t lorasynci_shm_need(size_t image_bytes, size_t config_bytes)
 {
     size_t n;
-    if (!lorasynci_add(image_bytes, config_bytes, &n) || n > SIZE_MAX / 4) return 0;
+    if (!lorasynci_checked_add(image_bytes, config_bytes, &n) || n > SIZE_MAX / 4) return 0;
     return n + LORASYNCI_SHM_HEAD;
 }
 
@@ -14977,7 +14978,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
             image->adapter, s->name, (unsigned long long)now, (unsigned long long)image->version);
     }
     s->payload_bytes = image->payload_bytes;
-    if (lorasynci_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes))
+    if (lorasynci_checked_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes))
         need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image does not fit memory");
     LORASYNCI_TRY(lorasynci_shm_pick(s, adapter, need, err));
@@ -15045,7 +15046,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter,
     lorasynci_shm *s = (lorasynci_shm *)user;
     size_t         bytes, need = 0;
     int            i = -1, slot;
-    if (lorasynci_add(header_bytes, s->device ? 0 : payload_bytes, &bytes))
+    if (lorasynci_checked_add(header_bytes, s->device ? 0 : payload_bytes, &bytes))
         need = lorasynci_shm_need(bytes, config_bytes);
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", payload_bytes);
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
@@ -15161,7 +15162,7 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
         if (s->memory[i]) munmap(s->memory[i], s->sizes[i]);
     if (lorasynci_process_pid(s->mine) == (long)getpid()) lorasynci_shm_disown(&s->map.control->publisher, s->mine);
     lorasynci_shm_detach(&s->map);
-    lorasynci_free(&a, s);
+    lorasynci_dealloc(&a, s);
 }
 
 /* A new transport does not write into free slots of the one before: they may have been lent for a gather, and a rank
@@ -15188,7 +15189,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     int                i;
     if (!desc || !out)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_shm_open: %s is NULL", desc ? "out" : "desc");
-    if (!lorasynci_allocator(desc->allocator, &a))
+    if (!lorasynci_take_allocator(desc->allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
     LORASYNCI_TRY(lorasynci_shm_check_name(desc->name, err));
     if (desc->num_slots && (desc->num_slots < 2 || desc->num_slots > LORASYNCI_SHM_SLOTS)) {
@@ -15206,7 +15207,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     if (status >= 0) status = lorasynci_shm_take(s->name, 1, &s->map, &s->mine, err);
     if (status < 0) {
         lorasynci_device_stop(&a, s->device);
-        lorasynci_free(&a, s);
+        lorasynci_dealloc(&a, s);
         return status;
     }
     lorasynci_shm_clear(s);
@@ -15245,7 +15246,7 @@ LORASYNCI_FN void lorasynci_shm_view_drop(lorasynci_shm_view *v)
     a = v->a;
     if (v->reader && lorasynci_shm_is_ours(v)) lorasynci_shm_disown(&v->reader->owner, v->mine);
     lorasynci_shm_detach(&v->map);
-    lorasynci_free(&a, v);
+    lorasynci_dealloc(&a, v);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_shm_view_enter(lorasynci_shm_view *v, const char *name, lorasync_error *err)
@@ -15327,7 +15328,7 @@ LORASYNCI_FN void lorasynci_mapped_close(lorasynci_mapped *m)
     lorasync_allocator a = m->view->a;
     if (m->map) munmap(m->map, m->num_bytes);
     lorasynci_shm_view_drop(m->view);
-    lorasynci_free(&a, m);
+    lorasynci_dealloc(&a, m);
 }
 
 /* Unmaps what nothing uses and is no slot of the control `now` any more. */
@@ -15461,7 +15462,7 @@ LORASYNCI_FN void lorasynci_import_close(lorasynci_device *g, lorasynci_import *
     }
     if (m->payload) lorasynci_shm_mark_opened(m->view, m->slot, 0); /* only now that it is closed */
     lorasynci_shm_view_drop(m->view);
-    lorasynci_free(&a, m);
+    lorasynci_dealloc(&a, m);
 }
 
 /* Closes what nothing uses and the publisher wants back, or has given up. */
@@ -15922,7 +15923,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_config(int at, const char *label, co
     close(fd);
     if (!text) return lorasynci_fail_memory(err, n + 1);
     if (got < 0) {
-        lorasynci_free(a, text);
+        lorasynci_dealloc(a, text);
         return lorasynci_fail_open(err, "read", label, reason);
     }
     text[got]  = 0;
@@ -15943,7 +15944,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_config(int at, const char *where, co
     status = lorasync_config_parse(text, num_bytes, a, &o->config, err);
     if (status >= 0) status = lorasync_config_check(o->config, o->image->tensors, o->image->num_tensors, err);
     if (status < 0) {
-        lorasynci_free(a, text);
+        lorasynci_dealloc(a, text);
         lorasynci_prefix(err, "%s", label);
         return status;
     }
@@ -16023,7 +16024,7 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_open_adapter: %s is NULL",
                               path ? "out_image" : "path");
     }
-    if (!lorasynci_allocator(allocator, &a))
+    if (!lorasynci_take_allocator(allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
     memset(&opened, 0, sizeof opened);
     if (stat(path, &st) != 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
@@ -16089,8 +16090,8 @@ LORASYNCI_FN void lorasynci_served_free(lorasync_engine *e, lorasynci_served *s)
 {
     size_t i;
     for (i = 0; i < LORASYNCI_SLOTS; i++) lorasynci_opened_free(&s->slots[i].held);
-    lorasynci_free(&e->a, s->name);
-    lorasynci_free(&e->a, s);
+    lorasynci_dealloc(&e->a, s->name);
+    lorasynci_dealloc(&e->a, s);
 }
 
 /* The adapter of that name; a new one serves nothing yet. NULL when there is no memory. */
@@ -16367,7 +16368,7 @@ LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, lorasync
                 lorasynci_process_pid(h->memory.owner), h->memory.gpu);
         }
         if (h->payload_bytes > h->memory.num_bytes || total < 8 || lorasynci_load_le64(memory, 8) != total - 8 ||
-            !lorasynci_add(total, (size_t)h->payload_bytes, &total))
+            !lorasynci_checked_add(total, (size_t)h->payload_bytes, &total))
             return lorasynci_fail(
                 err, LORASYNC_E_FORMAT,
                 "the slot is damaged: its head does not fit its header and device memory; publish again");
@@ -16611,7 +16612,7 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
     lorasync_status    status;
     if (!desc || !out)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_engine_open: %s is NULL", desc ? "out" : "desc");
-    if (!lorasynci_allocator(desc->allocator, &a))
+    if (!lorasynci_take_allocator(desc->allocator, &a))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
     e = (lorasync_engine *)lorasynci_alloc_array(&a, 1, sizeof *e);
     if (!e) return lorasynci_fail_memory(err, sizeof *e);
@@ -16636,10 +16637,10 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
     lorasynci_mapped_sweep(&engine->mapped, NULL);
     lorasynci_device_stop(&a, engine->device);
     lorasynci_shm_view_drop(engine->view);
-    lorasynci_free(&a, engine->directory);
-    lorasynci_free(&a, engine->shm);
-    lorasynci_free(&a, engine->adapter);
-    lorasynci_free(&a, engine);
+    lorasynci_dealloc(&a, engine->directory);
+    lorasynci_dealloc(&a, engine->shm);
+    lorasynci_dealloc(&a, engine->adapter);
+    lorasynci_dealloc(&a, engine);
 }
 
 /* ------------------------------------------------------------------------------------------------------ >>policy -- */
@@ -16725,7 +16726,7 @@ LORASYNCI_FN int lorasynci_weights_lost(const lorasync_policy_state *s)
     return s->sleep_level == 2 || (s->sleep_level == 0 && (lorasynci_released(s) & LORASYNC_MEMORY_WEIGHTS));
 }
 
-LORASYNCI_FN lorasync_base_reason lorasynci_base_reason(const lorasync_policy_state *s)
+LORASYNCI_FN lorasync_base_reason lorasynci_why_base(const lorasync_policy_state *s)
 {
     if (!s->base_synced) return LORASYNC_BASE_NEVER_SENT;
     if (lorasynci_weights_lost(s)) return LORASYNC_BASE_LOST;
@@ -16733,7 +16734,7 @@ LORASYNCI_FN lorasync_base_reason lorasynci_base_reason(const lorasync_policy_st
     return s->verify ? LORASYNC_BASE_VERIFY : LORASYNC_BASE_KEPT;
 }
 
-LORASYNCI_FN lorasync_adapter_reason lorasynci_adapter_reason(const lorasync_policy_state *s)
+LORASYNCI_FN lorasync_adapter_reason lorasynci_why_adapter(const lorasync_policy_state *s)
 {
     if (s->no_adapter) return LORASYNC_ADAPTER_NONE;
     if (!s->held_version) return LORASYNC_ADAPTER_NEVER_SENT;
@@ -16742,7 +16743,7 @@ LORASYNCI_FN lorasync_adapter_reason lorasynci_adapter_reason(const lorasync_pol
     return s->ask_adapter || s->verify ? LORASYNC_ADAPTER_ASKED : LORASYNC_ADAPTER_KEPT;
 }
 
-LORASYNCI_FN void lorasynci_step(lorasync_decision *d, int holds, lorasync_step step)
+LORASYNCI_FN void lorasynci_add_step(lorasync_decision *d, int holds, lorasync_step step)
 {
     if (holds) d->steps[d->num_steps++] = step;
 }
@@ -16757,8 +16758,8 @@ LORASYNC_API lorasync_status lorasync_policy_decide(const lorasync_policy_state 
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_policy_decide: %s is NULL", state ? "out" : "state");
     LORASYNCI_TRY(lorasynci_policy_check(state, err));
     memset(&d, 0, sizeof d);
-    d.base_reason    = lorasynci_base_reason(state);
-    d.adapter_reason = lorasynci_adapter_reason(state);
+    d.base_reason    = lorasynci_why_base(state);
+    d.adapter_reason = lorasynci_why_adapter(state);
     d.send_base      = d.base_reason != LORASYNC_BASE_KEPT;
     d.send_adapter   = d.adapter_reason != LORASYNC_ADAPTER_KEPT && d.adapter_reason != LORASYNC_ADAPTER_NONE;
     if (!state->no_adapter) d.version = d.send_adapter ? state->version : state->held_version;
@@ -16766,14 +16767,14 @@ LORASYNC_API lorasync_status lorasync_policy_decide(const lorasync_policy_state 
     hold   = d.send_base || (d.send_adapter && state->one_slot);
     flush  = state->cache_key != LORASYNC_CACHE_NONE &&
             (d.send_base || (d.send_adapter && state->cache_key == LORASYNC_CACHE_BY_NAME));
-    lorasynci_step(&d, hold, LORASYNC_STEP_PAUSE);
-    lorasynci_step(&d, (resume & LORASYNC_MEMORY_WEIGHTS) != 0, LORASYNC_STEP_RESUME_WEIGHTS);
-    lorasynci_step(&d, d.send_base, LORASYNC_STEP_SEND_BASE);
-    lorasynci_step(&d, d.send_adapter, LORASYNC_STEP_SEND_ADAPTER);
-    lorasynci_step(&d, (resume & LORASYNC_MEMORY_KV_CACHE) != 0, LORASYNC_STEP_RESUME_KV_CACHE);
-    lorasynci_step(&d, (resume & LORASYNC_MEMORY_CUDA_GRAPH) != 0, LORASYNC_STEP_RESUME_CUDA_GRAPH);
-    lorasynci_step(&d, flush, LORASYNC_STEP_FLUSH);
-    lorasynci_step(&d, hold, LORASYNC_STEP_CONTINUE);
+    lorasynci_add_step(&d, hold, LORASYNC_STEP_PAUSE);
+    lorasynci_add_step(&d, (resume & LORASYNC_MEMORY_WEIGHTS) != 0, LORASYNC_STEP_RESUME_WEIGHTS);
+    lorasynci_add_step(&d, d.send_base, LORASYNC_STEP_SEND_BASE);
+    lorasynci_add_step(&d, d.send_adapter, LORASYNC_STEP_SEND_ADAPTER);
+    lorasynci_add_step(&d, (resume & LORASYNC_MEMORY_KV_CACHE) != 0, LORASYNC_STEP_RESUME_KV_CACHE);
+    lorasynci_add_step(&d, (resume & LORASYNC_MEMORY_CUDA_GRAPH) != 0, LORASYNC_STEP_RESUME_CUDA_GRAPH);
+    lorasynci_add_step(&d, flush, LORASYNC_STEP_FLUSH);
+    lorasynci_add_step(&d, hold, LORASYNC_STEP_CONTINUE);
     *out = d;
     return LORASYNC_OK;
 }
@@ -16971,10 +16972,10 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     lorasynci_buffer_free(&session->modules);
     lorasynci_buffer_free(&session->transports);
     lorasynci_buffer_free(&session->outcomes);
-    lorasynci_free(&a, session->adapter), lorasynci_free(&a, session->config_json),
-        lorasynci_free(&a, session->base_model);
-    lorasynci_free(&a, session->votes), lorasynci_free(&a, session->published_config);
-    lorasynci_free(&a, session);
+    lorasynci_dealloc(&a, session->adapter), lorasynci_dealloc(&a, session->config_json),
+        lorasynci_dealloc(&a, session->base_model);
+    lorasynci_dealloc(&a, session->votes), lorasynci_dealloc(&a, session->published_config);
+    lorasynci_dealloc(&a, session);
 }
 
 /* Copies what the desc points to. */
@@ -17177,7 +17178,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lora
         modules[n++].is_linear = 1;
     }
     status = lorasync_matcher_create(s->desc.filter ? s->desc.filter : &everything, modules, n, &s->a, out, &why);
-    lorasynci_free(&s->a, modules);
+    lorasynci_dealloc(&s->a, modules);
     if (status == LORASYNC_E_EMPTY) { /* none of the linear modules is on this rank; whether there are any is seen when
                                          all ranks plan */
         lorasync_module nobody;
@@ -17231,7 +17232,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, l
     if (!lorasynci_table_init(&table, &s->a, num)) return lorasynci_fail_memory(err, num * 8);
     for (i = 0; i < num && status == LORASYNC_OK; i++) {
         const char *raw = s->texts.data + lorasynci_added_at(s, i)->raw;
-        first = lorasynci_table_enter(&table, lorasynci_added_at(s, i)->piece.name, i, lorasynci_added_key, s);
+        first = lorasynci_table_insert(&table, lorasynci_added_at(s, i)->piece.name, i, lorasynci_added_key, s);
         if (strcmp(s->texts.data + lorasynci_added_at(s, first)->raw, raw) != 0)
             status = lorasynci_fail(
                 err, LORASYNC_E_NAME,
@@ -17288,7 +17289,7 @@ LORASYNCI_FN lorasync_piece *lorasynci_session_pieces(const lorasync_session *s,
         pieces[i]    = lorasynci_added_at(s, i)->piece;
         if (!s->desc.fold_scale) continue;
         if (lorasynci_fold(s, lorasynci_added_at(s, i), &scale, err) < 0) {
-            lorasynci_free(&s->a, pieces);
+            lorasynci_dealloc(&s->a, pieces);
             return NULL;
         }
         scale *= pieces[i].scale == 0 ? 1 : pieces[i].scale;
@@ -17299,7 +17300,7 @@ LORASYNCI_FN lorasync_piece *lorasynci_session_pieces(const lorasync_session *s,
             "%.200s: fold_scale would multiply it by 0, since its lora_alpha or alpha_pattern is 0; give it an alpha, "
             "or leave it out",
             pieces[i].name);
-        lorasynci_free(&s->a, pieces);
+        lorasynci_dealloc(&s->a, pieces);
         return NULL;
     }
     return pieces;
@@ -17626,7 +17627,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
                                      "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", NULL,
                                      err);
     if (status == LORASYNC_OK) status = lorasynci_session_plan(session, pieces, err);
-    lorasynci_free(&session->a, pieces);
+    lorasynci_dealloc(&session->a, pieces);
     if (lorasync_is_lost(status)) session->lost = status;
     if (status < 0) return status;
     memset(&outcome, 0, sizeof outcome);
@@ -17642,7 +17643,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
         session->lost = session->plan->lost;
         lorasync_plan_free(session->plan);
         session->plan = NULL;
-        lorasynci_free(&session->a, session->published_config);
+        lorasynci_dealloc(&session->a, session->published_config);
         session->published_config = NULL;
     }
     return status;
@@ -18026,14 +18027,14 @@ LORASYNCI_FN lorasync_status lorasynci_session_aliases(const lorasync_session *s
     lorasync_status        status;
     l->aliases = (lorasynci_alias *)lorasynci_alloc_array(&s->a, num, sizeof *l->aliases);
     if (!order || !l->aliases) {
-        lorasynci_free(&s->a, order);
+        lorasynci_dealloc(&s->a, order);
         return lorasynci_fail_memory(err, num * sizeof *l->aliases);
     }
     for (i = 0; i < num; i++)
         if (lorasynci_piece_bytes(&l->pieces[i])) order[n++] = &l->pieces[i];
     if (n) qsort(order, n, sizeof *order, lorasynci_piece_order);
     status = lorasynci_find_aliases((const lorasync_piece *const *)order, n, l, err);
-    lorasynci_free(&s->a, order);
+    lorasynci_dealloc(&s->a, order);
     return status;
 }
 
@@ -18145,8 +18146,8 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
     if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, l.image, l.pieces, err);
     if (lorasync_is_lost(status)) session->plan->lost = status;
     lorasync_image_free(l.image);
-    lorasynci_free(&session->a, l.pieces);
-    lorasynci_free(&session->a, l.aliases);
+    lorasynci_dealloc(&session->a, l.pieces);
+    lorasynci_dealloc(&session->a, l.aliases);
     return status;
 }
 
@@ -18245,9 +18246,9 @@ LORASYNCI_FN void lorasynci_stream_unlend(lorasync_stream *s)
         for (i = 0; i < 2; i++)
             lorasynci_device_put(0, s->loans[i].payload), lorasynci_device_put(1, s->loans[i].host_payload);
     } else {
-        lorasynci_free(&s->a, s->loans[0].send);
-        lorasynci_free(&s->a, s->loans[0].receive);
-        lorasynci_free(&s->a, s->payload_memory);
+        lorasynci_dealloc(&s->a, s->loans[0].send);
+        lorasynci_dealloc(&s->a, s->loans[0].receive);
+        lorasynci_dealloc(&s->a, s->payload_memory);
     }
     if (s->mapping) munmap(s->mapping, s->mapping_bytes);
     if (s->mapping_name[0]) shm_unlink(s->mapping_name);
@@ -18261,7 +18262,7 @@ LORASYNCI_FN void lorasynci_stream_reset(lorasync_stream *s)
 {
     size_t b;
     for (b = 0; s->plans && b < s->num_buckets; b++) lorasync_plan_free(s->plans[b]);
-    lorasynci_free(&s->a, s->plans);
+    lorasynci_dealloc(&s->a, s->plans);
     lorasynci_stream_unlend(s);
     lorasynci_buffer_free(&s->index);
     s->plans       = NULL;
@@ -18285,8 +18286,8 @@ LORASYNC_API void lorasync_stream_close(lorasync_stream *stream)
     lorasynci_buffer_free(&stream->added);
     lorasynci_buffer_free(&stream->transports);
     lorasynci_buffer_free(&stream->outcomes);
-    lorasynci_free(&a, stream->name), lorasynci_free(&a, stream->config_json);
-    lorasynci_free(&a, stream);
+    lorasynci_dealloc(&a, stream->name), lorasynci_dealloc(&a, stream->config_json);
+    lorasynci_dealloc(&a, stream);
 }
 
 /* Copies what the desc points to, and makes the desc of all plans. */
@@ -18447,9 +18448,9 @@ LORASYNCI_FN void lorasynci_division_free(lorasync_stream *s, lorasynci_division
 {
     lorasynci_planner_free(&v->planner);
     lorasynci_buffer_free(&v->groups.texts);
-    lorasynci_free(&s->a, v->groups.list), lorasynci_free(&s->a, v->groups.of);
-    lorasynci_free(&s->a, v->sizes), lorasynci_free(&s->a, v->hellos), lorasynci_free(&s->a, v->tensors);
-    lorasynci_free(&s->a, v->buckets), lorasynci_free(&s->a, v->starts), lorasynci_free(&s->a, v->pieces);
+    lorasynci_dealloc(&s->a, v->groups.list), lorasynci_dealloc(&s->a, v->groups.of);
+    lorasynci_dealloc(&s->a, v->sizes), lorasynci_dealloc(&s->a, v->hellos), lorasynci_dealloc(&s->a, v->tensors);
+    lorasynci_dealloc(&s->a, v->buckets), lorasynci_dealloc(&s->a, v->starts), lorasynci_dealloc(&s->a, v->pieces);
 }
 
 /* The catalogue of this rank, of all buckets. Two parameters that would be published under one name are refused. */
@@ -18536,13 +18537,13 @@ LORASYNCI_FN lorasync_status lorasynci_make_groups(const lorasync_stream *s, lor
         if (g->texts.failed) status = lorasynci_fail_memory(err, at);
         if (status < 0) break;
         g->list[g->num].text = at; /* in case it is new */
-        g->of[t] = (uint32_t)lorasynci_table_enter(&names, g->texts.data + at, g->num, lorasynci_group_key, g);
+        g->of[t] = (uint32_t)lorasynci_table_insert(&names, g->texts.data + at, g->num, lorasynci_group_key, g);
         if (g->of[t] == g->num) g->num++;
         else g->texts.size = at;
-        if (!lorasynci_mul((size_t)lorasynci_box_numel(lorasynci_record_shape(r), r->ndim),
-                           (size_t)lorasynci_item(lorasynci_wire_dtype(&s->plan_desc, (lorasync_dtype)r->dtype)),
-                           &bytes) ||
-            !lorasynci_add(total, bytes, &total) || total > SIZE_MAX / 2)
+        if (!lorasynci_checked_mul(
+                (size_t)lorasynci_box_numel(lorasynci_record_shape(r), r->ndim),
+                (size_t)lorasynci_item(lorasynci_wire_dtype(&s->plan_desc, (lorasync_dtype)r->dtype)), &bytes) ||
+            !lorasynci_checked_add(total, bytes, &total) || total > SIZE_MAX / 2)
             status =
                 lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensors up to this one pass 2^63 bytes", name);
         else g->list[g->of[t]].num_bytes += bytes;
@@ -18784,7 +18785,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_label(lorasync_stream *s, lorasync
         }
     qsort(list, num, sizeof *list, lorasynci_index_order);
     if (n > 1) lorasynci_put_index(&s->index, list, num, n, s->info.payload_bytes);
-    lorasynci_free(&s->a, list);
+    lorasynci_dealloc(&s->a, list);
     if (s->index.failed) return lorasynci_fail_memory(err, s->index.size);
     for (b = 0; b < n; b++) {
         lorasync_image *image = s->plans[b]->image;

@@ -16,7 +16,7 @@ static unsigned long long seed = 1;
 static lorasync_allocator plain_allocator(void)
 {
     lorasync_allocator a;
-    lorasynci_allocator(NULL, &a);
+    lorasynci_take_allocator(NULL, &a);
     return a;
 }
 
@@ -286,7 +286,7 @@ static void test_json_strings(void)
         CHECK(!lorasynci_json_is(&slice, "other"));
         copy = lorasynci_json_copy(&slice, &a);
         CHECK_TEXT(copy, s[i].text);
-        lorasynci_free(&a, copy);
+        lorasynci_dealloc(&a, copy);
         CHECK_EQ(lorasynci_json_end(&j), LORASYNC_OK);
     }
 }

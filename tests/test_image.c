@@ -208,7 +208,7 @@ static void many_overlapping(void)
     lorasynci_buffer   b;
     lorasync_allocator a;
     int                i;
-    lorasynci_allocator(NULL, &a);
+    lorasynci_take_allocator(NULL, &a);
     lorasynci_buffer_init(&b, &a);
     lorasynci_put_text(&b, "{");
     for (i = 0; i < 200000; i++)
@@ -518,7 +518,7 @@ static void stamps_and_moves(void)
     CHECK_EQ(lorasync_image_verify(read, &err), LORASYNC_OK);
     buffer[image->header_bytes] ^= 1;
     CHECK_EQ(lorasync_image_verify(read, &err), LORASYNC_E_DIGEST);
-    lorasynci_image_own_config(read, lorasynci_copy_text(&((lorasynci_image *)read)->a, "{}", 2));
+    lorasynci_image_own_config(read, lorasynci_copy_text(&((lorasynci_image_impl *)read)->a, "{}", 2));
     CHECK_TEXT(read->config_json, "{}");
     lorasync_image_free(read);
     lorasync_image_free(image);
