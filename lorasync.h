@@ -288,126 +288,153 @@ LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtyp
 
 /* ------------------------------------------------------------------------------------------------- >>api: names -- */
 
-/* What a parameter is to PEFT (peft/tuners/tuners_utils.py, utils/save_and_load.py). */
+/* What a parameter is to PEFT (peft/tuners/tuners_utils.py, utils/save_and_load.py), and the shape it has. */
 typedef enum lorasync_role {
     LORASYNC_ROLE_BASE = 0,        /* a parameter of the base model */
-    LORASYNC_ROLE_LORA_A,          /* [r, in]; conv [r, in, *k] */
-    LORASYNC_ROLE_LORA_B,          /* [out, r]; conv [out, r, 1, ...] */
+    LORASYNC_ROLE_LORA_A,          /* [r, in]; convolution [r, in, *k] */
+    LORASYNC_ROLE_LORA_B,          /* [out, r]; convolution [out, r, 1, ...] */
     LORASYNC_ROLE_LORA_B_BIAS,     /* [out] */
     LORASYNC_ROLE_EMBEDDING_A,     /* [r, num_embeddings] */
     LORASYNC_ROLE_EMBEDDING_B,     /* [embedding_dim, r] */
     LORASYNC_ROLE_MAGNITUDE,       /* DoRA: lora_magnitude_vector */
-    LORASYNC_ROLE_MODULES_TO_SAVE, /* a whole module trained beside the adapter */
+    LORASYNC_ROLE_MODULES_TO_SAVE, /* a whole module trained alongside the adapter */
     LORASYNC_ROLE_TRAINABLE_TOKENS /* token_adapter.trainable_tokens_delta */
 } lorasync_role;
 
 /* A constant short text for a role ("lora_A"); never NULL. */
 LORASYNC_API const char *lorasync_role_text(lorasync_role role);
 
-/* One parameter name taken apart.
-       "_fsdp_wrapped_module.model.layers.0.q_proj._orig_mod.lora_A.policy.weight"
-   key     "base_model.model.model.layers.0.q_proj.lora_A.weight"   the key in a PEFT file (base parameters: the base
-                                                                    model's own
-                                                                    name, without base_model.model. and PEFT's levels)
-   module  "model.layers.0.q_proj"                    what target_modules matches. For modules_to_save the saved module,
-                                                                    for a base parameter the module that owns it.
-                                                                    Wrappers nested by target_parameters (experts,
-                                                                    experts.base_layer) have the same module and
-                                                                    different keys: pair A and B by key
-   adapter "policy"                                              "" when the name has none (it is a file key already) */
+/* A parsed parameter name. The examples are for
+       "_fsdp_wrapped_module.model.layers.0.q_proj._orig_mod.lora_A.policy.weight" */
 typedef struct lorasync_name {
     lorasync_role role;
-    char          key[LORASYNC_MAX_NAME];
-    char          module[LORASYNC_MAX_NAME];
-    char          adapter[LORASYNC_MAX_NAME];
+    /* The key in a PEFT file: "base_model.model.model.layers.0.q_proj.lora_A.weight". For a base parameter, the name
+       that the base model itself uses, without "base_model.model." and without the levels that PEFT inserts. */
+    char key[LORASYNC_MAX_NAME];
+    /* What target_modules matches: "model.layers.0.q_proj". For modules_to_save the saved module, for a base parameter
+       the module that owns it. Nested target_parameters wrappers (experts, experts.base_layer) share one module but
+       have different keys, so pair A and B by key. */
+    char module[LORASYNC_MAX_NAME];
+    char adapter[LORASYNC_MAX_NAME]; /* "policy"; "" if the name has none (it is a file key already) */
 } lorasync_name;
 
-/* Takes a raw parameter name apart. Works on whole segments between dots, never on substrings:
-   - `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`, `_orig_mod` and `to_wrap` anywhere, and leading `module`, are
-     wrappers of FSDP, checkpointing, torch.compile, Megatron-Bridge and DDP: dropped. A leading `base_model.model` is
-     dropped next.
-   - LoRA: one of lora_A, lora_B, lora_embedding_A, lora_embedding_B, lora_magnitude_vector, trainable_tokens_delta is
-     followed by nothing, by `<adapter>`, by `weight`, or by `<adapter>.weight`; lora_B also by `bias` or
-     `<adapter>.bias`. `weight` and `bias` right behind the leaf at the end of the name are never an adapter. The key is
-     base_model.model.<path>.<leaf>, then .weight or .bias where lora_A and lora_B had it; the others never have it, as
-     in PEFT files. The module is <path> without `base_layer` and without a last `token_adapter`.
-   - `<module>.modules_to_save.<adapter>.<rest>` has the key base_model.model.<module>.<rest>. In a file it cannot be
-     told from a base parameter: such a key parses as one.
-     An adapter name has no dot in it.
-   - Everything else is a base parameter: `base_layer`, `original_module` and `token_adapter.base_layer` are dropped
-     from its path.
-   Errors, all naming what was found: LORASYNC_E_NAME for a name without a known leaf that looks like LoRA: a last or
-   last but one segment that begins with `lora_` (an AdaLoRA lora_E, an MLX lora_a),
-   lora_<...>_<letter>.<adapter>.weight, a known leaf with anything else behind it, Megatron's adapter.linear_in.weight;
-   for lora_A.bias; for a leaf without a module; for modules_to_save without adapter and parameter; for an empty
-   segment; for a name or key of LORASYNC_MAX_NAME bytes or more. LORASYNC_E_ARGUMENT for NULL. Allocates nothing. */
+/* Parses a raw parameter name. Compares whole segments between dots, never substrings. Allocates nothing.
+
+   Wrappers         `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`, `_orig_mod` and `to_wrap` anywhere, and
+                    leading `module` segments (FSDP, checkpointing, torch.compile, Megatron-Bridge, DDP) are dropped.
+                    Then a leading `base_model.model` is dropped.
+   LoRA             One of the leaves lora_A, lora_B, lora_embedding_A, lora_embedding_B, lora_magnitude_vector and
+                    trainable_tokens_delta, followed by nothing, `<adapter>`, `weight` or `<adapter>.weight`; after
+                    lora_B also `bias` or `<adapter>.bias`. A `weight` or `bias` that directly follows the leaf and ends
+                    the name is never an adapter name. An adapter name contains no dot.
+                    key:    base_model.model.<path>.<leaf>, then .weight or .bias if lora_A or lora_B had it. The other
+                            leaves never have it, as in PEFT files.
+                    module: <path> without `base_layer` and without a final `token_adapter`.
+   modules_to_save  `<module>.modules_to_save.<adapter>.<rest>` has the key base_model.model.<module>.<rest>. In a file
+                    that key looks like a base parameter, and it parses as one.
+   Base             Everything else. `base_layer`, `original_module` and `token_adapter.base_layer` are dropped from its
+                    path.
+
+   Errors, each naming what was found:
+       LORASYNC_E_NAME      an empty segment; a name or key of LORASYNC_MAX_NAME bytes or more; lora_A.bias; a leaf
+                            without a module; modules_to_save without an adapter and a parameter; a name that looks like
+                            LoRA but has no known leaf: a last or second to last segment that begins with `lora_`
+                            (AdaLoRA's lora_E, MLX's lora_a), lora_<...>_<letter>.<adapter>.weight, a known leaf
+                            followed by anything else, Megatron's adapter.linear_in.weight
+       LORASYNC_E_ARGUMENT  NULL */
 LORASYNC_API lorasync_status lorasync_parse_name(const char *raw_name, lorasync_name *out, lorasync_error *err);
 
-/* PEFT's own rule for one known adapter name (BaseTuner key clean-up, tuners_utils.py): the component equal to
-   `adapter` is taken out if it is the last, or else the last but one, and not the first; at most once. out needs
-   strlen(key) + 1 bytes and may be key itself.
-   Meant for keys already known to be adapter leaves. */
+/* Removes a known adapter name from a key by PEFT's rule (BaseTuner's key clean-up, tuners_utils.py): the segment equal
+   to `adapter` is removed if it is the last one, or else the second to last one and not the first; at most once. Only
+   for keys that are known to be adapter leaves.
+
+   out  at least strlen(key) + 1 bytes; may be key itself */
 LORASYNC_API void lorasync_drop_adapter(const char *key, const char *adapter, char *out);
 
-/* A pattern compiled for repeated full matches: the subset of Python's `re` that target_modules strings use. Literals,
-   `.`, `[...]` with ranges and negation, `\d \w \s \D \W \S`, `\n \t \r \f \v \a \xhh`, escaped punctuation, `( )`,
-   `(?: )`, `(?P<name> )`, `|`, `* + ?` `{m} {m,} {,n} {m,n}` and their lazy forms, `^ $ \A \Z \b \B`, look-ahead `(?=
-   )` `(?! )`. Anything else (back-references, look-behind, flags, possessive and atomic) is refused by name. Text is
-   bytes: `.`, \w and [...] see single bytes, so outside ASCII only literals mean what they mean in Python; `[...]` and
-   \x refuse them.
-   Matching takes time proportional to states x bytes of text, whatever the pattern: no input makes it explode. A
-   pattern may have 65,536 bytes, 64 levels of groups and about 65,536 states, {m,n} counted as copies. */
+/* A pattern compiled for repeated full matches: the subset of Python's `re` that target_modules strings use.
+
+   Supported  literals, `.`, `[...]` with ranges and negation, `\d \w \s \D \W \S`, `\n \t \r \f \v \a \xhh`, escaped
+              punctuation, `( )`, `(?: )`, `(?P<name> )`, `|`, `* + ?`, `{m} {m,} {,n} {m,n}`, their lazy forms,
+              `^ $ \A \Z \b \B`, and the look-aheads `(?= )` and `(?! )`. Anything else (back-references, look-behind,
+              flags, possessive quantifiers, atomic groups) is refused by name.
+   Bytes      Text is matched as bytes: `.`, `\w` and `[...]` match single bytes. Outside ASCII only literals mean what
+              they mean in Python, and `[...]` and `\x` refuse such bytes.
+   Time       Matching takes time proportional to states x bytes of text, whatever the pattern: no input makes it
+              explode.
+   Limits     65,536 bytes, 64 levels of groups and about 65,536 states per pattern, with {m,n} counted as copies. */
 typedef struct lorasync_pattern lorasync_pattern;
 
-/* Compiles. allocator may be NULL. Errors: LORASYNC_E_UNSUPPORTED or LORASYNC_E_FORMAT naming the construct and its
-   position, LORASYNC_E_MEMORY, LORASYNC_E_ARGUMENT. Free with lorasync_pattern_free (NULL is fine). */
+/* Compiles a pattern. Free it with lorasync_pattern_free.
+
+   allocator  may be NULL
+
+   Errors: LORASYNC_E_UNSUPPORTED or LORASYNC_E_FORMAT, naming the construct and its position; LORASYNC_E_MEMORY;
+   LORASYNC_E_ARGUMENT. */
 LORASYNC_API lorasync_status lorasync_pattern_compile(const char *pattern, const lorasync_allocator *allocator,
                                                       lorasync_pattern **out, lorasync_error *err);
-LORASYNC_API void            lorasync_pattern_free(lorasync_pattern *pattern);
 
-/* 1 if the whole text matches (Python re.fullmatch), else 0. Uses memory of the pattern: one thread per pattern.
-   Allocates nothing. */
+/* Frees a pattern. NULL is allowed. */
+LORASYNC_API void lorasync_pattern_free(lorasync_pattern *pattern);
+
+/* Returns 1 if the whole text matches (Python's re.fullmatch), else 0. Uses memory of the pattern, so only one
+   thread may use a pattern at a time. Allocates nothing. */
 LORASYNC_API int lorasync_pattern_matches(lorasync_pattern *pattern, const char *text);
 
-/* Which parameters a session takes, on top of "the LoRA parameters of one adapter". Zero-initialised: all of those.
-   Matching follows PEFT's check_target_module_exists (peft/tuners/tuners_utils.py): a list entry matches a module that
-   is equal to it or ends in "." followed by it (`proj` does not match `q_proj`); a string is a full-match pattern.
-   exclude wins. target_* and exclude_* are about modules with LoRA; base parameters are not restricted by target_*, but
-   exclude_* holds for them too; modules_to_save and trainable tokens are not restricted by either. Give a pattern or a
-   list, not both. All pointers are borrowed until the call that takes the filter returns. */
+/* Which parameters a session takes, beyond "the LoRA parameters of one adapter". Zero-initialised: all of those.
+
+   Matching follows PEFT's check_target_module_exists (peft/tuners/tuners_utils.py). A list entry matches a module that
+   is equal to it or ends in "." followed by it (`proj` does not match `q_proj`); a string is a pattern that must match
+   the whole module name. Give a pattern or a list, not both. exclude_* overrides target_*.
+
+   target_* restricts modules with LoRA only. exclude_* applies to base parameters too. Neither restricts
+   modules_to_save or trainable tokens.
+
+   All pointers are borrowed until the call that takes the filter returns. */
 typedef struct lorasync_filter {
-    const char        *target_pattern; /* a pattern, or "all-linear" (any case): every linear module except the output
-                                          embedding */
-    const char *const *target_modules; /* list form, one entry or more; NULL: no restriction */
+    /* A pattern, or "all-linear" (any case): every linear module except the output embedding. */
+    const char        *target_pattern;
+    const char *const *target_modules; /* a list with at least one entry; NULL: no restriction */
     size_t             num_target_modules;
     const char        *exclude_pattern;
     const char *const *exclude_modules;
     size_t             num_exclude_modules;
-    const char        *output_embedding; /* module that "all-linear" leaves out, as a list entry; NULL: the first that
-                                            exists of lm_head, embed_out, output_layer (anywhere), score, classifier (at
-                                            the top) */
-    int                base;             /* 1: take the base parameters too; 2: only those */
-    int                skip_modules_to_save; /* 1: drop modules_to_save and trainable tokens instead of taking them */
+    /* The module that "all-linear" leaves out, as a list entry. NULL: the first that exists of lm_head, embed_out,
+       output_layer (anywhere), score and classifier (at the top level). */
+    const char *output_embedding;
+    int         base;                 /* 1: take base parameters too; 2: take only base parameters */
+    int         skip_modules_to_save; /* 1: drop modules_to_save and trainable tokens instead of taking them */
 } lorasync_filter;
 
 /* One module of the model, for resolving "all-linear". */
 typedef struct lorasync_module {
-    const char *name;      /* as lorasync_name.module */
-    int         is_linear; /* 1: a weight of two dimensions that is no embedding table */
+    const char *name;      /* as in lorasync_name.module */
+    int         is_linear; /* 1: it has a two-dimensional weight that is not an embedding table */
 } lorasync_module;
 
-/* A filter ready for use: patterns compiled, "all-linear" resolved against the model's own modules to a list of whole
-   names (modules are needed only for it; may be NULL, 0 otherwise). filter may be NULL: zero-initialised. Copies what
-   it keeps. One thread at a time. Errors: those of lorasync_pattern_compile; LORASYNC_E_ARGUMENT for both forms at
-   once, an empty entry or an empty target list; LORASYNC_E_EMPTY when "all-linear" finds no linear module. */
+/* A filter ready for use: its patterns are compiled, and "all-linear" is resolved to a list of whole module names.
+   One thread at a time. */
 typedef struct lorasync_matcher lorasync_matcher;
-LORASYNC_API lorasync_status    lorasync_matcher_create(const lorasync_filter *filter, const lorasync_module *modules,
-                                                        size_t num_modules, const lorasync_allocator *allocator,
-                                                        lorasync_matcher **out, lorasync_error *err);
-LORASYNC_API void               lorasync_matcher_free(lorasync_matcher *matcher);
 
-/* 1 if a parameter of this name is taken for this adapter (NULL: for any), else 0. A name without an adapter component
-   belongs to any. Allocates nothing. */
+/* Makes a matcher. Copies what it keeps. Free it with lorasync_matcher_free.
+
+   filter   may be NULL: zero-initialised
+   modules  all modules of the model; used by "all-linear" only, otherwise NULL and 0 are fine
+
+   Errors:
+       LORASYNC_E_ARGUMENT  a pattern and a list at once, an empty list entry, an empty target list, NULL
+       LORASYNC_E_EMPTY     "all-linear" finds no linear module
+       and those of lorasync_pattern_compile */
+LORASYNC_API lorasync_status lorasync_matcher_create(const lorasync_filter *filter, const lorasync_module *modules,
+                                                     size_t num_modules, const lorasync_allocator *allocator,
+                                                     lorasync_matcher **out, lorasync_error *err);
+
+/* Frees a matcher. NULL is allowed. */
+LORASYNC_API void lorasync_matcher_free(lorasync_matcher *matcher);
+
+/* Returns 1 if a parameter of this name is taken for this adapter, else 0. A name without an adapter belongs to every
+   adapter. Allocates nothing.
+
+   adapter  NULL: any */
 LORASYNC_API int lorasync_matcher_takes(lorasync_matcher *matcher, const lorasync_name *name, const char *adapter);
 
 /* ------------------------------------------------------------------------------------------------ >>api: layout -- */
