@@ -72,6 +72,7 @@
        >>dtype      sizes, exact rounding
        >>names      wrapper segments, LoRA leaf, adapter name, PEFT key, filter, patterns
        >>layout     boxes, flat intervals, the trainers' rules
+       >>gpu        a GPU: waiting, memory, the kernel; windows onto memory of others
        >>comm       solo, local (shared memory), NCCL
        >>image      safetensors write, read, validate; digest; deltas
        >>plan       catalogues, coverage, owners, routes, copy operations
@@ -4915,6 +4916,426 @@ LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim
     return LORASYNC_OK;
 }
 
+/* --------------------------------------------------------------------------------------------------------- >>gpu -- */
+
+/* Memory that somebody else has made, opened here; and, with LORASYNC_CUDA, a GPU: its stream, events and kernel, one
+   way to wait for it, its memory. Comm, move, shm, engine and session have their part of CUDA from here. Uses
+   >>support. Without LORASYNC_CUDA there are windows onto host memory, and a GPU cannot be opened. */
+
+#ifdef LORASYNC_CUDA
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+#endif
+
+/* Device memory, as another rank or process needs to know it to open it. Sent as it is. */
+typedef struct lorasynci_device_offer {
+    uint64_t process; /* whose it is: lorasynci_process_self */
+    uint64_t pointer; /* its address there */
+    int32_t  ordinal; /* its GPU there */
+    int32_t  unused;
+    char     handle[64]; /* for CUDA IPC */
+} lorasynci_device_offer;
+
+/* -- windows: the one way in which memory of another rank, process or transport is open here
+
+       who made it               what is offered            opened by                   kind       close
+       any process of the host   a name, or its file        lorasynci_window_name, map  MAPPED     munmap
+       a thread of this process  lorasynci_device_offer     lorasynci_window_device     OWN        nothing
+       another process           lorasynci_device_offer     lorasynci_window_device     IMPORTED   cudaIpcCloseMemHandle
+
+   A window is all zero while it is closed. Whoever shares one among several counts them in num_users, and closes it
+   when that is 0. Device memory must not be freed by its maker while a window onto it is open: those who make it and
+   those who open it tell each other (LORASYNCI_HOLDS in plans, `opened` in shared memory). */
+typedef enum lorasynci_window_kind {
+    LORASYNCI_WINDOW_CLOSED = 0,
+    LORASYNCI_WINDOW_MAPPED,
+    LORASYNCI_WINDOW_OWN,
+    LORASYNCI_WINDOW_IMPORTED
+} lorasynci_window_kind;
+
+typedef struct lorasynci_window {
+    char                 *address;   /* NULL: closed */
+    size_t                num_bytes; /* of a mapping; of device memory only its maker knows */
+    lorasynci_window_kind kind;
+    int                   num_users;
+} lorasynci_window;
+
+/* Maps num_bytes of a file from its beginning, which stays mapped when fd is closed. 0 or an errno. `protection` and
+   `flags` are mmap's; MAP_SHARED is added. */
+LORASYNCI_FN int lorasynci_window_map(lorasynci_window *w, int fd, size_t num_bytes, int protection, int flags)
+{
+    void *map;
+    LORASYNC_ASSERT(w->kind == LORASYNCI_WINDOW_CLOSED);
+    map = mmap(NULL, num_bytes, protection, flags | MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) return errno;
+    w->address   = (char *)map;
+    w->num_bytes = num_bytes;
+    w->kind      = LORASYNCI_WINDOW_MAPPED;
+    return 0;
+}
+
+/* Shared memory of one name, to read and write; `create` makes it. 0 when it cannot be had, which only means that
+   another way is taken. The memory is reserved at once, so that a small /dev/shm refuses here and not by a bus error
+   later. */
+LORASYNCI_FN int lorasynci_window_name(lorasynci_window *w, const char *name, size_t num_bytes, int create)
+{
+    int fd     = shm_open(name, create ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
+    int opened = 0;
+    if (fd < 0) return 0;
+    if (num_bytes <= (size_t)INT64_MAX && (!create || posix_fallocate(fd, 0, (off_t)num_bytes) == 0))
+        opened = lorasynci_window_map(w, fd, num_bytes, PROT_READ | PROT_WRITE, 0) == 0;
+    close(fd);
+    if (!opened && create) shm_unlink(name);
+    return opened;
+}
+
+/* The GPU onto whose memory it is open, if it is, must be current. Closing a closed one does nothing. */
+LORASYNCI_FN void lorasynci_window_close(lorasynci_window *w)
+{
+    if (w->kind == LORASYNCI_WINDOW_MAPPED) munmap(w->address, w->num_bytes);
+#ifdef LORASYNC_CUDA
+    if (w->kind == LORASYNCI_WINDOW_IMPORTED) cudaIpcCloseMemHandle(w->address);
+#endif
+    memset(w, 0, sizeof *w);
+}
+
+/* -- a GPU */
+
+typedef struct lorasynci_gpu lorasynci_gpu;
+
+#ifdef LORASYNC_CUDA
+
+/* An opened GPU. Its calls are made between lorasynci_gpu_enter and lorasynci_gpu_leave. */
+struct lorasynci_gpu {
+    int          ordinal;
+    pid_t        pid;     /* of the process that opened it: a fork cannot use its parent's */
+    int          is_busy; /* launches may still run at the end, so the kernel is not unloaded under them */
+    cudaStream_t caller;  /* whose work ours must wait for */
+    cudaStream_t stream;  /* ours */
+    cudaEvent_t  ready;   /* on the caller's stream: what it has enqueued has ended */
+    cudaEvent_t  done;    /* the same on ours */
+    CUmodule     module;  /* NULL: opened without the kernel */
+    CUfunction   kernel;
+    CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
+                       void **, void **);
+    CUresult (*unload)(CUmodule);
+};
+
+/* The kernel's text, below. */
+LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num);
+
+LORASYNCI_FN lorasync_status lorasynci_cuda_fail(lorasync_error *err, cudaError_t e, const char *what)
+{
+    (void)cudaGetLastError(); /* handled here: not left behind for the caller's next check */
+    return lorasynci_fail(err, e == cudaErrorMemoryAllocation ? LORASYNC_E_MEMORY : LORASYNC_E_CUDA,
+                          "CUDA: %s: %s (%s)", what, cudaGetErrorString(e), cudaGetErrorName(e));
+}
+
+#define LORASYNCI_CUDA(call, what)                                                                                     \
+    do {                                                                                                               \
+        cudaError_t lorasynci_cuda_ = (call);                                                                          \
+        if (lorasynci_cuda_ != cudaSuccess) return lorasynci_cuda_fail(err, lorasynci_cuda_, what);                    \
+    } while (0)
+
+/* Makes a GPU the current one of this thread; returns the one that was, for lorasynci_gpu_leave. */
+LORASYNCI_FN int lorasynci_gpu_enter(int ordinal)
+{
+    int old = ordinal;
+    cudaGetDevice(&old);
+    if (old != ordinal) cudaSetDevice(ordinal);
+    return old;
+}
+
+LORASYNCI_FN void lorasynci_gpu_leave(int ordinal, int old)
+{
+    if (old != ordinal) cudaSetDevice(old);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_gpu_event(cudaEvent_t *out, lorasync_error *err)
+{
+    LORASYNCI_CUDA(cudaEventCreateWithFlags(out, cudaEventDisableTiming), "cudaEventCreate");
+    return LORASYNC_OK;
+}
+
+/* -- waiting for a GPU */
+
+enum {
+    LORASYNCI_GPU_SPINS       = 20000, /* a run takes microseconds: look again at once, so many times */
+    LORASYNCI_GPU_PATIENCE_MS = 60000  /* for work that no other rank takes part in */
+};
+
+/* Waits for an event, or, where that is NULL, for all that is on a stream; a NULL stream has nothing. Never blocks
+   inside CUDA. Then *out is cudaSuccess; or cudaErrorNotReady when the deadline came first; or what the work failed
+   with. `check` (or NULL) is called with `user` now and then, and once when the work has ended: what ended because a
+   communicator broke is no success. Only its failure is this function's. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_wait(cudaEvent_t event, cudaStream_t stream, uint64_t deadline_ns,
+                                                lorasync_status (*check)(void *user, lorasync_error *err), void *user,
+                                                cudaError_t *out, lorasync_error *err)
+{
+    unsigned turns, idle = 0;
+    *out = cudaSuccess;
+    if (!event && !stream) return LORASYNC_OK;
+    for (turns = 1;; turns++) {
+        cudaError_t e = event ? cudaEventQuery(event) : cudaStreamQuery(stream);
+        if (e != cudaErrorNotReady) {
+            *out = e;
+            return e == cudaSuccess && check ? check(user, err) : LORASYNC_OK;
+        }
+        if (turns % 64 != 0 && !idle) continue;
+        if (check && (turns % 4096 == 0 || idle > LORASYNCI_YIELDS)) LORASYNCI_TRY(check(user, err));
+        if (lorasynci_now_ns() >= deadline_ns) {
+            *out = e;
+            return LORASYNC_OK;
+        }
+        if (turns > LORASYNCI_GPU_SPINS) lorasynci_pause(&idle); /* others, NCCL's threads too, want the CPU */
+    }
+}
+
+/* Waits until all that is on its stream has ended. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_drain(const lorasynci_gpu *g, const char *what, lorasync_error *err)
+{
+    cudaError_t e;
+    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
+    LORASYNCI_TRY(
+        lorasynci_gpu_wait(g->done, NULL, lorasynci_deadline_ns(LORASYNCI_GPU_PATIENCE_MS), NULL, NULL, &e, err));
+    if (e == cudaErrorNotReady)
+        return lorasynci_fail(err, LORASYNC_E_CUDA,
+                              "CUDA: %s: not ended after %d ms; is the GPU, or the stream that it waits for, stuck?",
+                              what, LORASYNCI_GPU_PATIENCE_MS);
+    return e == cudaSuccess ? LORASYNC_OK : lorasynci_cuda_fail(err, e, what);
+}
+
+/* -- opening a GPU, and the kernel */
+
+LORASYNCI_FN cudaError_t lorasynci_driver(const char *name, unsigned version, void *function)
+{
+    void                                *p     = NULL;
+    enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    cudaError_t                          e;
+#if CUDART_VERSION >= 12050
+    e = cudaGetDriverEntryPointByVersion(name, &p, version, cudaEnableDefault, &found);
+#else
+    (void)version;
+    e = cudaGetDriverEntryPoint(name, &p, cudaEnableDefault, &found);
+#endif
+    if (e == cudaSuccess && (found != cudaDriverEntryPointSuccess || !p)) e = cudaErrorSymbolNotFound;
+    if (e == cudaSuccess) memcpy(function, &p, sizeof p);
+    return e;
+}
+
+/* The kernel from its text, compiled by the driver, which keeps what it has compiled: later ones are cheap. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_load(lorasynci_gpu *g, const lorasync_allocator *a, lorasync_error *err)
+{
+    CUresult (*load)(CUmodule *, const void *)                 = NULL;
+    CUresult (*function)(CUfunction *, CUmodule, const char *) = NULL;
+    const char *const *parts;
+    lorasynci_buffer   text;
+    CUresult           r;
+    size_t             i, num;
+    LORASYNCI_CUDA(lorasynci_driver("cuModuleLoadData", 2000, &load), "driver entry point cuModuleLoadData");
+    LORASYNCI_CUDA(lorasynci_driver("cuModuleGetFunction", 2000, &function), "driver entry point cuModuleGetFunction");
+    LORASYNCI_CUDA(lorasynci_driver("cuLaunchKernel", 4000, &g->launch), "driver entry point cuLaunchKernel");
+    LORASYNCI_CUDA(lorasynci_driver("cuModuleUnload", 2000, &g->unload), "driver entry point cuModuleUnload");
+    lorasynci_buffer_init(&text, a);
+    for (parts = lorasynci_ptx_parts(&num), i = 0; i < num; i++) lorasynci_put_text(&text, parts[i]);
+    lorasynci_put(&text, "", 1);
+    r = text.failed ? CUDA_ERROR_OUT_OF_MEMORY : load(&g->module, text.data);
+    lorasynci_buffer_free(&text);
+    if (text.failed) return lorasynci_fail_memory(err, text.size);
+    if (r == CUDA_SUCCESS) r = function(&g->kernel, g->module, "lorasyncd_copy");
+    if (r != CUDA_SUCCESS)
+        return lorasynci_fail(
+            err, LORASYNC_E_CUDA,
+            "the GPU driver did not take the kernel (CUresult %d); is just-in-time compilation disabled "
+            "(CUDA_DISABLE_PTX_JIT)?",
+            (int)r);
+    return LORASYNC_OK;
+}
+
+/* Launches the kernel: `num` tiles, a block of `threads` each, over operations; all tables in device memory. *bad gets
+   the smallest element that is not finite. What an operation marks as in the image lies image_shift bytes further. */
+LORASYNCI_FN CUresult lorasynci_gpu_launch(const lorasynci_gpu *g, const void *ops, const void *tiles, unsigned num,
+                                           unsigned threads, void *bad, unsigned long long image_shift,
+                                           cudaStream_t stream)
+{
+    void *parameters[4];
+    LORASYNC_ASSERT(g->module && num > 0);
+    parameters[0] = &ops;
+    parameters[1] = &tiles;
+    parameters[2] = &bad;
+    parameters[3] = &image_shift;
+    return g->launch(g->kernel, num, 1, 1, threads, 1, 1, 0, stream, parameters, NULL);
+}
+
+/* Waits for nothing. NULL is allowed. */
+LORASYNCI_FN void lorasynci_gpu_close(const lorasync_allocator *a, lorasynci_gpu *g)
+{
+    if (!g) return;
+    if (g->pid == getpid()) {
+        int old = lorasynci_gpu_enter(g->ordinal);
+        if (g->ready) cudaEventDestroy(g->ready);
+        if (g->done) cudaEventDestroy(g->done);
+        if (g->stream) cudaStreamDestroy(g->stream);
+        if (g->module && !g->is_busy) g->unload(g->module);
+        lorasynci_gpu_leave(g->ordinal, old);
+        (void)cudaGetLastError();
+    }
+    lorasynci_dealloc(a, g);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_gpu_fill(lorasynci_gpu *g, const lorasync_allocator *a, int with_kernel,
+                                                lorasync_error *err)
+{
+    LORASYNCI_CUDA(cudaGetDevice(&g->ordinal), "no usable GPU");
+    LORASYNCI_CUDA(cudaFree(NULL), "no usable GPU"); /* makes the context current */
+    if (with_kernel) LORASYNCI_TRY(lorasynci_gpu_load(g, a, err));
+    LORASYNCI_CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->ready, err));
+    return lorasynci_gpu_event(&g->done, err);
+}
+
+/* Opens the current GPU, with the kernel where it is wanted. `what` is the field that asks for it. *out is NULL after
+   a failure. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_open(const lorasync_allocator *a, struct CUstream_st *caller,
+                                                int with_kernel, const char *what, lorasynci_gpu **out,
+                                                lorasync_error *err)
+{
+    lorasynci_gpu  *g = (lorasynci_gpu *)lorasynci_alloc_array(a, 1, sizeof *g);
+    lorasync_status status;
+    *out = NULL;
+    if (!g) return lorasynci_fail_memory(err, sizeof *g);
+    g->caller = caller;
+    g->pid    = getpid();
+    status    = lorasynci_gpu_fill(g, a, with_kernel, err);
+    if (status < 0) {
+        lorasynci_prefix(err, "%s", what);
+        lorasynci_gpu_close(a, g);
+        return status;
+    }
+    *out = g;
+    return LORASYNC_OK;
+}
+
+/* Whether two are on one GPU, or both none. */
+LORASYNCI_FN int lorasynci_gpu_is_same(const lorasynci_gpu *a, const lorasynci_gpu *b)
+{
+    return a && b ? a->ordinal == b->ordinal : !a && !b;
+}
+
+/* Whether the caller's stream is being captured into a CUDA graph now. */
+LORASYNCI_FN int lorasynci_gpu_is_captured(const lorasynci_gpu *g)
+{
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    return g && cudaStreamIsCapturing(g->caller, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusActive;
+}
+
+/* -- its memory */
+
+/* num_bytes of device memory, or of pinned host memory; of 0 bytes none (*out is NULL then). */
+LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, char **out, const char *what,
+                                                 lorasync_error *err)
+{
+    *out = NULL;
+    if (!num_bytes) return LORASYNC_OK;
+    if (pinned) LORASYNCI_CUDA(cudaHostAlloc((void **)out, num_bytes, cudaHostAllocPortable), what);
+    else LORASYNCI_CUDA(cudaMalloc((void **)out, num_bytes), what);
+    return LORASYNC_OK;
+}
+
+/* NULL is allowed. */
+LORASYNCI_FN void lorasynci_gpu_free(int pinned, char *memory)
+{
+    if (pinned) cudaFreeHost(memory);
+    else cudaFree(memory);
+    (void)cudaGetLastError();
+}
+
+enum {
+    LORASYNCI_OFFER_LEAST = 2 << 20 /* bytes: what is smaller may share its block with memory that is not offered */
+};
+
+/* What another rank needs to open `memory`, of at least LORASYNCI_OFFER_LEAST bytes. Where there is no IPC only this
+   process can. */
+LORASYNCI_FN void lorasynci_gpu_offer(const lorasynci_gpu *g, char *memory, lorasynci_device_offer *out)
+{
+    out->process = lorasynci_process_self();
+    out->pointer = (uint64_t)(uintptr_t)memory;
+    out->ordinal = g->ordinal;
+    if (cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)out->handle, memory) != cudaSuccess) (void)cudaGetLastError();
+}
+
+/* Memory of this process, on this GPU or on another one that it can access. */
+LORASYNCI_FN lorasync_status lorasynci_window_own(lorasynci_window *w, const lorasynci_gpu *g,
+                                                  const lorasynci_device_offer *offer, lorasync_error *err)
+{
+    int         can = 1;
+    cudaError_t e   = cudaSuccess;
+    if (offer->ordinal != g->ordinal) {
+        e = cudaDeviceCanAccessPeer(&can, g->ordinal, offer->ordinal);
+        if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(offer->ordinal, 0);
+        (void)cudaGetLastError();
+        if (e == cudaErrorPeerAccessAlreadyEnabled) e = cudaSuccess;
+    }
+    if (!can || e != cudaSuccess)
+        return lorasynci_fail(err, LORASYNC_E_CUDA, "it is on GPU %d, which GPU %d cannot access; use GPU %d",
+                              (int)offer->ordinal, g->ordinal, (int)offer->ordinal);
+    w->address = (char *)(uintptr_t)offer->pointer;
+    w->kind    = LORASYNCI_WINDOW_OWN;
+    return LORASYNC_OK;
+}
+
+/* Opens device memory for a GPU, which must be current. A failure says what stands in the way, not whose memory it
+   is. */
+LORASYNCI_FN lorasync_status lorasynci_window_device(lorasynci_window *w, const lorasynci_gpu *g,
+                                                     const lorasynci_device_offer *offer, lorasync_error *err)
+{
+    void       *p = NULL;
+    cudaError_t e;
+    LORASYNC_ASSERT(w->kind == LORASYNCI_WINDOW_CLOSED);
+    if (offer->process == lorasynci_process_self()) return lorasynci_window_own(w, g, offer, err);
+    e = cudaIpcOpenMemHandle(&p, *(const cudaIpcMemHandle_t *)(const void *)offer->handle,
+                             cudaIpcMemLazyEnablePeerAccess);
+    if (e != cudaSuccess) {
+        (void)cudaGetLastError();
+        return lorasynci_fail(
+            err, LORASYNC_E_CUDA,
+            "it cannot be opened over CUDA IPC: %s (%s); GPU %d must be the one that it is on or have peer access to "
+            "it, and both processes must share host, user and IPC namespace",
+            cudaGetErrorString(e), cudaGetErrorName(e), g->ordinal);
+    }
+    w->address = (char *)p;
+    w->kind    = LORASYNCI_WINDOW_IMPORTED;
+    return LORASYNC_OK;
+}
+
+#else /* without CUDA: what asks for a GPU is refused, so there never is one */
+
+LORASYNCI_FN lorasync_status lorasynci_gpu_open(const lorasync_allocator *a, struct CUstream_st *caller,
+                                                int with_kernel, const char *what, lorasynci_gpu **out,
+                                                lorasync_error *err)
+{
+    (void)a, (void)caller, (void)with_kernel;
+    *out = NULL;
+    return lorasynci_fail(
+        err, LORASYNC_E_UNSUPPORTED,
+        "%s is set, but this library was compiled without LORASYNC_CUDA; define it beside LORASYNC_IMPLEMENTATION",
+        what);
+}
+
+LORASYNCI_FN void            lorasynci_gpu_close(const lorasync_allocator *a, lorasynci_gpu *g) { (void)a, (void)g; }
+LORASYNCI_FN int             lorasynci_gpu_is_same(const lorasynci_gpu *a, const lorasynci_gpu *b) { return a == b; }
+LORASYNCI_FN int             lorasynci_gpu_is_captured(const lorasynci_gpu *g) { return g != NULL; }
+LORASYNCI_FN void            lorasynci_gpu_free(int pinned, char *memory) { (void)pinned, (void)memory; }
+LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, char **out, const char *what,
+                                                 lorasync_error *err)
+{
+    (void)pinned, (void)num_bytes, (void)out, (void)what, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+
+#endif
+
+
 /* -------------------------------------------------------------------------------------------------------- >>comm -- */
 
 /* Solo, and local: ranks of one host that talk through one shared mapping. */
@@ -5347,7 +5768,6 @@ LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank
 
 #ifdef LORASYNC_NCCL
 
-#include <cuda_runtime_api.h>
 #include <nccl.h>
 
 #if NCCL_VERSION_CODE < 21800
@@ -5429,19 +5849,6 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_is_lost(const lorasynci_nccl *n, lor
                           "the NCCL communicator was lost before: close it, make a new one, open again");
 }
 
-/* Makes the communicator's device the current one; *old for lorasynci_nccl_leave. */
-LORASYNCI_FN void lorasynci_nccl_enter(const lorasynci_nccl *n, int *old)
-{
-    *old = n->device;
-    cudaGetDevice(old);
-    if (*old != n->device) cudaSetDevice(n->device);
-}
-
-LORASYNCI_FN void lorasynci_nccl_leave(const lorasynci_nccl *n, int old)
-{
-    if (old != n->device) cudaSetDevice(old);
-}
-
 LORASYNCI_FN ncclResult_t lorasynci_nccl_state(const lorasynci_nccl *n)
 {
     ncclResult_t state = ncclSuccess, r = ncclCommGetAsyncError(n->comm, &state);
@@ -5462,24 +5869,29 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_settle(lorasynci_nccl *n, ncclResult
     return r == ncclSuccess ? LORASYNC_OK : lorasynci_nccl_fail(n, r, what, err);
 }
 
-/* Waits until all that is on the own stream is done. Never blocks inside CUDA or NCCL. The state is read behind the
-   event: work that ended because the communicator broke is no success. */
+LORASYNCI_FN lorasync_status lorasynci_nccl_check(void *user, lorasync_error *err)
+{
+    lorasynci_nccl *n = (lorasynci_nccl *)user;
+    ncclResult_t    r;
+    LORASYNCI_TRY(lorasynci_nccl_is_lost(n, err));
+    r = lorasynci_nccl_state(n);
+    return r == ncclSuccess || r == ncclInProgress ? LORASYNC_OK
+                                                   : lorasynci_nccl_fail(n, r, "the communicator broke", err);
+}
+
+/* Waits until all that is on the own stream is done. Never blocks inside CUDA or NCCL. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_wait(lorasynci_nccl *n, const char *what, uint64_t deadline_ns,
                                                  lorasync_error *err)
 {
-    cudaError_t e     = cudaEventRecord(n->done, n->stream);
-    unsigned    turns = 0;
-    if (e != cudaSuccess) return lorasynci_nccl_cuda_fail(n, e, what, err);
-    for (;;) {
-        ncclResult_t r;
-        e = cudaEventQuery(n->done);
-        r = lorasynci_nccl_state(n);
-        if (r != ncclSuccess && r != ncclInProgress) return lorasynci_nccl_fail(n, r, what, err);
-        if (e == cudaSuccess) return LORASYNC_OK;
-        if (e != cudaErrorNotReady) return lorasynci_nccl_cuda_fail(n, e, what, err);
-        if (lorasynci_now_ns() >= deadline_ns) return lorasynci_nccl_late(n, what, err);
-        lorasynci_pause(&turns);
+    cudaError_t     e      = cudaEventRecord(n->done, n->stream);
+    lorasync_status status = LORASYNC_OK;
+    if (e == cudaSuccess) status = lorasynci_gpu_wait(n->done, NULL, deadline_ns, lorasynci_nccl_check, n, &e, err);
+    if (status < 0) {
+        lorasynci_prefix(err, "%s", what);
+        return status;
     }
+    if (e == cudaErrorNotReady) return lorasynci_nccl_late(n, what, err);
+    return e == cudaSuccess ? LORASYNC_OK : lorasynci_nccl_cuda_fail(n, e, what, err);
 }
 
 /* cudaMemcpyAsync on the own stream; nothing to do is done. */
@@ -5560,10 +5972,10 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_stream(void *user, const lo
     whole.scratch = NULL;
     whole.at      = 0;
     whole.max     = SIZE_MAX;
-    lorasynci_nccl_enter(n, &old);
-    status = lorasynci_nccl_group(n, sends, num_sends, receives, num_receives, &whole, stream,
-                                  lorasynci_deadline_ns(timeout_ms), err);
-    lorasynci_nccl_leave(n, old);
+    old           = lorasynci_gpu_enter(n->device);
+    status        = lorasynci_nccl_group(n, sends, num_sends, receives, num_receives, &whole, stream,
+                                         lorasynci_deadline_ns(timeout_ms), err);
+    lorasynci_gpu_leave(n->device, old);
     return status;
 }
 
@@ -5616,10 +6028,10 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange(void *user, const lorasync_
     if (other > longest) longest = other;
     part.scratch = n->scratch;
     part.max     = n->scratch_bytes / 2 / (size_t)n->world / 16 * 16;
-    lorasynci_nccl_enter(n, &old);
+    old          = lorasynci_gpu_enter(n->device);
     for (part.at = 0; part.at < longest && status == LORASYNC_OK; part.at += part.max)
         status = lorasynci_nccl_exchange_part(n, sends, num_sends, receives, num_receives, &part, deadline, err);
-    lorasynci_nccl_leave(n, old);
+    lorasynci_gpu_leave(n->device, old);
     return status;
 }
 
@@ -5647,7 +6059,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_all_gather(void *user, const void *i
     lorasync_status status = LORASYNC_OK;
     int             old;
     LORASYNCI_TRY(lorasynci_nccl_is_lost(n, err));
-    lorasynci_nccl_enter(n, &old);
+    old = lorasynci_gpu_enter(n->device);
     while (at < num_bytes && status == LORASYNC_OK) {
         size_t part = num_bytes - at < most ? num_bytes - at : most;
         status      = lorasynci_nccl_gather_part(n, (const char *)in + at, part, deadline, err);
@@ -5655,7 +6067,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_all_gather(void *user, const void *i
             memcpy((char *)out + r * num_bytes + at, n->host + r * part, part);
         at += part;
     }
-    lorasynci_nccl_leave(n, old);
+    lorasynci_gpu_leave(n->device, old);
     return status;
 }
 
@@ -5669,23 +6081,13 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_all_gather_stream(void *user, const 
     lorasync_status status;
     int             old;
     LORASYNCI_TRY(lorasynci_nccl_is_lost(n, err));
-    lorasynci_nccl_enter(n, &old);
+    old    = lorasynci_gpu_enter(n->device);
     status = lorasynci_nccl_settle(n, ncclInProgress, "before an all_gather", deadline, err);
     if (status == LORASYNC_OK)
         status = lorasynci_nccl_settle(n, ncclAllGather(in, out, num_bytes, ncclUint8, n->comm, stream), "all_gather",
                                        deadline, err);
-    lorasynci_nccl_leave(n, old);
+    lorasynci_gpu_leave(n->device, old);
     return status;
-}
-
-LORASYNCI_FN lorasync_status lorasynci_nccl_check(void *user, lorasync_error *err)
-{
-    lorasynci_nccl *n = (lorasynci_nccl *)user;
-    ncclResult_t    r;
-    LORASYNCI_TRY(lorasynci_nccl_is_lost(n, err));
-    r = lorasynci_nccl_state(n);
-    return r == ncclSuccess || r == ncclInProgress ? LORASYNC_OK
-                                                   : lorasynci_nccl_fail(n, r, "the communicator broke", err);
 }
 
 /* NCCL frees an aborted communicator: it is not touched again. */
@@ -5696,10 +6098,10 @@ LORASYNCI_FN void lorasynci_nccl_abort(void *user, const char *why)
     (void)why; /* NCCL brings no text to the other ranks */
     n->lost = 1;
     if (!n->comm) return;
-    lorasynci_nccl_enter(n, &old);
+    old = lorasynci_gpu_enter(n->device);
     ncclCommAbort(n->comm);
     n->comm = NULL;
-    lorasynci_nccl_leave(n, old);
+    lorasynci_gpu_leave(n->device, old);
 }
 
 LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *err)
@@ -5755,6 +6157,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_borrow(lorasynci_nccl *n, const lora
 LORASYNCI_FN lorasync_status lorasynci_nccl_allocate(lorasynci_nccl *n, lorasync_error *err)
 {
     cudaError_t e;
+    char        what[96];
     if (!lorasynci_checked_mul((size_t)n->world, LORASYNCI_NCCL_PER_RANK, &n->scratch_bytes))
         return lorasynci_fail_memory(err, SIZE_MAX);
     if (n->scratch_bytes < LORASYNCI_NCCL_SCRATCH) n->scratch_bytes = LORASYNCI_NCCL_SCRATCH;
@@ -5763,10 +6166,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_allocate(lorasynci_nccl *n, lorasync
     if (e == cudaSuccess) e = cudaMalloc((void **)&n->scratch, n->scratch_bytes);
     if (e == cudaSuccess) e = cudaHostAlloc((void **)&n->host, n->scratch_bytes, cudaHostAllocDefault);
     if (e == cudaSuccess) return LORASYNC_OK;
-    (void)cudaGetLastError();
-    return lorasynci_fail(err, e == cudaErrorMemoryAllocation ? LORASYNC_E_MEMORY : LORASYNC_E_CUDA,
-                          "NCCL scratch of %zu bytes, on the device and pinned: %s (%s)", n->scratch_bytes,
-                          cudaGetErrorString(e), cudaGetErrorName(e));
+    snprintf(what, sizeof what, "NCCL scratch of %zu bytes, on the device and pinned", n->scratch_bytes);
+    return lorasynci_cuda_fail(err, e, what);
 }
 
 /* Destroying waits for what is under way; what cannot end is aborted. */
@@ -5784,7 +6185,7 @@ LORASYNCI_FN void lorasynci_nccl_destroy(lorasynci_nccl *n)
 LORASYNCI_FN void lorasynci_nccl_free(lorasynci_nccl *n)
 {
     int old;
-    lorasynci_nccl_enter(n, &old);
+    old = lorasynci_gpu_enter(n->device);
     if (n->comm && n->lost) lorasynci_nccl_abort(n, ""); /* first: what hangs on the stream ends by it */
     if (n->comm && n->own) lorasynci_nccl_destroy(n);
     if (n->done) cudaEventDestroy(n->done);
@@ -5792,7 +6193,7 @@ LORASYNCI_FN void lorasynci_nccl_free(lorasynci_nccl *n)
     if (n->scratch) cudaFree(n->scratch);
     if (n->host) cudaFreeHost(n->host);
     (void)cudaGetLastError();
-    lorasynci_nccl_leave(n, old);
+    lorasynci_gpu_leave(n->device, old);
     free(n);
 }
 
@@ -5831,10 +6232,8 @@ LORASYNC_API lorasync_status lorasync_nccl_open(const lorasync_nccl_desc *desc, 
     n->close_ms = timeout_ms < LORASYNCI_NCCL_CLOSE_MS ? timeout_ms : LORASYNCI_NCCL_CLOSE_MS;
     e           = cudaGetDevice(&n->device);
     if (e != cudaSuccess) {
-        (void)cudaGetLastError();
         free(n);
-        return lorasynci_fail(err, LORASYNC_E_CUDA, "no usable GPU: %s (%s)", cudaGetErrorString(e),
-                              cudaGetErrorName(e));
+        return lorasynci_cuda_fail(err, e, "no usable GPU");
     }
     status = desc->comm ? lorasynci_nccl_borrow(n, desc, deadline, err) : lorasynci_nccl_join(n, desc, deadline, err);
     if (status == LORASYNC_OK) status = lorasynci_nccl_allocate(n, err);
@@ -7808,7 +8207,7 @@ struct lorasync_plan {
     size_t                num_slots;
     /* the image of a gather */
     lorasync_image *image;
-    char           *image_memory; /* | header | payload | ; inside `mapping` when direct */
+    char           *image_memory; /* | header | payload | ; inside `shared` when direct */
     uint64_t       *tensor_digests;
     lorasynci_term *terms; /* per image tensor: its part in the image's digest */
     /* direct: what the ranks share,
@@ -7817,24 +8216,16 @@ struct lorasync_plan {
        while another still reads the last.
        A reshard has instead of header, payload and sums:  | slot of rank 0 | slot of rank 1 | ..
        (lorasynci_mesh_slot)             */
-    char                 *mapping;
-    size_t                mapping_bytes;
+    lorasynci_window      shared;
     uint64_t             *shared_sums;
     size_t                num_image_tensors;
-    uint64_t             *lines;    /* in mapping: see LORASYNCI_BEGUN */
-    lorasynci_device     *device;   /* with desc.cuda; else NULL */
+    uint64_t             *lines;    /* in `shared`: see LORASYNCI_BEGUN */
+    lorasynci_gpu        *gpu;      /* with desc.cuda; else NULL */
+    lorasynci_device     *device;   /* with it; else NULL */
     int                   captured; /* begin was recorded in a CUDA graph: each launch of it is a run */
     const lorasync_image *source;   /* scatter, on the root */
     lorasync_plan_stats   stats;
 };
-
-/* What another process needs to write to device memory. */
-typedef struct lorasynci_device_offer {
-    uint64_t process; /* see lorasynci_process_self */
-    uint64_t pointer;
-    int32_t  ordinal, unused;
-    char     handle[64];
-} lorasynci_device_offer;
 
 /* The GPU's part of a plan; in a library without CUDA these refuse. */
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err);
@@ -7858,8 +8249,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasyn
 LORASYNCI_FN int             lorasynci_device_await_holders(lorasync_plan *plan);
 LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan);
 LORASYNCI_FN void            lorasynci_device_forget(lorasync_plan *plan);
-LORASYNCI_FN int             lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b);
-LORASYNCI_FN int             lorasynci_device_is_captured(const lorasync_plan *plan);
 LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g);
 
 /* The words of a rank's line, which only that rank writes. Runs count from 1. */
@@ -7891,7 +8280,7 @@ LORASYNCI_FN size_t lorasynci_mesh_slot_bytes(int world)
 
 LORASYNCI_FN lorasynci_device_offer *lorasynci_mesh_slot(const lorasync_plan *plan, int rank)
 {
-    return (lorasynci_device_offer *)(void *)(plan->mapping +
+    return (lorasynci_device_offer *)(void *)(plan->shared.address +
                                               (size_t)rank * lorasynci_mesh_slot_bytes(plan->comm.world));
 }
 
@@ -8487,20 +8876,6 @@ LORASYNCI_FN lorasync_status lorasynci_layout_image(lorasync_plan *plan, const l
     return status;
 }
 
-/* Shared memory of one name; `create` makes it. NULL when it cannot be had, which only means that another way is taken.
-   The memory is reserved at once, so that a small /dev/shm refuses here and not by a bus error later. */
-LORASYNCI_FN char *lorasynci_map_named(const char *name, size_t num_bytes, int create)
-{
-    int   fd = shm_open(name, create ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
-    void *p  = MAP_FAILED;
-    if (fd < 0) return NULL;
-    if (num_bytes <= (size_t)INT64_MAX && (!create || posix_fallocate(fd, 0, (off_t)num_bytes) == 0))
-        p = mmap(NULL, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    close(fd);
-    if (p == MAP_FAILED && create) shm_unlink(name);
-    return p == MAP_FAILED ? NULL : (char *)p;
-}
-
 /* What the planner tells every rank before routing. */
 typedef struct lorasynci_offer {
     lorasync_error         verdict;
@@ -8541,9 +8916,7 @@ LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *
                                                                                                             when it is
                                                                                                             needed */
     lorasynci_mapping_name(offer->name, offer->id);
-    plan->mapping = lorasynci_map_named(offer->name, num_bytes, 1);
-    if (!plan->mapping) return;
-    plan->mapping_bytes  = num_bytes;
+    if (!lorasynci_window_name(&plan->shared, offer->name, num_bytes, 1)) return;
     offer->mapping_bytes = num_bytes;
     offer->header_bytes  = image ? image->header_bytes : 0;
     offer->num_tensors   = image ? image->num_tensors : 0;
@@ -9294,11 +9667,10 @@ LORASYNCI_FN lorasync_status lorasynci_plan_collect(lorasync_plan *plan, lorasyn
 LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
 {
     plan->direct = 0;
-    if (!plan->mapping) return;
+    if (!plan->shared.address) return;
     if (plan->device) lorasynci_device_unmap(plan);
     plan->lines = NULL;
-    munmap(plan->mapping, plan->mapping_bytes);
-    plan->mapping = NULL;
+    lorasynci_window_close(&plan->shared);
 }
 
 /* Maps what the planner offers, if it offers; then all ranks vote whether everybody could. */
@@ -9308,19 +9680,19 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
     int             mapped = 0;
     lorasync_status status;
     if (!offer->mapping_bytes) return LORASYNC_OK;
-    if (!plan->mapping && !d->no_direct)
-        plan->mapping = lorasynci_map_named(offer->name, (size_t)offer->mapping_bytes, 0);
-    plan->mapping_bytes = (size_t)offer->mapping_bytes;
-    if (plan->mapping) {
-        plan->lines = (uint64_t *)(void *)(plan->mapping + plan->mapping_bytes - 64 * (size_t)plan->comm.world);
-        mapped      = !plan->device || d->kind == LORASYNC_RESHARD || lorasynci_device_map(plan, &offer->device);
+    if (!plan->shared.address && !d->no_direct)
+        lorasynci_window_name(&plan->shared, offer->name, (size_t)offer->mapping_bytes, 0);
+    if (plan->shared.address) {
+        plan->lines =
+            (uint64_t *)(void *)(plan->shared.address + plan->shared.num_bytes - 64 * (size_t)plan->comm.world);
+        mapped = !plan->device || d->kind == LORASYNC_RESHARD || lorasynci_device_map(plan, &offer->device);
     }
     status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, err);
     if (status < 0) return status;
     if (mapped) {
         plan->direct            = 1;
         plan->num_image_tensors = (size_t)offer->num_tensors;
-        plan->shared_sums       = (uint64_t *)(void *)(plan->mapping + offer->sums_at);
+        plan->shared_sums       = (uint64_t *)(void *)(plan->shared.address + offer->sums_at);
     } else lorasynci_plan_unmap(plan);
     return LORASYNC_OK;
 }
@@ -9445,10 +9817,10 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
         if (!plan->memory[space]) return lorasynci_fail_memory(err, plan->staging_bytes[space]);
     }
     if (plan->source) plan->memory[LORASYNCI_IMAGE] = (char *)(uintptr_t)plan->source->payload;
-    if (plan->direct) plan->memory[LORASYNCI_IMAGE] = plan->mapping + offer->header_bytes;
+    if (plan->direct) plan->memory[LORASYNCI_IMAGE] = plan->shared.address + offer->header_bytes;
     if (!image || !plan->has_image) return LORASYNC_OK;
     if (plan->direct) {
-        if (lorasynci_is_planner(plan)) lorasynci_image_move_header(image, plan->mapping);
+        if (lorasynci_is_planner(plan)) lorasynci_image_move_header(image, plan->shared.address);
     } else {
         plan->image_memory = (char *)lorasynci_alloc(&plan->meter.a, image->header_bytes + image->payload_bytes);
         if (!plan->image_memory) return lorasynci_fail_memory(err, image->header_bytes + image->payload_bytes);
@@ -9726,7 +10098,7 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
     if (!plan->lent)
         lorasynci_dealloc(&a, plan->memory[LORASYNCI_SEND]), lorasynci_dealloc(&a, plan->memory[LORASYNCI_RECEIVE]);
     lorasynci_dealloc(&a, plan->image_memory);
-    if (plan->mapping) munmap(plan->mapping, plan->mapping_bytes);
+    lorasynci_window_close(&plan->shared);
     lorasynci_dealloc(&a, plan);
 }
 /* -------------------------------------------------------------------------------------------------------- >>move -- */
@@ -10175,20 +10547,11 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
 
 #ifdef LORASYNC_CUDA
 
-#include <cuda.h>
-#include <cuda_runtime_api.h>
-
 /* What a rank says of a run on the GPU: the smallest `tensor << 40 | element` that is not finite (else all ones), and
    the plan's tag, or, of a run that it could not begin, another one. */
 typedef struct lorasynci_ballot {
     uint64_t bad, tag;
 } lorasynci_ballot;
-
-/* Another rank's receive staging, opened. */
-typedef struct lorasynci_peer {
-    char *memory;
-    int   same_process;
-} lorasynci_peer;
 
 /* A launch: `num` tiles over a table of operations, both in device memory. */
 typedef struct lorasynci_launch {
@@ -10198,27 +10561,18 @@ typedef struct lorasynci_launch {
 } lorasynci_launch;
 
 struct lorasynci_device {
-    int          ordinal;
-    pid_t        pid;          /* that opened it */
-    int          same_process; /* the image was made by a thread of this process: no IPC */
-    cudaStream_t caller, stream, wire, placing;
-    cudaEvent_t  ready, packed, done, arrived[2], placed[2]; /* the pairs: of even and of odd rounds */
-    cudaEvent_t *sendable;                                   /* per round: it is packed */
-    uint32_t     num_events;                                 /* of `sendable` that exist */
-    uint32_t     num_sent; /* rounds of the run under way whose exchange is enqueued; one more: the ballots' too */
-    int          vetoed;   /* the run under way failed in begin, and all that the others count on is enqueued */
-    int          is_busy;  /* at the end: launches may still run, so what they use is not freed */
-    CUmodule     module;
-    CUfunction   kernel;
-    CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
-                       void **, void **);
-    CUresult (*unload)(CUmodule);
-    lorasynci_launch *pack;    /* per round, then what travels nowhere */
-    lorasynci_launch *place;   /* per round */
-    lorasynci_launch  report;  /* what the host needs to see, to where it sees it */
-    void             *table;   /* one allocation: all operations, tiles, ballots and sums */
-    lorasynci_ballot *ballots; /* one per rank */
-    char             *sums;    /* this rank's digests, behind the ballots; copied to send staging when they travel with
+    cudaStream_t      wire, placing;                 /* beside plan->gpu's */
+    cudaEvent_t       packed, arrived[2], placed[2]; /* the pairs: of even and of odd rounds */
+    cudaEvent_t      *sendable;                      /* per round: it is packed */
+    uint32_t          num_events;                    /* of `sendable` that exist */
+    uint32_t          num_sent; /* rounds of the run under way whose exchange is enqueued; one more: the ballots' too */
+    int               vetoed;   /* the run under way failed in begin, and all that the others count on is enqueued */
+    lorasynci_launch *pack;     /* per round, then what travels nowhere */
+    lorasynci_launch *place;    /* per round */
+    lorasynci_launch  report;   /* what the host needs to see, to where it sees it */
+    char             *table;    /* one allocation: all operations, tiles, ballots and sums */
+    lorasynci_ballot *ballots;  /* one per rank */
+    char             *sums;     /* this rank's digests, behind the ballots; copied to send staging when they travel with
                                   the data */
     size_t            num_sums;
     int               is_reset;    /* own ballot and sums are as a run wants to find them, or will be on `stream` */
@@ -10229,109 +10583,22 @@ struct lorasynci_device {
     char             *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a
                                      run */
     char             *image;      /* device memory of the payload, made here */
-    char             *peer_image; /* the same, of another process */
-    lorasynci_peer   *peers;      /* meshed: one per rank; memory NULL where nothing is sent */
+    lorasynci_window  peer_image; /* the same, of another rank */
+    lorasynci_window *peers;      /* meshed: receive staging, one per rank; closed where nothing is sent */
     char             *host_image; /* pinned copy, unless the image stays on the device */
     int               keep_on_device;
 };
 
-/* The kernel's text, below. */
-LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num);
-
-LORASYNCI_FN lorasync_status lorasynci_cuda_fail(lorasync_error *err, cudaError_t e, const char *what)
-{
-    (void)cudaGetLastError(); /* handled here: not left behind for the caller's next check */
-    return lorasynci_fail(err, e == cudaErrorMemoryAllocation ? LORASYNC_E_MEMORY : LORASYNC_E_CUDA,
-                          "CUDA: %s: %s (%s)", what, cudaGetErrorString(e), cudaGetErrorName(e));
-}
-
-#define LORASYNCI_CUDA(call, what)                                                                                     \
-    do {                                                                                                               \
-        cudaError_t lorasynci_cuda_ = (call);                                                                          \
-        if (lorasynci_cuda_ != cudaSuccess) return lorasynci_cuda_fail(err, lorasynci_cuda_, what);                    \
-    } while (0)
-
-/* Makes the plan's device the current one; *old for lorasynci_device_leave. */
-LORASYNCI_FN void lorasynci_device_enter(const lorasynci_device *g, int *old)
-{
-    *old = g->ordinal;
-    cudaGetDevice(old);
-    if (*old != g->ordinal) cudaSetDevice(g->ordinal);
-}
-
-LORASYNCI_FN void lorasynci_device_leave(const lorasynci_device *g, int old)
-{
-    if (old != g->ordinal) cudaSetDevice(old);
-}
-
-LORASYNCI_FN cudaError_t lorasynci_driver(const char *name, unsigned version, void *function)
-{
-    void                                *p     = NULL;
-    enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    cudaError_t                          e;
-#if CUDART_VERSION >= 12050
-    e = cudaGetDriverEntryPointByVersion(name, &p, version, cudaEnableDefault, &found);
-#else
-    (void)version;
-    e = cudaGetDriverEntryPoint(name, &p, cudaEnableDefault, &found);
-#endif
-    if (e == cudaSuccess && (found != cudaDriverEntryPointSuccess || !p)) e = cudaErrorSymbolNotFound;
-    if (e == cudaSuccess) memcpy(function, &p, sizeof p);
-    return e;
-}
-
-/* The kernel from its text, compiled by the driver. Once per plan: the driver keeps what it has compiled. */
-LORASYNCI_FN lorasync_status lorasynci_device_load(lorasynci_device *g, const lorasync_allocator *a,
-                                                   lorasync_error *err)
-{
-    CUresult (*load)(CUmodule *, const void *)                 = NULL;
-    CUresult (*function)(CUfunction *, CUmodule, const char *) = NULL;
-    const char *const *parts;
-    lorasynci_buffer   text;
-    CUresult           r;
-    size_t             i, num;
-    LORASYNCI_CUDA(cudaFree(NULL), "no usable GPU"); /* makes the context current */
-    LORASYNCI_CUDA(lorasynci_driver("cuModuleLoadData", 2000, &load), "driver entry point cuModuleLoadData");
-    LORASYNCI_CUDA(lorasynci_driver("cuModuleGetFunction", 2000, &function), "driver entry point cuModuleGetFunction");
-    LORASYNCI_CUDA(lorasynci_driver("cuLaunchKernel", 4000, &g->launch), "driver entry point cuLaunchKernel");
-    LORASYNCI_CUDA(lorasynci_driver("cuModuleUnload", 2000, &g->unload), "driver entry point cuModuleUnload");
-    lorasynci_buffer_init(&text, a);
-    for (parts = lorasynci_ptx_parts(&num), i = 0; i < num; i++) lorasynci_put_text(&text, parts[i]);
-    lorasynci_put(&text, "", 1);
-    r = text.failed ? CUDA_ERROR_OUT_OF_MEMORY : load(&g->module, text.data);
-    lorasynci_buffer_free(&text);
-    if (text.failed) return lorasynci_fail_memory(err, text.size);
-    if (r == CUDA_SUCCESS) r = function(&g->kernel, g->module, "lorasyncd_copy");
-    if (r != CUDA_SUCCESS)
-        return lorasynci_fail(
-            err, LORASYNC_E_CUDA,
-            "the GPU driver did not take the kernel (CUresult %d); is just-in-time compilation disabled "
-            "(CUDA_DISABLE_PTX_JIT)?",
-            (int)r);
-    return LORASYNC_OK;
-}
-
-LORASYNCI_FN lorasync_status lorasynci_device_event(cudaEvent_t *out, lorasync_error *err)
-{
-    LORASYNCI_CUDA(cudaEventCreateWithFlags(out, cudaEventDisableTiming), "cudaEventCreate");
-    return LORASYNC_OK;
-}
-
-/* Stream, events and the kernel: what a device plan needs before it knows its pieces. */
+/* The GPU and the kernel: what a device plan needs before it knows its pieces. */
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err)
 {
-    lorasynci_device *g = (lorasynci_device *)lorasynci_alloc_array(&plan->a, 1, sizeof *g);
+    lorasynci_device *g;
+    LORASYNCI_TRY(lorasynci_gpu_open(&plan->meter.a, cuda->stream, 1, "desc.cuda", &plan->gpu, err));
+    g = (lorasynci_device *)lorasynci_alloc_array(&plan->a, 1, sizeof *g);
     if (!g) return lorasynci_fail_memory(err, sizeof *g);
     plan->device      = g;
-    g->pid            = getpid();
-    g->caller         = cuda->stream;
     g->keep_on_device = cuda->keep_on_device;
-    LORASYNCI_CUDA(cudaGetDevice(&g->ordinal), "no usable GPU");
-    LORASYNCI_TRY(lorasynci_device_load(g, &plan->meter.a, err));
-    LORASYNCI_CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking), "cudaStreamCreate");
-    LORASYNCI_TRY(lorasynci_device_event(&g->ready, err));
-    LORASYNCI_TRY(lorasynci_device_event(&g->packed, err));
-    return lorasynci_device_event(&g->done, err);
+    return lorasynci_gpu_event(&g->packed, err);
 }
 
 /* What the rounds of a run need to overlap. */
@@ -10346,14 +10613,14 @@ LORASYNCI_FN lorasync_status lorasynci_device_open_wire(lorasync_plan *plan, lor
     LORASYNCI_CUDA(
         cudaStreamCreateWithPriority(&g->placing, cudaStreamNonBlocking, greatest < least ? greatest + 1 : least),
         "cudaStreamCreateWithPriority");
-    LORASYNCI_TRY(lorasynci_device_event(&g->arrived[0], err));
-    LORASYNCI_TRY(lorasynci_device_event(&g->arrived[1], err));
-    LORASYNCI_TRY(lorasynci_device_event(&g->placed[0], err));
-    LORASYNCI_TRY(lorasynci_device_event(&g->placed[1], err));
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->arrived[0], err));
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->arrived[1], err));
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->placed[0], err));
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->placed[1], err));
     g->sendable = (cudaEvent_t *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->sendable);
     if (!g->sendable) return lorasynci_fail_memory(err, plan->num_rounds * sizeof *g->sendable);
     for (; g->num_events < plan->num_rounds; g->num_events++)
-        LORASYNCI_TRY(lorasynci_device_event(&g->sendable[g->num_events], err));
+        LORASYNCI_TRY(lorasynci_gpu_event(&g->sendable[g->num_events], err));
     return LORASYNC_OK;
 }
 
@@ -10387,12 +10654,10 @@ LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     int               i;
-    for (i = 0; g->peers && i < plan->comm.world; i++)
-        if (g->peers[i].memory && !g->peers[i].same_process) cudaIpcCloseMemHandle(g->peers[i].memory);
+    for (i = 0; g->peers && i < plan->comm.world; i++) lorasynci_window_close(&g->peers[i]);
     lorasynci_dealloc(&plan->a, g->peers);
     g->peers = NULL;
-    if (g->peer_image && !g->same_process) cudaIpcCloseMemHandle(g->peer_image);
-    g->peer_image = NULL;
+    lorasynci_window_close(&g->peer_image);
     if (plan->lines) lorasynci_device_hold(plan, 0);
 }
 
@@ -10423,59 +10688,42 @@ LORASYNCI_FN int lorasynci_device_await_holders(lorasync_plan *plan)
     return 1;
 }
 
-/* Whether two are on one GPU, or both none. */
-LORASYNCI_FN int lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b)
-{
-    return a && b ? a->ordinal == b->ordinal : !a && !b;
-}
-
-/* Whether the caller's stream is being captured now. */
-LORASYNCI_FN int lorasynci_device_is_captured(const lorasync_plan *plan)
-{
-    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    return plan->device && cudaStreamIsCapturing(plan->device->caller, &capture) == cudaSuccess &&
-           capture == cudaStreamCaptureStatusActive;
-}
-
 LORASYNCI_FN int lorasynci_device_keeps(const lorasynci_device *g) { return g->keep_on_device; }
 
 /* What others still have open stays: better lost than written to when it is somebody else's. */
 LORASYNCI_FN void lorasynci_device_free_memory(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
-    int               ours, mesh = lorasynci_is_meshed(plan);
+    int               ours, mesh = lorasynci_is_meshed(plan), pinned = !mesh && !plan->comm.exchange_stream;
     if (g->wire && !plan->lost) cudaStreamSynchronize(g->wire);
     if (g->placing && !plan->lost) cudaStreamSynchronize(g->placing);
-    if (g->stream && !plan->lost) cudaStreamSynchronize(g->stream);
+    if (plan->gpu->stream && !plan->lost) cudaStreamSynchronize(plan->gpu->stream);
     lorasynci_device_unmap(plan);
     ours = lorasynci_device_await_holders(plan);
-    if (ours) cudaFree(g->image);
-    cudaFree(g->table);
-    cudaFreeHost(g->host);
-    cudaFreeHost(g->host_image);
+    if (ours) lorasynci_gpu_free(0, g->image);
+    lorasynci_gpu_free(0, g->table);
+    lorasynci_gpu_free(1, g->host);
+    lorasynci_gpu_free(1, g->host_image);
     if (plan->lent) return;
-    if (plan->comm.exchange_stream || mesh) cudaFree(plan->memory[LORASYNCI_SEND]);
-    else cudaFreeHost(plan->memory[LORASYNCI_SEND]);
-    if (mesh && !ours) return;
-    if (plan->comm.exchange_stream || mesh) cudaFree(plan->memory[LORASYNCI_RECEIVE]);
-    else cudaFreeHost(plan->memory[LORASYNCI_RECEIVE]);
+    lorasynci_gpu_free(pinned, plan->memory[LORASYNCI_SEND]);
+    if (ours || !mesh) lorasynci_gpu_free(pinned, plan->memory[LORASYNCI_RECEIVE]);
 }
 
 LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     int               old;
-    if (!g) return;
-    lorasynci_device_enter(g, &old);
-    if (!g->is_busy) lorasynci_device_free_memory(plan);
+    if (!g) {
+        lorasynci_gpu_close(&plan->meter.a, plan->gpu);
+        return;
+    }
+    old = lorasynci_gpu_enter(plan->gpu->ordinal);
+    if (!plan->gpu->is_busy) lorasynci_device_free_memory(plan);
     plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = NULL;
     lorasynci_device_close_wire(plan);
-    if (g->ready) cudaEventDestroy(g->ready);
     if (g->packed) cudaEventDestroy(g->packed);
-    if (g->done) cudaEventDestroy(g->done);
-    if (g->stream) cudaStreamDestroy(g->stream);
-    if (g->module && !g->is_busy) g->unload(g->module);
-    lorasynci_device_leave(g, old);
+    lorasynci_gpu_leave(plan->gpu->ordinal, old);
+    lorasynci_gpu_close(&plan->meter.a, plan->gpu);
     lorasynci_dealloc(&plan->a, g->pack);
     lorasynci_dealloc(&plan->a, g->place);
     lorasynci_dealloc(&plan->a, g);
@@ -10485,61 +10733,24 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
 
 /* -- the image that all ranks of a host write to */
 
-/* What another process needs to open `memory`. */
-LORASYNCI_FN void lorasynci_device_describe(const lorasynci_device *g, char *memory, lorasynci_device_offer *offer)
-{
-    offer->process = lorasynci_process_self();
-    offer->pointer = (uint64_t)(uintptr_t)memory;
-    offer->ordinal = g->ordinal;
-    if (cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)offer->handle, memory) != cudaSuccess)
-        (void)cudaGetLastError(); /* other processes will not open it, and the way over the comm is taken */
-}
-
-/* What is smaller may share its block with memory that is not offered. */
-static const size_t lorasynci_shared_least = (size_t)2 << 20;
-
 /* Makes the image's device memory, and puts into the offer what another process needs to open it. */
 LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer,
                                                          lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    size_t            n = plan->image->payload_bytes, least = offer ? lorasynci_shared_least : 1;
-    LORASYNCI_CUDA(cudaMalloc((void **)&g->image, n < least ? least : n), "memory for the image");
-    if (offer) lorasynci_device_describe(g, g->image, offer);
+    size_t            n = plan->image->payload_bytes, least = offer ? LORASYNCI_OFFER_LEAST : 1;
+    LORASYNCI_TRY(lorasynci_gpu_alloc(0, n < least ? least : n, &g->image, "memory for the image", err));
+    if (offer) lorasynci_gpu_offer(plan->gpu, g->image, offer);
     return LORASYNC_OK;
-}
-
-/* Opens what was offered; NULL if this rank cannot write to it. */
-LORASYNCI_FN char *lorasynci_device_open_offer(const lorasynci_device *g, const lorasynci_device_offer *offer,
-                                               int *same_process)
-{
-    void *p       = NULL;
-    int   can     = 1;
-    *same_process = offer->process == lorasynci_process_self();
-    if (*same_process) {
-        if (offer->ordinal != g->ordinal) {
-            cudaError_t e = cudaDeviceCanAccessPeer(&can, g->ordinal, offer->ordinal);
-            if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(offer->ordinal, 0);
-            (void)cudaGetLastError();
-            if (!can || (e != cudaSuccess && e != cudaErrorPeerAccessAlreadyEnabled)) return NULL;
-        }
-        return (char *)(uintptr_t)offer->pointer;
-    }
-    if (cudaIpcOpenMemHandle(&p, *(const cudaIpcMemHandle_t *)(const void *)offer->handle,
-                             cudaIpcMemLazyEnablePeerAccess) == cudaSuccess)
-        return (char *)p;
-    (void)cudaGetLastError();
-    return NULL;
 }
 
 /* Opens the image that was offered; 1 if this rank can write to it. */
 LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer)
 {
-    lorasynci_device *g = plan->device;
+    lorasynci_window *w = &plan->device->peer_image;
     if (lorasynci_is_planner(plan)) return 1;
-    g->peer_image = lorasynci_device_open_offer(g, offer, &g->same_process);
-    if (g->peer_image) lorasynci_device_hold(plan, 1);
-    return g->peer_image != NULL;
+    if (lorasynci_window_device(w, plan->gpu, offer, NULL) == LORASYNC_OK) lorasynci_device_hold(plan, 1);
+    return w->address != NULL;
 }
 
 /* -- the receive staging that other ranks of a reshard write to */
@@ -10547,15 +10758,11 @@ LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_devic
 /* Makes it, and says in this rank's slot how to open it. */
 LORASYNCI_FN int lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_bytes)
 {
-    const size_t least = lorasynci_shared_least;
+    char **memory = &plan->memory[LORASYNCI_RECEIVE];
     if (!num_bytes) return 1;
-    if (cudaMalloc((void **)&plan->memory[LORASYNCI_RECEIVE], num_bytes < least ? least : num_bytes) != cudaSuccess) {
-        (void)cudaGetLastError();
-        plan->memory[LORASYNCI_RECEIVE] = NULL;
-        return 0;
-    }
-    lorasynci_device_describe(plan->device, plan->memory[LORASYNCI_RECEIVE],
-                              lorasynci_mesh_slot(plan, plan->comm.rank));
+    if (num_bytes < LORASYNCI_OFFER_LEAST) num_bytes = LORASYNCI_OFFER_LEAST;
+    if (lorasynci_gpu_alloc(0, num_bytes, memory, "", NULL) < 0) return 0;
+    lorasynci_gpu_offer(plan->gpu, *memory, lorasynci_mesh_slot(plan, plan->comm.rank));
     return 1;
 }
 
@@ -10564,12 +10771,11 @@ LORASYNCI_FN int lorasynci_device_map_mesh(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     int               i;
-    g->peers = (lorasynci_peer *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *g->peers);
+    g->peers = (lorasynci_window *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *g->peers);
     lorasynci_device_hold(plan, 1);
     for (i = 0; g->peers && i < plan->comm.world; i++) {
         if (!lorasynci_link_rounds(&plan->sends[i])) continue;
-        g->peers[i].memory = lorasynci_device_open_offer(g, lorasynci_mesh_slot(plan, i), &g->peers[i].same_process);
-        if (!g->peers[i].memory) return 0;
+        if (lorasynci_window_device(&g->peers[i], plan->gpu, lorasynci_mesh_slot(plan, i), NULL) < 0) return 0;
     }
     return g->peers != NULL;
 }
@@ -10578,8 +10784,7 @@ LORASYNCI_FN int lorasynci_device_map_mesh(lorasync_plan *plan)
 LORASYNCI_FN void lorasynci_device_leave_mesh(lorasync_plan *plan)
 {
     lorasynci_device_unmap(plan);
-    if (lorasynci_device_await_holders(plan)) cudaFree(plan->memory[LORASYNCI_RECEIVE]);
-    (void)cudaGetLastError();
+    if (lorasynci_device_await_holders(plan)) lorasynci_gpu_free(0, plan->memory[LORASYNCI_RECEIVE]);
     plan->memory[LORASYNCI_RECEIVE] = NULL;
 }
 
@@ -10589,8 +10794,8 @@ LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64
     int i, to = 0;
     for (i = 0; i < plan->comm.world; i++)
         if (lorasynci_link_rounds(&plan->sends[i]) && plan->sends[i].base <= at) to = i;
-    return (uint64_t)(uintptr_t)plan->device->peers[to].memory + lorasynci_mesh_starts(plan, to)[plan->comm.rank] + at -
-           plan->sends[to].base;
+    return (uint64_t)(uintptr_t)plan->device->peers[to].address + lorasynci_mesh_starts(plan, to)[plan->comm.rank] +
+           at - plan->sends[to].base;
 }
 
 /* -- tables */
@@ -10770,7 +10975,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan,
                                                             lorasync_error *err)
 {
     lorasynci_device *g     = plan->device;
-    char             *table = (char *)g->table;
+    char             *table = g->table;
     lorasynci_launch *out   = lorasynci_device_launch_at(plan, launch);
     lorasynci_device_tables(plan, launch, slot_of, ops, tiles);
     if (ops->failed || tiles->failed) return lorasynci_fail_memory(err, ops->size);
@@ -10796,11 +11001,11 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
     g->num_sums   = plan->sums ? (plan->num_slots ? plan->num_slots : plan->catalogue.num) : 0;
     g->host_bytes = (1 + (size_t)plan->comm.world) * sizeof *g->ballots + g->num_sums * 8;
     for (i = 0; i < plan->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
-    LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host, g->host_bytes, cudaHostAllocDefault), "pinned memory");
+    LORASYNCI_TRY(lorasynci_gpu_alloc(1, g->host_bytes, &g->host, "pinned memory", err));
     memset(g->host, 0, g->host_bytes);
     if (plan->image && plan->has_image && !g->keep_on_device && !plan->lent) {
         size_t n = plan->image->header_bytes + plan->image->payload_bytes;
-        LORASYNCI_CUDA(cudaHostAlloc((void **)&g->host_image, n, cudaHostAllocDefault), "pinned memory for the image");
+        LORASYNCI_TRY(lorasynci_gpu_alloc(1, n, &g->host_image, "pinned memory for the image", err));
     }
     return LORASYNC_OK;
 }
@@ -10809,9 +11014,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
 LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, lorasync_error *err)
 {
     const lorasynci_device *g = plan->device;
-    LORASYNCI_CUDA(cudaMemsetAsync(&g->ballots[plan->comm.rank].bad, 0xff, sizeof g->ballots->bad, g->stream),
+    LORASYNCI_CUDA(cudaMemsetAsync(&g->ballots[plan->comm.rank].bad, 0xff, sizeof g->ballots->bad, plan->gpu->stream),
                    "cudaMemsetAsync");
-    if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, g->stream), "cudaMemsetAsync");
+    if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, plan->gpu->stream), "cudaMemsetAsync");
     return LORASYNC_OK;
 }
 
@@ -10832,9 +11037,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
     tile_at    = lorasynci_align64(tile_at);
     ballots_at = lorasynci_align64(tile_at + ballots_at);
     sums_at    = ballots_at + (size_t)plan->comm.world * sizeof *g->ballots;
-    LORASYNCI_CUDA(cudaMalloc(&g->table, sums_at + g->num_sums * 8), "memory for the tables");
-    g->ballots = (lorasynci_ballot *)(void *)((char *)g->table + ballots_at);
-    g->sums    = (char *)g->table + sums_at;
+    LORASYNCI_TRY(lorasynci_gpu_alloc(0, sums_at + g->num_sums * 8, &g->table, "memory for the tables", err));
+    g->ballots = (lorasynci_ballot *)(void *)(g->table + ballots_at);
+    g->sums    = g->table + sums_at;
     LORASYNCI_CUDA(cudaMemset(g->ballots, 0, sums_at - ballots_at), "cudaMemset");
     for (l = 0; l < launches; l++)
         LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, slot_of, ops, tiles, &op_at, &tile_at, err));
@@ -10874,18 +11079,17 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
     lorasync_image   *image = plan->image;
     int               space;
     for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
-        void  *p = plan->memory[space]; /* of a mesh */
-        size_t n = p ? 0 : plan->staging_bytes[space];
-        if (n && plan->comm.exchange_stream) LORASYNCI_CUDA(cudaMalloc(&p, n), "memory for staging");
-        else if (n) LORASYNCI_CUDA(cudaHostAlloc(&p, n, cudaHostAllocPortable), "pinned memory for staging");
-        plan->memory[space] = (char *)p;
+        int pinned = !plan->comm.exchange_stream;
+        if (plan->memory[space]) continue; /* of a mesh */
+        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, plan->staging_bytes[space], &plan->memory[space],
+                                          pinned ? "pinned memory for staging" : "memory for staging", err));
     }
     if (plan->source)
-        LORASYNCI_CUDA(cudaMalloc((void **)&g->image, plan->source->payload_bytes ? plan->source->payload_bytes : 1),
-                       "memory for the image");
-    if (image && plan->has_image && !g->image && !g->peer_image)
+        LORASYNCI_TRY(lorasynci_gpu_alloc(0, plan->source->payload_bytes ? plan->source->payload_bytes : 1, &g->image,
+                                          "memory for the image", err));
+    if (image && plan->has_image && !g->image && !g->peer_image.address)
         LORASYNCI_TRY(lorasynci_device_make_image(plan, NULL, err));
-    if (g->image || g->peer_image) plan->memory[LORASYNCI_IMAGE] = g->image ? g->image : g->peer_image;
+    plan->memory[LORASYNCI_IMAGE] = g->image ? g->image : g->peer_image.address;
     LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
     LORASYNCI_TRY(lorasynci_device_upload(plan, err));
     if (!image || !plan->has_image) return LORASYNC_OK;
@@ -10911,36 +11115,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *ho
     return LORASYNC_OK;
 }
 
-/* Device memory, or pinned host memory, to be lent; for 0 bytes none. */
-LORASYNCI_FN lorasync_status lorasynci_device_get(int pinned, size_t num_bytes, char **out, lorasync_error *err)
-{
-    if (!num_bytes) return LORASYNC_OK;
-    if (pinned)
-        LORASYNCI_CUDA(cudaHostAlloc((void **)out, num_bytes, cudaHostAllocPortable), "pinned memory for buckets");
-    else LORASYNCI_CUDA(cudaMalloc((void **)out, num_bytes), "memory for buckets");
-    return LORASYNC_OK;
-}
-
-LORASYNCI_FN void lorasynci_device_put(int pinned, char *memory)
-{
-    if (pinned) cudaFreeHost(memory);
-    else cudaFree(memory);
-    (void)cudaGetLastError();
-}
-
 /* -- running */
-
-LORASYNCI_FN CUresult lorasynci_device_launch(const lorasynci_device *g, const void *ops, const void *tiles,
-                                              unsigned num, unsigned threads, void *bad, unsigned long long image_shift,
-                                              cudaStream_t stream)
-{
-    void *parameters[4];
-    parameters[0] = &ops;
-    parameters[1] = &tiles;
-    parameters[2] = &bad;
-    parameters[3] = &image_shift;
-    return g->launch(g->kernel, num, 1, 1, threads, 1, 1, 0, stream, parameters, NULL);
-}
 
 LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch,
                                                   cudaStream_t stream, lorasync_error *err)
@@ -10949,8 +11124,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, con
     unsigned long long      shift = (unsigned long long)((uintptr_t)plan->memory[LORASYNCI_IMAGE] - (uintptr_t)g->home);
     CUresult                r;
     if (!launch->num) return LORASYNC_OK;
-    r = lorasynci_device_launch(g, launch->ops, launch->tiles, launch->num, launch->threads,
-                                &g->ballots[plan->comm.rank].bad, shift, stream);
+    r = lorasynci_gpu_launch(plan->gpu, launch->ops, launch->tiles, launch->num, launch->threads,
+                             &g->ballots[plan->comm.rank].bad, shift, stream);
     if (r == CUDA_SUCCESS) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
 }
@@ -10998,10 +11173,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_cast(lorasync_plan *plan, lorasync
 
 LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, lorasync_error *err)
 {
-    const lorasynci_device *g = plan->device;
     if (plan->has_image && !plan->image->on_device && plan->image->payload_bytes)
         LORASYNCI_CUDA(cudaMemcpyAsync((char *)(uintptr_t)plan->image->payload, plan->memory[LORASYNCI_IMAGE],
-                                       plan->image->payload_bytes, cudaMemcpyDefault, g->stream),
+                                       plan->image->payload_bytes, cudaMemcpyDefault, plan->gpu->stream),
                        "copying the image to the host");
     return LORASYNC_OK;
 }
@@ -11053,7 +11227,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_add_digests(const lorasync_plan *p
         const lorasynci_link *link = &plan->sends[i];
         if (!link->num_digests || lorasynci_link_rounds(link) != round + 1) continue;
         LORASYNCI_CUDA(cudaMemcpyAsync(plan->memory[LORASYNCI_SEND] + lorasynci_link_staged_digests_at(link), g->sums,
-                                       link->num_digests * 8, cudaMemcpyDefault, g->stream),
+                                       link->num_digests * 8, cudaMemcpyDefault, plan->gpu->stream),
                        "copying digests");
     }
     return LORASYNC_OK;
@@ -11068,16 +11242,16 @@ LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync
     int               turns = lorasynci_device_takes_turns(plan);
     uint32_t          i, idle = turns ? 2 : plan->num_rounds;
     for (i = 0; i <= plan->num_rounds; i++) {
-        if (i == idle) LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[plan->num_rounds], g->stream, err));
+        if (i == idle) LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[plan->num_rounds], plan->gpu->stream, err));
         if (i == plan->num_rounds) break;
         if (turns && i >= 2)
-            LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived[i % 2], 0), "cudaStreamWaitEvent");
-        LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], g->stream, err));
+            LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, g->arrived[i % 2], 0), "cudaStreamWaitEvent");
+        LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], plan->gpu->stream, err));
         LORASYNCI_TRY(lorasynci_device_add_digests(plan, i, err));
-        if (i < g->num_events) LORASYNCI_CUDA(cudaEventRecord(g->sendable[i], g->stream), "cudaEventRecord");
+        if (i < g->num_events) LORASYNCI_CUDA(cudaEventRecord(g->sendable[i], plan->gpu->stream), "cudaEventRecord");
         if (g->num_events && (turns || i == 0)) LORASYNCI_TRY(lorasynci_device_round(plan, i, err));
     }
-    LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaEventRecord(g->packed, plan->gpu->stream), "cudaEventRecord");
     return LORASYNC_OK;
 }
 
@@ -11097,8 +11271,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasy
         LORASYNCI_TRY(lorasynci_device_cast(plan, err));
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, g->wire, err));
     LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->arrived[0], 0), "cudaStreamWaitEvent");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->placed[last % 2], 0), "cudaStreamWaitEvent");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, g->arrived[0], 0), "cudaStreamWaitEvent");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, g->placed[last % 2], 0), "cudaStreamWaitEvent");
     return LORASYNC_OK;
 }
 
@@ -11107,7 +11281,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, loras
 {
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
     struct cudaPointerAttributes memory;
-    LORASYNCI_CUDA(cudaStreamIsCapturing(plan->device->caller, &capture), "cudaStreamIsCapturing");
+    LORASYNCI_CUDA(cudaStreamIsCapturing(plan->gpu->caller, &capture), "cudaStreamIsCapturing");
     plan->captured = capture == cudaStreamCaptureStatusActive;
     if (!plan->captured) return LORASYNC_OK;
     plan->device->is_recorded = 1;
@@ -11137,7 +11311,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_prepare(lorasync_plan *plan, loras
     g->is_reset = 0;
     if (!lorasynci_device_casts(plan) && !plan->captured) return LORASYNC_OK;
     return lorasynci_device_fill_tag(plan, lorasynci_device_tag(plan), plan->captured,
-                                     plan->captured ? g->stream : g->wire, err);
+                                     plan->captured ? plan->gpu->stream : g->wire, err);
 }
 
 /* Where it ends, on the GPU; `reported`: the host has been told all. Behind that, while nobody waits, the next one is
@@ -11145,7 +11319,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_prepare(lorasync_plan *plan, loras
 LORASYNCI_FN lorasync_status lorasynci_device_end(lorasync_plan *plan, int reported, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->stream), "cudaEventRecord");
     if (!reported || g->is_recorded) return LORASYNC_OK;
     LORASYNCI_TRY(lorasynci_device_reset(plan, err));
     g->is_reset = 1;
@@ -11157,19 +11331,20 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
     lorasynci_device *g = plan->device;
     LORASYNCI_TRY(lorasynci_device_capture(plan, err));
     if (!plan->captured || lorasynci_is_meshed(plan)) LORASYNCI_TRY(lorasynci_await_readers(plan, err));
-    LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
+    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->ready, plan->gpu->caller), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, plan->gpu->ready, 0), "cudaStreamWaitEvent");
     LORASYNCI_TRY(lorasynci_device_prepare(plan, err));
     if (plan->source && plan->source->payload_bytes)
-        LORASYNCI_CUDA(
-            cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault, g->stream),
-            "copying the image to the GPU");
+        LORASYNCI_CUDA(cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault,
+                                       plan->gpu->stream),
+                       "copying the image to the GPU");
     LORASYNCI_TRY(lorasynci_device_pack(plan, err));
-    if (!plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(g->caller, g->packed, 0), "cudaStreamWaitEvent");
-    if (plan->num_rounds == 0) LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, g->stream, err));
+    if (!plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, g->packed, 0), "cudaStreamWaitEvent");
+    if (plan->num_rounds == 0) LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, plan->gpu->stream, err));
     else if (plan->comm.exchange_stream) LORASYNCI_TRY(lorasynci_device_rounds(plan, err));
     LORASYNCI_TRY(lorasynci_device_end(plan, plan->num_rounds == 0 || plan->comm.exchange_stream, err));
-    if (plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(g->caller, g->done, 0), "cudaStreamWaitEvent");
+    if (plan->captured)
+        LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, plan->gpu->done, 0), "cudaStreamWaitEvent");
     return LORASYNC_OK;
 }
 
@@ -11182,7 +11357,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, 
     while (g->num_sent < plan->num_rounds && !lorasynci_is_meshed(plan))
         LORASYNCI_TRY(lorasynci_device_exchange(plan, g->num_sent, err));
     if (lorasynci_device_casts(plan) && !late) {
-        LORASYNCI_CUDA(cudaEventRecord(g->packed, g->stream), "cudaEventRecord"); /* a ballot that is on its way
+        LORASYNCI_CUDA(cudaEventRecord(g->packed, plan->gpu->stream), "cudaEventRecord"); /* a ballot that is on its way
                                                                                      first */
         LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
         LORASYNCI_TRY(lorasynci_device_fill_tag(plan, ~lorasynci_device_tag(plan), 0, g->wire, err));
@@ -11201,44 +11376,36 @@ LORASYNCI_FN void lorasynci_device_veto(lorasync_plan *plan)
     lorasync_error unused;
     int            old;
     if (!plan->device || !lorasynci_is_pipelined(plan) || !plan->num_rounds || plan->captured) return;
-    lorasynci_device_enter(plan->device, &old);
+    old = lorasynci_gpu_enter(plan->gpu->ordinal);
     lorasynci_device_enqueue_rest(plan, &unused);
-    lorasynci_device_leave(plan->device, old);
+    lorasynci_gpu_leave(plan->gpu->ordinal, old);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err)
 {
     int             old;
     lorasync_status status;
-    lorasynci_device_enter(plan->device, &old);
+    old    = lorasynci_gpu_enter(plan->gpu->ordinal);
     status = lorasynci_device_enqueue(plan, err);
     if (plan->captured) plan->device->num_sent = 0; /* recorded is not sent */
-    lorasynci_device_leave(plan->device, old);
+    lorasynci_gpu_leave(plan->gpu->ordinal, old);
     if (status < 0 && !lorasync_is_lost(status)) lorasynci_device_veto(plan);
     return status;
 }
 
-/* Polls an event, the communicator's health beside it while others take part. Never blocks inside CUDA. */
+/* Waits for an event of a run, and minds the communicator while others take part. */
 LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cudaEvent_t event, uint64_t deadline_ns,
                                                    int with_peers, lorasync_error *err)
 {
-    unsigned turns = 0;
-    for (;;) {
-        cudaError_t e = cudaEventQuery(event);
-        if (e == cudaSuccess)
-            return with_peers && plan->comm.check ? plan->comm.check(plan->comm.user, err)
-                                                  : LORASYNC_OK; /* NCCL ends its work when it aborts */
-        if (e != cudaErrorNotReady) return lorasynci_cuda_fail(err, e, "the GPU work of this sync failed");
-        if (++turns % 64 != 0) continue; /* a sync takes microseconds: look again at once */
-        if (with_peers && plan->comm.check && turns % 4096 == 0) LORASYNCI_TRY(plan->comm.check(plan->comm.user, err));
-        if (lorasynci_now_ns() >= deadline_ns)
-            return lorasynci_fail(
-                err, LORASYNC_E_TIMEOUT,
-                "the GPU work of this sync did not end before the deadline of %d ms; did every rank call "
-                "lorasync_sync?",
-                plan->timeout_ms);
-        if (turns > 20000) sched_yield(); /* NCCL's own threads want the CPU too */
-    }
+    lorasync_status (*check)(void *, lorasync_error *) = with_peers ? plan->comm.check : NULL;
+    cudaError_t e;
+    LORASYNCI_TRY(lorasynci_gpu_wait(event, NULL, deadline_ns, check, plan->comm.user, &e, err));
+    if (e == cudaErrorNotReady)
+        return lorasynci_fail(
+            err, LORASYNC_E_TIMEOUT,
+            "the GPU work of this sync did not end before the deadline of %d ms; did every rank call lorasync_sync?",
+            plan->timeout_ms);
+    return e == cudaSuccess ? LORASYNC_OK : lorasynci_cuda_fail(err, e, "the GPU work of this sync failed");
 }
 
 /* Direct, and the image stays on the device: others write to it as soon as this rank has begun. What the caller has
@@ -11251,14 +11418,14 @@ LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, 
     if (!plan->direct || !plan->run || !plan->has_image || !plan->image->on_device ||
         plan->memory[LORASYNCI_IMAGE] != g->home)
         return LORASYNC_OK;
-    if (lorasynci_device_is_captured(plan) || cudaStreamQuery(g->caller) == cudaSuccess) return LORASYNC_OK;
-    lorasynci_device_enter(g, &old);
-    status = cudaEventRecord(g->ready, g->caller) == cudaSuccess
+    if (lorasynci_gpu_is_captured(plan->gpu) || cudaStreamQuery(plan->gpu->caller) == cudaSuccess) return LORASYNC_OK;
+    old    = lorasynci_gpu_enter(plan->gpu->ordinal);
+    status = cudaEventRecord(plan->gpu->ready, plan->gpu->caller) == cudaSuccess
                  ? LORASYNC_OK
                  : lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK)
-        status = lorasynci_device_poll(plan, g->ready, lorasynci_deadline_ns(plan->timeout_ms), 1, err);
-    lorasynci_device_leave(g, old);
+        status = lorasynci_device_poll(plan, plan->gpu->ready, lorasynci_deadline_ns(plan->timeout_ms), 1, err);
+    lorasynci_gpu_leave(plan->gpu->ordinal, old);
     return status;
 }
 
@@ -11267,9 +11434,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_place(lorasync_plan *plan, uint32_
                                                     lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->stream, err));
-    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
-    return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], plan->gpu->stream, err));
+    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->stream), "cudaEventRecord");
+    return lorasynci_device_poll(plan, plan->gpu->done, deadline_ns, 1, err);
 }
 
 /* A comm that exchanges host memory only: exchange and place in turns. The others count on every exchange, so a failure
@@ -11298,9 +11465,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, l
             status = lorasynci_device_place(plan, round, deadline_ns, err);
     }
     LORASYNCI_TRY(status);
-    LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, g->stream, err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, plan->gpu->stream, err));
     LORASYNCI_TRY(lorasynci_device_end(plan, 1, err));
-    return lorasynci_device_poll(plan, g->done, deadline_ns, 1, err);
+    return lorasynci_device_poll(plan, plan->gpu->done, deadline_ns, 1, err);
 }
 
 /* Whether a tensor changes its dtype on the way. */
@@ -11366,9 +11533,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasy
         return by_host ? lorasynci_device_host_rounds(plan, err->status, deadline, err)
                        : lorasynci_device_send_rest(plan, deadline, err);
     }
-    if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess)
+    if (plan->captured && cudaEventRecord(plan->gpu->done, plan->gpu->caller) != cudaSuccess)
         status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
-    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, g->done, deadline, 1, err);
+    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, plan->gpu->done, deadline, 1, err);
     if (status == LORASYNC_OK && plan->captured &&
         lorasynci_device_ballots(g)[plan->comm.rank].tag != lorasynci_device_tag(plan)) {
         lorasynci_fail(
@@ -11390,16 +11557,12 @@ LORASYNCI_FN void lorasynci_device_forget(lorasync_plan *plan)
     for (i = 0; plan->device->host && i < plan->comm.world; i++) lorasynci_device_ballots(plan->device)[i].tag = 0;
 }
 
-/* Whether all that is on a stream has ended by then. */
-LORASYNCI_FN int lorasynci_device_is_idle(cudaStream_t stream, uint64_t deadline_ns)
+/* Whether all that is on a stream has ended, well or not, by then. */
+LORASYNCI_FN int lorasynci_device_ended(cudaStream_t stream, uint64_t deadline_ns)
 {
-    unsigned turns = 0;
-    while (stream && cudaStreamQuery(stream) == cudaErrorNotReady) {
-        if (lorasynci_now_ns() >= deadline_ns) return 0;
-        lorasynci_pause(&turns);
-    }
-    (void)cudaGetLastError();
-    return 1;
+    cudaError_t e;
+    lorasynci_gpu_wait(NULL, stream, deadline_ns, NULL, NULL, &e, NULL);
+    return e != cudaErrorNotReady;
 }
 
 /* The last of what a run that was begun, or a graph that may have been launched, has enqueued. 0 if others were
@@ -11407,12 +11570,12 @@ LORASYNCI_FN int lorasynci_device_is_idle(cudaStream_t stream, uint64_t deadline
 LORASYNCI_FN int lorasynci_device_last(lorasync_plan *plan, cudaEvent_t *out)
 {
     lorasynci_device *g = plan->device;
-    *out                = g->done;
+    *out                = plan->gpu->done;
     if (plan->begun && plan->begin_error.status < 0) {
         *out = g->vetoed ? g->arrived[0] : NULL;
         return g->vetoed || !lorasynci_is_pipelined(plan) || !plan->num_rounds;
     }
-    if (plan->captured && cudaEventRecord(g->done, g->caller) != cudaSuccess) *out = NULL;
+    if (plan->captured && cudaEventRecord(plan->gpu->done, plan->gpu->caller) != cudaSuccess) *out = NULL;
     return 1;
 }
 
@@ -11427,8 +11590,8 @@ LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
     cudaEvent_t       last;
     uint64_t          closing;
     int               old;
-    if (!g || lorasynci_device_is_captured(plan) || !(plan->begun || plan->captured || plan->lost)) return;
-    lorasynci_device_enter(g, &old);
+    if (!g || lorasynci_gpu_is_captured(plan->gpu) || !(plan->begun || plan->captured || plan->lost)) return;
+    old = lorasynci_gpu_enter(plan->gpu->ordinal);
     if (!plan->lost && !lorasynci_device_last(plan, &last))
         status = lorasynci_fail(&err, LORASYNC_E_COMM, "a plan was freed between a begin that failed and its wait");
     else if (!plan->lost && last)
@@ -11436,11 +11599,12 @@ LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
     if (status < 0) lorasynci_plan_lose(plan, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, &err);
     closing = lorasynci_deadline_ns(LORASYNCI_CLOSING_MS);
     if (plan->lost)
-        g->is_busy = !(lorasynci_device_is_idle(g->stream, closing) && lorasynci_device_is_idle(g->wire, closing) &&
-                       lorasynci_device_is_idle(g->placing, closing) &&
-                       (!plan->captured || lorasynci_device_is_idle(g->caller, closing)));
+        plan->gpu->is_busy =
+            !(lorasynci_device_ended(plan->gpu->stream, closing) && lorasynci_device_ended(g->wire, closing) &&
+              lorasynci_device_ended(g->placing, closing) &&
+              (!plan->captured || lorasynci_device_ended(plan->gpu->caller, closing)));
     (void)cudaGetLastError();
-    lorasynci_device_leave(g, old);
+    lorasynci_gpu_leave(plan->gpu->ordinal, old);
 }
 
 /* All rounds of a device plan, for this rank: the second half of a run. */
@@ -11449,11 +11613,11 @@ LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync
     uint64_t        start = lorasynci_now_ns();
     int             old;
     lorasync_status status;
-    lorasynci_device_enter(plan->device, &old);
+    old                    = lorasynci_gpu_enter(plan->gpu->ordinal);
     status                 = lorasynci_device_finish(plan, err);
     plan->device->num_sent = 0;
     plan->device->vetoed   = 0;
-    lorasynci_device_leave(plan->device, old);
+    lorasynci_gpu_leave(plan->gpu->ordinal, old);
     plan->stats.exchange_ns = lorasynci_now_ns() - start;
     plan->stats.place_ns    = 0;
     return status;
@@ -11476,113 +11640,24 @@ LORASYNCI_FN int lorasynci_device_voted(const lorasync_plan *plan)
 /* After all ranks have voted: the complete image to the host, where it is wanted there. */
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g = plan->device;
-    int               old;
-    lorasync_status   status;
+    int             old;
+    lorasync_status status;
     if (plan->image->on_device) return LORASYNC_OK;
-    lorasynci_device_enter(g, &old);
+    old    = lorasynci_gpu_enter(plan->gpu->ordinal);
     status = lorasynci_device_fetch_image(plan, err);
-    if (status == LORASYNC_OK && cudaEventRecord(g->done, g->stream) != cudaSuccess)
+    if (status == LORASYNC_OK && cudaEventRecord(plan->gpu->done, plan->gpu->stream) != cudaSuccess)
         status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK)
-        status = lorasynci_device_poll(plan, g->done, lorasynci_deadline_ns(plan->timeout_ms), 0, err);
-    lorasynci_device_leave(g, old);
+        status = lorasynci_device_poll(plan, plan->gpu->done, lorasynci_deadline_ns(plan->timeout_ms), 0, err);
+    lorasynci_gpu_leave(plan->gpu->ordinal, old);
     return status;
-}
-
-/* -- a GPU outside any plan: transports and engines with payloads in device memory */
-
-LORASYNCI_FN void lorasynci_device_stop(const lorasync_allocator *a, lorasynci_device *g)
-{
-    int old;
-    if (!g) return;
-    if (g->pid == getpid()) { /* a fork cannot use its parent's */
-        lorasynci_device_enter(g, &old);
-        if (g->ready) cudaEventDestroy(g->ready);
-        if (g->done) cudaEventDestroy(g->done);
-        if (g->stream) cudaStreamDestroy(g->stream);
-        if (g->module) g->unload(g->module);
-        lorasynci_device_leave(g, old);
-        (void)cudaGetLastError();
-    }
-    lorasynci_dealloc(a, g);
-}
-
-LORASYNCI_FN lorasync_status lorasynci_device_fill(lorasynci_device *g, const lorasync_allocator *a, int with_kernel,
-                                                   lorasync_error *err)
-{
-    LORASYNCI_CUDA(cudaGetDevice(&g->ordinal), "no usable GPU");
-    LORASYNCI_CUDA(cudaFree(NULL), "no usable GPU");
-    if (with_kernel) LORASYNCI_TRY(lorasynci_device_load(g, a, err));
-    LORASYNCI_CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking), "cudaStreamCreate");
-    LORASYNCI_TRY(lorasynci_device_event(&g->ready, err));
-    return lorasynci_device_event(&g->done, err);
-}
-
-/* The current GPU: a stream, events, and the kernel where it is wanted. `what` is the field that asks for it. */
-LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller,
-                                                    int with_kernel, const char *what, lorasynci_device **out,
-                                                    lorasync_error *err)
-{
-    lorasynci_device *g = (lorasynci_device *)lorasynci_alloc_array(a, 1, sizeof *g);
-    lorasync_status   status;
-    if (!g) return lorasynci_fail_memory(err, sizeof *g);
-    g->caller = caller;
-    g->pid    = getpid();
-    status    = lorasynci_device_fill(g, a, with_kernel, err);
-    if (status >= 0) {
-        *out = g;
-        return LORASYNC_OK;
-    }
-    lorasynci_prefix(err, "%s", what);
-    lorasynci_device_stop(a, g);
-    return status;
-}
-
-enum {
-    LORASYNCI_DEVICE_PATIENCE_MS = 60000
-};
-
-/* Waits until all that is on its stream has ended. Asks again at once: this takes microseconds. */
-LORASYNCI_FN lorasync_status lorasynci_device_drain(lorasynci_device *g, const char *what, lorasync_error *err)
-{
-    uint64_t deadline = lorasynci_deadline_ns(LORASYNCI_DEVICE_PATIENCE_MS);
-    unsigned turns    = 0;
-    LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
-    for (;;) {
-        cudaError_t e = cudaEventQuery(g->done);
-        if (e == cudaSuccess) return LORASYNC_OK;
-        if (e != cudaErrorNotReady) return lorasynci_cuda_fail(err, e, what);
-        if (++turns % 64 != 0) continue;
-        if (lorasynci_now_ns() >= deadline)
-            return lorasynci_fail(
-                err, LORASYNC_E_CUDA,
-                "CUDA: %s: not ended after %d ms; is the GPU, or the stream that it waits for, stuck?", what,
-                LORASYNCI_DEVICE_PATIENCE_MS);
-        if (turns > 20000) sched_yield();
-    }
 }
 
 #else /* without CUDA: a desc that asks for it is refused, and no plan has a device */
 
-LORASYNCI_FN void lorasynci_device_stop(const lorasync_allocator *a, lorasynci_device *g) { (void)a, (void)g; }
-LORASYNCI_FN lorasync_status lorasynci_device_start(const lorasync_allocator *a, struct CUstream_st *caller,
-                                                    int with_kernel, const char *what, lorasynci_device **out,
-                                                    lorasync_error *err)
-{
-    (void)a, (void)caller, (void)with_kernel, (void)out;
-    return lorasynci_fail(
-        err, LORASYNC_E_UNSUPPORTED,
-        "%s is set, but this library was compiled without LORASYNC_CUDA; define it beside LORASYNC_IMPLEMENTATION",
-        what);
-}
-
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err)
 {
-    (void)plan, (void)cuda;
-    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                          "desc.cuda is set, but this library was compiled without LORASYNC_CUDA; define it beside "
-                          "LORASYNC_IMPLEMENTATION");
+    return lorasynci_gpu_open(&plan->a, cuda->stream, 1, "desc.cuda", &plan->gpu, err);
 }
 
 LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan) { (void)plan; }
@@ -11596,9 +11671,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, 
     (void)plan, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN int lorasynci_device_is_same(const lorasynci_device *a, const lorasynci_device *b) { return !a && !b; }
-LORASYNCI_FN int lorasynci_device_is_captured(const lorasync_plan *plan) { return plan->device != NULL; }
-LORASYNCI_FN int lorasynci_device_keeps(const lorasynci_device *g) { return g != NULL; }
+LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g) { return g != NULL; }
 LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer,
                                                          lorasync_error *err)
 {
@@ -11627,12 +11700,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *ho
     (void)plan, (void)host_payload, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_device_get(int pinned, size_t num_bytes, char **out, lorasync_error *err)
-{
-    (void)pinned, (void)num_bytes, (void)out, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN void            lorasynci_device_put(int pinned, char *memory) { (void)pinned, (void)memory; }
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err)
 {
     (void)plan, (void)err;
@@ -14428,11 +14495,11 @@ typedef struct lorasynci_shm {
                                              write: see clear */
     void    *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
     size_t   sizes[LORASYNCI_SHM_SLOTS];
-    lorasynci_device *device;                        /* NULL: payloads in the segments */
-    size_t            payload_bytes;                 /* of the image that is being staged to the device */
-    char             *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked
+    lorasynci_gpu *device;                        /* NULL: payloads in the segments */
+    size_t         payload_bytes;                 /* of the image that is being staged to the device */
+    char          *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked
                                                         at yet */
-    int               stuck;                         /* the last copy to the device did not end well: freeing memory
+    int            stuck;                         /* the last copy to the device did not end well: freeing memory
                                                         could wait for ever */
 } lorasynci_shm;
 
@@ -14778,10 +14845,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int sl
     lorasync_status status;
     int             old;
     if (n > SIZE_MAX - 256) return lorasynci_fail_memory(err, n);
-    n = (n + 255) / 256 * 256;
-    lorasynci_device_enter(s->device, &old);
+    n      = (n + 255) / 256 * 256;
+    old    = lorasynci_gpu_enter(s->device->ordinal);
     status = lorasynci_shm_allocate(s, slot, n, err);
-    lorasynci_device_leave(s->device, old);
+    lorasynci_gpu_leave(s->device->ordinal, old);
     if (status >= 0) s->map.control->slots[slot].device_bytes = n;
     return status;
 }
@@ -14792,9 +14859,9 @@ LORASYNCI_FN void lorasynci_shm_free_payload(lorasynci_shm *s, int slot)
     int old;
     if (!s->payloads[slot]) return;
     lorasynci_shm_head_of(s, slot)->memory.pointer = 0;
-    lorasynci_device_enter(s->device, &old);
+    old                                            = lorasynci_gpu_enter(s->device->ordinal);
     if (!s->stuck) cudaFree(s->payloads[slot]); /* would wait for the copy */
-    lorasynci_device_leave(s->device, old);
+    lorasynci_gpu_leave(s->device->ordinal, old);
     (void)cudaGetLastError();
     s->payloads[slot] = NULL;
 }
@@ -14814,7 +14881,7 @@ LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
 LORASYNCI_FN lorasync_status lorasynci_shm_enqueue(lorasynci_shm *s, int slot, const lorasync_image *image,
                                                    lorasync_error *err)
 {
-    lorasynci_device *g = s->device;
+    lorasynci_gpu *g = s->device;
     LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
     if (!image->payload_bytes) return LORASYNC_OK;
@@ -14830,9 +14897,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_copy_begin(lorasynci_shm *s, int slot
 {
     lorasync_status status;
     int             old;
-    lorasynci_device_enter(s->device, &old);
+    old    = lorasynci_gpu_enter(s->device->ordinal);
     status = lorasynci_shm_enqueue(s, slot, image, err);
-    lorasynci_device_leave(s->device, old);
+    lorasynci_gpu_leave(s->device->ordinal, old);
     return status;
 }
 
@@ -14840,10 +14907,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_e
 {
     lorasync_status status;
     int             old;
-    lorasynci_device_enter(s->device, &old);
-    status   = lorasynci_device_drain(s->device, "copying the payload into a slot", err);
+    old      = lorasynci_gpu_enter(s->device->ordinal);
+    status   = lorasynci_gpu_drain(s->device, "copying the payload into a slot", err);
     s->stuck = status < 0;
-    lorasynci_device_leave(s->device, old);
+    lorasynci_gpu_leave(s->device->ordinal, old);
     return status;
 }
 
@@ -14951,7 +15018,7 @@ LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
                                                                                                    process lives */
         }
     }
-    lorasynci_device_stop(&s->a, s->device);
+    lorasynci_gpu_close(&s->a, s->device);
 }
 
 /* -- the transport */
@@ -15229,11 +15296,11 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     s->num_slots = desc->num_slots ? desc->num_slots : 3;
     strcpy(s->name, desc->name);
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
-    status = desc->cuda ? lorasynci_device_start(&a, desc->cuda->stream, 0, "lorasync_shm_desc.cuda", &s->device, err)
+    status = desc->cuda ? lorasynci_gpu_open(&a, desc->cuda->stream, 0, "lorasync_shm_desc.cuda", &s->device, err)
                         : LORASYNC_OK;
     if (status >= 0) status = lorasynci_shm_take(s->name, 1, &s->map, &s->mine, err);
     if (status < 0) {
-        lorasynci_device_stop(&a, s->device);
+        lorasynci_gpu_close(&a, s->device);
         lorasynci_dealloc(&a, s);
         return status;
     }
@@ -15475,16 +15542,16 @@ LORASYNCI_FN void lorasynci_shm_mark_opened(lorasynci_shm_view *v, int slot, int
 
 #ifdef LORASYNC_CUDA
 
-LORASYNCI_FN void lorasynci_import_close(lorasynci_device *g, lorasynci_import *m)
+LORASYNCI_FN void lorasynci_import_close(lorasynci_gpu *g, lorasynci_import *m)
 {
     lorasync_allocator a = m->view->a;
     int                old;
     if (g->pid == getpid()) {
-        lorasynci_device_enter(g, &old);
+        old = lorasynci_gpu_enter(g->ordinal);
         cudaFree(m->table);
         cudaFreeHost(m->host);
         if (m->is_ipc && m->payload) cudaIpcCloseMemHandle(m->payload);
-        lorasynci_device_leave(g, old);
+        lorasynci_gpu_leave(g->ordinal, old);
         (void)cudaGetLastError();
     }
     if (m->payload) lorasynci_shm_mark_opened(m->view, m->slot, 0); /* only now that it is closed */
@@ -15493,7 +15560,7 @@ LORASYNCI_FN void lorasynci_import_close(lorasynci_device *g, lorasynci_import *
 }
 
 /* Closes what nothing uses and the publisher wants back, or has given up. */
-LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import **first, const lorasynci_shm_view *now)
+LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_gpu *g, lorasynci_import **first, const lorasynci_shm_view *now)
 {
     while (*first) {
         lorasynci_import            *m = *first;
@@ -15509,7 +15576,7 @@ LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import 
 }
 
 /* Memory of this process, on this or on another GPU. */
-LORASYNCI_FN lorasync_status lorasynci_import_own(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_own(const lorasynci_gpu *g, lorasynci_import *m, lorasync_error *err)
 {
     int         ordinal = (int)m->memory.ordinal, can = 1;
     cudaError_t e = cudaSuccess;
@@ -15549,7 +15616,7 @@ LORASYNCI_FN lorasync_status lorasynci_import_open_ipc(lorasynci_import *m, lora
 }
 
 /* Marks the memory as opened, and then looks whether it is still there: see above. The device is current. */
-LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_device *g, lorasynci_import *m, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_gpu *g, lorasynci_import *m, lorasync_error *err)
 {
     const lorasynci_shm_control *c     = m->view->map.control;
     uint64_t                     owner = m->memory.owner;
@@ -15575,7 +15642,7 @@ LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_device *g, lo
 }
 
 /* The memory of a pinned slot, opened now or before. */
-LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci_import **first, lorasynci_shm_view *v,
+LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_gpu *g, lorasynci_import **first, lorasynci_shm_view *v,
                                                   int slot, const lorasynci_shm_memory *memory, lorasynci_import **out,
                                                   lorasync_error *err)
 {
@@ -15594,9 +15661,9 @@ LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci
     m->serial = serial;
     m->memory = *memory;
     v->num_users++;
-    lorasynci_device_enter(g, &old);
+    old    = lorasynci_gpu_enter(g->ordinal);
     status = lorasynci_import_open(g, m, err);
-    lorasynci_device_leave(g, old);
+    lorasynci_gpu_leave(g->ordinal, old);
     if (status < 0) {
         lorasynci_import_close(g, m);
         return status;
@@ -15665,7 +15732,7 @@ LORASYNCI_FN lorasync_status lorasynci_import_reserve(lorasynci_import *m, const
 }
 
 /* Makes the tables and copies them to the device. */
-LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g, lorasynci_import *m,
+LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_gpu *g, lorasynci_import *m,
                                                        const lorasync_image *image, lorasync_error *err)
 {
     lorasyncd_op   *ops;
@@ -15691,14 +15758,13 @@ LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_device *g
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, lorasynci_import *m,
-                                                     lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_gpu *g, lorasynci_import *m, lorasync_error *err)
 {
     CUresult r = CUDA_SUCCESS;
     LORASYNCI_CUDA(cudaMemsetAsync(m->table + m->sums_at, 0, m->num_ops * 8, g->stream), "cudaMemsetAsync");
     if (m->num_tiles) /* integers are not checked: bad is never written */
-        r = lorasynci_device_launch(g, m->table, m->table + m->tiles_at, (unsigned)m->num_tiles, LORASYNCD_THREADS,
-                                    m->table + m->sums_at, 0, g->stream);
+        r = lorasynci_gpu_launch(g, m->table, m->table + m->tiles_at, (unsigned)m->num_tiles, LORASYNCD_THREADS,
+                                 m->table + m->sums_at, 0, g->stream);
     if (r != CUDA_SUCCESS)
         return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the digest's kernel was not launched (CUresult %d)", (int)r);
     LORASYNCI_CUDA(
@@ -15709,35 +15775,35 @@ LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_device *g, 
 
 /* Starts digesting with the tables that there are, while the header is read: as a rule the next version has the same
    tensors. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_ahead(const lorasynci_device *g, lorasynci_import *m,
+LORASYNCI_FN lorasync_status lorasynci_import_check_ahead(const lorasynci_gpu *g, lorasynci_import *m,
                                                           lorasync_error *err)
 {
     lorasync_status status;
     int             old;
     if (!m->host || m->num_ops == SIZE_MAX) return LORASYNC_OK;
-    lorasynci_device_enter(g, &old);
+    old    = lorasynci_gpu_enter(g->ordinal);
     status = lorasynci_import_launch(g, m, err);
-    lorasynci_device_leave(g, old);
+    lorasynci_gpu_leave(g->ordinal, old);
     return status;
 }
 
 /* Starts digesting the image where it lies, unless that is under way with tables that fit. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_begin(lorasynci_device *g, lorasynci_import *m,
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(lorasynci_gpu *g, lorasynci_import *m,
                                                           const lorasync_image *image, lorasync_error *err)
 {
     lorasync_status status = LORASYNC_OK;
     int             old;
     if (lorasynci_import_fits(m, image)) return LORASYNC_OK;
-    lorasynci_device_enter(g, &old);
-    if (m->host) status = lorasynci_device_drain(g, "digesting the payload", err); /* its tables go */
+    old = lorasynci_gpu_enter(g->ordinal);
+    if (m->host) status = lorasynci_gpu_drain(g, "digesting the payload", err); /* its tables go */
     if (status == LORASYNC_OK) status = lorasynci_import_tabulate(g, m, image, err);
     if (status == LORASYNC_OK) status = lorasynci_import_launch(g, m, err);
-    lorasynci_device_leave(g, old);
+    lorasynci_gpu_leave(g->ordinal, old);
     return status;
 }
 
 /* Waits for the digest and compares it. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m,
+LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_gpu *g, lorasynci_import *m,
                                                         const lorasync_image *image, lorasync_error *err)
 {
     lorasynci_term *terms = (lorasynci_term *)(void *)(m->host + m->terms_at);
@@ -15745,9 +15811,9 @@ LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lor
     size_t          i;
     int             old;
     for (i = 0; i < m->num_ops; i++) terms[i] = lorasynci_digest_term(&image->tensors[i]); /* while the GPU is at it */
-    lorasynci_device_enter(g, &old);
-    status = lorasynci_device_drain(g, "digesting the payload", err);
-    lorasynci_device_leave(g, old);
+    old    = lorasynci_gpu_enter(g->ordinal);
+    status = lorasynci_gpu_drain(g, "digesting the payload", err);
+    lorasynci_gpu_leave(g->ordinal, old);
     if (status < 0) return status;
     return lorasynci_compare_digest(
         image, lorasynci_digest_terms(terms, (const uint64_t *)(const void *)(m->host + m->sums_at), m->num_ops), err);
@@ -15755,30 +15821,30 @@ LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lor
 
 #else
 
-LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_device *g, lorasynci_import **first, const lorasynci_shm_view *now)
+LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_gpu *g, lorasynci_import **first, const lorasynci_shm_view *now)
 {
     (void)g, (void)first, (void)now;
 }
-LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_device *g, lorasynci_import **first, lorasynci_shm_view *v,
+LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_gpu *g, lorasynci_import **first, lorasynci_shm_view *v,
                                                   int slot, const lorasynci_shm_memory *memory, lorasynci_import **out,
                                                   lorasync_error *err)
 {
     (void)g, (void)first, (void)v, (void)slot, (void)memory, (void)out, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_import_check_ahead(const lorasynci_device *g, lorasynci_import *m,
+LORASYNCI_FN lorasync_status lorasynci_import_check_ahead(const lorasynci_gpu *g, lorasynci_import *m,
                                                           lorasync_error *err)
 {
     (void)g, (void)m, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_import_check_begin(lorasynci_device *g, lorasynci_import *m,
+LORASYNCI_FN lorasync_status lorasynci_import_check_begin(lorasynci_gpu *g, lorasynci_import *m,
                                                           const lorasync_image *image, lorasync_error *err)
 {
     (void)g, (void)m, (void)image, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_device *g, lorasynci_import *m,
+LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_gpu *g, lorasynci_import *m,
                                                         const lorasync_image *image, lorasync_error *err)
 {
     (void)g, (void)m, (void)image, (void)err;
@@ -16099,7 +16165,7 @@ struct lorasync_engine {
     char               *shm;       /* or NULL */
     char               *adapter;   /* or NULL: all */
     int                 no_verify;
-    lorasynci_device   *device;  /* NULL: versions in device memory are refused */
+    lorasynci_gpu      *device;  /* NULL: versions in device memory are refused */
     lorasynci_mapped   *mapped;  /* slots that are mapped */
     lorasynci_import   *imports; /* device memory that is open */
     lorasynci_shm_view *view;    /* NULL: not found yet */
@@ -16622,8 +16688,8 @@ LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lor
         LORASYNCI_TRY(lorasynci_copy_directory(&e->a, desc->directory, &e->directory, err));
     }
     if (desc->accept_device) {
-        LORASYNCI_TRY(lorasynci_device_start(&e->a, NULL, !desc->no_verify, "lorasync_engine_desc.accept_device",
-                                             &e->device, err));
+        LORASYNCI_TRY(
+            lorasynci_gpu_open(&e->a, NULL, !desc->no_verify, "lorasync_engine_desc.accept_device", &e->device, err));
     }
     if (!desc->adapter) return LORASYNC_OK;
     LORASYNCI_TRY(lorasynci_check_adapter_name(desc->adapter, err));
@@ -16662,7 +16728,7 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
     }
     lorasynci_imports_sweep(engine->device, &engine->imports, NULL);
     lorasynci_mapped_sweep(&engine->mapped, NULL);
-    lorasynci_device_stop(&a, engine->device);
+    lorasynci_gpu_close(&a, engine->device);
     lorasynci_shm_view_drop(engine->view);
     lorasynci_dealloc(&a, engine->directory);
     lorasynci_dealloc(&a, engine->shm);
@@ -16974,7 +17040,7 @@ LORASYNCI_FN void lorasynci_session_drop_aims(lorasync_session *s)
     int i;
     for (i = 0; i < LORASYNCI_AIMS; i++) lorasynci_aimed_drop(&s->aim.slots[i]);
     if (!s->plan || !s->plan->device) return;
-    lorasynci_imports_sweep(s->plan->device, &s->aim.imports, NULL);
+    lorasynci_imports_sweep(s->plan->gpu, &s->aim.imports, NULL);
     lorasynci_shm_view_drop(s->aim.view);
     if (s->aim.clock) lorasynci_device_await_holders(s->plan);
 }
@@ -17557,7 +17623,7 @@ LORASYNCI_FN char *lorasynci_session_ask(lorasync_session *s, lorasynci_shm_targ
     for (i = 0; i < lorasynci_num_transports(s); i++) {
         const lorasync_transport *t = &lorasynci_transports(s)[i];
         if (t->stage != lorasynci_shm_stage ||
-            !lorasynci_device_is_same(((const lorasynci_shm *)t->user)->device, s->plan->device))
+            !lorasynci_gpu_is_same(((const lorasynci_shm *)t->user)->device, s->plan->gpu))
             continue;
         if (lorasynci_shm_slot(t->user, image->adapter, image->header_bytes, image->payload_bytes, config_bytes,
                                &payload, out, NULL) < 0)
@@ -17591,7 +17657,7 @@ LORASYNCI_FN int lorasynci_session_open_slot(lorasync_session *s, const lorasync
     }
     if (t->slot < 0 || t->slot >= LORASYNCI_SHM_SLOTS) return 0;
     if (!s->aim.view && lorasynci_shm_view_open(t->name, &s->a, &s->aim.view, &err) != LORASYNC_OK) return 0;
-    if (lorasynci_import_get(s->plan->device, &s->aim.imports, s->aim.view, (int)t->slot, &t->memory, &entry->import,
+    if (lorasynci_import_get(s->plan->gpu, &s->aim.imports, s->aim.view, (int)t->slot, &t->memory, &entry->import,
                              &err) < 0)
         return 0;
     entry->import->num_users++;
@@ -17694,7 +17760,7 @@ LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64
     int captured;
     if (plan->begun || plan->lost) return lorasync_plan_begin(plan, err);
     plan->tag = version;
-    captured  = lorasynci_device_is_captured(plan);
+    captured  = lorasynci_gpu_is_captured(plan->gpu);
     if (version > last_version && !captured) return lorasync_plan_begin(plan, err);
     plan->begun    = 1; /* nothing is packed, but the others are waiting for this rank's vote */
     plan->captured = 0;
@@ -18231,8 +18297,7 @@ struct lorasync_stream {
     lorasync_plan      **plans; /* num_buckets; NULL before compile */
     size_t               num_buckets;
     lorasynci_loan       loans[2];
-    char                *mapping; /* direct: both payloads; else on the root payload_memory is */
-    size_t               mapping_bytes;
+    lorasynci_window     shared;           /* direct: both payloads; else on the root payload_memory is */
     char                 mapping_name[64]; /* while it has one */
     char                *payload_memory;
     lorasynci_buffer     index;       /* on the root: model.safetensors.index.json */
@@ -18268,19 +18333,19 @@ LORASYNCI_FN void lorasynci_stream_unlend(lorasync_stream *s)
 {
     int i;
     if (s->desc.cuda) {
-        lorasynci_device_put(!s->comm.exchange_stream, s->loans[0].send);
-        lorasynci_device_put(!s->comm.exchange_stream, s->loans[0].receive);
+        lorasynci_gpu_free(!s->comm.exchange_stream, s->loans[0].send);
+        lorasynci_gpu_free(!s->comm.exchange_stream, s->loans[0].receive);
         for (i = 0; i < 2; i++)
-            lorasynci_device_put(0, s->loans[i].payload), lorasynci_device_put(1, s->loans[i].host_payload);
+            lorasynci_gpu_free(0, s->loans[i].payload), lorasynci_gpu_free(1, s->loans[i].host_payload);
     } else {
         lorasynci_dealloc(&s->a, s->loans[0].send);
         lorasynci_dealloc(&s->a, s->loans[0].receive);
         lorasynci_dealloc(&s->a, s->payload_memory);
     }
-    if (s->mapping) munmap(s->mapping, s->mapping_bytes);
+    lorasynci_window_close(&s->shared);
     if (s->mapping_name[0]) shm_unlink(s->mapping_name);
-    s->payload_memory = s->mapping = NULL;
-    s->mapping_name[0]             = 0;
+    s->payload_memory  = NULL;
+    s->mapping_name[0] = 0;
     memset(s->loans, 0, sizeof s->loans);
 }
 
@@ -18615,10 +18680,8 @@ LORASYNCI_FN void lorasynci_stream_offer(lorasync_stream *s, lorasynci_division_
     size_t num_bytes = lorasynci_align64((size_t)h->largest[0]) + (size_t)h->largest[1];
     if (s->comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
     lorasynci_mapping_name(h->name, lorasynci_unique(s));
-    s->mapping = lorasynci_map_named(h->name, num_bytes, 1);
-    if (!s->mapping) return;
+    if (!lorasynci_window_name(&s->shared, h->name, num_bytes, 1)) return;
     memcpy(s->mapping_name, h->name, sizeof h->name);
-    s->mapping_bytes = num_bytes;
     h->mapping_bytes = num_bytes;
 }
 
@@ -18716,18 +18779,13 @@ LORASYNCI_FN lorasync_status lorasynci_stream_map(lorasync_stream *s, lorasynci_
     int             mapped;
     lorasync_status status;
     lorasynci_stream_sort(s, v, mine);
-    if (v->head.mapping_bytes && !s->mapping && !s->desc.no_direct) {
-        s->mapping       = lorasynci_map_named(v->head.name, (size_t)v->head.mapping_bytes, 0);
-        s->mapping_bytes = (size_t)v->head.mapping_bytes;
-    }
-    mapped = s->mapping != NULL;
+    if (v->head.mapping_bytes && !s->shared.address && !s->desc.no_direct)
+        lorasynci_window_name(&s->shared, v->head.name, (size_t)v->head.mapping_bytes, 0);
+    mapped = s->shared.address != NULL;
     status = lorasynci_stream_vote(s, mine, &mapped, err);
     if (s->mapping_name[0]) shm_unlink(s->mapping_name);
     s->mapping_name[0] = 0;
-    if (status == LORASYNC_OK && !mapped && s->mapping) {
-        munmap(s->mapping, s->mapping_bytes);
-        s->mapping = NULL;
-    }
+    if (status == LORASYNC_OK && !mapped) lorasynci_window_close(&s->shared);
     return status;
 }
 
@@ -18745,20 +18803,22 @@ LORASYNCI_FN lorasync_status lorasynci_stream_lend(lorasync_stream *s, const lor
         if (staging[LORASYNCI_RECEIVE] > receive) receive = staging[LORASYNCI_RECEIVE];
     }
     s->info.staging_bytes = send + receive;
-    if (s->mapping || lorasynci_is_root(s)) s->info.image_bytes = both;
+    if (s->shared.address || lorasynci_is_root(s)) s->info.image_bytes = both;
     if (s->desc.cuda) {
-        LORASYNCI_TRY(lorasynci_device_get(pinned, send, &s->loans[0].send, err));
-        LORASYNCI_TRY(lorasynci_device_get(pinned, receive, &s->loans[0].receive, err));
+        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, send, &s->loans[0].send, "memory for buckets", err));
+        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, receive, &s->loans[0].receive, "memory for buckets", err));
         for (i = 0; i < 2 && lorasynci_is_root(s); i++) {
-            LORASYNCI_TRY(lorasynci_device_get(0, (size_t)v->head.largest[i], &s->loans[i].payload, err));
+            LORASYNCI_TRY(
+                lorasynci_gpu_alloc(0, (size_t)v->head.largest[i], &s->loans[i].payload, "memory for buckets", err));
             if (!s->cuda.keep_on_device)
-                LORASYNCI_TRY(lorasynci_device_get(1, (size_t)v->head.largest[i], &s->loans[i].host_payload, err));
+                LORASYNCI_TRY(lorasynci_gpu_alloc(1, (size_t)v->head.largest[i], &s->loans[i].host_payload,
+                                                  "memory for buckets", err));
         }
     } else {
         s->loans[0].send    = (char *)lorasynci_alloc(&s->a, send);
         s->loans[0].receive = (char *)lorasynci_alloc(&s->a, receive);
-        if (!s->mapping && lorasynci_is_root(s)) s->payload_memory = (char *)lorasynci_alloc(&s->a, both);
-        s->loans[0].payload = s->mapping ? s->mapping : s->payload_memory;
+        if (!s->shared.address && lorasynci_is_root(s)) s->payload_memory = (char *)lorasynci_alloc(&s->a, both);
+        s->loans[0].payload = s->shared.address ? s->shared.address : s->payload_memory;
         if (!s->loans[0].send || !s->loans[0].receive || (!s->loans[0].payload && lorasynci_is_root(s)))
             return lorasynci_fail_memory(err, send + receive + both);
         if (s->loans[0].payload) s->loans[1].payload = s->loans[0].payload + first;
@@ -18857,7 +18917,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci
     if (status == LORASYNC_OK) status = lorasynci_stream_divide(s, v, &mine, err);
     if (status == LORASYNC_OK) status = lorasynci_stream_map(s, v, &mine, err);
     if (lorasync_is_lost(status)) return lorasynci_plan_lose(s->talk, status, err);
-    d.no_direct = s->mapping == NULL;
+    d.no_direct = s->shared.address == NULL;
     for (b = 0; b < s->num_buckets && status == LORASYNC_OK; b++) {
         d.have     = v->pieces + v->starts[b];
         d.num_have = v->starts[b + 1] - v->starts[b];

@@ -28,12 +28,12 @@ enum {
     CARELESS,
     KINDS
 };
-#define CONFIG                                                                                                         \
+static const char CONFIG[] =
     "{\"peft_type\":\"LORA\",\"r\":32,\"lora_alpha\":64,\"target_modules\":[\"q_proj\",\"k_proj\",\"v_proj\","
-"\"o_proj\",\"gate_proj\",\"up_proj\",\"down_proj\"]}"
+    "\"o_proj\",\"gate_proj\",\"up_proj\",\"down_proj\"]}";
 
-    /* What the three processes share. */
-    typedef struct board {
+/* What the three processes share. */
+typedef struct board {
     uint64_t asked, staged, served;          /* versions. Atomic */
     uint64_t start_ns, staged_ns, served_ns; /* of the last one */
     uint64_t engine;                         /* versions up to this one are for the engine that checks digests;

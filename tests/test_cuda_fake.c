@@ -563,18 +563,25 @@ static void no_peer_access(void)
 /* A process of another container may have this one's pid: its pointers mean nothing here. */
 static void offer_of_a_namesake(void)
 {
-    lorasynci_device       g;
+    lorasynci_gpu          g;
     lorasynci_device_offer offer;
+    lorasynci_window       w;
+    lorasync_error         err;
     void                  *memory;
-    int                    same;
     reset();
     memset(&g, 0, sizeof g);
     memset(&offer, 0, sizeof offer);
+    memset(&w, 0, sizeof w);
     REQUIRE(cudaMalloc(&memory, 256) == cudaSuccess);
-    lorasynci_device_describe(&g, (char *)memory, &offer);
-    CHECK(lorasynci_device_open_offer(&g, &offer, &same) == memory && same);
+    lorasynci_gpu_offer(&g, (char *)memory, &offer);
+    CHECK_EQ(lorasynci_window_device(&w, &g, &offer, &err), LORASYNC_OK);
+    CHECK(w.address == memory && w.kind == LORASYNCI_WINDOW_OWN);
+    lorasynci_window_close(&w);
+    CHECK(w.address == NULL && w.kind == LORASYNCI_WINDOW_CLOSED);
     offer.process ^= 1;
-    CHECK(lorasynci_device_open_offer(&g, &offer, &same) == NULL && !same);
+    CHECK_EQ(lorasynci_window_device(&w, &g, &offer, &err), LORASYNC_E_CUDA);
+    CHECK_HAS(err.text, "CUDA IPC");
+    CHECK(w.address == NULL);
     cudaFree(memory);
     check_left();
 }
