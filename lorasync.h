@@ -1754,6 +1754,8 @@ typedef struct lorasyncd_tile {
 
 /* ----------------------------------------------------------------------------------------------------- >>support -- */
 
+/* What every room stands on. Uses nothing. */
+
 #if defined(__GNUC__)
 #define LORASYNCI_UNUSED __attribute__((unused))
 #define LORASYNCI_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
@@ -1807,6 +1809,7 @@ LORASYNCI_FN lorasync_status lorasynci_fail(lorasync_error *err, lorasync_status
     return status;
 }
 
+/* The one text for memory that the allocator did not give. */
 LORASYNCI_FN lorasync_status lorasynci_fail_memory(lorasync_error *err, size_t num_bytes)
 {
     return lorasynci_fail(err, LORASYNC_E_MEMORY, "out of memory: the allocator gave nothing for %zu bytes", num_bytes);
@@ -1854,11 +1857,13 @@ LORASYNCI_FN int lorasynci_take_allocator(const lorasync_allocator *given, loras
     return 1;
 }
 
+/* A request for 0 bytes asks for 1, so that NULL always means that there is no memory. */
 LORASYNCI_FN void *lorasynci_alloc(const lorasync_allocator *a, size_t num_bytes)
 {
     return a->alloc(a->user, num_bytes ? num_bytes : 1);
 }
 
+/* NULL is left alone, whatever the caller's free does with it. */
 LORASYNCI_FN void lorasynci_dealloc(const lorasync_allocator *a, void *memory)
 {
     if (memory) a->free(a->user, memory);
@@ -1911,6 +1916,7 @@ LORASYNCI_FN void lorasynci_buffer_init(lorasynci_buffer *b, const lorasync_allo
     b->a = *a;
 }
 
+/* The buffer can be filled anew; a growth that failed stays failed. */
 LORASYNCI_FN void lorasynci_buffer_free(lorasynci_buffer *b)
 {
     lorasynci_dealloc(&b->a, b->data);
@@ -1923,6 +1929,7 @@ LORASYNCI_FN char *lorasynci_buffer_reserve(lorasynci_buffer *b, size_t num_byte
 {
     size_t need, capacity;
     char  *data;
+    LORASYNC_ASSERT(b->size <= b->capacity && (b->data || b->size == 0));
     if (b->failed) return NULL;
     if (!lorasynci_checked_add(b->size, num_bytes, &need)) {
         b->failed = 1;
@@ -1944,6 +1951,7 @@ LORASYNCI_FN char *lorasynci_buffer_reserve(lorasynci_buffer *b, size_t num_byte
     return b->data + b->size;
 }
 
+/* Appends bytes, or nothing once the buffer has failed. */
 LORASYNCI_FN void lorasynci_put(lorasynci_buffer *b, const void *bytes, size_t num_bytes)
 {
     char *to = lorasynci_buffer_reserve(b, num_bytes);
@@ -1954,6 +1962,7 @@ LORASYNCI_FN void lorasynci_put(lorasynci_buffer *b, const void *bytes, size_t n
 
 LORASYNCI_FN void lorasynci_put_text(lorasynci_buffer *b, const char *text) { lorasynci_put(b, text, strlen(text)); }
 
+/* Appends short formatted text. A text that is cut would be wrong without a word, so it makes the buffer fail. */
 LORASYNCI_PRINTF(2, 3) LORASYNCI_FN void lorasynci_put_format(lorasynci_buffer *b, const char *format, ...)
 {
     char    text[256]; /* numbers and short words only */
@@ -1992,6 +2001,7 @@ LORASYNCI_FN uint64_t lorasynci_load_le64(const unsigned char *p, size_t n) /* n
 {
     uint64_t v = 0;
     size_t   i;
+    LORASYNC_ASSERT(n <= 8);
     if (n == 8) /* spelt out, compilers see that it is one load */
         return (uint64_t)p[0] | (uint64_t)p[1] << 8 | (uint64_t)p[2] << 16 | (uint64_t)p[3] << 24 |
                (uint64_t)p[4] << 32 | (uint64_t)p[5] << 40 | (uint64_t)p[6] << 48 | (uint64_t)p[7] << 56;
@@ -1999,6 +2009,7 @@ LORASYNCI_FN uint64_t lorasynci_load_le64(const unsigned char *p, size_t n) /* n
     return v;
 }
 
+/* The same on every machine, since ranks compare it. The size is in the seed: zeros at the end count. */
 LORASYNCI_FN uint64_t lorasynci_hash(const void *bytes, size_t num_bytes, uint64_t seed)
 {
     const unsigned char *p = (const unsigned char *)bytes;
@@ -2022,6 +2033,8 @@ typedef struct lorasynci_table {
 
 typedef const char *(*lorasynci_key_of)(const void *user, size_t index);
 
+/* At most max_keys may be inserted: then a cell is always free and every search ends. 0: no memory, or too many
+   keys. */
 LORASYNCI_FN int lorasynci_table_init(lorasynci_table *t, const lorasync_allocator *a, size_t max_keys)
 {
     size_t n = 16;
@@ -2046,6 +2059,7 @@ LORASYNCI_FN size_t lorasynci_table_cell(const lorasynci_table *t, const char *k
                                          const void *user)
 {
     size_t mask = t->num_cells - 1, at = (size_t)lorasynci_hash(key, strlen(key), 0) & mask;
+    LORASYNC_ASSERT(t->cells && (t->num_cells & (t->num_cells - 1)) == 0);
     while (t->cells[at] && strcmp(key_of(user, t->cells[at] - 1), key) != 0) at = (at + 1) & mask;
     return at;
 }
@@ -2064,6 +2078,7 @@ LORASYNCI_FN size_t lorasynci_table_insert(lorasynci_table *t, const char *key, 
 {
     size_t at = lorasynci_table_cell(t, key, key_of, user);
     if (t->cells[at]) return (size_t)t->cells[at] - 1;
+    LORASYNC_ASSERT(index < UINT32_MAX);
     t->cells[at] = (uint32_t)(index + 1);
     return index;
 }
@@ -2190,7 +2205,7 @@ LORASYNCI_FN int lorasynci_process_ended(uint64_t process, uint64_t self)
            if (lorasynci_json_is(&key, "r")) LORASYNCI_TRY(lorasynci_json_uint(&j, &r));
            else LORASYNCI_TRY(lorasynci_json_skip(&j));           // every value must be read or skipped
        if (more < 0) return (lorasync_status)more;
-       LORASYNCI_TRY(lorasynci_json_end(&j));                           // nothing but white space behind
+       LORASYNCI_TRY(lorasynci_json_end(&j));                     // nothing but white space behind
 
    Arrays are the same with lorasynci_json_array and lorasynci_json_element. Every error is LORASYNC_E_FORMAT and says
    where. */
@@ -2228,6 +2243,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_fail(const lorasynci_json *j, const 
     size_t      lines = 1;
     char        found[32];
     if (!j->err) return LORASYNC_E_FORMAT;
+    LORASYNC_ASSERT(j->begin <= at && at <= j->end);
     for (p = j->begin; p < at; p++) {
         if (*p == '\n') {
             lines++;
@@ -2241,8 +2257,10 @@ LORASYNCI_FN lorasync_status lorasynci_json_fail(const lorasynci_json *j, const 
                           (size_t)(at - j->begin), lines, (size_t)(at - line) + 1, why, found);
 }
 
+/* Steps over white space; every reader begins with it. */
 LORASYNCI_FN void lorasynci_json_space(lorasynci_json *j)
 {
+    LORASYNC_ASSERT(j->begin <= j->at && j->at <= j->end);
     while (j->at < j->end && (*j->at == ' ' || *j->at == '\n' || *j->at == '\r' || *j->at == '\t')) j->at++;
 }
 
@@ -2272,6 +2290,7 @@ LORASYNCI_FN size_t lorasynci_utf8(const char *text, const char *end)
     const unsigned char *p = (const unsigned char *)text;
     size_t               n, i, left = (size_t)(end - text);
     unsigned             low = 0x80, high = 0xBF; /* of the second byte */
+    LORASYNC_ASSERT(text < end);
     if (p[0] < 0xC2 || p[0] > 0xF4) return 0;
     n = p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
     if (n > left) return 0;
@@ -2337,6 +2356,7 @@ LORASYNCI_FN const char *lorasynci_json_plain(const char *p, const char *end)
 LORASYNCI_FN const char *lorasynci_json_escape(const lorasynci_json *j, const char *p)
 {
     const char *next = p + 2;
+    LORASYNC_ASSERT(p < j->end && *p == '\\');
     if (j->end - p >= 2 && p[1] && strchr("\"\\/bfnrt", p[1])) return next;
     if (j->end - p < 2 || p[1] != 'u') {
         lorasynci_json_fail(j, p + 1, "a backslash must be followed by one of \" \\ / b f n r t u");
@@ -2387,6 +2407,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_string(lorasynci_json *j, lorasynci_
 LORASYNCI_FN size_t lorasynci_put_utf8(long c, char *out)
 {
     size_t n = c < 0x80 ? 1 : c < 0x800 ? 2 : c < 0x10000 ? 3 : 4, i;
+    LORASYNC_ASSERT(c >= 0 && c <= 0x10FFFF);
     if (n == 1) {
         out[0] = (char)c;
         return 1;
@@ -2431,6 +2452,7 @@ LORASYNCI_FN int lorasynci_json_is(const lorasynci_slice *s, const char *text)
 {
     char   decoded[6 * 48]; /* an escape is at most six times as long as what it stands for */
     size_t n = strlen(text);
+    LORASYNC_ASSERT(6 * n <= sizeof decoded);
     if (!s->escaped) return s->size == n && memcmp(s->at, text, n) == 0;
     if (s->size > sizeof decoded) return 0;
     return lorasynci_json_decode(s, decoded) == n && memcmp(decoded, text, n) == 0;
@@ -2438,8 +2460,10 @@ LORASYNCI_FN int lorasynci_json_is(const lorasynci_slice *s, const char *text)
 
 /* -- objects and arrays */
 
+/* Takes the { or [ and goes one level down. `fresh` tells lorasynci_json_more that no comma is due. */
 LORASYNCI_FN lorasync_status lorasynci_json_bracket(lorasynci_json *j, char bracket)
 {
+    LORASYNC_ASSERT(j->depth >= 0 && j->depth <= LORASYNCI_JSON_DEPTH);
     lorasynci_json_space(j);
     if (j->at == j->end || *j->at != bracket)
         return lorasynci_json_fail(j, j->at, bracket == '{' ? "expected an object" : "expected an array");
@@ -2457,6 +2481,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_array(lorasynci_json *j) { return lo
    error. */
 LORASYNCI_FN int lorasynci_json_more(lorasynci_json *j, char bracket, const char *why)
 {
+    LORASYNC_ASSERT(j->depth > 0);
     lorasynci_json_space(j);
     if (j->at < j->end && *j->at == bracket) {
         j->at++;
@@ -2510,6 +2535,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_null(lorasynci_json *j)
     return lorasynci_json_word(j, "null", "expected null");
 }
 
+/* Whatever does not begin with t is held against "false", so that the error names both. */
 LORASYNCI_FN lorasync_status lorasynci_json_bool(lorasynci_json *j, int *out)
 {
     int value = lorasynci_json_peek(j) == 't';
@@ -2518,6 +2544,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_bool(lorasynci_json *j, int *out)
     return LORASYNC_OK;
 }
 
+/* The first byte from p on that is no digit. */
 LORASYNCI_FN const char *lorasynci_json_digits(const char *p, const char *end)
 {
     while (p < end && *p >= '0' && *p <= '9') p++;
@@ -2621,6 +2648,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_double(lorasynci_json *j, double *ou
     }
     for (; i < s.size; i++)
         if (written < 100000) written = written * 10 + (s.at[i] - '0');
+    LORASYNC_ASSERT(n < sizeof text - 24);
     snprintf(text + n, sizeof text - n, "e%ld", exponent + (negative ? -written : written));
     value = strtod(text, NULL);
     if (value > 1.7976931348623157e308 || value < -1.7976931348623157e308)
@@ -2722,6 +2750,7 @@ LORASYNCI_FN int lorasynci_shortest(double x, char *digits, int *point)
     char        text[48];
     const char *p;
     int         precision, n = 0;
+    LORASYNC_ASSERT(x > 0);
     for (precision = 0; precision < 17; precision++) {
         snprintf(text, sizeof text, "%.*e", precision, x);
         for (p = text, n = 0; *p != 'e'; p++)
@@ -2734,6 +2763,7 @@ LORASYNCI_FN int lorasynci_shortest(double x, char *digits, int *point)
                             may do */
         if (lorasynci_reads_back(digits, *point, x)) break;
     }
+    LORASYNC_ASSERT(n > 0 && n <= 17);
     return n;
 }
 
@@ -2764,7 +2794,7 @@ LORASYNCI_FN void lorasynci_json_put_double(lorasynci_buffer *b, double x)
     if (point >= n) lorasynci_put_text(b, ".0");
 }
 
-/* -- objects as a whole, and rewriting in Python's form */
+/* -- objects as a whole */
 
 /* One member of an object: its decoded key (in the list's own memory, NUL-terminated) and its value's text. */
 typedef struct lorasynci_member {
@@ -2782,6 +2812,7 @@ typedef struct lorasynci_members {
     lorasync_allocator a;
 } lorasynci_members;
 
+/* For members that were read, wholly or in part. */
 LORASYNCI_FN void lorasynci_members_free(lorasynci_members *m)
 {
     lorasynci_dealloc(&m->a, m->at);
@@ -2791,6 +2822,7 @@ LORASYNCI_FN void lorasynci_members_free(lorasynci_members *m)
     m->num  = 0;
 }
 
+/* As strcmp sorts, byte by byte. */
 LORASYNCI_FN int lorasynci_member_order(const void *a, const void *b)
 {
     return strcmp(((const lorasynci_member *)a)->key, ((const lorasynci_member *)b)->key);
@@ -2842,6 +2874,7 @@ LORASYNCI_FN lorasync_status lorasynci_members_read(lorasynci_json *j, const lor
         m->key              = to;
         to += lorasynci_json_decode(&key, to);
         *to++ = 0;
+        LORASYNC_ASSERT(to <= out->keys + num_bytes && out->num <= num);
         lorasynci_json_space(j);
         m->value = j->at;
         LORASYNCI_TRY(lorasynci_json_skip(j));
@@ -2858,22 +2891,29 @@ LORASYNCI_FN lorasync_status lorasynci_members_read(lorasynci_json *j, const lor
 LORASYNCI_FN const lorasynci_member *lorasynci_members_find(const lorasynci_members *m, const char *key)
 {
     lorasynci_member wanted;
+    LORASYNC_ASSERT(m->num == 0 || m->at);
     memset(&wanted, 0, sizeof wanted);
     wanted.key = key;
     return m->num ? (const lorasynci_member *)bsearch(&wanted, m->at, m->num, sizeof *m->at, lorasynci_member_order)
                   : NULL;
 }
 
+/* -- rewriting in Python's form */
+
+/* A new line and the indentation of that level, two spaces each. */
 LORASYNCI_FN void lorasynci_json_put_line(lorasynci_buffer *b, int level)
 {
     /* 2 * (LORASYNCI_JSON_DEPTH + 1) */
     static const char spaces[] = "                                                                  ";
+    LORASYNC_ASSERT(level >= 0 && 2 * (size_t)level < sizeof spaces);
     lorasynci_put(b, "\n", 1);
     lorasynci_put(b, spaces, 2 * (size_t)level);
 }
 
 LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lorasynci_json *j, int level);
 
+/* The members of an object that was read by lorasynci_members_read, in their sorted order. j stands inside the object:
+   its depth is what nested values count from. */
 LORASYNCI_FN lorasync_status lorasynci_json_put_members(lorasynci_buffer *b, const lorasynci_json *j,
                                                         const lorasynci_members *m, int level)
 {
@@ -2896,6 +2936,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_members(lorasynci_buffer *b, con
     return LORASYNC_OK;
 }
 
+/* The elements of an array, each on a line of its own. */
 LORASYNCI_FN lorasync_status lorasynci_json_put_elements(lorasynci_buffer *b, lorasynci_json *j, int level)
 {
     size_t num = 0;
@@ -2924,6 +2965,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lora
     const char       *start;
     double            real;
     char             *text;
+    LORASYNC_ASSERT(level >= 0 && level <= LORASYNCI_JSON_DEPTH);
     switch (lorasynci_json_peek(j)) {
     case '{':
         again  = *j;
@@ -3402,7 +3444,7 @@ LORASYNCI_FN size_t lorasynci_find_nonfinite(const void *data, lorasync_dtype dt
 }
 /* ------------------------------------------------------------------------------------------------------- >>names -- */
 
-/* Parameter names, patterns, and the filter made of both. Relies on >>support only.
+/* Parameter names, patterns, and the filter made of both. Uses >>support.
 
    A name is cut into segments at its dots and never looked at any other way:
 
@@ -3427,8 +3469,9 @@ LORASYNC_API const char *lorasync_role_text(lorasync_role role)
     }
 }
 
-/* -- segments */
+/* -- segments of a name */
 
+/* One segment, in the caller's name. */
 typedef struct lorasynci_segment {
     const char *text;
     size_t      size;
@@ -3445,12 +3488,14 @@ LORASYNCI_FN int lorasynci_segment_is(lorasynci_segment s, const char *text)
     return s.size == strlen(text) && memcmp(s.text, text, s.size) == 0;
 }
 
+/* 1 if the segment is `text` and more, or just that. */
 LORASYNCI_FN int lorasynci_segment_begins(lorasynci_segment s, const char *text)
 {
     size_t n = strlen(text);
     return s.size >= n && memcmp(s.text, text, n) == 0;
 }
 
+/* Cuts a name at its dots. Afterwards num is 1 or more and no segment is empty; they point into `raw`. */
 LORASYNCI_FN lorasync_status lorasynci_path_split(const char *raw, lorasynci_path *p, lorasync_error *err)
 {
     const char *end = (const char *)memchr(raw, 0, LORASYNC_MAX_NAME), *at = raw;
@@ -3465,6 +3510,7 @@ LORASYNCI_FN lorasync_status lorasynci_path_split(const char *raw, lorasynci_pat
         if (to == at)
             return lorasynci_fail(err, LORASYNC_E_NAME, "parameter name \"%.300s\" has an empty segment at byte %d",
                                   raw, (int)(at - raw));
+        LORASYNC_ASSERT(p->num < LORASYNCI_COUNT(p->seg));
         p->seg[p->num].text   = at;
         p->seg[p->num++].size = (size_t)(to - at);
         if (!dot) return LORASYNC_OK;
@@ -3475,16 +3521,21 @@ LORASYNCI_FN lorasync_status lorasynci_path_split(const char *raw, lorasynci_pat
 /* Takes out num segments at `at`. */
 LORASYNCI_FN void lorasynci_path_cut(lorasynci_path *p, size_t at, size_t num)
 {
+    LORASYNC_ASSERT(at + num <= p->num);
     memmove(p->seg + at, p->seg + at + num, (p->num - at - num) * sizeof p->seg[0]);
     p->num -= num;
 }
 
+/* What FSDP, activation checkpointing, torch.compile and others put between a module and its name. */
 LORASYNCI_FN int lorasynci_is_wrapper(lorasynci_segment s)
 {
     return lorasynci_segment_is(s, "_fsdp_wrapped_module") || lorasynci_segment_is(s, "_checkpoint_wrapped_module") ||
            lorasynci_segment_is(s, "_orig_mod") || lorasynci_segment_is(s, "to_wrap");
 }
 
+/* Takes out what trainers and PEFT put around the model's own names, so that all of them give the same key. At least
+   one segment is left. A "module" in front is the wrapper of DistributedDataParallel; further in it may be the model's
+   own. */
 LORASYNCI_FN lorasync_status lorasynci_path_unwrap(lorasynci_path *p, lorasync_error *err)
 {
     size_t i = 0;
@@ -3506,6 +3557,7 @@ LORASYNCI_FN lorasync_status lorasynci_path_join(const lorasynci_path *p, size_t
                                                  lorasync_error *err)
 {
     size_t used = strlen(out), i;
+    LORASYNC_ASSERT(from <= to && to <= p->num);
     for (i = from; i < to; i++) {
         size_t dot = used ? 1 : 0;
         if (p->seg[i].size >= LORASYNC_MAX_NAME - used - dot)
@@ -3515,13 +3567,15 @@ LORASYNCI_FN lorasync_status lorasynci_path_join(const lorasynci_path *p, size_t
         if (dot) out[used++] = '.';
         memcpy(out + used, p->seg[i].text, p->seg[i].size);
         used += p->seg[i].size;
+        LORASYNC_ASSERT(used < LORASYNC_MAX_NAME);
         out[used] = 0;
     }
     return LORASYNC_OK;
 }
 
-/* -- names */
+/* -- what a name says */
 
+/* A name that PEFT gives to what it adds to a module. */
 typedef struct lorasynci_leaf {
     const char   *text;
     lorasync_role role;
@@ -3561,6 +3615,7 @@ typedef struct lorasynci_tail {
 LORASYNCI_FN int lorasynci_find_tail(const lorasynci_path *p, lorasynci_tail *t)
 {
     size_t behind = 3, last = p->num - 1; /* segments behind the leaf: 2, 1, 0 */
+    LORASYNC_ASSERT(p->num > 0);
     while (behind-- > 0) {
         int parameter;
         if (last < behind) continue;
@@ -3594,9 +3649,11 @@ LORASYNCI_FN lorasync_status lorasynci_tail_module(const lorasynci_path *p, size
     return out[0] ? LORASYNC_OK : lorasynci_fail_no_module(p, err);
 }
 
+/* A LoRA parameter. The key is PEFT's, without the adapter's name: files hold one adapter and do not say which. */
 LORASYNCI_FN lorasync_status lorasynci_name_from_tail(const lorasynci_path *p, const lorasynci_tail *t,
                                                       lorasync_name *n, lorasync_error *err)
 {
+    LORASYNC_ASSERT(t->leaf && t->at < p->num && t->parameter < p->num && t->adapter < p->num);
     n->role = t->leaf->role;
     if (t->parameter && lorasynci_segment_is(p->seg[t->parameter], "bias")) {
         if (n->role != LORASYNC_ROLE_LORA_B)
@@ -3618,6 +3675,7 @@ LORASYNCI_FN lorasync_status lorasynci_name_from_tail(const lorasynci_path *p, c
 LORASYNCI_FN lorasync_status lorasynci_name_from_saved(const lorasynci_path *p, size_t at, lorasync_name *n,
                                                        lorasync_error *err)
 {
+    LORASYNC_ASSERT(at < p->num);
     if (at == 0) return lorasynci_fail_no_module(p, err);
     if (at + 2 >= p->num)
         return lorasynci_fail(err, LORASYNC_E_NAME,
@@ -3641,6 +3699,7 @@ LORASYNCI_FN size_t lorasynci_unknown_leaf(const lorasynci_path *p)
         size_t            behind = n - 1 - i;
         if (lorasynci_leaf_of(s)) return i;
         if (!lorasynci_segment_begins(s, "lora_")) continue;
+        LORASYNC_ASSERT(s.size >= 5);
         if (behind <= 1) return i;
         /* lora_C.default.weight, but not lora_router.gate.weight */
         if (behind == 2 && lorasynci_is_parameter(p->seg[n - 1]) && s.text[s.size - 2] == '_' &&
@@ -3661,6 +3720,7 @@ LORASYNCI_FN int lorasynci_is_megatron(const lorasynci_path *p)
     return lorasynci_segment_is(p->seg[i], "adapter");
 }
 
+/* A name with no known tail is a base parameter, unless it looks like LoRA: then silence would drop trained weights. */
 LORASYNCI_FN lorasync_status lorasynci_check_base(const lorasynci_path *p, lorasync_error *err)
 {
     size_t at = lorasynci_unknown_leaf(p);
@@ -3685,6 +3745,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_base(const lorasynci_path *p, loras
     return LORASYNC_OK;
 }
 
+/* A base parameter. PEFT moves the wrapped weights one level down; the key is the one that the model has without
+   PEFT. */
 LORASYNCI_FN lorasync_status lorasynci_name_from_base(lorasynci_path *p, lorasync_name *n, lorasync_error *err)
 {
     size_t i = 0;
@@ -3743,7 +3805,7 @@ LORASYNC_API void lorasync_drop_adapter(const char *key, const char *adapter, ch
         memmove(out + end - m - 1, out + end, n + 1 - end);
 }
 
-/* -- patterns
+/* -- patterns.
 
    A pattern is parsed into a tree, and the tree becomes a machine of states that reads the text backwards. At every
    position, from the end to the start, all states that can go on are kept as a set, so the time is states x bytes
@@ -3821,18 +3883,22 @@ typedef struct lorasynci_re {
     lorasync_error      *err;
 } lorasynci_re;
 
+/* `at` is a byte of the pattern. */
 LORASYNCI_FN lorasync_status lorasynci_re_fail(lorasynci_re *r, lorasync_status status, size_t at, const char *what)
 {
     return lorasynci_fail(r->err, status, "pattern \"%.200s\": %s at byte %zu", (const char *)r->text, what, at);
 }
 
+/* Nodes are named by number, since the tree moves when it grows: use the pointer before the next node is made. */
 LORASYNCI_FN lorasynci_re_node *lorasynci_re_tree(lorasynci_re *r, uint32_t i)
 {
+    LORASYNC_ASSERT(i < r->tree.size / sizeof(lorasynci_re_node));
     return (lorasynci_re_node *)(void *)r->tree.data + i;
 }
 
 LORASYNCI_FN uint32_t lorasynci_re_count(const lorasynci_buffer *b, size_t size) { return (uint32_t)(b->size / size); }
 
+/* Adds a node without children to the tree. */
 LORASYNCI_FN lorasync_status lorasynci_re_new(lorasynci_re *r, lorasynci_re_kind kind, uint32_t arg, uint32_t index,
                                               uint32_t *out)
 {
@@ -3849,13 +3915,15 @@ LORASYNCI_FN lorasync_status lorasynci_re_new(lorasynci_re *r, lorasynci_re_kind
 /* *last is the child added before, 0 at first. */
 LORASYNCI_FN void lorasynci_re_append(lorasynci_re *r, uint32_t parent, uint32_t *last, uint32_t child)
 {
+    LORASYNC_ASSERT(child != 0 && child != parent);
     if (*last) lorasynci_re_tree(r, *last)->sibling = child;
     else lorasynci_re_tree(r, parent)->child = child;
     *last = child;
 }
 
-/* -- patterns: sets of bytes */
+/* -- sets of bytes in a pattern */
 
+/* What \w means for one byte. Python counts letters outside ASCII too; their bytes are none here. */
 LORASYNCI_FN int lorasynci_is_word(unsigned c)
 {
     return (c >= '0' && c <= '9') || (c < 128 && lorasynci_is_letter((char)c)) || c == '_';
@@ -3863,8 +3931,10 @@ LORASYNCI_FN int lorasynci_is_word(unsigned c)
 
 LORASYNCI_FN int lorasynci_re_has(const unsigned char *set, unsigned c) { return set[c >> 3] >> (c & 7) & 1; }
 
+/* Adds the bytes from..to, both ends included. */
 LORASYNCI_FN void lorasynci_re_include(unsigned char *set, unsigned from, unsigned to)
 {
+    LORASYNC_ASSERT(to < 256);
     for (; from <= to; from++) set[from >> 3] = (unsigned char)(set[from >> 3] | 1u << (from & 7));
 }
 
@@ -3883,6 +3953,7 @@ LORASYNCI_FN int lorasynci_re_include_class(unsigned char *set, unsigned letter)
     return 1;
 }
 
+/* A leaf for a set; the tree names it by its number in `sets`. */
 LORASYNCI_FN lorasync_status lorasynci_re_new_set(lorasynci_re *r, const unsigned char *set, uint32_t *out)
 {
     uint32_t index = lorasynci_re_count(&r->sets, 32);
@@ -3891,14 +3962,16 @@ LORASYNCI_FN lorasync_status lorasynci_re_new_set(lorasynci_re *r, const unsigne
     return lorasynci_re_new(r, LORASYNCI_RE_SET, 0, index, out);
 }
 
-/* -- patterns: parsing */
+/* -- parsing a pattern */
 
 /* The byte `ahead` places on; 0 behind the end. */
 LORASYNCI_FN unsigned lorasynci_re_peek(const lorasynci_re *r, size_t ahead)
 {
+    LORASYNC_ASSERT(r->at <= r->size);
     return ahead < r->size - r->at ? r->text[r->at + ahead] : 0;
 }
 
+/* Its value, or -1. */
 LORASYNCI_FN int lorasynci_hex_digit(unsigned c)
 {
     if (c >= '0' && c <= '9') return (int)(c - '0');
@@ -3954,6 +4027,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_class_member(lorasynci_re *r, size_t o
     return LORASYNC_OK;
 }
 
+/* [...], behind the [. A negated set takes the bytes of characters outside ASCII, one at a time. */
 LORASYNCI_FN lorasync_status lorasynci_re_class(lorasynci_re *r, uint32_t *out)
 {
     unsigned char set[32];
@@ -4042,6 +4116,8 @@ LORASYNCI_FN lorasync_status lorasynci_re_group_kind(lorasynci_re *r, unsigned *
     return LORASYNC_OK;
 }
 
+/* (...), behind the (. A look-ahead becomes a machine of its own; those inside it have lower numbers, as they are
+   parsed first. */
 LORASYNCI_FN lorasync_status lorasynci_re_group(lorasynci_re *r, uint32_t *out)
 {
     size_t   open = r->at - 1;
@@ -4079,6 +4155,8 @@ LORASYNCI_FN lorasync_status lorasynci_re_literal(lorasynci_re *r, unsigned c, u
     }
 }
 
+/* What stands behind a backslash outside [...]. \A is ^, as there is no multi-line mode; \Z does not accept a newline
+   at the end, which $ does. */
 LORASYNCI_FN lorasync_status lorasynci_re_backslash(lorasynci_re *r, uint32_t *out)
 {
     unsigned char set[32];
@@ -4093,12 +4171,14 @@ LORASYNCI_FN lorasync_status lorasynci_re_backslash(lorasynci_re *r, uint32_t *o
     return byte < 0 ? lorasynci_re_new_set(r, set, out) : lorasynci_re_literal(r, (unsigned)byte, out);
 }
 
+/* What a quantifier can follow. A ) or | ends the sequence before it comes here. */
 LORASYNCI_FN lorasync_status lorasynci_re_atom(lorasynci_re *r, uint32_t *out)
 {
     unsigned char set[32];
     uint32_t      min, max;
     size_t        at = r->at;
     unsigned      c  = lorasynci_re_peek(r, 0);
+    LORASYNC_ASSERT(r->at < r->size);
     if (lorasynci_re_quantifier(r, &min, &max)) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "nothing to repeat");
     r->at++;
     switch (c) {
@@ -4140,6 +4220,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_piece(lorasynci_re *r, uint32_t *out)
     return LORASYNC_OK;
 }
 
+/* Atoms up to a | or ) or the end. It may have none: a|  matches the empty text. */
 LORASYNCI_FN lorasync_status lorasynci_re_sequence(lorasynci_re *r, uint32_t *out)
 {
     uint32_t last = 0, piece;
@@ -4151,6 +4232,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_sequence(lorasynci_re *r, uint32_t *ou
     return LORASYNC_OK;
 }
 
+/* Sequences with | between them; ends at the ) or at the end of the pattern. */
 LORASYNCI_FN lorasync_status lorasynci_re_alternatives(lorasynci_re *r, uint32_t *out)
 {
     uint32_t last = 0, sequence;
@@ -4163,6 +4245,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_alternatives(lorasynci_re *r, uint32_t
     }
 }
 
+/* The whole pattern into the tree and its roots, of which the last is the pattern itself. */
 LORASYNCI_FN lorasync_status lorasynci_re_parse(lorasynci_re *r)
 {
     uint32_t node;
@@ -4173,8 +4256,9 @@ LORASYNCI_FN lorasync_status lorasynci_re_parse(lorasynci_re *r)
     return r->roots.failed ? lorasynci_fail_memory(r->err, sizeof node) : LORASYNC_OK;
 }
 
-/* -- patterns: states */
+/* -- states of a pattern */
 
+/* Adds a state. Its number can be stored before the states that it leads to are made. */
 LORASYNCI_FN lorasync_status lorasynci_re_put_state(lorasynci_re *r, lorasynci_re_kind kind, uint32_t arg,
                                                     uint32_t next, uint32_t index, uint32_t *out)
 {
@@ -4196,6 +4280,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_emit_repeat(lorasynci_re *r, lorasynci
                                                       uint32_t *out)
 {
     uint32_t i, body;
+    LORASYNC_ASSERT(n.min <= n.max);
     if (n.max == LORASYNCI_RE_FOREVER) {
         LORASYNCI_TRY(lorasynci_re_put_state(r, LORASYNCI_RE_SPLIT, 0, next, next, &i));
         LORASYNCI_TRY(lorasynci_re_emit(r, n.child, i, &body));
@@ -4230,6 +4315,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_emit(lorasynci_re *r, uint32_t tree, u
         return LORASYNC_OK;
     case LORASYNCI_RE_ANY:
         LORASYNCI_TRY(lorasynci_re_emit(r, n.child, next, out));
+        LORASYNC_ASSERT(n.child);
         for (child = lorasynci_re_tree(r, n.child)->sibling; child; child = lorasynci_re_tree(r, child)->sibling) {
             LORASYNCI_TRY(lorasynci_re_emit(r, child, next, &entry));
             LORASYNCI_TRY(lorasynci_re_put_state(r, LORASYNCI_RE_SPLIT, 0, *out, entry, out));
@@ -4246,6 +4332,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_finish(lorasynci_re *r, lorasync_patte
     uint32_t i, match;
     p->num_machines = lorasynci_re_count(&r->roots, sizeof i);
     p->machines     = (lorasynci_re_machine *)lorasynci_alloc_array(&p->a, p->num_machines, sizeof *p->machines);
+    LORASYNC_ASSERT(p->num_machines > 0);
     if (!p->machines) return lorasynci_fail_memory(r->err, p->num_machines * sizeof *p->machines);
     for (i = 0; i < p->num_machines; i++) {
         LORASYNCI_TRY(lorasynci_re_put_state(r, LORASYNCI_RE_MATCH, 0, 0, 0, &match));
@@ -4316,7 +4403,7 @@ LORASYNC_API void lorasync_pattern_free(lorasync_pattern *pattern)
     lorasynci_dealloc(&a, pattern);
 }
 
-/* -- patterns: matching */
+/* -- matching a pattern */
 
 /* Where the machines stand: before byte i of the n bytes of text. */
 typedef struct lorasynci_re_place {
@@ -4324,6 +4411,7 @@ typedef struct lorasynci_re_place {
     size_t               n, i;
 } lorasynci_re_place;
 
+/* Whether ^ $ \b \B \Z hold where the machines stand. */
 LORASYNCI_FN int lorasynci_re_holds(const lorasynci_re_place *at, unsigned assertion)
 {
     int left, right;
@@ -4339,8 +4427,10 @@ LORASYNCI_FN int lorasynci_re_holds(const lorasynci_re_place *at, unsigned asser
     }
 }
 
+/* Whether a state that reads takes the byte c. */
 LORASYNCI_FN int lorasynci_re_reads(const lorasync_pattern *p, const lorasynci_re_state *s, unsigned c)
 {
+    LORASYNC_ASSERT(s->kind == LORASYNCI_RE_BYTE || s->kind == LORASYNCI_RE_SET);
     return s->kind == LORASYNCI_RE_BYTE ? s->arg == c : lorasynci_re_has(p->sets + (size_t)s->index * 32, c);
 }
 
@@ -4350,6 +4440,7 @@ LORASYNCI_FN void lorasynci_re_reach(lorasync_pattern *p, lorasynci_re_machine *
                                      const lorasynci_re_place *at)
 {
     uint32_t num = 0;
+    LORASYNC_ASSERT(state < p->num_states);
     if (p->mark[state] == p->turn) return;
     p->mark[state]  = p->turn;
     p->stack[num++] = state;
@@ -4374,6 +4465,7 @@ LORASYNCI_FN void lorasynci_re_reach(lorasync_pattern *p, lorasynci_re_machine *
         }
         for (k = 0; k < num_to; k++) {
             if (p->mark[to[k]] == p->turn) continue;
+            LORASYNC_ASSERT(num < p->num_states);
             p->mark[to[k]]  = p->turn;
             p->stack[num++] = to[k];
         }
@@ -4386,6 +4478,7 @@ LORASYNCI_FN void lorasynci_re_move(lorasync_pattern *p, lorasynci_re_machine *m
                                     const lorasynci_re_place *at)
 {
     uint32_t i, size = m->size;
+    LORASYNC_ASSERT(m->first + size <= p->num_states);
     m->size    = 0;
     m->arrived = 0;
     for (i = 0; i < size; i++) lorasynci_re_reach(p, m, p->states[p->before[m->first + i]].next, at);
@@ -4419,7 +4512,7 @@ LORASYNC_API int lorasync_pattern_matches(lorasync_pattern *pattern, const char 
     }
 }
 
-/* -- matcher: which modules, then which parameters */
+/* -- lists of modules */
 
 /* A list of module names or their dotted ends, or a pattern, or neither. */
 typedef struct lorasynci_modules {
@@ -4453,6 +4546,7 @@ LORASYNCI_FN lorasync_status lorasynci_modules_reserve(lorasynci_modules *m, siz
     return LORASYNC_OK;
 }
 
+/* Once only: a second entry of the same text changes nothing. There is room: see lorasynci_modules_reserve. */
 LORASYNCI_FN lorasync_status lorasynci_modules_add(lorasynci_modules *m, const char *entry, const lorasync_allocator *a,
                                                    lorasync_error *err)
 {
@@ -4464,6 +4558,7 @@ LORASYNCI_FN lorasync_status lorasynci_modules_add(lorasynci_modules *m, const c
     return LORASYNC_OK;
 }
 
+/* For lists of any state, filled or not. */
 LORASYNCI_FN void lorasynci_modules_free(lorasynci_modules *m, const lorasync_allocator *a)
 {
     size_t i;
@@ -4508,6 +4603,7 @@ LORASYNCI_FN int lorasynci_modules_match(lorasynci_modules *m, const char *modul
 {
     const char *end = module;
     if (!m->given) return 0;
+    LORASYNC_ASSERT(!m->pattern || !m->entries);
     if (m->pattern) return lorasync_pattern_matches(m->pattern, module);
     while (end) {
         if (lorasynci_table_find(&m->table, end, lorasynci_entry_of, m) != SIZE_MAX) return 1;
@@ -4517,8 +4613,9 @@ LORASYNCI_FN int lorasynci_modules_match(lorasynci_modules *m, const char *modul
     return 0;
 }
 
-/* -- matcher: "all-linear" */
+/* -- "all-linear" */
 
+/* 1 for PEFT's word in any case, as PEFT compares it. */
 LORASYNCI_FN int lorasynci_is_all_linear(const char *pattern)
 {
     static const char word[] = "all-linear";
@@ -4551,6 +4648,7 @@ LORASYNCI_FN const char *lorasynci_output_embedding(const char *given, const lor
     return NULL;
 }
 
+/* PEFT's "all-linear": every linear module but the output embedding, by their whole names. */
 LORASYNCI_FN lorasync_status lorasynci_modules_all_linear(lorasynci_modules *m, const lorasync_filter *f,
                                                           const lorasync_module *modules, size_t num,
                                                           const lorasync_allocator *a, lorasync_error *err)
@@ -4572,8 +4670,9 @@ LORASYNCI_FN lorasync_status lorasynci_modules_all_linear(lorasynci_modules *m, 
                           "filter: \"all-linear\" finds no linear module but the output embedding among %zu", num);
 }
 
-/* -- matcher */
+/* -- matcher. Which modules, then which parameters. */
 
+/* Reads the filter into m, which lorasync_matcher_free frees also after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_matcher_fill(lorasync_matcher *m, const lorasync_filter *f,
                                                     const lorasync_module *modules, size_t num_modules,
                                                     lorasync_error *err)
@@ -4642,7 +4741,8 @@ LORASYNC_API int lorasync_matcher_takes(lorasync_matcher *matcher, const lorasyn
 /* ------------------------------------------------------------------------------------------------------ >>layout -- */
 
 /* Boxes and the rules by which trainers cut tensors. Everything is int64_t arithmetic on caller-given shapes; an
-   impossible request becomes a box of len -1, which lorasynci_box_check turns into an error where the piece is used. */
+   impossible request becomes a box of len -1, which lorasynci_box_check turns into an error where the piece is used.
+   Uses >>support. */
 
 /* No dimension of a scalar can be empty: none of it is an empty flat interval. */
 LORASYNC_API lorasync_box lorasync_none(int ndim)
@@ -4654,6 +4754,7 @@ LORASYNC_API lorasync_box lorasync_none(int ndim)
     return b;
 }
 
+/* Any ndim is allowed, also one that is the mistake. */
 LORASYNCI_FN lorasync_box lorasynci_impossible(int ndim)
 {
     lorasync_box b = lorasync_none(ndim);
@@ -4676,9 +4777,11 @@ LORASYNC_API lorasync_box lorasync_whole(const int64_t *shape, int ndim)
 LORASYNCI_FN void lorasynci_chunk(int64_t length, int64_t rank, int64_t world, int64_t *off, int64_t *len)
 {
     int64_t c = length / world + (length % world != 0);
-    *off      = c != 0 && rank > length / c ? length : c * rank;
+    LORASYNC_ASSERT(length >= 0 && world > 0 && rank >= 0 && rank < world);
+    *off = c != 0 && rank > length / c ? length : c * rank;
     if (*off > length) *off = length;
     *len = length - *off < c ? length - *off : c;
+    LORASYNC_ASSERT(*off >= 0 && *len >= 0 && *off + *len <= length);
 }
 
 /* Dimension counted from 0, or -1 when the request cannot be met. */
@@ -4737,6 +4840,7 @@ LORASYNC_API lorasync_box lorasync_flat_shard(int64_t numel, int rank, int world
 LORASYNCI_FN int lorasynci_round_up(int64_t *at, int64_t step)
 {
     int64_t rest = *at % step;
+    LORASYNC_ASSERT(*at >= 0 && step > 0);
     if (rest == 0) return 1;
     if (*at > INT64_MAX - (step - rest)) return 0;
     *at += step - rest;
@@ -4800,7 +4904,7 @@ LORASYNC_API lorasync_flat_piece lorasync_flat_part(int64_t start, int64_t numel
     return p;
 }
 
-/* -- what the planner needs */
+/* -- what planning needs */
 
 /* *out = product of shape, or 0 when a dimension is negative or the product passes INT64_MAX. */
 LORASYNCI_FN int lorasynci_numel(const int64_t *shape, int ndim, int64_t *out)
@@ -4815,6 +4919,7 @@ LORASYNCI_FN int lorasynci_numel(const int64_t *shape, int ndim, int64_t *out)
     return 1;
 }
 
+/* The product of a box that was checked against its shape, whose own product fits. */
 LORASYNCI_FN int64_t lorasynci_box_numel(const int64_t *len, int ndim)
 {
     int64_t n = 1;
@@ -4836,6 +4941,7 @@ LORASYNCI_FN const char *lorasynci_box_text(const int64_t *off, const int64_t *l
     return text;
 }
 
+/* "[32, 4096]" into text, cut to whole numbers when it does not fit. */
 LORASYNCI_FN const char *lorasynci_shape_text(const int64_t *shape, int ndim, char *text, size_t size)
 {
     size_t n = 0;
@@ -4895,6 +5001,7 @@ LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim
                                                   lorasynci_emit_box emit, void *user)
 {
     int64_t off[LORASYNC_MAX_DIMS] = {0}, len[LORASYNC_MAX_DIMS], done = 0;
+    LORASYNC_ASSERT(first >= 0 && num >= 0);
     while (done < num) {
         int64_t at = first + done, inner = 1, take;
         int     d, k;
@@ -4912,6 +5019,7 @@ LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim
         }
         LORASYNCI_TRY(emit(user, off, len, done));
         done += ndim > 0 ? len[k] * inner : 1;
+        LORASYNC_ASSERT(done <= num);
     }
     return LORASYNC_OK;
 }
