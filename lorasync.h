@@ -440,10 +440,11 @@ LORASYNC_API int lorasync_matcher_takes(lorasync_matcher *matcher, const lorasyn
 
 /* ------------------------------------------------------------------------------------------------ >>api: layout -- */
 
-/* A part of a tensor. flat == 0: the elements off[d] .. off[d]+len[d]-1 of each dimension d. flat == 1: the elements
-   off[0] .. off[0]+len[0]-1 of the tensor read row by row as one vector. A len of 0 holds nothing and is legal
-   everywhere. A len below 0 marks an impossible request (an even split that does not divide); whoever receives it
-   reports it. */
+/* A part of a tensor.
+   flat == 0  elements off[d] .. off[d] + len[d] - 1 of each dimension d
+   flat == 1  elements off[0] .. off[0] + len[0] - 1 of the tensor read row by row as one vector
+   A len of 0 holds nothing and is legal everywhere. A negative len marks an impossible request (such as an even
+   split that does not divide); the function that receives the box reports the error. */
 typedef struct lorasync_box {
     int     flat;
     int     ndim;
@@ -451,81 +452,92 @@ typedef struct lorasync_box {
     int64_t len[LORASYNC_MAX_DIMS];
 } lorasync_box;
 
-/* The whole tensor: also one replica of it (HSDP, DDP, ZeRO-1/2). */
+/* The whole tensor; also one replica of it (HSDP, DDP, ZeRO-1 and -2). */
 LORASYNC_API lorasync_box lorasync_whole(const int64_t *shape, int ndim);
 
-/* No part of it: pipeline or expert ranks that do not hold the tensor. */
+/* No part of the tensor: for pipeline or expert ranks that do not hold it. */
 LORASYNC_API lorasync_box lorasync_none(int ndim);
 
-/* The part of `box` that rank holds when `world` ranks split its dimension dim by torch.chunk's rule: pieces of
-   ceil(len / world), then one short, then empty ones (torch/distributed/tensor/placement_types.py, Shard). The layouts
-   of FSDP2 and DTensor are compositions of it:
-       FSDP2 / DTensor Shard(d)       lorasync_shard(lorasync_whole(shape, ndim), d, rank, world)
-       [Shard(d), Shard(e)] on a mesh  lorasync_shard(lorasync_shard(whole, d, r0, n0), e, r1, n1)  outer mesh dim first
+/* The part of `box` that `rank` holds when `world` ranks split its dimension dim by torch.chunk's rule: parts of
+   ceil(len / world), then one shorter part, then empty ones (torch/distributed/tensor/placement_types.py, Shard). The
+   layouts of FSDP2 and DTensor are compositions of it:
+       FSDP2, DTensor Shard(d)         lorasync_shard(lorasync_whole(shape, ndim), d, rank, world)
+       [Shard(d), Shard(e)] on a mesh  lorasync_shard(lorasync_shard(whole, d, r0, n0), e, r1, n1), outer mesh dim first
        TP, then FSDP on the same dim   lorasync_shard(lorasync_shard(whole, d, tp_rank, tp), d, dp_rank, dp)
                                        (_StridedShard: what is in memory; the spec of an uneven one can be wrong)
-       HSDP                            the same on every replica: lorasync_shard(whole, d, shard_rank, shards)
-   A negative dim counts from the end. dim out of range, world < 1, rank outside 0..world-1 or a box that ends beyond
-   2^63 - 1 gives a box of len -1. */
+       HSDP                            lorasync_shard(whole, d, shard_rank, shards), the same on every replica
+
+   dim  negative values count from the end
+
+   Returns a box of len -1 if dim is out of range, world < 1, rank is not in 0 .. world - 1, or the box ends beyond
+   2^63 - 1. */
 LORASYNC_API lorasync_box lorasync_shard(lorasync_box box, int dim, int rank, int world);
 
-/* The same for splits that must be even: Megatron column (dim 0) and row (dim 1) parallel, experts (dim 0 of a stack).
-   A length that world does not divide gives a box of len -1, as Megatron asserts (core/tensor_parallel/layers.py). */
+/* lorasync_shard for splits that must be even: Megatron column (dim 0) and row (dim 1) parallel, experts (dim 0 of a
+   stack). Also returns a box of len -1 if world does not divide the length, which Megatron asserts too
+   (core/tensor_parallel/layers.py). */
 LORASYNC_API lorasync_box lorasync_even(lorasync_box box, int dim, int rank, int world);
 
-/* Rows [off, off + len) of dimension dim of `box`: interleaved qkv groups and gate/up halves are several such
+/* Rows [off, off + len) of dimension dim of `box`. Interleaved qkv groups and gate/up halves are several such
    pieces. */
 LORASYNC_API lorasync_box lorasync_range(lorasync_box box, int dim, int64_t off, int64_t len);
 
-/* A flat interval of a tensor: num_elements from first on. ZeRO-3 partitions
-   (deepspeed/runtime/zero/partition_parameters.py) are
-       lorasync_flat_shard(numel, rank, world)
-   the same rule as lorasync_shard on the flat tensor; the pad behind a short partition belongs to nobody. */
+/* A flat interval of a tensor: num_elements elements, starting at `first`. */
 LORASYNC_API lorasync_box lorasync_flat(int64_t first, int64_t num_elements);
+
+/* A rank's ZeRO-3 partition (deepspeed/runtime/zero/partition_parameters.py): lorasync_shard's rule on the flat tensor.
+   The padding behind a short partition belongs to no rank. */
 LORASYNC_API lorasync_box lorasync_flat_shard(int64_t numel, int rank, int world);
 
-/* A parameter inside a larger flat buffer that ranks split evenly: where this rank's part of it is. */
+/* Where a rank's part of a parameter is, when the parameter lies in a larger flat buffer that ranks split evenly. */
 typedef struct lorasync_flat_piece {
-    lorasync_box box;      /* flat; len 0 when the rank holds nothing of it */
+    lorasync_box box;      /* flat; len 0 if the rank holds nothing of it */
     int64_t      in_shard; /* its first element in the rank's shard: data = shard pointer + in_shard * element size */
 } lorasync_flat_piece;
 
-/* FSDP1 FlatParameter (torch/distributed/fsdp/_flat_param.py): where each of num parameters starts. With
-   use_orig_params every parameter starts at a multiple of 16 / itemsize elements (itemsize of the forward dtype) and
-   the total is padded to a multiple of world; without it nothing is padded. Writes start[num]; returns the total, or -1
-   for a bad argument or an overflow. */
+/* FSDP1's FlatParameter (torch/distributed/fsdp/_flat_param.py): where each of num parameters starts. With
+   use_orig_params every parameter starts at a multiple of 16 / itemsize elements, and the total is padded to a multiple
+   of world; without it nothing is padded.
+
+   itemsize  bytes of an element of the forward dtype, 1 to 16
+   start     receives num offsets, in elements
+
+   Returns the total number of elements, or -1 for a bad argument or an overflow. */
 LORASYNC_API int64_t lorasync_fsdp1_layout(const int64_t *numel, size_t num, int itemsize, int use_orig_params,
                                            int world, int64_t *start);
 
-/* Megatron distributed optimizer (core/optimizer/param_layout.py): one bucket, parameters in reverse order of
-   registration, each at a multiple of 64 elements, the end padded to lcm(world, 128), or lcm(world, 65536) with
-   high_busbw. Writes start[num]; returns the bucket size, or -1. The shard of a rank is size / world:
-   lorasync_flat_part(start[i], numel[i], size, rank, world). */
+/* Megatron's distributed optimizer (core/optimizer/param_layout.py), one bucket: parameters in reverse order of
+   registration, each at a multiple of 64 elements; the end is padded to lcm(world, 128), or with high_busbw to
+   lcm(world, 65536). A rank's shard has size / world elements: lorasync_flat_part(start[i], numel[i], size, rank,
+   world).
+
+   start  receives num offsets, in elements
+
+   Returns the bucket's size in elements, or -1 for a bad argument or an overflow. */
 LORASYNC_API int64_t lorasync_megatron_layout(const int64_t *numel, size_t num, int high_busbw, int world,
                                               int64_t *start);
 
-/* The part of the parameter at [start, start + numel) of a flat buffer of `total` elements that `rank` holds when the
-   buffer is split into shards of ceil(total / world). */
+/* The part that `rank` holds of the parameter at [start, start + numel) in a flat buffer of `total` elements that is
+   split into shards of ceil(total / world). Returns a box of len -1 for a bad argument. */
 LORASYNC_API lorasync_flat_piece lorasync_flat_part(int64_t start, int64_t numel, int64_t total, int rank, int world);
 
-/* A piece: a box (or flat interval) of one named tensor, at an address, on this rank. What a rank has, and what a rank
-   wants, are lists of pieces. One tensor may have several pieces on a rank. */
+/* A piece: a box (or flat interval) of one named tensor, at an address on this rank. What a rank has and what a rank
+   wants are both lists of pieces. A tensor may have several pieces on one rank. */
 typedef struct lorasync_piece {
-    const char    *name;                      /* borrowed until the call returns */
-    lorasync_dtype dtype;                     /* of the elements at data */
-    int            ndim;                      /* 0 (a scalar) to LORASYNC_MAX_DIMS */
-    int64_t        shape[LORASYNC_MAX_DIMS];  /* of the whole tensor */
-    lorasync_box   box;                       /* what is at data */
-    void          *data;                      /* the box's first element; borrowed until the handle is closed; only
-                                                 lorasync_load and a
-                                                wanted piece are written. May be NULL for an empty box. In device memory
-                                                aligned to its element */
-    int64_t        stride[LORASYNC_MAX_DIMS]; /* elements between neighbours along each dimension; all 0: row-major and
-                                                 contiguous over the
-                                                box. Else 0 only where the box has len 1. Only with flat == 0 */
-    double         scale; /* the values are multiplied by it in F32 before rounding; 0 means 1. Only of held pieces, of
-                             F32,
-                                                F16, BF16, F8_E4M3 and F8_E5M2 */
+    const char    *name;                     /* borrowed until the call returns */
+    lorasync_dtype dtype;                    /* of the elements at data */
+    int            ndim;                     /* 0 (a scalar) to LORASYNC_MAX_DIMS */
+    int64_t        shape[LORASYNC_MAX_DIMS]; /* of the whole tensor */
+    lorasync_box   box;                      /* what is at data */
+    /* The box's first element. Borrowed until the handle is closed; written only by lorasync_load, or if it is a wanted
+       piece. May be NULL for an empty box. In device memory, aligned to its element. */
+    void *data;
+    /* Elements between neighbours along each dimension. All 0: row-major and contiguous over the box. Otherwise 0 is
+       allowed only where the box has len 1. Only with flat == 0. */
+    int64_t stride[LORASYNC_MAX_DIMS];
+    /* The values are multiplied by it in F32 before they are rounded; 0 means 1. Only for pieces that a rank has, and
+       only for F32, F16, BF16, F8_E4M3 and F8_E5M2. */
+    double scale;
 } lorasync_piece;
 
 /* -------------------------------------------------------------------------------------------------- >>api: comm -- */
@@ -948,13 +960,13 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan);
 
 /* ------------------------------------------------------------------------------------------------ >>api: config -- */
 
-/* A PEFT adapter_config.json: typed where it matters, everything else carried through. The view may be read by any
-   thread; rank, scale, check and write use memory of the config while they match patterns: one thread per config at a
-   time. */
+/* A PEFT adapter_config.json: fields that matter are typed, everything else is carried through. Any thread may read
+   the view. lorasync_config_rank, _scale, _check and _write match patterns in memory of the config: one thread per
+   config at a time. */
 typedef struct lorasync_config lorasync_config;
 
-/* The fields that change what an engine computes (peft/tuners/lora/config.py), with PEFT's defaults where the file is
-   silent. Strings and lists live as long as the config. */
+/* The fields that change what an engine computes (peft/tuners/lora/config.py), with PEFT's defaults for what the
+   file does not set. Strings and lists live as long as the config. */
 typedef struct lorasync_config_info {
     const char        *peft_type;  /* "LORA" */
     const char        *task_type;  /* or NULL */
@@ -967,7 +979,7 @@ typedef struct lorasync_config_info {
     int                lora_bias;
     int                fan_in_fan_out;
     const char        *target_pattern; /* target_modules as a string (a pattern or "all-linear"), or NULL */
-    const char *const *target_modules; /* as a list, as the file has it; NULL when it has none */
+    const char *const *target_modules; /* target_modules as a list, in the file's order; NULL if it is not a list */
     size_t             num_target_modules;
     const char *const *modules_to_save;
     size_t             num_modules_to_save;
@@ -975,43 +987,56 @@ typedef struct lorasync_config_info {
     size_t             num_alpha_patterns;
 } lorasync_config_info;
 
-/* Reads one. Only peft_type is required (as in PEFT); null means the default. `json` need not outlive the call.
-   Errors: LORASYNC_E_FORMAT naming byte, line and column, and the keys that lead there, for malformed JSON, a key twice
-   in one object, NaN or Infinity (which Python would write), a wrong type or a rank below 1, and for a file without
-   peft_type; LORASYNC_E_UNSUPPORTED for a peft_type other than LORA, naming it; those of lorasync_pattern_compile for
-   target_modules, exclude_modules, rank_pattern and alpha_pattern; LORASYNC_E_ARGUMENT; LORASYNC_E_MEMORY. */
+/* Reads a config. Only peft_type is required (as in PEFT); null means the default. Free it with lorasync_config_free.
+
+   json  num_bytes bytes; need not outlive the call
+
+   Errors:
+       LORASYNC_E_FORMAT       malformed JSON, a duplicate key in an object, NaN or Infinity (which Python would write),
+                               a wrong type, a rank below 1, no peft_type; names byte, line, column and the keys that
+                               lead there
+       LORASYNC_E_UNSUPPORTED  a peft_type other than LORA, which it names
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_pattern_compile for target_modules,
+       exclude_modules, rank_pattern and alpha_pattern */
 LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_bytes,
                                                    const lorasync_allocator *allocator, lorasync_config **out,
                                                    lorasync_error *err);
 
+/* The typed fields. Lives as long as the config. */
 LORASYNC_API const lorasync_config_info *lorasync_config_view(const lorasync_config *config);
-LORASYNC_API void                        lorasync_config_free(lorasync_config *config);
 
-/* Rank and scale of one module (lorasync_name.module): the first rank_pattern / alpha_pattern key of the file that
-   matches `(.*\.)?(key)$` wins, each on its own, else r and lora_alpha (peft/utils/other.py, get_pattern_key); scale =
-   alpha / rank, or alpha / sqrt(rank) with use_rslora. Keys without special characters are found in logarithmic time,
-   so there may be one for every module. */
+/* Frees a config. NULL is allowed. */
+LORASYNC_API void lorasync_config_free(lorasync_config *config);
+
+/* Rank and scale of one module (lorasync_name.module). The first key of the file's rank_pattern, or alpha_pattern,
+   that matches `(.*\.)?(key)$` gives its rank, or alpha, independently of each other; without one it is r, or
+   lora_alpha (peft/utils/other.py, get_pattern_key). scale = alpha / rank, or alpha / sqrt(rank) with use_rslora.
+   Keys without special characters are found in logarithmic time, so a file may have one for every module. */
 LORASYNC_API int64_t lorasync_config_rank(const lorasync_config *config, const char *module);
 LORASYNC_API double  lorasync_config_scale(const lorasync_config *config, const char *module);
 
-/* Checks a config against the tensors of an adapter, by their keys (lorasync_parse_name):
-   - every A has its B and every B its A, of one rank (rows of A, columns of B); a lora_B.bias and the magnitude of a
-     linear or convolution layer have as many elements as B has rows;
-   - every LoRA module is targeted: target_modules lists it or an end of it behind a dot, or is a pattern that matches
-     all of it (any module will do when it is null or "all-linear"), or target_parameters names a parameter of it;
-     exclude_modules does not name it; and with layers_to_transform and a list, one of the numbers in its name is a
-     listed layer (layers_pattern is not looked at);
-   - every entry of a target_modules list matches the module of some tensor (not asked when there are exclude_modules);
-   - the rank is the config's for that module; for target_parameters (experts) a multiple of it;
-   - lora_magnitude_vector is there exactly when use_dora is set, lora_B.bias exactly when lora_bias is (embeddings have
-     none);
-   - any other tensor is allowed by modules_to_save (PEFT's rule: a module on its path ends in the text of an entry, so
-     `classifier` saves pre_classifier too; the task types SEQ_CLS and TOKEN_CLS add classifier and score, QUESTION_ANS
-     qa_outputs); or by bias ("all": any .bias, "lora_only": that of a LoRA module); or by trainable_token_indices; or
-     it is the weight of an embedding or output layer (embed_tokens, lm_head, wte, word_embeddings, embed_in, embed_out,
-     shared, or a module with embedding LoRA).
-   Errors: LORASYNC_E_PAIR, LORASYNC_E_CONFIG, LORASYNC_E_EMPTY (no LoRA tensor), naming tensor, expected and found;
-   those of lorasync_parse_name; LORASYNC_E_ARGUMENT; LORASYNC_E_MEMORY. */
+/* Checks a config against the tensors of an adapter, whose names are keys (lorasync_parse_name). It requires that
+   - every A has its B and every B its A, with the same rank (rows of A, columns of B); a lora_B.bias, and the magnitude
+     of a linear or convolution layer, have as many elements as B has rows;
+   - every LoRA module is targeted: target_modules lists it, or lists an end of it that follows a dot, or is a pattern
+     that matches all of it (null and "all-linear" allow any module), or target_parameters names a parameter of it;
+     exclude_modules does not name it; and, with layers_to_transform and a list, one of the numbers in its name is a
+     listed layer (layers_pattern is ignored);
+   - every entry of a target_modules list matches the module of some tensor (not required if there are exclude_modules);
+   - the rank is the config's for that module; for target_parameters (experts), a multiple of it;
+   - lora_magnitude_vector is present exactly if use_dora is set, and lora_B.bias exactly if lora_bias is (embeddings
+     have none);
+   - every other tensor is allowed by modules_to_save (PEFT's rule: a module on its path ends in the text of an entry,
+     so `classifier` saves pre_classifier too; the task types SEQ_CLS and TOKEN_CLS add classifier and score,
+     QUESTION_ANS adds qa_outputs); or by bias ("all": any .bias, "lora_only": that of a LoRA module); or by
+     trainable_token_indices; or is the weight of an embedding or output layer (embed_tokens, lm_head, wte,
+     word_embeddings, embed_in, embed_out, shared, or a module with embedding LoRA).
+
+   Errors, naming the tensor, what was expected and what was found:
+       LORASYNC_E_PAIR    A and B do not pair
+       LORASYNC_E_CONFIG  any other rule above is broken
+       LORASYNC_E_EMPTY   no LoRA tensor
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_parse_name */
 LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config, const lorasync_tensor *tensors,
                                                    size_t num_tensors, lorasync_error *err);
 
@@ -1020,29 +1045,36 @@ typedef struct lorasync_config_write_desc {
     const lorasync_config *config;     /* the trainer's; NULL: made from the fields below */
     double                 lora_alpha; /* without config: required, above 0; written as an integer when it is one */
     const char            *base_model; /* without config: base_model_name_or_path; NULL: null */
-    int fold_scale; /* 1: every scale is folded into B, so publish lora_alpha == r, use_rslora false, and where ranks
-                       differ equal rank_pattern and alpha_pattern: scale 1 for engines that honour the patterns and for
-                       those that do not */
+    /* 1: every scale has been folded into B. Publishes lora_alpha == r, use_rslora false, and, if ranks differ, equal
+       rank_pattern and alpha_pattern: a scale of 1 for engines that honour the patterns and for those that do not. */
+    int fold_scale;
 } lorasync_config_write_desc;
 
-/* Writes adapter_config.json as PEFT does (Python's json.dumps with indent 2 and sorted keys) for these tensors.
-   With a config: it must pass lorasync_config_check; everything in it is carried through, integers as integers, except
-   that inference_mode becomes true, r and lora_alpha are written out, fold_scale has its effect, and target_modules
-   becomes a list if it was a pattern or null. Without one: r (the most common rank), rank_pattern, target_modules,
-   modules_to_save (the modules of tensors that are no LoRA), use_dora and lora_bias follow from the tensors;
-   target_parameters and trainable tokens do not, so adapters with experts as one parameter or with trainable tokens
-   need a config (LORASYNC_E_CONFIG).
-   A derived target_modules holds the last segment of each LoRA module ("q_proj"), sorted; the segment before too while
-   it is a number ("to_out.0"). Modules of that name without LoRA cannot be seen here: when only some layers have LoRA,
-   give a config that says so. The result is read back and checked: should sorting make other patterns match first, so
-   that a module's rank or scale would change, the call fails with LORASYNC_E_CONFIG.
-   *out is NUL-terminated, from the allocator; free with lorasync_free. Errors as lorasync_config_check. */
+/* Writes an adapter_config.json for these tensors, as PEFT does (Python's json.dumps with indent 2 and sorted keys).
+
+   With a config, which must pass lorasync_config_check, everything in it is carried through, integers as integers,
+   except: inference_mode becomes true, r and lora_alpha are written out, fold_scale has its effect, and target_modules
+   becomes a list if it was a pattern or null.
+
+   Without a config, these follow from the tensors: r (the most common rank), rank_pattern, target_modules,
+   modules_to_save (the modules of tensors that are not LoRA), use_dora and lora_bias. target_parameters and trainable
+   tokens do not, so adapters with experts as one parameter, or with trainable tokens, need a config
+   (LORASYNC_E_CONFIG).
+
+   A derived target_modules is sorted. It holds, of each LoRA module, the last segment that is not a number and what
+   follows it ("q_proj", "to_out.0"). Modules of the same name without LoRA are not known here: if only some layers have
+   LoRA, give a config that says so. The result is read back and checked: if sorting made another pattern match first and
+   so changed a module's rank or scale, the call fails with LORASYNC_E_CONFIG.
+
+   out  receives NUL-terminated text from the allocator; free it with lorasync_free
+
+   Errors: those of lorasync_config_check. */
 LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_desc *desc,
                                                    const lorasync_tensor *tensors, size_t num_tensors,
                                                    const lorasync_allocator *allocator, char **out,
                                                    lorasync_error *err);
 
-/* Frees text that a function returned through `out`, with the same allocator. */
+/* Frees text that a function returned through `out`. Pass the allocator that made it; NULL memory is allowed. */
 LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memory);
 
 /* --------------------------------------------------------------------------------------------- >>api: transport -- */
