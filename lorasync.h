@@ -678,79 +678,89 @@ typedef struct lorasync_tensor {
     int64_t        shape[LORASYNC_MAX_DIMS];
     size_t         offset; /* in the payload */
     size_t         num_bytes;
-    const void    *data; /* payload + offset; NULL while the image has no payload. Of a delta just made: in the full
-                            image's payload */
+    /* payload + offset; NULL while the image has no payload. In a delta that was just made: in the full image's
+       payload. */
+    const void *data;
 } lorasync_tensor;
 
-/* What makes an image a delta (lorasync_image_delta): which full image it applies to, and which one comes out. */
+/* What makes an image a delta (lorasync_image_delta): the full image that it applies to, and the one that results. */
 typedef struct lorasync_delta {
     uint64_t base_version, base_digest;
-    uint64_t full_digest; /* the version of the full image is the delta's own */
+    uint64_t full_digest; /* the full image has the delta's own version */
 } lorasync_delta;
 
 /* One version of one adapter: a safetensors file in memory. The wire format, the file format and the memory format are
    this one public format (github.com/huggingface/safetensors, README "Format"):
 
-       | u64 N | N bytes JSON, space padded to 8 | payload: tensors back to back in the header's order |
-       '----------- header, header_bytes --------'------------------ payload_bytes -------------------'
+       | u64 N | N bytes JSON, padded with spaces to 8 | payload: tensors back to back in the header's order |
+       '-------------- header, header_bytes -----------'------------------ payload_bytes -------------------'
 
    Read-only for callers. */
 typedef struct lorasync_image {
     const void            *header; /* 8 + N bytes */
     size_t                 header_bytes;
-    const void            *payload; /* usually header + header_bytes; may be elsewhere (a device), then the header
-                                       travels beside it */
+    const void            *payload; /* usually header + header_bytes, but may be elsewhere (on a device) */
     size_t                 payload_bytes;
     int                    on_device; /* 1: payload and the tensors' data are device addresses */
     const lorasync_tensor *tensors;   /* in payload order */
     size_t                 num_tensors;
-    const char            *adapter; /* "" when the file does not say */
-    uint64_t               version; /* 0 when the file does not say */
-    uint64_t               digest;  /* of tensors and payload, as the header says; 0 when it does not */
+    const char            *adapter; /* "" if the file does not say */
+    uint64_t               version; /* 0 if the file does not say */
+    uint64_t               digest;  /* of tensors and payload, from the header; 0 if it has none */
     int                    has_digest;
-    const uint64_t        *tensor_digests; /* one per tensor, or NULL when not known */
-    const char            *config_json;    /* adapter_config.json that belongs to it (of base weights: the model's
-                                          config.json); "" when none */
-    size_t                 bucket;         /* base weights come as several images, */
-    size_t                 num_buckets;    /* this one is bucket 0 to num_buckets - 1; 0 and 0: an adapter, whole */
-    const char            *index_json; /* of more than one bucket, the same with each: model.safetensors.index.json; ""
-                                          when none */
-    const lorasync_delta  *delta;      /* NULL: a full image. Else it holds only what changed, and is no adapter */
+    const uint64_t        *tensor_digests; /* one per tensor; NULL if not known */
+    /* The adapter_config.json that belongs to it (for base weights, the model's config.json); "" if there is none. */
+    const char *config_json;
+    /* Base weights come as num_buckets images, of which this is number `bucket`, from 0. Both 0: a whole adapter. */
+    size_t bucket;
+    size_t num_buckets;
+    /* model.safetensors.index.json, the same in each bucket; "" if there is only one bucket, and for adapters. */
+    const char           *index_json;
+    const lorasync_delta *delta; /* NULL: a full image. Otherwise it holds only what changed, and is not an adapter */
 } lorasync_image;
 
-/* What to write: name, dtype, ndim and shape of each tensor are read; offset and num_bytes come out. */
+/* What to write. */
 typedef struct lorasync_image_desc {
-    const lorasync_tensor *tensors;
+    const lorasync_tensor *tensors; /* name, dtype, ndim and shape are read; the rest is ignored */
     size_t                 num_tensors;
-    const char            *adapter; /* NULL: no adapter, version and digest in the metadata: exactly what the reference
-                                       library writes */
+    /* NULL: no adapter, version and digest in the metadata, which makes exactly what the reference library writes. */
+    const char *adapter;
 } lorasync_image_desc;
 
 /* Lays out an image as the reference writer does (safetensors/src/tensor.rs, prepare): tensors by dtype, widest first,
-   then by name; metadata first; compact JSON; padding to 8. The result has its own sorted copies of the tensors, with
-   offsets filled; its payload is NULL until lorasync_image_bind. With an adapter the metadata is
-   {"format":"pt","lorasync.adapter":..,"lorasync.digest":16 hex digits, "lorasync.version":20 digits}; without,
-   {"format":"pt"}. Free with lorasync_image_free.
-   Errors: LORASYNC_E_NAME (two of one name, empty name, `__metadata__`, not UTF-8, control characters),
-   LORASYNC_E_ARGUMENT (shape, size over SIZE_MAX or a packed type that does not fill bytes), LORASYNC_E_FORMAT (header
-   over 100,000,000 bytes), LORASYNC_E_MEMORY. */
+   then by name; metadata first; compact JSON; padding to 8. The image has its own sorted copies of the tensors, with
+   offset and num_bytes filled in; its payload is NULL until lorasync_image_bind. With an adapter the metadata is
+   {"format":"pt","lorasync.adapter":..,"lorasync.digest":16 hex digits,"lorasync.version":20 digits}, otherwise
+   {"format":"pt"}. Free the image with lorasync_image_free.
+
+   Errors:
+       LORASYNC_E_NAME      a duplicate or empty name, `__metadata__`, invalid UTF-8, control characters
+       LORASYNC_E_ARGUMENT  a bad shape, a size over SIZE_MAX, a packed type that does not fill whole bytes, NULL
+       LORASYNC_E_FORMAT    a header over 100,000,000 bytes
+       LORASYNC_E_MEMORY */
 LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator,
                                                    lorasync_image **out, lorasync_error *err);
 
-/* Points an image and its tensors at its payload (borrowed; payload_bytes long), or at none (NULL). Allocates
-   nothing. */
+/* Sets the payload of an image and of its tensors. Allocates nothing.
+
+   payload  borrowed; payload_bytes bytes. NULL: none */
 LORASYNC_API void lorasync_image_bind(lorasync_image *image, const void *payload);
 
-/* Writes version and digest into the header of an image laid out with an adapter, in place; to any other image it does
-   nothing. Allocates nothing. */
+/* Writes version and digest into the header of an image that was laid out with an adapter; does nothing to others.
+   Allocates nothing. */
 LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, uint64_t digest);
 
-/* Reads num_bytes of a safetensors file without copying tensor data. Strict and safe on hostile input: every rule of
-   the reference reader (safetensors/src/tensor.rs, Metadata::validate), and in addition refuses white space before `{`,
-   duplicate names and keys, control characters in names, NUL in strings, more than LORASYNC_MAX_DIMS dimensions,
-   dimensions over 2^63 - 1 and unknown dtypes. Metadata keys that begin with "lorasync." must be well formed. A delta
-   is read too: look at image->delta. `bytes` is borrowed and must outlive the image. Errors: LORASYNC_E_FORMAT naming
-   the tensor, the rule, the expected and the found value; LORASYNC_E_MEMORY. */
+/* Reads a safetensors file in memory without copying tensor data. Strict, and safe on hostile input: it applies every
+   rule of the reference reader (safetensors/src/tensor.rs, Metadata::validate), and also refuses white space before
+   `{`, duplicate names and keys, control characters in names, NUL in strings, more than LORASYNC_MAX_DIMS dimensions,
+   dimensions over 2^63 - 1 and unknown dtypes. Metadata keys that begin with "lorasync." must be well-formed. Reads
+   deltas too: see image->delta.
+
+   bytes  num_bytes bytes; borrowed, must outlive the image
+
+   Errors:
+       LORASYNC_E_FORMAT  names the tensor, the rule, the expected and the found value
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY */
 LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_bytes,
                                                   const lorasync_allocator *allocator, lorasync_image **out,
                                                   lorasync_error *err);
@@ -761,85 +771,111 @@ LORASYNC_API const lorasync_tensor *lorasync_image_find(const lorasync_image *im
 /* A value of the header's __metadata__, or NULL. Any thread. */
 LORASYNC_API const char *lorasync_image_metadata(const lorasync_image *image, const char *key);
 
-/* Recomputes the digest over the payload (which must be readable by the CPU). out_tensor_digests: NULL or num_tensors
-   values. */
+/* Computes the digest of the payload, which the CPU must be able to read.
+
+   out_tensor_digests  receives num_tensors values; may be NULL */
 LORASYNC_API uint64_t lorasync_image_digest(const lorasync_image *image, uint64_t *out_tensor_digests);
 
-/* Recomputes and compares. Errors: LORASYNC_E_DIGEST with both values; LORASYNC_E_FORMAT when the image carries no
-   digest, LORASYNC_E_STATE when it has no payload. */
+/* Computes the digest and compares it with the one that the image carries.
+
+   Errors:
+       LORASYNC_E_DIGEST  they differ; names both
+       LORASYNC_E_FORMAT  the image carries no digest
+       LORASYNC_E_STATE   the image has no payload */
 LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, lorasync_error *err);
 
+/* Frees an image that the caller made. NULL is allowed. */
 LORASYNC_API void lorasync_image_free(lorasync_image *image);
 
-/* The digest: 64 bits that add up over any way of cutting a tensor, so that every rank digests what it packs.
-   A tensor's digest is the sum, modulo 2^64, over its 32-bit little-endian words w at byte position p of
+/* An additive 64-bit digest: however a tensor is cut, the digests of its parts sum to its own, so each rank digests
+   only what it packs. It finds accidents (lost, stale, swapped or torn bytes), not attackers.
+
+   A tensor's digest is the sum, modulo 2^64, over its 32-bit little-endian words w at byte position p, of
        key(p / 4 mod 64) * w * mix(p / 256)
-   with 64 fixed odd 32-bit keys and mix an odd 64-bit finaliser of the block number; bytes outside the tensor count as
-   0. A part that begins or ends inside a word contributes its bytes in place, hence the additivity. The image's digest
-   is the finalised sum over tensors of (tensor digest + its name, dtype and shape hashed) * an odd hash of its name. It
-   finds accidents (lost, stale, swapped, torn bytes), not attackers. This is the partial sum of num_bytes bytes that
-   stand at byte position `position` of their tensor. */
+   with 64 fixed odd 32-bit keys, and mix an odd 64-bit finaliser of the block number. Bytes outside the tensor count as
+   0; a part that begins or ends inside a word contributes its bytes in place, which makes the digest additive. The
+   image's digest is the finalised sum, over its tensors, of (tensor digest + hash of name, dtype and shape) * an odd
+   hash of the name.
+
+   Returns the partial sum of num_bytes bytes that are at byte position `position` of their tensor. */
 LORASYNC_API uint64_t lorasync_digest(const void *bytes, size_t num_bytes, uint64_t position);
 
-/* The image's digest from its tensors' (one per tensor of image->tensors, in that order). */
+/* The image's digest from those of its tensors (one per tensor of image->tensors, in that order). */
 LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, const uint64_t *tensor_digests,
                                             size_t num_tensors);
 
-/* Which tensors changed between two versions of one layout (lorasync_image_delta makes what is to be sent of them).
-   old_digests: a copy of the old version's image->tensor_digests (they change with the image; the layout of a session's
-   image never does), num_tensors values. out_indices: room for num_tensors; receives *out_num indices into
-   image->tensors, ascending. The new digests are image->tensor_digests; an image without them (lorasync_image_parse
-   makes such) has its payload read. Allocates nothing; any thread. Errors: LORASYNC_E_ARGUMENT for NULL or 2^32
-   tensors, LORASYNC_E_STATE for an image without tensor_digests whose payload is absent or in device memory. */
+/* Finds the tensors that changed between two versions of one layout; lorasync_image_delta makes a delta of them.
+   Allocates nothing. Any thread. The new digests are image->tensor_digests; if an image has none (after
+   lorasync_image_parse), its payload is read.
+
+   old_digests  num_tensors values: a copy of the old version's image->tensor_digests, which change with the image (a
+                session's image never changes its layout)
+   out_indices  room for num_tensors; receives *out_num indices into image->tensors, ascending
+
+   Errors:
+       LORASYNC_E_ARGUMENT  NULL, or 2^32 tensors and more
+       LORASYNC_E_STATE     no tensor_digests, and no payload or one in device memory */
 LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image, const uint64_t *old_digests,
                                                     uint32_t *out_indices, size_t *out_num, lorasync_error *err);
 
-/* Deltas: an engine that holds an older version whole needs only the tensors that changed since. A transport keeps the
-   version and a copy of the tensor_digests of what it sent last; the engine says which version and digest it holds.
+/* Makes a delta from base_version to `image`. An engine that holds the whole older version needs only the tensors that
+   changed since. A transport keeps the version and a copy of the tensor_digests that it sent last; the engine says
+   which version and digest it holds.
 
-       sender      lorasync_image_delta(image, kept_version, kept_digests, NULL, &delta, &err);     // in stage
-                   if (delta->header_bytes + delta->payload_bytes < 3 * (image->header_bytes + image->payload_bytes) /
-                   4) {
-                       send(delta->header, delta->header_bytes);
-                       for (i = 0; i < delta->num_tensors; i++) send(delta->tensors[i].data,
-                       delta->tensors[i].num_bytes);
-                   } else ...                                                                       // the full image
-       receiver    lorasync_image_parse(bytes, num_bytes, NULL, &delta, &err);
-                   if (delta->delta) lorasync_image_apply(held, delta, NULL, NULL, &full, &err);    // failed: ask for
-                   the full image
+       // the sender, in stage
+       lorasync_image_delta(image, kept_version, kept_digests, NULL, &delta, &err);
+       if (delta->header_bytes + delta->payload_bytes < 3 * (image->header_bytes + image->payload_bytes) / 4) {
+           send(delta->header, delta->header_bytes);
+           for (i = 0; i < delta->num_tensors; i++) send(delta->tensors[i].data, delta->tensors[i].num_bytes);
+       } else send the full image
+       // the receiver; if it fails: ask for the full image
+       lorasync_image_parse(bytes, num_bytes, NULL, &delta, &err);
+       if (delta->delta) lorasync_image_apply(held, delta, NULL, NULL, &full, &err);
 
-   A delta is a safetensors image of the changed tensors. Its metadata holds, beside lorasync.adapter, lorasync.version
-   (the new one) and lorasync.digest (of its own tensors), lorasync.base_version, lorasync.base_digest and
-   lorasync.full_digest. Its tensors' names end in ":delta", so that a reader that knows nothing of deltas finds no
-   weight that it knows. lorasync_open_adapter, the engine, and the directory and shared-memory transports refuse a
-   delta and say what it is.
+   A delta is a safetensors image of the changed tensors. Its metadata holds lorasync.adapter, lorasync.version (the new
+   one) and lorasync.digest (of its own tensors), and lorasync.base_version, lorasync.base_digest and
+   lorasync.full_digest. Its tensors' names end in ":delta", so that a reader that does not know deltas finds no weight
+   that it knows. lorasync_open_adapter, the engine, and the directory and shared-memory transports refuse a delta and
+   say what it is.
 
-   Makes a delta from base_version, whose tensors had base_digests, to `image`. base_digests: a copy of that version's
-   image->tensor_digests (or what lorasync_image_digest gave), num_tensors values. Tensor data is not copied: the
-   delta's payload is NULL, its tensors' data point into the image's payload, its config_json is the image's; so it is
-   good as long as they are. When nothing changed it has no tensors, and moves the engine to the new version all the
-   same. The image may be in device memory if it has tensor_digests; without them its payload is read. Errors:
-   LORASYNC_E_ARGUMENT for NULL or for an image that is a delta, LORASYNC_E_VERSION when the image is not newer than
-   base_version, LORASYNC_E_STATE for an image without adapter and digest, or with neither payload nor tensor_digests,
-   LORASYNC_E_UNSUPPORTED when its header is another than lorasync_image_layout writes (the receiver could not make it
-   again), LORASYNC_E_FORMAT, LORASYNC_E_MEMORY. */
+   Tensor data is not copied: the delta's payload is NULL, its tensors' data point into the image's payload, and its
+   config_json is the image's. So it is valid only as long as they are. If nothing changed it has no tensors, and still
+   brings the engine to the new version. The image may be in device memory if it has tensor_digests; without them its
+   payload is read.
+
+   base_digests  num_tensors values: a copy of base_version's image->tensor_digests, or what lorasync_image_digest
+                 returned
+
+   Errors:
+       LORASYNC_E_ARGUMENT     NULL, or an image that is a delta
+       LORASYNC_E_VERSION      the image is not newer than base_version
+       LORASYNC_E_STATE        an image without adapter and digest, or with neither payload nor tensor_digests
+       LORASYNC_E_UNSUPPORTED  its header is not what lorasync_image_layout writes, so the receiver could not restore it
+       LORASYNC_E_FORMAT, LORASYNC_E_MEMORY */
 LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, uint64_t base_version,
                                                   const uint64_t *base_digests, const lorasync_allocator *allocator,
                                                   lorasync_image **out, lorasync_error *err);
 
-/* Makes the full image of a base and a delta: the same bytes, header too, as those of the image that the delta was made
-   of. Base and delta are only read (the base may be the pinned one that is served), and are not needed afterwards.
-   `memory`: where to write it, base->header_bytes + base->payload_bytes bytes that must outlive the image; NULL: from
-   the allocator, freed with the image. config_json is "", as after lorasync_image_parse: it travels beside a delta as
-   it does beside an image. The delta's digest is checked before, the result's after. Whatever fails, the full image
-   helps; what is in `memory` is undefined then.
-   Errors: LORASYNC_E_BASE for a base that is NULL (nothing is held), or of another adapter, version or digest than the
-   delta says; LORASYNC_E_DIGEST for a damaged delta, and for a result that is not the promised one (the base is
-   damaged); LORASYNC_E_FORMAT naming a tensor that is not of the base or has another dtype or shape there;
-   LORASYNC_E_VERSION when the delta is not newer than its base; LORASYNC_E_UNSUPPORTED for a base whose header is
-   another than lorasync_image_layout writes; LORASYNC_E_ARGUMENT for any other NULL, a base that is a delta, a delta
-   that is none, or `memory` that overlaps either; LORASYNC_E_STATE for missing payload or one in device memory;
-   LORASYNC_E_MEMORY. */
+/* Restores the full image from a base and a delta: the same bytes, header included, as the image that the delta was
+   made of. Base and delta are only read (the base may be pinned and served), and are not needed afterwards. The delta's
+   digest is checked first, the result's at the end. config_json is "", as after lorasync_image_parse: it travels beside
+   a delta as it does beside an image. On any failure request the full image; the contents of `memory` are then
+   undefined.
+
+   memory  where to write it: base->header_bytes + base->payload_bytes bytes that outlive the image. NULL: from the
+           allocator, freed with the image
+
+   Errors:
+       LORASYNC_E_BASE         base is NULL (nothing is held), or has another adapter, version or digest than the delta
+                               says
+       LORASYNC_E_DIGEST       the delta is damaged, or the result is not the promised one (the base is damaged)
+       LORASYNC_E_FORMAT       names a tensor that the base does not have, or has with another dtype or shape
+       LORASYNC_E_VERSION      the delta is not newer than its base
+       LORASYNC_E_UNSUPPORTED  the base's header is not what lorasync_image_layout writes
+       LORASYNC_E_ARGUMENT     any other NULL, a base that is a delta, a delta that is not one, `memory` that overlaps
+                               either
+       LORASYNC_E_STATE        a payload is missing, or in device memory
+       LORASYNC_E_MEMORY */
 LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, const lorasync_image *delta, void *memory,
                                                   const lorasync_allocator *allocator, lorasync_image **out,
                                                   lorasync_error *err);
@@ -1063,8 +1099,8 @@ typedef struct lorasync_config_write_desc {
 
    A derived target_modules is sorted. It holds, of each LoRA module, the last segment that is not a number and what
    follows it ("q_proj", "to_out.0"). Modules of the same name without LoRA are not known here: if only some layers have
-   LoRA, give a config that says so. The result is read back and checked: if sorting made another pattern match first and
-   so changed a module's rank or scale, the call fails with LORASYNC_E_CONFIG.
+   LoRA, give a config that says so. The result is read back and checked: if sorting made another pattern match first
+   and so changed a module's rank or scale, the call fails with LORASYNC_E_CONFIG.
 
    out  receives NUL-terminated text from the allocator; free it with lorasync_free
 
