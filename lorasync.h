@@ -74,6 +74,7 @@
        >>layout     boxes, flat intervals, the trainers' rules
        >>gpu        a GPU: waiting, memory, the kernel; windows onto memory of others
        >>comm       solo, local (shared memory), NCCL
+       >>talk       votes, and blocks between one rank and the others
        >>image      safetensors write, read, validate; digest; deltas
        >>plan       catalogues, coverage, owners, routes, copy operations
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
@@ -5580,12 +5581,6 @@ LORASYNCI_FN lorasync_status lorasynci_check_host(const lorasync_comm *comm, con
     return LORASYNC_OK;
 }
 
-/* Wakes the others after a failure, where the communicator can. At most once per communicator. */
-LORASYNCI_FN void lorasynci_comm_abort(const lorasync_comm *c, const char *why)
-{
-    if (c->abort) c->abort(c->user, why);
-}
-
 /* The shared mapping of a local communicator. One rank writes each cache line; the other side only reads it.
 
        | shared head | rank 0 | rank 1 | ... | channel 0>0 | channel 0>1 | ... | channel n>n |
@@ -6463,6 +6458,234 @@ LORASYNC_API void lorasync_nccl_close(lorasync_comm *comm) { (void)comm; }
 
 #endif
 
+
+/* -------------------------------------------------------------------------------------------------------- >>talk -- */
+
+/* What the ranks of one communicator say to each other beside payload. A session, a base stream, and a plan that
+   belongs to neither have one talk each; the plans of a session or stream use its talk, so that the loss of the
+   communicator is noted in one place. Uses >>support and >>comm.
+
+       vote      every rank ---- status, flag, tag ----> every rank      the same verdict everywhere
+       tell      root ------------- one block ---------> the others
+       collect   the others ----- a block of each -----> root
+       deal      root ---------- a block for each -----> the others
+
+   All are collective. They return the failures of the communicator as they are; the public call that they are part of
+   ends in lorasynci_talk_lose. */
+typedef struct lorasynci_talk {
+    lorasync_comm   comm;
+    int             timeout_ms;
+    lorasync_status lost;    /* the status with which the communicator went, or 0 while it is there */
+    void           *scratch; /* of the call that runs: the votes, then the texts of all ranks; or messages */
+} lorasynci_talk;
+
+/* Bytes that one call, or the two kinds of messages of an exchange, may need as scratch. */
+LORASYNCI_FN size_t lorasynci_talk_scratch_bytes(int world) { return (size_t)world * sizeof(lorasync_error); }
+
+/* The memory of `scratch` as messages: there is room for two per rank. */
+LORASYNCI_FN lorasync_message *lorasynci_talk_messages(const lorasynci_talk *t)
+{
+    return (lorasync_message *)t->scratch;
+}
+
+/* Everything but the scratch, which the caller gives. NULL is the solo communicator, a timeout of 0 the default. */
+LORASYNCI_FN lorasynci_talk lorasynci_talk_over(const lorasync_comm *comm, int timeout_ms, void *scratch)
+{
+    lorasynci_talk t;
+    memset(&t, 0, sizeof t);
+    t.comm       = lorasynci_comm_copy(comm);
+    t.timeout_ms = timeout_ms > 0 ? timeout_ms : 60000;
+    t.scratch    = scratch;
+    return t;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_talk_init(lorasynci_talk *t, const lorasync_comm *comm, int timeout_ms,
+                                                 const lorasync_allocator *a, lorasync_error *err)
+{
+    *t         = lorasynci_talk_over(comm, timeout_ms, NULL);
+    t->scratch = lorasynci_alloc(a, lorasynci_talk_scratch_bytes(t->comm.world));
+    return t->scratch ? LORASYNC_OK : lorasynci_fail_memory(err, lorasynci_talk_scratch_bytes(t->comm.world));
+}
+
+LORASYNCI_FN void lorasynci_talk_free(lorasynci_talk *t, const lorasync_allocator *a)
+{
+    lorasynci_dealloc(a, t->scratch);
+    t->scratch = NULL;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_lost_before(lorasync_error *err)
+{
+    return lorasynci_fail(
+        err, LORASYNC_E_LOST,
+        "the communicator was lost before: close the plan (session), make a new communicator, open again");
+}
+
+/* Ends a collective call. If its status says that the communicator is lost, the others are woken, once, and from here
+   on the only calls left are those that close. */
+LORASYNCI_FN lorasync_status lorasynci_talk_lose(lorasynci_talk *t, lorasync_status status, const lorasync_error *err)
+{
+    if (!lorasync_is_lost(status)) return status;
+    if (!t->lost && t->comm.abort) t->comm.abort(t->comm.user, err->text);
+    t->lost = status;
+    return status;
+}
+
+/* -- voting */
+
+typedef struct lorasynci_vote {
+    int32_t  status;
+    uint32_t flag;
+    uint64_t tag;
+    uint64_t plan; /* whose run this is about; 0: no plan's */
+} lorasynci_vote;
+
+/* The lowest rank of each kind, or -1: it failed; its tag, its plan is not that of rank 0. */
+typedef struct lorasynci_tally {
+    int failed, differs, elsewhere;
+    int all_flags; /* 1: every rank passed flag 1 */
+} lorasynci_tally;
+
+LORASYNCI_FN lorasynci_tally lorasynci_count_votes(const lorasynci_vote *votes, int world)
+{
+    lorasynci_tally n = {-1, -1, -1, 1};
+    int             i;
+    for (i = world - 1; i >= 0; i--) {
+        if (votes[i].status < 0) n.failed = i;
+        if (votes[i].tag != votes[0].tag) n.differs = i;
+        if (votes[i].plan != votes[0].plan) n.elsewhere = i;
+        if (!votes[i].flag) n.all_flags = 0;
+    }
+    return n;
+}
+
+/* Brings the error of rank `failed` to all, as the verdict. mine: NULL, or this rank's own. */
+LORASYNCI_FN lorasync_status lorasynci_talk_reason(lorasynci_talk *t, int failed, const lorasync_error *mine,
+                                                   lorasync_error *err)
+{
+    lorasync_error text, *texts = (lorasync_error *)t->scratch;
+    memset(&text, 0, sizeof text);
+    if (mine && mine->status < 0) text = *mine;
+    LORASYNCI_TRY(t->comm.all_gather(t->comm.user, &text, texts, sizeof text, t->timeout_ms, err));
+    text                            = texts[failed];
+    text.text[sizeof text.text - 1] = 0; /* it may come from another process */
+    if (t->comm.world == 1) return lorasynci_fail(err, text.status, "%s", text.text);
+    return lorasynci_fail(err, text.status, "rank %d: %.480s", failed, text.text);
+}
+
+/* The general form. The verdict is the failure of the lowest rank that failed; a failure of the communicator is one
+   too. mine: NULL, or this rank's failure. vote: flag, tag and plan are given; flag becomes 1 if every rank passed 1.
+   Tags and plans must be equal on all ranks; tag_name says what the tag is. */
+LORASYNCI_FN lorasync_status lorasynci_talk_agree(lorasynci_talk *t, const lorasync_error *mine, lorasynci_vote *vote,
+                                                  const char *tag_name, lorasync_error *err)
+{
+    lorasynci_vote *votes = (lorasynci_vote *)t->scratch;
+    lorasynci_tally n;
+    LORASYNC_ASSERT(!t->lost);
+    vote->status = mine && mine->status < 0 ? (int32_t)mine->status : 0;
+    LORASYNCI_TRY(t->comm.all_gather(t->comm.user, vote, votes, sizeof *vote, t->timeout_ms, err));
+    n          = lorasynci_count_votes(votes, t->comm.world);
+    vote->flag = (uint32_t)n.all_flags;
+    if (n.elsewhere >= 0)
+        return lorasynci_fail(
+            err, LORASYNC_E_DISAGREE,
+            "rank %d is in a call for another plan (session) than rank 0; every rank must begin, and wait for, the "
+            "plans of one communicator in the same order. Nothing was taken, the versions can be tried again",
+            n.elsewhere);
+    if (n.failed >= 0) return lorasynci_talk_reason(t, n.failed, mine, err);
+    if (n.differs >= 0)
+        return lorasynci_fail(err, LORASYNC_E_DISAGREE,
+                              "%s: %llu on rank 0, %llu on rank %d; every rank must pass the same", tag_name,
+                              (unsigned long long)votes[0].tag, (unsigned long long)votes[n.differs].tag, n.differs);
+    return LORASYNC_OK;
+}
+
+/* One verdict for all: OK if no rank objects. */
+LORASYNCI_FN lorasync_status lorasynci_talk_vote(lorasynci_talk *t, const lorasync_error *mine, lorasync_error *err)
+{
+    lorasynci_vote vote = {0, 1, 0, 0};
+    return lorasynci_talk_agree(t, mine, &vote, "", err);
+}
+
+/* The same, and whether all ranks can do something: *can, 0 or 1, becomes 1 if it is 1 everywhere. */
+LORASYNCI_FN lorasync_status lorasynci_talk_vote_flag(lorasynci_talk *t, const lorasync_error *mine, int *can,
+                                                      lorasync_error *err)
+{
+    lorasynci_vote  vote   = {0, (uint32_t)*can, 0, 0};
+    lorasync_status status = lorasynci_talk_agree(t, mine, &vote, "", err);
+    *can                   = (int)vote.flag;
+    return status;
+}
+
+/* The same as lorasynci_talk_vote, and all ranks pass one tag. */
+LORASYNCI_FN lorasync_status lorasynci_talk_vote_tag(lorasynci_talk *t, const lorasync_error *mine, uint64_t tag,
+                                                     const char *tag_name, lorasync_error *err)
+{
+    lorasynci_vote vote = {0, 1, tag, 0};
+    return lorasynci_talk_agree(t, mine, &vote, tag_name, err);
+}
+
+/* The same about a run of one plan, by the plan's id: ranks that wait for different plans do not agree. */
+LORASYNCI_FN lorasync_status lorasynci_talk_vote_run(lorasynci_talk *t, const lorasync_error *mine, uint64_t plan,
+                                                     uint64_t version, lorasync_error *err)
+{
+    lorasynci_vote vote = {0, 1, version, plan};
+    return lorasynci_talk_agree(t, mine, &vote, "version", err);
+}
+
+/* -- between the root and the others */
+
+typedef struct lorasynci_block {
+    void  *data;
+    size_t num_bytes;
+} lorasynci_block;
+
+/* One exchange between the root and every other rank. On the root blocks[rank * step] is sent to, or received from,
+   that rank; elsewhere blocks[0] is the one block that this rank has with the root. Both sides know the sizes. */
+LORASYNCI_FN lorasync_status lorasynci_talk_star(lorasynci_talk *t, int root, int from_root,
+                                                 const lorasynci_block *blocks, int step, int timeout_ms,
+                                                 lorasync_error *err)
+{
+    const lorasync_comm *c        = &t->comm;
+    lorasync_message    *messages = lorasynci_talk_messages(t);
+    const int            here     = c->rank == root;
+    size_t               num      = 0;
+    int                  rank;
+    LORASYNC_ASSERT(!t->lost);
+    for (rank = 0; rank < c->world; rank++) {
+        const lorasynci_block *b = &blocks[here ? rank * step : 0];
+        if (rank == c->rank || (!here && rank != root) || !b->num_bytes) continue;
+        messages[num].peer      = rank;
+        messages[num].data      = b->data;
+        messages[num].num_bytes = b->num_bytes;
+        num++;
+    }
+    if (here == from_root) return c->exchange(c->user, messages, num, NULL, 0, timeout_ms, err);
+    return c->exchange(c->user, NULL, 0, messages, num, timeout_ms, err);
+}
+
+/* The root's bytes to all. timeout_ms: for ranks that may have to wait longer than usual. */
+LORASYNCI_FN lorasync_status lorasynci_talk_tell(lorasynci_talk *t, int root, void *bytes, size_t num_bytes,
+                                                 int timeout_ms, lorasync_error *err)
+{
+    lorasynci_block block;
+    block.data      = bytes;
+    block.num_bytes = num_bytes;
+    return lorasynci_talk_star(t, root, 1, &block, 0, timeout_ms, err);
+}
+
+/* One block of every other rank to the root; of the root's own blocks, one per rank, its own is not touched. */
+LORASYNCI_FN lorasync_status lorasynci_talk_collect(lorasynci_talk *t, int root, const lorasynci_block *blocks,
+                                                    lorasync_error *err)
+{
+    return lorasynci_talk_star(t, root, 0, blocks, 1, t->timeout_ms, err);
+}
+
+/* The other way: blocks[rank] of the root to that rank. */
+LORASYNCI_FN lorasync_status lorasynci_talk_deal(lorasynci_talk *t, int root, const lorasynci_block *blocks,
+                                                 lorasync_error *err)
+{
+    return lorasynci_talk_star(t, root, 1, blocks, 1, t->timeout_ms, err);
+}
 
 /* ------------------------------------------------------------------------------------------------------- >>image -- */
 
@@ -7762,68 +7985,6 @@ LORASYNCI_FN void lorasynci_meter_free(void *user, void *memory)
     lorasynci_dealloc(&m->a, p);
 }
 
-/* -- agreeing */
-
-typedef struct lorasynci_vote {
-    int32_t  status;
-    uint32_t flag;
-    uint64_t tag;
-    uint64_t plan; /* whose run this is about; 0: none's */
-} lorasynci_vote;
-
-LORASYNCI_FN size_t lorasynci_vote_scratch(int world) { return (size_t)world * sizeof(lorasync_error); }
-
-/* Collective: turns each rank's status into one verdict for all, the failure of the lowest failing rank. A comm failure
-   is the verdict too. `tag` must be equal on all ranks (what tags are is said in `tag_name`), as must `plan`;
-   *all_flags, if wanted, becomes 1 if every rank passed flag 1. scratch: lorasynci_vote_scratch bytes. */
-LORASYNCI_FN lorasync_status lorasynci_agree_on(uint64_t plan, const lorasync_comm *c, void *scratch, int timeout_ms,
-                                                lorasync_status mine, const lorasync_error *why, uint64_t tag,
-                                                const char *tag_name, int *all_flags, lorasync_error *err)
-{
-    lorasynci_vote  vote, *votes = (lorasynci_vote *)scratch;
-    lorasync_error *texts = (lorasync_error *)scratch, text;
-    int             i, failed = -1, differs = -1, elsewhere = -1, flags = 1;
-    vote.plan   = plan;
-    vote.status = (int32_t)mine;
-    vote.flag   = all_flags ? (uint32_t)*all_flags : 1;
-    vote.tag    = tag;
-    LORASYNCI_TRY(c->all_gather(c->user, &vote, votes, sizeof vote, timeout_ms, err));
-    for (i = c->world - 1; i >= 0; i--) {
-        if (votes[i].status < 0) failed = i;
-        if (votes[i].tag != votes[0].tag) differs = i;
-        if (votes[i].plan != votes[0].plan) elsewhere = i;
-        if (!votes[i].flag) flags = 0;
-    }
-    if (all_flags) *all_flags = flags;
-    if (elsewhere >= 0)
-        return lorasynci_fail(
-            err, LORASYNC_E_DISAGREE,
-            "rank %d is in a call for another plan (session) than rank 0; every rank must begin, and wait for, the "
-            "plans of one communicator in the same order. Nothing was taken, the versions can be tried again",
-            elsewhere);
-    if (failed < 0 && differs < 0) return LORASYNC_OK;
-    if (failed < 0)
-        return lorasynci_fail(err, LORASYNC_E_DISAGREE,
-                              "%s: %llu on rank 0, %llu on rank %d; every rank must pass the same", tag_name,
-                              (unsigned long long)votes[0].tag, (unsigned long long)votes[differs].tag, differs);
-    memset(&text, 0, sizeof text);
-    if (mine < 0 && why) text = *why;
-    text.text[sizeof text.text - 1] = 0;
-    LORASYNCI_TRY(c->all_gather(c->user, &text, texts, sizeof text, timeout_ms, err));
-    text                            = texts[failed];
-    text.text[sizeof text.text - 1] = 0;
-    if (c->world == 1) return lorasynci_fail(err, text.status, "%s", text.text);
-    return lorasynci_fail(err, text.status, "rank %d: %.480s", failed, text.text);
-}
-
-/* The same outside of runs. */
-LORASYNCI_FN lorasync_status lorasynci_agree(const lorasync_comm *c, void *scratch, int timeout_ms,
-                                             lorasync_status mine, const lorasync_error *why, uint64_t tag,
-                                             const char *tag_name, int *all_flags, lorasync_error *err)
-{
-    return lorasynci_agree_on(0, c, scratch, timeout_ms, mine, why, tag, tag_name, all_flags, err);
-}
-
 /* -- catalogue: the tensors a rank has or wants, as bytes that can be sent as they are
 
        | name_bytes u32 | dtype u8 | ndim u8 | wanted u16 | shape i64 x ndim | name, NUL, padding to 8 | next record
@@ -8350,18 +8511,18 @@ typedef struct lorasynci_link {
 typedef struct lorasynci_device lorasynci_device;
 
 struct lorasync_plan {
-    lorasynci_meter       meter; /* counts what the plan allocates */
-    lorasync_allocator    a;     /* goes through the meter */
-    lorasync_comm         comm;
+    lorasynci_meter       meter;    /* counts what the plan allocates */
+    lorasync_allocator    a;        /* goes through the meter */
+    lorasynci_talk        own_talk; /* without scratch in a plan that belongs to a session or stream */
+    lorasynci_talk       *talk;     /* own_talk, or theirs */
     lorasync_plan_kind    kind;
-    int                   root, timeout_ms, allow_nan;
+    int                   root, allow_nan;
     int                   has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a
                                         gather-all */
     int                   direct;    /* the image is mapped by every rank; reshard: see lorasynci_is_meshed */
     int                   lent;      /* staging and payload are not its own: lorasynci_plan_lend gives them before the
                                         first run */
     int                   begun;
-    lorasync_status       lost;                         /* the status with which the communicator went, or 0 */
     lorasync_error        begin_error;                  /* of the last begin; status 0 when it succeeded */
     const lorasync_error *objection;                    /* a failure in it is this rank's vote on a run, too; or NULL */
     uint64_t              id;                           /* the same on all ranks, and no other plan's */
@@ -8372,11 +8533,9 @@ struct lorasync_plan {
     lorasynci_ops         pack;                         /* out of the caller's memory (or the image) */
     lorasynci_ops         place;                        /* out of receive staging, rounds in order */
     lorasynci_link       *sends, *receives;             /* world each; a gather-all sends one stream to all: sends[0] */
-    lorasync_message     *messages;                     /* 2 * world: scratch of an exchange */
     char                 *memory[LORASYNCI_NUM_SPACES]; /* base of each space; LORASYNCI_MEMORY stays NULL */
     size_t                staging_bytes[LORASYNCI_NUM_SPACES];
     uint32_t              num_rounds;
-    void                 *votes;
     uint64_t             *sums;  /* digest of each catalogue tensor, as far as this rank packs it */
     uint32_t             *index; /* per catalogue tensor: its place in the image of a gather */
     uint32_t             *slots; /* catalogue tensors whose sums are sent, in stream order */
@@ -8457,7 +8616,7 @@ LORASYNCI_FN size_t lorasynci_mesh_slot_bytes(int world)
 LORASYNCI_FN lorasynci_device_offer *lorasynci_mesh_slot(const lorasync_plan *plan, int rank)
 {
     return (lorasynci_device_offer *)(void *)(plan->shared.address +
-                                              (size_t)rank * lorasynci_mesh_slot_bytes(plan->comm.world));
+                                              (size_t)rank * lorasynci_mesh_slot_bytes(plan->talk->comm.world));
 }
 
 LORASYNCI_FN uint64_t *lorasynci_mesh_starts(const lorasync_plan *plan, int rank)
@@ -8468,7 +8627,7 @@ LORASYNCI_FN uint64_t *lorasynci_mesh_starts(const lorasync_plan *plan, int rank
 /* Whether the rounds of a run overlap: while one travels, the one before is placed and the one behind packed. */
 LORASYNCI_FN int lorasynci_is_pipelined(const lorasync_plan *plan)
 {
-    return plan->device && plan->comm.exchange_stream;
+    return plan->device && plan->talk->comm.exchange_stream;
 }
 
 /* -- the planner */
@@ -8505,16 +8664,26 @@ typedef struct lorasynci_route {
     uint32_t boxed; /* off and len (ndim each) follow; else the whole part */
 } lorasynci_route;
 
+/* The size of what a rank will send to the planner; equal catalogues are sent once. */
+typedef struct lorasynci_hello {
+    uint64_t catalogue_hash[2];
+    uint64_t catalogue_bytes;
+    uint64_t parts_bytes;
+} lorasynci_hello;
+
 typedef struct lorasynci_planner {
-    lorasync_plan            *plan;
+    lorasynci_talk           *talk;
     const lorasync_plan_desc *desc;
+    const lorasync_allocator *a;
+    lorasync_plan            *plan; /* that is made; NULL: names are merged for a base stream */
     int                       world;
+    lorasynci_hello          *hellos;     /* per rank; all that follows is on the planner only */
+    lorasynci_block          *received;   /* per rank: its parts and, of the first that has it, its catalogue */
+    lorasynci_block          *answers;    /* per rank: what it is sent next */
     lorasynci_catalogue      *catalogues; /* per rank; num 0 where another rank's is meant */
     int                      *same_as;    /* per rank: whose catalogue it has */
     uint32_t                **numbers;    /* per rank with a catalogue: merged number of each of its tensors */
-    char                    **parts;      /* per rank: its parts as received */
-    size_t                   *parts_bytes;
-    lorasynci_catalogue       merged; /* tensors that are held; of a scatter, those of the image */
+    lorasynci_catalogue       merged;     /* tensors that are held; of a scatter, those of the image */
     lorasynci_table           names;
     int                      *first_rank; /* per merged tensor: who named it first, for messages */
     lorasynci_regions         held, wanted;
@@ -8546,7 +8715,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge_check(const lorasynci_planner *p, s
         return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%.200s: shape %s %s %d, %s on rank %d",
                               lorasynci_record_name(r),
                               lorasynci_shape_text(lorasynci_record_shape(m), m->ndim, ours, sizeof ours),
-                              first < 0 ? "in the image of rank" : "on rank", first < 0 ? p->plan->root : first,
+                              first < 0 ? "in the image of rank" : "on rank", first < 0 ? p->desc->root : first,
                               lorasynci_shape_text(lorasynci_record_shape(r), r->ndim, theirs, sizeof theirs), rank);
     if (!r->wanted && m->dtype != r->dtype)
         return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%.200s: dtype %s on rank %d, %s on rank %d",
@@ -8588,9 +8757,8 @@ LORASYNCI_FN lorasync_status lorasynci_merge(lorasynci_planner *p, lorasync_erro
     int    rank, wanted;
     for (rank = 0; rank < p->world; rank++) total += p->catalogues[rank].num;
     if (p->desc->kind == LORASYNC_SCATTER) total += p->desc->image->num_tensors;
-    p->first_rank = (int *)lorasynci_alloc_array(&p->plan->a, total, sizeof *p->first_rank);
-    if (!p->first_rank || !lorasynci_table_init(&p->names, &p->plan->a, total))
-        return lorasynci_fail_memory(err, total * 8);
+    p->first_rank = (int *)lorasynci_alloc_array(p->a, total, sizeof *p->first_rank);
+    if (!p->first_rank || !lorasynci_table_init(&p->names, p->a, total)) return lorasynci_fail_memory(err, total * 8);
     for (i = 0; p->desc->kind == LORASYNC_SCATTER && i < p->desc->image->num_tensors; i++) {
         const lorasync_tensor *t = &p->desc->image->tensors[i];
         p->first_rank[i]         = -1;
@@ -8598,7 +8766,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge(lorasynci_planner *p, lorasync_erro
         LORASYNCI_TRY(lorasynci_catalogue_add(&p->merged, t->name, t->dtype, t->ndim, t->shape, 0, err));
     }
     for (rank = 0; rank < p->world; rank++) {
-        p->numbers[rank] = (uint32_t *)lorasynci_alloc_array(&p->plan->a, p->catalogues[rank].num, sizeof(uint32_t));
+        p->numbers[rank] = (uint32_t *)lorasynci_alloc_array(p->a, p->catalogues[rank].num, sizeof(uint32_t));
         if (!p->numbers[rank]) return lorasynci_fail_memory(err, p->catalogues[rank].num * 4);
     }
     for (wanted = 0; wanted < 2; wanted++)
@@ -8624,19 +8792,20 @@ LORASYNCI_FN lorasync_status lorasynci_scan_parts(lorasynci_planner *p, int want
 {
     int rank;
     for (rank = 0; rank < p->world; rank++) {
-        const lorasynci_catalogue *c  = &p->catalogues[p->same_as[rank]];
-        size_t                     at = 0, item = 0;
-        while (at < p->parts_bytes[rank]) {
+        const lorasynci_catalogue *c     = &p->catalogues[p->same_as[rank]];
+        const char                *parts = (const char *)p->received[rank].data;
+        size_t                     at = 0, item = 0, num_bytes = (size_t)p->hellos[rank].parts_bytes;
+        while (at < num_bytes) {
             const int64_t          *box;
             const lorasynci_record *r;
             uint64_t                tensor;
-            if (p->parts_bytes[rank] - at < 8) return lorasynci_damaged_parts(rank, err);
-            memcpy(&tensor, p->parts[rank] + at, 8);
+            if (num_bytes - at < 8) return lorasynci_damaged_parts(rank, err);
+            memcpy(&tensor, parts + at, 8);
             if (tensor >= c->num) return lorasynci_damaged_parts(rank, err);
             r   = lorasynci_record_at(c, (size_t)tensor);
-            box = (const int64_t *)(const void *)(p->parts[rank] + at + 8);
+            box = (const int64_t *)(const void *)(parts + at + 8);
             at += 8;
-            if (p->parts_bytes[rank] - at < (size_t)r->ndim * 16) return lorasynci_damaged_parts(rank, err);
+            if (num_bytes - at < (size_t)r->ndim * 16) return lorasynci_damaged_parts(rank, err);
             at += (size_t)r->ndim * 16;
             if (r->wanted == wanted) {
                 uint32_t merged = p->numbers[p->same_as[rank]][tensor];
@@ -8660,7 +8829,7 @@ LORASYNCI_FN lorasync_status lorasynci_group_parts(lorasynci_planner *p, int wan
                                                    lorasync_error *err)
 {
     size_t t, sum = 0, n;
-    out->starts = (size_t *)lorasynci_alloc_array(&p->plan->a, p->merged.num + 1, sizeof *out->starts);
+    out->starts = (size_t *)lorasynci_alloc_array(p->a, p->merged.num + 1, sizeof *out->starts);
     if (!out->starts) return lorasynci_fail_memory(err, p->merged.num * 8);
     LORASYNCI_TRY(lorasynci_scan_parts(p, wanted, out, err));
     for (t = 0; t <= p->merged.num; t++) {
@@ -8669,7 +8838,7 @@ LORASYNCI_FN lorasync_status lorasynci_group_parts(lorasynci_planner *p, int wan
         sum += n;
     }
     out->num  = sum;
-    out->list = (lorasynci_region *)lorasynci_alloc_array(&p->plan->a, sum, sizeof *out->list);
+    out->list = (lorasynci_region *)lorasynci_alloc_array(p->a, sum, sizeof *out->list);
     if (!out->list) return lorasynci_fail_memory(err, sum * sizeof *out->list);
     LORASYNCI_TRY(lorasynci_scan_parts(p, wanted, out, err));
     for (t = p->merged.num; t > 0; t--) out->starts[t] = out->starts[t - 1]; /* filling moved each start to the next */
@@ -8940,9 +9109,9 @@ LORASYNCI_FN lorasync_status lorasynci_note_digest(lorasynci_planner *p, uint32_
 LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasync_error *err)
 {
     uint32_t to = p->plan->direct || p->world == 1 || p->desc->kind == LORASYNC_GATHER_ALL ? LORASYNCI_ALL
-                                                                                           : (uint32_t)p->plan->root;
+                                                                                           : (uint32_t)p->desc->root;
     /* who copies in the root's stead: a link is slower than the root's own memory, another core is not */
-    uint32_t dst = p->plan->direct && p->plan->device ? (uint32_t)p->plan->root : to;
+    uint32_t dst = p->plan->direct && p->plan->device ? (uint32_t)p->desc->root : to;
     size_t   i, n;
     for (i = 0; i < p->merged.num; i++) {
         size_t            t    = p->merged_index[i];
@@ -9006,7 +9175,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_scatter(lorasynci_planner *p, loras
     for (t = 0; t < p->merged.num; t++) {
         lorasynci_region image;
         memset(&image, 0, sizeof image);
-        image.rank = (uint32_t)p->plan->root;
+        image.rank = (uint32_t)p->desc->root;
         image.item = (uint32_t)t;
         if (p->wanted.starts[t] == p->wanted.starts[t + 1] &&
             lorasynci_box_numel(lorasynci_record_shape(lorasynci_record_at(&p->merged, t)),
@@ -9080,11 +9249,11 @@ LORASYNCI_FN void lorasynci_mapping_name(char out[64], uint64_t id)
 LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *offer)
 {
     const lorasync_image *image = plan->image;
-    const size_t          world = (size_t)plan->comm.world;
+    const size_t          world = (size_t)plan->talk->comm.world;
     size_t                sums_at =
         image ? lorasynci_align64(image->header_bytes + (plan->device || plan->lent ? 0 : image->payload_bytes)) : 0;
     size_t         before    = image ? lorasynci_align64(sums_at + 2 * world * image->num_tensors * sizeof(uint64_t))
-                                     : world * lorasynci_mesh_slot_bytes(plan->comm.world);
+                                     : world * lorasynci_mesh_slot_bytes(plan->talk->comm.world);
     size_t         num_bytes = before + world * 64; /* lines last */
     lorasync_error unused;
     if (image && plan->device && lorasynci_device_make_image(plan, &offer->device, &unused) < 0)
@@ -9101,42 +9270,7 @@ LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *
 
 /* -- the talk between the ranks and the planner */
 
-typedef struct lorasynci_hello {
-    uint64_t catalogue_hash[2];
-    uint64_t catalogue_bytes;
-    uint64_t parts_bytes;
-} lorasynci_hello;
-
-LORASYNCI_FN int lorasynci_planner_rank(const lorasync_plan *plan) { return plan->root; }
-
-LORASYNCI_FN int lorasynci_is_planner(const lorasync_plan *plan) { return plan->comm.rank == plan->root; }
-
-/* From every rank to the planner, or (to_all) from the planner to every rank: one block each. `blocks` and `sizes` are
-   used by the planner, block and size by the others. */
-LORASYNCI_FN lorasync_status lorasynci_star(lorasync_plan *plan, int to_all, char **blocks, const size_t *sizes,
-                                            void *block, size_t size, lorasync_error *err)
-{
-    const lorasync_comm *c = &plan->comm;
-    size_t               n = 0;
-    int                  rank;
-    if (lorasynci_is_planner(plan)) {
-        for (rank = 0; rank < c->world; rank++) {
-            if (rank == c->rank || sizes[rank] == 0) continue;
-            plan->messages[n].peer      = rank;
-            plan->messages[n].data      = blocks[rank];
-            plan->messages[n].num_bytes = sizes[rank];
-            n++;
-        }
-    } else if (size) {
-        plan->messages[0].peer      = lorasynci_planner_rank(plan);
-        plan->messages[0].data      = block;
-        plan->messages[0].num_bytes = size;
-        n                           = 1;
-    }
-    if (to_all == lorasynci_is_planner(plan))
-        return c->exchange(c->user, plan->messages, n, NULL, 0, plan->timeout_ms, err);
-    return c->exchange(c->user, NULL, 0, plan->messages, n, plan->timeout_ms, err);
-}
+LORASYNCI_FN int lorasynci_is_planner(const lorasync_plan *plan) { return plan->talk->comm.rank == plan->root; }
 
 enum {
     LORASYNCI_FIRST_ROUND   = 16 << 20,
@@ -9161,28 +9295,32 @@ LORASYNCI_FN void lorasynci_planner_caps(lorasynci_planner *p)
         p->first_cap = (p->desc->kind == LORASYNC_RESHARD ? LORASYNCI_FIRST_RESHARD : LORASYNCI_FIRST_ROUND) / others;
 }
 
-/* The planner's arrays, one entry per rank. */
-LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasync_plan *plan,
-                                                    const lorasync_plan_desc *desc, lorasync_error *err)
+/* What every rank works with while names and boxes are collected, and the planner's arrays, one entry per rank. */
+LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasynci_talk *talk,
+                                                    const lorasync_plan_desc *desc, const lorasync_allocator *a,
+                                                    lorasync_error *err)
 {
-    const lorasync_allocator *a = &plan->a;
-    size_t                    n = (size_t)plan->comm.world, i, streams = desc->kind == LORASYNC_RESHARD ? n * n : n;
+    size_t n = (size_t)talk->comm.world, i, streams = desc->kind == LORASYNC_RESHARD ? n * n : n;
     memset(p, 0, sizeof *p);
-    p->plan        = plan;
-    p->desc        = desc;
-    p->world       = plan->comm.world;
-    p->catalogues  = (lorasynci_catalogue *)lorasynci_alloc_array(a, n, sizeof *p->catalogues);
-    p->same_as     = (int *)lorasynci_alloc_array(a, n, sizeof *p->same_as);
-    p->numbers     = (uint32_t **)lorasynci_alloc_array(a, n, sizeof *p->numbers);
-    p->parts       = (char **)lorasynci_alloc_array(a, n, sizeof *p->parts);
-    p->parts_bytes = (size_t *)lorasynci_alloc_array(a, n, sizeof *p->parts_bytes);
-    p->streams     = (lorasynci_stream *)lorasynci_alloc_array(a, streams, sizeof *p->streams);
-    p->load        = (uint64_t *)lorasynci_alloc_array(a, n, sizeof *p->load);
-    p->sends       = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->sends);
-    p->receives    = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->receives);
-    p->digests     = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->digests);
+    p->talk   = talk;
+    p->desc   = desc;
+    p->a      = a;
+    p->world  = talk->comm.world;
+    p->hellos = (lorasynci_hello *)lorasynci_alloc_array(a, n, sizeof *p->hellos);
+    if (!p->hellos) return lorasynci_fail_memory(err, n * sizeof *p->hellos);
+    if (talk->comm.rank != desc->root) return LORASYNC_OK;
+    p->catalogues = (lorasynci_catalogue *)lorasynci_alloc_array(a, n, sizeof *p->catalogues);
+    p->same_as    = (int *)lorasynci_alloc_array(a, n, sizeof *p->same_as);
+    p->numbers    = (uint32_t **)lorasynci_alloc_array(a, n, sizeof *p->numbers);
+    p->received   = (lorasynci_block *)lorasynci_alloc_array(a, n, sizeof *p->received);
+    p->answers    = (lorasynci_block *)lorasynci_alloc_array(a, n, sizeof *p->answers);
+    p->streams    = (lorasynci_stream *)lorasynci_alloc_array(a, streams, sizeof *p->streams);
+    p->load       = (uint64_t *)lorasynci_alloc_array(a, n, sizeof *p->load);
+    p->sends      = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->sends);
+    p->receives   = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->receives);
+    p->digests    = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->digests);
     lorasynci_catalogue_init(&p->merged, a);
-    if (!p->catalogues || !p->same_as || !p->numbers || !p->parts || !p->parts_bytes || !p->streams || !p->load ||
+    if (!p->catalogues || !p->same_as || !p->numbers || !p->received || !p->answers || !p->streams || !p->load ||
         !p->sends || !p->receives || !p->digests)
         return lorasynci_fail_memory(err, n * sizeof *p->catalogues);
     for (i = 0; i < n; i++) {
@@ -9191,7 +9329,6 @@ LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasy
         lorasynci_buffer_init(&p->receives[i], a);
         lorasynci_buffer_init(&p->digests[i], a);
     }
-    lorasynci_planner_caps(p);
     return LORASYNC_OK;
 }
 
@@ -9199,12 +9336,12 @@ LORASYNCI_FN void lorasynci_planner_free(lorasynci_planner *p)
 {
     const lorasync_allocator *a;
     int                       i;
-    if (!p->plan) return;
-    a = &p->plan->a;
+    if (!p->talk) return;
+    a = p->a;
     for (i = 0; i < p->world; i++) {
         if (p->catalogues) lorasynci_catalogue_free(&p->catalogues[i]);
         if (p->numbers) lorasynci_dealloc(a, p->numbers[i]);
-        if (p->parts) lorasynci_dealloc(a, p->parts[i]);
+        if (p->received) lorasynci_dealloc(a, p->received[i].data);
         if (p->sends) lorasynci_buffer_free(&p->sends[i]);
         if (p->receives) lorasynci_buffer_free(&p->receives[i]);
         if (p->digests) lorasynci_buffer_free(&p->digests[i]);
@@ -9212,9 +9349,9 @@ LORASYNCI_FN void lorasynci_planner_free(lorasynci_planner *p)
     lorasynci_catalogue_free(&p->merged);
     if (p->names.cells) lorasynci_table_free(&p->names);
     lorasynci_dealloc(a, p->catalogues), lorasynci_dealloc(a, p->same_as), lorasynci_dealloc(a, p->numbers),
-        lorasynci_dealloc(a, p->parts);
-    lorasynci_dealloc(a, p->parts_bytes), lorasynci_dealloc(a, p->streams), lorasynci_dealloc(a, p->load),
-        lorasynci_dealloc(a, p->sends);
+        lorasynci_dealloc(a, p->received);
+    lorasynci_dealloc(a, p->hellos), lorasynci_dealloc(a, p->answers), lorasynci_dealloc(a, p->streams),
+        lorasynci_dealloc(a, p->load), lorasynci_dealloc(a, p->sends);
     lorasynci_dealloc(a, p->receives), lorasynci_dealloc(a, p->digests), lorasynci_dealloc(a, p->first_rank),
         lorasynci_dealloc(a, p->image_index);
     lorasynci_dealloc(a, p->merged_index), lorasynci_dealloc(a, p->held.list), lorasynci_dealloc(a, p->held.starts),
@@ -9223,33 +9360,41 @@ LORASYNCI_FN void lorasynci_planner_free(lorasynci_planner *p)
     memset(p, 0, sizeof *p);
 }
 
-/* Who sends a catalogue: the first rank that has it. The planner makes room for what will come. */
-LORASYNCI_FN lorasync_status lorasynci_planner_expect(lorasynci_planner *p, const lorasynci_hello *hellos,
-                                                      size_t *sizes, lorasync_error *err)
+/* Who sends a rank's catalogue: the first that has it. */
+LORASYNCI_FN int lorasynci_catalogue_sender(const lorasynci_planner *p, int rank)
 {
-    int i, j;
+    int i;
+    for (i = 0; i < rank && memcmp(p->hellos[i].catalogue_hash, p->hellos[rank].catalogue_hash, 16) != 0; i++) {}
+    return i;
+}
+
+/* On the planner: room for what will come. */
+LORASYNCI_FN lorasync_status lorasynci_planner_expect(lorasynci_planner *p, lorasync_error *err)
+{
+    int i;
     for (i = 0; i < p->world; i++) {
-        size_t n;
-        for (j = 0; j < i && memcmp(hellos[i].catalogue_hash, hellos[j].catalogue_hash, 16) != 0; j++) {}
-        p->same_as[i]     = j;
-        p->parts_bytes[i] = (size_t)hellos[i].parts_bytes;
-        n                 = j == i ? (size_t)hellos[i].catalogue_bytes : 0;
-        if (!lorasynci_checked_add(n, p->parts_bytes[i], &sizes[i]))
+        const lorasynci_hello *hello = &p->hellos[i];
+        lorasynci_block       *block = &p->received[i];
+        p->same_as[i]                = lorasynci_catalogue_sender(p, i);
+        if (!lorasynci_checked_add(p->same_as[i] == i ? (size_t)hello->catalogue_bytes : 0, (size_t)hello->parts_bytes,
+                                   &block->num_bytes))
             return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d announces an impossible size", i);
-        p->parts[i] = (char *)lorasynci_alloc(&p->plan->a, sizes[i]);
-        if (!p->parts[i]) return lorasynci_fail_memory(err, sizes[i]);
+        block->data = lorasynci_alloc(p->a, block->num_bytes);
+        if (!block->data) return lorasynci_fail_memory(err, block->num_bytes);
     }
     return LORASYNC_OK;
 }
 
 /* Splits what came from each rank (parts, then catalogue) and indexes the catalogues. */
-LORASYNCI_FN lorasync_status lorasynci_planner_unpack(lorasynci_planner *p, const size_t *sizes, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_planner_unpack(lorasynci_planner *p, lorasync_error *err)
 {
     int i;
     for (i = 0; i < p->world; i++) {
+        const lorasynci_block *block = &p->received[i];
+        size_t                 at    = (size_t)p->hellos[i].parts_bytes;
         if (p->same_as[i] != i) continue;
-        lorasynci_put(&p->catalogues[i].bytes, p->parts[i] + p->parts_bytes[i], sizes[i] - p->parts_bytes[i]);
-        if (p->catalogues[i].bytes.failed) return lorasynci_fail_memory(err, sizes[i]);
+        lorasynci_put(&p->catalogues[i].bytes, (const char *)block->data + at, block->num_bytes - at);
+        if (p->catalogues[i].bytes.failed) return lorasynci_fail_memory(err, block->num_bytes);
         LORASYNCI_TRY(lorasynci_catalogue_index(&p->catalogues[i], i, err));
     }
     return LORASYNC_OK;
@@ -9260,8 +9405,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_image(lorasynci_planner *p, loras
 {
     size_t i, n = p->merged.num;
     LORASYNCI_TRY(lorasynci_layout_image(p->plan, p->desc, &p->merged, err));
-    p->image_index  = (uint32_t *)lorasynci_alloc_array(&p->plan->a, n, sizeof(uint32_t));
-    p->merged_index = (uint32_t *)lorasynci_alloc_array(&p->plan->a, n, sizeof(uint32_t));
+    p->image_index  = (uint32_t *)lorasynci_alloc_array(p->a, n, sizeof(uint32_t));
+    p->merged_index = (uint32_t *)lorasynci_alloc_array(p->a, n, sizeof(uint32_t));
     if (!p->image_index || !p->merged_index) return lorasynci_fail_memory(err, n * 4);
     for (i = 0; i < n; i++) {
         size_t t =
@@ -9273,14 +9418,14 @@ LORASYNCI_FN lorasync_status lorasynci_planner_image(lorasynci_planner *p, loras
 }
 
 /* All checks, before anything is routed. */
-LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, const size_t *sizes, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, lorasync_error *err)
 {
     lorasync_dtype wire = p->desc->wire_dtype;
     if (wire != LORASYNC_DTYPE_NONE && !lorasynci_is_float(wire))
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
                               "wire_dtype %s is not one of F32, F16, BF16, F8_E4M3, F8_E5M2",
                               lorasync_dtype_name(wire) ? lorasync_dtype_name(wire) : "(none)");
-    LORASYNCI_TRY(lorasynci_planner_unpack(p, sizes, err));
+    LORASYNCI_TRY(lorasynci_planner_unpack(p, err));
     LORASYNCI_TRY(lorasynci_merge(p, err));
     LORASYNCI_TRY(lorasynci_group_parts(p, 1, &p->wanted, err));
     if (p->desc->kind == LORASYNC_SCATTER) return LORASYNC_OK;
@@ -9291,6 +9436,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, const
 
 LORASYNCI_FN lorasync_status lorasynci_planner_route(lorasynci_planner *p, lorasync_error *err)
 {
+    lorasynci_planner_caps(p);
     switch (p->desc->kind) {
     case LORASYNC_SCATTER: return lorasynci_route_scatter(p, err);
     case LORASYNC_RESHARD: return lorasynci_route_reshard(p, err);
@@ -9323,7 +9469,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
     const lorasynci_catalogue *c = &p->catalogues[p->same_as[rank]];
     size_t                     i, start;
     int                        from, image_here =
-                  p->image_index && !p->plan->direct && (p->desc->kind == LORASYNC_GATHER_ALL || rank == p->plan->root);
+                  p->image_index && !p->plan->direct && (p->desc->kind == LORASYNC_GATHER_ALL || rank == p->desc->root);
     head->sends_bytes    = p->sends[rank].size;
     head->receives_bytes = p->receives[rank].size;
     head->num_rounds     = p->num_rounds;
@@ -9467,7 +9613,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_build *b, const 
         leg->box = (const int64_t *)(const void *)(routes + *at);
         *at += (size_t)leg->ndim * 16;
     }
-    if (!leg->box || (leg->route.peer >= (uint32_t)b->plan->comm.world && leg->route.peer != LORASYNCI_ALL))
+    if (!leg->box || (leg->route.peer >= (uint32_t)b->plan->talk->comm.world && leg->route.peer != LORASYNCI_ALL))
         return lorasynci_damaged_answer(b->plan, err);
     leg->wire      = !receiving                     ? lorasynci_wire_dtype(b->desc, leg->near.dtype)
                      : at_image                     ? leg->near.dtype
@@ -9556,8 +9702,9 @@ LORASYNCI_FN lorasync_status lorasynci_build_send(const lorasynci_build *b, cons
     lorasynci_end  far;
     uint32_t       tensor, round = leg->route.round;
     float          scale;
-    int            self = leg->route.peer == (uint32_t)plan->comm.rank, gather = lorasynci_is_gather(b->desc->kind);
-    int digest = gather && !(self && b->desc->kind == LORASYNC_GATHER_ALL && !plan->direct && plan->comm.world > 1);
+    int self = leg->route.peer == (uint32_t)plan->talk->comm.rank, gather = lorasynci_is_gather(b->desc->kind);
+    int digest =
+        gather && !(self && b->desc->kind == LORASYNC_GATHER_ALL && !plan->direct && plan->talk->comm.world > 1);
     memset(&far, 0, sizeof far);
     if (!self) {
         const lorasynci_link *link = lorasynci_link_of(plan, leg, 0);
@@ -9604,7 +9751,7 @@ LORASYNCI_FN lorasync_status lorasynci_build_pass(const lorasynci_build *b, cons
         LORASYNCI_TRY(lorasynci_read_leg(b, routes, size, &at, receiving, &leg, err));
         if (building)
             LORASYNCI_TRY(receiving ? lorasynci_build_receive(b, &leg, err) : lorasynci_build_send(b, &leg, err));
-        else if (receiving || leg.route.peer != (uint32_t)b->plan->comm.rank)
+        else if (receiving || leg.route.peer != (uint32_t)b->plan->talk->comm.rank)
             LORASYNCI_TRY(lorasynci_link_extend(lorasynci_link_of(b->plan, &leg, receiving), &leg, err));
     }
     if (!building && !lorasynci_buffer_reserve(list, num * sizeof(lorasynci_op)))
@@ -9634,19 +9781,20 @@ LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan, size_t bucket_byt
 {
     size_t *staging = plan->staging_bytes, unused = 0;
     int     i, overlap                            = lorasynci_is_pipelined(plan);
-    for (i = 0; lorasynci_is_meshed(plan) && i < plan->comm.world; i++) { /* a link's bytes are written as they lie at
+    for (i = 0; lorasynci_is_meshed(plan) && i < plan->talk->comm.world;
+         i++) { /* a link's bytes are written as they lie at
                                                                              the receiver */
         lorasynci_place_link(&plan->sends[i], 1, 0, &unused);
         lorasynci_place_link(&plan->receives[i], 1, 0, &staging[LORASYNCI_RECEIVE]);
     }
     if (lorasynci_is_meshed(plan)) return;
-    for (i = 0; i < plan->comm.world; i++) {
+    for (i = 0; i < plan->talk->comm.world; i++) {
         lorasynci_place_link(&plan->sends[i], 1, overlap, &staging[LORASYNCI_SEND]);
         lorasynci_place_link(&plan->receives[i], 0, overlap, &staging[LORASYNCI_RECEIVE]);
     }
     if (!overlap || staging[LORASYNCI_SEND] <= bucket_bytes) return;
     staging[LORASYNCI_SEND] = 0;
-    for (i = 0; i < plan->comm.world; i++)
+    for (i = 0; i < plan->talk->comm.world; i++)
         lorasynci_place_link(&plan->sends[i], lorasynci_link_rounds(&plan->sends[i]) <= 2, overlap,
                              &staging[LORASYNCI_SEND]);
 }
@@ -9657,7 +9805,7 @@ LORASYNCI_FN lorasync_status lorasynci_build_digests(lorasync_plan *plan, const 
 {
     size_t at = 0, i;
     int    from;
-    for (from = 0; at < size && from < plan->comm.world; from++) {
+    for (from = 0; at < size && from < plan->talk->comm.world; from++) {
         lorasynci_link *link = &plan->receives[from];
         uint64_t        num;
         if (size - at < 8) return lorasynci_damaged_answer(plan, err);
@@ -9701,13 +9849,13 @@ LORASYNCI_FN lorasync_status lorasynci_build_slots(const lorasynci_build *b, con
     while (lorasynci_is_gather(b->desc->kind) && at < size) {
         lorasynci_leg leg;
         LORASYNCI_TRY(lorasynci_read_leg(b, routes, size, &at, 0, &leg, err));
-        if (leg.route.peer == (uint32_t)plan->comm.rank || leg.tensor == last) continue;
+        if (leg.route.peer == (uint32_t)plan->talk->comm.rank || leg.tensor == last) continue;
         last = leg.tensor;
         num++;
     }
     plan->slots = (uint32_t *)lorasynci_alloc_array(&plan->a, num, sizeof *plan->slots);
     if (!plan->slots) return lorasynci_fail_memory(err, num * 4);
-    for (i = 0; num && i < plan->comm.world; i++)
+    for (i = 0; num && i < plan->talk->comm.world; i++)
         if (lorasynci_link_rounds(&plan->sends[i])) plan->sends[i].num_digests = num; /* a gather sends one stream */
     return LORASYNC_OK;
 }
@@ -9790,15 +9938,17 @@ LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const 
     int held = d->kind != LORASYNC_SCATTER, wanted = d->kind == LORASYNC_SCATTER || d->kind == LORASYNC_RESHARD;
     if (d->kind < LORASYNC_GATHER || d->kind > LORASYNC_RESHARD)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan kind %d is none", (int)d->kind);
-    if (d->root < 0 || d->root >= plan->comm.world)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", d->root, plan->comm.world - 1);
+    if (d->root < 0 || d->root >= plan->talk->comm.world)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", d->root,
+                              plan->talk->comm.world - 1);
     if (d->num_have && !held)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a scatter takes no held pieces; the root passes desc.image");
     if (d->num_want && !wanted)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a gather takes no wanted pieces; it makes an image");
-    if (d->kind == LORASYNC_SCATTER && plan->comm.rank == d->root && !d->image)
+    if (d->kind == LORASYNC_SCATTER && plan->talk->comm.rank == d->root && !d->image)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "scatter: the root passes no desc.image");
-    if (d->kind == LORASYNC_SCATTER && plan->comm.rank == d->root && !d->image->payload && d->image->payload_bytes)
+    if (d->kind == LORASYNC_SCATTER && plan->talk->comm.rank == d->root && !d->image->payload &&
+        d->image->payload_bytes)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "scatter: the image has no payload; bind one with lorasync_image_bind");
     LORASYNCI_TRY(lorasynci_describe(d->have, d->num_have, 0, &plan->a, &plan->catalogue, parts, err));
@@ -9806,36 +9956,39 @@ LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const 
     return d->cuda ? lorasynci_plan_check_aligned(d, err) : LORASYNC_OK;
 }
 
-/* Everybody's description to the planner. */
-LORASYNCI_FN lorasync_status lorasynci_plan_collect(lorasync_plan *plan, lorasynci_planner *p,
-                                                    const lorasynci_parts *parts, size_t *sizes,
-                                                    lorasynci_hello *hellos, lorasync_error *err)
+/* Everybody's names and boxes to the planner. */
+LORASYNCI_FN lorasync_status lorasynci_planner_collect(lorasynci_planner *p, const lorasynci_catalogue *catalogue,
+                                                       const lorasynci_parts *parts, lorasync_error *err)
 {
+    const int        here = p->talk->comm.rank, plans = here == p->desc->root;
     lorasynci_buffer out;
     lorasynci_hello  hello;
-    lorasync_error   why;
-    lorasync_status  status = LORASYNC_OK;
-    int              rank   = plan->comm.rank, i;
-    lorasynci_buffer_init(&out, &plan->a);
-    memset(&why, 0, sizeof why);
+    lorasynci_block  block;
+    lorasync_error   mine;
+    lorasync_status  status;
+    lorasynci_buffer_init(&out, p->a);
+    memset(&mine, 0, sizeof mine);
     lorasynci_buffer_reserve(&out, parts->list.size / sizeof(lorasynci_part) * 8 + parts->geometry.size / 3 * 2 +
-                                       plan->catalogue.bytes.size); /* exactly: it is large */
-    lorasynci_parts_pack(parts, &plan->catalogue, &out);
+                                       catalogue->bytes.size); /* exactly: it is large */
+    lorasynci_parts_pack(parts, catalogue, &out);
     hello.parts_bytes       = out.size;
-    hello.catalogue_bytes   = plan->catalogue.bytes.size;
-    hello.catalogue_hash[0] = lorasynci_hash(plan->catalogue.bytes.data, plan->catalogue.bytes.size, 3);
-    hello.catalogue_hash[1] = lorasynci_hash(plan->catalogue.bytes.data, plan->catalogue.bytes.size, 4);
-    status = plan->comm.all_gather(plan->comm.user, &hello, hellos, sizeof hello, plan->timeout_ms, err);
-    for (i = 0; status == LORASYNC_OK && i < rank && memcmp(hellos[i].catalogue_hash, hello.catalogue_hash, 16) != 0;
-         i++) {}
-    if (status == LORASYNC_OK && i == rank) lorasynci_put(&out, plan->catalogue.bytes.data, plan->catalogue.bytes.size);
+    hello.catalogue_bytes   = catalogue->bytes.size;
+    hello.catalogue_hash[0] = lorasynci_hash(catalogue->bytes.data, catalogue->bytes.size, 3);
+    hello.catalogue_hash[1] = lorasynci_hash(catalogue->bytes.data, catalogue->bytes.size, 4);
+    status = p->talk->comm.all_gather(p->talk->comm.user, &hello, p->hellos, sizeof hello, p->talk->timeout_ms, err);
     if (status == LORASYNC_OK) {
-        lorasync_status mine = out.failed ? lorasynci_fail_memory(&why, out.size) : LORASYNC_OK;
-        if (mine == LORASYNC_OK && lorasynci_is_planner(plan)) mine = lorasynci_planner_expect(p, hellos, sizes, &why);
-        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine, &why, 0, "", NULL, err);
+        if (lorasynci_catalogue_sender(p, here) == here)
+            lorasynci_put(&out, catalogue->bytes.data, catalogue->bytes.size);
+        if (out.failed) lorasynci_fail_memory(&mine, out.size);
+        else if (plans) lorasynci_planner_expect(p, &mine);
+        status = lorasynci_talk_vote(p->talk, &mine, err);
     }
-    if (status == LORASYNC_OK && lorasynci_is_planner(plan) && out.size) memcpy(p->parts[rank], out.data, out.size);
-    if (status == LORASYNC_OK) status = lorasynci_star(plan, 0, p->parts, sizes, out.data, out.size, err);
+    if (status == LORASYNC_OK) {
+        block.data      = out.data;
+        block.num_bytes = out.size;
+        if (plans && out.size) memcpy(p->received[here].data, out.data, out.size);
+        status = lorasynci_talk_collect(p->talk, p->desc->root, plans ? p->received : &block, err);
+    }
     lorasynci_buffer_free(&out);
     return status;
 }
@@ -9853,18 +10006,16 @@ LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
 LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const lorasync_plan_desc *d,
                                                 const lorasynci_offer *offer, lorasync_error *err)
 {
-    int             mapped = 0;
-    lorasync_status status;
+    int mapped = 0;
     if (!offer->mapping_bytes) return LORASYNC_OK;
     if (!plan->shared.address && !d->no_direct)
         lorasynci_window_name(&plan->shared, offer->name, (size_t)offer->mapping_bytes, 0);
     if (plan->shared.address) {
         plan->lines =
-            (uint64_t *)(void *)(plan->shared.address + plan->shared.num_bytes - 64 * (size_t)plan->comm.world);
+            (uint64_t *)(void *)(plan->shared.address + plan->shared.num_bytes - 64 * (size_t)plan->talk->comm.world);
         mapped = !plan->device || d->kind == LORASYNC_RESHARD || lorasynci_device_map(plan, &offer->device);
     }
-    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &mapped, err);
-    if (status < 0) return status;
+    LORASYNCI_TRY(lorasynci_talk_vote_flag(plan->talk, NULL, &mapped, err));
     if (mapped) {
         plan->direct            = 1;
         plan->num_image_tensors = (size_t)offer->num_tensors;
@@ -9875,54 +10026,50 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
 
 /* A gather-all: the merged catalogue from the planner to everybody, who lays out the image from it. A failure at home
    goes to *mine. */
-LORASYNCI_FN lorasync_status lorasynci_plan_share_catalogue(lorasync_plan *plan, lorasynci_planner *p,
+LORASYNCI_FN lorasync_status lorasynci_plan_share_catalogue(lorasync_plan *plan, const lorasynci_planner *p,
                                                             const lorasync_plan_desc *d, size_t num_bytes,
                                                             lorasync_error *mine, lorasync_error *err)
 {
     lorasynci_catalogue merged;
     lorasync_status     status;
-    size_t              n      = (size_t)plan->comm.world, i;
-    char              **blocks = (char **)plan->votes;
-    size_t             *sizes  = (size_t *)(void *)(blocks + n);
+    const int           here = lorasynci_is_planner(plan);
     lorasynci_catalogue_init(&merged, &plan->a);
-    if (!lorasynci_is_planner(plan) && lorasynci_buffer_reserve(&merged.bytes, num_bytes))
-        merged.bytes.size = num_bytes;
+    if (!here && lorasynci_buffer_reserve(&merged.bytes, num_bytes)) merged.bytes.size = num_bytes;
     if (merged.bytes.failed) lorasynci_fail_memory(mine, num_bytes);
-    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine->status, mine, 0, "", NULL, err);
-    for (i = 0; i < n && p->plan; i++) blocks[i] = p->merged.bytes.data, sizes[i] = p->merged.bytes.size;
-    if (status == LORASYNC_OK) status = lorasynci_star(plan, 1, blocks, sizes, merged.bytes.data, num_bytes, err);
-    if (status == LORASYNC_OK && !lorasynci_is_planner(plan) &&
-        lorasynci_catalogue_index(&merged, plan->root, mine) == LORASYNC_OK)
+    status = lorasynci_talk_vote(plan->talk, mine, err);
+    if (status == LORASYNC_OK)
+        status = lorasynci_talk_tell(plan->talk, plan->root, here ? p->merged.bytes.data : merged.bytes.data, num_bytes,
+                                     plan->talk->timeout_ms, err);
+    if (status == LORASYNC_OK && !here && lorasynci_catalogue_index(&merged, plan->root, mine) == LORASYNC_OK)
         lorasynci_layout_image(plan, d, &merged, mine);
     lorasynci_catalogue_free(&merged);
     return status;
 }
 
+/* On the planner: the verdict on the descriptions, and what it has for the others. */
+LORASYNCI_FN void lorasynci_plan_make_offer(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d,
+                                            lorasynci_offer *offer)
+{
+    offer->id = lorasynci_unique(plan);
+    if (lorasynci_planner_check(p, &offer->verdict) < 0) return;
+    if (d->kind == LORASYNC_GATHER_ALL) offer->catalogue_bytes = p->merged.bytes.size;
+    if ((plan->image || (plan->device && d->kind == LORASYNC_RESHARD)) && p->world > 1 && !d->no_direct)
+        lorasynci_offer_mapping(plan, offer);
+}
+
 /* Verdict on the descriptions, the catalogue for a gather-all, and the shared image. */
 LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci_planner *p,
-                                                  const lorasync_plan_desc *d, const size_t *in_sizes,
-                                                  lorasynci_offer *offer, lorasync_error *mine, lorasync_error *err)
+                                                  const lorasync_plan_desc *d, lorasynci_offer *offer,
+                                                  lorasync_error *mine, lorasync_error *err)
 {
-    size_t          n      = (size_t)plan->comm.world, i;
-    char          **blocks = (char **)plan->votes;
-    size_t         *sizes  = (size_t *)(void *)(blocks + n);
     lorasync_status status;
     memset(offer, 0, sizeof *offer);
-    if (lorasynci_is_planner(plan)) {
-        offer->id             = lorasynci_unique(plan);
-        offer->verdict.status = lorasynci_planner_check(p, in_sizes, &offer->verdict);
-        if (offer->verdict.status == LORASYNC_OK && d->kind == LORASYNC_GATHER_ALL)
-            offer->catalogue_bytes = p->merged.bytes.size;
-        if (offer->verdict.status == LORASYNC_OK && (plan->image || (plan->device && d->kind == LORASYNC_RESHARD)) &&
-            n > 1 && !d->no_direct)
-            lorasynci_offer_mapping(plan, offer);
-        for (i = 0; i < n; i++) blocks[i] = (char *)offer, sizes[i] = sizeof *offer;
-    }
-    status   = lorasynci_star(plan, 1, blocks, sizes, offer, sizeof *offer, err);
+    if (lorasynci_is_planner(plan)) lorasynci_plan_make_offer(plan, p, d, offer);
+    status   = lorasynci_talk_tell(plan->talk, plan->root, offer, sizeof *offer, plan->talk->timeout_ms, err);
     plan->id = offer->id;
     if (status == LORASYNC_OK && offer->verdict.status < 0)
         status = lorasynci_fail(err, offer->verdict.status, "%.500s", offer->verdict.text);
-    if (status == LORASYNC_OK && offer->catalogue_bytes && n > 1)
+    if (status == LORASYNC_OK && offer->catalogue_bytes && p->world > 1)
         status = lorasynci_plan_share_catalogue(plan, p, d, (size_t)offer->catalogue_bytes, mine, err);
     if (status == LORASYNC_OK) status = lorasynci_plan_map(plan, d, offer, err);
     if (offer->mapping_bytes && lorasynci_is_planner(plan)) shm_unlink(offer->name); /* whoever could has it by now */
@@ -9933,10 +10080,9 @@ LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci
 LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasynci_planner *p, lorasynci_answer *head,
                                                     lorasynci_buffer *out, lorasync_error *mine, lorasync_error *err)
 {
-    const lorasync_allocator *a      = &plan->a;
-    size_t                    n      = (size_t)plan->comm.world, i;
-    char                    **blocks = (char **)plan->votes;
-    size_t                   *sizes = (size_t *)(void *)(blocks + n), here = (size_t)plan->comm.rank;
+    const lorasync_allocator *a = &plan->a;
+    size_t                    n = (size_t)p->world, i, here = (size_t)p->talk->comm.rank;
+    lorasynci_block           block;
     lorasynci_answer         *heads  = NULL;
     lorasynci_buffer         *bodies = NULL;
     lorasync_status           status = LORASYNC_OK;
@@ -9949,9 +10095,11 @@ LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasyn
             for (i = 0; i < n && mine->status == LORASYNC_OK; i++)
                 lorasynci_planner_answer(p, (int)i, &heads[i], &bodies[i], mine);
     }
-    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine->status, mine, 0, "", NULL, err);
-    for (i = 0; i < n && heads; i++) blocks[i] = (char *)&heads[i], sizes[i] = sizeof *heads;
-    if (status == LORASYNC_OK) status = lorasynci_star(plan, 1, blocks, sizes, head, sizeof *head, err);
+    status          = lorasynci_talk_vote(plan->talk, mine, err);
+    block.data      = head;
+    block.num_bytes = sizeof *head;
+    for (i = 0; i < n && heads; i++) p->answers[i].data = &heads[i], p->answers[i].num_bytes = sizeof *heads;
+    if (status == LORASYNC_OK) status = lorasynci_talk_deal(plan->talk, plan->root, heads ? p->answers : &block, err);
     if (status == LORASYNC_OK && heads) *head = heads[here];
     if (status == LORASYNC_OK) {
         size_t size = (size_t)(head->sends_bytes + head->receives_bytes +
@@ -9959,9 +10107,12 @@ LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasyn
         if (bodies) *out = bodies[here];
         else if (lorasynci_buffer_reserve(out, size)) out->size = size;
         else lorasynci_fail_memory(mine, size);
-        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine->status, mine, 0, "", NULL, err);
-        for (i = 0; i < n && bodies; i++) blocks[i] = bodies[i].data, sizes[i] = bodies[i].size;
-        if (status == LORASYNC_OK) status = lorasynci_star(plan, 1, blocks, sizes, out->data, size, err);
+        status          = lorasynci_talk_vote(plan->talk, mine, err);
+        block.data      = out->data;
+        block.num_bytes = size;
+        for (i = 0; i < n && bodies; i++) p->answers[i].data = bodies[i].data, p->answers[i].num_bytes = bodies[i].size;
+        if (status == LORASYNC_OK)
+            status = lorasynci_talk_deal(plan->talk, plan->root, bodies ? p->answers : &block, err);
     }
     for (i = 0; i < n && bodies; i++)
         if (i != here || out->data != bodies[i].data) lorasynci_buffer_free(&bodies[i]);
@@ -10015,19 +10166,20 @@ LORASYNCI_FN lorasync_status lorasynci_plan_mesh(lorasync_plan *plan, size_t buc
 {
     size_t    staging = 0;
     uint64_t *starts;
-    int       i, can = mine->status == LORASYNC_OK && (plan->comm.all_gather_stream || !plan->comm.exchange_stream);
+    int       i,
+        can = mine->status == LORASYNC_OK && (plan->talk->comm.all_gather_stream || !plan->talk->comm.exchange_stream);
     lorasync_status status;
     if (!lorasynci_is_meshed(plan)) return LORASYNC_OK;
-    starts = lorasynci_mesh_starts(plan, plan->comm.rank);
-    for (i = 0; i < plan->comm.world; i++) {
+    starts = lorasynci_mesh_starts(plan, plan->talk->comm.rank);
+    for (i = 0; i < plan->talk->comm.world; i++) {
         lorasynci_place_link(&plan->receives[i], 1, 0, &staging);
         starts[i] = plan->receives[i].base;
     }
     can    = can && staging <= bucket_bytes && lorasynci_device_offer_staging(plan, staging);
-    status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine->status, mine, 0, "", &can, err);
+    status = lorasynci_talk_vote_flag(plan->talk, mine, &can, err);
     if (status == LORASYNC_OK && can) {
         can    = lorasynci_device_map_mesh(plan);
-        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &can, err);
+        status = lorasynci_talk_vote_flag(plan->talk, NULL, &can, err);
     }
     LORASYNCI_TRY(status);
     if (can) {
@@ -10041,8 +10193,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_mesh(lorasync_plan *plan, size_t buc
 
 /* The collective part of creating, from description to operations. */
 LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d,
-                                                 lorasynci_parts *parts, size_t *sizes, lorasynci_hello *hellos,
-                                                 lorasync_error *err)
+                                                 lorasynci_parts *parts, lorasync_error *err)
 {
     lorasync_error   mine;
     lorasynci_offer  offer;
@@ -10052,15 +10203,15 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_
     lorasync_status  status;
     memset(&mine, 0, sizeof mine);
     lorasynci_buffer_init(&answer, &plan->a);
-    if (sizes && hellos) lorasynci_plan_describe(plan, d, parts, &mine);
-    else lorasynci_fail_memory(&mine, (size_t)plan->comm.world * sizeof *hellos);
+    lorasynci_plan_describe(plan, d, parts, &mine);
     if (mine.status == LORASYNC_OK && d->cuda) lorasynci_device_open(plan, d->cuda, &mine);
-    if (mine.status == LORASYNC_OK && lorasynci_is_planner(plan)) lorasynci_planner_init(p, plan, d, &mine);
-    LORASYNCI_TRY(lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine.status, &mine, lorasynci_plan_tag(d),
-                                  "the plan's kind, root, wire_dtype, bucket_bytes, allow_nan, cuda or adapter, hashed",
-                                  NULL, err));
-    LORASYNCI_TRY(lorasynci_plan_collect(plan, p, parts, sizes, hellos, err));
-    LORASYNCI_TRY(lorasynci_plan_offer(plan, p, d, sizes, &offer, &mine, err));
+    if (mine.status == LORASYNC_OK) lorasynci_planner_init(p, plan->talk, d, &plan->a, &mine);
+    LORASYNCI_TRY(lorasynci_talk_vote_tag(
+        plan->talk, &mine, lorasynci_plan_tag(d),
+        "the plan's kind, root, wire_dtype, bucket_bytes, allow_nan, cuda or adapter, hashed", err));
+    p->plan = plan;
+    LORASYNCI_TRY(lorasynci_planner_collect(p, &plan->catalogue, parts, err));
+    LORASYNCI_TRY(lorasynci_plan_offer(plan, p, d, &offer, &mine, err));
     status                 = lorasynci_plan_receive(plan, p, &head, &answer, &mine, err);
     plan->stats.num_pieces = p->held.num + p->wanted.num; /* of all ranks, on the planner */
     lorasynci_planner_free(p);
@@ -10077,7 +10228,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_
     if (status == LORASYNC_OK) {
         if (mine.status == LORASYNC_OK && lorasynci_build_plan(&build, &head, answer.data, &mine) == LORASYNC_OK)
             lorasynci_plan_allocate(plan, d, &offer, &mine);
-        status = lorasynci_agree(&plan->comm, plan->votes, plan->timeout_ms, mine.status, &mine, 0, "", NULL, err);
+        status = lorasynci_talk_vote(plan->talk, &mine, err);
     }
     lorasynci_buffer_free(&answer);
     return status;
@@ -10096,9 +10247,9 @@ LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
     s->image_bytes     = plan->image ? plan->image->header_bytes + plan->image->payload_bytes : 0;
     s->num_rounds      = lorasynci_is_meshed(plan) ? 0 : plan->num_rounds;
     s->direct          = plan->direct;
-    for (i = 0; i < plan->comm.world; i++) {
+    for (i = 0; i < plan->talk->comm.world; i++) {
         const lorasynci_link *out = &plan->sends[i], *in = &plan->receives[i];
-        size_t                copies = plan->kind == LORASYNC_GATHER_ALL ? (size_t)plan->comm.world - 1 : 1;
+        size_t                copies = plan->kind == LORASYNC_GATHER_ALL ? (size_t)plan->talk->comm.world - 1 : 1;
         if (lorasynci_link_rounds(out))
             s->send_bytes += copies * (size_t)lorasynci_link_end(out, lorasynci_link_rounds(out) - 1);
         if (lorasynci_link_rounds(in))
@@ -10106,27 +10257,28 @@ LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
     }
 }
 
-/* The plan itself, empty, with all that talking needs. */
-LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, const lorasync_allocator *a)
+/* The plan itself, empty. talk: see lorasynci_plan_create. */
+LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, lorasynci_talk *talk,
+                                               const lorasync_allocator *a)
 {
     lorasync_plan *plan = (lorasync_plan *)lorasynci_alloc_array(a, 1, sizeof *plan);
     size_t         world, i;
+    int            ready;
     if (!plan) return NULL;
-    plan->meter.a    = *a;
-    plan->a.alloc    = lorasynci_meter_alloc;
-    plan->a.free     = lorasynci_meter_free;
-    plan->a.user     = &plan->meter;
-    plan->comm       = lorasynci_comm_copy(d->comm);
-    plan->kind       = d->kind;
-    plan->root       = d->root;
-    plan->allow_nan  = d->allow_nan;
-    plan->timeout_ms = d->timeout_ms > 0 ? d->timeout_ms : 60000;
-    plan->has_image  = d->kind == LORASYNC_GATHER_ALL || (d->kind != LORASYNC_RESHARD && plan->comm.rank == d->root);
-    world            = (size_t)plan->comm.world;
-    plan->sends      = (lorasynci_link *)lorasynci_alloc_array(&plan->a, world, sizeof *plan->sends);
-    plan->receives   = (lorasynci_link *)lorasynci_alloc_array(&plan->a, world, sizeof *plan->receives);
-    plan->messages   = (lorasync_message *)lorasynci_alloc_array(&plan->a, 2 * world, sizeof *plan->messages);
-    plan->votes      = lorasynci_alloc(&plan->a, lorasynci_vote_scratch((int)world));
+    plan->meter.a = *a;
+    plan->a.alloc = lorasynci_meter_alloc;
+    plan->a.free  = lorasynci_meter_free;
+    plan->a.user  = &plan->meter;
+    plan->talk    = talk ? talk : &plan->own_talk;
+    ready         = talk || lorasynci_talk_init(&plan->own_talk, d->comm, d->timeout_ms, &plan->a, NULL) == LORASYNC_OK;
+    plan->kind    = d->kind;
+    plan->root    = d->root;
+    plan->allow_nan = d->allow_nan;
+    plan->has_image =
+        d->kind == LORASYNC_GATHER_ALL || (d->kind != LORASYNC_RESHARD && plan->talk->comm.rank == d->root);
+    world          = (size_t)plan->talk->comm.world;
+    plan->sends    = (lorasynci_link *)lorasynci_alloc_array(&plan->a, world, sizeof *plan->sends);
+    plan->receives = (lorasynci_link *)lorasynci_alloc_array(&plan->a, world, sizeof *plan->receives);
     lorasynci_catalogue_init(&plan->catalogue, &plan->a);
     lorasynci_buffer_init(&plan->pack.list, &plan->a), lorasynci_buffer_init(&plan->pack.grids, &plan->a);
     lorasynci_buffer_init(&plan->place.list, &plan->a), lorasynci_buffer_init(&plan->place.grids, &plan->a);
@@ -10134,40 +10286,39 @@ LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, cons
         lorasynci_buffer_init(&plan->sends[i].ends, &plan->a);
         lorasynci_buffer_init(&plan->receives[i].ends, &plan->a);
     }
-    if (plan->sends && plan->receives && plan->messages && plan->votes) return plan;
+    if (plan->sends && plan->receives && ready) return plan;
     lorasync_plan_free(plan);
     return NULL;
 }
 
 /* There can be no plan here, as `mine` says. The others wait for this rank's first vote: it is cast from the stack, or,
    with so many ranks that it does not fit there, the communicator is given up. */
-LORASYNCI_FN lorasync_status lorasynci_plan_refuse(const lorasync_plan_desc *d, const lorasync_error *mine,
-                                                   lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_refuse(const lorasync_plan_desc *d, lorasynci_talk *talk,
+                                                   const lorasync_error *mine, lorasync_error *err)
 {
     union {
         lorasync_error texts[64];
         uint64_t       aligned;
     } scratch;
-    lorasync_comm c     = lorasynci_comm_copy(d->comm);
-    int           votes = lorasynci_vote_scratch(c.world) <= sizeof scratch;
-    *err                = *mine;
-    if (votes)
-        lorasynci_agree(&c, &scratch, d->timeout_ms > 0 ? d->timeout_ms : 60000, mine->status, mine, 0, "", NULL, err);
-    if (!votes || lorasync_is_lost(err->status)) lorasynci_comm_abort(&c, err->text);
+    lorasynci_talk own = lorasynci_talk_over(d->comm, d->timeout_ms, &scratch);
+    *err               = *mine;
+    if (talk || lorasynci_talk_scratch_bytes(own.comm.world) <= sizeof scratch)
+        return lorasynci_talk_lose(talk ? talk : &own, lorasynci_talk_vote(talk ? talk : &own, mine, err), err);
+    lorasynci_talk_lose(&own, LORASYNC_E_COMM, err);
     return err->status;
 }
 
-/* lent: the plan comes without staging and payload. */
-LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *desc, int lent, lorasync_plan **out,
-                                                   lorasync_error *err)
+/* talk: that of the session or stream that the plan belongs to, made over desc->comm, and valid as long as the plan;
+   NULL: its own. lent: the plan comes without staging and payload. */
+LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *desc, lorasynci_talk *talk, int lent,
+                                                   lorasync_plan **out, lorasync_error *err)
 {
     lorasync_allocator a;
     lorasync_error     why, mine;
     lorasync_plan     *plan;
     lorasynci_planner  planner;
     lorasynci_parts    parts;
-    lorasynci_hello   *hellos;
-    size_t            *sizes, num_parts;
+    size_t             num_parts;
     lorasync_status    status;
     if (!err) err = &why;
     memset(&mine, 0, sizeof mine);
@@ -10178,23 +10329,19 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
         *err = mine; /* nobody to tell */
         return err->status;
     }
-    plan = mine.status < 0 ? NULL : lorasynci_plan_new(desc, &a);
+    plan = mine.status < 0 ? NULL : lorasynci_plan_new(desc, talk, &a);
     if (!plan && mine.status == LORASYNC_OK) lorasynci_fail_memory(&mine, sizeof *plan);
-    if (!plan) return lorasynci_plan_refuse(desc, &mine, err);
+    if (!plan) return lorasynci_plan_refuse(desc, talk, &mine, err);
     plan->lent = lent;
     memset(&planner, 0, sizeof planner);
     lorasynci_buffer_init(&parts.list, &plan->a);
     lorasynci_buffer_init(&parts.geometry, &plan->a);
-    sizes     = (size_t *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *sizes);
-    hellos    = (lorasynci_hello *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *hellos);
-    status    = lorasynci_plan_make(plan, &planner, desc, &parts, sizes, hellos, err);
+    status    = lorasynci_plan_make(plan, &planner, desc, &parts, err);
     num_parts = lorasynci_parts_num(&parts);
     lorasynci_planner_free(&planner);
     lorasynci_buffer_free(&parts.list);
     lorasynci_buffer_free(&parts.geometry);
-    lorasynci_dealloc(&plan->a, sizes);
-    lorasynci_dealloc(&plan->a, hellos);
-    if (lorasync_is_lost(status)) lorasynci_comm_abort(&plan->comm, err->text);
+    lorasynci_talk_lose(plan->talk, status, err);
     if (status < 0) {
         lorasync_plan_free(plan);
         return status;
@@ -10207,7 +10354,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
 LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out,
                                                   lorasync_error *err)
 {
-    return lorasynci_plan_create(desc, 0, out, err);
+    return lorasynci_plan_create(desc, NULL, 0, out, err);
 }
 
 /* Memory in which several plans run in turns: staging as large as the largest of them needs, and the payload of one
@@ -10244,7 +10391,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lora
 LORASYNCI_FN void lorasynci_mark_gone(lorasync_plan *plan)
 {
     if (plan->direct && plan->lines)
-        __atomic_store_n(lorasynci_word(plan, plan->comm.rank, LORASYNCI_BEGUN), 0, __ATOMIC_RELEASE);
+        __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_BEGUN), 0, __ATOMIC_RELEASE);
 }
 
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
@@ -10257,15 +10404,14 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
     lorasynci_mark_gone(plan);
     lorasynci_device_close(plan);
     if (plan->image) lorasync_image_free(plan->image);
-    for (i = 0; i < plan->comm.world; i++) {
+    for (i = 0; i < plan->talk->comm.world; i++) {
         if (plan->sends) lorasynci_buffer_free(&plan->sends[i].ends);
         if (plan->receives) lorasynci_buffer_free(&plan->receives[i].ends);
         if (plan->receives) lorasynci_dealloc(&plan->a, plan->receives[i].digests);
     }
-    lorasynci_dealloc(&plan->a, plan->sends), lorasynci_dealloc(&plan->a, plan->receives),
-        lorasynci_dealloc(&plan->a, plan->messages);
-    lorasynci_dealloc(&plan->a, plan->votes), lorasynci_dealloc(&plan->a, plan->sums),
-        lorasynci_dealloc(&plan->a, plan->index);
+    lorasynci_talk_free(&plan->own_talk, &plan->a);
+    lorasynci_dealloc(&plan->a, plan->sends), lorasynci_dealloc(&plan->a, plan->receives);
+    lorasynci_dealloc(&plan->a, plan->sums), lorasynci_dealloc(&plan->a, plan->index);
     lorasynci_dealloc(&plan->a, plan->slots), lorasynci_dealloc(&plan->a, plan->tensor_digests),
         lorasynci_dealloc(&plan->a, plan->terms);
     lorasynci_catalogue_free(&plan->catalogue);
@@ -10388,38 +10534,23 @@ LORASYNCI_FN void lorasynci_pack(lorasync_plan *plan)
 /* Direct: where a rank's sums of this run lie. */
 LORASYNCI_FN uint64_t *lorasynci_sums_of(const lorasync_plan *plan, int rank)
 {
-    size_t world = (size_t)plan->comm.world;
+    size_t world = (size_t)plan->talk->comm.world;
     return plan->shared_sums + ((size_t)(plan->run % 2) * world + (size_t)rank) * plan->num_image_tensors;
 }
 
 /* Direct: this rank's sums to where all can read them, after the vote. */
 LORASYNCI_FN void lorasynci_share_sums(lorasync_plan *plan)
 {
-    uint64_t *shared = lorasynci_sums_of(plan, plan->comm.rank);
+    uint64_t *shared = lorasynci_sums_of(plan, plan->talk->comm.rank);
     size_t    i;
     for (i = 0; i < plan->catalogue.num; i++) shared[plan->index[i]] = plan->sums[i];
-}
-
-LORASYNCI_FN lorasync_status lorasynci_lost_before(lorasync_error *err)
-{
-    return lorasynci_fail(
-        err, LORASYNC_E_LOST,
-        "the communicator was lost before: close the plan (session), make a new communicator, open again");
-}
-
-/* The communicator is gone: say so to the others, and remember. */
-LORASYNCI_FN lorasync_status lorasynci_plan_lose(lorasync_plan *plan, lorasync_status status, const lorasync_error *err)
-{
-    if (!plan->lost) lorasynci_comm_abort(&plan->comm, err->text);
-    plan->lost = status;
-    return status;
 }
 
 /* Direct: this rank has begun, or waits, so it has done with the image of the run before. */
 LORASYNCI_FN void lorasynci_mark_begun(lorasync_plan *plan)
 {
     if (plan->direct)
-        __atomic_store_n(lorasynci_word(plan, plan->comm.rank, LORASYNCI_BEGUN), plan->run + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_BEGUN), plan->run + 1, __ATOMIC_RELEASE);
 }
 
 /* Direct: until a word of another rank's line says this run, or a later one. */
@@ -10433,13 +10564,13 @@ LORASYNCI_FN lorasync_status lorasynci_await_rank(lorasync_plan *plan, int rank,
     while (__atomic_load_n(at, __ATOMIC_ACQUIRE) <= plan->run && status == LORASYNC_OK) {
         lorasynci_pause(&turns);
         if (turns % 256 != 0) continue;
-        if (plan->comm.check) status = plan->comm.check(plan->comm.user, &why);
+        if (plan->talk->comm.check) status = plan->talk->comm.check(plan->talk->comm.user, &why);
         if (status == LORASYNC_OK && lorasynci_now_ns() >= deadline_ns)
             status = lorasynci_fail(
                 &why, LORASYNC_E_TIMEOUT,
                 "rank %d did not %s this run before the deadline of %d ms; does every rank make the same calls, in the "
                 "same order?",
-                rank, what, plan->timeout_ms);
+                rank, what, plan->talk->timeout_ms);
     }
     if (status == LORASYNC_OK || __atomic_load_n(at, __ATOMIC_ACQUIRE) > plan->run)
         return LORASYNC_OK; /* a rank that ended, or was slow, may have written it meanwhile */
@@ -10450,9 +10581,9 @@ LORASYNCI_FN lorasync_status lorasynci_await_rank(lorasync_plan *plan, int rank,
    staging of another rank, when that one has. */
 LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasync_error *err)
 {
-    uint64_t deadline = lorasynci_deadline_ns(plan->timeout_ms);
+    uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
     int      rank;
-    for (rank = 0; plan->direct && rank < plan->comm.world; rank++) {
+    for (rank = 0; plan->direct && rank < plan->talk->comm.world; rank++) {
         if (plan->kind == LORASYNC_GATHER && rank != plan->root) continue;
         if (plan->kind == LORASYNC_RESHARD && !lorasynci_link_rounds(&plan->sends[rank])) continue;
         LORASYNCI_TRY(lorasynci_await_rank(plan, rank, LORASYNCI_BEGUN, "begin", deadline, err));
@@ -10464,7 +10595,7 @@ LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_e
 {
     uint64_t start = lorasynci_now_ns();
     if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
-    if (plan->lost) return lorasynci_lost_before(err);
+    if (plan->talk->lost) return lorasynci_lost_before(err);
     if (plan->begun) return lorasynci_fail(err, LORASYNC_E_STATE, "begin was called already; call wait");
     plan->begun              = 1;
     plan->begin_error.status = LORASYNC_OK;
@@ -10478,8 +10609,7 @@ LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_e
         if (plan->direct) lorasynci_share_sums(plan);
     }
     plan->stats.pack_ns = lorasynci_now_ns() - start;
-    if (lorasync_is_lost(plan->begin_error.status))
-        lorasynci_plan_lose(plan, plan->begin_error.status, &plan->begin_error);
+    lorasynci_talk_lose(plan->talk, plan->begin_error.status, &plan->begin_error);
     if (plan->begin_error.status < 0 && err) *err = plan->begin_error;
     return plan->begin_error.status;
 }
@@ -10489,7 +10619,7 @@ LORASYNCI_FN void lorasynci_send_digests(lorasync_plan *plan)
 {
     int    rank;
     size_t i;
-    for (rank = 0; rank < plan->comm.world; rank++) {
+    for (rank = 0; rank < plan->talk->comm.world; rank++) {
         lorasynci_link *link = &plan->sends[rank];
         if (!link->num_digests) continue;
         for (i = 0; i < plan->num_slots; i++)
@@ -10498,12 +10628,12 @@ LORASYNCI_FN void lorasynci_send_digests(lorasync_plan *plan)
     }
 }
 
-/* The messages of one round, in plan->messages: sends from 0, receives from world. */
+/* The messages of one round, in the talk's scratch: sends from 0, receives from world. */
 LORASYNCI_FN void lorasynci_round_messages(lorasync_plan *plan, uint32_t round, size_t *out_num_sends,
                                            size_t *out_num_receives)
 {
-    const lorasync_comm *c     = &plan->comm;
-    lorasync_message    *sends = plan->messages, *receives = plan->messages + c->world;
+    const lorasync_comm *c     = &plan->talk->comm;
+    lorasync_message    *sends = lorasynci_talk_messages(plan->talk), *receives = sends + c->world;
     size_t               num_sends = 0, num_receives = 0;
     int                  rank;
     for (rank = 0; rank < c->world; rank++) {
@@ -10529,10 +10659,11 @@ LORASYNCI_FN void lorasynci_round_messages(lorasync_plan *plan, uint32_t round, 
 
 LORASYNCI_FN lorasync_status lorasynci_exchange_round(lorasync_plan *plan, uint32_t round, lorasync_error *err)
 {
-    size_t num_sends, num_receives;
+    const lorasync_comm    *c        = &plan->talk->comm;
+    const lorasync_message *messages = lorasynci_talk_messages(plan->talk);
+    size_t                  num_sends, num_receives;
     lorasynci_round_messages(plan, round, &num_sends, &num_receives);
-    return plan->comm.exchange(plan->comm.user, plan->messages, num_sends, plan->messages + plan->comm.world,
-                               num_receives, plan->timeout_ms, err);
+    return c->exchange(c->user, messages, num_sends, messages + c->world, num_receives, plan->talk->timeout_ms, err);
 }
 
 LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
@@ -10543,7 +10674,7 @@ LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
         const lorasynci_op *op = lorasynci_ops_at(&plan->place, i);
         if (op->round == round) lorasynci_run_op(op, lorasynci_op_grid(&plan->place, op), plan->memory, NULL, 0);
     }
-    for (rank = 0; rank < plan->comm.world; rank++) {
+    for (rank = 0; rank < plan->talk->comm.world; rank++) {
         const lorasynci_link *link = &plan->receives[rank];
         const char           *from;
         if (!link->num_digests || round + 1 != lorasynci_link_rounds(link)) continue;
@@ -10562,7 +10693,7 @@ LORASYNCI_FN void lorasynci_finish_image(lorasync_plan *plan)
     lorasync_image *image = plan->image;
     size_t          i, n = image->num_tensors;
     int             rank;
-    for (rank = 0; plan->direct && rank < plan->comm.world; rank++) {
+    for (rank = 0; plan->direct && rank < plan->talk->comm.world; rank++) {
         const uint64_t *shared = lorasynci_sums_of(plan, rank);
         for (i = 0; i < n; i++) plan->tensor_digests[i] += shared[i];
     }
@@ -10609,14 +10740,14 @@ LORASYNCI_FN lorasync_status lorasynci_move_all(lorasync_plan *plan, lorasync_er
    the next run has seen all on this one, but others may still look. 1 in *out_all if all are for this run. */
 LORASYNCI_FN lorasync_status lorasynci_vote_in_memory(lorasync_plan *plan, int *out_all, lorasync_error *err)
 {
-    const uint64_t deadline = lorasynci_deadline_ns(plan->timeout_ms), yes = lorasynci_mix(plan->tag) | 1;
-    const int      odd = (int)(plan->run % 2), me = plan->comm.rank;
+    const uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms), yes = lorasynci_mix(plan->tag) | 1;
+    const int      odd = (int)(plan->run % 2), me = plan->talk->comm.rank;
     int            rank;
     __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTE + odd), plan->begin_error.status < 0 ? 0 : yes,
                      __ATOMIC_RELAXED);
     __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTED + odd), plan->run + 1, __ATOMIC_RELEASE);
     *out_all = 1;
-    for (rank = 0; rank < plan->comm.world; rank++) {
+    for (rank = 0; rank < plan->talk->comm.world; rank++) {
         lorasync_status status = lorasynci_await_rank(plan, rank, LORASYNCI_VOTED + odd, "finish", deadline, err);
         if (status < 0) { /* who comes later must not take this rank to be for it */
             __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTE + odd), 0, __ATOMIC_RELEASE);
@@ -10639,8 +10770,7 @@ LORASYNCI_FN lorasync_status lorasynci_vote_run(lorasync_plan *plan, lorasync_er
         plan->stats.exchange_ns += lorasynci_now_ns() - start;
         if (all || status < 0) return status;
     }
-    status = lorasynci_agree_on(plan->id, &plan->comm, plan->votes, plan->timeout_ms, plan->begin_error.status,
-                                &plan->begin_error, plan->tag, "version", NULL, err);
+    status = lorasynci_talk_vote_run(plan->talk, &plan->begin_error, plan->id, plan->tag, err);
     if (status == LORASYNC_OK && voted < 0)
         status = lorasynci_fail(
             err, LORASYNC_E_DISAGREE,
@@ -10659,7 +10789,7 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
     if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
     was_begun   = plan->begun;
     plan->begun = 0;
-    if (plan->lost) { /* by its begin: that one knows why */
+    if (plan->talk->lost) { /* by its begin: that one knows why */
         if (was_begun && lorasync_is_lost(plan->begin_error.status)) *err = plan->begin_error;
         else lorasynci_lost_before(err);
         return err->status;
@@ -10677,11 +10807,11 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
     if (plan->objection && plan->objection->status < 0 && plan->begin_error.status == LORASYNC_OK)
         plan->begin_error = *plan->objection;
     if (status == LORASYNC_OK) status = lorasynci_vote_run(plan, err);
-    if (lorasync_is_lost(status)) return lorasynci_plan_lose(plan, status, err);
+    if (lorasync_is_lost(status)) return lorasynci_talk_lose(plan->talk, status, err);
     if (status == LORASYNC_OK && plan->device && plan->image && plan->has_image &&
         lorasynci_device_image(plan, err) < 0) {
         lorasync_error cuda = *err; /* the others have voted, and go on: only giving up the communicator tells them */
-        return lorasynci_plan_lose(plan, lorasynci_fail(err, LORASYNC_E_COMM, "%.500s", cuda.text), err);
+        return lorasynci_talk_lose(plan->talk, lorasynci_fail(err, LORASYNC_E_COMM, "%.500s", cuda.text), err);
     }
     if (status == LORASYNC_OK && plan->has_image && plan->image) lorasynci_finish_image(plan);
     if (plan->device) lorasynci_device_forget(plan);
@@ -10821,7 +10951,7 @@ LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
 
 LORASYNCI_FN void lorasynci_device_hold(const lorasync_plan *plan, int on)
 {
-    __atomic_store_n(lorasynci_word(plan, plan->comm.rank, LORASYNCI_HOLDS), on ? lorasynci_process_self() : 0,
+    __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS), on ? lorasynci_process_self() : 0,
                      __ATOMIC_RELEASE);
 }
 
@@ -10830,7 +10960,7 @@ LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     int               i;
-    for (i = 0; g->peers && i < plan->comm.world; i++) lorasynci_window_close(&g->peers[i]);
+    for (i = 0; g->peers && i < plan->talk->comm.world; i++) lorasynci_window_close(&g->peers[i]);
     lorasynci_dealloc(&plan->a, g->peers);
     g->peers = NULL;
     lorasynci_window_close(&g->peer_image);
@@ -10840,12 +10970,12 @@ LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan)
 /* Whether another rank, which lives, may write to memory of this one. */
 LORASYNCI_FN int lorasynci_device_is_held(const lorasync_plan *plan)
 {
-    uint64_t self = *lorasynci_word(plan, plan->comm.rank, LORASYNCI_HOLDS);
+    uint64_t self = *lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS);
     int      rank;
     if (!self) self = lorasynci_process_self();
-    for (rank = 0; rank < plan->comm.world; rank++) {
+    for (rank = 0; rank < plan->talk->comm.world; rank++) {
         uint64_t process = __atomic_load_n(lorasynci_word(plan, rank, LORASYNCI_HOLDS), __ATOMIC_ACQUIRE);
-        if (rank == plan->comm.rank || !process || lorasynci_process_ended(process, self)) continue;
+        if (rank == plan->talk->comm.rank || !process || lorasynci_process_ended(process, self)) continue;
         if (!lorasynci_is_meshed(plan) || lorasynci_link_rounds(&plan->receives[rank])) return 1;
     }
     return 0;
@@ -10870,10 +11000,10 @@ LORASYNCI_FN int lorasynci_device_keeps(const lorasynci_device *g) { return g->k
 LORASYNCI_FN void lorasynci_device_free_memory(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
-    int               ours, mesh = lorasynci_is_meshed(plan), pinned = !mesh && !plan->comm.exchange_stream;
-    if (g->wire && !plan->lost) cudaStreamSynchronize(g->wire);
-    if (g->placing && !plan->lost) cudaStreamSynchronize(g->placing);
-    if (plan->gpu->stream && !plan->lost) cudaStreamSynchronize(plan->gpu->stream);
+    int               ours, mesh = lorasynci_is_meshed(plan), pinned = !mesh && !plan->talk->comm.exchange_stream;
+    if (g->wire && !plan->talk->lost) cudaStreamSynchronize(g->wire);
+    if (g->placing && !plan->talk->lost) cudaStreamSynchronize(g->placing);
+    if (plan->gpu->stream && !plan->talk->lost) cudaStreamSynchronize(plan->gpu->stream);
     lorasynci_device_unmap(plan);
     ours = lorasynci_device_await_holders(plan);
     if (ours) lorasynci_gpu_free(0, g->image);
@@ -10938,7 +11068,7 @@ LORASYNCI_FN int lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_
     if (!num_bytes) return 1;
     if (num_bytes < LORASYNCI_OFFER_LEAST) num_bytes = LORASYNCI_OFFER_LEAST;
     if (lorasynci_gpu_alloc(0, num_bytes, memory, "", NULL) < 0) return 0;
-    lorasynci_gpu_offer(plan->gpu, *memory, lorasynci_mesh_slot(plan, plan->comm.rank));
+    lorasynci_gpu_offer(plan->gpu, *memory, lorasynci_mesh_slot(plan, plan->talk->comm.rank));
     return 1;
 }
 
@@ -10947,9 +11077,9 @@ LORASYNCI_FN int lorasynci_device_map_mesh(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     int               i;
-    g->peers = (lorasynci_window *)lorasynci_alloc_array(&plan->a, (size_t)plan->comm.world, sizeof *g->peers);
+    g->peers = (lorasynci_window *)lorasynci_alloc_array(&plan->a, (size_t)plan->talk->comm.world, sizeof *g->peers);
     lorasynci_device_hold(plan, 1);
-    for (i = 0; g->peers && i < plan->comm.world; i++) {
+    for (i = 0; g->peers && i < plan->talk->comm.world; i++) {
         if (!lorasynci_link_rounds(&plan->sends[i])) continue;
         if (lorasynci_window_device(&g->peers[i], plan->gpu, lorasynci_mesh_slot(plan, i), NULL) < 0) return 0;
     }
@@ -10968,10 +11098,10 @@ LORASYNCI_FN void lorasynci_device_leave_mesh(lorasync_plan *plan)
 LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64_t at)
 {
     int i, to = 0;
-    for (i = 0; i < plan->comm.world; i++)
+    for (i = 0; i < plan->talk->comm.world; i++)
         if (lorasynci_link_rounds(&plan->sends[i]) && plan->sends[i].base <= at) to = i;
-    return (uint64_t)(uintptr_t)plan->device->peers[to].address + lorasynci_mesh_starts(plan, to)[plan->comm.rank] +
-           at - plan->sends[to].base;
+    return (uint64_t)(uintptr_t)plan->device->peers[to].address +
+           lorasynci_mesh_starts(plan, to)[plan->talk->comm.rank] + at - plan->sends[to].base;
 }
 
 /* -- tables */
@@ -11094,10 +11224,10 @@ LORASYNCI_FN void lorasynci_device_report(const lorasync_plan *plan, lorasynci_b
 {
     const lorasynci_device *g  = plan->device;
     char                   *to = g->host + sizeof *g->ballots;
-    size_t                  n  = (size_t)plan->comm.world * (sizeof *g->ballots / 8) + g->num_sums;
+    size_t                  n  = (size_t)plan->talk->comm.world * (sizeof *g->ballots / 8) + g->num_sums;
     int                     i;
     lorasynci_device_put_words(g->ballots, to, n, ops, tiles);
-    for (to += n * 8, i = 0; i < plan->comm.world; i++) {
+    for (to += n * 8, i = 0; i < plan->talk->comm.world; i++) {
         const lorasynci_link *link = &plan->receives[i];
         if (!link->num_digests) continue;
         lorasynci_device_put_words(plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_staged_digests_at(link), to,
@@ -11175,8 +11305,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
     lorasynci_device *g = plan->device;
     int               i;
     g->num_sums   = plan->sums ? (plan->num_slots ? plan->num_slots : plan->catalogue.num) : 0;
-    g->host_bytes = (1 + (size_t)plan->comm.world) * sizeof *g->ballots + g->num_sums * 8;
-    for (i = 0; i < plan->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
+    g->host_bytes = (1 + (size_t)plan->talk->comm.world) * sizeof *g->ballots + g->num_sums * 8;
+    for (i = 0; i < plan->talk->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
     LORASYNCI_TRY(lorasynci_gpu_alloc(1, g->host_bytes, &g->host, "pinned memory", err));
     memset(g->host, 0, g->host_bytes);
     if (plan->image && plan->has_image && !g->keep_on_device && !plan->lent) {
@@ -11190,8 +11320,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
 LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, lorasync_error *err)
 {
     const lorasynci_device *g = plan->device;
-    LORASYNCI_CUDA(cudaMemsetAsync(&g->ballots[plan->comm.rank].bad, 0xff, sizeof g->ballots->bad, plan->gpu->stream),
-                   "cudaMemsetAsync");
+    LORASYNCI_CUDA(
+        cudaMemsetAsync(&g->ballots[plan->talk->comm.rank].bad, 0xff, sizeof g->ballots->bad, plan->gpu->stream),
+        "cudaMemsetAsync");
     if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, plan->gpu->stream), "cudaMemsetAsync");
     return LORASYNC_OK;
 }
@@ -11212,7 +11343,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
     }
     tile_at    = lorasynci_align64(tile_at);
     ballots_at = lorasynci_align64(tile_at + ballots_at);
-    sums_at    = ballots_at + (size_t)plan->comm.world * sizeof *g->ballots;
+    sums_at    = ballots_at + (size_t)plan->talk->comm.world * sizeof *g->ballots;
     LORASYNCI_TRY(lorasynci_gpu_alloc(0, sums_at + g->num_sums * 8, &g->table, "memory for the tables", err));
     g->ballots = (lorasynci_ballot *)(void *)(g->table + ballots_at);
     g->sums    = g->table + sums_at;
@@ -11255,7 +11386,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
     lorasync_image   *image = plan->image;
     int               space;
     for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
-        int pinned = !plan->comm.exchange_stream;
+        int pinned = !plan->talk->comm.exchange_stream;
         if (plan->memory[space]) continue; /* of a mesh */
         LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, plan->staging_bytes[space], &plan->memory[space],
                                           pinned ? "pinned memory for staging" : "memory for staging", err));
@@ -11301,7 +11432,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, con
     CUresult                r;
     if (!launch->num) return LORASYNC_OK;
     r = lorasynci_gpu_launch(plan->gpu, launch->ops, launch->tiles, launch->num, launch->threads,
-                             &g->ballots[plan->comm.rank].bad, shift, stream);
+                             &g->ballots[plan->talk->comm.rank].bad, shift, stream);
     if (r == CUDA_SUCCESS) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
 }
@@ -11309,7 +11440,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, con
 /* Whether the ranks vote on the GPU. An objection may come up later than that. */
 LORASYNCI_FN int lorasynci_device_casts(const lorasync_plan *plan)
 {
-    return lorasynci_is_pipelined(plan) && plan->num_rounds && plan->comm.all_gather_stream && !plan->objection;
+    return lorasynci_is_pipelined(plan) && plan->num_rounds && plan->talk->comm.all_gather_stream && !plan->objection;
 }
 
 /* What all ranks must have in their ballots. A mesh that is captured votes once more than one that is not: all ranks
@@ -11332,7 +11463,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_fill_tag(const lorasync_plan *plan
     lorasynci_device *g    = plan->device;
     uint64_t         *from = (uint64_t *)(void *)g->host + recorded;
     *from                  = tag;
-    LORASYNCI_CUDA(cudaMemcpyAsync(&g->ballots[plan->comm.rank].tag, from, sizeof tag, cudaMemcpyDefault, stream),
+    LORASYNCI_CUDA(cudaMemcpyAsync(&g->ballots[plan->talk->comm.rank].tag, from, sizeof tag, cudaMemcpyDefault, stream),
                    "copying the ballot");
     return LORASYNC_OK;
 }
@@ -11341,8 +11472,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_fill_tag(const lorasync_plan *plan
 LORASYNCI_FN lorasync_status lorasynci_device_cast(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    LORASYNCI_TRY(plan->comm.all_gather_stream(plan->comm.user, &g->ballots[plan->comm.rank], g->ballots,
-                                               sizeof *g->ballots, g->wire, plan->timeout_ms, err));
+    LORASYNCI_TRY(plan->talk->comm.all_gather_stream(plan->talk->comm.user, &g->ballots[plan->talk->comm.rank],
+                                                     g->ballots, sizeof *g->ballots, g->wire, plan->talk->timeout_ms,
+                                                     err));
     g->num_sent = plan->num_rounds + 1;
     return LORASYNC_OK;
 }
@@ -11359,12 +11491,13 @@ LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, l
 /* In a mesh the bytes are where they go when all ranks have packed: the votes say that. */
 LORASYNCI_FN lorasync_status lorasynci_device_exchange(lorasync_plan *plan, uint32_t round, lorasync_error *err)
 {
-    size_t num_sends, num_receives;
+    const lorasync_comm    *c        = &plan->talk->comm;
+    const lorasync_message *messages = lorasynci_talk_messages(plan->talk);
+    size_t                  num_sends, num_receives;
     if (lorasynci_is_meshed(plan)) return lorasynci_device_cast(plan, err);
     lorasynci_round_messages(plan, round, &num_sends, &num_receives);
-    LORASYNCI_TRY(plan->comm.exchange_stream(plan->comm.user, plan->messages, num_sends,
-                                             plan->messages + plan->comm.world, num_receives, plan->device->wire,
-                                             plan->timeout_ms, err));
+    LORASYNCI_TRY(c->exchange_stream(c->user, messages, num_sends, messages + c->world, num_receives,
+                                     plan->device->wire, plan->talk->timeout_ms, err));
     plan->device->num_sent = round + 1;
     return LORASYNC_OK;
 }
@@ -11388,7 +11521,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_round(lorasync_plan *plan, uint32_
 LORASYNCI_FN int lorasynci_device_takes_turns(const lorasync_plan *plan)
 {
     int i;
-    for (i = 0; i < plan->comm.world; i++)
+    for (i = 0; i < plan->talk->comm.world; i++)
         if (plan->sends[i].half) return 1;
     return 0;
 }
@@ -11399,7 +11532,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_add_digests(const lorasync_plan *p
 {
     const lorasynci_device *g = plan->device;
     int                     i;
-    for (i = 0; i < plan->comm.world; i++) {
+    for (i = 0; i < plan->talk->comm.world; i++) {
         const lorasynci_link *link = &plan->sends[i];
         if (!link->num_digests || lorasynci_link_rounds(link) != round + 1) continue;
         LORASYNCI_CUDA(cudaMemcpyAsync(plan->memory[LORASYNCI_SEND] + lorasynci_link_staged_digests_at(link), g->sums,
@@ -11462,7 +11595,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, loras
     if (!plan->captured) return LORASYNC_OK;
     plan->device->is_recorded = 1;
     plan->device->is_reset    = 0;
-    if (!plan->comm.exchange_stream && plan->num_rounds)
+    if (!plan->talk->comm.exchange_stream && plan->num_rounds)
         return lorasynci_fail(
             err, LORASYNC_E_UNSUPPORTED,
             "a sync whose ranks exchange through the host cannot be captured in a CUDA graph; join them with NCCL, or "
@@ -11517,8 +11650,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
     LORASYNCI_TRY(lorasynci_device_pack(plan, err));
     if (!plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, g->packed, 0), "cudaStreamWaitEvent");
     if (plan->num_rounds == 0) LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, plan->gpu->stream, err));
-    else if (plan->comm.exchange_stream) LORASYNCI_TRY(lorasynci_device_rounds(plan, err));
-    LORASYNCI_TRY(lorasynci_device_end(plan, plan->num_rounds == 0 || plan->comm.exchange_stream, err));
+    else if (plan->talk->comm.exchange_stream) LORASYNCI_TRY(lorasynci_device_rounds(plan, err));
+    LORASYNCI_TRY(lorasynci_device_end(plan, plan->num_rounds == 0 || plan->talk->comm.exchange_stream, err));
     if (plan->captured)
         LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, plan->gpu->done, 0), "cudaStreamWaitEvent");
     return LORASYNC_OK;
@@ -11573,14 +11706,14 @@ LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasyn
 LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cudaEvent_t event, uint64_t deadline_ns,
                                                    int with_peers, lorasync_error *err)
 {
-    lorasync_status (*check)(void *, lorasync_error *) = with_peers ? plan->comm.check : NULL;
+    lorasync_status (*check)(void *, lorasync_error *) = with_peers ? plan->talk->comm.check : NULL;
     cudaError_t e;
-    LORASYNCI_TRY(lorasynci_gpu_wait(event, NULL, deadline_ns, check, plan->comm.user, &e, err));
+    LORASYNCI_TRY(lorasynci_gpu_wait(event, NULL, deadline_ns, check, plan->talk->comm.user, &e, err));
     if (e == cudaErrorNotReady)
         return lorasynci_fail(
             err, LORASYNC_E_TIMEOUT,
             "the GPU work of this sync did not end before the deadline of %d ms; did every rank call lorasync_sync?",
-            plan->timeout_ms);
+            plan->talk->timeout_ms);
     return e == cudaSuccess ? LORASYNC_OK : lorasynci_cuda_fail(err, e, "the GPU work of this sync failed");
 }
 
@@ -11600,7 +11733,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, 
                  ? LORASYNC_OK
                  : lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK)
-        status = lorasynci_device_poll(plan, plan->gpu->ready, lorasynci_deadline_ns(plan->timeout_ms), 1, err);
+        status = lorasynci_device_poll(plan, plan->gpu->ready, lorasynci_deadline_ns(plan->talk->timeout_ms), 1, err);
     lorasynci_gpu_leave(plan->gpu->ordinal, old);
     return status;
 }
@@ -11626,8 +11759,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, l
     lorasync_status   arrived;
     uint32_t          round;
     for (round = 0; round < plan->num_rounds; round++) {
-        arrived = mesh ? lorasynci_agree_on(plan->id, &plan->comm, plan->votes, plan->timeout_ms, status, err, 0, "",
-                                            NULL, &lost)
+        arrived = mesh ? lorasynci_talk_vote_run(plan->talk, status < 0 ? err : NULL, plan->id, 0, &lost)
                        : lorasynci_exchange_round(plan, round, &lost);
         if (arrived < 0 && (!mesh || lorasync_is_lost(arrived))) {
             *err = lost;
@@ -11661,12 +11793,12 @@ LORASYNCI_FN int lorasynci_is_rounded(const lorasync_plan *plan, uint32_t tensor
 LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
 {
     const lorasynci_device *g   = plan->device;
-    const uint64_t          bad = lorasynci_device_ballots(g)[plan->comm.rank].bad;
+    const uint64_t          bad = lorasynci_device_ballots(g)[plan->talk->comm.rank].bad;
     uint64_t                sum;
-    size_t                  i, k, at = (1 + (size_t)plan->comm.world) * sizeof *g->ballots;
+    size_t                  i, k, at = (1 + (size_t)plan->talk->comm.world) * sizeof *g->ballots;
     for (i = 0; i < g->num_sums; i++, at += 8)
         memcpy(&plan->sums[plan->num_slots ? plan->slots[i] : i], g->host + at, 8);
-    for (i = 0; i < (size_t)plan->comm.world; i++)
+    for (i = 0; i < (size_t)plan->talk->comm.world; i++)
         for (k = 0; k < plan->receives[i].num_digests; k++, at += 8) {
             memcpy(&sum, g->host + at, 8);
             plan->tensor_digests[plan->receives[i].digests[k]] += sum;
@@ -11701,8 +11833,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_send_rest(lorasync_plan *plan, uin
 LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g        = plan->device;
-    uint64_t          deadline = lorasynci_deadline_ns(plan->timeout_ms);
-    int               by_host  = !plan->comm.exchange_stream && plan->num_rounds;
+    uint64_t          deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
+    int               by_host  = !plan->talk->comm.exchange_stream && plan->num_rounds;
     lorasync_status   status   = LORASYNC_OK;
     if (plan->begin_error.status < 0) { /* the vote tells the others */
         *err = plan->begin_error;
@@ -11713,7 +11845,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasy
         status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, plan->gpu->done, deadline, 1, err);
     if (status == LORASYNC_OK && plan->captured &&
-        lorasynci_device_ballots(g)[plan->comm.rank].tag != lorasynci_device_tag(plan)) {
+        lorasynci_device_ballots(g)[plan->talk->comm.rank].tag != lorasynci_device_tag(plan)) {
         lorasynci_fail(
             err, LORASYNC_E_STATE,
             "wait was called, but the CUDA graph into which begin was captured was not launched since the last one; "
@@ -11730,7 +11862,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasy
 LORASYNCI_FN void lorasynci_device_forget(lorasync_plan *plan)
 {
     int i;
-    for (i = 0; plan->device->host && i < plan->comm.world; i++) lorasynci_device_ballots(plan->device)[i].tag = 0;
+    for (i = 0; plan->device->host && i < plan->talk->comm.world; i++)
+        lorasynci_device_ballots(plan->device)[i].tag = 0;
 }
 
 /* Whether all that is on a stream has ended, well or not, by then. */
@@ -11766,15 +11899,15 @@ LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
     cudaEvent_t       last;
     uint64_t          closing;
     int               old;
-    if (!g || lorasynci_gpu_is_captured(plan->gpu) || !(plan->begun || plan->captured || plan->lost)) return;
+    if (!g || lorasynci_gpu_is_captured(plan->gpu) || !(plan->begun || plan->captured || plan->talk->lost)) return;
     old = lorasynci_gpu_enter(plan->gpu->ordinal);
-    if (!plan->lost && !lorasynci_device_last(plan, &last))
+    if (!plan->talk->lost && !lorasynci_device_last(plan, &last))
         status = lorasynci_fail(&err, LORASYNC_E_COMM, "a plan was freed between a begin that failed and its wait");
-    else if (!plan->lost && last)
-        status = lorasynci_device_poll(plan, last, lorasynci_deadline_ns(plan->timeout_ms), 1, &err);
-    if (status < 0) lorasynci_plan_lose(plan, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, &err);
+    else if (!plan->talk->lost && last)
+        status = lorasynci_device_poll(plan, last, lorasynci_deadline_ns(plan->talk->timeout_ms), 1, &err);
+    if (status < 0) lorasynci_talk_lose(plan->talk, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, &err);
     closing = lorasynci_deadline_ns(LORASYNCI_CLOSING_MS);
-    if (plan->lost)
+    if (plan->talk->lost)
         plan->gpu->is_busy =
             !(lorasynci_device_ended(plan->gpu->stream, closing) && lorasynci_device_ended(g->wire, closing) &&
               lorasynci_device_ended(g->placing, closing) &&
@@ -11807,7 +11940,7 @@ LORASYNCI_FN int lorasynci_device_voted(const lorasync_plan *plan)
     int                     i;
     if (!lorasynci_device_casts(plan) || plan->begin_error.status < 0) return 0;
     ballots = lorasynci_device_ballots(plan->device);
-    for (i = 0; i < plan->comm.world; i++)
+    for (i = 0; i < plan->talk->comm.world; i++)
         if (ballots[i].tag != lorasynci_device_tag(plan) || (ballots[i].bad != UINT64_MAX && !plan->allow_nan))
             return -1;
     return 1;
@@ -11824,7 +11957,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasyn
     if (status == LORASYNC_OK && cudaEventRecord(plan->gpu->done, plan->gpu->stream) != cudaSuccess)
         status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
     if (status == LORASYNC_OK)
-        status = lorasynci_device_poll(plan, plan->gpu->done, lorasynci_deadline_ns(plan->timeout_ms), 0, err);
+        status = lorasynci_device_poll(plan, plan->gpu->done, lorasynci_deadline_ns(plan->talk->timeout_ms), 0, err);
     lorasynci_gpu_leave(plan->gpu->ordinal, old);
     return status;
 }
@@ -17154,7 +17287,7 @@ typedef struct lorasynci_aim {
 
 struct lorasync_session {
     lorasync_allocator a;
-    lorasync_comm      comm;
+    lorasynci_talk     talk;
     lorasync_desc      desc; /* adapter, config_json and base_model replaced by the copies below */
     char              *adapter, *config_json, *base_model;
     lorasync_cuda      cuda;   /* the copy of desc.cuda, if there is one */
@@ -17167,9 +17300,7 @@ struct lorasync_session {
     size_t             num_added, num_dropped;
     char               dropped_example[128];
     lorasync_error     add_error; /* the first of them */
-    void              *votes;
     lorasync_plan     *plan;
-    lorasync_status    lost; /* with which the communicator went before there was a plan, or 0 */
     char              *published_config;
     uint64_t           version;      /* asked for by the last begin */
     uint64_t           last_version; /* published */
@@ -17243,7 +17374,8 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     lorasynci_buffer_free(&session->outcomes);
     lorasynci_dealloc(&a, session->adapter), lorasynci_dealloc(&a, session->config_json),
         lorasynci_dealloc(&a, session->base_model);
-    lorasynci_dealloc(&a, session->votes), lorasynci_dealloc(&a, session->published_config);
+    lorasynci_talk_free(&session->talk, &a);
+    lorasynci_dealloc(&a, session->published_config);
     lorasynci_dealloc(&a, session);
 }
 
@@ -17256,17 +17388,16 @@ LORASYNCI_FN lorasync_status lorasynci_session_copy(lorasync_session *s, lorasyn
     s->adapter            = lorasynci_copy_text(&s->a, adapter, strlen(adapter));
     if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
     if (base) s->base_model = lorasynci_copy_text(&s->a, base, strlen(base));
-    s->votes            = lorasynci_alloc(&s->a, lorasynci_vote_scratch(s->comm.world));
     s->desc.adapter     = s->adapter;
     s->desc.config_json = s->config_json;
     s->desc.base_model  = s->base_model;
-    s->desc.comm        = &s->comm;
+    s->desc.comm        = &s->talk.comm;
     s->desc.allocator   = &s->a;
     if (s->desc.cuda) {
         s->cuda      = *s->desc.cuda;
         s->desc.cuda = &s->cuda;
     }
-    if (!s->adapter || !s->votes || (config && !s->config_json) || (base && !s->base_model))
+    if (!s->adapter || (config && !s->config_json) || (base && !s->base_model))
         return lorasynci_fail_memory(err, sizeof *s);
     if (config) return lorasync_config_parse(config, strlen(config), &s->a, &s->config, err);
     return LORASYNC_OK;
@@ -17284,13 +17415,13 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a    = a;
     s->desc = *desc;
-    s->comm = lorasynci_comm_copy(desc->comm);
+    status  = lorasynci_talk_init(&s->talk, desc->comm, desc->timeout_ms, &s->a, err);
     lorasynci_buffer_init(&s->texts, &s->a);
     lorasynci_buffer_init(&s->added, &s->a);
     lorasynci_buffer_init(&s->modules, &s->a);
     lorasynci_buffer_init(&s->transports, &s->a);
     lorasynci_buffer_init(&s->outcomes, &s->a);
-    status = lorasynci_session_copy(s, err);
+    if (status == LORASYNC_OK) status = lorasynci_session_copy(s, err);
     if (status == LORASYNC_OK && !s->config && !(desc->lora_alpha >= 0 && desc->lora_alpha < 1e30))
         status = lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lora_alpha is %g; give the value the trainer uses",
                                 desc->lora_alpha);
@@ -17369,7 +17500,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_attach(lorasync_session *session,
                                                       lorasync_error *err)
 {
     lorasync_transport t;
-    const char        *leased = session->comm.rank == session->desc.root ? session->adapter : NULL;
+    const char        *leased = session->talk.comm.rank == session->desc.root ? session->adapter : NULL;
     if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: transport is NULL");
     if (session->plan)
         return lorasynci_fail(err, LORASYNC_E_STATE,
@@ -17582,7 +17713,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
         *err = s->add_error;
         return err->status;
     }
-    if (s->comm.rank == s->desc.root && (s->desc.quorum < 0 || (size_t)s->desc.quorum > lorasynci_num_transports(s)))
+    if (s->talk.comm.rank == s->desc.root &&
+        (s->desc.quorum < 0 || (size_t)s->desc.quorum > lorasynci_num_transports(s)))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "quorum is %d with %zu engines attached; give 0 (all of them) to %zu", s->desc.quorum,
                               lorasynci_num_transports(s), lorasynci_num_transports(s));
@@ -17601,26 +17733,12 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
     return lorasynci_session_collisions(s, err);
 }
 
-/* A verdict of all ranks in the session's own words, with the communicator given up where it is lost. */
-LORASYNCI_FN lorasync_status lorasynci_session_agree(lorasync_session *s, const lorasync_error *mine, uint64_t tag,
-                                                     const char *tag_name, int *all_flags, lorasync_error *err)
-{
-    int             timeout_ms = s->desc.timeout_ms > 0 ? s->desc.timeout_ms : 60000;
-    lorasync_status status =
-        lorasynci_agree(&s->comm, s->votes, timeout_ms, mine->status, mine, tag, tag_name, all_flags, err);
-    if (!lorasync_is_lost(status)) return status;
-    if (s->plan) return lorasynci_plan_lose(s->plan, status, err);
-    lorasynci_comm_abort(&s->comm, err->text);
-    s->lost = status;
-    return status;
-}
-
 LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasync_piece *pieces, lorasync_error *err)
 {
     lorasync_plan_desc d;
     lorasync_status    status;
     memset(&d, 0, sizeof d);
-    d.comm         = &s->comm;
+    d.comm         = &s->talk.comm;
     d.kind         = LORASYNC_GATHER;
     d.root         = s->desc.root;
     d.wire_dtype   = s->desc.wire_dtype;
@@ -17633,7 +17751,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasyn
     d.cuda         = s->desc.cuda;
     d.timeout_ms   = s->desc.timeout_ms;
     d.allocator    = &s->a;
-    status         = lorasync_plan_create(&d, &s->plan, err);
+    status         = lorasynci_plan_create(&d, &s->talk, 0, &s->plan, err);
     if (status == LORASYNC_E_EMPTY)
         return lorasynci_fail(
             err, status,
@@ -17702,27 +17820,7 @@ typedef struct lorasynci_notice {
     char              engines[80]; /* the transports' names, for errors on the other ranks */
 } lorasynci_notice;
 
-LORASYNCI_FN int lorasynci_session_is_root(const lorasync_session *s) { return s->comm.rank == s->desc.root; }
-
-/* Brings the root's bytes to all ranks. */
-LORASYNCI_FN lorasync_status lorasynci_session_tell(lorasync_session *s, void *bytes, size_t num_bytes, int timeout_ms,
-                                                    lorasync_error *err)
-{
-    const lorasync_comm *c        = &s->comm;
-    lorasync_message    *messages = (lorasync_message *)s->votes;
-    size_t               n        = 0;
-    int                  rank;
-    for (rank = 0; rank < c->world; rank++) {
-        if (rank == c->rank || (!lorasynci_session_is_root(s) && rank != s->desc.root)) continue;
-        messages[n].peer      = rank;
-        messages[n].data      = bytes;
-        messages[n].num_bytes = num_bytes;
-        n++;
-    }
-    if (n == 0) return LORASYNC_OK;
-    if (lorasynci_session_is_root(s)) return c->exchange(c->user, messages, n, NULL, 0, timeout_ms, err);
-    return c->exchange(c->user, NULL, 0, messages, n, timeout_ms, err);
-}
+LORASYNCI_FN int lorasynci_session_is_root(const lorasync_session *s) { return s->talk.comm.rank == s->desc.root; }
 
 /* The communicator went while the root was publishing, or telling of it: what is known of that. */
 LORASYNCI_FN void lorasynci_session_explain(const lorasync_session *s, const lorasync_error *verdict,
@@ -17755,25 +17853,24 @@ LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const 
 {
     lorasynci_notice notice;
     lorasync_status  status = mine->status;
-    int timeout_ms          = published && !lorasynci_session_is_root(s) ? s->publish_timeout_ms : s->plan->timeout_ms;
+    int timeout_ms          = published && !lorasynci_session_is_root(s) ? s->publish_timeout_ms : s->talk.timeout_ms;
     if (lorasync_is_lost(status)) {
         *err = *mine;
-        return lorasynci_plan_lose(s->plan, status, err);
+        return lorasynci_talk_lose(&s->talk, status, err);
     }
     memset(&notice, 0, sizeof notice);
     notice.verdict = *mine;
     notice.outcome = *outcome;
     memcpy(notice.engines, s->engines, sizeof notice.engines);
-    status = lorasynci_session_tell(s, &notice, sizeof notice, timeout_ms, err);
+    status = lorasynci_talk_tell(&s->talk, s->desc.root, &notice, sizeof notice, timeout_ms, err);
     if (status < 0 && published) lorasynci_session_explain(s, mine, err);
-    if (lorasync_is_lost(status)) return lorasynci_plan_lose(s->plan, status, err);
-    if (status < 0) return status;
+    if (status < 0) return lorasynci_talk_lose(&s->talk, status, err);
     notice.verdict.text[sizeof notice.verdict.text - 1] = 0;
     memcpy(s->engines, notice.engines, sizeof s->engines);
     *outcome = notice.outcome;
     status   = notice.verdict.status;
     if (status >= 0) return LORASYNC_OK;
-    if (s->comm.world == 1) return lorasynci_fail(err, status, "%s", notice.verdict.text);
+    if (s->talk.comm.world == 1) return lorasynci_fail(err, status, "%s", notice.verdict.text);
     return lorasynci_fail(err, status, "rank %d: %.480s", s->desc.root, notice.verdict.text);
 }
 
@@ -17856,10 +17953,8 @@ LORASYNCI_FN void lorasynci_session_aim(lorasync_session *s, const lorasynci_shm
     entry = lorasynci_session_entry(s, t->serial);
     if (!entry->serial) {
         if (!s->plan->has_image) opened = lorasynci_session_open_slot(s, t, entry);
-        status = lorasynci_agree(&s->comm, s->votes, s->plan->timeout_ms, LORASYNC_OK, NULL, 0, "", &opened, &err);
-        if (status < 0)
-            lorasynci_plan_lose(s->plan, status, &err); /* what was published is; the next call will say
-                                                                       it */
+        status = lorasynci_talk_vote_flag(&s->talk, NULL, &opened, &err);
+        lorasynci_talk_lose(&s->talk, status, &err); /* what was published is; the next call will say it */
         if (status < 0 || !opened) s->aim.blind = 1;
     }
     entry->serial = t->serial;
@@ -17886,19 +17981,14 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     if (!err) err = &why;
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_compile was called already");
-    if (session->lost)
-        return lorasynci_fail(
-            err, LORASYNC_E_LOST,
-            "the communicator was lost before: close the session, make a new communicator, open again");
+    if (session->talk.lost) return lorasynci_lost_before(err);
     memset(&mine, 0, sizeof mine);
     if (lorasynci_session_prepare(session, &mine) == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
-    status = lorasynci_session_agree(session, &mine, lorasynci_session_tag(session),
-                                     "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", NULL,
-                                     err);
+    status = lorasynci_talk_vote_tag(&session->talk, &mine, lorasynci_session_tag(session),
+                                     "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", err);
     if (status == LORASYNC_OK) status = lorasynci_session_plan(session, pieces, err);
     lorasynci_dealloc(&session->a, pieces);
-    if (lorasync_is_lost(status)) session->lost = status;
-    if (status < 0) return status;
+    if (status < 0) return lorasynci_talk_lose(&session->talk, status, err);
     memset(&outcome, 0, sizeof outcome);
     if (!session->plan->device || !session->plan->has_image || lorasynci_device_keeps(session->plan->device))
         session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
@@ -17909,7 +17999,6 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     status = lorasynci_session_share(session, &mine, &outcome, 0, err);
     if (status == LORASYNC_OK) lorasynci_session_aim(session, &outcome.target, slot);
     if (status < 0) {
-        session->lost = session->plan->lost;
         lorasync_plan_free(session->plan);
         session->plan = NULL;
         lorasynci_dealloc(&session->a, session->published_config);
@@ -17934,7 +18023,7 @@ LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64
                                                      lorasync_error *err)
 {
     int captured;
-    if (plan->begun || plan->lost) return lorasync_plan_begin(plan, err);
+    if (plan->begun || plan->talk->lost) return lorasync_plan_begin(plan, err);
     plan->tag = version;
     captured  = lorasynci_gpu_is_captured(plan->gpu);
     if (version > last_version && !captured) return lorasync_plan_begin(plan, err);
@@ -17966,7 +18055,7 @@ LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t 
     lorasync_status status;
     uint64_t        aimed_at = 0;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_begin", err));
-    if (session->plan->begun || session->plan->lost) return lorasync_plan_begin(session->plan, err); /* says why not */
+    if (session->plan->begun || session->talk.lost) return lorasync_plan_begin(session->plan, err); /* says why not */
     session->begin_ns  = lorasynci_now_ns();
     session->version   = version;
     session->published = 0;
@@ -18004,7 +18093,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_to_engines(lorasync_session *s, c
     p.need        = behind_only ? 0 : s->desc.quorum ? (size_t)s->desc.quorum : p.num;
     p.behind_only = behind_only;
     p.image       = image;
-    if (!behind_only) p.comm = &s->comm; /* else others serve it already */
+    if (!behind_only) p.comm = &s->talk.comm; /* else others serve it already */
     return lorasynci_publish(&p, err);
 }
 
@@ -18092,17 +18181,14 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     char             *slot;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_republish", err));
-    if (session->plan->lost)
-        return lorasynci_fail(
-            err, LORASYNC_E_LOST,
-            "the communicator was lost before: close the session, make a new communicator, open again");
+    if (session->talk.lost) return lorasynci_lost_before(err);
     memset(&mine, 0, sizeof mine);
     memset(&outcome, 0, sizeof outcome);
     if (!session->published)
         lorasynci_fail(&mine, LORASYNC_E_STATE,
                        "lorasync_republish: nothing was published since the last begin; call lorasync_sync");
-    status = lorasynci_session_agree(session, &mine, session->last_version, "version to republish", NULL, err);
-    if (status < 0) return status;
+    status = lorasynci_talk_vote_tag(&session->talk, &mine, session->last_version, "version to republish", err);
+    if (status < 0) return lorasynci_talk_lose(&session->talk, status, err);
     lorasynci_session_aim_home(session);
     lorasynci_session_republish(session, &outcome, &mine);
     slot = lorasynci_session_ask(session, &outcome.target);
@@ -18113,7 +18199,7 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
 
 LORASYNC_API const lorasync_engine_outcome *lorasync_get_outcomes(const lorasync_session *session, size_t *out_num)
 {
-    size_t num = session && session->comm.rank == session->desc.root ? lorasynci_num_transports(session) : 0;
+    size_t num = session && session->talk.comm.rank == session->desc.root ? lorasynci_num_transports(session) : 0;
     if (out_num) *out_num = num;
     return num ? lorasynci_outcomes(session) : NULL;
 }
@@ -18137,7 +18223,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, cons
     lorasync_plan     *plan;
     lorasync_status    status;
     memset(&d, 0, sizeof d);
-    d.comm         = &s->comm;
+    d.comm         = &s->talk.comm;
     d.kind         = LORASYNC_SCATTER;
     d.root         = s->desc.root;
     d.want         = pieces;
@@ -18147,7 +18233,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, cons
     d.bucket_bytes = s->desc.bucket_bytes;
     d.timeout_ms   = s->desc.timeout_ms;
     d.allocator    = &s->a;
-    LORASYNCI_TRY(lorasync_plan_create(&d, &plan, err));
+    LORASYNCI_TRY(lorasynci_plan_create(&d, &s->talk, 0, &plan, err));
     lorasync_plan_begin(plan, NULL);
     status = lorasync_plan_wait(plan, err);
     if (status < 0) lorasynci_prefix(err, "parameters may be partly written; load again before training on");
@@ -18344,16 +18430,14 @@ LORASYNCI_FN void lorasynci_read_page(const lorasynci_page *page, lorasynci_load
 LORASYNCI_FN lorasync_status lorasynci_session_compare_aliases(lorasync_session *s, lorasynci_loading *l,
                                                                lorasync_error *err)
 {
-    lorasynci_page  page;
-    lorasync_error  mine;
-    lorasync_status status;
-    size_t          from = 0, k;
+    lorasynci_page page;
+    lorasync_error mine;
+    size_t         from = 0, k;
     memset(&page, 0, sizeof page);
     memset(&mine, 0, sizeof mine);
     do {
         if (lorasynci_session_is_root(s)) lorasynci_fill_page(l->image, from, &page);
-        status = lorasynci_session_tell(s, &page, sizeof page, s->plan->timeout_ms, err);
-        if (status < 0) return lorasynci_plan_lose(s->plan, status, err);
+        LORASYNCI_TRY(lorasynci_talk_tell(&s->talk, s->desc.root, &page, sizeof page, s->talk.timeout_ms, err));
         lorasynci_read_page(&page, l);
         from += (size_t)page.num;
     } while (page.more);
@@ -18366,7 +18450,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_compare_aliases(lorasync_session 
             "its own",
             alias->names[0], alias->names[1]);
     }
-    return lorasynci_session_agree(s, &mine, 0, "", NULL, err);
+    return lorasynci_talk_vote(&s->talk, &mine, err);
 }
 
 /* This rank's part of loading; what fails here is put to the vote. */
@@ -18398,22 +18482,20 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
 {
     lorasync_error    mine, why;
     lorasynci_loading l;
+    lorasynci_vote    vote = {0, 0, 0, 0}; /* flag: no alias here */
     lorasync_status   status;
-    int               no_alias;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_load", err));
-    if (session->plan->lost)
-        return lorasynci_fail(
-            err, LORASYNC_E_LOST,
-            "the communicator was lost before: close the session, make a new communicator, open again");
+    if (session->talk.lost) return lorasynci_lost_before(err);
     memset(&mine, 0, sizeof mine);
     memset(&l, 0, sizeof l);
     lorasynci_session_prepare_load(session, path, &l, &mine);
-    no_alias = l.num_aliases == 0;
-    status   = lorasynci_session_agree(session, &mine, lorasynci_hash_text(path, 1), "path, hashed", &no_alias, err);
-    if (status == LORASYNC_OK && !no_alias) status = lorasynci_session_compare_aliases(session, &l, err);
+    vote.flag = l.num_aliases == 0;
+    vote.tag  = lorasynci_hash_text(path, 1);
+    status    = lorasynci_talk_agree(&session->talk, &mine, &vote, "path, hashed", err);
+    if (status == LORASYNC_OK && !vote.flag) status = lorasynci_session_compare_aliases(session, &l, err);
     if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, l.image, l.pieces, err);
-    if (lorasync_is_lost(status)) session->plan->lost = status;
+    lorasynci_talk_lose(&session->talk, status, err);
     lorasync_image_free(l.image);
     lorasynci_dealloc(&session->a, l.pieces);
     lorasynci_dealloc(&session->a, l.aliases);
@@ -18459,7 +18541,7 @@ typedef struct lorasynci_base_piece {
 
 struct lorasync_stream {
     lorasync_allocator   a;
-    lorasync_comm        comm;
+    lorasynci_talk       talk;
     lorasync_stream_desc desc; /* name, config_json and cuda replaced by the copies below */
     lorasync_plan_desc   plan_desc;
     char                *name, *config_json;
@@ -18468,8 +18550,6 @@ struct lorasync_stream {
     lorasynci_buffer     added; /* lorasynci_base_piece; both until compile has succeeded */
     lorasynci_buffer     transports, outcomes;
     lorasync_error       add_error;
-    lorasync_plan       *talk;  /* an empty plan: the catalogue of all buckets, votes, messages, and whether the
-                                   communicator is lost */
     lorasync_plan      **plans; /* num_buckets; NULL before compile */
     size_t               num_buckets;
     lorasynci_loan       loans[2];
@@ -18502,15 +18582,15 @@ LORASYNCI_FN size_t lorasynci_stream_num_transports(const lorasync_stream *s)
     return s->transports.size / sizeof(lorasync_transport);
 }
 
-LORASYNCI_FN int lorasynci_is_root(const lorasync_stream *s) { return s->comm.rank == s->desc.root; }
+LORASYNCI_FN int lorasynci_is_root(const lorasync_stream *s) { return s->talk.comm.rank == s->desc.root; }
 
 /* Gives the lent memory back. */
 LORASYNCI_FN void lorasynci_stream_unlend(lorasync_stream *s)
 {
     int i;
     if (s->desc.cuda) {
-        lorasynci_gpu_free(!s->comm.exchange_stream, s->loans[0].send);
-        lorasynci_gpu_free(!s->comm.exchange_stream, s->loans[0].receive);
+        lorasynci_gpu_free(!s->talk.comm.exchange_stream, s->loans[0].send);
+        lorasynci_gpu_free(!s->talk.comm.exchange_stream, s->loans[0].receive);
         for (i = 0; i < 2; i++)
             lorasynci_gpu_free(0, s->loans[i].payload), lorasynci_gpu_free(1, s->loans[i].host_payload);
     } else {
@@ -18549,7 +18629,7 @@ LORASYNC_API void lorasync_stream_close(lorasync_stream *stream)
         if (t->close) t->close(t->user);
     }
     lorasynci_stream_reset(stream);
-    lorasync_plan_free(stream->talk);
+    lorasynci_talk_free(&stream->talk, &a);
     lorasynci_buffer_free(&stream->texts);
     lorasynci_buffer_free(&stream->added);
     lorasynci_buffer_free(&stream->transports);
@@ -18571,7 +18651,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_copy(lorasync_stream *s, lorasync_
                               "desc.name is empty; leave it NULL or give the name to publish under");
     if (s->desc.cuda) s->cuda = *s->desc.cuda, s->desc.cuda = &s->cuda;
     if (!s->desc.bucket_bytes) s->desc.bucket_bytes = (size_t)1 << 30;
-    d->comm       = &s->comm;
+    d->comm       = &s->talk.comm;
     d->kind       = LORASYNC_GATHER;
     d->root       = s->desc.root;
     d->wire_dtype = s->desc.wire_dtype;
@@ -18580,8 +18660,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_copy(lorasync_stream *s, lorasync_
     d->cuda       = s->desc.cuda;
     d->timeout_ms = s->desc.timeout_ms;
     d->allocator  = &s->a;
-    s->talk       = lorasynci_plan_new(d, &s->a);
-    return s->talk ? LORASYNC_OK : lorasynci_fail_memory(err, sizeof *s->talk);
+    return LORASYNC_OK;
 }
 
 LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *desc, lorasync_stream **out,
@@ -18597,13 +18676,13 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a    = a;
     s->desc = *desc;
-    s->comm = lorasynci_comm_copy(desc->comm);
+    status  = lorasynci_talk_init(&s->talk, desc->comm, desc->timeout_ms, &s->a, err);
     lorasynci_buffer_init(&s->texts, &s->a);
     lorasynci_buffer_init(&s->added, &s->a);
     lorasynci_buffer_init(&s->transports, &s->a);
     lorasynci_buffer_init(&s->outcomes, &s->a);
     lorasynci_buffer_init(&s->index, &s->a);
-    status = lorasynci_stream_copy(s, err);
+    if (status == LORASYNC_OK) status = lorasynci_stream_copy(s, err);
     if (status < 0) {
         lorasync_stream_close(s);
         return status;
@@ -18700,15 +18779,14 @@ typedef struct lorasynci_groups {
 
 /* What dividing works with, freed at the end of compile. */
 typedef struct lorasynci_division {
-    lorasynci_planner       planner; /* on the root */
-    lorasynci_parts         parts;   /* none: boxes are the plans' business */
+    lorasynci_planner       planner;
+    lorasynci_parts         parts; /* none: boxes are the plans' business */
     lorasynci_groups        groups;
-    size_t                 *sizes;
-    lorasynci_hello        *hellos;
-    uint32_t               *tensors; /* per piece: its tensor; behind them, per tensor: its first piece */
-    uint32_t               *buckets; /* per tensor of this rank */
-    size_t                 *starts;  /* per bucket and one more: where its pieces begin in `pieces` */
-    lorasync_piece         *pieces;  /* by bucket */
+    lorasynci_catalogue     catalogue; /* of this rank, all buckets */
+    uint32_t               *tensors;   /* per piece: its tensor; behind them, per tensor: its first piece */
+    uint32_t               *buckets;   /* per tensor of this rank */
+    size_t                 *starts;    /* per bucket and one more: where its pieces begin in `pieces` */
+    lorasync_piece         *pieces;    /* by bucket */
     lorasynci_division_head head;
 } lorasynci_division;
 
@@ -18717,20 +18795,19 @@ LORASYNCI_FN void lorasynci_division_free(lorasync_stream *s, lorasynci_division
     lorasynci_planner_free(&v->planner);
     lorasynci_buffer_free(&v->groups.texts);
     lorasynci_dealloc(&s->a, v->groups.list), lorasynci_dealloc(&s->a, v->groups.of);
-    lorasynci_dealloc(&s->a, v->sizes), lorasynci_dealloc(&s->a, v->hellos), lorasynci_dealloc(&s->a, v->tensors);
-    lorasynci_dealloc(&s->a, v->buckets), lorasynci_dealloc(&s->a, v->starts), lorasynci_dealloc(&s->a, v->pieces);
+    lorasynci_catalogue_free(&v->catalogue);
+    lorasynci_dealloc(&s->a, v->tensors), lorasynci_dealloc(&s->a, v->buckets), lorasynci_dealloc(&s->a, v->starts),
+        lorasynci_dealloc(&s->a, v->pieces);
 }
 
 /* The catalogue of this rank, of all buckets. Two parameters that would be published under one name are refused. */
 LORASYNCI_FN lorasync_status lorasynci_stream_describe(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
-    lorasynci_catalogue *c   = &s->talk->catalogue;
+    lorasynci_catalogue *c   = &v->catalogue;
     size_t               num = lorasynci_base_num(s), i, known;
     lorasynci_table      names;
     lorasync_status      status = LORASYNC_OK;
-    lorasynci_catalogue_free(c);
-    lorasynci_catalogue_init(c, &s->talk->a);
-    v->tensors = (uint32_t *)lorasynci_alloc_array(&s->a, num, 2 * sizeof(uint32_t));
+    v->tensors                  = (uint32_t *)lorasynci_alloc_array(&s->a, num, 2 * sizeof(uint32_t));
     if (!v->tensors || !lorasynci_table_init(&names, &s->a, num)) return lorasynci_fail_memory(err, num * 8);
     for (i = 0; i < num && status == LORASYNC_OK; i++) {
         lorasynci_base_piece *p = lorasynci_base_at(s, i);
@@ -18754,20 +18831,17 @@ LORASYNCI_FN lorasync_status lorasynci_stream_describe(lorasync_stream *s, loras
 /* This rank's part before the ranks talk. */
 LORASYNCI_FN lorasync_status lorasynci_stream_prepare(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
-    size_t world = (size_t)s->comm.world;
     if (s->add_error.status < 0) {
         *err = s->add_error;
         return err->status;
     }
-    if (s->desc.root < 0 || s->desc.root >= s->comm.world)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", s->desc.root, s->comm.world - 1);
-    v->sizes  = (size_t *)lorasynci_alloc_array(&s->a, world, sizeof *v->sizes);
-    v->hellos = (lorasynci_hello *)lorasynci_alloc_array(&s->a, world, sizeof *v->hellos);
-    if (!v->sizes || !v->hellos) return lorasynci_fail_memory(err, world * sizeof *v->hellos);
+    if (s->desc.root < 0 || s->desc.root >= s->talk.comm.world)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", s->desc.root,
+                              s->talk.comm.world - 1);
     LORASYNCI_TRY(lorasynci_stream_describe(s, v, err));
-    v->buckets = (uint32_t *)lorasynci_alloc_array(&s->a, s->talk->catalogue.num, sizeof *v->buckets);
-    if (!v->buckets) return lorasynci_fail_memory(err, s->talk->catalogue.num * 4);
-    return lorasynci_is_root(s) ? lorasynci_planner_init(&v->planner, s->talk, &s->plan_desc, err) : LORASYNC_OK;
+    v->buckets = (uint32_t *)lorasynci_alloc_array(&s->a, v->catalogue.num, sizeof *v->buckets);
+    if (!v->buckets) return lorasynci_fail_memory(err, v->catalogue.num * 4);
+    return lorasynci_planner_init(&v->planner, &s->talk, &s->plan_desc, &s->a, err);
 }
 
 LORASYNCI_FN const char *lorasynci_group_key(const void *user, size_t i)
@@ -18854,7 +18928,7 @@ LORASYNCI_FN lorasync_status lorasynci_fill_buckets(const lorasync_stream *s, lo
 LORASYNCI_FN void lorasynci_stream_offer(lorasync_stream *s, lorasynci_division_head *h)
 {
     size_t num_bytes = lorasynci_align64((size_t)h->largest[0]) + (size_t)h->largest[1];
-    if (s->comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
+    if (s->talk.comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
     lorasynci_mapping_name(h->name, lorasynci_unique(s));
     if (!lorasynci_window_name(&s->shared, h->name, num_bytes, 1)) return;
     memcpy(s->mapping_name, h->name, sizeof h->name);
@@ -18866,13 +18940,13 @@ LORASYNCI_FN lorasync_status lorasynci_stream_decide(lorasync_stream *s, lorasyn
 {
     lorasynci_planner *p = &v->planner;
     size_t             i, k, num = lorasynci_stream_num_transports(s);
-    LORASYNCI_TRY(lorasynci_planner_unpack(p, v->sizes, err));
+    LORASYNCI_TRY(lorasynci_planner_unpack(p, err));
     LORASYNCI_TRY(lorasynci_merge(p, err));
     LORASYNCI_TRY(lorasynci_make_groups(s, v, err));
     LORASYNCI_TRY(lorasynci_fill_buckets(s, v, err));
     for (i = 0; i < num; i++)
         LORASYNCI_TRY(lorasynci_check_buckets(&lorasynci_stream_transports(s)[i], (size_t)v->head.num_buckets, err));
-    for (i = 0; i < (size_t)s->comm.world; i++) /* from merged numbers to buckets */
+    for (i = 0; i < (size_t)s->talk.comm.world; i++) /* from merged numbers to buckets */
         for (k = 0; k < p->catalogues[i].num; k++)
             p->numbers[i][k] = v->groups.list[v->groups.of[p->numbers[i][k]]].bucket;
     lorasynci_stream_offer(s, &v->head);
@@ -18893,33 +18967,28 @@ LORASYNCI_FN uint64_t lorasynci_stream_tag(const lorasync_stream *s)
     return lorasynci_hash(v, sizeof v, 6);
 }
 
-LORASYNCI_FN lorasync_status lorasynci_stream_vote(lorasync_stream *s, const lorasync_error *mine, int *flag,
-                                                   lorasync_error *err)
-{
-    return lorasynci_agree(&s->comm, s->talk->votes, s->talk->timeout_ms, mine->status, mine, 0, "", flag, err);
-}
-
 /* Names to the root, buckets back. */
 LORASYNCI_FN lorasync_status lorasynci_stream_divide(lorasync_stream *s, lorasynci_division *v, lorasync_error *mine,
                                                      lorasync_error *err)
 {
-    lorasync_plan     *talk = s->talk;
     lorasynci_planner *p    = &v->planner;
-    size_t             n = (size_t)s->comm.world, num = talk->catalogue.num, i;
-    char             **blocks = (char **)talk->votes;
-    size_t            *sizes  = (size_t *)(void *)(blocks + n);
-    LORASYNCI_TRY(lorasynci_plan_collect(talk, p, &v->parts, v->sizes, v->hellos, err));
+    const size_t       num  = v->catalogue.num * sizeof *v->buckets;
+    const int          root = s->desc.root;
+    lorasynci_block    block;
+    int                rank;
+    LORASYNCI_TRY(lorasynci_planner_collect(p, &v->catalogue, &v->parts, err));
     if (lorasynci_is_root(s)) lorasynci_stream_decide(s, v, mine);
-    LORASYNCI_TRY(lorasynci_stream_vote(s, mine, NULL, err));
-    for (i = 0; i < n && p->plan; i++) blocks[i] = (char *)&v->head, sizes[i] = sizeof v->head;
-    LORASYNCI_TRY(lorasynci_star(talk, 1, blocks, sizes, &v->head, sizeof v->head, err));
-    for (i = 0; i < n && p->plan; i++) {
-        int from  = p->same_as[i];
-        blocks[i] = (char *)p->numbers[from];
-        sizes[i]  = p->catalogues[from].num * sizeof(uint32_t);
+    LORASYNCI_TRY(lorasynci_talk_vote(&s->talk, mine, err));
+    LORASYNCI_TRY(lorasynci_talk_tell(&s->talk, root, &v->head, sizeof v->head, s->talk.timeout_ms, err));
+    for (rank = 0; lorasynci_is_root(s) && rank < p->world; rank++) {
+        int from                   = p->same_as[rank];
+        p->answers[rank].data      = p->numbers[from];
+        p->answers[rank].num_bytes = p->catalogues[from].num * sizeof(uint32_t);
     }
-    LORASYNCI_TRY(lorasynci_star(talk, 1, blocks, sizes, v->buckets, num * sizeof *v->buckets, err));
-    if (p->plan && num) memcpy(v->buckets, p->numbers[p->same_as[s->comm.rank]], num * sizeof *v->buckets);
+    block.data      = v->buckets;
+    block.num_bytes = num;
+    LORASYNCI_TRY(lorasynci_talk_deal(&s->talk, root, lorasynci_is_root(s) ? p->answers : &block, err));
+    if (lorasynci_is_root(s) && num) memcpy(v->buckets, p->answers[root].data, num);
     lorasynci_planner_free(p);
     return LORASYNC_OK;
 }
@@ -18958,7 +19027,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_map(lorasync_stream *s, lorasynci_
     if (v->head.mapping_bytes && !s->shared.address && !s->desc.no_direct)
         lorasynci_window_name(&s->shared, v->head.name, (size_t)v->head.mapping_bytes, 0);
     mapped = s->shared.address != NULL;
-    status = lorasynci_stream_vote(s, mine, &mapped, err);
+    status = lorasynci_talk_vote_flag(&s->talk, mine, &mapped, err);
     if (s->mapping_name[0]) shm_unlink(s->mapping_name);
     s->mapping_name[0] = 0;
     if (status == LORASYNC_OK && !mapped) lorasynci_window_close(&s->shared);
@@ -18972,7 +19041,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_lend(lorasync_stream *s, const lor
 {
     size_t send = 0, receive = 0, first = lorasynci_align64((size_t)v->head.largest[0]),
            both = first + (size_t)v->head.largest[1], b;
-    int pinned  = !s->comm.exchange_stream, i;
+    int pinned  = !s->talk.comm.exchange_stream, i;
     for (b = 0; b < s->num_buckets; b++) {
         const size_t *staging = s->plans[b]->staging_bytes;
         if (staging[LORASYNCI_SEND] > send) send = staging[LORASYNCI_SEND];
@@ -19078,7 +19147,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_finish(lorasync_stream *s, const l
     return lorasynci_is_root(s) ? lorasynci_stream_label(s, err) : LORASYNC_OK;
 }
 
-/* All of compile. A lost communicator is given up here, but for those that lorasynci_plan_create has given up. */
+/* All of compile. */
 LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
     lorasync_plan_desc d = s->plan_desc;
@@ -19087,23 +19156,22 @@ LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci
     size_t             b;
     memset(&mine, 0, sizeof mine);
     lorasynci_stream_prepare(s, v, &mine);
-    status = lorasynci_agree(&s->comm, s->talk->votes, s->talk->timeout_ms, mine.status, &mine, lorasynci_stream_tag(s),
-                             "the stream's root, wire_dtype, bucket_bytes, name, keep_names, allow_nan or cuda, hashed",
-                             NULL, err);
+    status = lorasynci_talk_vote_tag(
+        &s->talk, &mine, lorasynci_stream_tag(s),
+        "the stream's root, wire_dtype, bucket_bytes, name, keep_names, allow_nan or cuda, hashed", err);
     if (status == LORASYNC_OK) status = lorasynci_stream_divide(s, v, &mine, err);
     if (status == LORASYNC_OK) status = lorasynci_stream_map(s, v, &mine, err);
-    if (lorasync_is_lost(status)) return lorasynci_plan_lose(s->talk, status, err);
     d.no_direct = s->shared.address == NULL;
     for (b = 0; b < s->num_buckets && status == LORASYNC_OK; b++) {
         d.have     = v->pieces + v->starts[b];
         d.num_have = v->starts[b + 1] - v->starts[b];
-        status     = lorasynci_plan_create(&d, 1, &s->plans[b], err);
+        status     = lorasynci_plan_create(&d, &s->talk, 1, &s->plans[b], err);
     }
-    if (lorasync_is_lost(status)) s->talk->lost = status;
-    if (status < 0) return status;
-    lorasynci_stream_finish(s, v, &mine);
-    status = lorasynci_stream_vote(s, &mine, NULL, err);
-    return lorasync_is_lost(status) ? lorasynci_plan_lose(s->talk, status, err) : status;
+    if (status == LORASYNC_OK) {
+        lorasynci_stream_finish(s, v, &mine);
+        status = lorasynci_talk_vote(&s->talk, &mine, err);
+    }
+    return lorasynci_talk_lose(&s->talk, status, err);
 }
 
 LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lorasync_error *err)
@@ -19114,11 +19182,12 @@ LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lo
     if (!err) err = &why;
     if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
     if (stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_compile was called already");
-    if (stream->talk->lost) return lorasynci_lost_before(err);
+    if (stream->talk.lost) return lorasynci_lost_before(err);
     memset(&division, 0, sizeof division);
     lorasynci_buffer_init(&division.parts.list, &stream->a);
     lorasynci_buffer_init(&division.parts.geometry, &stream->a);
     lorasynci_buffer_init(&division.groups.texts, &stream->a);
+    lorasynci_catalogue_init(&division.catalogue, &stream->a);
     status = lorasynci_stream_make(stream, &division, err);
     lorasynci_division_free(stream, &division);
     if (status < 0) {
@@ -19173,19 +19242,16 @@ LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t v
 LORASYNCI_FN lorasync_status lorasynci_stream_commit(lorasync_stream *s, uint64_t version, lorasynci_publication *p,
                                                      lorasynci_outcome *out, lorasync_error *err)
 {
-    const lorasync_comm *c     = &s->comm;
-    lorasynci_outcome   *all   = (lorasynci_outcome *)s->talk->votes;
-    uint64_t             start = lorasynci_now_ns();
-    lorasync_status      status;
+    uint64_t        start = lorasynci_now_ns();
+    lorasync_status status;
     if (s->stage_error.status == LORASYNC_OK && p->image) lorasynci_publish_end(p, &s->stage_error);
     out->num_engines = (int32_t)lorasynci_num_serving(p->outcomes, p->num, version);
     out->num_behind  = (int32_t)p->num - out->num_engines;
     out->publish_ns += lorasynci_now_ns() - start;
-    status = lorasynci_stream_vote(s, &s->stage_error, NULL, err);
-    if (status == LORASYNC_OK) status = c->all_gather(c->user, out, all, sizeof *out, s->talk->timeout_ms, err);
-    if (lorasync_is_lost(status)) return lorasynci_plan_lose(s->talk, status, err);
-    if (status == LORASYNC_OK) *out = all[s->desc.root];
-    return status;
+    status = lorasynci_talk_vote(&s->talk, &s->stage_error, err);
+    if (status == LORASYNC_OK)
+        status = lorasynci_talk_tell(&s->talk, s->desc.root, out, sizeof *out, s->talk.timeout_ms, err);
+    return lorasynci_talk_lose(&s->talk, status, err);
 }
 
 LORASYNCI_FN void lorasynci_stream_report(const lorasync_stream *s, const lorasynci_outcome *outcome, uint64_t start,
@@ -19215,7 +19281,7 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
     if (!stream->plans)
         return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
-    if (stream->talk->lost) return lorasynci_lost_before(err);
+    if (stream->talk.lost) return lorasynci_lost_before(err);
     memset(&p, 0, sizeof p);
     memset(&outcome, 0, sizeof outcome);
     memset(&report, 0, sizeof report);
@@ -19224,10 +19290,9 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
         p.transports = lorasynci_stream_transports(stream);
         p.outcomes   = (lorasync_engine_outcome *)(void *)stream->outcomes.data;
         p.num = p.need = p.num_possible = lorasynci_stream_num_transports(stream);
-        p.comm                          = &stream->comm;
+        p.comm                          = &stream->talk.comm;
     }
     status = lorasynci_stream_run(stream, version, &p, &outcome, &report, err);
-    if (lorasync_is_lost(status)) stream->talk->lost = status;
     if (status == LORASYNC_OK) status = lorasynci_stream_commit(stream, version, &p, &outcome, err);
     if (status < 0) {
         lorasynci_abort_all(&p);

@@ -148,9 +148,9 @@ TEST_UNUSED static lorasync_status device_counted_vote(void *user, const void *i
 TEST_UNUSED static void device_watch_votes(device_rank *d)
 {
     if (!device_options.watch_votes) return;
-    d->plan->comm.all_gather = device_counted_vote;
+    d->plan->talk->comm.all_gather = device_counted_vote;
     __atomic_store_n(&device_rounds, (long)d->plan->num_rounds, __ATOMIC_RELAXED);
-    if (device_options.watch_votes == 2) d->plan->comm.all_gather_stream = NULL;
+    if (device_options.watch_votes == 2) d->plan->talk->comm.all_gather_stream = NULL;
 }
 #else
 TEST_UNUSED static void device_watch_votes(device_rank *d) { (void)d; }
