@@ -543,53 +543,58 @@ typedef struct lorasync_piece {
 
 /* -------------------------------------------------------------------------------------------------- >>api: comm -- */
 
+/* One message to or from another rank. */
 typedef struct lorasync_message {
-    int    peer; /* rank; never the caller's own */
+    int    peer; /* a rank; never the caller's own */
     void  *data; /* read when sending, written when receiving */
     size_t num_bytes;
 } lorasync_message;
 
-/* How ranks talk: all that planning and moving need. Fill it from MPI, NCCL, a test harness; or use the built-in ones.
-   Both calls are made by every rank in the same order, by one thread at a time, and block until done, failed or
-   timeout_ms after the call. After any failure the library makes no further call but abort. Return 0, or a status of
-   -100 or below with err filled (LORASYNC_E_TIMEOUT, LORASYNC_E_PEER, LORASYNC_E_COMM); err is never NULL.
-   A table of callbacks others implement: `size` is sizeof(lorasync_comm) when it was filled, so that later fields can
-   be added. */
+/* How ranks talk: everything that planning and moving need. Fill it in from MPI, NCCL or a test harness, or use a
+   built-in one (lorasync_solo, lorasync_local_join, lorasync_nccl_open).
+
+   A table of callbacks that the host program implements: `size` is sizeof(lorasync_comm) when it was filled in, so that
+   fields can be added later. Every rank makes the same calls in the same order, from one thread at a time. A call
+   blocks until it is done, has failed, or timeout_ms have passed. After a failure the library calls nothing but abort.
+
+   Callbacks return 0, or a status of -100 or below with err filled in (LORASYNC_E_TIMEOUT, LORASYNC_E_PEER,
+   LORASYNC_E_COMM). err is never NULL. */
 typedef struct lorasync_comm {
     size_t size;
     void  *user;
     int    rank;
     int    world;
 
-    /* out[i * num_bytes ..] = what rank i passed as `in`; num_bytes > 0 is equal on all ranks. */
+    /* out[i * num_bytes ..] receives what rank i passed as `in`. num_bytes > 0 is the same on all ranks. */
     lorasync_status (*all_gather)(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
                                   lorasync_error *err);
 
-    /* All messages of this rank at once; sends and receives must be able to progress together. At most one message per
-       peer and direction; every message of 1 byte or more has its partner on the other side with the same num_bytes. */
+    /* Sends and receives all messages of this rank at once; they must be able to progress together. There is at most
+       one message per peer and direction, and each of 1 byte or more has its counterpart of the same size at the peer.
+       */
     lorasync_status (*exchange)(void *user, const lorasync_message *sends, size_t num_sends,
                                 const lorasync_message *receives, size_t num_receives, int timeout_ms,
                                 lorasync_error *err);
 
-    /* Optional (NULL): make waiting peers fail soon instead of at their deadline. Called at most once. */
+    /* Optional (NULL): makes waiting peers fail soon instead of at their deadline. Called at most once. */
     void (*abort)(void *user, const char *why);
 
-    /* Optional: exchange for device memory. Enqueues the same messages on a stream and returns without waiting for
-       them; timeout_ms bounds only the enqueueing. Without it a device plan goes through pinned host memory and
-       `exchange`. */
+    /* Optional: exchange for device memory. Enqueues the messages on a stream and returns without waiting for them;
+       timeout_ms bounds only the enqueueing. Without it, device memory goes through pinned host memory and `exchange`.
+       */
     lorasync_status (*exchange_stream)(void *user, const lorasync_message *sends, size_t num_sends,
                                        const lorasync_message *receives, size_t num_receives,
                                        struct CUstream_st *stream, int timeout_ms, lorasync_error *err);
 
-    /* Optional, beside exchange_stream: all_gather for device memory, enqueued likewise. `in` may be this rank's part
-       of `out`. With it the ranks of a device plan vote on the GPU, behind the last message; without it the host asks
-       for the votes when the work is done. */
+    /* Optional, with exchange_stream: all_gather for device memory, enqueued likewise. `in` may be this rank's part of
+       `out`. With it, the ranks of a device plan vote on the GPU, behind the last message; without it, on the host when
+       the work is done. */
     lorasync_status (*all_gather_stream)(void *user, const void *in, void *out, size_t num_bytes,
                                          struct CUstream_st *stream, int timeout_ms, lorasync_error *err);
 
-    /* Optional: called now and then while this rank waits for something else than a message, in the middle of a
-       collective call, and by the root between staging and committing: without it a version may be committed though the
-       other ranks have given up. 0 as long as the communicator is healthy; else a status of -100 or below. */
+    /* Optional: called periodically while this rank waits for something other than a message in a collective call, and
+       by the root between staging and committing. Without it, a version may be committed after the other ranks have
+       given up. Returns 0 while the communicator is healthy, otherwise a status of -100 or below. */
     lorasync_status (*check)(void *user, lorasync_error *err);
 } lorasync_comm;
 
@@ -599,74 +604,92 @@ LORASYNC_API lorasync_comm lorasync_solo(void);
 /* Ranks of one host over shared memory: threads of one process, or processes forked after lorasync_local_open. */
 typedef struct lorasync_local lorasync_local;
 
-/* Makes the shared memory for `world` ranks (1 to 256), before threads start or processes fork. Reserves, does not
-   touch, 4 channels of 64 KiB per pair of ranks. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY. */
+/* Makes the shared memory for `world` ranks, before threads start or processes fork. It reserves a channel of 4 x 64
+   KiB for each ordered pair of ranks, itself included (1 MiB for 2 ranks, 16 MiB for 8, 4 GiB for 128); pages are
+   touched only when they are used. Close it with lorasync_local_close.
+
+   world  1 to 256
+
+   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out, lorasync_error *err);
 
-/* In each rank, once: fills `out`, which borrows `local`. Remembers the process, so that peers notice when it dies.
-   Errors: LORASYNC_E_ARGUMENT for a rank out of range, LORASYNC_E_STATE when that rank has joined already. */
+/* Joins as one rank; once in each rank. Remembers the process, so that peers notice when it dies.
+
+   out  filled in; borrows `local`
+
+   Errors: LORASYNC_E_ARGUMENT for a rank out of range, LORASYNC_E_STATE if that rank has joined before. */
 LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank, lorasync_comm *out,
                                                  lorasync_error *err);
 
-/* Unmaps. In every process that has it, also in a parent that only forks ranks; with threads, once, after all ranks are
-   done. NULL is fine. */
+/* Unmaps the memory. Call it in every process that has it, including a parent that only forks the ranks; with threads,
+   once, after all ranks are done. NULL is allowed. */
 LORASYNC_API void lorasync_local_close(lorasync_local *local);
 
 /* -------------------------------------------------------------------------------------------------- >>api: cuda -- */
 
-/* Pieces in device memory. Needs LORASYNC_CUDA at the implementation; else a desc that has one is refused with
-   LORASYNC_E_UNSUPPORTED. The device current when the plan (session) is made is the plan's; it is made current during
-   calls and restored. CUDA 12.0 or later. The order of work: begin waits, on the device, for what is already on
-   `stream`, reads the pieces, and lets what is enqueued on `stream` afterwards wait for that reading, and for nothing
-   else. The host waits only where bytes are placed directly: for those who read what the last run placed
-   (lorasync_plan_begin), and, on a rank whose image stays on the device, for what is already on `stream`, since that
-   may read the image; begin returns once all is enqueued.
-   Ranks of one host write straight into the root's image over CUDA IPC where their GPUs can, and in a reshard into each
-   other's staging; else the comm's exchange_stream (NCCL) moves staged bytes; else the comm's exchange does, through
-   pinned host memory. All three make the same bytes. CUDA graphs: lorasync_plan_begin may be called while `stream` is
-   being captured (unless the exchange goes through the host); it then records the run instead of starting it, on
-   `stream`. After each launch of the graph call lorasync_plan_wait; without a launch that is LORASYNC_E_STATE on all
-   ranks. A launch does not wait, as begin does, for those who still read an image that is placed directly: launch it
-   when all ranks have done with the last one. All ranks capture a RESHARD, or none. A begin that is not captured ends
-   the graph: capture anew. Nothing else may be captured: a session refuses it (LORASYNC_E_UNSUPPORTED), since each of
-   its runs is another version. */
+/* Pieces in device memory. Needs LORASYNC_CUDA at the implementation (otherwise a desc that has one is refused with
+   LORASYNC_E_UNSUPPORTED) and CUDA 12.0 or later. The plan (or session) uses the device that is current when it is
+   made; calls make that device current and restore the previous one.
+
+   Order    begin reads the pieces after the work already queued on `stream`; work queued afterwards waits for that read
+            and for nothing else. begin returns when everything is enqueued. With direct placement the host also waits:
+            for the ranks that read what the last run placed (lorasync_plan_begin), and, on a rank whose image stays on
+            the device, for the work already queued on `stream`, which may read that image.
+   Ways     Ranks of one host write straight into the root's image over CUDA IPC if their GPUs can (in a RESHARD, into
+            each other's staging). Otherwise the comm's exchange_stream (NCCL) moves staged bytes, or else its exchange,
+            through pinned host memory. All three make the same bytes.
+   Graphs   lorasync_plan_begin may be called while `stream` is being captured, unless the exchange goes through the
+            host; it then records the run on `stream` instead of starting it. Call lorasync_plan_wait after each
+            launch of the graph; without a launch it is LORASYNC_E_STATE on all ranks. Unlike begin, a launch does
+            not wait for those who still read a directly placed image: launch when all ranks are done with the last
+            one. Either all ranks capture a RESHARD, or none. A begin that is not captured invalidates the graph:
+            capture again. Nothing else can be captured; a session refuses with LORASYNC_E_UNSUPPORTED, since each of
+            its runs is another version. */
 typedef struct lorasync_cuda {
     struct CUstream_st *stream; /* the caller's, borrowed until close; NULL: the default stream */
-    int keep_on_device;         /* 1: the root's image stays in device memory (image->on_device); 0: wait copies it to
-                                   pinned memory too */
+    /* 1: the root's image stays in device memory (image->on_device). 0: wait also copies it to pinned host memory. */
+    int keep_on_device;
 } lorasync_cuda;
 
-/* Ranks joined by NCCL. Needs LORASYNC_NCCL. Takes a communicator, borrowed until lorasync_nccl_close, or makes its own
-   from a unique id. Calls no other copy of NCCL than the one the program is linked with. The device current now is the
-   communicator's. Its own communicator is non-blocking, so that every call has a deadline; NCCL runs each call on such
-   a one in a new thread (NCCL, src/group.cc), which costs 15 to 30 microseconds. A borrowed one that is blocking is
-   that much faster, and only NCCL ends its calls. */
+/* Ranks joined by NCCL. Needs LORASYNC_NCCL at the implementation. Borrows a communicator, or makes its own from a
+   unique id. Calls no copy of NCCL other than the one that the program is linked with. The communicator belongs to the
+   device that is current at lorasync_nccl_open.
+
+   A communicator made here is non-blocking, so that every call has a deadline; NCCL runs each call on it in a new
+   thread (NCCL, src/group.cc), which costs 15 to 30 microseconds. A borrowed blocking communicator avoids that cost,
+   but only NCCL itself can then end a call that hangs. */
 typedef struct lorasync_nccl_desc {
-    struct ncclComm *comm; /* borrowed: rank and world are its own, and the deadlines hold as far as it is non-blocking,
-                              since a call into a
-                                   blocking one returns when NCCL likes; or NULL, and then: */
-    const void      *unique_id; /* 128 bytes from lorasync_nccl_unique_id on rank 0, brought to all ranks by the
-                                   caller */
-    int              rank;
-    int              world;
-    int              timeout_ms; /* for making the communicator; 0: 60000 */
+    /* Borrowed until lorasync_nccl_close; rank and world are its own. Deadlines are kept only if it is non-blocking: a
+       call on a blocking communicator returns when NCCL returns. NULL: made from the fields below. */
+    struct ncclComm *comm;
+    const void *unique_id; /* 128 bytes from lorasync_nccl_unique_id on rank 0; the caller brings them to all ranks */
+    int         rank;
+    int         world;
+    int         timeout_ms; /* for making the communicator; 0: 60000 */
 } lorasync_nccl_desc;
 
-/* A new id for lorasync_nccl_desc.unique_id; out has 128 bytes. One rank calls it. Errors: LORASYNC_E_COMM,
-   LORASYNC_E_UNSUPPORTED. */
+/* Makes an id for lorasync_nccl_desc.unique_id. One rank calls it.
+
+   out  receives 128 bytes
+
+   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_COMM, LORASYNC_E_UNSUPPORTED without LORASYNC_NCCL. */
 LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *err);
 
-/* Fills *out: all_gather and exchange for host memory (through device scratch), exchange_stream, all_gather_stream,
-   check and abort. Collective. The caller's communicator must not be used on other streams while a call of the library
-   is under way, as NCCL demands. After a failure (LORASYNC_E_TIMEOUT, LORASYNC_E_PEER, LORASYNC_E_COMM) the
-   communicator is aborted, a borrowed one too, and must not be destroyed by the caller any more; make a new one.
-   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, LORASYNC_E_CUDA, LORASYNC_E_UNSUPPORTED without LORASYNC_NCCL, those
-   above. */
+/* Fills in *out with all_gather and exchange for host memory (through device scratch), exchange_stream,
+   all_gather_stream, check and abort. Collective. Close it with lorasync_nccl_close.
+
+   As NCCL demands, the caller must not use a borrowed communicator on other streams while a call of the library is
+   under way. After LORASYNC_E_TIMEOUT, LORASYNC_E_PEER or LORASYNC_E_COMM the communicator is aborted, even a borrowed
+   one; the caller must not destroy it, and makes a new one.
+
+   Errors:
+       LORASYNC_E_UNSUPPORTED  without LORASYNC_NCCL
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, LORASYNC_E_CUDA, and the three above */
 LORASYNC_API lorasync_status lorasync_nccl_open(const lorasync_nccl_desc *desc, lorasync_comm *out,
                                                 lorasync_error *err);
 
-/* Frees what lorasync_nccl_open made; its own communicator is destroyed, a borrowed one left as it is. After all plans
-   and sessions that use it. NULL is fine. */
+/* Frees what lorasync_nccl_open made: its own communicator is destroyed, a borrowed one is left as it is. Call it after
+   closing all plans and sessions that use it. NULL is allowed. */
 LORASYNC_API void lorasync_nccl_close(lorasync_comm *comm);
 
 /* ------------------------------------------------------------------------------------------------- >>api: image -- */
@@ -893,106 +916,127 @@ typedef enum lorasync_plan_kind {
 typedef struct lorasync_plan_desc {
     const lorasync_comm *comm; /* NULL: solo. Copied; its user pointer is borrowed until the plan is freed */
     lorasync_plan_kind   kind;
-    int                  root; /* GATHER: who gets the image. SCATTER: who has it. Elsewhere: who does the planning */
-    lorasync_dtype
-        wire_dtype; /* float tensors but F64 travel, and lie in the image, as this; NONE: as their pieces are. SCATTER:
-                       as the image is */
-    const lorasync_piece *have; /* GATHER, GATHER_ALL, RESHARD: what this rank holds. Borrowed until return (their data
-                                   longer) */
+    int                  root; /* GATHER: who gets the image. SCATTER: who has it. Other kinds: who does the planning */
+    /* Float tensors except F64 travel, and lie in the image, as this type; NONE: as the type of their pieces. Not used
+       by SCATTER, where they travel as the image has them. */
+    lorasync_dtype wire_dtype;
+    /* GATHER, GATHER_ALL, RESHARD: what this rank has. Borrowed until return; their data until the plan is freed. */
+    const lorasync_piece *have;
     size_t                num_have;
-    const lorasync_piece
-          *want; /* SCATTER, RESHARD: what this rank wants; written between begin and the end of wait. Not memory of
-                    `have` */
-    size_t num_want;
-    const lorasync_image *image;   /* SCATTER, on the root: borrowed until the plan is freed; has a payload */
-    const char           *adapter; /* GATHER*: name for the image's metadata; NULL: none */
-    /* Receive staging, and so each exchange, is bounded by about this; 0: 256 MiB. A rank's part of a tensor is never
-       cut, so it is as large as the largest of those where that is more. What a rank sends is staged whole, as the
-       snapshot that lets the caller go on; but if it is more than this and travels over exchange_stream, at most this
-       is staged at a time, and the caller's stream waits until the rest has travelled. On GPUs a RESHARD places
-       directly only if what each rank receives fits into it. */
+    /* SCATTER, RESHARD: what this rank wants; written between begin and the end of wait. Must not overlap `have`. */
+    const lorasync_piece *want;
+    size_t                num_want;
+    const lorasync_image *image;   /* SCATTER, on the root: has a payload; borrowed until the plan is freed */
+    const char           *adapter; /* GATHER, GATHER_ALL: the name for the image's metadata; NULL: none */
+    /* Bounds receive staging, and so each exchange; 0: 256 MiB. The bound is approximate: a rank's part of a tensor is
+       never cut, so the largest such part counts if it is larger. What a rank sends is staged whole, as the snapshot
+       that lets the caller go on; but if it is larger than this and travels over exchange_stream, at most this much is
+       staged at a time, and the caller's stream waits until the rest has travelled. On GPUs a RESHARD places directly
+       only if what each rank receives fits in it. */
     size_t bucket_bytes;
-    int    allow_nan; /* GATHER*: 1: NaN and Inf may be gathered; 0: one of them fails the run, naming tensor, rank and
-                         element.
-                                        Looked for in F64, F32, F16, BF16, F8_E4M3 and F8_E5M2. Other kinds take what
-                                        they find */
-    int    no_direct; /* 1: never place directly into shared memory, or another GPU's */
-    const lorasync_cuda      *cuda;       /* NULL: pieces are in host memory. Else in device memory; copied. All ranks
-                                             alike */
+    /* GATHER, GATHER_ALL: 1: NaN and Inf are gathered like any value. 0: one of them, in F64, F32, F16, BF16, F8_E4M3
+       or F8_E5M2, fails the run; the error names tensor, rank and element. Other kinds do not look for them. */
+    int                       allow_nan;
+    int                       no_direct; /* 1: never place directly into shared memory, or into another GPU's memory */
+    const lorasync_cuda      *cuda; /* NULL: pieces in host memory. Otherwise in device memory, on all ranks. Copied */
     int                       timeout_ms; /* deadline of each collective step; 0: 60000 */
     const lorasync_allocator *allocator;
 } lorasync_plan_desc;
 
+/* Which bytes go from which piece to which place: made once, run many times. */
 typedef struct lorasync_plan lorasync_plan;
 
-/* Agrees, checks and plans. Collective: every rank with the same kind, root, wire_dtype, bucket_bytes, allow_nan and
-   adapter, and all with cuda or none.
-   The names and shapes of a rank's tensors go to the planning rank once (ranks with the same list send only a hash of
-   it), then boxes only; it checks that the pieces of each tensor cover it exactly and sends every rank its own part of
-   the plan.
-   - The same tensor must have the same shape and dtype on all ranks.
-   - Pieces with equal boxes are replicas: one of them is read (the receiver's own if it has one, else that of the rank
-     with least to send). Boxes that overlap otherwise, or leave a gap, are errors naming tensor, ranks and elements.
-   - RESHARD: every wanted element must be held by somebody; wanted pieces may overlap and repeat.
-   - SCATTER: every wanted tensor must be in the image with its shape, and every tensor of the image must be wanted by
-     someone.
-   GATHER* between ranks of one host whose image can be mapped by all of them place directly: each rank writes its
-   pieces, converted, to their final place. RESHARD between GPUs of one host: each rank writes, converted, into the
-   receive staging of those who want it, if every rank's fits into bucket_bytes, and they place it once all have voted:
-   on the GPU, with a comm that has all_gather_stream (NCCL), else over the host. Direct or not makes the same bytes.
-   Memory, names of some 80 bytes included: for each piece 160 to 190 bytes on the rank that holds it (while planning
-   430); on the planning rank, for each piece of all ranks, 100 with 8 ranks or more, 150 with 4, 240 with 2, since the
-   names weigh more there (while planning 390, 510, 750); the image, and staging; of a direct plan 16 for each tensor
-   and rank, shared.
-   Errors, on all ranks alike: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME (too long, not UTF-8), LORASYNC_E_EMPTY (no tensor
-   at all), LORASYNC_E_LAYOUT (gap, overlap, box out of bounds), LORASYNC_E_DISAGREE, LORASYNC_E_NOT_FOUND,
-   LORASYNC_E_UNSUPPORTED (a conversion; a piece of F4 or an F6 type; a scale of a wanted piece, or of one that is not
-   F32, F16, BF16, F8_E4M3 or F8_E5M2), LORASYNC_E_MEMORY, and those of the comm. */
+/* Agrees, checks and plans. Collective: kind, root, wire_dtype, bucket_bytes, allow_nan and adapter are the same on
+   every rank, and either all have cuda or none. Free the plan with lorasync_plan_free.
+
+   Each rank sends the names and shapes of its tensors to the planning rank once (ranks with the same list send only its
+   hash), then only boxes. The planning rank checks that the pieces of each tensor cover it exactly, and sends every
+   rank its own part of the plan.
+   - A tensor has the same shape and dtype on all ranks.
+   - Pieces with equal boxes are replicas, of which one is read: the receiver's own if it has one, otherwise that of the
+     rank with the least to send. Any other overlap, and any gap, is an error that names tensor, ranks and elements.
+   - RESHARD: some rank has every wanted element; wanted pieces may overlap and repeat.
+   - SCATTER: every wanted tensor is in the image with its shape, and every tensor of the image is wanted by some rank.
+
+   Direct placement: GATHER and GATHER_ALL between ranks of one host whose image all of them can map; each rank writes
+   its pieces, converted, to their final place. RESHARD between GPUs of one host, if what each rank receives fits in
+   bucket_bytes; each rank writes its pieces, converted, into the receive staging of those who want them, who place them
+   once all have voted (on the GPU if the comm has all_gather_stream, as NCCL has, otherwise over the host). Direct or
+   not, the bytes are the same.
+
+   Memory, with names of about 80 bytes: a rank needs 160 to 190 bytes for each of its pieces (430 while planning). The
+   planning rank needs, for each piece of all ranks, 100 bytes with 8 ranks or more, 150 with 4, 240 with 2, where names
+   weigh more (390, 510 and 750 while planning). Added to that are the image and staging, and for a direct plan 16 bytes
+   for each tensor and rank, in shared memory.
+
+   Errors, the same on all ranks:
+       LORASYNC_E_NAME         a name that is too long or not UTF-8
+       LORASYNC_E_EMPTY        no tensor at all
+       LORASYNC_E_LAYOUT       a gap, an overlap, a box out of bounds
+       LORASYNC_E_DISAGREE     ranks disagree on a shape, a dtype or the desc
+       LORASYNC_E_NOT_FOUND    a wanted tensor that nobody has
+       LORASYNC_E_UNSUPPORTED  a conversion that does not exist; a piece of F4 or an F6 type; a scale of a wanted piece,
+                               or of a type other than F32, F16, BF16, F8_E4M3 and F8_E5M2
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of the comm */
 LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out,
                                                   lorasync_error *err);
 
-/* Reads the pieces: converts, scales, checks and digests them into staging (or to their final place). When it returns
-   the caller's tensors may change again (device memory: in the order of the caller's stream). Sends nothing; when
-   placing directly it first waits until the ranks that read the image of the run before (RESHARD: those it sends to)
-   have begun, too. An error here (a NaN) is remembered and reported on every rank by lorasync_plan_wait, which must be
-   called in any case. Several plans of one communicator may be begun before any is waited for; all ranks begin them,
-   and wait for them, in the same order. Allocates nothing. */
+/* Starts a run: reads the pieces, and converts, scales, checks and digests them into staging, or to their final place.
+   When it returns the caller's tensors may change again (those in device memory: in the order of the caller's stream).
+   Must be followed by lorasync_plan_wait, even if it failed: an error here (such as a NaN) is remembered, and wait
+   reports it on every rank. Allocates nothing.
+
+   With host memory, or when the exchange goes through the host, it sends nothing. Over exchange_stream it enqueues the
+   whole run: packing, exchange, vote and placing. When placing directly it first waits until the ranks that read the
+   image of the previous run (RESHARD: the ranks that this one sends to) have begun too.
+
+   Several plans of one communicator may be begun before any is waited for; all ranks begin them, and wait for them, in
+   the same order.
+
+   Errors:
+       LORASYNC_E_NAN    NaN or Inf, without allow_nan
+       LORASYNC_E_STATE  begun already
+       LORASYNC_E_ARGUMENT, LORASYNC_E_CUDA, and those of the comm */
 LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err);
 
-/* Exchanges and places. Collective; blocks until every rank is done or failed. After success the image is complete and
-   digested, or the wanted pieces are written. After failure the image must not be used (the next begin fills it again).
-   Where ranks vote on the GPU (a comm with all_gather_stream) a rank has done its part with begin: if it fails or dies
-   later, the others learn it at their next call. Allocates nothing. Errors: those of begin on any rank, named;
-   LORASYNC_E_DISAGREE where ranks are in runs of different plans (nothing is taken, the communicator stays good), or,
-   if bytes are placed directly, LORASYNC_E_TIMEOUT for the same; LORASYNC_E_STATE without begin; those of the comm. */
+/* Ends a run: exchanges and places. Collective; blocks until every rank is done or has failed. After success the image
+   is complete and digested, or the wanted pieces are written. After failure the image must not be used; the next begin
+   fills it again. Where ranks vote on the GPU (a comm with all_gather_stream), a rank has done its part with begin: if
+   it fails or dies later, the others learn of it in their next call. Allocates nothing.
+
+   Errors:
+       LORASYNC_E_DISAGREE  ranks are in runs of different plans; nothing is placed, and the communicator stays usable.
+                            With direct placement it can be LORASYNC_E_TIMEOUT instead
+       LORASYNC_E_STATE     without begin
+       those of begin on any rank, which the text names, and those of the comm */
 LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_error *err);
 
-/* The image of a GATHER (on the root) or GATHER_ALL (everywhere), valid between a successful wait and this rank's next
-   begin; NULL elsewhere. */
+/* The image of a GATHER (on the root) or a GATHER_ALL (everywhere); NULL elsewhere. Valid between a successful wait and
+   this rank's next begin. */
 LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan);
 
 typedef struct lorasync_plan_stats {
-    size_t   num_tensors;     /* tensors this rank holds, wants, or finds in its image */
-    size_t   num_pieces;      /* pieces this rank contributes or receives, and, where it plans, those of all ranks */
+    size_t   num_tensors;     /* that this rank has, wants, or finds in its image */
+    size_t   num_pieces;      /* that this rank contributes or receives; on the planning rank, those of all ranks too */
     size_t   plan_bytes;      /* memory of the plan without image and staging */
-    size_t   peak_plan_bytes; /* the same at its highest, while planning */
+    size_t   peak_plan_bytes; /* its maximum, while planning */
     size_t   staging_bytes;
     size_t   image_bytes;
     size_t   send_bytes; /* per run */
     size_t   receive_bytes;
-    size_t   num_rounds; /* exchanges per run; 0 when placing directly */
-    int      direct;     /* 1: ranks write straight into the image, in shared memory or another GPU's; RESHARD: into
-                            other GPUs' staging */
+    size_t   num_rounds; /* exchanges per run; 0 with direct placement */
+    int      direct;     /* 1: direct placement (see lorasync_plan_create) */
     uint64_t pack_ns;    /* of the last run */
     uint64_t exchange_ns;
     uint64_t place_ns;
 } lorasync_plan_stats;
 
+/* What a plan moves and needs, and how long its last run took. */
 LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out);
 
-/* Not collective. NULL is fine. Between begin and wait as lorasync_close. Device memory into which others place
-   directly is freed when they have freed their plan, too, or ended: this waits up to 5 s for that, and then leaves it
-   allocated rather than to whoever would get it next. */
+/* Frees a plan. Not collective. NULL is allowed. If called between begin and wait, behaves as lorasync_close does.
+   Device memory that other ranks place into directly is freed once they have freed their plan, or ended. This waits
+   up to 5 s for that, and then leaves the memory allocated, so that their writes cannot reach whoever gets it next. */
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan);
 
 /* ------------------------------------------------------------------------------------------------ >>api: config -- */
