@@ -5559,7 +5559,8 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, c
 
 /* -------------------------------------------------------------------------------------------------------- >>comm -- */
 
-/* Solo, and local: ranks of one host that talk through one shared mapping. */
+/* The communicators of this file: solo; local, for ranks of one host (threads or processes) that talk through one
+   shared mapping; and NCCL's. What they promise is said at lorasync_comm. Uses >>support. */
 
 #ifdef MAP_NORESERVE
 #define LORASYNCI_NORESERVE MAP_NORESERVE
@@ -5607,6 +5608,7 @@ LORASYNCI_FN lorasync_comm lorasynci_comm_copy(const lorasync_comm *given)
     return c;
 }
 
+/* NULL is solo. A struct of an older header lacks the fields behind `exchange`, which are optional. */
 LORASYNCI_FN int lorasynci_comm_ok(const lorasync_comm *c)
 {
     return !c || (c->size >= offsetof(lorasync_comm, abort) && c->all_gather && c->exchange && c->world >= 1 &&
@@ -5624,6 +5626,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_host(const lorasync_comm *comm, con
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
     return LORASYNC_OK;
 }
+
+/* -- local: ranks of one host */
 
 /* The shared mapping of a local communicator. One rank writes each cache line; the other side only reads it.
 
@@ -5679,8 +5683,10 @@ struct lorasync_local {
     lorasynci_seat       *seats; /* world of them */
 };
 
+/* The one for messages between two ranks, in that direction; a rank has one to itself, too, which nobody uses. */
 LORASYNCI_FN lorasynci_channel *lorasynci_local_channel(const lorasync_local *l, int from, int to)
 {
+    LORASYNC_ASSERT(from >= 0 && from < l->world && to >= 0 && to < l->world);
     return &l->channels[(size_t)from * (size_t)l->world + (size_t)to];
 }
 
@@ -5722,6 +5728,7 @@ LORASYNC_API void lorasync_local_close(lorasync_local *local)
     free(local);
 }
 
+/* The first who gives up says why; the others' reasons are lost. `why` is readable before `aborted` is 2. */
 LORASYNCI_FN void lorasynci_local_abort(void *user, const char *why)
 {
     lorasynci_seat       *seat = (lorasynci_seat *)user;
@@ -5733,6 +5740,7 @@ LORASYNCI_FN void lorasynci_local_abort(void *user, const char *why)
     }
 }
 
+/* Why somebody gave up, or LORASYNC_OK. Between 1 and 2 the text is being written: the next look sees it. */
 LORASYNCI_FN lorasync_status lorasynci_local_given_up(const lorasynci_seat *seat, lorasync_error *err)
 {
     const lorasynci_local_head *head = seat->local->head;
@@ -5746,6 +5754,7 @@ LORASYNCI_FN lorasync_status lorasynci_local_check(const lorasynci_seat *seat, i
 {
     const lorasync_local       *l = seat->local;
     const lorasynci_local_rank *r = &l->ranks[peer];
+    LORASYNC_ASSERT(peer >= 0 && peer < l->world);
     LORASYNCI_TRY(lorasynci_local_given_up(seat, err));
     if (__atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) == 2 &&
         lorasynci_process_ended(r->process, l->ranks[seat->rank].process))
@@ -5759,6 +5768,8 @@ LORASYNCI_FN lorasync_status lorasynci_local_check(const lorasynci_seat *seat, i
     return LORASYNC_OK;
 }
 
+/* -- local: messages */
+
 /* One message on its way. at counts the bytes moved, and 8 more for the size in front. */
 typedef struct lorasynci_flow {
     lorasynci_channel *channel;
@@ -5767,6 +5778,7 @@ typedef struct lorasynci_flow {
     int                peer;
 } lorasynci_flow;
 
+/* The message's memory stays the caller's until the flow is done. */
 LORASYNCI_FN lorasynci_flow lorasynci_flow_start(lorasynci_channel *channel, const lorasync_message *m)
 {
     lorasynci_flow f;
@@ -5783,7 +5795,8 @@ LORASYNCI_FN lorasynci_flow lorasynci_flow_start(lorasynci_channel *channel, con
 LORASYNCI_FN size_t lorasynci_flow_chunk(const lorasynci_flow *f, size_t *skip)
 {
     uint64_t left = f->total - f->at;
-    *skip         = f->at == 0 ? 8 : 0;
+    LORASYNC_ASSERT(f->at < f->total);
+    *skip = f->at == 0 ? 8 : 0;
     return left < LORASYNCI_CHUNK ? (size_t)left : (size_t)LORASYNCI_CHUNK;
 }
 
@@ -5794,6 +5807,7 @@ LORASYNCI_FN int lorasynci_flow_send(lorasynci_flow *f)
     uint64_t           sent = c->sent, start = f->at;
     while (f->at < f->total && sent - __atomic_load_n(&c->taken, __ATOMIC_ACQUIRE) < LORASYNCI_RING) {
         size_t place = (size_t)(sent % LORASYNCI_RING), skip, n = lorasynci_flow_chunk(f, &skip);
+        LORASYNC_ASSERT(n >= skip && f->at + n <= f->total);
         if (skip) memcpy(c->chunks[place], &f->num_bytes, 8);
         if (n > skip) memcpy(c->chunks[place] + skip, f->data + (f->at + skip - 8), n - skip);
         c->sizes[place] = (uint32_t)n;
@@ -5811,6 +5825,7 @@ LORASYNCI_FN lorasync_status lorasynci_flow_receive(lorasynci_flow *f, int rank,
     while (f->at < f->total && __atomic_load_n(&c->sent, __ATOMIC_ACQUIRE) != taken) {
         size_t   place = (size_t)(taken % LORASYNCI_RING), skip, n = lorasynci_flow_chunk(f, &skip);
         uint64_t size = f->num_bytes;
+        LORASYNC_ASSERT(n >= skip && f->at + n <= f->total);
         if (skip) memcpy(&size, c->chunks[place], 8);
         if (size != f->num_bytes || c->sizes[place] != n)
             return lorasynci_fail(
@@ -5840,19 +5855,19 @@ LORASYNCI_FN lorasync_status lorasynci_local_check_sender(const lorasynci_seat *
     return status;
 }
 
-/* Moves every flow until all are done. Flows are kept on the stack in groups, so that nothing is allocated; a group of
-   receives is served together with a group of sends, and what a rank has sent waits in the channel. To be free of
-   deadlock whatever the group sizes, rank r talks to peer (r + k) while it listens to peer (r - k): the caller orders
-   the lists so (lorasynci_local_exchange). */
 enum {
-    LORASYNCI_GROUP = 32
+    LORASYNCI_GROUP = 32 /* flows of each direction that are served together, on the stack: nothing is allocated */
 };
 
+/* Moves every flow until all are done. A group of receives is served together with a group of sends, and what a rank
+   has sent waits in the channel. To be free of deadlock whatever the group sizes, rank r talks to peer (r + k) while it
+   listens to peer (r - k): the caller orders the lists so (lorasynci_local_exchange). */
 LORASYNCI_FN lorasync_status lorasynci_local_run(const lorasynci_seat *seat, lorasynci_flow *sends, size_t num_sends,
                                                  lorasynci_flow *receives, size_t num_receives, uint64_t deadline_ns,
                                                  lorasync_error *err)
 {
     unsigned turns = 0;
+    LORASYNC_ASSERT(num_sends <= LORASYNCI_GROUP && num_receives <= LORASYNCI_GROUP);
     for (;;) {
         int    moved = 0, waits_for = -1;
         size_t i;
@@ -5878,6 +5893,7 @@ LORASYNCI_FN lorasync_status lorasynci_local_run(const lorasynci_seat *seat, lor
     }
 }
 
+/* The message for a peer, or NULL when there is none or it is empty: then nothing is on its way on either side. */
 LORASYNCI_FN const lorasync_message *lorasynci_message_for(const lorasync_message *m, size_t num, int peer)
 {
     size_t i;
@@ -5886,6 +5902,7 @@ LORASYNCI_FN const lorasync_message *lorasynci_message_for(const lorasync_messag
     return NULL;
 }
 
+/* In groups of LORASYNCI_GROUP peers, each in the same order on all ranks (see lorasynci_local_run). */
 LORASYNCI_FN lorasync_status lorasynci_local_exchange(void *user, const lorasync_message *sends, size_t num_sends,
                                                       const lorasync_message *receives, size_t num_receives,
                                                       int timeout_ms, lorasync_error *err)
@@ -5975,7 +5992,7 @@ LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank
     return LORASYNC_OK;
 }
 
-/* -- ranks joined by NCCL */
+/* -- NCCL: ranks joined by it */
 
 #if defined(LORASYNC_NCCL) && !defined(LORASYNC_CUDA)
 #error "lorasync.h: LORASYNC_NCCL needs LORASYNC_CUDA; define both beside LORASYNC_IMPLEMENTATION."
@@ -6753,8 +6770,7 @@ typedef struct lorasynci_image_impl {
     lorasynci_table    names;
     lorasynci_members  metadata;              /* the values are decoded, in pool */
     unsigned char     *own_header;            /* a layout's, until it is moved elsewhere */
-    unsigned char     *stamped;               /* where the header of a layout can be written; NULL for an image that was
-                                                 read */
+    unsigned char     *stamped;               /* a layout's header, where it can be written; NULL: the image was read */
     size_t             version_at, digest_at; /* in it; 0 without an adapter */
     void              *mapping;               /* unmapped with the image */
     size_t             mapping_bytes;
@@ -6820,14 +6836,17 @@ typedef struct lorasynci_type_text {
     char text[16 + 22 * LORASYNC_MAX_DIMS];
 } lorasynci_type_text;
 
+/* By value, so that two of them fit one error text. */
 LORASYNCI_FN lorasynci_type_text lorasynci_type_of(const lorasync_tensor *t)
 {
     lorasynci_type_text out;
     size_t              n;
     int                 d;
+    LORASYNC_ASSERT(t->ndim >= 0 && t->ndim <= LORASYNC_MAX_DIMS);
     n = (size_t)snprintf(out.text, sizeof out.text, "%s [", lorasync_dtype_name(t->dtype));
     for (d = 0; d < t->ndim; d++)
         n += (size_t)snprintf(out.text + n, sizeof out.text - n, d ? ",%lld" : "%lld", (long long)t->shape[d]);
+    LORASYNC_ASSERT(n < sizeof out.text);
     snprintf(out.text + n, sizeof out.text - n, "]");
     return out;
 }
@@ -6839,6 +6858,7 @@ LORASYNCI_FN lorasync_status lorasynci_tensor_bytes(const lorasync_tensor *t, lo
 {
     uint64_t n = 1, bits = (uint64_t)lorasync_dtype_bits(t->dtype);
     int      d;
+    LORASYNC_ASSERT(t->ndim <= LORASYNC_MAX_DIMS);
     for (d = 0; d <= t->ndim; d++) {
         uint64_t factor = d < t->ndim ? (uint64_t)t->shape[d] : bits;
         if (factor != 0 && n > UINT64_MAX / factor)
@@ -6857,12 +6877,13 @@ LORASYNCI_FN lorasync_status lorasynci_tensor_bytes(const lorasync_tensor *t, lo
     return LORASYNC_OK;
 }
 
+/* Names go into error texts, logs and file listings, where a control character would speak for itself. */
 LORASYNCI_FN int lorasynci_has_control(const char *text)
 {
     const uint64_t ones = UINT64_C(0x0101010101010101);
     size_t         n    = strlen(text);
-    for (; n >= 8; text += 8, n -= 8) { /* as lorasynci_json_plain; bytes above 0x7f may be taken for one, and are
-                                           looked at one by one */
+    /* as lorasynci_json_plain; bytes above 0x7f may be taken for one, and are looked at one by one */
+    for (; n >= 8; text += 8, n -= 8) {
         uint64_t x, del;
         memcpy(&x, text, 8);
         del = x ^ (ones * 0x7f);
@@ -6873,6 +6894,7 @@ LORASYNCI_FN int lorasynci_has_control(const char *text)
     return 0;
 }
 
+/* For text of the caller; what a header holds was checked when it was read as JSON. */
 LORASYNCI_FN int lorasynci_is_utf8(const char *text)
 {
     const char *end = text + strlen(text);
@@ -6886,6 +6908,7 @@ LORASYNCI_FN int lorasynci_is_utf8(const char *text)
 
 /* -- reading a header */
 
+/* While a header is read. */
 typedef struct lorasynci_image_reader {
     lorasynci_json        j;
     lorasynci_image_impl *m;
@@ -6902,6 +6925,7 @@ LORASYNCI_FN const char *lorasynci_pool_string(lorasynci_image_reader *r, const 
 {
     char  *text = r->pool;
     size_t n    = s->size;
+    LORASYNC_ASSERT(r->pool >= r->m->pool);
     if (s->escaped) n = lorasynci_json_decode(s, text);
     else if (n) memcpy(text, s->at, n);
     text[n] = 0;
@@ -6909,6 +6933,7 @@ LORASYNCI_FN const char *lorasynci_pool_string(lorasynci_image_reader *r, const 
     return text;
 }
 
+/* The values are decoded here, once; the keys were when the members were read. */
 LORASYNCI_FN lorasync_status lorasynci_read_metadata(lorasynci_image_reader *r)
 {
     lorasynci_members *members = &r->m->metadata;
@@ -6931,6 +6956,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_metadata(lorasynci_image_reader *r)
     return LORASYNC_OK;
 }
 
+/* Most tensors of a file have the dtype of the one before, which is tried first: names are compared, not searched. */
 LORASYNCI_FN lorasync_status lorasynci_read_dtype(lorasynci_image_reader *r, lorasync_tensor *t)
 {
     lorasynci_slice s;
@@ -6947,6 +6973,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_dtype(lorasynci_image_reader *r, lor
                           t->name, text);
 }
 
+/* Any dimensions that fit int64_t; whether their product fits is seen when the payload is checked. */
 LORASYNCI_FN lorasync_status lorasynci_read_shape(lorasynci_image_reader *r, lorasync_tensor *t)
 {
     uint64_t n;
@@ -6961,11 +6988,13 @@ LORASYNCI_FN lorasync_status lorasynci_read_shape(lorasynci_image_reader *r, lor
         if (n > (uint64_t)INT64_MAX)
             return lorasynci_fail(r->err, LORASYNC_E_FORMAT, "tensor \"%.150s\": dimension %d is %llu, over 2^63 - 1",
                                   t->name, t->ndim, (unsigned long long)n);
+        LORASYNC_ASSERT(t->ndim < LORASYNC_MAX_DIMS);
         t->shape[t->ndim++] = (int64_t)n;
     }
     return (lorasync_status)more;
 }
 
+/* Afterwards the range lies in the payload. Whether the ranges fill it is lorasynci_check_payload's question. */
 LORASYNCI_FN lorasync_status lorasynci_read_offsets(lorasynci_image_reader *r, lorasync_tensor *t)
 {
     uint64_t at[2], n;
@@ -6991,6 +7020,8 @@ LORASYNCI_FN lorasync_status lorasynci_read_offsets(lorasynci_image_reader *r, l
     t->num_bytes = (size_t)(at[1] - at[0]);
     return LORASYNC_OK;
 }
+
+/* -- reading a header's tensors */
 
 /* {"dtype":..,"shape":..,"data_offsets":..}, each once, in any order; other fields are ignored, as the reference reader
    does. */
@@ -7020,6 +7051,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_entry(lorasynci_image_reader *r, lor
     return LORASYNC_OK;
 }
 
+/* One member of the header but __metadata__. There is room for it: see lorasynci_max_tensors. */
 LORASYNCI_FN lorasync_status lorasynci_read_tensor(lorasynci_image_reader *r, const lorasynci_slice *key)
 {
     lorasync_tensor *t = &r->m->tensors[r->num];
@@ -7079,6 +7111,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_json(lorasynci_image_impl *m, const 
     return lorasynci_json_end(&r.j);
 }
 
+/* Empty tensors come before the one that begins where they lie, so that a file is in order whatever its header's. */
 LORASYNCI_FN int lorasynci_payload_order(const void *a, const void *b)
 {
     const lorasync_tensor *x = (const lorasync_tensor *)a, *y = (const lorasync_tensor *)b;
@@ -7110,6 +7143,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_payload(lorasynci_image_impl *m, si
                                   "tensor \"%.150s\": %s needs %zu bytes, but data_offsets give it %zu", t->name,
                                   lorasynci_type_of(t).text, size, t->num_bytes);
         running += size; /* at most payload_bytes: the offsets were checked */
+        LORASYNC_ASSERT(running <= payload_bytes);
     }
     if (running == payload_bytes) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_FORMAT,
@@ -7117,6 +7151,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_payload(lorasynci_image_impl *m, si
                           running, payload_bytes, payload_bytes - running);
 }
 
+/* For the table of names. */
 LORASYNCI_FN const char *lorasynci_tensor_name(const void *tensors, size_t index)
 {
     return ((const lorasync_tensor *)tensors)[index].name;
@@ -7136,6 +7171,7 @@ LORASYNCI_FN lorasync_status lorasynci_index_names(lorasynci_image_impl *m, lora
 
 /* -- the library's own metadata */
 
+/* 1 for digits alone that fit 64 bits: no sign, no space, unlike strtoull. */
 LORASYNCI_FN int lorasynci_read_decimal(const char *text, uint64_t *out)
 {
     uint64_t v = 0;
@@ -7149,6 +7185,7 @@ LORASYNCI_FN int lorasynci_read_decimal(const char *text, uint64_t *out)
     return 1;
 }
 
+/* 1 for the 16 lower-case digits that lorasync_image_stamp writes. */
 LORASYNCI_FN int lorasynci_read_hex16(const char *text, uint64_t *out)
 {
     static const char digits[] = "0123456789abcdef";
@@ -7171,6 +7208,7 @@ LORASYNC_API const char *lorasync_image_metadata(const lorasync_image *image, co
     return member ? member->value : NULL;
 }
 
+/* Reads a number of the library's own; *out is left alone when the file has none. */
 LORASYNCI_FN lorasync_status lorasynci_read_stamp(const lorasync_image *image, const char *key, int hex, uint64_t *out,
                                                   lorasync_error *err)
 {
@@ -7202,6 +7240,7 @@ LORASYNCI_FN lorasync_status lorasynci_delta_metadata(lorasynci_image_impl *m, l
     return LORASYNC_OK;
 }
 
+/* What the library wrote into the metadata, for the image's fields. Files of others have none of it. */
 LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasynci_image_impl *m, lorasync_error *err)
 {
     lorasync_image *image   = &m->image;
@@ -7213,8 +7252,9 @@ LORASYNCI_FN lorasync_status lorasynci_own_metadata(lorasynci_image_impl *m, lor
     return lorasynci_delta_metadata(m, err);
 }
 
-/* -- parse */
+/* -- parsing */
 
+/* Fills a new image from a file's bytes, to which it then points: they stay the caller's and must outlive it. */
 LORASYNCI_FN lorasync_status lorasynci_parse(lorasynci_image_impl *m, const unsigned char *bytes, size_t num_bytes,
                                              lorasync_error *err)
 {
@@ -7279,7 +7319,7 @@ LORASYNC_API void lorasync_image_bind(lorasync_image *image, const void *payload
         m->tensors[i].data = payload ? (const unsigned char *)payload + m->tensors[i].offset : NULL;
 }
 
-/* -- layout */
+/* -- laying out */
 
 /* The writer's order: by dtype, later in the list first, then by name. */
 LORASYNCI_FN int lorasynci_writer_order(const void *a, const void *b)
@@ -7289,6 +7329,7 @@ LORASYNCI_FN int lorasynci_writer_order(const void *a, const void *b)
     return strcmp(x->name, y->name);
 }
 
+/* What a tensor must be before its header is written, so that every reader takes it. */
 LORASYNCI_FN lorasync_status lorasynci_check_tensor(const lorasync_tensor *t, size_t index, lorasync_error *err)
 {
     int d;
@@ -7311,6 +7352,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_tensor(const lorasync_tensor *t, si
     return LORASYNC_OK;
 }
 
+/* With an adapter the version and digest are written as zeros of fixed width, which lorasync_image_stamp overwrites:
+   the header is made once and stays as long as it is. Keys are sorted. */
 LORASYNCI_FN void lorasynci_put_metadata(lorasynci_image_impl *m, lorasynci_buffer *b, const char *adapter)
 {
     const lorasync_delta *d = m->image.delta;
@@ -7332,6 +7375,7 @@ LORASYNCI_FN void lorasynci_put_metadata(lorasynci_image_impl *m, lorasynci_buff
     lorasynci_put_text(b, "}");
 }
 
+/* One member of the header, as the reference writer spells it. */
 LORASYNCI_FN void lorasynci_put_tensor(lorasynci_buffer *b, const lorasync_tensor *t, size_t begin, size_t end)
 {
     int d;
@@ -7361,6 +7405,7 @@ LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image_impl *m, loras
     }
     lorasynci_put_text(b, "}");
     while (b->size % 8 != 0 && !b->failed) lorasynci_put(b, " ", 1);
+    LORASYNC_ASSERT(b->size % 8 == 0 || b->failed);
     if (b->failed) return lorasynci_fail_memory(err, b->size);
     if (b->size - 8 > LORASYNCI_MAX_HEADER)
         return lorasynci_fail(
@@ -7391,6 +7436,7 @@ LORASYNCI_FN lorasync_status lorasynci_write_header(lorasynci_image_impl *m, con
 /* Makes *m from the header in `b`, which it takes. */
 LORASYNCI_FN lorasync_status lorasynci_take_header(lorasynci_image_impl *m, lorasynci_buffer *b, lorasync_error *err)
 {
+    LORASYNC_ASSERT(b->size > 8 && !b->failed);
     m->own_header = m->stamped = (unsigned char *)b->data;
     m->image.header            = m->own_header;
     m->image.header_bytes      = b->size;
@@ -7457,6 +7503,7 @@ LORASYNC_API void lorasync_image_stamp(lorasync_image *image, uint64_t version, 
 LORASYNCI_FN void lorasynci_image_move_header(lorasync_image *image, void *to)
 {
     lorasynci_image_impl *m = (lorasynci_image_impl *)image;
+    LORASYNC_ASSERT(m->stamped);
     memcpy(to, image->header, image->header_bytes);
     lorasynci_dealloc(&m->a, m->own_header);
     m->own_header = NULL;
@@ -7501,6 +7548,7 @@ LORASYNCI_FN uint64_t lorasynci_digest_part(const unsigned char *bytes, size_t n
     uint32_t w[64];
     uint64_t sum   = 0;
     size_t   first = at / 4, end = (at + num_bytes + 3) / 4, i;
+    LORASYNC_ASSERT(num_bytes > 0 && at + num_bytes <= sizeof w);
     w[first] = w[end - 1] = 0; /* the bytes around the part count as 0 */
     memcpy((unsigned char *)w + at, bytes, num_bytes);
     for (i = first; i < end; i++) sum += (uint64_t)w[i] * lorasynci_digest_keys[i];
@@ -7554,6 +7602,7 @@ LORASYNC_API uint64_t lorasync_digest(const void *bytes, size_t num_bytes, uint6
             continue;
         }
 #endif
+        LORASYNC_ASSERT(at + n <= 256);
         lorasynci_prefetch(p);
         sum +=
             (n == 256 ? lorasynci_digest_block(p) : lorasynci_digest_part(p, n, at)) * lorasynci_digest_factor(block);
@@ -7567,12 +7616,15 @@ typedef struct lorasynci_term {
     uint64_t summand, factor;
 } lorasynci_term;
 
+/* A function of what the header says of the tensor, so that bytes under another name, dtype or shape are another
+   image. */
 LORASYNCI_FN lorasynci_term lorasynci_digest_term(const lorasync_tensor *t)
 {
     size_t         n = strlen(t->name);
     uint64_t       h = lorasynci_hash(t->name, n, 1) + (uint64_t)t->dtype;
     lorasynci_term term;
     int            d;
+    LORASYNC_ASSERT(t->ndim >= 0 && t->ndim <= LORASYNC_MAX_DIMS);
     for (d = 0; d < t->ndim; d++) h = lorasynci_mix(h) + (uint64_t)t->shape[d];
     term.summand = lorasynci_mix(h + ((uint64_t)t->ndim << 32));
     term.factor  = lorasynci_hash(t->name, n, 2) | 1u;
@@ -7602,6 +7654,8 @@ LORASYNC_API uint64_t lorasync_digest_image(const lorasync_tensor *tensors, cons
     return lorasynci_mix(sum);
 }
 
+/* -- verifying and comparing */
+
 /* An image says its tensors' digests, or lets them be made. */
 LORASYNCI_FN lorasync_status lorasynci_check_digestible(const lorasync_image *image, lorasync_error *err)
 {
@@ -7611,8 +7665,10 @@ LORASYNCI_FN lorasync_status lorasynci_check_digestible(const lorasync_image *im
                           "the image has neither tensor_digests nor a payload in host memory to make them of");
 }
 
+/* Made from the bytes where the image does not say it; see lorasynci_check_digestible. */
 LORASYNCI_FN uint64_t lorasynci_tensor_digest(const lorasync_image *image, size_t i)
 {
+    LORASYNC_ASSERT(i < image->num_tensors);
     return image->tensor_digests ? image->tensor_digests[i]
                                  : lorasync_digest(image->tensors[i].data, image->tensors[i].num_bytes, 0);
 }
@@ -7631,6 +7687,7 @@ LORASYNC_API uint64_t lorasync_image_digest(const lorasync_image *image, uint64_
     return lorasynci_mix(sum);
 }
 
+/* `found` against what the header says. */
 LORASYNCI_FN lorasync_status lorasynci_compare_digest(const lorasync_image *image, uint64_t found, lorasync_error *err)
 {
     if (found == image->digest) return LORASYNC_OK;
@@ -7671,7 +7728,7 @@ LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image,
     return LORASYNC_OK;
 }
 
-/* -- deltas
+/* -- deltas.
 
        base     | header v1 | a    | b    | c    | d    |
        delta    | header: v2, base v1, digests | b:delta | d:delta |
@@ -7761,6 +7818,8 @@ typedef struct lorasynci_changed {
     char            *names;
 } lorasynci_changed;
 
+/* Digests all tensors and lists those that are not as in the base, under new names that lie in c->names. What was
+   allocated is freed by the caller, also after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_find_changed(const lorasync_image *image, const uint64_t *base_digests,
                                                     const lorasync_allocator *a, lorasynci_changed *c,
                                                     lorasync_error *err)
@@ -7784,6 +7843,7 @@ LORASYNCI_FN lorasync_status lorasynci_find_changed(const lorasync_image *image,
         name += strlen(image->tensors[i].name);
         memcpy(name, LORASYNCI_DELTA_NAME, sizeof LORASYNCI_DELTA_NAME);
         name += sizeof LORASYNCI_DELTA_NAME;
+        LORASYNC_ASSERT((size_t)(name - c->names) <= room);
     }
     return LORASYNC_OK;
 }
@@ -7795,10 +7855,11 @@ LORASYNCI_FN void lorasynci_bind_delta(lorasync_image *delta, const lorasync_ima
     uint64_t         sum = 0;
     size_t           i;
     for (i = 0; i < c->num; i++) {
-        const lorasync_tensor *target = lorasynci_delta_target(image, t[i].name, c->names); /* the layout has names of
-                                                                                               its own */
+        /* the layout has names of its own, so that c->names is free */
+        const lorasync_tensor *target = lorasynci_delta_target(image, t[i].name, c->names);
         lorasynci_term         term   = lorasynci_digest_term(&t[i]);
-        t[i].data                     = target->data;
+        LORASYNC_ASSERT(target && target->num_bytes == t[i].num_bytes);
+        t[i].data = target->data;
         sum += (c->digests[target - image->tensors] + term.summand) * term.factor;
     }
     delta->on_device   = image->on_device;
@@ -7834,6 +7895,8 @@ LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, u
     lorasynci_dealloc(&a, c.digests), lorasynci_dealloc(&a, c.tensors), lorasynci_dealloc(&a, c.names);
     return status;
 }
+
+/* -- applying a delta */
 
 /* Does a range of num_bytes share a byte with `memory`? */
 LORASYNCI_FN int lorasynci_overlaps(const void *range, size_t num_bytes, const void *memory, size_t memory_bytes)
@@ -7909,6 +7972,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge_delta(const lorasync_image *base, c
             return lorasynci_fail(err, LORASYNC_E_FORMAT,
                                   "the delta's tensor \"%.100s\" is %.120s, the base has %.120s; send the full image",
                                   t->name, lorasynci_type_of(t).text, lorasynci_type_of(target).text);
+        LORASYNC_ASSERT(t->num_bytes == target->num_bytes);
         from[target - base->tensors] = t;
     }
     return LORASYNC_OK;
@@ -7920,10 +7984,8 @@ LORASYNCI_FN lorasync_status lorasynci_fill_result(lorasync_image *full, const l
                                                    lorasync_error *err)
 {
     lorasynci_image_impl *m = (lorasynci_image_impl *)full;
-    void           *own = memory ? NULL : lorasynci_alloc(&m->a, full->header_bytes + full->payload_bytes); /* as many
-                                                                                                                as the
-                                                                                                                base
-                                                                                                                has */
+    /* the sum fits: the base has as many */
+    void           *own = memory ? NULL : lorasynci_alloc(&m->a, full->header_bytes + full->payload_bytes);
     unsigned char  *payload;
     lorasync_status status;
     size_t          i;
@@ -12094,6 +12156,7 @@ typedef struct lorasynci_list {
     char        *text;
 } lorasynci_list;
 
+/* For lists of any state; they can be read again. */
 LORASYNCI_FN void lorasynci_list_free(lorasynci_list *l, const lorasync_allocator *a)
 {
     lorasynci_dealloc(a, l->at);
@@ -12101,8 +12164,10 @@ LORASYNCI_FN void lorasynci_list_free(lorasynci_list *l, const lorasync_allocato
     memset(l, 0, sizeof *l);
 }
 
+/* For tables over a list. */
 LORASYNCI_FN const char *lorasynci_list_key(const void *user, size_t index)
 {
+    LORASYNC_ASSERT(index < ((const lorasynci_list *)user)->num);
     return ((const lorasynci_list *)user)->at[index];
 }
 
@@ -12145,6 +12210,8 @@ LORASYNCI_FN lorasync_status lorasynci_list_read(lorasynci_json *j, int integers
     LORASYNCI_TRY(lorasynci_json_array(j));
     while (lorasynci_json_element(j) > 0) {
         LORASYNCI_TRY(lorasynci_list_entry(j, integers, &item));
+        LORASYNC_ASSERT(out->num < num);
+        LORASYNC_ASSERT(to < out->text + num_bytes);
         out->at[out->num++] = to;
         to += lorasynci_json_decode(&item, to);
         *to++ = 0;
@@ -12175,6 +12242,7 @@ typedef struct lorasynci_rules {
     char           *text; /* the keys */
 } lorasynci_rules;
 
+/* For rules of any state, read wholly or in part. */
 LORASYNCI_FN void lorasynci_rules_free(lorasynci_rules *r, const lorasync_allocator *a)
 {
     size_t i;
@@ -12184,6 +12252,8 @@ LORASYNCI_FN void lorasynci_rules_free(lorasynci_rules *r, const lorasync_alloca
     memset(r, 0, sizeof *r);
 }
 
+/* Literals first, by their text from the end, so that those with the same end stand together; patterns behind them.
+   Equal keys keep the file's order. */
 LORASYNCI_FN int lorasynci_rule_order(const void *x, const void *y)
 {
     const lorasynci_rule *a = (const lorasynci_rule *)x, *b = (const lorasynci_rule *)y;
@@ -12246,6 +12316,7 @@ LORASYNCI_FN lorasync_status lorasynci_rules_read(lorasynci_json *j, int is_rank
     to = out->text;
     LORASYNCI_TRY(lorasynci_json_object(j));
     while (lorasynci_json_key(j, &key) > 0) {
+        LORASYNC_ASSERT(out->num < num);
         lorasynci_rule *rule = &out->at[out->num];
         rule->order          = out->num++;
         rule->key            = to;
@@ -12263,14 +12334,17 @@ LORASYNCI_FN lorasync_status lorasynci_rules_read(lorasynci_json *j, int is_rank
 /* The first rule in [lo, hi) whose character `depth` from the end is c or more. All of them are longer than depth. */
 LORASYNCI_FN size_t lorasynci_rules_from(const lorasynci_rules *r, size_t lo, size_t hi, size_t depth, int c)
 {
+    LORASYNC_ASSERT(lo <= hi && hi <= r->num_literals);
     while (lo < hi) {
         size_t middle = lo + (hi - lo) / 2;
+        LORASYNC_ASSERT(r->at[middle].size > depth);
         if ((unsigned char)r->at[middle].key[r->at[middle].size - 1 - depth] < c) lo = middle + 1;
         else hi = middle;
     }
     return lo;
 }
 
+/* The first in the file wins, as in PEFT. */
 LORASYNCI_FN void lorasynci_rules_better(const lorasynci_rule *rule, const lorasynci_rule **best)
 {
     if (!*best || rule->order < (*best)->order) *best = rule;
@@ -12284,6 +12358,7 @@ LORASYNCI_FN void lorasynci_rules_search(const lorasynci_rules *r, size_t lo, si
     for (;; depth++) {
         int    c;
         size_t points;
+        LORASYNC_ASSERT(depth <= n && lo <= hi);
         for (; lo < hi && r->at[lo].size == depth; lo++) /* keys that end here sort first */
             if (depth == n || (!r->at[lo].whole && module[n - 1 - depth] == '.'))
                 lorasynci_rules_better(&r->at[lo], best);
@@ -12379,12 +12454,14 @@ LORASYNCI_FN lorasync_status lorasynci_field_done(const lorasynci_fields *f, con
     return status;
 }
 
+/* *out is left alone when the file has no such key; so are those of the next functions. */
 LORASYNCI_FN lorasync_status lorasynci_field_bool(const lorasynci_fields *f, const char *key, int *out)
 {
     lorasynci_json v;
     return lorasynci_field(f, key, &v) ? lorasynci_field_done(f, key, lorasynci_json_bool(&v, out)) : LORASYNC_OK;
 }
 
+/* A string, decoded, from the given allocator. */
 LORASYNCI_FN lorasync_status lorasynci_field_text(const lorasynci_fields *f, const char *key,
                                                   const lorasync_allocator *a, char **out)
 {
@@ -12396,6 +12473,7 @@ LORASYNCI_FN lorasync_status lorasynci_field_text(const lorasynci_fields *f, con
     return *out ? LORASYNC_OK : lorasynci_fail_memory(f->j.err, s.size + 1);
 }
 
+/* A list of strings, or of integers as text. */
 LORASYNCI_FN lorasync_status lorasynci_field_list(const lorasynci_fields *f, const char *key, int integers,
                                                   const lorasync_allocator *a, lorasynci_list *out)
 {
@@ -12404,6 +12482,7 @@ LORASYNCI_FN lorasync_status lorasynci_field_list(const lorasynci_fields *f, con
                                        : LORASYNC_OK;
 }
 
+/* A pattern object: keys with ranks, or with numbers. */
 LORASYNCI_FN lorasync_status lorasynci_field_rules(const lorasynci_fields *f, const char *key, int is_rank,
                                                    const lorasync_allocator *a, lorasynci_rules *out)
 {
@@ -12423,6 +12502,9 @@ LORASYNCI_FN lorasync_status lorasynci_field_modules(const lorasynci_fields *f, 
     return lorasynci_field_done(f, key, lorasynci_json_fail(&v, v.at, "expected a list of names, a string or null"));
 }
 
+/* -- reading the fields */
+
+/* A config of another PEFT method would be read as if it were LoRA, since its other fields look alike. */
 LORASYNCI_FN lorasync_status lorasynci_config_peft_type(const lorasynci_fields *f)
 {
     lorasynci_json  v;
@@ -12489,6 +12571,7 @@ LORASYNCI_FN lorasync_status lorasynci_config_layers(lorasync_config *c, const l
     return LORASYNC_OK;
 }
 
+/* The lists that say which modules have LoRA or are saved whole, with what is needed to ask them fast. */
 LORASYNCI_FN lorasync_status lorasynci_config_modules(lorasync_config *c, const lorasynci_fields *f)
 {
     size_t i;
@@ -12510,6 +12593,7 @@ LORASYNCI_FN lorasync_status lorasynci_config_modules(lorasync_config *c, const 
     return LORASYNC_OK;
 }
 
+/* All of the file into c, which lorasync_config_free frees also after a failure. f->j stands at the beginning. */
 LORASYNCI_FN lorasync_status lorasynci_config_read(lorasync_config *c, const lorasynci_fields *f)
 {
     lorasynci_json   all = f->j;
@@ -12522,8 +12606,8 @@ LORASYNCI_FN lorasync_status lorasynci_config_read(lorasync_config *c, const lor
     LORASYNCI_TRY(lorasynci_config_modules(c, f));
     LORASYNCI_TRY(lorasynci_config_layers(c, f));
     lorasynci_buffer_init(&b, &c->a);
-    status  = lorasynci_json_put_python(&b, &all, 0); /* also finds doubled keys and numbers out of range at any
-                                                         depth */
+    /* also finds doubled keys and numbers out of range at any depth */
+    status  = lorasynci_json_put_python(&b, &all, 0);
     c->text = b.data;
     lorasynci_put(&b, "", 1);
     c->text = b.data;
@@ -12590,6 +12674,7 @@ LORASYNC_API int64_t lorasync_config_rank(const lorasync_config *config, const c
     const lorasynci_rule *rule;
     if (!config || !module) return 0;
     rule = lorasynci_rules_find(&config->ranks, module);
+    LORASYNC_ASSERT(!rule || (rule->value >= 1 && rule->value <= INT32_MAX));
     return rule ? (int64_t)rule->value : config->info.r;
 }
 
@@ -12629,17 +12714,21 @@ typedef struct lorasynci_pairs {
     lorasync_allocator      a;
 } lorasynci_pairs;
 
+/* For the table of pairs. */
 LORASYNCI_FN const char *lorasynci_pair_key(const void *user, size_t index)
 {
     const lorasynci_pairs *p = (const lorasynci_pairs *)user;
     return p->names.data + p->at[index].prefix;
 }
 
+/* The name that a config knows it by. It moves when `names` grows. */
 LORASYNCI_FN const char *lorasynci_pair_module(const lorasynci_pairs *p, size_t index)
 {
+    LORASYNC_ASSERT(index < p->num);
     return p->names.data + p->at[index].module;
 }
 
+/* For pairs of any state, also before lorasynci_pairs_init when `a` is set and the rest is zero. */
 LORASYNCI_FN void lorasynci_pairs_free(lorasynci_pairs *p)
 {
     lorasynci_dealloc(&p->a, p->at);
@@ -12648,6 +12737,7 @@ LORASYNCI_FN void lorasynci_pairs_free(lorasynci_pairs *p)
     lorasynci_table_free(&p->table);
 }
 
+/* Room for any division of the tensors into pairs and others. 0: no memory, free it as well. */
 LORASYNCI_FN int lorasynci_pairs_init(lorasynci_pairs *p, size_t num_tensors, const lorasync_allocator *a)
 {
     memset(p, 0, sizeof *p);
@@ -12691,6 +12781,7 @@ LORASYNCI_FN const lorasync_tensor **lorasynci_pair_tensor(lorasynci_pair *pair,
     }
 }
 
+/* Puts a tensor where it belongs; `t` is kept by pointer. */
 LORASYNCI_FN lorasync_status lorasynci_pairs_add(lorasynci_pairs *p, const lorasync_tensor *t, lorasync_error *err)
 {
     lorasync_name           name;
@@ -12715,12 +12806,15 @@ LORASYNCI_FN lorasync_status lorasynci_pairs_add(lorasynci_pairs *p, const loras
     return LORASYNC_OK;
 }
 
+/* -- checking pairs */
+
 /* The number of elements of a tensor is expected; shapes are checked where tensors are made, so the product fits. */
 LORASYNCI_FN lorasync_status lorasynci_pair_check_vector(const lorasync_tensor *t, const lorasync_tensor *b,
                                                          lorasync_error *err)
 {
     int64_t n = 1;
     int     i;
+    LORASYNC_ASSERT(b->ndim >= 2);
     for (i = 0; i < t->ndim; i++) {
         if (t->shape[i] != 1 && n != 1) n = -1; /* two dimensions: no vector */
         if (n == 1) n = t->shape[i];
@@ -12735,6 +12829,7 @@ LORASYNCI_FN lorasync_status lorasynci_pair_check_vector(const lorasync_tensor *
 LORASYNCI_FN lorasync_status lorasynci_pair_check(const lorasynci_pairs *p, size_t index, lorasync_error *err)
 {
     const lorasynci_pair *pair = &p->at[index];
+    LORASYNC_ASSERT(index < p->num);
     if (!pair->a || !pair->b) {
         const lorasync_tensor *t = pair->a ? pair->a : pair->b ? pair->b : pair->bias ? pair->bias : pair->magnitude;
         return lorasynci_fail(err, LORASYNC_E_PAIR,
@@ -12777,7 +12872,7 @@ LORASYNCI_FN lorasync_status lorasynci_pairs_read(lorasynci_pairs *p, const lora
     return LORASYNC_OK;
 }
 
-/* -- checking */
+/* -- checking against the tensors */
 
 /* 1 if the module is left out by exclude_modules. */
 LORASYNCI_FN int lorasynci_excluded(const lorasync_config *c, const char *module)
@@ -12892,6 +12987,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_pair(const lorasync_config *c, cons
     return LORASYNC_OK;
 }
 
+/* -- checking tensors that are no LoRA */
+
 /* 1 if one of the modules on the way to a parameter ends in `entry`, the text: PEFT saves pre_classifier for an entry
    classifier. */
 LORASYNCI_FN int lorasynci_saved_by(const char *key, const char *entry)
@@ -12915,6 +13012,7 @@ LORASYNCI_FN const char *const *lorasynci_task_modules(const char *task_type)
     return strcmp(task_type, "QUESTION_ANS") == 0 ? answers : none;
 }
 
+/* 1 if the tensor belongs to a module that PEFT saves whole, by modules_to_save or by the kind of task. */
 LORASYNCI_FN int lorasynci_saved(const lorasync_config *c, const lorasync_name *name)
 {
     static const char  prefix[] = "base_model.model.";
@@ -12960,9 +13058,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_other(const lorasync_config *c, con
 {
     lorasync_name name;
     LORASYNCI_TRY(lorasync_parse_name(t->name, &name, err));
-    if (c->target.num)
-        lorasynci_in_targets(c, name.module, used); /* an entry of target_modules may name a module that
-                                                                      is saved whole */
+    /* an entry of target_modules may name a module that is saved whole */
+    if (c->target.num) lorasynci_in_targets(c, name.module, used);
     if (name.role == LORASYNC_ROLE_TRAINABLE_TOKENS) {
         if (c->tokens) return LORASYNC_OK;
         return lorasynci_fail(err, LORASYNC_E_CONFIG,
@@ -12979,8 +13076,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_other(const lorasync_config *c, con
     return lorasynci_fail(
         err, LORASYNC_E_CONFIG,
         "tensor \"%.200s\" is no LoRA tensor and module \"%.150s\" is not in modules_to_save of the adapter config "
-        "(bias is \"%s\"); "
-        "list it there or drop the tensor",
+        "(bias is \"%s\"); list it there or drop the tensor",
         t->name, name.module, c->info.bias);
 }
 
@@ -12992,6 +13088,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_used(const lorasync_config *c, cons
     if (c->exclude_pattern || c->exclude.num) return LORASYNC_OK;
     for (i = 0; i < c->target.num; i++) {
         size_t first = lorasynci_table_find(&c->target_table, c->target.at[i], lorasynci_list_key, &c->target);
+        LORASYNC_ASSERT(first < c->target.num);
         if (!used[first])
             return lorasynci_fail(
                 err, LORASYNC_E_CONFIG,
@@ -13002,6 +13099,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_used(const lorasync_config *c, cons
     return LORASYNC_OK;
 }
 
+/* All checks of a config against tensors that are in pairs. `used` is a mark for each entry of target_modules. */
 LORASYNCI_FN lorasync_status lorasynci_config_check_pairs(const lorasync_config *c, const lorasynci_pairs *p,
                                                           lorasync_error *err)
 {
@@ -13029,7 +13127,7 @@ LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config
     return status;
 }
 
-/* -- writing */
+/* -- writing a config */
 
 /* A LoRA module of target_modules with the name to list it by: its last segment, or, since "0" names nothing, from the
    last segment on that is no number. */
@@ -13052,6 +13150,7 @@ typedef struct lorasynci_config_writer {
     lorasync_error                   *err;
 } lorasynci_config_writer;
 
+/* The end of a module by which target_modules names it: its last segment that is no number, and what follows. */
 LORASYNCI_FN const char *lorasynci_target_name(const char *module)
 {
     const char *name = module + strlen(module);
@@ -13063,6 +13162,7 @@ LORASYNCI_FN const char *lorasynci_target_name(const char *module)
     return module;
 }
 
+/* By name, so that modules of one name stand together. */
 LORASYNCI_FN int lorasynci_target_order(const void *x, const void *y)
 {
     const lorasynci_target *a = (const lorasynci_target *)x, *b = (const lorasynci_target *)y;
@@ -13085,6 +13185,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_targets(lorasynci_config_writer *w
                                   "tensor \"%.200s\" is of an expert parameter: give the trainer's adapter config, "
                                   "whose target_parameters name it",
                                   w->pairs.at[i].a->name);
+        LORASYNC_ASSERT(w->num_targets < w->pairs.num);
         w->targets[w->num_targets].module = module;
         w->targets[w->num_targets].name   = lorasynci_target_name(module);
         w->targets[w->num_targets++].rank = w->pairs.at[i].a->shape[0];
@@ -13101,6 +13202,7 @@ LORASYNCI_FN void lorasynci_writer_key(lorasynci_config_writer *w, const char *k
     lorasynci_put_text(&w->raw, ":");
 }
 
+/* A member whose value is JSON text already. */
 LORASYNCI_FN void lorasynci_writer_field(lorasynci_config_writer *w, const char *key, const char *json)
 {
     lorasynci_writer_key(w, key);
@@ -13123,6 +13225,7 @@ LORASYNCI_FN void lorasynci_writer_target_modules(lorasynci_config_writer *w)
 
 /* -- writing from a config */
 
+/* A member as the config has it, or with the given text; neither: none. */
 LORASYNCI_FN void lorasynci_writer_copy(lorasynci_config_writer *w, const char *key, const lorasynci_member *m,
                                         const char *if_absent)
 {
@@ -13163,6 +13266,8 @@ LORASYNCI_FN void lorasynci_writer_members(lorasynci_config_writer *w, const lor
     else lorasynci_writer_target_modules(w);
 }
 
+/* The trainer's config with what publishing changes. It is checked against the tensors first: a config that contradicts
+   them is never published. */
 LORASYNCI_FN lorasync_status lorasynci_writer_from_config(lorasynci_config_writer *w)
 {
     const lorasync_config *c = w->desc->config;
@@ -13179,6 +13284,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_from_config(lorasynci_config_write
 
 /* -- writing without a config */
 
+/* Ascending; a difference would overflow. */
 LORASYNCI_FN int lorasynci_rank_order(const void *x, const void *y)
 {
     const int64_t a = *(const int64_t *)x, b = *(const int64_t *)y;
@@ -13225,6 +13331,7 @@ LORASYNCI_FN void lorasynci_writer_rank_pattern(lorasynci_config_writer *w, cons
     lorasynci_put_text(&w->raw, "}");
 }
 
+/* For texts by pointer. */
 LORASYNCI_FN int lorasynci_text_order(const void *x, const void *y)
 {
     return strcmp(*(const char *const *)x, *(const char *const *)y);
@@ -13254,6 +13361,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_saved(lorasynci_config_writer *w)
     return LORASYNC_OK;
 }
 
+/* The collected modules, each once: they are sorted. null rather than an empty list, as PEFT writes. */
 LORASYNCI_FN void lorasynci_writer_modules_to_save(lorasynci_config_writer *w)
 {
     size_t i;
@@ -13278,6 +13386,8 @@ LORASYNCI_FN void lorasynci_writer_alpha(lorasynci_config_writer *w, double alph
     else lorasynci_json_put_double(&w->raw, alpha);
 }
 
+/* A config from the tensors alone, with the fields that PEFT and engines ask for. Ranks and bias are seen in the
+   shapes; lora_alpha is the caller's. */
 LORASYNCI_FN lorasync_status lorasynci_writer_from_tensors(lorasynci_config_writer *w)
 {
     const lorasync_config_write_desc *d    = w->desc;
@@ -13314,7 +13424,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_from_tensors(lorasynci_config_writ
     return LORASYNC_OK;
 }
 
-/* -- the whole */
+/* -- verifying what was written */
 
 /* The written config must describe the tensors and give every module its scale. Sorting patterns can change which of
    two matches first. */
@@ -13332,8 +13442,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_verify(lorasynci_config_writer *w,
             return lorasynci_fail(
                 w->err, LORASYNC_E_CONFIG,
                 "module \"%.200s\" has scale %g, but %g once the config is written: patterns that match it overlap, "
-                "and PEFT "
-                "sorts them; make each match its own modules only",
+                "and PEFT sorts them; make each match its own modules only",
                 module, expected, found);
     }
     return LORASYNC_OK;
@@ -13345,6 +13454,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_finish(lorasynci_config_writer *w,
     lorasync_config *written;
     lorasynci_json   j;
     lorasync_status  status;
+    LORASYNC_ASSERT(w->raw.failed || w->raw.size > 0);
     lorasynci_put_text(&w->raw, "}");
     if (w->raw.failed) return lorasynci_fail_memory(w->err, w->raw.size);
     lorasynci_json_init(&j, w->raw.data, w->raw.size, w->err);
@@ -13358,6 +13468,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_finish(lorasynci_config_writer *w,
     return status;
 }
 
+/* Everything but freeing, so that a failure can leave anywhere. */
 LORASYNCI_FN lorasync_status lorasynci_writer_run(lorasynci_config_writer *w, const lorasync_tensor *tensors,
                                                   size_t num_tensors, lorasynci_buffer *out)
 {
