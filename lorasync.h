@@ -1160,6 +1160,60 @@ LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memor
 
 /* --------------------------------------------------------------------------------------------- >>api: transport -- */
 
+/* Memory of a transport's own in which the next version is made, so that nothing has to be copied: shared memory that
+   engines map, memory registered for RDMA, device memory that others open over CUDA IPC. A session asks for it with
+   lorasync_transport.lend. On the host header and payload are made there, one behind the other; on a GPU the payload
+   alone, and the header travels beside it:
+
+       host     payload - header_bytes -> | header | payload |          GPU     payload -> | payload |
+
+   How the other ranks get there, which write their parts themselves where bytes are placed directly: */
+typedef enum lorasync_reach {
+    LORASYNC_REACH_ROOT = 0, /* not at all: only the rank that publishes can write there */
+    LORASYNC_REACH_PROCESS,  /* by its address: ranks that are threads of this process */
+    LORASYNC_REACH_SHM,      /* by name and offset: ranks of this host. Made with shm_open by this user with mode 600 */
+    LORASYNC_REACH_IPC,      /* by handle and offset: ranks of this host, over CUDA IPC (or peer access in this
+                                process) */
+    LORASYNC_REACH_FORCE_INT = 0x7fffffff
+} lorasync_reach;
+
+/* What lend is asked for. Valid during the call. */
+typedef struct lorasync_loan_request {
+    size_t size; /* sizeof(lorasync_loan_request), set by the library */
+    /* What will be made. Its header, header_bytes, payload_bytes, tensors, adapter and config_json are those of every
+       version of the session; version, digest and payload are not yet known: do not look at them. */
+    const lorasync_image *image;
+    int on_device; /* 1: device memory is wanted, of the GPU `ordinal`, which is current; 0: host memory */
+    int ordinal;
+    int others_write; /* 1: other ranks write there too: LORASYNC_REACH_ROOT is of no use. 0: only this rank does */
+    /* The ids of memory lent to this session before that ranks still have open: at most 4, and of those only must the
+       transport not free device memory. They close what they do not use any more, and all of it before detach. */
+    const uint64_t *open_ids;
+    size_t          num_open;
+} lorasync_loan_request;
+
+/* What lend answers; all zeros at the call. */
+typedef struct lorasync_loan {
+    /* Where the payload begins, in this process, aligned to 8 bytes on the host and to 256 on a GPU, with header_bytes
+       in front of it on the host; anything else is not used. */
+    void *payload;
+    /* Tells this memory from any other that this transport lends: not 0, and never given to other memory while the
+       transport lives. Ranks open memory once and know it again by its id. */
+    uint64_t       id;
+    lorasync_reach reach;
+    char           name[160];      /* SHM: for shm_open; terminated */
+    unsigned char  ipc_handle[64]; /* IPC: what cudaIpcGetMemHandle gave */
+    uint64_t       offset;         /* of the payload, from the beginning of the named memory or of the allocation */
+} lorasync_loan;
+
+/* What a transport carries; lorasync_transport.carries. */
+enum {
+    LORASYNC_CARRIES_ADAPTER = 1, /* adapters with their config_json: what a session publishes */
+    LORASYNC_CARRIES_PLAIN   = 2, /* one image without config_json: a session with filter.base */
+    LORASYNC_CARRIES_BASE    = 4, /* base weights: what a stream publishes (>>api: base); see takes_buckets */
+    LORASYNC_CARRIES_DEVICE  = 8  /* any of these with the payload in device memory (image->on_device) */
+};
+
 /* Brings an image to one engine (or to a group that is staged as one). Only `stage` is required.
    The publisher stages on every transport that has a commit, then on those that have none; only when all have succeeded
    (with desc.quorum: enough of them) does it commit on each, otherwise it aborts on each. An engine must go on serving
@@ -1168,29 +1222,60 @@ LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memor
    one fails the others are committed all the same, the error names the engines on either side, and publishing the same
    version again brings all of them to it. So both must be legal for the version that is served already. More than one
    transport without commit cannot be all or nothing.
-   No lock is held during a call; calls come from the thread that is in lorasync_wait, one at a time.
+   No lock is held during a call; calls come from the thread that is in a call of the session, one at a time.
    The other ranks wait meanwhile, up to lorasync_desc.publish_timeout_ms for all calls together: an engine that may
    hang needs a deadline of its own below that. Before the first commit of a run that staged for more than 10 ms the
    root asks comm.check; when the communicator is lost, all that was staged is aborted.
-   `size` is sizeof(lorasync_transport) when filled. Return 0 or a negative status with err filled (never NULL). A
-   status of -100 or below is passed on as LORASYNC_E_IO: it says nothing about the trainer's communicator. */
+   `size` is sizeof(lorasync_transport) when filled; what a smaller one does not cover counts as NULL or 0. Zero what
+   you do not fill. Return 0 or a negative status with err filled (never NULL). A status of -100 and below is passed on
+   as LORASYNC_E_IO: it says nothing about the trainer's communicator. */
 typedef struct lorasync_transport {
     size_t      size;
     const char *name; /* for messages and the report; borrowed */
     void       *user;
     /* Take the image: copy or send what is needed, it is valid only during the call. Staging the same version again is
-       legal (a retry). To an engine that holds the version before, what changed is enough: lorasync_image_delta. */
+       legal (a retry). To an engine that holds the version before, what changed is enough: lorasync_image_delta. An
+       image that was made in memory that this transport lent lies there: image->payload says so. */
     lorasync_status (*stage)(void *user, const lorasync_image *image, lorasync_error *err);
     /* Make the staged version the served one. NULL: stage did it already. */
     lorasync_status (*commit)(void *user, const char *adapter, uint64_t version, lorasync_error *err);
     /* Forget what was staged. NULL: nothing to forget. */
     void (*abort)(void *user, const char *adapter, uint64_t version);
-    /* Called once for each lorasync_attach, when that session closes. NULL: nothing to close. */
+    /* Called once for each lorasync_attach (or lorasync_stream_attach), when that session closes. NULL: nothing to
+       close. */
     void (*close)(void *user);
     /* 1: stage also takes base weights (>>api: base) in several images: image->bucket 0, 1, .. image->num_buckets - 1
        of one version, one stage each, then one commit for all; an abort may come after any of them, and the next try
        begins with bucket 0 again. 0: num_buckets over 1 is refused. */
     int takes_buckets;
+    /* Lend memory in which the next version is made. NULL: never. LORASYNC_OK: *out says where. LORASYNC_NOTHING_NEW,
+       or out->payload NULL: none this time, and stage will have to copy. A failure counts as none, and stands in
+       lorasync_get_outcomes. Of several transports the first that lends is taken. Called on the root at the end of
+       lorasync_compile, lorasync_wait and lorasync_republish, and only while nothing is lent to that session. What is
+       lent belongs to the session, which may write there at any time, until
+           the version that was made there is served: stage and commit (of a transport without commit: stage) have
+           succeeded with an image that lies there. Then it is the transport's, and may be read by the session until its
+           next begin;
+           or withdraw or detach is called.
+       An abort does not end it, nor does a gather that failed: the next try is made in the same place. */
+    lorasync_status (*lend)(void *user, const lorasync_loan_request *want, lorasync_loan *out, lorasync_error *err);
+    /* The session does not use what it was lent, now or later: the next version is made elsewhere, because publishing
+       this one failed, or because other ranks cannot reach that memory. No rank writes there any more. Called by the
+       next begin. NULL: nothing to do. */
+    void (*withdraw)(void *user, const char *adapter, const lorasync_loan *loan);
+    /* A session (or stream) wants to use this transport: `session` tells one from another, `adapter` is what it will
+       publish (of a stream: its name); NULL on a rank that does not publish. Both are good until detach. A failure is
+       that of lorasync_attach. For a transport that is to serve several sessions, this is the place to count them, and
+       to refuse a second one for the same adapter (LORASYNC_E_BUSY). NULL: nothing to do. */
+    lorasync_status (*attach)(void *user, const void *session, const char *adapter, lorasync_error *err);
+    /* Once for each attach that succeeded, or that was NULL, when the session closes, right before close. What was lent
+       to the session is not used any more, unless `left_behind` is 1: other ranks did not end in time, and one of them
+       may still write to what is lent now, or have other lent memory open. Then lend it to nobody, and do not free
+       device memory that was lent with LORASYNC_REACH_IPC: both until those ranks have ended. NULL: nothing to do. */
+    void (*detach)(void *user, const void *session, const char *adapter, int left_behind);
+    /* Of LORASYNC_CARRIES_ADAPTER, .. those that stage takes, added up; 0: all. The rest is refused before it comes to
+       stage: by lorasync_compile, lorasync_stream_attach or lorasync_wait, with LORASYNC_E_UNSUPPORTED. */
+    unsigned carries;
 } lorasync_transport;
 
 /* What is known of an engine after a sync. */
@@ -1261,8 +1346,8 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    after a restart of the host it is empty.
    stage copies the image once, into a slot that nobody reads; commit is one atomic store; the engines see it at their
    next poll. Versions that engines still hold never block a publish: more slots are made, and removed when they are
-   free again. A session does without the copy (report.in_place): it asks for the slot before the gather, and the image
-   is made there, with direct placement by all ranks at once. After a publication that failed, the next one is
+   free again. A session does without the copy (report.in_place): the transport lends it the slot before the gather, and
+   the image is made there, with direct placement by all ranks at once. After a publication that failed, the next one is
    copied. */
 typedef struct lorasync_shm_desc {
     const char *name; /* up to 100 letters, digits, ".", "_", "-"; not "." first. Copied */
@@ -1603,8 +1688,8 @@ typedef struct lorasync_report {
     int      num_behind;    /* that do not, with a quorum: lorasync_get_outcomes says which and why */
     int      skipped;       /* 1: nothing had changed and nothing was staged */
     int      direct;
-    int      in_place; /* 1: the image was gathered in the slot of shared memory where engines read it, and not
-                          copied */
+    int      in_place; /* 1: the image was gathered in memory that a transport lent (as shared memory does), and
+                          not copied */
     uint64_t pack_ns;  /* on this rank */
     uint64_t exchange_ns;
     uint64_t place_ns;
@@ -1630,9 +1715,10 @@ LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const loras
 
 /* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes, unless this call
    failed: on every rank that attached it. Only the root's stages and commits. One transport may be attached to several
-   sessions if it is made for being closed by each, as that of lorasync_shm_open is; lorasync_directory_open's is not.
-   An error is also remembered, as lorasync_add's is. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_STATE after compile,
-   LORASYNC_E_BUSY (see lorasync_shm_open), LORASYNC_E_MEMORY. */
+   sessions if it is made for being closed by each (lorasync_transport.attach), as that of lorasync_shm_open is;
+   lorasync_directory_open's is not. An error is also remembered, as lorasync_add's is. Errors: LORASYNC_E_ARGUMENT,
+   LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY, and what the transport's attach returned (LORASYNC_E_BUSY, see
+   lorasync_shm_open). */
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport,
                                              lorasync_error *err);
 
@@ -1644,7 +1730,8 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
    lorasync_add and lorasync_attach; LORASYNC_E_EMPTY (no LoRA parameter on any rank); LORASYNC_E_PAIR (A without B);
    LORASYNC_E_NAME (two parameters of one key); LORASYNC_E_ARGUMENT (quorum over the number of engines);
    LORASYNC_E_CONFIG (rank against config, no alpha, two of them, fold_scale with an alpha of 0); LORASYNC_E_UNSUPPORTED
-   (filter.base with a directory or shared memory, which publish adapters: there is no adapter_config.json then);
+   (a transport that does not carry what this session publishes, as filter.base with a directory or shared memory:
+   there is no adapter_config.json then);
    LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create. After LORASYNC_E_PAIR and
    LORASYNC_E_EMPTY the rest may be added, and compile called again on all ranks. */
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err);
@@ -1756,8 +1843,9 @@ LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const 
                                                  lorasync_error *err);
 
 /* Adds an engine before compile. Copied; its `close` is called when the stream closes, unless this call failed. Used on
-   the root, ignored elsewhere. Errors, also remembered for compile: LORASYNC_E_UNSUPPORTED for a shared-memory
-   transport, since those carry adapters; LORASYNC_E_ARGUMENT, LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
+   the root, ignored elsewhere. Errors, also remembered for compile: LORASYNC_E_UNSUPPORTED for a transport that does
+   not carry base weights, such as shared memory; what its attach returned; LORASYNC_E_ARGUMENT, LORASYNC_E_STATE after
+   compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport,
                                                     lorasync_error *err);
 
@@ -5437,11 +5525,8 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_open(const lorasync_allocator *a, str
     return LORASYNC_OK;
 }
 
-/* Whether two are on one GPU, or both none. */
-LORASYNCI_FN int lorasynci_gpu_is_same(const lorasynci_gpu *a, const lorasynci_gpu *b)
-{
-    return a && b ? a->ordinal == b->ordinal : !a && !b;
-}
+/* -1 for none. */
+LORASYNCI_FN int lorasynci_gpu_ordinal(const lorasynci_gpu *g) { return g ? g->ordinal : -1; }
 
 /* Whether the caller's stream is being captured into a CUDA graph now. */
 LORASYNCI_FN int lorasynci_gpu_is_captured(const lorasynci_gpu *g)
@@ -5544,13 +5629,21 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_open(const lorasync_allocator *a, str
 }
 
 LORASYNCI_FN void            lorasynci_gpu_close(const lorasync_allocator *a, lorasynci_gpu *g) { (void)a, (void)g; }
-LORASYNCI_FN int             lorasynci_gpu_is_same(const lorasynci_gpu *a, const lorasynci_gpu *b) { return a == b; }
+LORASYNCI_FN int             lorasynci_gpu_ordinal(const lorasynci_gpu *g) { return g ? 0 : -1; }
+LORASYNCI_FN int             lorasynci_gpu_enter(int ordinal) { return ordinal; }
+LORASYNCI_FN void            lorasynci_gpu_leave(int ordinal, int old) { (void)ordinal, (void)old; }
 LORASYNCI_FN int             lorasynci_gpu_is_captured(const lorasynci_gpu *g) { return g != NULL; }
 LORASYNCI_FN void            lorasynci_gpu_free(int pinned, char *memory) { (void)pinned, (void)memory; }
 LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, char **out, const char *what,
                                                  lorasync_error *err)
 {
     (void)pinned, (void)num_bytes, (void)out, (void)what, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_window_device(lorasynci_window *w, const lorasynci_gpu *g,
+                                                     const lorasynci_device_offer *offer, lorasync_error *err)
+{
+    (void)w, (void)g, (void)offer, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
 
@@ -10465,11 +10558,11 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
 
 /* Memory in which several plans run in turns: staging as large as the largest of them needs, and the payload of one
    image. */
-typedef struct lorasynci_loan {
+typedef struct lorasynci_plan_memory {
     char *send, *receive;
     char *payload;      /* of the image; on ranks without it what is mapped of it, or NULL */
     char *host_payload; /* of a device plan whose image comes to the host; else NULL */
-} lorasynci_loan;
+} lorasynci_plan_memory;
 
 /* From the next run on the image is made at `payload`; in host memory, on a rank that has the image, with its header in
    front. Between runs. */
@@ -10483,7 +10576,8 @@ LORASYNCI_FN void lorasynci_plan_aim(lorasync_plan *plan, char *payload)
 }
 
 /* Gives a lent plan its memory, once; it must outlive the plan. */
-LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lorasynci_loan *loan, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lorasynci_plan_memory *loan,
+                                                 lorasync_error *err)
 {
     plan->memory[LORASYNCI_SEND]    = loan->send;
     plan->memory[LORASYNCI_RECEIVE] = loan->receive;
@@ -13554,6 +13648,11 @@ LORASYNCI_FN lorasync_status lorasynci_transport_copy(const lorasync_transport *
     if (LORASYNCI_COVERS(given, abort)) t.abort = given->abort;
     if (LORASYNCI_COVERS(given, close)) t.close = given->close;
     if (LORASYNCI_COVERS(given, takes_buckets)) t.takes_buckets = given->takes_buckets;
+    if (LORASYNCI_COVERS(given, lend)) t.lend = given->lend;
+    if (LORASYNCI_COVERS(given, withdraw)) t.withdraw = given->withdraw;
+    if (LORASYNCI_COVERS(given, attach)) t.attach = given->attach;
+    if (LORASYNCI_COVERS(given, detach)) t.detach = given->detach;
+    if (LORASYNCI_COVERS(given, carries)) t.carries = given->carries;
     *out = t;
     return LORASYNC_OK;
 }
@@ -13578,14 +13677,64 @@ LORASYNCI_FN lorasync_engine_outcome lorasynci_new_outcome(const lorasync_transp
     return o;
 }
 
-/* Adds an engine to a session's, or a stream's. */
-LORASYNCI_FN lorasync_status lorasynci_put_engine(lorasynci_buffer *transports, lorasynci_buffer *outcomes,
-                                                  const lorasync_transport *t, lorasync_error *err)
+/* The verdict on a callback's return. Statuses of -100 and below speak of the trainer's communicator, which is fine:
+   they become E_IO. */
+LORASYNCI_FN lorasync_status lorasynci_called(const lorasync_transport *t, const char *what, lorasync_status status,
+                                              const lorasync_error *inner, lorasync_error *err)
+{
+    const char *lost = lorasync_is_lost(status) ? lorasync_status_text(status) : "";
+    if (status >= 0) return LORASYNC_OK;
+    return lorasynci_fail(err, *lost ? LORASYNC_E_IO : status, "transport '%.60s' could not %s: %s%s%.220s", t->name,
+                          what, lost, *lost ? ": " : "", inner->text[0] ? inner->text : lorasync_status_text(status));
+}
+
+/* One of LORASYNC_CARRIES_*, which the transport must have. */
+LORASYNCI_FN lorasync_status lorasynci_check_carries(const lorasync_transport *t, unsigned what, lorasync_error *err)
+{
+    if (!t->carries || (t->carries & what) == what) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_UNSUPPORTED, "transport '%.100s' %s", t->name,
+        what == LORASYNC_CARRIES_ADAPTER ? "carries no adapters; attach another one"
+        : what == LORASYNC_CARRIES_BASE
+            ? "carries adapters; send base weights to a directory, or through a transport of your own"
+        : what == LORASYNC_CARRIES_PLAIN
+            ? "publishes adapters, and with filter.base there is no adapter_config.json; send base weights with "
+              "lorasync_stream_open, or use a transport of your own"
+            : "reads host memory, and the image is in device memory; gather it to the host (keep_on_device 0)");
+}
+
+/* Adds an engine to those of a session, or a stream, and tells the transport. `adapter`: what is published, NULL on a
+   rank that does not publish. After a failure nothing was added. */
+LORASYNCI_FN lorasync_status lorasynci_attach_engine(lorasynci_buffer *transports, lorasynci_buffer *outcomes,
+                                                     const lorasync_transport *t, const void *session,
+                                                     const char *adapter, lorasync_error *err)
 {
     lorasync_engine_outcome outcome = lorasynci_new_outcome(t);
+    lorasync_error          inner;
+    lorasync_status         status;
     lorasynci_put(outcomes, &outcome, sizeof outcome);
     if (!outcomes->failed) lorasynci_put(transports, t, sizeof *t);
-    return outcomes->failed || transports->failed ? lorasynci_fail_memory(err, sizeof outcome) : LORASYNC_OK;
+    if (outcomes->failed || transports->failed) return lorasynci_fail_memory(err, sizeof outcome);
+    if (!t->attach) return LORASYNC_OK;
+    memset(&inner, 0, sizeof inner);
+    status = t->attach(t->user, session, adapter, &inner);
+    if (status >= 0) return LORASYNC_OK;
+    outcomes->size -= sizeof outcome;
+    transports->size -= sizeof *t;
+    return lorasynci_called(t, "be attached", status, &inner, err);
+}
+
+/* Tells the transports of a session, or a stream, that it is gone. Nothing is lent to it any more; `left_behind`: see
+   lorasync_transport.detach. */
+LORASYNCI_FN void lorasynci_close_engines(const lorasynci_buffer *transports, const void *session, const char *adapter,
+                                          int left_behind)
+{
+    const lorasync_transport *t = (const lorasync_transport *)(const void *)transports->data;
+    size_t                    i, num = transports->size / sizeof *t;
+    for (i = 0; i < num; i++) {
+        if (t[i].detach) t[i].detach(t[i].user, session, adapter, left_behind);
+        if (t[i].close) t[i].close(t[i].user);
+    }
 }
 
 /* The first failure of a call that only compile repeats: a parameter or an engine that is missing is not left out in
@@ -13635,17 +13784,6 @@ LORASYNCI_FN void lorasynci_list_name(char *list, size_t size, const char *name)
         snprintf(list + used, size - used, "%s...", used ? ", " : "");
 }
 
-/* The verdict on a callback's return. Statuses of -100 and below speak of the trainer's communicator, which is fine:
-   they become E_IO. */
-LORASYNCI_FN lorasync_status lorasynci_called(const lorasync_transport *t, const char *what, lorasync_status status,
-                                              const lorasync_error *inner, lorasync_error *err)
-{
-    const char *lost = lorasync_is_lost(status) ? lorasync_status_text(status) : "";
-    if (status >= 0) return LORASYNC_OK;
-    return lorasynci_fail(err, *lost ? LORASYNC_E_IO : status, "transport '%.60s' could not %s: %s%s%.220s", t->name,
-                          what, lost, *lost ? ": " : "", inner->text[0] ? inner->text : lorasync_status_text(status));
-}
-
 /* One that knows nothing of buckets would publish the first as if it were all. */
 LORASYNCI_FN lorasync_status lorasynci_check_buckets(const lorasync_transport *t, size_t num_buckets,
                                                      lorasync_error *err)
@@ -13663,6 +13801,7 @@ LORASYNCI_FN lorasync_status lorasynci_stage_one(const lorasync_transport *t, co
 {
     lorasync_error inner;
     LORASYNCI_TRY(lorasynci_check_buckets(t, image->num_buckets, err));
+    if (image->on_device) LORASYNCI_TRY(lorasynci_check_carries(t, LORASYNC_CARRIES_DEVICE, err));
     memset(&inner, 0, sizeof inner);
     return lorasynci_called(t, "stage", t->stage(t->user, image, &inner), &inner, err);
 }
@@ -14501,6 +14640,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     out->abort         = lorasynci_directory_abort;
     out->close         = lorasynci_directory_close;
     out->takes_buckets = 1;
+    out->carries       = LORASYNC_CARRIES_ADAPTER | LORASYNC_CARRIES_BASE;
     return LORASYNC_OK;
 }
 
@@ -14738,16 +14878,17 @@ LORASYNCI_FN int lorasynci_shm_reserve(int fd, size_t num_bytes)
     return failed;
 }
 
+/* For slots: the pages are there, enter them at once. */
+#if defined(MAP_POPULATE)
+#define LORASYNCI_POPULATE MAP_POPULATE
+#else
+#define LORASYNCI_POPULATE 0
+#endif
+
 LORASYNCI_FN void *lorasynci_shm_map_fd(int fd, size_t num_bytes, int writable, int *out_reason)
 {
-    int   flags = MAP_SHARED;
-    void *map;
-#if defined(MAP_POPULATE)
-    if (num_bytes > sizeof(lorasynci_shm_control))
-        flags |= MAP_POPULATE; /* slots: the pages are there, enter them at
-                                                                             once */
-#endif
-    map         = mmap(NULL, num_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, flags, fd, 0);
+    int   flags = MAP_SHARED | (num_bytes > sizeof(lorasynci_shm_control) ? LORASYNCI_POPULATE : 0);
+    void *map   = mmap(NULL, num_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, flags, fd, 0);
     *out_reason = map == MAP_FAILED ? errno : 0;
     return map == MAP_FAILED ? NULL : map;
 }
@@ -14955,10 +15096,10 @@ typedef struct lorasynci_shm {
     int                 num_slots;
     lorasynci_shm_place places[LORASYNCI_SHM_ADAPTERS];
     uint64_t            used[LORASYNCI_SHM_PINS]; /* a bit per slot, by lorasynci_shm_look */
-    uint64_t others[LORASYNCI_SHM_PINS];  /* slots of an earlier transport of this process that somebody may still
-                                             write: see clear */
-    void    *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
-    size_t   sizes[LORASYNCI_SHM_SLOTS];
+    uint64_t            lent[LORASYNCI_SHM_PINS]; /* slots whose device memory ranks of a session have open */
+    uint64_t            kept[LORASYNCI_SHM_PINS]; /* the same, of ranks that were left behind: for ever */
+    void  *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
+    size_t sizes[LORASYNCI_SHM_SLOTS];
     lorasynci_gpu *device;                        /* NULL: payloads in the segments */
     size_t         payload_bytes;                 /* of the image that is being staged to the device */
     char          *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked
@@ -15000,8 +15141,6 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lo
 
 /* -- slots */
 
-LORASYNCI_FN int lorasynci_shm_is_open(lorasynci_shm *s, int slot);
-
 /* Marks the slots that must not be touched. With `bury`, readers that are dead lose their pins; that costs a few system
    calls for each. */
 LORASYNCI_FN void lorasynci_shm_look(lorasynci_shm *s, int bury)
@@ -15022,11 +15161,6 @@ LORASYNCI_FN void lorasynci_shm_look(lorasynci_shm *s, int bury)
             owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
         }
         for (k = 0; owner && k < LORASYNCI_SHM_PINS; k++) s->used[k] |= __atomic_load_n(&r->pins[k], __ATOMIC_SEQ_CST);
-    }
-    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
-        if (!lorasynci_shm_is_marked(s->others, i)) continue;
-        if (lorasynci_shm_is_open(s, i)) lorasynci_shm_mark(s->used, i);
-        else s->others[i / 64] &= ~((uint64_t)1 << (i % 64));
     }
 }
 
@@ -15139,6 +15273,7 @@ LORASYNCI_FN void lorasynci_shm_trim(lorasynci_shm *s, int adapter, size_t need,
         const lorasynci_shm_segment *g = &c->slots[i];
         if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i)) continue;
         if (lorasynci_shm_fits(s, g, need) && num <= keep) continue;
+        if (lorasynci_shm_is_marked(s->lent, i) || lorasynci_shm_is_marked(s->kept, i)) continue;
         if (!lorasynci_shm_retire(s, i)) continue; /* an engine has it open */
         lorasynci_shm_drop_slot(s, i);
         num--;
@@ -15474,7 +15609,7 @@ LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
     if (mine && s->device) lorasynci_shm_look(s, 0);
     for (i = 0; mine && s->device && i < LORASYNCI_SHM_SLOTS; i++) {
         if (!s->payloads[i]) continue;
-        if (lorasynci_shm_retire(s, i)) {
+        if (!lorasynci_shm_is_marked(s->kept, i) && lorasynci_shm_retire(s, i)) {
             lorasynci_shm_free_payload(s, i);
             if (!lorasynci_shm_is_marked(s->used, i)) lorasynci_shm_drop_slot(s, i);
         } else if (lorasynci_shm_is_marked(s->used, i)) {
@@ -15586,55 +15721,59 @@ LORASYNCI_FN void lorasynci_shm_abort(void *user, const char *adapter, uint64_t 
     if (i >= 0 && s->places[i].version == version) lorasynci_shm_unstage(&s->places[i]);
 }
 
-/* A slot as other processes find it. */
-typedef struct lorasynci_shm_target {
-    char                 name[104]; /* of the shared memory */
-    int64_t              slot;
-    uint64_t             serial;     /* 0: there is none */
-    uint64_t             payload_at; /* in its segment; or: */
-    lorasynci_shm_memory memory;
-} lorasynci_shm_target;
+/* -- lending the slot of the next version */
 
-/* The memory that the next stage of this adapter will use: an image whose payload lies there, in host memory with its
-   header in front, is staged without a copy. Ask again after each stage. */
-LORASYNCI_FN lorasync_status lorasynci_shm_slot(void *user, const char *adapter, size_t header_bytes,
-                                                size_t payload_bytes, size_t config_bytes, char **out_payload,
-                                                lorasynci_shm_target *out, lorasync_error *err)
+/* Notes which of an adapter's slots ranks have open: their device memory must not be freed. In shared memory each has
+   its own mapping. */
+LORASYNCI_FN void lorasynci_shm_note_open(lorasynci_shm *s, int adapter, const uint64_t *serials, size_t num)
 {
-    lorasynci_shm *s = (lorasynci_shm *)user;
-    size_t         bytes, need = 0;
-    int            i = -1, slot;
-    if (lorasynci_checked_add(header_bytes, s->device ? 0 : payload_bytes, &bytes))
-        need = lorasynci_shm_need(bytes, config_bytes);
-    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", payload_bytes);
-    LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
-    LORASYNCI_TRY(lorasynci_shm_enter(s, adapter, &i, err));
-    s->payload_bytes = payload_bytes;
-    LORASYNCI_TRY(lorasynci_shm_pick(s, i, need, err));
-    slot         = s->places[i].next;
-    *out_payload = s->device ? s->payloads[slot] : lorasynci_shm_image_of(s, slot) + header_bytes;
-    memset(out, 0, sizeof *out);
-    memcpy(out->name, s->name, sizeof out->name);
-    out->slot       = slot;
-    out->serial     = s->map.control->slots[slot].serial;
-    out->payload_at = (uint64_t)LORASYNCI_SHM_HEAD + header_bytes;
-    out->memory     = lorasynci_shm_head_of(s, slot)->memory;
-    return LORASYNC_OK;
+    int    i;
+    size_t k;
+    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
+        const lorasynci_shm_segment *g = &s->map.control->slots[i];
+        if (g->serial && g->adapter != (uint64_t)adapter) continue;
+        s->lent[i / 64] &= ~((uint64_t)1 << (i % 64));
+        for (k = 0; k < num && s->device; k++)
+            if (serials[k] == g->serial) lorasynci_shm_mark(s->lent, i);
+    }
 }
 
-/* Maps another process's slot to write an image into it; *out_bytes for munmap. NULL when it cannot be had. */
-LORASYNCI_FN char *lorasynci_shm_map_target(const lorasynci_shm_target *t, size_t *out_bytes)
+/* How other ranks open a slot. */
+LORASYNCI_FN void lorasynci_shm_describe(const lorasynci_shm *s, int slot, size_t header_bytes, lorasync_loan *out)
 {
-    char        path[LORASYNCI_SHM_PATH];
-    struct stat st;
-    void       *map;
-    int         fd, reason;
-    lorasynci_shm_path(path, t->name, t->serial);
-    if (lorasynci_shm_open_segment(path, O_RDWR, &fd, &st, NULL) < 0) return NULL;
-    *out_bytes = (size_t)st.st_size;
-    map        = lorasynci_shm_map_fd(fd, *out_bytes, 1, &reason);
-    close(fd);
-    return (char *)map;
+    out->id = s->map.control->slots[slot].serial;
+    if (s->device) {
+        out->payload = s->payloads[slot];
+        out->reach   = LORASYNC_REACH_IPC;
+        memcpy(out->ipc_handle, lorasynci_shm_head_of(s, slot)->memory.handle, sizeof out->ipc_handle);
+        return;
+    }
+    out->payload = lorasynci_shm_image_of(s, slot) + header_bytes;
+    out->reach   = LORASYNC_REACH_SHM;
+    out->offset  = (uint64_t)LORASYNCI_SHM_HEAD + header_bytes;
+    lorasynci_shm_path(out->name, s->name, out->id);
+}
+
+/* Lends the slot that the next stage of this adapter will use: it stays places[].next until then, so that there is
+   nothing to do when it is not used. */
+LORASYNCI_FN lorasync_status lorasynci_shm_lend(void *user, const lorasync_loan_request *want, lorasync_loan *out,
+                                                lorasync_error *err)
+{
+    lorasynci_shm        *s     = (lorasynci_shm *)user;
+    const lorasync_image *image = want->image;
+    size_t                bytes, need = 0;
+    int                   i = -1;
+    if (lorasynci_gpu_ordinal(s->device) != (want->on_device ? want->ordinal : -1)) return LORASYNC_NOTHING_NEW;
+    if (lorasynci_checked_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes))
+        need = lorasynci_shm_need(bytes, image->config_json ? strlen(image->config_json) + 1 : 1);
+    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", image->payload_bytes);
+    LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
+    LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &i, err));
+    lorasynci_shm_note_open(s, i, want->open_ids, want->num_open);
+    s->payload_bytes = image->payload_bytes;
+    LORASYNCI_TRY(lorasynci_shm_pick(s, i, need, err));
+    lorasynci_shm_describe(s, s->places[i].next, image->header_bytes, out);
+    return LORASYNC_OK;
 }
 
 /* -- the sessions that it is attached to */
@@ -15652,60 +15791,67 @@ LORASYNCI_FN lorasynci_shm_lease *lorasynci_shm_lease_of(lorasynci_shm *s, const
     return empty;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_shm_check_lease(void *user, const void *session, const char *adapter,
-                                                       lorasync_error *err)
+/* Two sessions would gather into one slot. A rank that does not publish has no lease, and closes all the same. */
+LORASYNCI_FN lorasync_status lorasynci_shm_admit(void *user, const void *session, const char *adapter,
+                                                 lorasync_error *err)
 {
     lorasynci_shm       *s = (lorasynci_shm *)user;
-    lorasynci_shm_lease *c = lorasynci_shm_lease_of(s, adapter);
-    if (c && (!c->session || c->session == session)) return LORASYNC_OK;
-    if (!c) {
+    lorasynci_shm_lease *c = adapter ? lorasynci_shm_lease_of(s, adapter) : NULL;
+    if (adapter && !c) {
         return lorasynci_fail(err, LORASYNC_E_BUSY,
                               "shared memory '%s' is attached to %d sessions already; use another name", s->name,
                               LORASYNCI_SHM_ADAPTERS);
     }
-    return lorasynci_fail(
-        err, LORASYNC_E_BUSY,
-        "another session publishes adapter '%.60s' in shared memory '%s'; close that one, open the transport "
-        "again and attach it to a new session; or use another name",
-        adapter, s->name);
-}
-
-/* After the check above. A rank that does not publish has no lease (adapter is NULL), and closes all the same. */
-LORASYNCI_FN void lorasynci_shm_enter_lease(void *user, const void *session, const char *adapter)
-{
-    lorasynci_shm       *s = (lorasynci_shm *)user;
-    lorasynci_shm_lease *c = adapter ? lorasynci_shm_lease_of(s, adapter) : NULL;
+    if (c && c->session && c->session != session) {
+        return lorasynci_fail(
+            err, LORASYNC_E_BUSY,
+            "another session publishes adapter '%.60s' in shared memory '%s'; close that one, open the transport "
+            "again and attach it to a new session; or use another name",
+            adapter, s->name);
+    }
     __atomic_fetch_add(&s->num_users, 1, __ATOMIC_SEQ_CST);
-    if (!c) return;
+    if (!c) return LORASYNC_OK;
     c->session = session;
     c->adapter = adapter;
+    return LORASYNC_OK;
 }
 
-/* A slot that was lent to a session that closes: a rank that was left behind may still write there, so it goes to
-   nobody else. */
-LORASYNCI_FN void lorasynci_shm_take_back(lorasynci_shm *s, const char *adapter)
+/* Device memory to which a rank may still write, or that it has open: it goes to nobody else, and is freed with the
+   process. */
+LORASYNCI_FN void lorasynci_shm_abandon(lorasynci_shm *s, int adapter, int slot)
+{
+    int i;
+    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
+        if (s->map.control->slots[i].adapter == (uint64_t)adapter && lorasynci_shm_is_marked(s->lent, i))
+            lorasynci_shm_mark(s->kept, i);
+    if (slot < 0) return;
+    lorasynci_shm_head_of(s, slot)->memory.pointer = 0;
+    s->payloads[slot]                              = NULL;
+    lorasynci_shm_drop_slot(s, slot);
+}
+
+/* The slot that was lent to a session that closes goes to nobody else: a rank that was left behind may still write
+   there. In shared memory it is removed in any case, which leaves such a rank its own mapping. */
+LORASYNCI_FN void lorasynci_shm_take_back(lorasynci_shm *s, const char *adapter, int left_behind)
 {
     int i = lorasynci_shm_find(s, adapter), slot;
     if (i < 0) return;
     lorasynci_shm_unstage(&s->places[i]);
     slot              = s->places[i].next;
     s->places[i].next = -1;
-    if (slot < 0) return;
-    if (!s->device) lorasynci_shm_drop_slot(s, slot);
-    else if (lorasynci_shm_is_open(s, slot)) lorasynci_shm_mark(s->others, slot);
+    if (s->device && left_behind) lorasynci_shm_abandon(s, i, slot);
+    if (!s->device && slot >= 0) lorasynci_shm_drop_slot(s, slot);
+    lorasynci_shm_note_open(s, i, NULL, 0);
 }
 
-/* Before the session closes the transport. */
-LORASYNCI_FN void lorasynci_shm_drop_leases(void *user, const void *session)
+/* A session closes. */
+LORASYNCI_FN void lorasynci_shm_dismiss(void *user, const void *session, const char *adapter, int left_behind)
 {
-    lorasynci_shm *s = (lorasynci_shm *)user;
-    int            i;
-    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
-        lorasynci_shm_lease *c = &s->leases[i];
-        if (c->session != session) continue;
-        if (lorasynci_shm_check_mine(s, NULL) == LORASYNC_OK) lorasynci_shm_take_back(s, c->adapter);
-        c->session = NULL;
-    }
+    lorasynci_shm       *s = (lorasynci_shm *)user;
+    lorasynci_shm_lease *c = adapter ? lorasynci_shm_lease_of(s, adapter) : NULL;
+    if (!c || c->session != session) return;
+    if (lorasynci_shm_check_mine(s, NULL) == LORASYNC_OK) lorasynci_shm_take_back(s, adapter, left_behind);
+    c->session = NULL;
 }
 
 /* Closes it when nobody uses it any more. */
@@ -15723,18 +15869,16 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
     lorasynci_dealloc(&a, s);
 }
 
-/* A new transport does not write into free slots of the one before: they may have been lent for a gather, and a rank
-   that was left behind may still write there. In shared memory they are removed, which leaves such a rank its own
-   mapping; device memory waits until nobody has it open. */
+/* A new transport does not write into free slots of shared memory of the one before: they may have been lent for a
+   gather, and a rank that was left behind may still write there. They are removed, which leaves such a rank its own
+   mapping. */
 LORASYNCI_FN void lorasynci_shm_clear(lorasynci_shm *s)
 {
     int i;
     lorasynci_shm_look(s, 1);
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
         const lorasynci_shm_segment *g = &s->map.control->slots[i];
-        if (!g->serial || lorasynci_shm_is_marked(s->used, i)) continue;
-        if (!g->device_bytes) lorasynci_shm_drop_slot(s, i);
-        else if (lorasynci_shm_is_open(s, i)) lorasynci_shm_mark(s->others, i);
+        if (g->serial && !g->device_bytes && !lorasynci_shm_is_marked(s->used, i)) lorasynci_shm_drop_slot(s, i);
     }
 }
 
@@ -15770,13 +15914,17 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     }
     lorasynci_shm_clear(s);
     memset(out, 0, sizeof *out);
-    out->size   = sizeof *out;
-    out->name   = s->name;
-    out->user   = s;
-    out->stage  = lorasynci_shm_stage;
-    out->commit = lorasynci_shm_commit;
-    out->abort  = lorasynci_shm_abort;
-    out->close  = lorasynci_shm_close;
+    out->size    = sizeof *out;
+    out->name    = s->name;
+    out->user    = s;
+    out->stage   = lorasynci_shm_stage;
+    out->commit  = lorasynci_shm_commit;
+    out->abort   = lorasynci_shm_abort;
+    out->close   = lorasynci_shm_close;
+    out->lend    = lorasynci_shm_lend;
+    out->attach  = lorasynci_shm_admit;
+    out->detach  = lorasynci_shm_dismiss;
+    out->carries = LORASYNC_CARRIES_ADAPTER | (s->device ? LORASYNC_CARRIES_DEVICE : 0);
     return LORASYNC_OK;
 }
 
@@ -17409,35 +17557,41 @@ typedef struct lorasynci_added {
     uint64_t       raw, key, module, adapter;
 } lorasynci_added;
 
-/* Where the next run makes the image: in the plan's own memory, or straight in the slot of shared memory in which
-   engines will read it.
+/* Where the next run makes the image: in the plan's own memory, or straight in memory that a transport lends.
 
-       root           own payload | slot 1 | slot 2 | slot 3         a slot that is free takes the next version; its
-                                                                     transport keeps the slots mapped
-       other ranks    own payload | map    | map    | map            the same memory, by its name; on a GPU opened over
-                                                                     CUDA IPC. Without direct
-                                                                     placement they need none */
+       root           own payload | lent 1 | lent 2 | lent 3         its transport lends what is free for the next
+                                                                     version
+       other ranks    own payload | opened | opened | opened         the same memory, opened once and known again by its
+                                                                     id. Without direct placement they need none
+
+   A loan, on the root:
+
+       none --lend--> lent --published from it--> none                                the memory is the transport's
+                       |  '--publishing failed--> spent --begin: withdraw--> none     the next image is made in `own`
+                       '--the ranks cannot open it (blind)-----begin: withdraw--> none */
 enum {
     LORASYNCI_AIMS = 4
 };
 
+/* Lent memory that this rank has open (on the root: that the others have). */
 typedef struct lorasynci_aimed {
-    uint64_t          serial; /* of the slot; 0: nothing here */
-    uint64_t          used;   /* when it was aimed at last: the oldest is given up for another. Equal on all ranks */
-    char             *map;    /* not on the root; or: */
-    size_t            map_bytes;
-    lorasynci_import *import;
+    uint64_t         id;      /* 0: nothing here */
+    uint64_t         used;    /* when it was aimed at last: the oldest is given up for another. Equal on all ranks */
+    int              lender;  /* number of the transport */
+    char            *payload; /* not on the root; in the */
+    lorasynci_window window;
 } lorasynci_aimed;
 
 typedef struct lorasynci_aim {
-    char               *own;    /* NULL: this session never aims elsewhere */
-    char               *next;   /* payload of the next run */
-    uint64_t            serial; /* of the slot that it lies in, or 0 */
-    uint64_t            clock;
-    int                 blind; /* some rank could not map a slot: none is aimed at any more */
-    lorasynci_aimed     slots[LORASYNCI_AIMS];
-    lorasynci_shm_view *view; /* of the shared memory with slots on a GPU; not on the root */
-    lorasynci_import   *imports;
+    char           *own;    /* NULL: this session never aims elsewhere */
+    char           *next;   /* payload of the next run */
+    uint64_t        mark;   /* of the memory that it lies in, equal on all ranks; 0: own */
+    uint64_t        clock;  /* how often lent memory was aimed at */
+    int             blind;  /* some rank could not open lent memory: none is aimed at any more */
+    int             lender; /* on the root: whose loan it is */
+    int             spent;  /* on the root: publishing from the loan has failed */
+    lorasync_loan   loan;   /* on the root; payload NULL: none */
+    lorasynci_aimed opened[LORASYNCI_AIMS];
 } lorasynci_aim;
 
 struct lorasync_session {
@@ -17489,37 +17643,45 @@ LORASYNCI_FN lorasynci_added *lorasynci_added_at(const lorasync_session *s, size
 
 LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s) { return s->added.size / sizeof(lorasynci_added); }
 
-LORASYNCI_FN void lorasynci_aimed_drop(lorasynci_aimed *entry)
+/* Closes it, on the plan's GPU where it has one. */
+LORASYNCI_FN void lorasynci_aimed_drop(const lorasync_session *s, lorasynci_aimed *entry)
 {
-    if (entry->map) munmap(entry->map, entry->map_bytes);
-    if (entry->import) entry->import->num_users--;
+    int ordinal = s->plan ? lorasynci_gpu_ordinal(s->plan->gpu) : -1, old = -1;
+    if (ordinal >= 0) old = lorasynci_gpu_enter(ordinal);
+    lorasynci_window_close(&entry->window);
+    if (ordinal >= 0) lorasynci_gpu_leave(ordinal, old);
     memset(entry, 0, sizeof *entry);
 }
 
-/* Before the root closes the transport whose slots these are; the root waits for the others to have done so. */
-LORASYNCI_FN void lorasynci_session_drop_aims(lorasync_session *s)
+/* Before the root closes the transports. 1 if another rank may yet write to what was lent, or has device memory of it
+   open: it was left behind. On the host they write only when the root has begun, from the second run on. */
+LORASYNCI_FN int lorasynci_session_drop_aims(lorasync_session *s)
 {
-    int i;
-    for (i = 0; i < LORASYNCI_AIMS; i++) lorasynci_aimed_drop(&s->aim.slots[i]);
-    if (!s->plan || !s->plan->device) return;
-    lorasynci_imports_sweep(s->plan->gpu, &s->aim.imports, NULL);
-    lorasynci_shm_view_drop(s->aim.view);
-    if (s->aim.clock) lorasynci_device_await_holders(s->plan);
+    const lorasync_plan *plan = s->plan;
+    int                  i;
+    for (i = 0; i < LORASYNCI_AIMS; i++) lorasynci_aimed_drop(s, &s->aim.opened[i]);
+    if (plan && plan->device && plan->direct) return s->aim.clock && !lorasynci_device_await_holders(s->plan);
+    if (s->talk.lost) return 1;
+    return plan && plan->direct && s->talk.comm.world > 1 && (plan->begun || !plan->run);
+}
+
+LORASYNCI_FN int lorasynci_session_is_root(const lorasync_session *s) { return s->talk.comm.rank == s->desc.root; }
+
+/* What its transports are told that it publishes. */
+LORASYNCI_FN const char *lorasynci_session_publishes(const lorasync_session *s)
+{
+    return lorasynci_session_is_root(s) ? s->adapter : NULL;
 }
 
 LORASYNC_API void lorasync_close(lorasync_session *session)
 {
     lorasync_allocator a;
-    size_t             i;
+    int                left_behind;
     if (!session) return;
     a = session->a;
     lorasynci_device_settle(session->plan);
-    lorasynci_session_drop_aims(session);
-    for (i = 0; i < lorasynci_num_transports(session); i++) {
-        const lorasync_transport *t = &lorasynci_transports(session)[i];
-        if (t->stage == lorasynci_shm_stage) lorasynci_shm_drop_leases(t->user, session);
-        if (t->close) t->close(t->user);
-    }
+    left_behind = lorasynci_session_drop_aims(session);
+    lorasynci_close_engines(&session->transports, session, lorasynci_session_publishes(session), left_behind);
     lorasync_plan_free(session->plan);
     lorasync_config_free(session->config);
     lorasynci_buffer_free(&session->texts);
@@ -17655,17 +17817,13 @@ LORASYNCI_FN lorasync_status lorasynci_session_attach(lorasync_session *session,
                                                       lorasync_error *err)
 {
     lorasync_transport t;
-    const char        *leased = session->talk.comm.rank == session->desc.root ? session->adapter : NULL;
     if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: transport is NULL");
     if (session->plan)
         return lorasynci_fail(err, LORASYNC_E_STATE,
                               "lorasync_attach after lorasync_compile: attach every engine before");
     LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
-    if (t.stage != lorasynci_shm_stage) return lorasynci_put_engine(&session->transports, &session->outcomes, &t, err);
-    if (leased) LORASYNCI_TRY(lorasynci_shm_check_lease(t.user, session, leased, err));
-    LORASYNCI_TRY(lorasynci_put_engine(&session->transports, &session->outcomes, &t, err));
-    lorasynci_shm_enter_lease(t.user, session, leased);
-    return LORASYNC_OK;
+    return lorasynci_attach_engine(&session->transports, &session->outcomes, &t, session,
+                                   lorasynci_session_publishes(session), err);
 }
 
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport,
@@ -17916,24 +18074,13 @@ LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasyn
     return status;
 }
 
-/* Base weights, maybe with an adapter among them: what is left to check where there is no config. The built-in
-   transports publish adapters only. */
+/* Base weights, maybe with an adapter among them: what is left to check where there is no config. */
 LORASYNCI_FN lorasync_status lorasynci_session_check_base(lorasync_session *s, lorasync_error *err)
 {
     const lorasync_image *image = s->plan->image;
     lorasynci_pairs       pairs;
     lorasync_error        why;
     lorasync_status       status;
-    size_t                i;
-    for (i = 0; i < lorasynci_num_transports(s); i++) {
-        const lorasync_transport *t = &lorasynci_transports(s)[i];
-        if (t->stage == lorasynci_directory_stage || t->stage == lorasynci_shm_stage)
-            return lorasynci_fail(
-                err, LORASYNC_E_UNSUPPORTED,
-                "transport '%.100s' publishes adapters, and with filter.base there is no adapter_config.json; send "
-                "base weights with lorasync_stream_open, or use a transport of your own",
-                t->name);
-    }
     status = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &s->a, &why);
     lorasynci_pairs_free(&pairs);
     if (status >= 0 || status == LORASYNC_E_EMPTY) return LORASYNC_OK; /* base weights alone */
@@ -17946,7 +18093,11 @@ LORASYNCI_FN lorasync_status lorasynci_session_check_base(lorasync_session *s, l
 LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, lorasync_error *err)
 {
     lorasync_config_write_desc w;
+    const unsigned             what = lorasynci_wants_base(s) ? LORASYNC_CARRIES_PLAIN : LORASYNC_CARRIES_ADAPTER;
+    size_t                     i;
     if (!s->plan->has_image) return LORASYNC_OK;
+    for (i = 0; i < lorasynci_num_transports(s); i++)
+        LORASYNCI_TRY(lorasynci_check_carries(&lorasynci_transports(s)[i], what, err));
     if (lorasynci_wants_base(s)) return lorasynci_session_check_base(s, err);
     memset(&w, 0, sizeof w);
     w.config     = s->config;
@@ -17961,11 +18112,18 @@ LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, loras
 
 /* -- what the root hands to all */
 
-/* What the root found when publishing, and the slot for the next run; equal on all ranks afterwards. */
+/* Memory that a transport has lent to the root, as other ranks need it to open it. */
+typedef struct lorasynci_lent {
+    lorasync_loan loan; /* id 0: there is none */
+    uint64_t      process, payload_bytes;
+    int32_t       lender, ordinal;
+} lorasynci_lent;
+
+/* What the root found when publishing, and where the next run makes its image; equal on all ranks afterwards. */
 typedef struct lorasynci_outcome {
-    uint64_t             digest, publish_ns;
-    int32_t              num_engines, num_behind, skipped, in_place;
-    lorasynci_shm_target target;
+    uint64_t       digest, publish_ns;
+    int32_t        num_engines, num_behind, skipped, in_place;
+    lorasynci_lent target;
 } lorasynci_outcome;
 
 /* One message from the root to each other rank. They wait for nobody else: only the root has anything to say. */
@@ -17975,7 +18133,6 @@ typedef struct lorasynci_notice {
     char              engines[80]; /* the transports' names, for errors on the other ranks */
 } lorasynci_notice;
 
-LORASYNCI_FN int lorasynci_session_is_root(const lorasync_session *s) { return s->talk.comm.rank == s->desc.root; }
 
 /* The communicator went while the root was publishing, or telling of it: what is known of that. */
 LORASYNCI_FN void lorasynci_session_explain(const lorasync_session *s, const lorasync_error *verdict,
@@ -18038,92 +18195,176 @@ LORASYNCI_FN void lorasynci_session_list_engines(lorasync_session *s)
     if (num == 0) snprintf(s->engines, sizeof s->engines, "no engine");
 }
 
-/* On the root: asks the first shared-memory transport for the slot of its next version. Without one the image is made
-   in the plan's memory. */
-LORASYNCI_FN char *lorasynci_session_ask(lorasync_session *s, lorasynci_shm_target *out)
+/* -- lent memory */
+
+/* Ends the loan without its being used. On the root, and only when no rank writes there any more. */
+LORASYNCI_FN void lorasynci_session_withdraw(lorasync_session *s)
 {
-    const lorasync_image *image   = s->plan->image;
-    char                 *payload = NULL;
-    size_t                i, config_bytes;
-    memset(out, 0, sizeof *out);
-    if (!s->plan->has_image || !s->aim.own) return NULL;
-    config_bytes = image->config_json ? strlen(image->config_json) + 1 : 1;
-    for (i = 0; i < lorasynci_num_transports(s); i++) {
-        const lorasync_transport *t = &lorasynci_transports(s)[i];
-        if (t->stage != lorasynci_shm_stage ||
-            !lorasynci_gpu_is_same(((const lorasynci_shm *)t->user)->device, s->plan->gpu))
-            continue;
-        if (lorasynci_shm_slot(t->user, image->adapter, image->header_bytes, image->payload_bytes, config_bytes,
-                               &payload, out, NULL) < 0)
-            break;
-        return payload;
-    }
-    memset(out, 0, sizeof *out);
-    return NULL;
+    const lorasync_transport *t = lorasynci_transports(s) + s->aim.lender;
+    if (s->aim.loan.payload && t->withdraw) t->withdraw(t->user, s->adapter, &s->aim.loan);
+    memset(&s->aim.loan, 0, sizeof s->aim.loan);
+    s->aim.spent = 0;
 }
 
-/* The entry of a slot, new or not; the one that was not aimed at for longest makes room. */
-LORASYNCI_FN lorasynci_aimed *lorasynci_session_entry(lorasync_session *s, uint64_t serial)
+/* What keeps lent memory from being used, or NULL. */
+LORASYNCI_FN const char *lorasynci_loan_defect(const lorasync_loan *loan, const lorasync_loan_request *want)
 {
-    lorasynci_aimed *oldest = &s->aim.slots[0];
+    const uintptr_t at = (uintptr_t)loan->payload;
+    if (at % (want->on_device ? 256 : 8)) return want->on_device ? "is not aligned to 256" : "is not aligned to 8";
+    if (!loan->id) return "has no id";
+    if (loan->reach == LORASYNC_REACH_ROOT)
+        return want->others_write ? "cannot be reached by the other ranks, which write there" : NULL;
+    if (loan->reach == LORASYNC_REACH_PROCESS) return NULL;
+    if (loan->reach != (want->on_device ? LORASYNC_REACH_IPC : LORASYNC_REACH_SHM))
+        return want->on_device ? "is not said to be reached over CUDA IPC" : "is not said to be reached by name";
+    return loan->name[sizeof loan->name - 1] ? "has a name that does not end" : NULL;
+}
+
+/* Asks one transport; 1 if it lends. What speaks against it stands in its outcome. */
+LORASYNCI_FN int lorasynci_session_ask_one(lorasync_session *s, int lender, const lorasync_loan_request *want)
+{
+    const lorasync_transport *t = &lorasynci_transports(s)[lender];
+    lorasync_error            inner, *why = &lorasynci_outcomes(s)[lender].error;
+    lorasync_status           status;
+    const char               *defect;
+    memset(&inner, 0, sizeof inner);
+    if (!t->lend) return 0;
+    status = t->lend(t->user, want, &s->aim.loan, &inner);
+    if (status < 0) lorasynci_called(t, "lend memory for the next version", status, &inner, why);
+    if (status != LORASYNC_OK || !s->aim.loan.payload) {
+        memset(&s->aim.loan, 0, sizeof s->aim.loan);
+        return 0;
+    }
+    s->aim.lender = lender;
+    defect        = lorasynci_loan_defect(&s->aim.loan, want);
+    if (!defect) return 1;
+    lorasynci_fail(why, LORASYNC_E_ARGUMENT, "transport '%.60s' lends memory that %s; it is not used", t->name, defect);
+    lorasynci_session_withdraw(s);
+    return 0;
+}
+
+/* On the root: borrows memory for the next version from the first transport that lends. */
+LORASYNCI_FN void lorasynci_session_borrow(lorasync_session *s)
+{
+    lorasync_loan_request want;
+    uint64_t              ids[LORASYNCI_AIMS];
+    int                   lender, i;
+    memset(&want, 0, sizeof want);
+    want.size         = sizeof want;
+    want.image        = s->plan->image;
+    want.on_device    = s->plan->device != NULL;
+    want.ordinal      = lorasynci_gpu_ordinal(s->plan->gpu);
+    want.others_write = s->plan->direct && s->talk.comm.world > 1;
+    want.open_ids     = ids;
+    for (lender = 0; lender < (int)lorasynci_num_transports(s); lender++) {
+        want.num_open = 0;
+        for (i = 0; i < LORASYNCI_AIMS; i++)
+            if (s->aim.opened[i].id && s->aim.opened[i].lender == lender) ids[want.num_open++] = s->aim.opened[i].id;
+        if (lorasynci_session_ask_one(s, lender, &want)) return;
+    }
+}
+
+/* On the root: where the next run shall make the image. Without a loan that is the plan's memory. */
+LORASYNCI_FN void lorasynci_session_ask(lorasync_session *s, lorasynci_lent *out)
+{
+    if (!s->plan->has_image || !s->aim.own || s->aim.blind || s->aim.spent) return;
+    if (!s->aim.loan.payload) lorasynci_session_borrow(s);
+    out->loan          = s->aim.loan;
+    out->process       = lorasynci_process_self();
+    out->payload_bytes = s->plan->image->payload_bytes;
+    out->lender        = s->aim.lender;
+    out->ordinal       = lorasynci_gpu_ordinal(s->plan->gpu);
+}
+
+/* The entry of lent memory, new or not; the one that was not aimed at for longest makes room. */
+LORASYNCI_FN lorasynci_aimed *lorasynci_session_entry(lorasync_session *s, const lorasynci_lent *t)
+{
+    lorasynci_aimed *oldest = &s->aim.opened[0];
     int              i;
     for (i = 0; i < LORASYNCI_AIMS; i++) {
-        if (s->aim.slots[i].serial == serial) return &s->aim.slots[i];
-        if (s->aim.slots[i].used < oldest->used) oldest = &s->aim.slots[i];
+        lorasynci_aimed *entry = &s->aim.opened[i];
+        if (entry->id == t->loan.id && entry->lender == t->lender) return entry;
+        if (entry->used < oldest->used) oldest = entry;
     }
-    lorasynci_aimed_drop(oldest);
+    lorasynci_aimed_drop(s, oldest);
     return oldest;
 }
 
-/* Opens the root's slot on another rank; 0 when it cannot be had. */
-LORASYNCI_FN int lorasynci_session_open_slot(lorasync_session *s, const lorasynci_shm_target *t, lorasynci_aimed *entry)
+/* Device memory, over CUDA IPC or, in the root's process, by its address. 0 when it cannot be had. */
+LORASYNCI_FN int lorasynci_aimed_open_device(const lorasynci_gpu *g, const lorasynci_lent *t, lorasynci_aimed *entry)
 {
-    lorasync_error err;
-    if (!s->plan->device) {
-        entry->map = lorasynci_shm_map_target(t, &entry->map_bytes);
-        return entry->map && entry->map_bytes > t->payload_at;
-    }
-    if (t->slot < 0 || t->slot >= LORASYNCI_SHM_SLOTS) return 0;
-    if (!s->aim.view && lorasynci_shm_view_open(t->name, &s->a, &s->aim.view, &err) != LORASYNC_OK) return 0;
-    if (lorasynci_import_get(s->plan->gpu, &s->aim.imports, s->aim.view, (int)t->slot, &t->memory, &entry->import,
-                             &err) < 0)
-        return 0;
-    entry->import->num_users++;
+    lorasynci_device_offer offer;
+    lorasync_status        status;
+    int                    old = lorasynci_gpu_enter(lorasynci_gpu_ordinal(g));
+    memset(&offer, 0, sizeof offer);
+    offer.process = t->process;
+    offer.pointer = (uint64_t)(uintptr_t)t->loan.payload;
+    offer.ordinal = t->ordinal;
+    memcpy(offer.handle, t->loan.ipc_handle, sizeof offer.handle);
+    status = lorasynci_window_device(&entry->window, g, &offer, NULL);
+    lorasynci_gpu_leave(lorasynci_gpu_ordinal(g), old);
+    if (status < 0) return 0;
+    entry->payload = entry->window.address;
+    if (entry->window.kind == LORASYNCI_WINDOW_IMPORTED) entry->payload += t->loan.offset;
     return 1;
 }
 
-/* Aims the next run at the root's slot. Where ranks write to the image themselves, they all have to open it: a vote,
-   the first time it comes up. */
-LORASYNCI_FN void lorasynci_session_aim(lorasync_session *s, const lorasynci_shm_target *t, char *on_root)
+/* Shared memory, by its name. */
+LORASYNCI_FN int lorasynci_aimed_open_named(const lorasynci_lent *t, lorasynci_aimed *entry)
+{
+    struct stat st;
+    int         fd;
+    if (lorasynci_shm_open_segment(t->loan.name, O_RDWR, &fd, &st, NULL) < 0) return 0;
+    if ((uintmax_t)st.st_size >= t->loan.offset && (uintmax_t)st.st_size - t->loan.offset >= t->payload_bytes)
+        lorasynci_window_map(&entry->window, fd, (size_t)st.st_size, PROT_READ | PROT_WRITE, LORASYNCI_POPULATE);
+    close(fd);
+    if (entry->window.address) entry->payload = entry->window.address + t->loan.offset;
+    return entry->payload != NULL;
+}
+
+/* Opens what was lent to the root on another rank; 0 when it cannot be had. */
+LORASYNCI_FN int lorasynci_aimed_open(const lorasync_session *s, const lorasynci_lent *t, lorasynci_aimed *entry)
+{
+    if (t->loan.reach == LORASYNC_REACH_PROCESS && t->process != lorasynci_process_self()) return 0;
+    if (s->plan->device) return lorasynci_aimed_open_device(s->plan->gpu, t, entry);
+    if (t->loan.reach == LORASYNC_REACH_SHM) return lorasynci_aimed_open_named(t, entry);
+    entry->payload = (char *)t->loan.payload;
+    return 1;
+}
+
+/* Aims the next run at what the root was lent. Where ranks write to the image themselves, they all have to open it: a
+   vote, the first time it comes up. */
+LORASYNCI_FN void lorasynci_session_aim(lorasync_session *s, const lorasynci_lent *t)
 {
     lorasynci_aimed *entry;
     lorasync_error   err;
     lorasync_status  status;
     int              opened = 1;
-    if (!t->serial || s->aim.blind) return;
+    if (!t->loan.id || s->aim.blind) return;
     if (!s->plan->direct) {
-        if (on_root) s->aim.next = on_root;
+        if (s->plan->has_image) s->aim.next = (char *)s->aim.loan.payload;
         return;
     }
-    entry = lorasynci_session_entry(s, t->serial);
-    if (!entry->serial) {
-        if (!s->plan->has_image) opened = lorasynci_session_open_slot(s, t, entry);
+    entry = lorasynci_session_entry(s, t);
+    if (!entry->id) {
+        if (!s->plan->has_image) opened = lorasynci_aimed_open(s, t, entry);
         status = lorasynci_talk_vote_flag(&s->talk, NULL, &opened, &err);
         lorasynci_talk_lose(&s->talk, status, &err); /* what was published is; the next call will say it */
         if (status < 0 || !opened) s->aim.blind = 1;
     }
-    entry->serial = t->serial;
+    entry->id     = t->loan.id;
+    entry->lender = t->lender;
     entry->used   = ++s->aim.clock;
     if (s->aim.blind) return;
-    s->aim.serial = t->serial;
-    s->aim.next   = s->plan->has_image ? on_root : entry->import ? entry->import->payload : entry->map + t->payload_at;
+    s->aim.mark = lorasynci_mix(t->loan.id ^ lorasynci_mix((uint64_t)t->lender));
+    s->aim.next = s->plan->has_image ? (char *)s->aim.loan.payload : entry->payload;
 }
 
 /* Until it is known better: the plan's own memory. */
 LORASYNCI_FN void lorasynci_session_aim_home(lorasync_session *s)
 {
-    s->aim.next   = s->aim.own;
-    s->aim.serial = 0;
+    s->aim.next = s->aim.own;
+    s->aim.mark = 0;
 }
 
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err)
@@ -18132,7 +18373,6 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     lorasync_piece   *pieces = NULL;
     lorasync_status   status;
     lorasynci_outcome outcome;
-    char             *slot;
     if (!err) err = &why;
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_compile was called already");
@@ -18148,12 +18388,12 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     if (!session->plan->device || !session->plan->has_image || lorasynci_device_keeps(session->plan->device))
         session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
     lorasynci_session_aim_home(session);
-    lorasynci_session_config(session, &mine);
     lorasynci_session_list_engines(session);
-    slot   = lorasynci_session_ask(session, &outcome.target);
+    if (lorasynci_session_config(session, &mine) == LORASYNC_OK) lorasynci_session_ask(session, &outcome.target);
     status = lorasynci_session_share(session, &mine, &outcome, 0, err);
-    if (status == LORASYNC_OK) lorasynci_session_aim(session, &outcome.target, slot);
+    if (status == LORASYNC_OK) lorasynci_session_aim(session, &outcome.target);
     if (status < 0) {
+        if (!session->talk.lost) lorasynci_session_withdraw(session);
         lorasync_plan_free(session->plan);
         session->plan = NULL;
         lorasynci_dealloc(&session->a, session->published_config);
@@ -18197,12 +18437,14 @@ LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64
     return plan->begin_error.status;
 }
 
-/* What the run about to begin writes to, as a number that is equal on all ranks. */
+/* What the run about to begin writes to, as a number that is equal on all ranks. What was lent for something else goes
+   back: the last image, which may have lain there, has ended. */
 LORASYNCI_FN uint64_t lorasynci_session_take_aim(lorasync_session *s)
 {
     if (!s->aim.own) return 0;
     lorasynci_plan_aim(s->plan, s->aim.next);
-    return s->plan->device && s->plan->direct && s->aim.serial ? lorasynci_mix(s->aim.serial) : 0;
+    if (s->aim.next != (char *)s->aim.loan.payload) lorasynci_session_withdraw(s);
+    return s->plan->device && s->plan->direct ? s->aim.mark : 0;
 }
 
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)
@@ -18252,6 +18494,20 @@ LORASYNCI_FN lorasync_status lorasynci_session_to_engines(lorasync_session *s, c
     return lorasynci_publish(&p, err);
 }
 
+/* The same, and says what has become of the loan in which the image lies, if it does: it has ended where the lender now
+   serves that image. */
+LORASYNCI_FN lorasync_status lorasynci_session_send(lorasync_session *s, const lorasync_image *image, int behind_only,
+                                                    lorasync_error *err)
+{
+    const int                      is_lent   = s->aim.loan.payload && image->payload == s->aim.loan.payload;
+    const lorasync_engine_outcome *lender    = is_lent ? &lorasynci_outcomes(s)[s->aim.lender] : NULL;
+    const int                      is_behind = lender && lender->version != image->version;
+    lorasync_status                status    = lorasynci_session_to_engines(s, image, behind_only, err);
+    if (is_behind && lender->version == image->version) memset(&s->aim.loan, 0, sizeof s->aim.loan);
+    s->aim.spent = is_lent && s->aim.loan.payload;
+    return status;
+}
+
 LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lorasynci_outcome *out, lorasync_error *err)
 {
     lorasync_image *image  = lorasync_plan_image(s->plan);
@@ -18261,7 +18517,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lora
     out->skipped = lorasynci_session_skips(s, image);
     if (!out->skipped) {
         lorasync_image_stamp(image, s->version, image->digest);
-        status = lorasynci_session_to_engines(s, image, 0, err);
+        status = lorasynci_session_send(s, image, 0, err);
     }
     out->digest   = image->digest;
     out->in_place = !out->skipped && s->aim.own && image->payload != s->aim.own;
@@ -18298,17 +18554,16 @@ LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_r
 {
     lorasynci_outcome outcome;
     lorasync_error    mine, why;
-    char             *slot;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_wait", err));
     LORASYNCI_TRY(lorasync_plan_wait(session->plan, err));
     memset(&mine, 0, sizeof mine);
     memset(&outcome, 0, sizeof outcome);
-    lorasynci_session_aim_home(session); /* the slot is served from here on, whatever comes of the rest */
-    lorasynci_session_publish(session, &outcome, &mine);
-    slot = lorasynci_session_ask(session, &outcome.target);
+    lorasynci_session_aim_home(session); /* what was lent may be served from here on, whatever comes of the rest */
+    if (lorasynci_session_publish(session, &outcome, &mine) == LORASYNC_OK)
+        lorasynci_session_ask(session, &outcome.target);
     LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, 1, err));
-    lorasynci_session_aim(session, &outcome.target, slot);
+    lorasynci_session_aim(session, &outcome.target);
     if (!outcome.skipped) session->last_version = session->version;
     session->last_digest = outcome.digest;
     session->published   = 1;
@@ -18323,7 +18578,7 @@ LORASYNCI_FN void lorasynci_session_republish(lorasync_session *s, lorasynci_out
     size_t                i, num = lorasynci_num_transports(s);
     if (!image) return;
     out->num_behind = (int32_t)(num - lorasynci_num_serving(lorasynci_outcomes(s), num, image->version));
-    lorasynci_session_to_engines(s, image, 1, err);
+    lorasynci_session_send(s, image, 1, err);
     for (i = num; i-- > 0;)
         if (lorasynci_outcomes(s)[i].version != image->version) *err = lorasynci_outcomes(s)[i].error;
 }
@@ -18333,7 +18588,6 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     lorasynci_outcome outcome;
     lorasync_error    mine, why;
     lorasync_status   status;
-    char             *slot;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_republish", err));
     if (session->talk.lost) return lorasynci_lost_before(err);
@@ -18346,9 +18600,9 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     if (status < 0) return lorasynci_talk_lose(&session->talk, status, err);
     lorasynci_session_aim_home(session);
     lorasynci_session_republish(session, &outcome, &mine);
-    slot = lorasynci_session_ask(session, &outcome.target);
+    if (mine.status == LORASYNC_OK) lorasynci_session_ask(session, &outcome.target);
     LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, 1, err));
-    lorasynci_session_aim(session, &outcome.target, slot);
+    lorasynci_session_aim(session, &outcome.target);
     return outcome.num_behind ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
 }
 
@@ -18695,26 +18949,26 @@ typedef struct lorasynci_base_piece {
 } lorasynci_base_piece;
 
 struct lorasync_stream {
-    lorasync_allocator   a;
-    lorasynci_talk       talk;
-    lorasync_stream_desc desc; /* name, config_json and cuda replaced by the copies below */
-    lorasync_plan_desc   plan_desc;
-    char                *name, *config_json;
-    lorasync_cuda        cuda;
-    lorasynci_buffer     texts;
-    lorasynci_buffer     added; /* lorasynci_base_piece; both until compile has succeeded */
-    lorasynci_buffer     transports, outcomes;
-    lorasync_error       add_error;
-    lorasync_plan      **plans; /* num_buckets; NULL before compile */
-    size_t               num_buckets;
-    lorasynci_loan       loans[2];
-    lorasynci_window     shared;           /* direct: both payloads; else on the root payload_memory is */
-    char                 mapping_name[64]; /* while it has one */
-    char                *payload_memory;
-    lorasynci_buffer     index;       /* on the root: model.safetensors.index.json */
-    lorasync_error       stage_error; /* the root's, of the sync that runs; an objection of all plans */
-    uint64_t             last_version;
-    lorasync_stream_info info;
+    lorasync_allocator    a;
+    lorasynci_talk        talk;
+    lorasync_stream_desc  desc; /* name, config_json and cuda replaced by the copies below */
+    lorasync_plan_desc    plan_desc;
+    char                 *name, *config_json;
+    lorasync_cuda         cuda;
+    lorasynci_buffer      texts;
+    lorasynci_buffer      added; /* lorasynci_base_piece; both until compile has succeeded */
+    lorasynci_buffer      transports, outcomes;
+    lorasync_error        add_error;
+    lorasync_plan       **plans; /* num_buckets; NULL before compile */
+    size_t                num_buckets;
+    lorasynci_plan_memory loans[2];
+    lorasynci_window      shared;           /* direct: both payloads; else on the root payload_memory is */
+    char                  mapping_name[64]; /* while it has one */
+    char                 *payload_memory;
+    lorasynci_buffer      index;       /* on the root: model.safetensors.index.json */
+    lorasync_error        stage_error; /* the root's, of the sync that runs; an objection of all plans */
+    uint64_t              last_version;
+    lorasync_stream_info  info;
 };
 
 LORASYNCI_FN lorasynci_base_piece *lorasynci_base_at(const lorasync_stream *s, size_t i)
@@ -18773,16 +19027,18 @@ LORASYNCI_FN void lorasynci_stream_reset(lorasync_stream *s)
     memset(&s->info, 0, sizeof s->info);
 }
 
+/* What its transports are told that it publishes. */
+LORASYNCI_FN const char *lorasynci_stream_publishes(const lorasync_stream *s)
+{
+    return s->talk.comm.rank == s->desc.root ? s->name : NULL;
+}
+
 LORASYNC_API void lorasync_stream_close(lorasync_stream *stream)
 {
     lorasync_allocator a;
-    size_t             i;
     if (!stream) return;
     a = stream->a;
-    for (i = 0; i < lorasynci_stream_num_transports(stream); i++) {
-        const lorasync_transport *t = &lorasynci_stream_transports(stream)[i];
-        if (t->close) t->close(t->user);
-    }
+    lorasynci_close_engines(&stream->transports, stream, lorasynci_stream_publishes(stream), 0);
     lorasynci_stream_reset(stream);
     lorasynci_talk_free(&stream->talk, &a);
     lorasynci_buffer_free(&stream->texts);
@@ -18889,13 +19145,9 @@ LORASYNCI_FN lorasync_status lorasynci_stream_attach(lorasync_stream *stream, co
         return lorasynci_fail(err, LORASYNC_E_STATE,
                               "lorasync_stream_attach after lorasync_stream_compile: attach every engine before");
     LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
-    if (t.stage == lorasynci_shm_stage)
-        return lorasynci_fail(
-            err, LORASYNC_E_UNSUPPORTED,
-            "'%.60s' is shared memory, which carries adapters; send base weights to a directory, or through a "
-            "transport of your own",
-            t.name);
-    return lorasynci_put_engine(&stream->transports, &stream->outcomes, &t, err);
+    LORASYNCI_TRY(lorasynci_check_carries(&t, LORASYNC_CARRIES_BASE, err));
+    return lorasynci_attach_engine(&stream->transports, &stream->outcomes, &t, stream,
+                                   lorasynci_stream_publishes(stream), err);
 }
 
 LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport,

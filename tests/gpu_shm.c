@@ -107,13 +107,18 @@ static void fill(uint64_t *words, size_t num_bytes, uint64_t version)
 
 static void publish(lorasync_transport *t, lorasync_image *image, void *host, void *device, int kind, uint64_t version)
 {
-    lorasync_error       err;
-    lorasync_status      status;
-    lorasynci_shm_target target;
-    char                *slot = (char *)device;
-    if (kind == IN_PLACE && lorasynci_shm_slot(t->user, "default", image->header_bytes, image->payload_bytes,
-                                               sizeof CONFIG, &slot, &target, &err) < 0)
-        fail("publisher", err.text);
+    lorasync_error        err;
+    lorasync_status       status;
+    lorasync_loan_request want;
+    lorasync_loan         loan;
+    char                 *slot = (char *)device;
+    memset(&want, 0, sizeof want);
+    memset(&loan, 0, sizeof loan);
+    want.size  = sizeof want;
+    want.image = image, want.on_device = 1;
+    if (cudaGetDevice(&want.ordinal) != cudaSuccess) fail("publisher", "cudaGetDevice");
+    if (kind == IN_PLACE && t->lend(t->user, &want, &loan, &err) != LORASYNC_OK) fail("publisher", "nothing is lent");
+    if (kind == IN_PLACE) slot = (char *)loan.payload;
     fill((uint64_t *)host, image->payload_bytes, version);
     lorasync_image_bind(image, host);
     lorasync_image_stamp(image, version, lorasync_image_digest(image, NULL));

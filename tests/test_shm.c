@@ -617,27 +617,38 @@ static void test_all_slots_taken(void)
 
 /* -- straight into the slot */
 
+/* The memory in which the next version of this image is to be made. */
+static lorasync_status lend(const lorasync_transport *t, const lorasync_image *image, lorasync_loan *out,
+                            lorasync_error *err)
+{
+    lorasync_loan_request want;
+    memset(&want, 0, sizeof want);
+    memset(out, 0, sizeof *out);
+    want.size  = sizeof want;
+    want.image = image;
+    return t->lend(t->user, &want, out, err);
+}
+
 static void test_direct(void)
 {
-    lorasync_transport   t;
-    lorasync_engine     *e;
-    lorasync_image      *image, *other;
-    lorasync_error       err;
-    lorasynci_shm_target target;
-    char                *memory = NULL, *again = NULL;
-    char                *longer;
-    uint64_t             v;
-    int                  slot;
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_image    *image, *other, wrong;
+    lorasync_error     err;
+    lorasync_loan      loan, again;
+    char              *memory, *longer;
+    uint64_t           v;
+    int                slot;
     fresh_name();
     t     = open_transport();
     e     = open_engine("default", 0);
     image = lay_out("default", 64);
     for (v = 1; v <= 10; v++) {
-        size_t h = image->header_bytes, n = image->payload_bytes;
-        CHECK_EQ(lorasynci_shm_slot(t.user, "default", h, n, 1000, &memory, &target, &err), 0);
-        CHECK_EQ(lorasynci_shm_slot(t.user, "default", h, n, 1000, &again, &target, &err), 0);
-        CHECK(memory == again);
-        CHECK_EQ((uintptr_t)(memory - h) % 4096, 0);
+        CHECK_EQ(lend(&t, image, &loan, &err), 0);
+        CHECK_EQ(lend(&t, image, &again, &err), 0);
+        CHECK(memcmp(&loan, &again, sizeof loan) == 0);
+        memory = (char *)loan.payload;
+        CHECK_EQ((uintptr_t)(memory - image->header_bytes) % 4096, 0);
         slot = inside(&t)->places[0].next;
         CHECK(slot >= 0 && slot != lorasynci_shm_slot_of(inside(&t)->map.control->adapters[0].word));
         lorasynci_image_move_header(image, memory - image->header_bytes);
@@ -655,9 +666,8 @@ static void test_direct(void)
     memset(longer, ' ', 300000);
     memcpy(longer, CONFIG, sizeof CONFIG - 1);
     longer[299999] = 0;
-    CHECK_EQ(
-        lorasynci_shm_slot(t.user, "default", image->header_bytes, image->payload_bytes, 1000, &memory, &target, &err),
-        0);
+    CHECK_EQ(lend(&t, image, &loan, &err), 0);
+    memory = (char *)loan.payload;
     lorasynci_image_move_header(image, memory - image->header_bytes);
     set_version(image, memory, 11, 0);
     image->config_json = longer;
@@ -671,15 +681,20 @@ static void test_direct(void)
     }
 
     /* another image than the one that was announced */
-    CHECK_EQ(lorasynci_shm_slot(t.user, "default", 1000, 4000, 100, &memory, &target, &err), 0);
+    wrong              = *image;
+    wrong.header_bytes = 1000, wrong.payload_bytes = 4000;
+    wrong.config_json = CONFIG;
+    CHECK_EQ(lend(&t, &wrong, &loan, &err), 0);
     other = make_image("default", 12, 0, 4096);
     CHECK_EQ(put(&t, other, &err), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     CHECK_EQ(served(e, "default"), 12);
     drop_image(other);
-    CHECK_EQ(lorasynci_shm_slot(t.user, "a/b", 1000, 4000, 100, &memory, &target, &err), LORASYNC_E_NAME);
-    CHECK_EQ(lorasynci_shm_slot(t.user, "default", 1000, SIZE_MAX - 5, 100, &memory, &target, &err),
-             LORASYNC_E_ARGUMENT);
+    wrong.adapter = "a/b";
+    CHECK_EQ(lend(&t, &wrong, &loan, &err), LORASYNC_E_NAME);
+    wrong.adapter       = "default";
+    wrong.payload_bytes = SIZE_MAX - 5;
+    CHECK_EQ(lend(&t, &wrong, &loan, &err), LORASYNC_E_ARGUMENT);
     free(longer);
     lorasync_image_free(image);
     lorasync_engine_close(e);
@@ -1599,24 +1614,26 @@ static void test_memory_fails(void)
 /* A rank that was left behind writes into the slot that it was lent, when there is a new transport already. */
 static void test_left_behind(void)
 {
-    lorasynci_shm_target target;
-    lorasync_transport   t;
-    lorasync_engine     *e;
-    lorasync_image      *image;
-    lorasync_error       err;
-    size_t               num_bytes = 0;
-    char                *payload   = NULL, *map;
-    uint64_t             v;
+    lorasync_loan      loan;
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_image    *image;
+    lorasync_error     err;
+    size_t             num_bytes = 0;
+    char              *map;
+    uint64_t           v;
+    int                fd;
     fresh_name();
     e     = open_engine("default", 0);
     t     = open_transport();
     image = make_image("default", 1, 0, 64);
     CHECK_EQ(put(&t, image, &err), 0);
-    CHECK_EQ(
-        lorasynci_shm_slot(t.user, "default", image->header_bytes, image->payload_bytes, 1000, &payload, &target, &err),
-        0);
-    map = lorasynci_shm_map_target(&target, &num_bytes);
-    REQUIRE(map != NULL);
+    CHECK_EQ(lend(&t, image, &loan, &err), 0);
+    fd        = shm_open(loan.name, O_RDWR, 0);
+    num_bytes = (size_t)loan.offset + image->payload_bytes;
+    map       = (char *)mmap(NULL, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    REQUIRE(map != (char *)MAP_FAILED);
+    close(fd);
     t.close(t.user);
     t = open_transport();
     for (v = 2; v <= 5; v++) {
