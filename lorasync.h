@@ -13610,8 +13610,8 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
 }
 /* ----------------------------------------------------------------------------------------------------- >>publish -- */
 
-/* An image to any number of engines in two phases, and the transport that writes PEFT directories. Relies on support
-   only.
+/* An image to any number of engines in two phases, and the transport that writes PEFT directories. Uses >>support and
+   >>image.
 
        stage on every transport that has a commit, then on those whose stage is all     until here nobody serves the new
                                                                                         version
@@ -13745,6 +13745,8 @@ LORASYNCI_FN lorasync_status lorasynci_remember(lorasync_error *first, const lor
     return err->status;
 }
 
+/* -- one run of publishing */
+
 /* One run of publishing. Transport i is as transport_copy left it; outcome i goes on from the run before.
 
        transports  [ a      | b         | c      | d    ]   b has no commit: after the others
@@ -13773,6 +13775,8 @@ typedef struct lorasynci_publication {
     char                      in_doubt[80];  /* names of those whose commit failed */
 } lorasynci_publication;
 
+/* -- one run */
+
 /* Adds a name to a list that is cut with "..." when it is full. */
 LORASYNCI_FN void lorasynci_list_name(char *list, size_t size, const char *name)
 {
@@ -13796,6 +13800,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_buckets(const lorasync_transport *t
         t->name, num_buckets);
 }
 
+/* `err` is left alone when the image is staged. */
 LORASYNCI_FN lorasync_status lorasynci_stage_one(const lorasync_transport *t, const lorasync_image *image,
                                                  lorasync_error *err)
 {
@@ -13806,24 +13811,29 @@ LORASYNCI_FN lorasync_status lorasynci_stage_one(const lorasync_transport *t, co
     return lorasynci_called(t, "stage", t->stage(t->user, image, &inner), &inner, err);
 }
 
+/* Only for a transport that has staged this version and has a commit. */
 LORASYNCI_FN lorasync_status lorasynci_commit_one(const lorasync_transport *t, const lorasync_image *image,
                                                   lorasync_error *err)
 {
     lorasync_error inner;
+    LORASYNC_ASSERT(t->commit);
     memset(&inner, 0, sizeof inner);
     return lorasynci_called(t, "commit", t->commit(t->user, image->adapter, image->version, &inner), &inner, err);
 }
 
+/* What a transport without abort has staged is its own affair. */
 LORASYNCI_FN void lorasynci_abort_one(const lorasync_transport *t, const lorasync_image *image)
 {
     if (t->abort) t->abort(t->user, image->adapter, image->version);
 }
 
+/* Publishing the same version again asks only those that do not serve it. */
 LORASYNCI_FN int lorasynci_takes_part(const lorasynci_publication *p, size_t i)
 {
     return !p->behind_only || p->outcomes[i].version != p->image->version;
 }
 
+/* The engine has the version now, and is as good as one that never failed. */
 LORASYNCI_FN void lorasynci_serves(lorasynci_publication *p, size_t i)
 {
     lorasync_engine_outcome *o = &p->outcomes[i];
@@ -13839,6 +13849,7 @@ LORASYNCI_FN void lorasynci_serves(lorasynci_publication *p, size_t i)
 LORASYNCI_FN void lorasynci_missed(lorasynci_publication *p, size_t i)
 {
     lorasync_engine_outcome *o = &p->outcomes[i];
+    LORASYNC_ASSERT(p->outcomes[i].error.status < 0 && p->num_possible > 0);
     if (o->num_failures < 0x7fffffff) o->num_failures++;
     o->state = o->num_failures >= LORASYNC_DEAD_AFTER ? LORASYNC_ENGINE_DEAD : LORASYNC_ENGINE_BEHIND;
     if (!p->first_failure) p->first_failure = &o->error;
@@ -13851,6 +13862,7 @@ LORASYNCI_FN void lorasynci_missed(lorasynci_publication *p, size_t i)
 LORASYNCI_FN void lorasynci_abort_all(lorasynci_publication *p)
 {
     size_t i;
+    LORASYNC_ASSERT(p->end[0] <= p->num && p->end[1] <= p->num);
     for (i = p->num; i-- > 0;) {
         if (i >= p->end[p->transports[i].commit != NULL] || p->outcomes[i].state != LORASYNC_ENGINE_STAGED) continue;
         p->outcomes[i].num_failures = 0;
@@ -13863,6 +13875,7 @@ LORASYNCI_FN void lorasynci_abort_all(lorasynci_publication *p)
 LORASYNCI_FN void lorasynci_stage_some(lorasynci_publication *p, int with_commit)
 {
     size_t i;
+    LORASYNC_ASSERT(with_commit == 0 || with_commit == 1);
     for (i = 0; i < p->num && p->num_possible >= p->need; i++) {
         const lorasync_transport *t = &p->transports[i];
         if ((t->commit != NULL) != with_commit || !lorasynci_takes_part(p, i)) continue;
@@ -13898,6 +13911,7 @@ LORASYNCI_FN lorasync_status lorasynci_tell_who(const lorasynci_publication *p, 
     unsigned long long v = (unsigned long long)p->image->version;
     size_t             used, left;
     char              *end;
+    LORASYNC_ASSERT(p->first_failure && p->first_failure->status < 0);
     if (!err) return p->first_failure->status;
     *err = *p->first_failure;
     if (p->need < p->num)
@@ -13942,6 +13956,7 @@ LORASYNCI_FN int lorasynci_may_commit(lorasynci_publication *p)
     return 0;
 }
 
+/* First where it can still be taken back: an engine without commit serves as soon as it has the image. */
 LORASYNCI_FN void lorasynci_stage_all(lorasynci_publication *p)
 {
     lorasynci_stage_some(p, 1);
@@ -13978,7 +13993,7 @@ LORASYNCI_FN size_t lorasynci_num_serving(const lorasync_engine_outcome *outcome
     return n;
 }
 
-/* -- names in a published directory, shared with the engine */
+/* -- names in a published directory. The engine reads them too. */
 
 #define LORASYNCI_MODEL_FILE "adapter_model.safetensors"
 #define LORASYNCI_CONFIG_FILE "adapter_config.json"
@@ -14015,6 +14030,7 @@ LORASYNCI_FN void lorasynci_version_name(char out[24], uint64_t version)
     snprintf(out, 24, "v%llu", (unsigned long long)version);
 }
 
+/* 1 and the version for a name that lorasynci_version_name writes: no sign, no leading zero, nothing behind. */
 LORASYNCI_FN int lorasynci_parse_version(const char *text, uint64_t *out)
 {
     uint64_t v = 0;
@@ -14071,8 +14087,9 @@ LORASYNCI_FN DIR *lorasynci_list_directory(int fd)
     return list;
 }
 
-/* -- files: 0 or an errno */
+/* -- files. All return 0 or an errno. */
 
+/* Until the file (or the names in a directory) will be there after a loss of power. */
 LORASYNCI_FN int lorasynci_sync_fd(int fd)
 {
     while (fsync(fd) != 0) {
@@ -14081,12 +14098,13 @@ LORASYNCI_FN int lorasynci_sync_fd(int fd)
     return 0;
 }
 
+/* All or an errno; after a failure some may be written. */
 LORASYNCI_FN int lorasynci_write_all(int fd, const void *bytes, size_t num_bytes)
 {
     const char *p = (const char *)bytes;
     while (num_bytes) {
-        size_t  step = num_bytes < ((size_t)1 << 30) ? num_bytes : (size_t)1 << 30; /* some systems refuse 2 GiB at
-                                                                                       once */
+        /* some systems refuse 2 GiB at once */
+        size_t  step = num_bytes < ((size_t)1 << 30) ? num_bytes : (size_t)1 << 30;
         ssize_t n    = write(fd, p, step);
         if (n < 0 && errno != EINTR) return errno;
         if (n > 0) {
@@ -14118,6 +14136,7 @@ typedef struct lorasynci_content {
     size_t      num_second;
 } lorasynci_content;
 
+/* An image as a file: it lies in two places, header and payload. */
 LORASYNCI_FN lorasynci_content lorasynci_model_content(const lorasync_image *image)
 {
     lorasynci_content c;
@@ -14173,6 +14192,7 @@ LORASYNCI_FN size_t lorasynci_files_of(const lorasync_image *image, lorasynci_fi
         snprintf(files[num].name, sizeof files[num].name, "%s", LORASYNCI_BASE_INDEX);
         files[num++].content = lorasynci_text_content(image->index_json);
     }
+    LORASYNC_ASSERT(num <= LORASYNCI_MAX_FILES);
     return num;
 }
 
@@ -14190,6 +14210,8 @@ LORASYNCI_FN int lorasynci_is_our_file(const char *name)
     return strcmp(name, numbered) == 0;
 }
 
+/* A new file, whole and (unless no_fsync) durable. A name that is taken is a failure: nothing is ever overwritten or
+   written through a link. */
 LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_content content, int no_fsync)
 {
     int failed, fd = openat(dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
@@ -14201,7 +14223,7 @@ LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_co
     return failed;
 }
 
-/* -- the directory transport
+/* -- directory transport.
 
        <path>/<adapter>/            adapter_fd
             .stage-<pid>-v13/       being written
@@ -14219,6 +14241,7 @@ typedef struct lorasynci_directory {
     char               chunk[16384]; /* for comparing files */
 } lorasynci_directory;
 
+/* "cannot <what> <path>/<adapter>/<file>: <reason>" */
 LORASYNCI_FN lorasync_status lorasynci_fail_file(lorasync_error *err, const lorasynci_directory *d, const char *what,
                                                  const char *adapter, const char *file, int reason)
 {
@@ -14226,6 +14249,7 @@ LORASYNCI_FN lorasync_status lorasynci_fail_file(lorasync_error *err, const lora
                           *file ? "/" : "", file, strerror(reason));
 }
 
+/* Where this process writes a version: its pid keeps two publishers apart. */
 LORASYNCI_FN void lorasynci_stage_name(char out[64], uint64_t version)
 {
     snprintf(out, 64, ".stage-%ld-v%llu", (long)getpid(), (unsigned long long)version);
@@ -14294,14 +14318,16 @@ LORASYNCI_FN int lorasynci_retire(int adapter_fd, const char *name)
 {
     char old[80];
     int  i, failed = EEXIST;
-    for (i = 0; i < 100 && (failed == EEXIST || failed == ENOTEMPTY); i++) { /* a leftover with foreign files may have
-                                                                                the name */
+    /* a leftover with foreign files may have the name */
+    for (i = 0; i < 100 && (failed == EEXIST || failed == ENOTEMPTY); i++) {
         snprintf(old, sizeof old, ".old-%ld-%.30s.%d", (long)getpid(), name, i);
         failed = renameat(adapter_fd, name, adapter_fd, old) == 0 ? 0 : errno;
     }
     if (!failed) lorasynci_remove(adapter_fd, old);
     return failed;
 }
+
+/* -- directory transport: cleaning up */
 
 /* 1 for a working name of a process that is gone, or of this one: it works on one version of an adapter at a time. */
 LORASYNCI_FN int lorasynci_is_stale(const char *name)
@@ -14319,6 +14345,7 @@ LORASYNCI_FN int lorasynci_is_stale(const char *name)
     return 0;
 }
 
+/* Takes away what crashed publishers have left beside the versions. */
 LORASYNCI_FN void lorasynci_remove_stale(int adapter_fd)
 {
     DIR           *list = lorasynci_list_directory(adapter_fd);
@@ -14353,6 +14380,7 @@ LORASYNCI_FN void lorasynci_prune(const lorasynci_directory *d, int adapter_fd, 
 {
     char     name[24];
     uint64_t oldest;
+    LORASYNC_ASSERT(d->keep_versions > 0);
     while (lorasynci_count_versions(adapter_fd, latest, &oldest) > (size_t)d->keep_versions && oldest < latest) {
         lorasynci_version_name(name, oldest);
         if (lorasynci_retire(adapter_fd, name) != 0) return;
@@ -14372,6 +14400,7 @@ LORASYNCI_FN int lorasynci_same_bytes(lorasynci_directory *d, int fd, const void
     return 1;
 }
 
+/* 1 if the file is there and holds just this content. */
 LORASYNCI_FN int lorasynci_same_file(lorasynci_directory *d, int dir_fd, const char *name, lorasynci_content content)
 {
     int fd   = openat(dir_fd, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
@@ -14394,6 +14423,9 @@ LORASYNCI_FN int lorasynci_same_version(lorasynci_directory *d, int adapter_fd, 
     return same;
 }
 
+/* -- directory transport: staging */
+
+/* Engines serve a newer version already: going back would be silent data loss for them. */
 LORASYNCI_FN lorasync_status lorasynci_fail_newer(lorasync_error *err, const lorasynci_directory *d,
                                                   const char *adapter, uint64_t latest, uint64_t version)
 {
@@ -14403,6 +14435,7 @@ LORASYNCI_FN lorasync_status lorasynci_fail_newer(lorasync_error *err, const lor
         lorasynci_end_of(d->path), adapter, (unsigned long long)latest, (unsigned long long)version);
 }
 
+/* A published version never changes: engines may have it mapped. */
 LORASYNCI_FN lorasync_status lorasynci_fail_other(lorasync_error *err, const lorasynci_directory *d,
                                                   const char *adapter, const char *version)
 {
@@ -14439,13 +14472,14 @@ LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, int adap
     char     version[24], stage[64], file[140];
     uint64_t latest;
     int      failed, staging;
+    LORASYNC_ASSERT(image->version > 0);
     lorasynci_version_name(version, image->version);
     lorasynci_stage_name(stage, image->version);
     if (image->bucket == 0) lorasynci_remove_stale(adapter_fd);
     LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, image->adapter, &latest, err));
     if (latest > image->version) return lorasynci_fail_newer(err, d, image->adapter, latest, image->version);
-    staging = image->bucket && lorasynci_look(adapter_fd, stage) == 0; /* then the first bucket was not the one that is
-                                                                          there */
+    /* 1: the version's first bucket was written, so it is not the version that is there */
+    staging = image->bucket && lorasynci_look(adapter_fd, stage) == 0;
     if (!staging && (image->num_buckets < 2 || latest == image->version) &&
         lorasynci_same_version(d, adapter_fd, version, image))
         return LORASYNC_OK;
@@ -14493,6 +14527,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_publishable(const lorasync_image *i
     return LORASYNC_OK;
 }
 
+/* The transport's stage: the checks, then lorasynci_stage_at in the adapter's directory. */
 LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasync_image *image, lorasync_error *err)
 {
     lorasynci_directory *d = (lorasynci_directory *)user;
@@ -14508,6 +14543,8 @@ LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasyn
     close(fd);
     return status;
 }
+
+/* -- directory transport: committing */
 
 /* Points `latest` to a version: a new link, renamed over the old one. 0 or an errno. */
 LORASYNCI_FN int lorasynci_swing_latest(const lorasynci_directory *d, int adapter_fd, const char *version)
@@ -14536,6 +14573,8 @@ LORASYNCI_FN int lorasynci_name_version(int adapter_fd, const char *stage, const
     return failed;
 }
 
+/* The stage directory gets its name, then `latest` points to it, each durable before the next: whoever follows the link
+   at any moment finds a whole version. Committing once more what is served already is no error. */
 LORASYNCI_FN lorasync_status lorasynci_commit_at(lorasynci_directory *d, int adapter_fd, const char *adapter,
                                                  uint64_t version, lorasync_error *err)
 {
@@ -14562,6 +14601,7 @@ LORASYNCI_FN lorasync_status lorasynci_commit_at(lorasynci_directory *d, int ada
     return LORASYNC_OK;
 }
 
+/* The transport's commit. */
 LORASYNCI_FN lorasync_status lorasynci_directory_commit(void *user, const char *adapter, uint64_t version,
                                                         lorasync_error *err)
 {
@@ -14574,6 +14614,7 @@ LORASYNCI_FN lorasync_status lorasynci_directory_commit(void *user, const char *
     return status;
 }
 
+/* The transport's abort: takes the stage directory away, whether it is whole or not. */
 LORASYNCI_FN void lorasynci_directory_abort(void *user, const char *adapter, uint64_t version)
 {
     char stage[64];
@@ -14584,6 +14625,7 @@ LORASYNCI_FN void lorasynci_directory_abort(void *user, const char *adapter, uin
     close(fd);
 }
 
+/* What was published stays. */
 LORASYNCI_FN void lorasynci_directory_close(void *user)
 {
     lorasynci_directory *d = (lorasynci_directory *)user;
@@ -17351,7 +17393,7 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
 /* ------------------------------------------------------------------------------------------------------ >>policy -- */
 
 /* What must be sent to an engine now: two yes-or-no questions, then the steps in a fixed order, each with its own
-   condition. Relies on support only.
+   condition. Uses >>support.
 
        state --base? adapter?--> PAUSE | weights | BASE | ADAPTER | kv_cache | cuda_graph | FLUSH | CONTINUE --those
        that hold--> steps */
@@ -17406,6 +17448,7 @@ LORASYNC_API const char *lorasync_memory_tag_text(lorasync_memory_tag tag)
 /* What the engine has given back, of what it knows. */
 LORASYNCI_FN unsigned lorasynci_released(const lorasync_policy_state *s) { return s->released & s->tags; }
 
+/* States that no engine can be in are mistakes of the caller: a decision made of one would be silently wrong. */
 LORASYNCI_FN lorasync_status lorasynci_policy_check(const lorasync_policy_state *s, lorasync_error *err)
 {
     if (s->sleep_level < 0 || s->sleep_level > 2)
@@ -17431,6 +17474,7 @@ LORASYNCI_FN int lorasynci_weights_lost(const lorasync_policy_state *s)
     return s->sleep_level == 2 || (s->sleep_level == 0 && (lorasynci_released(s) & LORASYNC_MEMORY_WEIGHTS));
 }
 
+/* The strongest reason to send the base weights, or why not. */
 LORASYNCI_FN lorasync_base_reason lorasynci_why_base(const lorasync_policy_state *s)
 {
     if (!s->base_synced) return LORASYNC_BASE_NEVER_SENT;
@@ -17439,6 +17483,7 @@ LORASYNCI_FN lorasync_base_reason lorasynci_why_base(const lorasync_policy_state
     return s->verify ? LORASYNC_BASE_VERIFY : LORASYNC_BASE_KEPT;
 }
 
+/* The same for the adapter. One that lay in the weights' memory is lost with it. */
 LORASYNCI_FN lorasync_adapter_reason lorasynci_why_adapter(const lorasync_policy_state *s)
 {
     if (s->no_adapter) return LORASYNC_ADAPTER_NONE;
@@ -17448,8 +17493,10 @@ LORASYNCI_FN lorasync_adapter_reason lorasynci_why_adapter(const lorasync_policy
     return s->ask_adapter || s->verify ? LORASYNC_ADAPTER_ASKED : LORASYNC_ADAPTER_KEPT;
 }
 
+/* Appends a step if its condition holds. There are as many places as steps. */
 LORASYNCI_FN void lorasynci_add_step(lorasync_decision *d, int holds, lorasync_step step)
 {
+    LORASYNC_ASSERT((size_t)d->num_steps < LORASYNCI_COUNT(d->steps));
     if (holds) d->steps[d->num_steps++] = step;
 }
 
