@@ -234,8 +234,10 @@ typedef struct lorasync_allocator {
 } lorasync_allocator;
 
 /* Element types: those of safetensors (safetensors/src/tensor.rs, enum Dtype), same order, so that a larger value sorts
-   first in a file. F4 and the F6 types are packed: a tensor of them occupies shape product x bits / 8 bytes. Only F32,
-   F16, BF16, F8_E4M3 and F8_E5M2 are ever converted into one another; all others travel as they are. */
+   first in a file. F4 and the F6 types are packed: a tensor of them occupies shape product x bits / 8 bytes.
+   The value types F32, F16, BF16, F8_E4M3 and F8_E5M2 are converted into one another. F8_E8M0, a block scale, is
+   converted into them where that is asked for by name (lorasync_convert, a wanted piece), never into it, and no
+   wire_dtype touches it: its block could not be read without it. All other types are copied unchanged. */
 #define LORASYNC_DTYPE_LIST(X)                                                                                         \
     X(LORASYNC_BOOL, 1, "BOOL", 8)                                                                                     \
     X(LORASYNC_F4, 2, "F4", 4)                                                                                         \
@@ -277,11 +279,14 @@ LORASYNC_API int lorasync_dtype_bits(lorasync_dtype dtype);
 /* The dtype of a safetensors name, or LORASYNC_DTYPE_NONE. */
 LORASYNC_API lorasync_dtype lorasync_dtype_from_name(const char *name);
 
-/* Converts num_elements contiguous elements between F32, F16, BF16, F8_E4M3 and F8_E5M2 (or copies, when the types are
-   equal). Round to nearest, ties to even; bit-exact with torch's casts for every input that is not NaN: fp16 and e5m2
-   overflow to Inf, e4m3 overflows to NaN (it has no Inf), bf16 overflows to Inf. Widening is exact. Between two narrow
-   types the value goes through F32, which is exact. NaN stays NaN, its bits are not promised.
-   src and dst must not overlap; no alignment is needed. Errors: LORASYNC_E_UNSUPPORTED for another pair of types. */
+/* Converts num_elements contiguous elements from a value type, or from F8_E8M0, to a value type (lorasync_dtype), or
+   copies them when the types are equal. Round to nearest, ties to even; bit-exact with torch's casts for every input
+   that is not NaN: F16, BF16 and F8_E5M2 overflow to Inf, F8_E4M3 overflows to NaN (it has no Inf). Widening is exact;
+   code c of F8_E8M0 is 2^(c - 127), and 255 is NaN. Between two narrow types the value goes through F32, which is
+   exact. NaN stays NaN, its bits are not promised.
+   src and dst must not overlap; no alignment is needed. With num_elements 0 (pointers may be NULL) it only says whether
+   the pair is converted. Errors: LORASYNC_E_UNSUPPORTED for another pair of types, or for elements of F4 or an F6 type
+   that end inside a byte; LORASYNC_E_ARGUMENT for NULL. */
 LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtype, const void *src,
                                               lorasync_dtype src_dtype, size_t num_elements, lorasync_error *err);
 
@@ -537,7 +542,7 @@ typedef struct lorasync_piece {
        allowed only where the box has len 1. Only with flat == 0. */
     int64_t stride[LORASYNC_MAX_DIMS];
     /* The values are multiplied by it in F32 before they are rounded; 0 means 1. Only for pieces that a rank has, and
-       only for F32, F16, BF16, F8_E4M3 and F8_E5M2. */
+       only for value types (lorasync_dtype). */
     double scale;
 } lorasync_piece;
 
@@ -917,8 +922,8 @@ typedef struct lorasync_plan_desc {
     const lorasync_comm *comm; /* NULL: solo. Copied; its user pointer is borrowed until the plan is freed */
     lorasync_plan_kind   kind;
     int                  root; /* GATHER: who gets the image. SCATTER: who has it. Other kinds: who does the planning */
-    /* Float tensors except F64 travel, and lie in the image, as this type; NONE: as the type of their pieces. Not used
-       by SCATTER, where they travel as the image has them. */
+    /* Tensors of value types (lorasync_dtype) travel, and lie in the image, as this one of them; NONE: as the type of
+       their pieces. Not used by SCATTER, where they travel as the image has them. */
     lorasync_dtype wire_dtype;
     /* GATHER, GATHER_ALL, RESHARD: what this rank has. Borrowed until return; their data until the plan is freed. */
     const lorasync_piece *have;
@@ -934,8 +939,8 @@ typedef struct lorasync_plan_desc {
        staged at a time, and the caller's stream waits until the rest has travelled. On GPUs a RESHARD places directly
        only if what each rank receives fits in it. */
     size_t bucket_bytes;
-    /* GATHER, GATHER_ALL: 1: NaN and Inf are gathered like any value. 0: one of them, in F64, F32, F16, BF16, F8_E4M3
-       or F8_E5M2, fails the run; the error names tensor, rank and element. Other kinds do not look for them. */
+    /* GATHER, GATHER_ALL: 1: NaN and Inf are gathered like any value. 0: one of them, in a value type, F64 or F8_E8M0,
+       fails the run; the error names tensor, rank and element. Other kinds do not look for them. */
     int                       allow_nan;
     int                       no_direct; /* 1: never place directly into shared memory, or into another GPU's memory */
     const lorasync_cuda      *cuda; /* NULL: pieces in host memory. Otherwise in device memory, on all ranks. Copied */
@@ -976,7 +981,7 @@ typedef struct lorasync_plan lorasync_plan;
        LORASYNC_E_DISAGREE     ranks disagree on a shape, a dtype or the desc
        LORASYNC_E_NOT_FOUND    a wanted tensor that nobody has
        LORASYNC_E_UNSUPPORTED  a conversion that does not exist; a piece of F4 or an F6 type; a scale of a wanted piece,
-                               or of a type other than F32, F16, BF16, F8_E4M3 and F8_E5M2
+                               or of a type that is no value type (lorasync_dtype)
        LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of the comm */
 LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out,
                                                   lorasync_error *err);
@@ -1709,7 +1714,7 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
    pieces of one tensor. A rank that holds nothing of a tensor may leave it out or pass an empty box. Not collective;
    copies what it needs, borrows data. An error is also remembered: lorasync_compile then fails on every rank, each
    time, and the session can only be closed. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT (box out of
-   bounds), LORASYNC_E_UNSUPPORTED (F4 or F6; a scale of another dtype than F32, F16, BF16, F8_E4M3 and F8_E5M2),
+   bounds), LORASYNC_E_UNSUPPORTED (F4 or F6; a scale of a dtype that is no value type),
    LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err);
 
@@ -1893,10 +1898,57 @@ LORASYNC_API void lorasync_stream_close(lorasync_stream *stream);
 
 /* =========================== END OF THE PUBLIC PART: stop here if you only want the API =========================== */
 
+/* What host and device share: float types, and the GPU's operations. */
+
+#if defined(LORASYNC_IMPLEMENTATION) || defined(LORASYNC_DEVICE_CODE)
+#ifndef LORASYNCI_VALUES
+
+/* The float types, one row each. Whatever knows about them is made from these rows, on the host and on the GPU: which
+   types are converted, the conversions, what is NaN or Inf, and the names in error texts. A new type is a new row.
+
+       name     exponent bits, mantissa bits, sign bits
+       inf      1: as in IEEE 754, an exponent of all ones is Inf (mantissa 0) or NaN; overflow gives Inf
+                0: only the code of all ones (without sign) is not finite: NaN; overflow gives NaN
+       nan      the code that NaN becomes, without sign
+       how      SAME    it is F32
+                SHORT   F32 with a shorter mantissa
+                SMALL   fewer exponents than F32: subnormals and overflow lie among F32's normal numbers
+                SCALE   a power of two, 2^(code - 127): no sign, no mantissa, no zero
+
+   The exponent's bias is 2^(exponent bits - 1) - 1. Nothing saturates.
+
+   Three lists, each in the next. VALUES are converted into one another. WIDENED are converted into VALUES: they are
+   those and SCALES, which are never a conversion's result, since they have neither sign nor zero, and whoever quantises
+   a block decides in which direction its scale is rounded. CHECKED are searched for NaN and Inf.
+
+            name     exponent mantissa sign inf nan          how                                                     */
+#define LORASYNCI_NARROW(X)                                                                                            \
+    X(F16, 5, 10, 1, 1, 0x7e00u, SMALL)                                                                                \
+    X(BF16, 8, 7, 1, 1, 0x7fc0u, SHORT)                                                                                \
+    X(F8_E4M3, 4, 3, 1, 0, 0x7fu, SMALL)                                                                               \
+    X(F8_E5M2, 5, 2, 1, 1, 0x7fu, SMALL)
+#define LORASYNCI_VALUES(X)                                                                                            \
+    X(F32, 8, 23, 1, 1, 0x7fc00000u, SAME)                                                                             \
+    LORASYNCI_NARROW(X)
+#define LORASYNCI_SCALES(X) X(F8_E8M0, 8, 0, 0, 0, 0xffu, SCALE)
+#define LORASYNCI_WIDENED(X)                                                                                           \
+    LORASYNCI_VALUES(X)                                                                                                \
+    LORASYNCI_SCALES(X)
+#define LORASYNCI_CHECKED(X)                                                                                           \
+    LORASYNCI_WIDENED(X)                                                                                               \
+    X(F64, 11, 52, 1, 1, UINT64_C(0x7ff8000000000000), NONE)
+
+/* The codes without sign that are not finite have all these bits. */
+#define LORASYNCI_SPECIAL(exponent, mantissa, inf)                                                                     \
+    ((inf) ? ((UINT64_C(1) << (exponent)) - 1) << (mantissa) : (UINT64_C(1) << ((exponent) + (mantissa))) - 1)
+
+#endif
+#endif
+
 #if defined(LORASYNC_CUDA) || defined(LORASYNC_DEVICE_CODE)
 #ifndef LORASYNCD_TILE
 
-/* What host and device share. One operation moves n0 rows of n1 elements (num = n0 * n1) as lorasynci_op does, with
+/* One operation moves n0 rows of n1 elements (num = n0 * n1) as lorasynci_op does, with
    addresses instead of offsets; a tile is a run of its elements that one block of threads does.
 
        ops    [ op 0 | op 1 | ... ]   tiles  [ op 0, 0 .. 16384 | op 0, 16384 .. 17000 | op 1, 0 .. 512 | ... ]       */
@@ -3207,8 +3259,8 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lora
 
 /* ------------------------------------------------------------------------------------------------------- >>dtype -- */
 
-/* Sizes and names of element types, exact conversion between the five float types that adapters use, and the search for
-   NaN and Inf.
+/* Sizes and names of element types, exact conversion between the float types that adapters use (the rows of
+   LORASYNCI_VALUES), and the search for NaN and Inf.
 
    Everything goes through tiles of 64 elements in F32 bits, in L1:
 
@@ -3261,16 +3313,37 @@ LORASYNC_API lorasync_dtype lorasync_dtype_from_name(const char *name)
     return LORASYNC_DTYPE_NONE;
 }
 
+/* "F32, F16, ..": the types that lorasynci_is_value takes; and the rule of lorasynci_can_convert, for errors. */
+#define LORASYNCI_COMMA_NAME(name, exponent, mantissa, sign, inf, nan, how) ", " #name
+#define LORASYNCI_SPACE_NAME(name, exponent, mantissa, sign, inf, nan, how) " " #name
+#define LORASYNCI_VALUE_NAMES "F32" LORASYNCI_NARROW(LORASYNCI_COMMA_NAME)
+#define LORASYNCI_RULE                                                                                                 \
+    "only " LORASYNCI_VALUE_NAMES                                                                                      \
+    " are converted into one another, and into them" LORASYNCI_SCALES(LORASYNCI_SPACE_NAME)
+
+#define LORASYNCI_CASE(name, exponent, mantissa, sign, inf, nan, how) case LORASYNC_##name:
+
 /* The types that are converted into one another. */
-LORASYNCI_FN int lorasynci_is_float(lorasync_dtype dtype)
+LORASYNCI_FN int lorasynci_is_value(lorasync_dtype dtype)
 {
-    return dtype == LORASYNC_F32 || dtype == LORASYNC_BF16 || dtype == LORASYNC_F16 || dtype == LORASYNC_F8_E4M3 ||
-           dtype == LORASYNC_F8_E5M2;
+    switch ((int)dtype) {
+        LORASYNCI_VALUES(LORASYNCI_CASE) return 1;
+    default: return 0;
+    }
+}
+
+/* The types that are converted into those. */
+LORASYNCI_FN int lorasynci_is_widened(lorasync_dtype dtype)
+{
+    switch ((int)dtype) {
+        LORASYNCI_WIDENED(LORASYNCI_CASE) return 1;
+    default: return 0;
+    }
 }
 
 LORASYNCI_FN int lorasynci_can_convert(lorasync_dtype src, lorasync_dtype dst)
 {
-    return (src == dst && lorasync_dtype_bits(src) != 0) || (lorasynci_is_float(src) && lorasynci_is_float(dst));
+    return (src == dst && lorasync_dtype_bits(src) != 0) || (lorasynci_is_widened(src) && lorasynci_is_value(dst));
 }
 
 /* -- one element */
@@ -3293,31 +3366,31 @@ LORASYNCI_FN uint32_t lorasynci_float_to_bits(float value)
 
        f32  s eeeeeeee mmmmmmmmmmmmmmmmmmmmmmm        f16  s eeeee mmmmmmmmmm 0000000000000000
        bf16 s eeeeeeee mmmmmmm 0000000000000000        e4m3 s eeee mmm 000000000000000000000000
+       e8m0 eeeeeeee 000000000000000000000000
 
-   A float type with fewer exponents than F32, as a list of constants:
+   What follows from the row of a SMALL type:
 
-       name  width  shift  normal  limit  over  nan
-             |      |      |       |      |     a NaN, without sign
-             |      |      |       |      the code of every magnitude of limit and above: Inf, or NaN where the type has
-                                          no Inf
-             |      |      |       F32 bits of the first value after the finite ones
-             |      |      F32 bits of the smallest normal value
-             |      mantissa bits that F32 has more
-             bits                                                                                                     */
-#define LORASYNCI_F16(X) X(f16, 16, 13, 0x38800000u, 0x47800000u, 0x7c00u, 0x7e00u)
-#define LORASYNCI_E5M2(X) X(e5m2, 8, 21, 0x38800000u, 0x47800000u, 0x7cu, 0x7fu)
-#define LORASYNCI_E4M3(X) X(e4m3, 8, 20, 0x3c800000u, 0x43f00000u, 0x7fu, 0x7fu)
+       SHIFT    mantissa bits that F32 has more
+       NORMAL   F32 bits of its smallest normal value
+       OVER     the code that a magnitude too large for it becomes: Inf, or NaN where it has no Inf
+       LIMIT    F32 bits of the value that OVER would have, the first after the finite ones                           */
+#define LORASYNCI_SHIFT(mantissa) (23 - (mantissa))
+#define LORASYNCI_NORMAL(exponent) ((uint32_t)(129 - (1 << ((exponent)-1))) << 23)
+#define LORASYNCI_OVER(exponent, mantissa, inf) ((uint32_t)LORASYNCI_SPECIAL(exponent, mantissa, inf))
+#define LORASYNCI_LIMIT(exponent, mantissa, inf)                                                                       \
+    ((LORASYNCI_OVER(exponent, mantissa, inf) << LORASYNCI_SHIFT(mantissa)) + LORASYNCI_NORMAL(exponent) - 0x00800000u)
 
 /* All ones where a < b, both below 2^31: SSE2 compares signed only. */
 LORASYNCI_FN uint32_t lorasynci_less(uint32_t a, uint32_t b) { return (uint32_t) - (int32_t)((int32_t)a < (int32_t)b); }
 
-/* Adding half a unit less one, and the lowest kept bit, rounds to nearest even; a carry walks into the exponent, up to
-   Inf. The lower half of the result is rubbish. */
-LORASYNCI_FN uint32_t lorasynci_round_bf16(uint32_t u)
+/* F32 bits to a type that has `shift` mantissa bits less, at the top of the word. Adding half a unit less one, and the
+   lowest kept bit, rounds to nearest even; a carry walks into the exponent, up to Inf. The lowest `shift` bits of the
+   result are rubbish. */
+LORASYNCI_FN uint32_t lorasynci_round_short(uint32_t u, int shift, uint32_t nan)
 {
     uint32_t is_nan  = lorasynci_less(0x7f800000u, u & 0x7fffffffu);
-    uint32_t rounded = u + 0x7fffu + ((u >> 16) & 1u);
-    return (rounded & ~is_nan) | (0x7fc00000u & is_nan);
+    uint32_t rounded = u + ((1u << (shift - 1)) - 1u) + ((u >> shift) & 1u);
+    return (rounded & ~is_nan) | ((nan << shift) & is_nan);
 }
 
 /* The code of a magnitude below the limit. In its sum with the power of two that is 2^shift times its own (its exponent
@@ -3344,6 +3417,14 @@ LORASYNCI_FN uint32_t lorasynci_widen_small(uint32_t bits, uint32_t normal, uint
     return finite | (0x7f800000u & ~lorasynci_less(bits, special));
 }
 
+/* A block scale, 2^(code - 127), to F32 bits: the code is the exponent, but for the two that are no normal number in
+   F32. */
+LORASYNCI_FN uint32_t lorasynci_widen_scale(uint32_t code)
+{
+    if (code == 0) return 0x00400000u;
+    return code == 0xffu ? 0x7fc00000u : code << 23;
+}
+
 /* -- one tile. What lies in it behind the n-th element is computed along and ignored. */
 
 #define LORASYNCI_EACH(n, i, statement)                                                                                \
@@ -3364,78 +3445,118 @@ LORASYNCI_FN uint32_t lorasynci_widen_small(uint32_t bits, uint32_t normal, uint
         else memcpy(dst, src, (n) * (element_size));                                                                   \
     } while (0)
 
-#define LORASYNCI_SMALL_TILES(name, width, shift, normal, limit, over, nan)                                            \
-    LORASYNCI_FN uint32_t lorasynci_round_special_##name(uint32_t magnitude)                                           \
+/* A tile of codes at the top of their words to F32 bits, in place; and back. One pair of functions for each row, by its
+   `how`; a SCALE is only widened. */
+#define LORASYNCI_WIDEN_SAME(name, exponent, mantissa, inf, nan)                                                       \
+    LORASYNCI_FN void lorasynci_widen_##name(uint32_t *tile, size_t n) { (void)tile, (void)n; }
+#define LORASYNCI_ROUND_SAME(name, exponent, mantissa, inf, nan)                                                       \
+    LORASYNCI_FN void lorasynci_round_##name(uint32_t *tile, size_t n) { (void)tile, (void)n; }
+
+#define LORASYNCI_WIDEN_SHORT LORASYNCI_WIDEN_SAME
+#define LORASYNCI_ROUND_SHORT(name, exponent, mantissa, inf, nan)                                                      \
+    LORASYNCI_FN void lorasynci_round_##name(uint32_t *tile, size_t n)                                                 \
     {                                                                                                                  \
-        if (magnitude < limit) return lorasynci_round_small(magnitude, shift, normal);                                 \
-        return magnitude > 0x7f800000u ? nan : over;                                                                   \
-    }                                                                                                                  \
-    LORASYNCI_FN void lorasynci_round_tile_##name(uint32_t *tile, size_t n)                                            \
-    {                                                                                                                  \
-        uint32_t any = 0;                                                                                              \
-        LORASYNCI_EACH(n, i, any |= (tile[i] & 0x7fffffffu) + (0x80000000u - limit));                                  \
-        if (any & 0x80000000u)                                                                                         \
-            LORASYNCI_EACH(n, i,                                                                                       \
-                           tile[i] = (tile[i] & 0x80000000u) |                                                         \
-                                     (lorasynci_round_special_##name(tile[i] & 0x7fffffffu) << (32 - width)));         \
-        else                                                                                                           \
-            LORASYNCI_EACH(n, i,                                                                                       \
-                           tile[i] = (tile[i] & 0x80000000u) |                                                         \
-                                     (lorasynci_round_small(tile[i] & 0x7fffffffu, shift, normal) << (32 - width)));   \
-    }                                                                                                                  \
-    LORASYNCI_FN void lorasynci_widen_tile_##name(uint32_t *tile, size_t n)                                            \
+        LORASYNCI_EACH(n, i, tile[i] = lorasynci_round_short(tile[i], LORASYNCI_SHIFT(mantissa), nan));                \
+    }
+
+#define LORASYNCI_WIDEN_SMALL(name, exponent, mantissa, inf, nan)                                                      \
+    LORASYNCI_FN void lorasynci_widen_##name(uint32_t *tile, size_t n)                                                 \
     {                                                                                                                  \
         LORASYNCI_EACH(                                                                                                \
             n, i,                                                                                                      \
             tile[i] = (tile[i] & 0x80000000u) |                                                                        \
-                      lorasynci_widen_small((tile[i] & 0x7fffffffu) >> (32 - width - shift), normal, over << shift));  \
+                      lorasynci_widen_small((tile[i] & 0x7fffffffu) >> (8 - (exponent)), LORASYNCI_NORMAL(exponent),   \
+                                            LORASYNCI_OVER(exponent, mantissa, inf) << LORASYNCI_SHIFT(mantissa)));    \
+    }
+#define LORASYNCI_ROUND_SMALL(name, exponent, mantissa, inf, nan)                                                      \
+    LORASYNCI_FN uint32_t lorasynci_round_special_##name(uint32_t magnitude)                                           \
+    {                                                                                                                  \
+        if (magnitude < LORASYNCI_LIMIT(exponent, mantissa, inf))                                                      \
+            return lorasynci_round_small(magnitude, LORASYNCI_SHIFT(mantissa), LORASYNCI_NORMAL(exponent));            \
+        return magnitude > 0x7f800000u ? nan : LORASYNCI_OVER(exponent, mantissa, inf);                                \
+    }                                                                                                                  \
+    LORASYNCI_FN void lorasynci_round_##name(uint32_t *tile, size_t n)                                                 \
+    {                                                                                                                  \
+        const int top = 31 - (exponent) - (mantissa); /* how far a code is shifted up */                               \
+        uint32_t  any = 0;                                                                                             \
+        LORASYNCI_EACH(n, i,                                                                                           \
+                       any |= (tile[i] & 0x7fffffffu) + (0x80000000u - LORASYNCI_LIMIT(exponent, mantissa, inf)));     \
+        if (any & 0x80000000u)                                                                                         \
+            LORASYNCI_EACH(n, i,                                                                                       \
+                           tile[i] = (tile[i] & 0x80000000u) |                                                         \
+                                     (lorasynci_round_special_##name(tile[i] & 0x7fffffffu) << top));                  \
+        else                                                                                                           \
+            LORASYNCI_EACH(n, i,                                                                                       \
+                           tile[i] = (tile[i] & 0x80000000u) |                                                         \
+                                     (lorasynci_round_small(tile[i] & 0x7fffffffu, LORASYNCI_SHIFT(mantissa),          \
+                                                            LORASYNCI_NORMAL(exponent))                                \
+                                      << top));                                                                        \
     }
 
-LORASYNCI_F16(LORASYNCI_SMALL_TILES)
-LORASYNCI_E5M2(LORASYNCI_SMALL_TILES)
-LORASYNCI_E4M3(LORASYNCI_SMALL_TILES)
+#define LORASYNCI_WIDEN_SCALE(name, exponent, mantissa, inf, nan)                                                      \
+    LORASYNCI_FN void lorasynci_widen_##name(uint32_t *tile, size_t n)                                                 \
+    {                                                                                                                  \
+        LORASYNCI_EACH(n, i, tile[i] = lorasynci_widen_scale(tile[i] >> 24));                                          \
+    }
 
-LORASYNCI_FN void lorasynci_load_tile(uint32_t *tile, const unsigned char *src, lorasync_dtype dtype, size_t n)
+#define LORASYNCI_WIDEN(name, exponent, mantissa, sign, inf, nan, how)                                                 \
+    LORASYNCI_WIDEN_##how(name, exponent, mantissa, inf, nan)
+#define LORASYNCI_ROUND(name, exponent, mantissa, sign, inf, nan, how)                                                 \
+    LORASYNCI_ROUND_##how(name, exponent, mantissa, inf, nan)
+LORASYNCI_WIDENED(LORASYNCI_WIDEN)
+LORASYNCI_VALUES(LORASYNCI_ROUND)
+
+/* n elements of `size` bytes, of a type of LORASYNCI_WIDENED, to F32 bits. */
+LORASYNCI_FN void lorasynci_load_tile(uint32_t *tile, const unsigned char *src, lorasync_dtype dtype, size_t size,
+                                      size_t n)
 {
     uint16_t half[LORASYNCI_TILE];
     uint8_t  byte[LORASYNCI_TILE];
-    switch (lorasync_dtype_bits(dtype)) {
-    case 32:
+    switch (size) {
+    case 4:
         if (n < LORASYNCI_TILE) memset(tile, 0, LORASYNCI_TILE * 4);
         LORASYNCI_COPY(tile, src, n, 4);
         break;
-    case 16:
+    case 2:
         if (n < LORASYNCI_TILE) memset(half, 0, sizeof half);
         LORASYNCI_COPY(half, src, n, 2);
-        LORASYNCI_EACH(n, i, tile[i] = (uint32_t)half[i] << 16); /* which is all that bf16 needs */
-        if (dtype == LORASYNC_F16) lorasynci_widen_tile_f16(tile, n);
+        LORASYNCI_EACH(n, i, tile[i] = (uint32_t)half[i] << 16);
         break;
-    default:
+    case 1:
         if (n < LORASYNCI_TILE) memset(byte, 0, sizeof byte);
         LORASYNCI_COPY(byte, src, n, 1);
         LORASYNCI_EACH(n, i, tile[i] = (uint32_t)byte[i] << 24);
-        if (dtype == LORASYNC_F8_E4M3) lorasynci_widen_tile_e4m3(tile, n);
-        else lorasynci_widen_tile_e5m2(tile, n);
+        break;
+    }
+    switch ((int)dtype) {
+#define LORASYNCI_X(name, exponent, mantissa, sign, inf, nan, how)                                                     \
+    case LORASYNC_##name: lorasynci_widen_##name(tile, n); break;
+        LORASYNCI_WIDENED(LORASYNCI_X)
+#undef LORASYNCI_X
     }
 }
 
-LORASYNCI_FN void lorasynci_store_tile(unsigned char *dst, uint32_t *tile, lorasync_dtype dtype, size_t n)
+/* F32 bits to n elements of `size` bytes, of a type of LORASYNCI_VALUES. */
+LORASYNCI_FN void lorasynci_store_tile(unsigned char *dst, uint32_t *tile, lorasync_dtype dtype, size_t size, size_t n)
 {
     uint16_t half[LORASYNCI_TILE];
     uint8_t  byte[LORASYNCI_TILE];
-    switch (lorasync_dtype_bits(dtype)) {
-    case 32: LORASYNCI_COPY(dst, tile, n, 4); break;
-    case 16:
-        if (dtype == LORASYNC_F16) lorasynci_round_tile_f16(tile, n);
-        else LORASYNCI_EACH(n, i, tile[i] = lorasynci_round_bf16(tile[i]));
+    switch ((int)dtype) {
+#define LORASYNCI_X(name, exponent, mantissa, sign, inf, nan, how)                                                     \
+    case LORASYNC_##name: lorasynci_round_##name(tile, n); break;
+        LORASYNCI_VALUES(LORASYNCI_X)
+#undef LORASYNCI_X
+    }
+    switch (size) {
+    case 4: LORASYNCI_COPY(dst, tile, n, 4); break;
+    case 2:
         LORASYNCI_EACH(n, i, half[i] = (uint16_t)(tile[i] >> 16));
         LORASYNCI_COPY(dst, half, n, 2);
         break;
-    default:
-        if (dtype == LORASYNC_F8_E4M3) lorasynci_round_tile_e4m3(tile, n);
-        else lorasynci_round_tile_e5m2(tile, n);
+    case 1:
         LORASYNCI_EACH(n, i, byte[i] = (uint8_t)(tile[i] >> 24));
         LORASYNCI_COPY(dst, byte, n, 1);
+        break;
     }
 }
 
@@ -3465,10 +3586,12 @@ LORASYNCI_FN void lorasynci_prefetch(const unsigned char *p)
 /* The conversion that nearly every sync is made of, with AVX2 where the CPU has it: twice as fast as what compilers
    make for any x86-64. */
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__CUDACC__)
+#ifndef LORASYNCI_HAS_AVX2 /* tests define it, to run what other CPUs run */
 #define LORASYNCI_HAS_AVX2() __builtin_cpu_supports("avx2")
+#endif
 #define LORASYNCI_AVX2 __attribute__((target("avx2")))
 
-/* lorasynci_round_bf16 of 8 elements, shifted down so that packing with signed saturation keeps the bits. */
+/* lorasynci_round_BF16 of 8 elements, shifted down so that packing with signed saturation keeps the bits. */
 LORASYNCI_AVX2 LORASYNCI_FN __m256i lorasynci_round_bf16_avx2(const unsigned char *src)
 {
     __m256i u = _mm256_loadu_si256((const __m256i *)(const void *)src);
@@ -3524,9 +3647,9 @@ LORASYNCI_FN void lorasynci_convert(void *dst, lorasync_dtype dst_dtype, const v
         m = n < LORASYNCI_TILE ? n : LORASYNCI_TILE;
         lorasynci_prefetch(from);
         lorasynci_prefetch(to);
-        lorasynci_load_tile(tile, from, src_dtype, m);
+        lorasynci_load_tile(tile, from, src_dtype, src_size, m);
         if (scaled) lorasynci_scale_tile(tile, m, scale);
-        lorasynci_store_tile(to, tile, dst_dtype, m);
+        lorasynci_store_tile(to, tile, dst_dtype, dst_size, m);
     }
 }
 
@@ -3535,11 +3658,9 @@ LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtyp
 {
     const char *from = lorasync_dtype_name(src_dtype), *to = lorasync_dtype_name(dst_dtype);
     if (!lorasynci_can_convert(src_dtype, dst_dtype))
-        return lorasynci_fail(
-            err, LORASYNC_E_UNSUPPORTED,
-            "cannot convert %s (%d) to %s (%d): only F32, F16, BF16, F8_E4M3 and F8_E5M2 are converted into one "
-            "another; pass equal types to copy",
-            from ? from : "no dtype", (int)src_dtype, to ? to : "no dtype", (int)dst_dtype);
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "cannot convert %s (%d) to %s (%d): " LORASYNCI_RULE "; pass equal types to copy",
+                              from ? from : "no dtype", (int)src_dtype, to ? to : "no dtype", (int)dst_dtype);
     if (num_elements % 8 * (size_t)lorasync_dtype_bits(src_dtype) % 8 != 0)
         return lorasynci_fail(
             err, LORASYNC_E_UNSUPPORTED,
@@ -3554,11 +3675,13 @@ LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtyp
 
 /* -- NaN and Inf */
 
-/* An element is not finite when its exponent is all ones (e4m3: all bits but the sign). Adding one unit of the exponent
-   then carries into the sign bit, which was masked off; no carry leaves the element, so all elements of a 64-bit word
-   are tested at once:
+/* An element is not finite when its exponent is all ones (in a type without Inf: all bits but the sign). Adding one
+   unit of the exponent then carries into the sign bit, which was masked off; no carry leaves the element, so all
+   elements of a 64-bit word are tested at once:
 
-       F16   s eeeee mmmmmmmmmm   & 0 11111 1111111111   + 0 00001 0000000000   -> 1..... when eeeee is 11111         */
+       F16   s eeeee mmmmmmmmmm   & 0 11111 1111111111   + 0 00001 0000000000   -> 1..... when eeeee is 11111
+
+   A type without a sign has no bit for the carry: sign is 0. */
 typedef struct lorasynci_finite_rule {
     uint64_t without_sign, unit, sign;
 } lorasynci_finite_rule;
@@ -3566,20 +3689,19 @@ typedef struct lorasynci_finite_rule {
 /* 0 for a type that has no NaN and Inf, or whose values are never looked at. */
 LORASYNCI_FN int lorasynci_finite_rule_of(lorasync_dtype dtype, lorasynci_finite_rule *out)
 {
-    uint64_t lanes, unit; /* a 1 in the lowest bit of every element; the unit of one element */
     int      bits = lorasync_dtype_bits(dtype);
+    uint64_t lanes; /* a 1 in the lowest bit of every element */
     switch ((int)dtype) {
-    case LORASYNC_F64: lanes = 1, unit = UINT64_C(1) << 52; break;
-    case LORASYNC_F32: lanes = UINT64_C(0x0000000100000001), unit = 0x00800000; break;
-    case LORASYNC_BF16: lanes = UINT64_C(0x0001000100010001), unit = 0x0080; break;
-    case LORASYNC_F16: lanes = UINT64_C(0x0001000100010001), unit = 0x0400; break;
-    case LORASYNC_F8_E5M2: lanes = UINT64_C(0x0101010101010101), unit = 0x04; break;
-    case LORASYNC_F8_E4M3: lanes = UINT64_C(0x0101010101010101), unit = 0x01; break;
+#define LORASYNCI_X(name, exponent, mantissa, has_sign, inf, nan, how)                                                 \
+    case LORASYNC_##name: out->unit = (inf) ? UINT64_C(1) << (mantissa) : 1, out->sign = has_sign; break;
+        LORASYNCI_CHECKED(LORASYNCI_X)
+#undef LORASYNCI_X
     default: return 0;
     }
-    out->sign         = lanes << (bits - 1);
+    lanes = UINT64_MAX / (UINT64_MAX >> (64 - bits));
+    out->unit *= lanes;
+    out->sign         = out->sign ? lanes << (bits - 1) : 0;
     out->without_sign = ~out->sign;
-    out->unit         = lanes * unit;
     return 1;
 }
 
@@ -3610,7 +3732,15 @@ LORASYNCI_AVX2 LORASYNCI_FN size_t lorasynci_finite_bytes_avx2(const unsigned ch
 }
 #endif
 
-/* The index of the first element that is NaN or Inf, or SIZE_MAX. Only the float types and F64 have such elements. */
+/* The index of the first byte of all ones, or SIZE_MAX. */
+LORASYNCI_FN size_t lorasynci_find_ones(const unsigned char *p, size_t n)
+{
+    const void *hit = n ? memchr(p, 0xff, n) : NULL;
+    return hit ? (size_t)((const unsigned char *)hit - p) : SIZE_MAX;
+}
+
+/* The index of the first element that is NaN or Inf, or SIZE_MAX. Only the types of LORASYNCI_CHECKED have such
+   elements; one without a sign (and with 8 bits) only NaN, all ones. */
 LORASYNCI_FN size_t lorasynci_find_nonfinite(const void *data, lorasync_dtype dtype, size_t n)
 {
     const unsigned char  *p = (const unsigned char *)data;
@@ -3618,6 +3748,7 @@ LORASYNCI_FN size_t lorasynci_find_nonfinite(const void *data, lorasync_dtype dt
     uint64_t              words[32], any;
     size_t                size = (size_t)lorasync_dtype_bits(dtype) / 8, left, m, i;
     if (!lorasynci_finite_rule_of(dtype, &rule)) return SIZE_MAX;
+    if (!rule.sign) return lorasynci_find_ones(p, n);
     left = n * size;
 #if defined(LORASYNCI_AVX2)
     if (left >= 256 && LORASYNCI_HAS_AVX2()) {
@@ -8382,9 +8513,10 @@ LORASYNCI_FN lorasync_status lorasynci_scale_check(const lorasync_piece *p, int 
     if (p->scale != p->scale || p->scale - p->scale != 0)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: scale is not a finite number", p->name);
     if (size == 0 || p->scale == 1) return LORASYNC_OK;
-    if (!lorasynci_is_float(p->dtype))
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "%.200s: %s cannot be scaled; leave piece.scale 0", p->name,
-                              lorasync_dtype_name(p->dtype));
+    if (!lorasynci_is_value(p->dtype))
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "%.200s: %s cannot be scaled, only " LORASYNCI_VALUE_NAMES " can; leave piece.scale 0",
+                              p->name, lorasync_dtype_name(p->dtype));
     if (wanted)
         return lorasynci_fail(
             err, LORASYNC_E_UNSUPPORTED,
@@ -8922,7 +9054,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge_check(const lorasynci_planner *p, s
                               lorasync_dtype_name((lorasync_dtype)r->dtype), rank);
     if (r->wanted && !lorasynci_can_convert((lorasync_dtype)m->dtype, (lorasync_dtype)r->dtype))
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                              "%.200s: is held as %s and wanted as %s by rank %d; only float types are converted",
+                              "%.200s: is held as %s and wanted as %s by rank %d; " LORASYNCI_RULE,
                               lorasynci_record_name(r), lorasync_dtype_name((lorasync_dtype)m->dtype),
                               lorasync_dtype_name((lorasync_dtype)r->dtype), rank);
     return LORASYNC_OK;
@@ -9202,7 +9334,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_coverage(lorasynci_planner *p, lora
 /* The dtype in which a tensor travels. */
 LORASYNCI_FN lorasync_dtype lorasynci_wire_dtype(const lorasync_plan_desc *d, lorasync_dtype own)
 {
-    return d->wire_dtype != LORASYNC_DTYPE_NONE && d->kind != LORASYNC_SCATTER && lorasynci_is_float(own)
+    return d->wire_dtype != LORASYNC_DTYPE_NONE && d->kind != LORASYNC_SCATTER && lorasynci_is_value(own)
                ? d->wire_dtype
                : own;
 }
@@ -9620,9 +9752,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_image(lorasynci_planner *p, loras
 LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, lorasync_error *err)
 {
     lorasync_dtype wire = p->desc->wire_dtype;
-    if (wire != LORASYNC_DTYPE_NONE && !lorasynci_is_float(wire))
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                              "wire_dtype %s is not one of F32, F16, BF16, F8_E4M3, F8_E5M2",
+    if (wire != LORASYNC_DTYPE_NONE && !lorasynci_is_value(wire))
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "wire_dtype %s is not one of " LORASYNCI_VALUE_NAMES,
                               lorasync_dtype_name(wire) ? lorasync_dtype_name(wire) : "(none)");
     LORASYNCI_TRY(lorasynci_planner_unpack(p, err));
     LORASYNCI_TRY(lorasynci_merge(p, err));
@@ -19789,75 +19920,78 @@ static const char *const lorasynci_ptx[] = {
     "132, 214, 3, 99, 197, 82, 201, 203, 107, 25, 155, 69, 3, 38, 48, 89, 138, 68, 207, 221, 120, 165, 244, 217, "
     "174, 222, 191, 45, 64, 121, 237, 171, 112, 240, 85, 73, 163, 0, 62, 55, 178, 85, 226}; .func (.param .b32 "
     "func_retval0) lorasyncd_round_small( .param .b32 lorasyncd_round_small_param_0, .param .b32 "
-    "lorasyncd_round_small_param_1, .param .b32 lorasyncd_round_small_param_2 ) { .reg .pred %p<3>; .reg .b32 "
-    "%r<33>; ld.param.u32 %r10, [lorasyncd_round_small_param_0]; ld.param.u32 %r11, "
-    "[lorasyncd_round_small_param_1]; ld.param.u32 %r12, [lorasyncd_round_small_param_2]; mov.u32 %r13, 23; "
-    "sub.s32 %r30, %r13, %r11; shr.u32 %r14, %r10, 23; add.s32 %r15, %r14, %r12; add.s32 %r2, %r15, -127; "
-    "setp.lt.s32 %p1, %r2, 1; @%p1 bra $L__BB0_2; shl.b32 %r16, %r12, 23; add.s32 %r17, %r10, %r16; add.s32 "
-    "%r31, %r17, -1065353216; bra.uni $L__BB0_4; $L__BB0_2: neg.s32 %r19, %r11; mov.u32 %r32, 0; setp.lt.s32 "
-    "%p2, %r2, %r19; @%p2 bra $L__BB0_5; and.b32 %r20, %r10, 8388607; or.b32 %r31, %r20, 8388608; add.s32 %r21, "
-    "%r30, 1; sub.s32 %r30, %r21, %r2; $L__BB0_4: add.s32 %r22, %r30, -1; mov.u32 %r23, 1; shl.b32 %r24, %r23, "
-    "%r22; shr.u32 %r25, %r31, %r30; and.b32 %r26, %r25, 1; add.s32 %r27, %r31, %r24; add.s32 %r28, %r27, %r26; "
-    "add.s32 %r29, %r28, -1; shr.u32 %r32, %r29, %r30; $L__BB0_5: st.param.b32 [func_retval0+0], %r32; ret; } "
-    ".func (.param .b32 func_retval0) lorasyncd_widen_small( .param .b32 lorasyncd_widen_small_param_0, .param "
-    ".b32 lorasyncd_widen_small_param_1, .param .b32 lorasyncd_widen_small_param_2, .param .b32 "
-    "lorasyncd_widen_small_param_3 ) { .reg .pred %p<10>; .reg .f32 %f<4>; .reg .b32 %r<41>; ld.param.u32 %r14, "
-    "[lorasyncd_widen_small_param_0]; ld.param.u32 %r12, [lorasyncd_widen_small_param_1]; ld.param.u32 %r15, "
-    "[lorasyncd_widen_small_param_2]; ld.param.u32 %r13, [lorasyncd_widen_small_param_3]; add.s32 %r16, %r15, "
-    "-1; mov.u32 %r17, -1; shl.b32 %r1, %r17, %r16; add.s32 %r18, %r15, %r12; shr.u32 %r19, %r14, %r18; shl.b32 "
-    "%r20, %r17, %r15; not.b32 %r2, %r20; shr.u32 %r21, %r14, %r12; and.b32 %r3, %r21, %r2; shl.b32 %r22, %r17, "
-    "%r12; not.b32 %r4, %r22; and.b32 %r5, %r4, %r14; shl.b32 %r6, %r19, 31; setp.eq.s32 %p1, %r3, %r2; "
-    "setp.ne.s32 %p2, %r13, 0; and.pred %p3, %p2, %p1; @%p3 bra $L__BB1_6; bra.uni $L__BB1_1; $L__BB1_6: mov.u32 "
-    "%r36, 23; sub.s32 %r37, %r36, %r12; shl.b32 %r38, %r5, %r37; or.b32 %r39, %r38, %r6; or.b32 %r40, %r39, "
-    "2139095040; bra.uni $L__BB1_7; $L__BB1_1: setp.eq.s32 %p5, %r13, 0; and.pred %p6, %p5, %p1; setp.eq.s32 "
-    "%p7, %r5, %r4; and.pred %p8, %p7, %p6; @%p8 bra $L__BB1_5; bra.uni $L__BB1_2; $L__BB1_5: or.b32 %r40, %r6, "
-    "2143289344; bra.uni $L__BB1_7; $L__BB1_2: setp.eq.s32 %p9, %r3, 0; @%p9 bra $L__BB1_4; add.s32 %r23, %r3, "
-    "127; not.b32 %r24, %r1; sub.s32 %r25, %r23, %r24; shl.b32 %r26, %r25, 23; mov.u32 %r27, 23; sub.s32 %r28, "
-    "%r27, %r12; shl.b32 %r29, %r5, %r28; or.b32 %r30, %r6, %r29; or.b32 %r40, %r30, %r26; bra.uni $L__BB1_7; ",
-    "$L__BB1_4: mov.u32 %r31, 129; sub.s32 %r32, %r31, %r12; add.s32 %r33, %r32, %r1; shl.b32 %r34, %r33, 23; "
-    "mov.b32 %f1, %r34; cvt.rn.f32.u32 %f2, %r5; mul.f32 %f3, %f2, %f1; mov.b32 %r35, %f3; or.b32 %r40, %r6, "
-    "%r35; $L__BB1_7: st.param.b32 [func_retval0+0], %r40; ret; } .func (.param .b64 func_retval0) "
+    "lorasyncd_round_small_param_1, .param .b32 lorasyncd_round_small_param_2, .param .b32 "
+    "lorasyncd_round_small_param_3 ) { .reg .pred %p<4>; .reg .b32 %r<43>; ld.param.u32 %r14, "
+    "[lorasyncd_round_small_param_0]; ld.param.u32 %r17, [lorasyncd_round_small_param_1]; ld.param.u32 %r15, "
+    "[lorasyncd_round_small_param_2]; ld.param.u32 %r16, [lorasyncd_round_small_param_3]; add.s32 %r18, %r17, "
+    "-1; mov.u32 %r19, -1; shl.b32 %r1, %r19, %r18; not.b32 %r20, %r1; mov.u32 %r21, 23; sub.s32 %r40, %r21, "
+    "%r15; add.s32 %r22, %r15, %r17; shr.u32 %r23, %r14, 31; shl.b32 %r42, %r23, %r22; and.b32 %r4, %r14, "
+    "2147483647; shr.u32 %r24, %r4, 23; add.s32 %r25, %r24, %r20; add.s32 %r5, %r25, -127; setp.gt.u32 %p1, %r4, "
+    "2139095040; @%p1 bra $L__BB0_6; bra.uni $L__BB0_1; $L__BB0_6: or.b32 %r42, %r42, 127; bra.uni $L__BB0_7; "
+    "$L__BB0_1: setp.lt.s32 %p2, %r5, 1; @%p2 bra $L__BB0_3; mad.lo.s32 %r26, %r1, -8388608, %r4; add.s32 %r41, "
+    "%r26, -1073741824; bra.uni $L__BB0_5; $L__BB0_3: neg.s32 %r27, %r15; setp.lt.s32 %p3, %r5, %r27; @%p3 bra "
+    "$L__BB0_7; and.b32 %r28, %r14, 8388607; or.b32 %r41, %r28, 8388608; add.s32 %r29, %r40, 1; sub.s32 %r40, "
+    "%r29, %r5; $L__BB0_5: add.s32 %r30, %r40, -1; mov.u32 %r31, 1; shl.b32 %r32, %r31, %r30; shr.u32 %r33, "
+    "%r41, %r40; and.b32 %r34, %r33, 1; add.s32 %r35, %r41, %r32; add.s32 %r36, %r35, %r34; add.s32 %r37, %r36, "
+    "-1; shr.u32 %r38, %r37, %r40; min.u32 %r39, %r38, %r16; or.b32 %r42, %r39, %r42; $L__BB0_7: st.param.b32 "
+    "[func_retval0+0], %r42; ret; } .func (.param .b32 func_retval0) lorasyncd_widen_small( .param .b32 "
+    "lorasyncd_widen_small_param_0, .param .b32 lorasyncd_widen_small_param_1, .param .b32 "
+    "lorasyncd_widen_small_param_2, .param .b32 lorasyncd_widen_small_param_3 ) { .reg .pred %p<3>; .reg .f32 "
+    "%f<4>; .reg .b32 %r<35>; ld.param.u32 %r9, [lorasyncd_widen_small_param_0]; ld.param.u32 %r10, "
+    "[lorasyncd_widen_small_param_1]; ld.param.u32 %r8, [lorasyncd_widen_small_param_2]; ld.param.u32 %r11, "
+    "[lorasyncd_widen_small_param_3]; add.s32 %r12, %r10, -1; mov.u32 %r13, -1; shl.b32 %r1, %r13, %r12; add.s32 "
+    "%r14, %r8, %r10; shr.u32 %r15, %r9, %r14; shl.b32 %r2, %r15, 31; shl.b32 %r16, %r13, %r14; not.b32 %r17, "
+    "%r16; and.b32 %r3, %r17, %r9; setp.lt.u32 %p1, %r3, %r11; @%p1 bra $L__BB1_2; bra.uni $L__BB1_1; $L__BB1_2: "
+    "shr.u32 %r22, %r3, %r8; setp.eq.s32 %p2, %r22, 0; @%p2 bra $L__BB1_4; mov.u32 %r23, 23; sub.s32 %r24, %r23, "
+    "%r8; shl.b32 %r25, %r3, %r24; shl.b32 %r26, %r1, 23; add.s32 %r27, %r26, %r25; add.s32 %r28, %r27, "
+    "1073741824; or.b32 %r34, %r28, %r2; bra.uni $L__BB1_5; $L__BB1_1: mov.u32 %r18, 23; sub.s32 %r19, %r18, ",
+    "%r8; shl.b32 %r20, %r3, %r19; or.b32 %r21, %r2, %r20; or.b32 %r34, %r21, 2139095040; bra.uni $L__BB1_5; "
+    "$L__BB1_4: mov.u32 %r29, 129; sub.s32 %r30, %r29, %r8; add.s32 %r31, %r30, %r1; shl.b32 %r32, %r31, 23; "
+    "mov.b32 %f1, %r32; cvt.rn.f32.u32 %f2, %r3; mul.f32 %f3, %f1, %f2; mov.b32 %r33, %f3; or.b32 %r34, %r2, "
+    "%r33; $L__BB1_5: st.param.b32 [func_retval0+0], %r34; ret; } .func (.param .b64 func_retval0) "
     "lorasyncd_convert( .param .b64 lorasyncd_convert_param_0, .param .b32 lorasyncd_convert_param_1, .param "
-    ".b32 lorasyncd_convert_param_2, .param .b32 lorasyncd_convert_param_3 ) { .reg .pred %p<17>; .reg .b16 "
-    "%rs<2>; .reg .f32 %f<5>; .reg .b32 %r<39>; .reg .b64 %rd<5>; ld.param.u64 %rd3, "
-    "[lorasyncd_convert_param_0]; ld.param.u32 %r22, [lorasyncd_convert_param_1]; ld.param.u32 %r23, "
-    "[lorasyncd_convert_param_2]; ld.param.f32 %f1, [lorasyncd_convert_param_3]; setp.eq.s32 %p1, %r22, %r23; "
-    "setp.eq.f32 %p2, %f1, 0f3F800000; and.pred %p3, %p1, %p2; @%p3 bra $L__BB2_25; setp.eq.s32 %p4, %r22, 18; "
-    "@%p4 bra $L__BB2_9; bra.uni $L__BB2_2; $L__BB2_9: cvt.u32.u64 %r35, %rd3; bra.uni $L__BB2_10; $L__BB2_2: "
-    "setp.eq.s32 %p5, %r22, 15; @%p5 bra $L__BB2_8; bra.uni $L__BB2_3; $L__BB2_8: cvt.u32.u64 %r25, %rd3; "
-    "shl.b32 %r35, %r25, 16; bra.uni $L__BB2_10; $L__BB2_3: setp.eq.s32 %p6, %r22, 14; @%p6 bra $L__BB2_7; "
-    "bra.uni $L__BB2_4; $L__BB2_7: cvt.u32.u64 %r24, %rd3; { .reg .b32 temp_param_reg; .param .b32 param0; "
-    "st.param.b32 [param0+0], %r24; .param .b32 param1; st.param.b32 [param1+0], 10; .param .b32 param2; "
-    "st.param.b32 [param2+0], 5; .param .b32 param3; st.param.b32 [param3+0], 1; .param .b32 retval0; call.uni "
-    "(retval0), lorasyncd_widen_small, ( param0, param1, param2, param3 ); ld.param.b32 %r35, [retval0+0]; } "
-    "bra.uni $L__BB2_10; $L__BB2_4: setp.eq.s32 %p7, %r22, 8; cvt.u32.u64 %r1, %rd3; @%p7 bra $L__BB2_6; bra.uni "
-    "$L__BB2_5; $L__BB2_6: { .reg .b32 temp_param_reg; .param .b32 param0; st.param.b32 [param0+0], %r1; .param "
-    ".b32 param1; st.param.b32 [param1+0], 3; .param .b32 param2; st.param.b32 [param2+0], 4; .param .b32 "
-    "param3; st.param.b32 [param3+0], 0; .param .b32 retval0; call.uni (retval0), lorasyncd_widen_small, ( "
-    "param0, param1, param2, param3 ); ld.param.b32 %r35, [retval0+0]; } bra.uni $L__BB2_10; $L__BB2_5: { .reg "
-    ".b32 temp_param_reg; .param .b32 param0; st.param.b32 [param0+0], %r1; .param .b32 param1; st.param.b32 "
-    "[param1+0], 2; .param .b32 param2; st.param.b32 [param2+0], 5; .param .b32 param3; st.param.b32 [param3+0], "
-    "1; .param .b32 retval0; call.uni (retval0), lorasyncd_widen_small, ( param0, param1, param2, param3 ); "
-    "ld.param.b32 %r35, [retval0+0]; } $L__BB2_10: mov.b32 %f2, %r35; mul.f32 %f3, %f2, %f1; mov.b32 %r26, %f3; "
-    "setp.neu.f32 %p8, %f1, 0f3F800000; selp.b32 %r38, %r26, %r35, %p8; setp.eq.s32 %p9, %r23, 18; @%p9 bra "
-    "$L__BB2_24; setp.eq.s32 %p10, %r23, 15; @%p10 bra $L__BB2_23; bra.uni $L__BB2_12; $L__BB2_23: and.b32 %r29, "
-    "%r38, 2147483647; setp.gt.u32 %p16, %r29, 2139095040; shr.u32 %r30, %r38, 16; and.b32 %r31, %r30, 1; "
-    "add.s32 %r32, %r38, %r31; add.s32 %r33, %r32, 32767; shr.u32 %r34, %r33, 16; selp.b32 %r38, 32704, %r34, "
-    "%p16; bra.uni $L__BB2_24; $L__BB2_12: setp.eq.s32 %p11, %r23, 14; @%p11 bra $L__BB2_22; bra.uni $L__BB2_13; "
-    "$L__BB2_22: mov.b32 %f4, %r38; cvt.rn.f16.f32 %rs1, %f4; cvt.u32.u16 %r38, %rs1; bra.uni $L__BB2_24; "
-    "$L__BB2_13: setp.eq.s32 %p12, %r23, 8; shr.u32 %r9, %r38, 24; and.b32 %r10, %r9, 128; and.b32 %r11, %r38, "
-    "2147483647; @%p12 bra $L__BB2_19; bra.uni $L__BB2_14; $L__BB2_19: setp.gt.u32 %p15, %r11, 1139277824; "
-    "mov.u32 %r37, 127; @%p15 bra $L__BB2_21; { .reg .b32 temp_param_reg; .param .b32 param0; st.param.b32 "
-    "[param0+0], %r11; .param .b32 param1; st.param.b32 [param1+0], 3; .param .b32 param2; st.param.b32 "
-    "[param2+0], 7; .param .b32 retval0; call.uni (retval0), lorasyncd_round_small, ( param0, param1, param2 ); "
-    "ld.param.b32 %r37, [retval0+0]; } $L__BB2_21: or.b32 %r38, %r37, %r10; bra.uni $L__BB2_24; $L__BB2_14: "
-    "setp.gt.u32 %p13, %r11, 2139095040; @%p13 bra $L__BB2_18; bra.uni $L__BB2_15; $L__BB2_18: or.b32 %r38, %r9, ",
-    "127; bra.uni $L__BB2_24; $L__BB2_15: setp.gt.u32 %p14, %r11, 1198522367; mov.u32 %r36, 124; @%p14 bra "
-    "$L__BB2_17; { .reg .b32 temp_param_reg; .param .b32 param0; st.param.b32 [param0+0], %r11; .param .b32 "
-    "param1; st.param.b32 [param1+0], 2; .param .b32 param2; st.param.b32 [param2+0], 15; .param .b32 retval0; "
-    "call.uni (retval0), lorasyncd_round_small, ( param0, param1, param2 ); ld.param.b32 %r36, [retval0+0]; } "
-    "$L__BB2_17: or.b32 %r38, %r36, %r10; $L__BB2_24: cvt.u64.u32 %rd3, %r38; $L__BB2_25: st.param.b64 "
-    "[func_retval0+0], %rd3; ret; } .func (.param .b64 func_retval0) lorasyncd_divide( .param .b64 "
+    ".b32 lorasyncd_convert_param_2, .param .b32 lorasyncd_convert_param_3 ) { .reg .pred %p<21>; .reg .b16 "
+    "%rs<2>; .reg .f32 %f<5>; .reg .b32 %r<30>; .reg .b64 %rd<10>; ld.param.u64 %rd9, "
+    "[lorasyncd_convert_param_0]; ld.param.u32 %r9, [lorasyncd_convert_param_1]; ld.param.u32 %r10, "
+    "[lorasyncd_convert_param_2]; ld.param.f32 %f1, [lorasyncd_convert_param_3]; setp.eq.s32 %p1, %r9, %r10; "
+    "setp.eq.f32 %p2, %f1, 0f3F800000; and.pred %p3, %p1, %p2; @%p3 bra $L__BB2_25; bra.uni $L__BB2_1; "
+    "$L__BB2_25: st.param.b64 [func_retval0+0], %rd9; ret; $L__BB2_1: mov.u32 %r29, 2143289344; setp.gt.s32 %p4, "
+    "%r9, 13; @%p4 bra $L__BB2_6; setp.eq.s32 %p8, %r9, 7; @%p8 bra $L__BB2_13; setp.eq.s32 %p9, %r9, 8; @%p9 "
+    "bra $L__BB2_12; setp.eq.s32 %p10, %r9, 9; @%p10 bra $L__BB2_5; bra.uni $L__BB2_14; $L__BB2_5: cvt.u32.u64 "
+    "%r14, %rd9; setp.eq.s32 %p11, %r14, 0; setp.eq.s32 %p12, %r14, 255; shl.b32 %r15, %r14, 23; selp.b32 %r16, "
+    "2143289344, %r15, %p12; selp.b32 %r29, 4194304, %r16, %p11; bra.uni $L__BB2_14; $L__BB2_6: setp.eq.s32 %p5, "
+    "%r9, 14; @%p5 bra $L__BB2_11; setp.eq.s32 %p6, %r9, 15; @%p6 bra $L__BB2_10; setp.ne.s32 %p7, %r9, 18; @%p7 "
+    "bra $L__BB2_14; cvt.u32.u64 %r29, %rd9; bra.uni $L__BB2_14; $L__BB2_13: cvt.u32.u64 %r18, %rd9; { .reg .b32 "
+    "temp_param_reg; .param .b32 param0; st.param.b32 [param0+0], %r18; .param .b32 param1; st.param.b32 "
+    "[param1+0], 5; .param .b32 param2; st.param.b32 [param2+0], 2; .param .b32 param3; st.param.b32 [param3+0], "
+    "124; .param .b32 retval0; call.uni (retval0), lorasyncd_widen_small, ( param0, param1, param2, param3 ); "
+    "ld.param.b32 %r29, [retval0+0]; } bra.uni $L__BB2_14; $L__BB2_12: cvt.u32.u64 %r17, %rd9; { .reg .b32 "
+    "temp_param_reg; .param .b32 param0; st.param.b32 [param0+0], %r17; .param .b32 param1; st.param.b32 "
+    "[param1+0], 4; .param .b32 param2; st.param.b32 [param2+0], 3; .param .b32 param3; st.param.b32 [param3+0], "
+    "127; .param .b32 retval0; call.uni (retval0), lorasyncd_widen_small, ( param0, param1, param2, param3 ); "
+    "ld.param.b32 %r29, [retval0+0]; } bra.uni $L__BB2_14; $L__BB2_11: cvt.u32.u64 %r13, %rd9; { .reg .b32 "
+    "temp_param_reg; .param .b32 param0; st.param.b32 [param0+0], %r13; .param .b32 param1; st.param.b32 "
+    "[param1+0], 5; .param .b32 param2; st.param.b32 [param2+0], 10; .param .b32 param3; st.param.b32 "
+    "[param3+0], 31744; .param .b32 retval0; call.uni (retval0), lorasyncd_widen_small, ( param0, param1, "
+    "param2, param3 ); ld.param.b32 %r29, [retval0+0]; } bra.uni $L__BB2_14; $L__BB2_10: cvt.u32.u64 %r12, %rd9; "
+    "shl.b32 %r29, %r12, 16; $L__BB2_14: mov.b32 %f2, %r29; mul.f32 %f3, %f2, %f1; mov.b32 %r19, %f3; "
+    "setp.neu.f32 %p13, %f1, 0f3F800000; selp.b32 %r8, %r19, %r29, %p13; mov.u64 %rd9, -1; setp.gt.s32 %p14, "
+    "%r10, 13; @%p14 bra $L__BB2_18; bra.uni $L__BB2_15; $L__BB2_18: setp.eq.s32 %p15, %r10, 14; @%p15 bra "
+    "$L__BB2_23; setp.eq.s32 %p16, %r10, 15; @%p16 bra $L__BB2_22; setp.ne.s32 %p17, %r10, 18; @%p17 bra "
+    "$L__BB2_25; cvt.u64.u32 %rd9, %r8; bra.uni $L__BB2_25; $L__BB2_15: setp.eq.s32 %p18, %r10, 7; @%p18 bra "
+    "$L__BB2_24; setp.eq.s32 %p19, %r10, 8; @%p19 bra $L__BB2_17; bra.uni $L__BB2_25; $L__BB2_17: { .reg .b32 "
+    "temp_param_reg; .param .b32 param0; st.param.b32 [param0+0], %r8; .param .b32 param1; st.param.b32 "
+    "[param1+0], 4; .param .b32 param2; st.param.b32 [param2+0], 3; .param .b32 param3; st.param.b32 [param3+0], "
+    "127; .param .b32 retval0; call.uni (retval0), lorasyncd_round_small, ( param0, param1, param2, param3 ); ",
+    "ld.param.b32 %r27, [retval0+0]; } cvt.u64.u32 %rd9, %r27; bra.uni $L__BB2_25; $L__BB2_23: mov.b32 %f4, %r8; "
+    "cvt.rn.f16.f32 %rs1, %f4; cvt.u64.u16 %rd9, %rs1; bra.uni $L__BB2_25; $L__BB2_22: and.b32 %r20, %r8, "
+    "2147483647; setp.gt.u32 %p20, %r20, 2139095040; shr.u32 %r21, %r8, 16; and.b32 %r22, %r21, 1; add.s32 %r23, "
+    "%r8, %r22; add.s32 %r24, %r23, 32767; shr.u32 %r25, %r24, 16; selp.b32 %r26, 32704, %r25, %p20; cvt.u64.u32 "
+    "%rd9, %r26; bra.uni $L__BB2_25; $L__BB2_24: { .reg .b32 temp_param_reg; .param .b32 param0; st.param.b32 "
+    "[param0+0], %r8; .param .b32 param1; st.param.b32 [param1+0], 5; .param .b32 param2; st.param.b32 "
+    "[param2+0], 2; .param .b32 param3; st.param.b32 [param3+0], 124; .param .b32 retval0; call.uni (retval0), "
+    "lorasyncd_round_small, ( param0, param1, param2, param3 ); ld.param.b32 %r28, [retval0+0]; } cvt.u64.u32 "
+    "%rd9, %r28; bra.uni $L__BB2_25; } .func (.param .b64 func_retval0) lorasyncd_divide( .param .b64 "
     "lorasyncd_divide_param_0, .param .b64 lorasyncd_divide_param_1 ) { .reg .pred %p<3>; .reg .b32 %r<7>; .reg "
     ".b64 %rd<12>; ld.param.u64 %rd5, [lorasyncd_divide_param_0]; ld.param.u64 %rd6, [lorasyncd_divide_param_1]; "
     "or.b64 %rd7, %rd6, %rd5; and.b64 %rd8, %rd7, -4294967296; setp.eq.s64 %p1, %rd8, 0; @%p1 bra $L__BB3_4; "
@@ -19867,315 +20001,301 @@ static const char *const lorasynci_ptx[] = {
     "cvt.u32.u64 %r2, %rd5; div.u32 %r3, %r2, %r1; cvt.u64.u32 %rd11, %r3; $L__BB3_5: st.param.b64 "
     "[func_retval0+0], %rd11; ret; } .visible .entry lorasyncd_copy( .param .u64 lorasyncd_copy_param_0, .param "
     ".u64 lorasyncd_copy_param_1, .param .u64 lorasyncd_copy_param_2, .param .u64 lorasyncd_copy_param_3 ) "
-    ".maxntid 256, 1, 1 .minnctapersm 6 { .reg .pred %p<214>; .reg .b16 %rs<62>; .reg .f32 %f<53>; .reg .b32 "
-    "%r<348>; .reg .b64 %rd<431>; ld.param.u64 %rd134, [lorasyncd_copy_param_0]; ld.param.u64 %rd135, "
+    ".maxntid 256, 1, 1 .minnctapersm 6 { .reg .pred %p<169>; .reg .b16 %rs<55>; .reg .f32 %f<53>; .reg .b32 "
+    "%r<357>; .reg .b64 %rd<429>; ld.param.u64 %rd134, [lorasyncd_copy_param_0]; ld.param.u64 %rd135, "
     "[lorasyncd_copy_param_1]; ld.param.u64 %rd136, [lorasyncd_copy_param_3]; cvta.to.global.u64 %rd137, %rd134; "
-    "mov.u32 %r74, %ctaid.x; cvta.to.global.u64 %rd138, %rd135; mul.wide.u32 %rd139, %r74, 16; add.s64 %rd140, "
-    "%rd138, %rd139; ld.global.u64 %rd1, [%rd140]; ld.global.v2.u32 {%r75, %r76}, [%rd140+8]; mul.wide.u32 "
-    "%rd141, %r75, 104; add.s64 %rd142, %rd137, %rd141; ld.global.u64 %rd2, [%rd142]; ld.global.u64 %rd3, "
+    "mov.u32 %r76, %ctaid.x; cvta.to.global.u64 %rd138, %rd135; mul.wide.u32 %rd139, %r76, 16; add.s64 %rd140, "
+    "%rd138, %rd139; ld.global.u64 %rd1, [%rd140]; ld.global.v2.u32 {%r77, %r78}, [%rd140+8]; mul.wide.u32 "
+    "%rd141, %r77, 104; add.s64 %rd142, %rd137, %rd141; ld.global.u64 %rd2, [%rd142]; ld.global.u64 %rd3, "
     "[%rd142+16]; ld.global.u64 %rd4, [%rd142+24]; ld.global.u64 %rd5, [%rd142+32]; ld.global.u64 %rd6, "
     "[%rd142+40]; ld.global.u64 %rd7, [%rd142+48]; ld.global.u64 %rd8, [%rd142+56]; ld.global.u64 %rd9, "
-    "[%rd142+64]; ld.global.u64 %rd10, [%rd142+72]; ld.global.u64 %rd11, [%rd142+80]; ld.global.v2.u32 {%r78, "
-    "%r79}, [%rd142+88]; ld.global.v4.u8 {%rs13, %rs14, %rs15, %rs16}, [%rd142+96]; ld.global.u32 %r80, "
-    "[%rd142+100]; setp.eq.s32 %p26, %r80, 0; selp.b64 %rd143, 0, %rd136, %p26; ld.global.u64 %rd144, "
-    "[%rd142+8]; add.s64 %rd12, %rd143, %rd144; setp.eq.s16 %p27, %rs16, 2; @%p27 bra $L__BB4_123; bra.uni "
-    "$L__BB4_1; $L__BB4_123: mov.u32 %r288, %ntid.x; shl.b32 %r289, %r288, 1; cvt.u64.u32 %rd103, %r289; "
-    "setp.gt.s64 %p189, %rd5, %rd103; @%p189 bra $L__BB4_125; bra.uni $L__BB4_124; $L__BB4_125: mov.u32 %r347, "
-    "0; bra.uni $L__BB4_126; $L__BB4_1: mov.u32 %r322, %tid.x; shr.u32 %r81, %r76, 3; setp.eq.s16 %p28, %rs16, "
-    "8; selp.b32 %r82, %r81, 0, %p28; setp.ge.u32 %p29, %r322, %r82; mov.u64 %rd420, -1; mov.u64 %rd419, 0; "
-    "@%p29 bra $L__BB4_39; setp.eq.s16 %p30, %rs14, 18; setp.ne.s64 %p31, %rd12, 0; mov.u64 %rd148, 0; and.pred "
-    "%p1, %p30, %p31; mov.u64 %rd420, -1; mov.b32 %f5, %r79; not.pred %p49, %p1; mov.u64 %rd419, %rd148; "
-    "$L__BB4_3: .pragma \"nounroll\"; mul.wide.u32 %rd150, %r322, 8; add.s64 %rd15, %rd150, %rd1; setp.eq.s64 "
-    "%p32, %rd4, %rd5; mov.u64 %rd391, %rd148; @%p32 bra $L__BB4_5; { .reg .b32 temp_param_reg; .param .b64 "
-    "param0; st.param.b64 [param0+0], %rd15; .param .b64 param1; st.param.b64 [param1+0], %rd5; .param .b64 "
-    "retval0; call.uni (retval0), lorasyncd_divide, ( param0, param1 ); ld.param.b64 %rd391, [retval0+0]; } "
-    "$L__BB4_5: setp.ne.s16 %p33, %rs13, 18; setp.eq.s16 %p34, %rs13, 18; mul.lo.s64 %rd151, %rd391, %rd5; ",
-    "sub.s64 %rd152, %rd15, %rd151; mul.lo.s64 %rd153, %rd391, %rd11; add.s64 %rd154, %rd153, %rd10; add.s64 "
-    "%rd18, %rd154, %rd152; mul.lo.s64 %rd155, %rd391, %rd6; add.s64 %rd156, %rd152, %rd155; selp.b64 %rd157, 4, "
-    "2, %p34; mul.lo.s64 %rd158, %rd156, %rd157; add.s64 %rd20, %rd2, %rd158; mul.lo.s64 %rd159, %rd391, %rd8; "
-    "add.s64 %rd160, %rd152, %rd159; selp.b64 %rd161, 4, 2, %p30; mul.lo.s64 %rd162, %rd160, %rd161; add.s64 "
-    "%rd19, %rd162, %rd12; ld.v4.u32 {%r342, %r341, %r340, %r339}, [%rd20]; mov.u32 %r323, %r342; mov.u32 %r324, "
-    "%r341; mov.u32 %r325, %r340; mov.u32 %r326, %r339; @%p33 bra $L__BB4_7; ld.v4.u32 {%r323, %r324, %r325, "
-    "%r326}, [%rd20+16]; $L__BB4_7: or.pred %p38, %p33, %p30; @%p38 bra $L__BB4_12; setp.eq.s16 %p39, %rs14, 15; "
-    "mov.b32 %f6, %r342; mul.f32 %f1, %f5, %f6; @%p39 bra $L__BB4_10; bra.uni $L__BB4_9; $L__BB4_10: mov.b32 "
-    "%r91, %f1; and.b32 %r92, %r91, 2147483647; setp.gt.u32 %p40, %r92, 2139095040; shr.u32 %r93, %r91, 16; "
-    "and.b32 %r94, %r93, 1; add.s32 %r95, %r91, %r94; add.s32 %r96, %r95, 32767; shr.u32 %r97, %r96, 16; "
-    "selp.b32 %r334, 32704, %r97, %p40; mov.b32 %f24, %r341; mul.f32 %f25, %f5, %f24; mov.b32 %r98, %f25; "
-    "and.b32 %r99, %r98, 2147483647; setp.gt.u32 %p41, %r99, 2139095040; shr.u32 %r100, %r98, 16; and.b32 %r101, "
-    "%r100, 1; add.s32 %r102, %r98, %r101; add.s32 %r103, %r102, 32767; shr.u32 %r104, %r103, 16; selp.b32 "
-    "%r333, 32704, %r104, %p41; mov.b32 %f26, %r340; mul.f32 %f27, %f5, %f26; mov.b32 %r105, %f27; and.b32 "
-    "%r106, %r105, 2147483647; setp.gt.u32 %p42, %r106, 2139095040; shr.u32 %r107, %r105, 16; and.b32 %r108, "
-    "%r107, 1; add.s32 %r109, %r105, %r108; add.s32 %r110, %r109, 32767; shr.u32 %r111, %r110, 16; selp.b32 "
-    "%r332, 32704, %r111, %p42; mov.b32 %f28, %r339; mul.f32 %f29, %f5, %f28; mov.b32 %r112, %f29; and.b32 "
-    "%r113, %r112, 2147483647; setp.gt.u32 %p43, %r113, 2139095040; shr.u32 %r114, %r112, 16; and.b32 %r115, "
-    "%r114, 1; add.s32 %r116, %r112, %r115; add.s32 %r117, %r116, 32767; shr.u32 %r118, %r117, 16; selp.b32 "
-    "%r331, 32704, %r118, %p43; mov.b32 %f30, %r323; mul.f32 %f31, %f5, %f30; mov.b32 %r119, %f31; and.b32 "
-    "%r120, %r119, 2147483647; setp.gt.u32 %p44, %r120, 2139095040; shr.u32 %r121, %r119, 16; and.b32 %r122, "
-    "%r121, 1; add.s32 %r123, %r119, %r122; add.s32 %r124, %r123, 32767; shr.u32 %r125, %r124, 16; selp.b32 "
-    "%r323, 32704, %r125, %p44; mov.b32 %f32, %r324; mul.f32 %f33, %f5, %f32; mov.b32 %r126, %f33; and.b32 "
-    "%r127, %r126, 2147483647; setp.gt.u32 %p45, %r127, 2139095040; shr.u32 %r128, %r126, 16; and.b32 %r129, "
-    "%r128, 1; add.s32 %r130, %r126, %r129; add.s32 %r131, %r130, 32767; shr.u32 %r132, %r131, 16; selp.b32 "
-    "%r324, 32704, %r132, %p45; mov.b32 %f34, %r325; mul.f32 %f35, %f5, %f34; mov.b32 %r133, %f35; and.b32 "
-    "%r134, %r133, 2147483647; setp.gt.u32 %p46, %r134, 2139095040; shr.u32 %r135, %r133, 16; and.b32 %r136, "
-    "%r135, 1; add.s32 %r137, %r133, %r136; add.s32 %r138, %r137, 32767; shr.u32 %r139, %r138, 16; selp.b32 "
-    "%r325, 32704, %r139, %p46; mov.b32 %f36, %r326; mul.f32 %f37, %f5, %f36; mov.b32 %r140, %f37; and.b32 "
-    "%r141, %r140, 2147483647; setp.gt.u32 %p47, %r141, 2139095040; shr.u32 %r142, %r140, 16; and.b32 %r143, "
-    "%r142, 1; add.s32 %r144, %r140, %r143; add.s32 %r145, %r144, 32767; shr.u32 %r146, %r145, 16; selp.b32 "
-    "%r326, 32704, %r146, %p47; bra.uni $L__BB4_11; $L__BB4_9: cvt.rn.f16.f32 %rs24, %f1; cvt.u32.u16 %r334, "
-    "%rs24; mov.b32 %f16, %r341; mul.f32 %f8, %f5, %f16; cvt.rn.f16.f32 %rs25, %f8; cvt.u32.u16 %r333, %rs25; "
-    "mov.b32 %f17, %r340; mul.f32 %f9, %f5, %f17; cvt.rn.f16.f32 %rs26, %f9; cvt.u32.u16 %r332, %rs26; mov.b32 "
-    "%f18, %r339; mul.f32 %f10, %f5, %f18; cvt.rn.f16.f32 %rs27, %f10; cvt.u32.u16 %r331, %rs27; mov.b32 %f19, "
-    "%r323; mul.f32 %f11, %f5, %f19; cvt.rn.f16.f32 %rs28, %f11; cvt.u32.u16 %r323, %rs28; mov.b32 %f20, %r324; "
-    "mul.f32 %f12, %f5, %f20; cvt.rn.f16.f32 %rs29, %f12; cvt.u32.u16 %r324, %rs29; mov.b32 %f21, %r325; mul.f32 "
-    "%f13, %f5, %f21; cvt.rn.f16.f32 %rs30, %f13; cvt.u32.u16 %r325, %rs30; mov.b32 %f22, %r326; mul.f32 %f14, ",
-    "%f5, %f22; cvt.rn.f16.f32 %rs31, %f14; cvt.u32.u16 %r326, %rs31; $L__BB4_11: shl.b32 %r147, %r333, 16; "
-    "or.b32 %r342, %r147, %r334; shl.b32 %r148, %r331, 16; or.b32 %r341, %r148, %r332; shl.b32 %r149, %r324, 16; "
-    "or.b32 %r340, %r149, %r323; shl.b32 %r150, %r326, 16; or.b32 %r339, %r150, %r325; $L__BB4_12: setp.eq.s64 "
-    "%p48, %rd12, 0; @%p48 bra $L__BB4_14; st.v4.u32 [%rd19], {%r342, %r341, %r340, %r339}; $L__BB4_14: @%p49 "
-    "bra $L__BB4_16; st.v4.u32 [%rd19+16], {%r323, %r324, %r325, %r326}; $L__BB4_16: setp.eq.s64 %p50, %rd3, 0; "
-    "@%p50 bra $L__BB4_38; selp.b64 %rd379, 4, 2, %p30; setp.ne.s16 %p51, %rs14, 18; mul.lo.s64 %rd164, %rd18, "
-    "%rd379; and.b64 %rd165, %rd164, 252; mov.u64 %rd166, lorasyncd_keys; add.s64 %rd167, %rd166, %rd165; "
-    "ld.global.nc.v4.u32 {%r151, %r152, %r153, %r154}, [%rd167]; mul.wide.u32 %rd168, %r342, %r151; mul.wide.u32 "
-    "%rd169, %r341, %r152; add.s64 %rd170, %rd169, %rd168; mul.wide.u32 %rd171, %r340, %r153; add.s64 %rd172, "
-    "%rd170, %rd171; mul.wide.u32 %rd173, %r339, %r154; add.s64 %rd392, %rd172, %rd173; @%p51 bra $L__BB4_19; "
-    "selp.b64 %rd388, 4, 2, %p30; mul.lo.s64 %rd387, %rd18, %rd388; shr.s64 %rd386, %rd387, 2; shl.b64 %rd174, "
-    "%rd386, 2; add.s64 %rd175, %rd174, 16; and.b64 %rd176, %rd175, 252; add.s64 %rd178, %rd166, %rd176; "
-    "ld.global.nc.v4.u32 {%r159, %r160, %r161, %r162}, [%rd178]; mul.wide.u32 %rd179, %r323, %r159; mul.wide.u32 "
-    "%rd180, %r324, %r160; mul.wide.u32 %rd181, %r325, %r161; mul.wide.u32 %rd182, %r326, %r162; add.s64 %rd183, "
-    "%rd179, %rd392; add.s64 %rd184, %rd183, %rd180; add.s64 %rd185, %rd184, %rd181; add.s64 %rd392, %rd185, "
-    "%rd182; $L__BB4_19: setp.eq.s16 %p53, %rs14, 15; setp.eq.s16 %p54, %rs14, 14; selp.b32 %r168, 2139095040, "
-    "0, %p30; mov.u32 %r343, 0; selp.b32 %r169, 2080406528, %r168, %p54; selp.b32 %r170, 2139127680, %r169, "
-    "%p53; setp.eq.s32 %p56, %r170, 0; @%p56 bra $L__BB4_24; @%p30 bra $L__BB4_22; bra.uni $L__BB4_21; "
-    "$L__BB4_22: and.b32 %r189, %r342, %r170; setp.eq.s32 %p78, %r189, %r170; and.b32 %r190, %r341, %r170; "
-    "setp.eq.s32 %p79, %r190, %r170; or.pred %p80, %p78, %p79; and.b32 %r191, %r340, %r170; setp.eq.s32 %p81, "
-    "%r191, %r170; or.pred %p82, %p80, %p81; and.b32 %r192, %r339, %r170; setp.eq.s32 %p83, %r192, %r170; "
-    "or.pred %p84, %p82, %p83; and.b32 %r193, %r323, %r170; setp.eq.s32 %p85, %r193, %r170; or.pred %p86, %p84, "
-    "%p85; and.b32 %r194, %r324, %r170; setp.eq.s32 %p87, %r194, %r170; or.pred %p88, %p86, %p87; and.b32 %r195, "
-    "%r325, %r170; setp.eq.s32 %p89, %r195, %r170; or.pred %p90, %p88, %p89; and.b32 %r196, %r326, %r170; "
-    "setp.eq.s32 %p91, %r196, %r170; or.pred %p210, %p90, %p91; bra.uni $L__BB4_23; $L__BB4_21: not.b32 %r171, "
-    "%r342; and.b32 %r175, %r170, %r171; and.b32 %r176, %r175, 32640; setp.eq.s32 %p61, %r176, 0; setp.lt.u32 "
-    "%p62, %r175, 65536; or.pred %p63, %p62, %p61; not.b32 %r177, %r341; and.b32 %r178, %r170, %r177; and.b32 "
-    "%r179, %r178, 32640; setp.eq.s32 %p64, %r179, 0; setp.lt.u32 %p65, %r178, 65536; or.pred %p66, %p65, %p64; "
-    "or.pred %p67, %p63, %p66; not.b32 %r180, %r340; and.b32 %r181, %r170, %r180; and.b32 %r182, %r181, 32640; "
-    "setp.eq.s32 %p68, %r182, 0; setp.lt.u32 %p69, %r181, 65536; or.pred %p70, %p69, %p68; or.pred %p71, %p67, "
-    "%p70; not.b32 %r183, %r339; and.b32 %r184, %r170, %r183; and.b32 %r185, %r184, 32640; setp.eq.s32 %p72, "
-    "%r185, 0; setp.lt.u32 %p73, %r184, 65536; or.pred %p74, %p73, %p72; or.pred %p210, %p71, %p74; $L__BB4_23: "
-    "selp.u32 %r343, 1, 0, %p210; $L__BB4_24: selp.b64 %rd377, 4, 2, %p30; mul.lo.s64 %rd376, %rd18, %rd377; "
-    "shr.u64 %rd188, %rd376, 8; add.s64 %rd189, %rd188, -7046029254386353131; shr.u64 %rd190, %rd189, 30; "
-    "xor.b64 %rd191, %rd190, %rd189; mul.lo.s64 %rd192, %rd191, -4658895280553007687; shr.u64 %rd193, %rd192, "
-    "27; xor.b64 %rd194, %rd193, %rd192; mul.lo.s64 %rd195, %rd194, -7723592293110705685; shr.u64 %rd196, "
-    "%rd195, 31; xor.b64 %rd197, %rd196, %rd195; or.b64 %rd198, %rd197, 1; mul.lo.s64 %rd199, %rd392, %rd198; ",
-    "add.s64 %rd419, %rd199, %rd419; setp.eq.s32 %p93, %r343, 0; @%p93 bra $L__BB4_38; @%p30 bra $L__BB4_36; "
-    "bra.uni $L__BB4_26; $L__BB4_36: mov.u32 %r345, 7; $L__BB4_37: .pragma \"nounroll\"; selp.b32 %r321, 4, 2, "
-    "%p30; mul.lo.s32 %r200, %r345, %r321; cvt.s64.s32 %rd208, %r200; add.s64 %rd209, %rd19, %rd208; ld.u32 "
-    "%r201, [%rd209]; and.b32 %r202, %r201, 2139095040; setp.eq.s32 %p106, %r202, 2139095040; cvt.s64.s32 "
-    "%rd210, %r345; add.s64 %rd211, %rd18, %rd210; setp.gt.u64 %p107, %rd420, %rd211; and.pred %p108, %p107, "
-    "%p106; selp.b64 %rd420, %rd211, %rd420, %p108; add.s32 %r61, %r345, -1; setp.ne.s32 %p109, %r345, 0; "
-    "mov.u32 %r345, %r61; @%p109 bra $L__BB4_37; bra.uni $L__BB4_38; $L__BB4_26: mov.u32 %r344, 7; $L__BB4_27: "
-    ".pragma \"nounroll\"; mov.u32 %r57, %r344; selp.b32 %r320, 4, 2, %p30; mul.lo.s32 %r198, %r57, %r320; "
-    "cvt.s64.s32 %rd200, %r198; add.s64 %rd201, %rd19, %rd200; ld.u16 %rd27, [%rd201]; mov.pred %p211, 0; "
-    "setp.gt.s16 %p97, %rs14, 13; @%p97 bra $L__BB4_31; setp.eq.s16 %p100, %rs14, 7; @%p100 bra $L__BB4_34; "
-    "setp.eq.s16 %p101, %rs14, 8; @%p101 bra $L__BB4_30; bra.uni $L__BB4_35; $L__BB4_30: and.b64 %rd202, %rd27, "
-    "127; setp.eq.s64 %p211, %rd202, 127; bra.uni $L__BB4_35; $L__BB4_31: setp.eq.s16 %p208, %rs14, 14; @%p208 "
-    "bra $L__BB4_141; setp.eq.s16 %p209, %rs14, 15; @%p209 bra $L__BB4_33; bra.uni $L__BB4_35; $L__BB4_33: "
-    "and.b64 %rd204, %rd27, 32640; setp.eq.s64 %p211, %rd204, 32640; bra.uni $L__BB4_35; $L__BB4_34: and.b64 "
-    "%rd205, %rd27, 124; setp.eq.s64 %p211, %rd205, 124; bra.uni $L__BB4_35; $L__BB4_141: and.b64 %rd203, %rd27, "
-    "31744; setp.eq.s64 %p211, %rd203, 31744; $L__BB4_35: cvt.s64.s32 %rd206, %r57; add.s64 %rd207, %rd18, "
-    "%rd206; setp.gt.u64 %p102, %rd420, %rd207; and.pred %p103, %p102, %p211; selp.b64 %rd420, %rd207, %rd420, "
-    "%p103; add.s32 %r344, %r57, -1; setp.gt.s32 %p104, %r57, 0; @%p104 bra $L__BB4_27; $L__BB4_38: mov.u32 "
-    "%r203, %ntid.x; add.s32 %r322, %r322, %r203; setp.lt.u32 %p111, %r322, %r82; @%p111 bra $L__BB4_3; "
-    "$L__BB4_39: shl.b32 %r63, %r82, 3; setp.ge.u32 %p113, %r63, %r76; @%p113 bra $L__BB4_118; cvt.u64.u32 "
-    "%rd212, %r76; add.s64 %rd35, %rd1, %rd212; mov.u32 %r208, %ntid.x; cvt.u64.u32 %rd36, %r208; setp.gt.s64 "
-    "%p114, %rd5, %rd36; @%p114 bra $L__BB4_42; bra.uni $L__BB4_41; $L__BB4_42: mov.u32 %r346, 0; bra.uni "
-    "$L__BB4_43; $L__BB4_124: cvt.u32.u64 %r290, %rd103; cvt.u32.u64 %r291, %rd5; div.u32 %r347, %r290, %r291; "
-    "$L__BB4_126: mov.u32 %r293, %tid.x; shl.b32 %r294, %r293, 1; cvt.u64.u32 %rd336, %r294; add.s64 %rd422, "
-    "%rd1, %rd336; setp.eq.s64 %p190, %rd4, %rd5; mov.u64 %rd106, 0; @%p190 bra $L__BB4_128; { .reg .b32 "
-    "temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd422; .param .b64 param1; st.param.b64 "
-    "[param1+0], %rd5; .param .b64 retval0; call.uni (retval0), lorasyncd_divide, ( param0, param1 ); "
-    "ld.param.b64 %rd106, [retval0+0]; } $L__BB4_128: mul.lo.s64 %rd337, %rd106, %rd5; sub.s64 %rd424, %rd422, "
-    "%rd337; cvt.u64.u32 %rd338, %r76; add.s64 %rd108, %rd1, %rd338; setp.ge.s64 %p191, %rd422, %rd108; @%p191 "
-    "bra $L__BB4_140; setp.eq.s16 %p192, %rs13, 18; selp.b64 %rd109, 4, 2, %p192; setp.eq.s16 %p193, %rs14, 18; "
-    "selp.b64 %rd110, 4, 2, %p193; cvt.u64.u32 %rd111, %r347; cvt.u32.u64 %r295, %rd5; mul.lo.s32 %r296, %r347, "
-    "%r295; cvt.u32.u64 %r297, %rd103; sub.s32 %r298, %r297, %r296; cvt.u64.u32 %rd112, %r298; @%p192 bra "
-    "$L__BB4_133; bra.uni $L__BB4_130; $L__BB4_133: mov.b32 %f2, %r79; $L__BB4_134: .pragma \"nounroll\"; "
-    "mul.lo.s64 %rd364, %rd106, %rd6; add.s64 %rd365, %rd364, %rd424; mul.lo.s64 %rd366, %rd365, %rd109; add.s64 "
-    "%rd367, %rd2, %rd366; mul.lo.s64 %rd368, %rd106, %rd8; add.s64 %rd369, %rd368, %rd424; mul.lo.s64 %rd370, "
-    "%rd369, %rd110; add.s64 %rd129, %rd12, %rd370; ld.u64 %rd128, [%rd367]; @%p193 bra $L__BB4_138; bra.uni "
-    "$L__BB4_135; $L__BB4_138: st.u64 [%rd129], %rd128; bra.uni $L__BB4_139; $L__BB4_135: setp.eq.s16 %p202, "
-    "%rs14, 15; cvt.u32.u64 %r300, %rd128; mov.b32 %f49, %r300; mul.f32 %f3, %f2, %f49; shr.u64 %rd371, %rd128, ",
-    "32; cvt.u32.u64 %r301, %rd371; mov.b32 %f50, %r301; mul.f32 %f4, %f2, %f50; @%p202 bra $L__BB4_137; bra.uni "
-    "$L__BB4_136; $L__BB4_137: mov.b32 %r302, %f3; mov.b32 %r303, %f4; and.b32 %r304, %r302, 2147483647; "
-    "setp.gt.u32 %p203, %r304, 2139095040; shr.u32 %r305, %r302, 16; and.b32 %r306, %r305, 1; add.s32 %r307, "
-    "%r302, %r306; add.s32 %r308, %r307, 32767; shr.u32 %r309, %r308, 16; selp.b32 %r310, 32704, %r309, %p203; "
-    "and.b32 %r311, %r303, 2147483647; setp.gt.u32 %p204, %r311, 2139095040; shr.u32 %r312, %r303, 16; and.b32 "
-    "%r313, %r312, 1; add.s32 %r314, %r303, %r313; add.s32 %r315, %r314, 32767; and.b32 %r316, %r315, -65536; "
-    "selp.b32 %r317, 2143289344, %r316, %p204; or.b32 %r72, %r317, %r310; st.u32 [%rd129], %r72; bra.uni "
-    "$L__BB4_139; $L__BB4_136: cvt.rn.f16.f32 %rs60, %f3; cvt.rn.f16.f32 %rs61, %f4; mov.b32 %r71, {%rs60, "
-    "%rs61}; st.u32 [%rd129], %r71; $L__BB4_139: add.s64 %rd422, %rd422, %rd103; add.s64 %rd372, %rd424, %rd112; "
-    "setp.lt.s64 %p205, %rd372, %rd5; selp.b64 %rd373, 0, %rd5, %p205; sub.s64 %rd424, %rd372, %rd373; "
-    "setp.ge.s64 %p206, %rd372, %rd5; selp.u64 %rd374, 1, 0, %p206; add.s64 %rd375, %rd106, %rd111; add.s64 "
-    "%rd106, %rd375, %rd374; setp.lt.s64 %p207, %rd422, %rd108; @%p207 bra $L__BB4_134; bra.uni $L__BB4_140; "
-    "$L__BB4_41: cvt.u32.u64 %r209, %rd36; cvt.u32.u64 %r210, %rd5; div.u32 %r346, %r209, %r210; $L__BB4_43: "
-    "mov.u32 %r212, %tid.x; cvt.u64.u32 %rd214, %r212; add.s64 %rd215, %rd1, %rd214; cvt.u64.u32 %rd216, %r63; "
-    "add.s64 %rd400, %rd215, %rd216; setp.eq.s64 %p115, %rd4, %rd5; mov.u64 %rd399, 0; @%p115 bra $L__BB4_45; { "
-    ".reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd400; .param .b64 param1; "
-    "st.param.b64 [param1+0], %rd5; .param .b64 retval0; call.uni (retval0), lorasyncd_divide, ( param0, param1 "
-    "); ld.param.b64 %rd399, [retval0+0]; } $L__BB4_45: mul.lo.s64 %rd217, %rd399, %rd5; sub.s64 %rd404, %rd400, "
-    "%rd217; setp.ge.s64 %p116, %rd400, %rd35; @%p116 bra $L__BB4_118; cvt.u32.u16 %r213, %rs13; and.b32 %r66, "
-    "%r213, 255; cvt.u32.u16 %r214, %rs14; and.b32 %r67, %r214, 255; setp.lt.u16 %p117, %rs14, 12; setp.lt.u16 "
-    "%p118, %rs14, 16; setp.lt.u16 %p119, %rs14, 19; selp.b32 %r215, 4, 8, %p119; selp.b32 %r216, 2, %r215, "
-    "%p118; selp.b32 %r217, 1, %r216, %p117; setp.lt.u16 %p120, %rs13, 12; setp.lt.u16 %p121, %rs13, 16; "
-    "setp.lt.u16 %p122, %rs13, 19; selp.b32 %r218, 4, 8, %p122; selp.b32 %r219, 2, %r218, %p121; selp.b32 %r220, "
-    "1, %r219, %p120; cvt.u64.u32 %rd41, %r220; cvt.u16.u32 %rs9, %r220; setp.eq.s16 %p123, %rs13, 18; "
-    "setp.eq.s16 %p124, %rs14, 15; and.pred %p10, %p123, %p124; cvt.u32.u16 %r221, %rs15; and.b32 %r68, %r221, "
-    "255; setp.ne.s16 %p125, %rs13, %rs14; mov.b32 %f38, %r79; setp.neu.f32 %p126, %f38, 0f3F800000; or.pred "
-    "%p11, %p126, %p125; cvt.u64.u32 %rd42, %r217; cvt.u16.u32 %rs11, %r217; cvt.u64.u32 %rd43, %r346; "
-    "cvt.u32.u64 %r222, %rd5; mul.lo.s32 %r223, %r346, %r222; cvt.u32.u64 %r224, %rd36; sub.s32 %r225, %r224, "
-    "%r223; cvt.u64.u32 %rd44, %r225; setp.eq.s16 %p127, %rs9, 1; @%p127 bra $L__BB4_85; bra.uni $L__BB4_47; "
-    "$L__BB4_85: not.pred %p153, %p11; $L__BB4_86: .pragma \"nounroll\"; mul.lo.s64 %rd267, %rd404, %rd7; "
-    "mul.lo.s64 %rd268, %rd399, %rd6; add.s64 %rd269, %rd268, %rd267; mul.lo.s64 %rd270, %rd269, %rd41; add.s64 "
-    "%rd271, %rd2, %rd270; ld.u8 %rs12, [%rd271]; cvt.u64.u16 %rd272, %rs12; and.b64 %rd84, %rd272, 255; "
-    "setp.eq.s16 %p152, %rs15, 0; @%p152 bra $L__BB4_88; { .reg .b32 temp_param_reg; .param .b64 param0; "
-    "st.param.b64 [param0+0], %rd84; .param .b32 param1; st.param.b32 [param1+0], %r66; .param .b32 param2; "
-    "st.param.b32 [param2+0], %r68; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 retval0; "
-    "call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd273, "
-    "[retval0+0]; } { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd273; .param .b32 "
-    "param1; st.param.b32 [param1+0], %r68; .param .b32 param2; st.param.b32 [param2+0], %r67; .param .b32 ",
-    "param3; st.param.f32 [param3+0], 0f3F800000; .param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( "
-    "param0, param1, param2, param3 ); ld.param.b64 %rd84, [retval0+0]; } bra.uni $L__BB4_92; $L__BB4_88: @%p10 "
-    "bra $L__BB4_91; bra.uni $L__BB4_89; $L__BB4_91: cvt.u32.u16 %r242, %rs12; and.b32 %r243, %r242, 255; "
-    "mov.b32 %f46, %r243; mul.f32 %f48, %f38, %f46; mov.b32 %r244, %f48; and.b32 %r245, %r244, 2147483647; "
-    "setp.gt.u32 %p154, %r245, 2139095040; shr.u32 %r246, %r244, 16; and.b32 %r247, %r246, 1; add.s32 %r248, "
-    "%r244, %r247; add.s32 %r249, %r248, 32767; shr.u32 %r250, %r249, 16; selp.b32 %r251, 32704, %r250, %p154; "
-    "cvt.u64.u32 %rd84, %r251; bra.uni $L__BB4_92; $L__BB4_89: @%p153 bra $L__BB4_92; { .reg .b32 "
-    "temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd84; .param .b32 param1; st.param.b32 "
-    "[param1+0], %r66; .param .b32 param2; st.param.b32 [param2+0], %r67; .param .b32 param3; st.param.f32 "
-    "[param3+0], %f38; .param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, "
-    "param3 ); ld.param.b64 %rd84, [retval0+0]; } $L__BB4_92: setp.eq.s64 %p155, %rd12, 0; @%p155 bra "
-    "$L__BB4_100; mul.lo.s64 %rd274, %rd404, %rd9; mul.lo.s64 %rd275, %rd399, %rd8; add.s64 %rd276, %rd275, "
-    "%rd274; mul.lo.s64 %rd277, %rd276, %rd42; add.s64 %rd85, %rd12, %rd277; setp.eq.s16 %p156, %rs11, 1; @%p156 "
-    "bra $L__BB4_98; setp.eq.s16 %p157, %rs11, 2; @%p157 bra $L__BB4_97; setp.ne.s16 %p158, %rs11, 4; @%p158 bra "
-    "$L__BB4_99; st.u32 [%rd85], %rd84; bra.uni $L__BB4_100; $L__BB4_97: st.u16 [%rd85], %rd84; bra.uni "
-    "$L__BB4_100; $L__BB4_98: st.u8 [%rd85], %rd84; bra.uni $L__BB4_100; $L__BB4_99: st.u64 [%rd85], %rd84; "
-    "$L__BB4_100: setp.eq.s64 %p159, %rd3, 0; @%p159 bra $L__BB4_117; cvt.u32.u64 %r252, %rd42; setp.eq.s32 "
-    "%p160, %r252, 8; add.s64 %rd278, %rd404, %rd10; mul.lo.s64 %rd279, %rd399, %rd11; add.s64 %rd86, %rd278, "
-    "%rd279; mul.lo.s64 %rd87, %rd86, %rd42; shr.u64 %rd88, %rd87, 2; and.b64 %rd280, %rd87, 252; mov.u64 "
-    "%rd281, lorasyncd_keys; add.s64 %rd89, %rd281, %rd280; @%p160 bra $L__BB4_103; bra.uni $L__BB4_102; "
-    "$L__BB4_103: and.b64 %rd285, %rd84, 4294967295; ld.global.nc.u32 %r257, [%rd89]; cvt.u64.u32 %rd286, %r257; "
-    "mul.lo.s64 %rd287, %rd285, %rd286; shl.b64 %rd288, %rd88, 2; add.s64 %rd289, %rd288, 4; and.b64 %rd290, "
-    "%rd289, 252; add.s64 %rd292, %rd281, %rd290; ld.global.nc.u32 %r258, [%rd292]; cvt.u64.u32 %rd293, %r258; "
-    "shr.u64 %rd294, %rd84, 32; mul.lo.s64 %rd295, %rd294, %rd293; add.s64 %rd416, %rd295, %rd287; bra.uni "
-    "$L__BB4_104; $L__BB4_102: cvt.u32.u64 %r253, %rd87; shl.b32 %r254, %r253, 3; and.b32 %r255, %r254, 24; "
-    "shl.b64 %rd282, %rd84, %r255; and.b64 %rd283, %rd282, 4294967295; ld.global.nc.u32 %r256, [%rd89]; "
-    "cvt.u64.u32 %rd284, %r256; mul.lo.s64 %rd416, %rd283, %rd284; $L__BB4_104: shr.u64 %rd296, %rd87, 8; "
-    "add.s64 %rd297, %rd296, -7046029254386353131; shr.u64 %rd298, %rd297, 30; xor.b64 %rd299, %rd298, %rd297; "
-    "mul.lo.s64 %rd300, %rd299, -4658895280553007687; shr.u64 %rd301, %rd300, 27; xor.b64 %rd302, %rd301, "
-    "%rd300; mul.lo.s64 %rd303, %rd302, -7723592293110705685; shr.u64 %rd304, %rd303, 31; xor.b64 %rd305, "
-    "%rd304, %rd303; or.b64 %rd306, %rd305, 1; mul.lo.s64 %rd307, %rd416, %rd306; add.s64 %rd419, %rd307, "
-    "%rd419; setp.gt.s16 %p161, %rs14, 13; @%p161 bra $L__BB4_108; bra.uni $L__BB4_105; $L__BB4_108: setp.eq.s16 "
-    "%p162, %rs14, 14; @%p162 bra $L__BB4_113; @%p124 bra $L__BB4_114; setp.eq.s16 %p164, %rs14, 18; @%p164 bra "
-    "$L__BB4_111; bra.uni $L__BB4_115; $L__BB4_111: and.b64 %rd312, %rd84, 2139095040; setp.eq.s64 %p213, "
-    "%rd312, 2139095040; bra.uni $L__BB4_116; $L__BB4_105: setp.eq.s16 %p165, %rs14, 7; @%p165 bra $L__BB4_112; "
-    "setp.eq.s16 %p166, %rs14, 8; @%p166 bra $L__BB4_107; bra.uni $L__BB4_115; $L__BB4_107: and.b64 %rd309, "
-    "%rd84, 127; setp.eq.s64 %p213, %rd309, 127; bra.uni $L__BB4_116; $L__BB4_113: and.b64 %rd310, %rd84, 31744; "
-    "setp.eq.s64 %p213, %rd310, 31744; bra.uni $L__BB4_116; $L__BB4_114: and.b64 %rd311, %rd84, 32640; ",
-    "setp.eq.s64 %p213, %rd311, 32640; bra.uni $L__BB4_116; $L__BB4_112: and.b64 %rd308, %rd84, 124; setp.eq.s64 "
-    "%p213, %rd308, 124; bra.uni $L__BB4_116; $L__BB4_115: setp.eq.s16 %p167, %rs14, 20; and.b64 %rd313, %rd84, "
-    "9218868437227405312; setp.eq.s64 %p168, %rd313, 9218868437227405312; and.pred %p213, %p167, %p168; "
-    "$L__BB4_116: mul.lo.s64 %rd385, %rd399, %rd11; add.s64 %rd384, %rd404, %rd10; add.s64 %rd383, %rd384, "
-    "%rd385; setp.gt.u64 %p169, %rd420, %rd383; and.pred %p170, %p169, %p213; selp.b64 %rd420, %rd383, %rd420, "
-    "%p170; $L__BB4_117: add.s64 %rd314, %rd404, %rd44; setp.lt.s64 %p171, %rd314, %rd5; selp.b64 %rd315, 0, "
-    "%rd5, %p171; sub.s64 %rd404, %rd314, %rd315; setp.ge.s64 %p172, %rd314, %rd5; selp.u64 %rd316, 1, 0, %p172; "
-    "add.s64 %rd317, %rd399, %rd43; add.s64 %rd399, %rd317, %rd316; add.s64 %rd400, %rd400, %rd36; setp.lt.s64 "
-    "%p173, %rd400, %rd35; @%p173 bra $L__BB4_86; bra.uni $L__BB4_118; $L__BB4_130: @%p193 bra $L__BB4_132; "
-    "bra.uni $L__BB4_131; $L__BB4_132: .pragma \"nounroll\"; mul.lo.s64 %rd351, %rd106, %rd6; add.s64 %rd352, "
-    "%rd351, %rd424; mul.lo.s64 %rd353, %rd352, %rd109; add.s64 %rd354, %rd2, %rd353; mul.lo.s64 %rd355, %rd106, "
-    "%rd8; add.s64 %rd356, %rd355, %rd424; mul.lo.s64 %rd357, %rd356, %rd110; add.s64 %rd358, %rd12, %rd357; "
-    "ld.u32 %rd359, [%rd354]; st.u64 [%rd358], %rd359; add.s64 %rd360, %rd424, %rd112; setp.lt.s64 %p198, "
-    "%rd360, %rd5; selp.b64 %rd361, 0, %rd5, %p198; sub.s64 %rd424, %rd360, %rd361; setp.ge.s64 %p199, %rd360, "
-    "%rd5; selp.u64 %rd362, 1, 0, %p199; add.s64 %rd363, %rd106, %rd111; add.s64 %rd106, %rd363, %rd362; add.s64 "
-    "%rd422, %rd422, %rd103; setp.lt.s64 %p200, %rd422, %rd108; @%p200 bra $L__BB4_132; bra.uni $L__BB4_140; "
-    "$L__BB4_131: .pragma \"nounroll\"; mul.lo.s64 %rd339, %rd106, %rd6; add.s64 %rd340, %rd339, %rd424; "
-    "mul.lo.s64 %rd341, %rd340, %rd109; add.s64 %rd342, %rd2, %rd341; mul.lo.s64 %rd343, %rd106, %rd8; add.s64 "
-    "%rd344, %rd343, %rd424; mul.lo.s64 %rd345, %rd344, %rd110; add.s64 %rd346, %rd12, %rd345; ld.u32 %r299, "
-    "[%rd342]; st.u32 [%rd346], %r299; add.s64 %rd347, %rd424, %rd112; setp.lt.s64 %p195, %rd347, %rd5; selp.b64 "
-    "%rd348, 0, %rd5, %p195; sub.s64 %rd424, %rd347, %rd348; setp.ge.s64 %p196, %rd347, %rd5; selp.u64 %rd349, "
-    "1, 0, %p196; add.s64 %rd350, %rd106, %rd111; add.s64 %rd106, %rd350, %rd349; add.s64 %rd422, %rd422, "
-    "%rd103; setp.lt.s64 %p197, %rd422, %rd108; @%p197 bra $L__BB4_131; bra.uni $L__BB4_140; $L__BB4_47: "
-    "not.pred %p131, %p11; $L__BB4_48: .pragma \"nounroll\"; mul.lo.s64 %rd218, %rd404, %rd7; mul.lo.s64 %rd219, "
-    "%rd399, %rd6; add.s64 %rd220, %rd219, %rd218; mul.lo.s64 %rd221, %rd220, %rd41; add.s64 %rd51, %rd2, "
-    "%rd221; setp.eq.s16 %p128, %rs9, 4; @%p128 bra $L__BB4_51; setp.ne.s16 %p129, %rs9, 2; @%p129 bra "
-    "$L__BB4_52; ld.u16 %rd59, [%rd51]; bra.uni $L__BB4_53; $L__BB4_51: ld.u32 %rd59, [%rd51]; bra.uni "
-    "$L__BB4_53; $L__BB4_52: ld.u64 %rd59, [%rd51]; $L__BB4_53: setp.eq.s16 %p130, %rs15, 0; @%p130 bra "
-    "$L__BB4_55; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd59; .param .b32 "
-    "param1; st.param.b32 [param1+0], %r66; .param .b32 param2; st.param.b32 [param2+0], %r68; .param .b32 "
-    "param3; st.param.f32 [param3+0], %f38; .param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( "
-    "param0, param1, param2, param3 ); ld.param.b64 %rd222, [retval0+0]; } { .reg .b32 temp_param_reg; .param "
-    ".b64 param0; st.param.b64 [param0+0], %rd222; .param .b32 param1; st.param.b32 [param1+0], %r68; .param "
-    ".b32 param2; st.param.b32 [param2+0], %r67; .param .b32 param3; st.param.f32 [param3+0], 0f3F800000; .param "
+    "[%rd142+64]; ld.global.u64 %rd10, [%rd142+72]; ld.global.u64 %rd11, [%rd142+80]; ld.global.v2.u32 {%r80, "
+    "%r81}, [%rd142+88]; ld.global.v4.u8 {%rs12, %rs13, %rs14, %rs15}, [%rd142+96]; ld.global.u32 %r82, "
+    "[%rd142+100]; setp.eq.s32 %p7, %r82, 0; selp.b64 %rd143, 0, %rd136, %p7; ld.global.u64 %rd144, [%rd142+8]; "
+    "add.s64 %rd12, %rd143, %rd144; setp.eq.s16 %p8, %rs15, 2; @%p8 bra $L__BB4_107; bra.uni $L__BB4_1; "
+    "$L__BB4_107: mov.u32 %r292, %ntid.x; shl.b32 %r293, %r292, 1; cvt.u64.u32 %rd103, %r293; setp.gt.s64 %p149, "
+    "%rd5, %rd103; @%p149 bra $L__BB4_109; bra.uni $L__BB4_108; $L__BB4_109: mov.u32 %r356, 0; bra.uni "
+    "$L__BB4_110; $L__BB4_1: mov.u64 %rd386, 2139095040; setp.gt.s16 %p9, %rs13, 13; @%p9 bra $L__BB4_6; bra.uni "
+    "$L__BB4_2; $L__BB4_6: setp.gt.s16 %p10, %rs13, 17; @%p10 bra $L__BB4_10; setp.eq.s16 %p13, %rs13, 14; @%p13 "
+    "bra $L__BB4_13; setp.eq.s16 %p14, %rs13, 15; @%p14 bra $L__BB4_9; bra.uni $L__BB4_16; $L__BB4_9: mov.u64 "
+    "%rd386, 32640; bra.uni $L__BB4_17; $L__BB4_108: cvt.u32.u64 %r294, %rd103; cvt.u32.u64 %r295, %rd5; div.u32 "
+    "%r356, %r294, %r295; $L__BB4_110: mov.u32 %r297, %tid.x; shl.b32 %r298, %r297, 1; cvt.u64.u32 %rd333, "
+    "%r298; add.s64 %rd420, %rd1, %rd333; setp.eq.s64 %p150, %rd4, %rd5; mov.u64 %rd106, 0; @%p150 bra ",
+    "$L__BB4_112; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd420; .param .b64 "
+    "param1; st.param.b64 [param1+0], %rd5; .param .b64 retval0; call.uni (retval0), lorasyncd_divide, ( param0, "
+    "param1 ); ld.param.b64 %rd106, [retval0+0]; } $L__BB4_112: mul.lo.s64 %rd334, %rd106, %rd5; sub.s64 %rd422, "
+    "%rd420, %rd334; cvt.u64.u32 %rd335, %r78; add.s64 %rd108, %rd1, %rd335; setp.ge.s64 %p151, %rd420, %rd108; "
+    "@%p151 bra $L__BB4_124; setp.eq.s16 %p152, %rs12, 18; selp.b64 %rd109, 4, 2, %p152; setp.eq.s16 %p153, "
+    "%rs13, 18; selp.b64 %rd110, 4, 2, %p153; cvt.u64.u32 %rd111, %r356; cvt.u32.u64 %r299, %rd5; mul.lo.s32 "
+    "%r300, %r356, %r299; cvt.u32.u64 %r301, %rd103; sub.s32 %r302, %r301, %r300; cvt.u64.u32 %rd112, %r302; "
+    "@%p152 bra $L__BB4_117; bra.uni $L__BB4_114; $L__BB4_117: mov.b32 %f2, %r81; $L__BB4_118: .pragma "
+    "\"nounroll\"; mul.lo.s64 %rd361, %rd106, %rd6; add.s64 %rd362, %rd361, %rd422; mul.lo.s64 %rd363, %rd362, "
+    "%rd109; add.s64 %rd364, %rd2, %rd363; mul.lo.s64 %rd365, %rd106, %rd8; add.s64 %rd366, %rd365, %rd422; "
+    "mul.lo.s64 %rd367, %rd366, %rd110; add.s64 %rd129, %rd12, %rd367; ld.u64 %rd128, [%rd364]; @%p153 bra "
+    "$L__BB4_122; bra.uni $L__BB4_119; $L__BB4_122: st.u64 [%rd129], %rd128; bra.uni $L__BB4_123; $L__BB4_119: "
+    "setp.eq.s16 %p162, %rs13, 15; cvt.u32.u64 %r304, %rd128; mov.b32 %f49, %r304; mul.f32 %f3, %f2, %f49; "
+    "shr.u64 %rd368, %rd128, 32; cvt.u32.u64 %r305, %rd368; mov.b32 %f50, %r305; mul.f32 %f4, %f2, %f50; @%p162 "
+    "bra $L__BB4_121; bra.uni $L__BB4_120; $L__BB4_121: mov.b32 %r306, %f3; mov.b32 %r307, %f4; and.b32 %r308, "
+    "%r306, 2147483647; setp.gt.u32 %p163, %r308, 2139095040; shr.u32 %r309, %r306, 16; and.b32 %r310, %r309, 1; "
+    "add.s32 %r311, %r306, %r310; add.s32 %r312, %r311, 32767; shr.u32 %r313, %r312, 16; selp.b32 %r314, 32704, "
+    "%r313, %p163; and.b32 %r315, %r307, 2147483647; setp.gt.u32 %p164, %r315, 2139095040; shr.u32 %r316, %r307, "
+    "16; and.b32 %r317, %r316, 1; add.s32 %r318, %r307, %r317; add.s32 %r319, %r318, 32767; and.b32 %r320, "
+    "%r319, -65536; selp.b32 %r321, 2143289344, %r320, %p164; or.b32 %r74, %r321, %r314; st.u32 [%rd129], %r74; "
+    "bra.uni $L__BB4_123; $L__BB4_120: cvt.rn.f16.f32 %rs53, %f3; cvt.rn.f16.f32 %rs54, %f4; mov.b32 %r73, "
+    "{%rs53, %rs54}; st.u32 [%rd129], %r73; $L__BB4_123: add.s64 %rd420, %rd420, %rd103; add.s64 %rd369, %rd422, "
+    "%rd112; setp.lt.s64 %p165, %rd369, %rd5; selp.b64 %rd370, 0, %rd5, %p165; sub.s64 %rd422, %rd369, %rd370; "
+    "setp.ge.s64 %p166, %rd369, %rd5; selp.u64 %rd371, 1, 0, %p166; add.s64 %rd372, %rd106, %rd111; add.s64 "
+    "%rd106, %rd372, %rd371; setp.lt.s64 %p167, %rd420, %rd108; @%p167 bra $L__BB4_118; bra.uni $L__BB4_124; "
+    "$L__BB4_2: setp.eq.s16 %p15, %rs13, 7; @%p15 bra $L__BB4_15; setp.eq.s16 %p16, %rs13, 8; @%p16 bra "
+    "$L__BB4_14; setp.eq.s16 %p17, %rs13, 9; @%p17 bra $L__BB4_5; bra.uni $L__BB4_16; $L__BB4_5: mov.u64 %rd386, "
+    "255; bra.uni $L__BB4_17; $L__BB4_10: setp.eq.s16 %p11, %rs13, 18; @%p11 bra $L__BB4_17; setp.ne.s16 %p12, "
+    "%rs13, 20; @%p12 bra $L__BB4_16; mov.u64 %rd386, 9218868437227405312; bra.uni $L__BB4_17; $L__BB4_114: "
+    "@%p153 bra $L__BB4_116; bra.uni $L__BB4_115; $L__BB4_116: .pragma \"nounroll\"; mul.lo.s64 %rd348, %rd106, "
+    "%rd6; add.s64 %rd349, %rd348, %rd422; mul.lo.s64 %rd350, %rd349, %rd109; add.s64 %rd351, %rd2, %rd350; "
+    "mul.lo.s64 %rd352, %rd106, %rd8; add.s64 %rd353, %rd352, %rd422; mul.lo.s64 %rd354, %rd353, %rd110; add.s64 "
+    "%rd355, %rd12, %rd354; ld.u32 %rd356, [%rd351]; st.u64 [%rd355], %rd356; add.s64 %rd357, %rd422, %rd112; "
+    "setp.lt.s64 %p158, %rd357, %rd5; selp.b64 %rd358, 0, %rd5, %p158; sub.s64 %rd422, %rd357, %rd358; "
+    "setp.ge.s64 %p159, %rd357, %rd5; selp.u64 %rd359, 1, 0, %p159; add.s64 %rd360, %rd106, %rd111; add.s64 "
+    "%rd106, %rd360, %rd359; add.s64 %rd420, %rd420, %rd103; setp.lt.s64 %p160, %rd420, %rd108; @%p160 bra "
+    "$L__BB4_116; bra.uni $L__BB4_124; $L__BB4_115: .pragma \"nounroll\"; mul.lo.s64 %rd336, %rd106, %rd6; add.s64 ",
+    "%rd337, %rd336, %rd422; mul.lo.s64 %rd338, %rd337, %rd109; add.s64 %rd339, %rd2, %rd338; mul.lo.s64 %rd340, "
+    "%rd106, %rd8; add.s64 %rd341, %rd340, %rd422; mul.lo.s64 %rd342, %rd341, %rd110; add.s64 %rd343, %rd12, "
+    "%rd342; ld.u32 %r303, [%rd339]; st.u32 [%rd343], %r303; add.s64 %rd344, %rd422, %rd112; setp.lt.s64 %p155, "
+    "%rd344, %rd5; selp.b64 %rd345, 0, %rd5, %p155; sub.s64 %rd422, %rd344, %rd345; setp.ge.s64 %p156, %rd344, "
+    "%rd5; selp.u64 %rd346, 1, 0, %p156; add.s64 %rd347, %rd106, %rd111; add.s64 %rd106, %rd347, %rd346; add.s64 "
+    "%rd420, %rd420, %rd103; setp.lt.s64 %p157, %rd420, %rd108; @%p157 bra $L__BB4_115; bra.uni $L__BB4_124; "
+    "$L__BB4_13: mov.u64 %rd386, 31744; bra.uni $L__BB4_17; $L__BB4_15: mov.u64 %rd386, 124; bra.uni $L__BB4_17; "
+    "$L__BB4_16: mov.u64 %rd386, 0; bra.uni $L__BB4_17; $L__BB4_14: mov.u64 %rd386, 127; $L__BB4_17: mov.u32 "
+    "%r331, %tid.x; setp.eq.s16 %p18, %rs15, 8; shr.u32 %r83, %r78, 3; selp.b32 %r84, %r83, 0, %p18; setp.ge.u32 "
+    "%p19, %r331, %r84; mov.u64 %rd418, -1; mov.u64 %rd417, 0; @%p19 bra $L__BB4_47; setp.eq.s16 %p20, %rs13, "
+    "18; setp.ne.s64 %p21, %rd12, 0; mov.u64 %rd156, 0; and.pred %p1, %p20, %p21; mov.u64 %rd418, -1; mov.b32 "
+    "%f5, %r81; not.pred %p39, %p1; mov.u64 %rd417, %rd156; $L__BB4_19: .pragma \"nounroll\"; mul.wide.u32 %rd158, "
+    "%r331, 8; add.s64 %rd16, %rd158, %rd1; setp.eq.s64 %p22, %rd4, %rd5; mov.u64 %rd389, %rd156; @%p22 bra "
+    "$L__BB4_21; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd16; .param .b64 "
+    "param1; st.param.b64 [param1+0], %rd5; .param .b64 retval0; call.uni (retval0), lorasyncd_divide, ( param0, "
+    "param1 ); ld.param.b64 %rd389, [retval0+0]; } $L__BB4_21: setp.ne.s16 %p23, %rs12, 18; setp.eq.s16 %p24, "
+    "%rs12, 18; mul.lo.s64 %rd159, %rd389, %rd5; sub.s64 %rd160, %rd16, %rd159; mul.lo.s64 %rd161, %rd389, "
+    "%rd11; add.s64 %rd162, %rd161, %rd10; add.s64 %rd19, %rd162, %rd160; mul.lo.s64 %rd163, %rd389, %rd6; "
+    "add.s64 %rd164, %rd160, %rd163; selp.b64 %rd165, 4, 2, %p24; mul.lo.s64 %rd166, %rd164, %rd165; add.s64 "
+    "%rd21, %rd2, %rd166; mul.lo.s64 %rd167, %rd389, %rd8; add.s64 %rd168, %rd160, %rd167; selp.b64 %rd169, 4, "
+    "2, %p20; mul.lo.s64 %rd170, %rd168, %rd169; add.s64 %rd20, %rd170, %rd12; ld.v4.u32 {%r351, %r350, %r349, "
+    "%r348}, [%rd21]; mov.u32 %r332, %r351; mov.u32 %r333, %r350; mov.u32 %r334, %r349; mov.u32 %r335, %r348; "
+    "@%p23 bra $L__BB4_23; ld.v4.u32 {%r332, %r333, %r334, %r335}, [%rd21+16]; $L__BB4_23: or.pred %p28, %p23, "
+    "%p20; @%p28 bra $L__BB4_28; setp.eq.s16 %p29, %rs13, 15; mov.b32 %f6, %r351; mul.f32 %f1, %f5, %f6; @%p29 "
+    "bra $L__BB4_26; bra.uni $L__BB4_25; $L__BB4_26: mov.b32 %r93, %f1; and.b32 %r94, %r93, 2147483647; "
+    "setp.gt.u32 %p30, %r94, 2139095040; shr.u32 %r95, %r93, 16; and.b32 %r96, %r95, 1; add.s32 %r97, %r93, "
+    "%r96; add.s32 %r98, %r97, 32767; shr.u32 %r99, %r98, 16; selp.b32 %r343, 32704, %r99, %p30; mov.b32 %f24, "
+    "%r350; mul.f32 %f25, %f5, %f24; mov.b32 %r100, %f25; and.b32 %r101, %r100, 2147483647; setp.gt.u32 %p31, "
+    "%r101, 2139095040; shr.u32 %r102, %r100, 16; and.b32 %r103, %r102, 1; add.s32 %r104, %r100, %r103; add.s32 "
+    "%r105, %r104, 32767; shr.u32 %r106, %r105, 16; selp.b32 %r342, 32704, %r106, %p31; mov.b32 %f26, %r349; "
+    "mul.f32 %f27, %f5, %f26; mov.b32 %r107, %f27; and.b32 %r108, %r107, 2147483647; setp.gt.u32 %p32, %r108, "
+    "2139095040; shr.u32 %r109, %r107, 16; and.b32 %r110, %r109, 1; add.s32 %r111, %r107, %r110; add.s32 %r112, "
+    "%r111, 32767; shr.u32 %r113, %r112, 16; selp.b32 %r341, 32704, %r113, %p32; mov.b32 %f28, %r348; mul.f32 "
+    "%f29, %f5, %f28; mov.b32 %r114, %f29; and.b32 %r115, %r114, 2147483647; setp.gt.u32 %p33, %r115, "
+    "2139095040; shr.u32 %r116, %r114, 16; and.b32 %r117, %r116, 1; add.s32 %r118, %r114, %r117; add.s32 %r119, "
+    "%r118, 32767; shr.u32 %r120, %r119, 16; selp.b32 %r340, 32704, %r120, %p33; mov.b32 %f30, %r332; mul.f32 "
+    "%f31, %f5, %f30; mov.b32 %r121, %f31; and.b32 %r122, %r121, 2147483647; setp.gt.u32 %p34, %r122, ",
+    "2139095040; shr.u32 %r123, %r121, 16; and.b32 %r124, %r123, 1; add.s32 %r125, %r121, %r124; add.s32 %r126, "
+    "%r125, 32767; shr.u32 %r127, %r126, 16; selp.b32 %r332, 32704, %r127, %p34; mov.b32 %f32, %r333; mul.f32 "
+    "%f33, %f5, %f32; mov.b32 %r128, %f33; and.b32 %r129, %r128, 2147483647; setp.gt.u32 %p35, %r129, "
+    "2139095040; shr.u32 %r130, %r128, 16; and.b32 %r131, %r130, 1; add.s32 %r132, %r128, %r131; add.s32 %r133, "
+    "%r132, 32767; shr.u32 %r134, %r133, 16; selp.b32 %r333, 32704, %r134, %p35; mov.b32 %f34, %r334; mul.f32 "
+    "%f35, %f5, %f34; mov.b32 %r135, %f35; and.b32 %r136, %r135, 2147483647; setp.gt.u32 %p36, %r136, "
+    "2139095040; shr.u32 %r137, %r135, 16; and.b32 %r138, %r137, 1; add.s32 %r139, %r135, %r138; add.s32 %r140, "
+    "%r139, 32767; shr.u32 %r141, %r140, 16; selp.b32 %r334, 32704, %r141, %p36; mov.b32 %f36, %r335; mul.f32 "
+    "%f37, %f5, %f36; mov.b32 %r142, %f37; and.b32 %r143, %r142, 2147483647; setp.gt.u32 %p37, %r143, "
+    "2139095040; shr.u32 %r144, %r142, 16; and.b32 %r145, %r144, 1; add.s32 %r146, %r142, %r145; add.s32 %r147, "
+    "%r146, 32767; shr.u32 %r148, %r147, 16; selp.b32 %r335, 32704, %r148, %p37; bra.uni $L__BB4_27; $L__BB4_25: "
+    "cvt.rn.f16.f32 %rs24, %f1; cvt.u32.u16 %r343, %rs24; mov.b32 %f16, %r350; mul.f32 %f8, %f5, %f16; "
+    "cvt.rn.f16.f32 %rs25, %f8; cvt.u32.u16 %r342, %rs25; mov.b32 %f17, %r349; mul.f32 %f9, %f5, %f17; "
+    "cvt.rn.f16.f32 %rs26, %f9; cvt.u32.u16 %r341, %rs26; mov.b32 %f18, %r348; mul.f32 %f10, %f5, %f18; "
+    "cvt.rn.f16.f32 %rs27, %f10; cvt.u32.u16 %r340, %rs27; mov.b32 %f19, %r332; mul.f32 %f11, %f5, %f19; "
+    "cvt.rn.f16.f32 %rs28, %f11; cvt.u32.u16 %r332, %rs28; mov.b32 %f20, %r333; mul.f32 %f12, %f5, %f20; "
+    "cvt.rn.f16.f32 %rs29, %f12; cvt.u32.u16 %r333, %rs29; mov.b32 %f21, %r334; mul.f32 %f13, %f5, %f21; "
+    "cvt.rn.f16.f32 %rs30, %f13; cvt.u32.u16 %r334, %rs30; mov.b32 %f22, %r335; mul.f32 %f14, %f5, %f22; "
+    "cvt.rn.f16.f32 %rs31, %f14; cvt.u32.u16 %r335, %rs31; $L__BB4_27: shl.b32 %r149, %r342, 16; or.b32 %r351, "
+    "%r149, %r343; shl.b32 %r150, %r340, 16; or.b32 %r350, %r150, %r341; shl.b32 %r151, %r333, 16; or.b32 %r349, "
+    "%r151, %r332; shl.b32 %r152, %r335, 16; or.b32 %r348, %r152, %r334; $L__BB4_28: setp.eq.s64 %p38, %rd12, 0; "
+    "@%p38 bra $L__BB4_30; st.v4.u32 [%rd20], {%r351, %r350, %r349, %r348}; $L__BB4_30: @%p39 bra $L__BB4_32; "
+    "st.v4.u32 [%rd20+16], {%r332, %r333, %r334, %r335}; $L__BB4_32: setp.eq.s64 %p40, %rd3, 0; @%p40 bra "
+    "$L__BB4_46; selp.b64 %rd376, 4, 2, %p20; setp.ne.s16 %p41, %rs13, 18; mul.lo.s64 %rd172, %rd19, %rd376; "
+    "and.b64 %rd173, %rd172, 252; mov.u64 %rd174, lorasyncd_keys; add.s64 %rd175, %rd174, %rd173; "
+    "ld.global.nc.v4.u32 {%r153, %r154, %r155, %r156}, [%rd175]; mul.wide.u32 %rd176, %r351, %r153; mul.wide.u32 "
+    "%rd177, %r350, %r154; add.s64 %rd178, %rd177, %rd176; mul.wide.u32 %rd179, %r349, %r155; add.s64 %rd180, "
+    "%rd178, %rd179; mul.wide.u32 %rd181, %r348, %r156; add.s64 %rd390, %rd180, %rd181; @%p41 bra $L__BB4_35; "
+    "selp.b64 %rd385, 4, 2, %p20; mul.lo.s64 %rd384, %rd19, %rd385; shr.s64 %rd383, %rd384, 2; shl.b64 %rd182, "
+    "%rd383, 2; add.s64 %rd183, %rd182, 16; and.b64 %rd184, %rd183, 252; add.s64 %rd186, %rd174, %rd184; "
+    "ld.global.nc.v4.u32 {%r161, %r162, %r163, %r164}, [%rd186]; mul.wide.u32 %rd187, %r332, %r161; mul.wide.u32 "
+    "%rd188, %r333, %r162; mul.wide.u32 %rd189, %r334, %r163; mul.wide.u32 %rd190, %r335, %r164; add.s64 %rd191, "
+    "%rd187, %rd390; add.s64 %rd192, %rd191, %rd188; add.s64 %rd193, %rd192, %rd189; add.s64 %rd390, %rd193, "
+    "%rd190; $L__BB4_35: cvt.u32.u64 %r54, %rd386; setp.eq.s32 %p43, %r54, 0; mov.u32 %r352, 0; @%p43 bra "
+    "$L__BB4_40; cvt.u32.u64 %r324, %rd386; and.b32 %r55, %r351, %r324; @%p20 bra $L__BB4_38; bra.uni "
+    "$L__BB4_37; $L__BB4_38: cvt.u32.u64 %r326, %rd386; setp.eq.s32 %p59, %r55, %r326; and.b32 %r184, %r350, "
+    "%r326; setp.eq.s32 %p60, %r184, %r326; or.pred %p61, %p59, %p60; and.b32 %r185, %r349, %r326; setp.eq.s32 "
+    "%p62, %r185, %r326; or.pred %p63, %p61, %p62; and.b32 %r186, %r348, %r326; setp.eq.s32 %p64, %r186, %r326; ",
+    "or.pred %p65, %p63, %p64; and.b32 %r187, %r332, %r326; setp.eq.s32 %p66, %r187, %r326; or.pred %p67, %p65, "
+    "%p66; and.b32 %r188, %r333, %r326; setp.eq.s32 %p68, %r188, %r326; or.pred %p69, %p67, %p68; and.b32 %r189, "
+    "%r334, %r326; setp.eq.s32 %p70, %r189, %r326; or.pred %p71, %p69, %p70; and.b32 %r190, %r335, %r326; "
+    "setp.eq.s32 %p72, %r190, %r326; or.pred %p168, %p71, %p72; bra.uni $L__BB4_39; $L__BB4_37: cvt.u32.u64 "
+    "%r325, %rd386; setp.eq.s32 %p45, %r55, %r325; shr.u32 %r172, %r351, 16; and.b32 %r173, %r172, %r325; "
+    "setp.eq.s32 %p46, %r173, %r325; or.pred %p47, %p45, %p46; and.b32 %r174, %r350, %r325; setp.eq.s32 %p48, "
+    "%r174, %r325; shr.u32 %r175, %r350, 16; and.b32 %r176, %r175, %r325; setp.eq.s32 %p49, %r176, %r325; "
+    "or.pred %p50, %p48, %p49; or.pred %p51, %p47, %p50; and.b32 %r177, %r349, %r325; setp.eq.s32 %p52, %r177, "
+    "%r325; shr.u32 %r178, %r349, 16; and.b32 %r179, %r178, %r325; setp.eq.s32 %p53, %r179, %r325; or.pred %p54, "
+    "%p52, %p53; or.pred %p55, %p51, %p54; and.b32 %r180, %r348, %r325; setp.eq.s32 %p56, %r180, %r325; shr.u32 "
+    "%r181, %r348, 16; and.b32 %r182, %r181, %r325; setp.eq.s32 %p57, %r182, %r325; or.pred %p58, %p56, %p57; "
+    "or.pred %p168, %p55, %p58; $L__BB4_39: selp.u32 %r352, 1, 0, %p168; $L__BB4_40: selp.b64 %rd374, 4, 2, "
+    "%p20; mul.lo.s64 %rd373, %rd19, %rd374; shr.u64 %rd196, %rd373, 8; add.s64 %rd197, %rd196, "
+    "-7046029254386353131; shr.u64 %rd198, %rd197, 30; xor.b64 %rd199, %rd198, %rd197; mul.lo.s64 %rd200, "
+    "%rd199, -4658895280553007687; shr.u64 %rd201, %rd200, 27; xor.b64 %rd202, %rd201, %rd200; mul.lo.s64 "
+    "%rd203, %rd202, -7723592293110705685; shr.u64 %rd204, %rd203, 31; xor.b64 %rd205, %rd204, %rd203; or.b64 "
+    "%rd206, %rd205, 1; mul.lo.s64 %rd207, %rd390, %rd206; add.s64 %rd417, %rd207, %rd417; setp.eq.s32 %p74, "
+    "%r352, 0; @%p74 bra $L__BB4_46; @%p20 bra $L__BB4_44; bra.uni $L__BB4_42; $L__BB4_44: mov.u32 %r354, 7; "
+    "$L__BB4_45: .pragma \"nounroll\"; selp.b32 %r330, 4, 2, %p20; cvt.u32.u64 %r328, %rd386; mul.lo.s32 %r197, "
+    "%r354, %r330; cvt.s64.s32 %rd212, %r197; add.s64 %rd213, %rd20, %rd212; ld.u32 %r198, [%rd213]; and.b32 "
+    "%r199, %r198, %r328; setp.eq.s32 %p82, %r199, %r328; cvt.s64.s32 %rd214, %r354; add.s64 %rd215, %rd19, "
+    "%rd214; setp.gt.u64 %p83, %rd418, %rd215; and.pred %p84, %p83, %p82; selp.b64 %rd418, %rd215, %rd418, %p84; "
+    "add.s32 %r63, %r354, -1; setp.ne.s32 %p85, %r354, 0; mov.u32 %r354, %r63; @%p85 bra $L__BB4_45; bra.uni "
+    "$L__BB4_46; $L__BB4_42: mov.u32 %r353, 7; $L__BB4_43: .pragma \"nounroll\"; selp.b32 %r329, 4, 2, %p20; "
+    "cvt.u32.u64 %r327, %rd386; mul.lo.s32 %r192, %r353, %r329; cvt.s64.s32 %rd208, %r192; add.s64 %rd209, "
+    "%rd20, %rd208; ld.u16 %r193, [%rd209]; and.b32 %r195, %r327, %r193; setp.eq.s32 %p77, %r195, %r327; "
+    "cvt.s64.s32 %rd210, %r353; add.s64 %rd211, %rd19, %rd210; setp.gt.u64 %p78, %rd418, %rd211; and.pred %p79, "
+    "%p78, %p77; selp.b64 %rd418, %rd211, %rd418, %p79; add.s32 %r60, %r353, -1; setp.eq.s32 %p80, %r353, 0; "
+    "mov.u32 %r353, %r60; @%p80 bra $L__BB4_46; bra.uni $L__BB4_43; $L__BB4_46: mov.u32 %r200, %ntid.x; add.s32 "
+    "%r331, %r331, %r200; setp.lt.u32 %p87, %r331, %r84; @%p87 bra $L__BB4_19; $L__BB4_47: shl.b32 %r65, %r84, "
+    "3; setp.ge.u32 %p89, %r65, %r78; @%p89 bra $L__BB4_102; cvt.u64.u32 %rd216, %r78; add.s64 %rd35, %rd1, "
+    "%rd216; mov.u32 %r205, %ntid.x; cvt.u64.u32 %rd36, %r205; setp.gt.s64 %p90, %rd5, %rd36; @%p90 bra "
+    "$L__BB4_50; bra.uni $L__BB4_49; $L__BB4_50: mov.u32 %r355, 0; bra.uni $L__BB4_51; $L__BB4_49: cvt.u32.u64 "
+    "%r206, %rd36; cvt.u32.u64 %r207, %rd5; div.u32 %r355, %r206, %r207; $L__BB4_51: mov.u32 %r209, %tid.x; "
+    "cvt.u64.u32 %rd218, %r209; add.s64 %rd219, %rd1, %rd218; cvt.u64.u32 %rd220, %r65; add.s64 %rd398, %rd219, "
+    "%rd220; setp.eq.s64 %p91, %rd4, %rd5; mov.u64 %rd397, 0; @%p91 bra $L__BB4_53; { .reg .b32 temp_param_reg; "
+    ".param .b64 param0; st.param.b64 [param0+0], %rd398; .param .b64 param1; st.param.b64 [param1+0], %rd5; "
+    ".param .b64 retval0; call.uni (retval0), lorasyncd_divide, ( param0, param1 ); ld.param.b64 %rd397, ",
+    "[retval0+0]; } $L__BB4_53: mul.lo.s64 %rd221, %rd397, %rd5; sub.s64 %rd402, %rd398, %rd221; setp.ge.s64 "
+    "%p92, %rd398, %rd35; @%p92 bra $L__BB4_102; cvt.u32.u16 %r210, %rs12; and.b32 %r68, %r210, 255; mov.u32 "
+    "%r211, 1; mul.wide.u16 %r212, %rs13, 2; mov.u64 %rd222, 70275680960512; shr.u64 %rd223, %rd222, %r212; "
+    "cvt.u32.u64 %r213, %rd223; and.b32 %r69, %r213, 3; shl.b32 %r214, %r211, %r69; mul.wide.u16 %r215, %rs12, "
+    "2; shr.u64 %rd224, %rd222, %r215; cvt.u32.u64 %r216, %rd224; and.b32 %r217, %r216, 3; shl.b32 %r218, %r211, "
+    "%r217; cvt.s64.s32 %rd41, %r218; cvt.u16.u32 %rs8, %r218; and.b16 %rs42, %rs8, 255; setp.eq.s16 %p93, "
+    "%rs12, 18; setp.eq.s16 %p94, %rs13, 15; and.pred %p5, %p93, %p94; cvt.u32.u16 %r219, %rs14; and.b32 %r70, "
+    "%r219, 255; setp.ne.s16 %p95, %rs12, %rs13; mov.b32 %f38, %r81; setp.neu.f32 %p96, %f38, 0f3F800000; "
+    "or.pred %p6, %p96, %p95; cvt.s64.s32 %rd42, %r214; cvt.u16.u32 %rs10, %r214; cvt.u64.u32 %rd43, %r355; "
+    "cvt.u32.u64 %r220, %rd5; mul.lo.s32 %r221, %r355, %r220; cvt.u32.u64 %r222, %rd36; sub.s32 %r223, %r222, "
+    "%r221; cvt.u64.u32 %rd44, %r223; cvt.u64.u32 %rd45, %r214; setp.eq.s16 %p97, %rs42, 1; @%p97 bra "
+    "$L__BB4_81; bra.uni $L__BB4_55; $L__BB4_81: not.pred %p118, %p6; $L__BB4_82: .pragma \"nounroll\"; mul.lo.s64 "
+    "%rd269, %rd402, %rd7; mul.lo.s64 %rd270, %rd397, %rd6; add.s64 %rd271, %rd270, %rd269; mul.lo.s64 %rd272, "
+    "%rd271, %rd41; add.s64 %rd273, %rd2, %rd272; ld.u8 %rs11, [%rd273]; cvt.u64.u16 %rd274, %rs11; and.b64 "
+    "%rd413, %rd274, 255; setp.eq.s16 %p117, %rs14, 0; @%p117 bra $L__BB4_84; { .reg .b32 temp_param_reg; .param "
+    ".b64 param0; st.param.b64 [param0+0], %rd413; .param .b32 param1; st.param.b32 [param1+0], %r68; .param "
+    ".b32 param2; st.param.b32 [param2+0], %r70; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 "
+    "retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd275, "
+    "[retval0+0]; } cvt.u32.u16 %r243, %rs13; and.b32 %r244, %r243, 255; { .reg .b32 temp_param_reg; .param .b64 "
+    "param0; st.param.b64 [param0+0], %rd275; .param .b32 param1; st.param.b32 [param1+0], %r70; .param .b32 "
+    "param2; st.param.b32 [param2+0], %r244; .param .b32 param3; st.param.f32 [param3+0], 0f3F800000; .param "
     ".b64 retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 "
-    "%rd59, [retval0+0]; } bra.uni $L__BB4_59; $L__BB4_55: @%p10 bra $L__BB4_58; bra.uni $L__BB4_56; $L__BB4_58: "
-    "cvt.u32.u64 %r226, %rd59; mov.b32 %f41, %r226; mul.f32 %f43, %f38, %f41; mov.b32 %r227, %f43; and.b32 "
-    "%r228, %r227, 2147483647; setp.gt.u32 %p132, %r228, 2139095040; shr.u32 %r229, %r227, 16; and.b32 %r230, ",
-    "%r229, 1; add.s32 %r231, %r227, %r230; add.s32 %r232, %r231, 32767; shr.u32 %r233, %r232, 16; selp.b32 "
-    "%r234, 32704, %r233, %p132; cvt.u64.u32 %rd59, %r234; bra.uni $L__BB4_59; $L__BB4_56: @%p131 bra "
-    "$L__BB4_59; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd59; .param .b32 "
-    "param1; st.param.b32 [param1+0], %r66; .param .b32 param2; st.param.b32 [param2+0], %r67; .param .b32 "
-    "param3; st.param.f32 [param3+0], %f38; .param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( "
-    "param0, param1, param2, param3 ); ld.param.b64 %rd59, [retval0+0]; } $L__BB4_59: setp.eq.s64 %p133, %rd12, "
-    "0; @%p133 bra $L__BB4_67; mul.lo.s64 %rd223, %rd404, %rd9; mul.lo.s64 %rd224, %rd399, %rd8; add.s64 %rd225, "
-    "%rd224, %rd223; mul.lo.s64 %rd226, %rd225, %rd42; add.s64 %rd60, %rd12, %rd226; setp.eq.s16 %p134, %rs11, "
-    "1; @%p134 bra $L__BB4_65; setp.eq.s16 %p135, %rs11, 2; @%p135 bra $L__BB4_64; setp.ne.s16 %p136, %rs11, 4; "
-    "@%p136 bra $L__BB4_66; st.u32 [%rd60], %rd59; bra.uni $L__BB4_67; $L__BB4_64: st.u16 [%rd60], %rd59; "
-    "bra.uni $L__BB4_67; $L__BB4_65: st.u8 [%rd60], %rd59; bra.uni $L__BB4_67; $L__BB4_66: st.u64 [%rd60], "
-    "%rd59; $L__BB4_67: setp.eq.s64 %p137, %rd3, 0; @%p137 bra $L__BB4_84; cvt.u32.u64 %r235, %rd42; setp.eq.s32 "
-    "%p138, %r235, 8; add.s64 %rd227, %rd404, %rd10; mul.lo.s64 %rd228, %rd399, %rd11; add.s64 %rd61, %rd227, "
-    "%rd228; mul.lo.s64 %rd62, %rd61, %rd42; shr.u64 %rd63, %rd62, 2; and.b64 %rd229, %rd62, 252; mov.u64 "
-    "%rd230, lorasyncd_keys; add.s64 %rd64, %rd230, %rd229; @%p138 bra $L__BB4_70; bra.uni $L__BB4_69; "
-    "$L__BB4_70: and.b64 %rd234, %rd59, 4294967295; ld.global.nc.u32 %r240, [%rd64]; cvt.u64.u32 %rd235, %r240; "
-    "mul.lo.s64 %rd236, %rd234, %rd235; shl.b64 %rd237, %rd63, 2; add.s64 %rd238, %rd237, 4; and.b64 %rd239, "
-    "%rd238, 252; add.s64 %rd241, %rd230, %rd239; ld.global.nc.u32 %r241, [%rd241]; cvt.u64.u32 %rd242, %r241; "
-    "shr.u64 %rd243, %rd59, 32; mul.lo.s64 %rd244, %rd243, %rd242; add.s64 %rd407, %rd244, %rd236; bra.uni "
-    "$L__BB4_71; $L__BB4_69: cvt.u32.u64 %r236, %rd62; shl.b32 %r237, %r236, 3; and.b32 %r238, %r237, 24; "
-    "shl.b64 %rd231, %rd59, %r238; and.b64 %rd232, %rd231, 4294967295; ld.global.nc.u32 %r239, [%rd64]; "
-    "cvt.u64.u32 %rd233, %r239; mul.lo.s64 %rd407, %rd232, %rd233; $L__BB4_71: shr.u64 %rd245, %rd62, 8; add.s64 "
-    "%rd246, %rd245, -7046029254386353131; shr.u64 %rd247, %rd246, 30; xor.b64 %rd248, %rd247, %rd246; "
-    "mul.lo.s64 %rd249, %rd248, -4658895280553007687; shr.u64 %rd250, %rd249, 27; xor.b64 %rd251, %rd250, "
-    "%rd249; mul.lo.s64 %rd252, %rd251, -7723592293110705685; shr.u64 %rd253, %rd252, 31; xor.b64 %rd254, "
-    "%rd253, %rd252; or.b64 %rd255, %rd254, 1; mul.lo.s64 %rd256, %rd407, %rd255; add.s64 %rd419, %rd256, "
-    "%rd419; setp.gt.s16 %p139, %rs14, 13; @%p139 bra $L__BB4_75; bra.uni $L__BB4_72; $L__BB4_75: setp.eq.s16 "
-    "%p140, %rs14, 14; @%p140 bra $L__BB4_80; @%p124 bra $L__BB4_81; setp.eq.s16 %p142, %rs14, 18; @%p142 bra "
-    "$L__BB4_78; bra.uni $L__BB4_82; $L__BB4_78: and.b64 %rd261, %rd59, 2139095040; setp.eq.s64 %p212, %rd261, "
-    "2139095040; bra.uni $L__BB4_83; $L__BB4_72: setp.eq.s16 %p143, %rs14, 7; @%p143 bra $L__BB4_79; setp.eq.s16 "
-    "%p144, %rs14, 8; @%p144 bra $L__BB4_74; bra.uni $L__BB4_82; $L__BB4_74: and.b64 %rd258, %rd59, 127; "
-    "setp.eq.s64 %p212, %rd258, 127; bra.uni $L__BB4_83; $L__BB4_80: and.b64 %rd259, %rd59, 31744; setp.eq.s64 "
-    "%p212, %rd259, 31744; bra.uni $L__BB4_83; $L__BB4_81: and.b64 %rd260, %rd59, 32640; setp.eq.s64 %p212, "
-    "%rd260, 32640; bra.uni $L__BB4_83; $L__BB4_79: and.b64 %rd257, %rd59, 124; setp.eq.s64 %p212, %rd257, 124; "
-    "bra.uni $L__BB4_83; $L__BB4_82: setp.eq.s16 %p145, %rs14, 20; and.b64 %rd262, %rd59, 9218868437227405312; "
-    "setp.eq.s64 %p146, %rd262, 9218868437227405312; and.pred %p212, %p145, %p146; $L__BB4_83: mul.lo.s64 "
-    "%rd382, %rd399, %rd11; add.s64 %rd381, %rd404, %rd10; add.s64 %rd380, %rd381, %rd382; setp.gt.u64 %p147, "
-    "%rd420, %rd380; and.pred %p148, %p147, %p212; selp.b64 %rd420, %rd380, %rd420, %p148; $L__BB4_84: add.s64 ",
-    "%rd263, %rd404, %rd44; setp.lt.s64 %p149, %rd263, %rd5; selp.b64 %rd264, 0, %rd5, %p149; sub.s64 %rd404, "
-    "%rd263, %rd264; setp.ge.s64 %p150, %rd263, %rd5; selp.u64 %rd265, 1, 0, %p150; add.s64 %rd266, %rd399, "
-    "%rd43; add.s64 %rd399, %rd266, %rd265; add.s64 %rd400, %rd400, %rd36; setp.lt.s64 %p151, %rd400, %rd35; "
-    "@%p151 bra $L__BB4_48; $L__BB4_118: setp.eq.s64 %p174, %rd3, 0; @%p174 bra $L__BB4_140; setp.eq.s64 %p175, "
-    "%rd420, -1; @%p175 bra $L__BB4_121; ld.param.u64 %rd378, [lorasyncd_copy_param_2]; cvt.u64.u32 %rd318, "
-    "%r78; shl.b64 %rd319, %rd318, 40; min.u64 %rd320, %rd420, 1099511627775; or.b64 %rd321, %rd320, %rd319; "
-    "cvta.to.global.u64 %rd322, %rd378; atom.global.min.u64 %rd323, [%rd322], %rd321; $L__BB4_121: mov.b64 "
-    "{%r259,%r260}, %rd419; mov.u32 %r279, 2; mov.u32 %r280, 31; mov.u32 %r281, 16; mov.u32 %r282, -1; "
-    "shfl.sync.down.b32 %r262|%p176, %r260, %r281, %r280, %r282; shfl.sync.down.b32 %r261|%p177, %r259, %r281, "
-    "%r280, %r282; mov.b64 %rd325, {%r261,%r262}; add.s64 %rd326, %rd325, %rd419; mov.b64 {%r263,%r264}, %rd326; "
-    "mov.u32 %r283, 8; shfl.sync.down.b32 %r266|%p178, %r264, %r283, %r280, %r282; shfl.sync.down.b32 "
-    "%r265|%p179, %r263, %r283, %r280, %r282; mov.b64 %rd327, {%r265,%r266}; add.s64 %rd328, %rd327, %rd326; "
-    "mov.b64 {%r267,%r268}, %rd328; mov.u32 %r284, 4; shfl.sync.down.b32 %r270|%p180, %r268, %r284, %r280, "
-    "%r282; shfl.sync.down.b32 %r269|%p181, %r267, %r284, %r280, %r282; mov.b64 %rd329, {%r269,%r270}; add.s64 "
-    "%rd330, %rd329, %rd328; mov.b64 {%r271,%r272}, %rd330; shfl.sync.down.b32 %r274|%p182, %r272, %r279, %r280, "
-    "%r282; shfl.sync.down.b32 %r273|%p183, %r271, %r279, %r280, %r282; mov.b64 %rd331, {%r273,%r274}; add.s64 "
-    "%rd332, %rd331, %rd330; mov.b64 {%r275,%r276}, %rd332; mov.u32 %r285, 1; shfl.sync.down.b32 %r278|%p184, "
-    "%r276, %r285, %r280, %r282; shfl.sync.down.b32 %r277|%p185, %r275, %r285, %r280, %r282; mov.b64 %rd333, "
-    "{%r277,%r278}; add.s64 %rd102, %rd333, %rd332; mov.u32 %r286, %tid.x; and.b32 %r287, %r286, 31; setp.ne.s32 "
-    "%p186, %r287, 0; setp.eq.s64 %p187, %rd102, 0; or.pred %p188, %p186, %p187; @%p188 bra $L__BB4_140; "
-    "atom.add.u64 %rd334, [%rd3], %rd102; $L__BB4_140: ret; } ",
+    "%rd413, [retval0+0]; } bra.uni $L__BB4_88; $L__BB4_84: @%p5 bra $L__BB4_87; bra.uni $L__BB4_85; $L__BB4_87: "
+    "cvt.u32.u16 %r247, %rs11; and.b32 %r248, %r247, 255; mov.b32 %f46, %r248; mul.f32 %f48, %f38, %f46; mov.b32 "
+    "%r249, %f48; and.b32 %r250, %r249, 2147483647; setp.gt.u32 %p119, %r250, 2139095040; shr.u32 %r251, %r249, "
+    "16; and.b32 %r252, %r251, 1; add.s32 %r253, %r249, %r252; add.s32 %r254, %r253, 32767; shr.u32 %r255, "
+    "%r254, 16; selp.b32 %r256, 32704, %r255, %p119; cvt.u64.u32 %rd413, %r256; bra.uni $L__BB4_88; $L__BB4_85: "
+    "@%p118 bra $L__BB4_88; cvt.u32.u16 %r245, %rs13; and.b32 %r246, %r245, 255; { .reg .b32 temp_param_reg; "
+    ".param .b64 param0; st.param.b64 [param0+0], %rd413; .param .b32 param1; st.param.b32 [param1+0], %r68; "
+    ".param .b32 param2; st.param.b32 [param2+0], %r246; .param .b32 param3; st.param.f32 [param3+0], %f38; "
+    ".param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); "
+    "ld.param.b64 %rd413, [retval0+0]; } $L__BB4_88: setp.eq.s64 %p120, %rd12, 0; @%p120 bra $L__BB4_96; "
+    "mul.lo.s64 %rd276, %rd402, %rd9; mul.lo.s64 %rd277, %rd397, %rd8; add.s64 %rd278, %rd277, %rd276; "
+    "mul.lo.s64 %rd279, %rd278, %rd42; add.s64 %rd85, %rd12, %rd279; and.b16 %rs47, %rs10, 255; setp.eq.s16 "
+    "%p121, %rs47, 1; @%p121 bra $L__BB4_94; setp.eq.s16 %p122, %rs47, 2; @%p122 bra $L__BB4_93; setp.ne.s16 "
+    "%p123, %rs47, 4; @%p123 bra $L__BB4_95; st.u32 [%rd85], %rd413; bra.uni $L__BB4_96; $L__BB4_94: st.u8 "
+    "[%rd85], %rd413; bra.uni $L__BB4_96; $L__BB4_93: st.u16 [%rd85], %rd413; bra.uni $L__BB4_96; $L__BB4_95: "
+    "st.u64 [%rd85], %rd413; $L__BB4_96: setp.eq.s64 %p124, %rd3, 0; @%p124 bra $L__BB4_101; setp.eq.s32 %p125, ",
+    "%r69, 3; add.s64 %rd280, %rd402, %rd10; mul.lo.s64 %rd281, %rd397, %rd11; add.s64 %rd86, %rd280, %rd281; "
+    "mul.lo.s64 %rd87, %rd86, %rd45; shr.u64 %rd88, %rd87, 2; and.b64 %rd282, %rd87, 252; mov.u64 %rd283, "
+    "lorasyncd_keys; add.s64 %rd89, %rd283, %rd282; @%p125 bra $L__BB4_99; bra.uni $L__BB4_98; $L__BB4_99: "
+    "and.b64 %rd287, %rd413, 4294967295; ld.global.nc.u32 %r261, [%rd89]; cvt.u64.u32 %rd288, %r261; mul.lo.s64 "
+    "%rd289, %rd287, %rd288; shl.b64 %rd290, %rd88, 2; add.s64 %rd291, %rd290, 4; and.b64 %rd292, %rd291, 252; "
+    "add.s64 %rd294, %rd283, %rd292; ld.global.nc.u32 %r262, [%rd294]; cvt.u64.u32 %rd295, %r262; shr.u64 "
+    "%rd296, %rd413, 32; mul.lo.s64 %rd297, %rd296, %rd295; add.s64 %rd414, %rd297, %rd289; bra.uni $L__BB4_100; "
+    "$L__BB4_98: cvt.u32.u64 %r257, %rd87; shl.b32 %r258, %r257, 3; and.b32 %r259, %r258, 24; shl.b64 %rd284, "
+    "%rd413, %r259; and.b64 %rd285, %rd284, 4294967295; ld.global.nc.u32 %r260, [%rd89]; cvt.u64.u32 %rd286, "
+    "%r260; mul.lo.s64 %rd414, %rd285, %rd286; $L__BB4_100: mul.lo.s64 %rd382, %rd397, %rd11; add.s64 %rd381, "
+    "%rd402, %rd10; add.s64 %rd380, %rd381, %rd382; shr.u64 %rd298, %rd87, 8; add.s64 %rd299, %rd298, "
+    "-7046029254386353131; shr.u64 %rd300, %rd299, 30; xor.b64 %rd301, %rd300, %rd299; mul.lo.s64 %rd302, "
+    "%rd301, -4658895280553007687; shr.u64 %rd303, %rd302, 27; xor.b64 %rd304, %rd303, %rd302; mul.lo.s64 "
+    "%rd305, %rd304, -7723592293110705685; shr.u64 %rd306, %rd305, 31; xor.b64 %rd307, %rd306, %rd305; or.b64 "
+    "%rd308, %rd307, 1; mul.lo.s64 %rd309, %rd414, %rd308; add.s64 %rd417, %rd309, %rd417; and.b64 %rd310, "
+    "%rd413, %rd386; setp.eq.s64 %p126, %rd310, %rd386; setp.ne.s64 %p127, %rd386, 0; and.pred %p128, %p127, "
+    "%p126; setp.gt.u64 %p129, %rd418, %rd380; and.pred %p130, %p129, %p128; selp.b64 %rd418, %rd380, %rd418, "
+    "%p130; $L__BB4_101: add.s64 %rd311, %rd402, %rd44; setp.lt.s64 %p131, %rd311, %rd5; selp.b64 %rd312, 0, "
+    "%rd5, %p131; sub.s64 %rd402, %rd311, %rd312; setp.ge.s64 %p132, %rd311, %rd5; selp.u64 %rd313, 1, 0, %p132; "
+    "add.s64 %rd314, %rd397, %rd43; add.s64 %rd397, %rd314, %rd313; add.s64 %rd398, %rd398, %rd36; setp.lt.s64 "
+    "%p133, %rd398, %rd35; @%p133 bra $L__BB4_82; bra.uni $L__BB4_102; $L__BB4_55: not.pred %p101, %p6; "
+    "$L__BB4_56: .pragma \"nounroll\"; mul.lo.s64 %rd225, %rd402, %rd7; mul.lo.s64 %rd226, %rd397, %rd6; add.s64 "
+    "%rd227, %rd226, %rd225; mul.lo.s64 %rd228, %rd227, %rd41; add.s64 %rd51, %rd2, %rd228; setp.eq.s16 %p98, "
+    "%rs42, 4; @%p98 bra $L__BB4_59; setp.ne.s16 %p99, %rs42, 2; @%p99 bra $L__BB4_60; ld.u16 %rd403, [%rd51]; "
+    "bra.uni $L__BB4_61; $L__BB4_59: ld.u32 %rd403, [%rd51]; bra.uni $L__BB4_61; $L__BB4_60: ld.u64 %rd403, "
+    "[%rd51]; $L__BB4_61: setp.eq.s16 %p100, %rs14, 0; @%p100 bra $L__BB4_63; { .reg .b32 temp_param_reg; .param "
+    ".b64 param0; st.param.b64 [param0+0], %rd403; .param .b32 param1; st.param.b32 [param1+0], %r68; .param "
+    ".b32 param2; st.param.b32 [param2+0], %r70; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 "
+    "retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd229, "
+    "[retval0+0]; } cvt.u32.u16 %r224, %rs13; and.b32 %r225, %r224, 255; { .reg .b32 temp_param_reg; .param .b64 "
+    "param0; st.param.b64 [param0+0], %rd229; .param .b32 param1; st.param.b32 [param1+0], %r70; .param .b32 "
+    "param2; st.param.b32 [param2+0], %r225; .param .b32 param3; st.param.f32 [param3+0], 0f3F800000; .param "
+    ".b64 retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 "
+    "%rd403, [retval0+0]; } bra.uni $L__BB4_67; $L__BB4_63: @%p5 bra $L__BB4_66; bra.uni $L__BB4_64; $L__BB4_66: "
+    "cvt.u32.u64 %r228, %rd403; mov.b32 %f41, %r228; mul.f32 %f43, %f38, %f41; mov.b32 %r229, %f43; and.b32 "
+    "%r230, %r229, 2147483647; setp.gt.u32 %p102, %r230, 2139095040; shr.u32 %r231, %r229, 16; and.b32 %r232, "
+    "%r231, 1; add.s32 %r233, %r229, %r232; add.s32 %r234, %r233, 32767; shr.u32 %r235, %r234, 16; selp.b32 "
+    "%r236, 32704, %r235, %p102; cvt.u64.u32 %rd403, %r236; bra.uni $L__BB4_67; $L__BB4_64: @%p101 bra ",
+    "$L__BB4_67; cvt.u32.u16 %r226, %rs13; and.b32 %r227, %r226, 255; { .reg .b32 temp_param_reg; .param .b64 "
+    "param0; st.param.b64 [param0+0], %rd403; .param .b32 param1; st.param.b32 [param1+0], %r68; .param .b32 "
+    "param2; st.param.b32 [param2+0], %r227; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 "
+    "retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd403, "
+    "[retval0+0]; } $L__BB4_67: setp.eq.s64 %p103, %rd12, 0; @%p103 bra $L__BB4_75; mul.lo.s64 %rd230, %rd402, "
+    "%rd9; mul.lo.s64 %rd231, %rd397, %rd8; add.s64 %rd232, %rd231, %rd230; mul.lo.s64 %rd233, %rd232, %rd42; "
+    "add.s64 %rd60, %rd12, %rd233; and.b16 %rs45, %rs10, 255; setp.eq.s16 %p104, %rs45, 1; @%p104 bra "
+    "$L__BB4_73; setp.eq.s16 %p105, %rs45, 2; @%p105 bra $L__BB4_72; setp.ne.s16 %p106, %rs45, 4; @%p106 bra "
+    "$L__BB4_74; st.u32 [%rd60], %rd403; bra.uni $L__BB4_75; $L__BB4_73: st.u8 [%rd60], %rd403; bra.uni "
+    "$L__BB4_75; $L__BB4_72: st.u16 [%rd60], %rd403; bra.uni $L__BB4_75; $L__BB4_74: st.u64 [%rd60], %rd403; "
+    "$L__BB4_75: setp.eq.s64 %p107, %rd3, 0; @%p107 bra $L__BB4_80; setp.eq.s32 %p108, %r69, 3; add.s64 %rd234, "
+    "%rd402, %rd10; mul.lo.s64 %rd235, %rd397, %rd11; add.s64 %rd61, %rd234, %rd235; mul.lo.s64 %rd62, %rd61, "
+    "%rd45; shr.u64 %rd63, %rd62, 2; and.b64 %rd236, %rd62, 252; mov.u64 %rd237, lorasyncd_keys; add.s64 %rd64, "
+    "%rd237, %rd236; @%p108 bra $L__BB4_78; bra.uni $L__BB4_77; $L__BB4_78: and.b64 %rd241, %rd403, 4294967295; "
+    "ld.global.nc.u32 %r241, [%rd64]; cvt.u64.u32 %rd242, %r241; mul.lo.s64 %rd243, %rd241, %rd242; shl.b64 "
+    "%rd244, %rd63, 2; add.s64 %rd245, %rd244, 4; and.b64 %rd246, %rd245, 252; add.s64 %rd248, %rd237, %rd246; "
+    "ld.global.nc.u32 %r242, [%rd248]; cvt.u64.u32 %rd249, %r242; shr.u64 %rd250, %rd403, 32; mul.lo.s64 %rd251, "
+    "%rd250, %rd249; add.s64 %rd405, %rd251, %rd243; bra.uni $L__BB4_79; $L__BB4_77: cvt.u32.u64 %r237, %rd62; "
+    "shl.b32 %r238, %r237, 3; and.b32 %r239, %r238, 24; shl.b64 %rd238, %rd403, %r239; and.b64 %rd239, %rd238, "
+    "4294967295; ld.global.nc.u32 %r240, [%rd64]; cvt.u64.u32 %rd240, %r240; mul.lo.s64 %rd405, %rd239, %rd240; "
+    "$L__BB4_79: mul.lo.s64 %rd379, %rd397, %rd11; add.s64 %rd378, %rd402, %rd10; add.s64 %rd377, %rd378, "
+    "%rd379; shr.u64 %rd252, %rd62, 8; add.s64 %rd253, %rd252, -7046029254386353131; shr.u64 %rd254, %rd253, 30; "
+    "xor.b64 %rd255, %rd254, %rd253; mul.lo.s64 %rd256, %rd255, -4658895280553007687; shr.u64 %rd257, %rd256, "
+    "27; xor.b64 %rd258, %rd257, %rd256; mul.lo.s64 %rd259, %rd258, -7723592293110705685; shr.u64 %rd260, "
+    "%rd259, 31; xor.b64 %rd261, %rd260, %rd259; or.b64 %rd262, %rd261, 1; mul.lo.s64 %rd263, %rd405, %rd262; "
+    "add.s64 %rd417, %rd263, %rd417; and.b64 %rd264, %rd403, %rd386; setp.eq.s64 %p109, %rd264, %rd386; "
+    "setp.ne.s64 %p110, %rd386, 0; and.pred %p111, %p110, %p109; setp.gt.u64 %p112, %rd418, %rd377; and.pred "
+    "%p113, %p112, %p111; selp.b64 %rd418, %rd377, %rd418, %p113; $L__BB4_80: add.s64 %rd265, %rd402, %rd44; "
+    "setp.lt.s64 %p114, %rd265, %rd5; selp.b64 %rd266, 0, %rd5, %p114; sub.s64 %rd402, %rd265, %rd266; "
+    "setp.ge.s64 %p115, %rd265, %rd5; selp.u64 %rd267, 1, 0, %p115; add.s64 %rd268, %rd397, %rd43; add.s64 "
+    "%rd397, %rd268, %rd267; add.s64 %rd398, %rd398, %rd36; setp.lt.s64 %p116, %rd398, %rd35; @%p116 bra "
+    "$L__BB4_56; $L__BB4_102: setp.eq.s64 %p134, %rd3, 0; @%p134 bra $L__BB4_124; setp.eq.s64 %p135, %rd418, -1; "
+    "@%p135 bra $L__BB4_105; ld.param.u64 %rd375, [lorasyncd_copy_param_2]; cvt.u64.u32 %rd315, %r80; shl.b64 "
+    "%rd316, %rd315, 40; min.u64 %rd317, %rd418, 1099511627775; or.b64 %rd318, %rd317, %rd316; "
+    "cvta.to.global.u64 %rd319, %rd375; atom.global.min.u64 %rd320, [%rd319], %rd318; $L__BB4_105: mov.b64 "
+    "{%r263,%r264}, %rd417; mov.u32 %r283, 2; mov.u32 %r284, 31; mov.u32 %r285, 16; mov.u32 %r286, -1; "
+    "shfl.sync.down.b32 %r266|%p136, %r264, %r285, %r284, %r286; shfl.sync.down.b32 %r265|%p137, %r263, %r285, "
+    "%r284, %r286; mov.b64 %rd322, {%r265,%r266}; add.s64 %rd323, %rd322, %rd417; mov.b64 {%r267,%r268}, %rd323; ",
+    "mov.u32 %r287, 8; shfl.sync.down.b32 %r270|%p138, %r268, %r287, %r284, %r286; shfl.sync.down.b32 "
+    "%r269|%p139, %r267, %r287, %r284, %r286; mov.b64 %rd324, {%r269,%r270}; add.s64 %rd325, %rd324, %rd323; "
+    "mov.b64 {%r271,%r272}, %rd325; mov.u32 %r288, 4; shfl.sync.down.b32 %r274|%p140, %r272, %r288, %r284, "
+    "%r286; shfl.sync.down.b32 %r273|%p141, %r271, %r288, %r284, %r286; mov.b64 %rd326, {%r273,%r274}; add.s64 "
+    "%rd327, %rd326, %rd325; mov.b64 {%r275,%r276}, %rd327; shfl.sync.down.b32 %r278|%p142, %r276, %r283, %r284, "
+    "%r286; shfl.sync.down.b32 %r277|%p143, %r275, %r283, %r284, %r286; mov.b64 %rd328, {%r277,%r278}; add.s64 "
+    "%rd329, %rd328, %rd327; mov.b64 {%r279,%r280}, %rd329; mov.u32 %r289, 1; shfl.sync.down.b32 %r282|%p144, "
+    "%r280, %r289, %r284, %r286; shfl.sync.down.b32 %r281|%p145, %r279, %r289, %r284, %r286; mov.b64 %rd330, "
+    "{%r281,%r282}; add.s64 %rd102, %rd330, %rd329; mov.u32 %r290, %tid.x; and.b32 %r291, %r290, 31; setp.ne.s32 "
+    "%p146, %r291, 0; setp.eq.s64 %p147, %rd102, 0; or.pred %p148, %p146, %p147; @%p148 bra $L__BB4_124; "
+    "atom.add.u64 %rd331, [%rd3], %rd102; $L__BB4_124: ret; } ",
 };
 /* <<< generated */
 /* clang-format on */
@@ -20200,12 +20320,26 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 #undef LORASYNCI_PREFETCH
 #undef LORASYNCI_AVX2
 #undef LORASYNCI_HAS_AVX2
-#undef LORASYNCI_F16
-#undef LORASYNCI_E5M2
-#undef LORASYNCI_E4M3
+#undef LORASYNCI_COMMA_NAME
+#undef LORASYNCI_SPACE_NAME
+#undef LORASYNCI_VALUE_NAMES
+#undef LORASYNCI_RULE
+#undef LORASYNCI_CASE
+#undef LORASYNCI_SHIFT
+#undef LORASYNCI_NORMAL
+#undef LORASYNCI_OVER
+#undef LORASYNCI_LIMIT
+#undef LORASYNCI_WIDEN_SAME
+#undef LORASYNCI_ROUND_SAME
+#undef LORASYNCI_WIDEN_SHORT
+#undef LORASYNCI_ROUND_SHORT
+#undef LORASYNCI_WIDEN_SMALL
+#undef LORASYNCI_ROUND_SMALL
+#undef LORASYNCI_WIDEN_SCALE
+#undef LORASYNCI_WIDEN
+#undef LORASYNCI_ROUND
 #undef LORASYNCI_EACH
 #undef LORASYNCI_COPY
-#undef LORASYNCI_SMALL_TILES
 #undef LORASYNCI_RE_MAX_BYTES
 #undef LORASYNCI_RE_MAX_DEPTH
 #undef LORASYNCI_RE_MAX_WORK
@@ -20244,13 +20378,10 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 #ifndef LORASYNC_DEVICE_EMULATED
 #define LORASYNCD_FN static __device__ __forceinline__
 #define LORASYNCD_CALL static __device__ __noinline__ /* the slow path: one copy of it */
-#define LORASYNCD_TABLE                                                                                                \
-    static __device__ __align__(16) /* not __constant__: the threads of a warp read different
-                                                           keys */
-#define LORASYNCD_KERNEL                                                                                               \
-    extern "C" __global__ void __launch_bounds__(LORASYNCD_THREADS, 6) /* 6 blocks on a
-                                                                                               multiprocessor: 40
-                                                                                               registers */
+/* Not __constant__: the threads of a warp read different keys. */
+#define LORASYNCD_TABLE static __device__ __align__(16)
+/* 6 blocks on a multiprocessor: 40 registers. */
+#define LORASYNCD_KERNEL extern "C" __global__ void __launch_bounds__(LORASYNCD_THREADS, 6)
 #define LORASYNCD_UNROLL _Pragma("unroll")
 #define LORASYNCD_ROLLED _Pragma("unroll 1")
 #define LORASYNCD_BITS(value) __float_as_uint(value)
@@ -20258,43 +20389,38 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 typedef unsigned long long lorasyncd_u64;
 #endif
 
-enum {
-    LORASYNCD_E5M2 = 7,
-    LORASYNCD_E4M3 = 8,
-    LORASYNCD_F16  = 14,
-    LORASYNCD_BF16 = 15,
-    LORASYNCD_F32  = 18
-}; /* lorasync_dtype */
-
-LORASYNCD_FN unsigned lorasyncd_round_bf16(unsigned u)
+/* F32 bits to the code of a SHORT row, `drop` bits less: nearest, ties to even. */
+LORASYNCD_FN unsigned lorasyncd_round_short(unsigned u, int drop, unsigned nan)
 {
-    return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    return (u & 0x7fffffffu) > 0x7f800000u ? nan : (u + (1u << (drop - 1)) - 1u + ((u >> drop) & 1u)) >> drop;
 }
 
-/* Rounds the float of bits u to a format of `mantissa` explicit bits and exponent bias `bias`: nearest, ties to even,
-   subnormals kept. Sign removed; overflow is the caller's. */
-LORASYNCD_CALL unsigned lorasyncd_round_small(unsigned u, int mantissa, int bias)
+LORASYNCD_FN unsigned lorasyncd_round_bf16(unsigned u) { return lorasyncd_round_short(u, 16, 0x7fc0u); }
+
+/* F32 bits to the code of a SMALL row: nearest, ties to even, subnormals kept. `over` is the row's first code that is
+   not finite; what is too large would get a code behind it. */
+LORASYNCD_CALL unsigned lorasyncd_round_small(unsigned u, int exponent, int mantissa, unsigned over, unsigned nan)
 {
-    int      drop = 23 - mantissa, exponent = (int)(u >> 23) - 127 + bias;
-    unsigned m = u, half;
-    if (exponent <= 0) { /* subnormal there: shift the mantissa with its hidden bit further */
-        if (exponent < -mantissa) return 0;
+    int      bias = (1 << (exponent - 1)) - 1, drop = 23 - mantissa, e;
+    unsigned sign = u >> 31 << (exponent + mantissa), m;
+    u &= 0x7fffffffu;
+    e = (int)(u >> 23) - 127 + bias;
+    if (u > 0x7f800000u) return sign | nan;
+    if (e <= 0) { /* subnormal there: shift the mantissa with its hidden bit further */
+        if (e < -mantissa) return sign;
         m = (u & 0x7fffffu) | 0x800000u;
-        drop += 1 - exponent;
+        drop += 1 - e;
     } else {
         m = u - ((unsigned)(127 - bias) << 23);
     }
-    half = 1u << (drop - 1);
-    return (m + half - 1u + ((m >> drop) & 1u)) >> drop;
+    m = (m + (1u << (drop - 1)) - 1u + ((m >> drop) & 1u)) >> drop;
+    return sign | (m < over ? m : over);
 }
 
 LORASYNCD_FN unsigned lorasyncd_round_f16(unsigned u)
 {
 #ifdef LORASYNC_DEVICE_EMULATED
-    unsigned sign = (u >> 16) & 0x8000u;
-    u &= 0x7fffffffu;
-    if (u > 0x7f800000u) return sign | 0x7e00u;
-    return sign | (u >= 0x477ff000u ? 0x7c00u : lorasyncd_round_small(u, 10, 15));
+    return lorasyncd_round_small(u, 5, 10, 0x7c00u, 0x7e00u);
 #else
     unsigned short h;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(__uint_as_float(u)));
@@ -20302,38 +20428,33 @@ LORASYNCD_FN unsigned lorasyncd_round_f16(unsigned u)
 #endif
 }
 
-LORASYNCD_FN unsigned lorasyncd_round_e4m3(unsigned u)
-{
-    unsigned sign = (u >> 24) & 0x80u;
-    u &= 0x7fffffffu;
-    return sign | (u > 0x43e80000u ? 0x7fu : lorasyncd_round_small(u, 3, 7));
-}
-
-LORASYNCD_FN unsigned lorasyncd_round_e5m2(unsigned u)
-{
-    unsigned sign = (u >> 24) & 0x80u;
-    u &= 0x7fffffffu;
-    if (u > 0x7f800000u) return sign | 0x7fu;
-    return sign | (u >= 0x47700000u ? 0x7cu : lorasyncd_round_small(u, 2, 15));
-}
-
-/* The float bits of a number of `mantissa` and `exponent` bits. */
-LORASYNCD_CALL unsigned lorasyncd_widen_small(unsigned h, int mantissa, int exponent, int has_inf)
+/* The way back, exact. */
+LORASYNCD_CALL unsigned lorasyncd_widen_small(unsigned h, int exponent, int mantissa, unsigned over)
 {
     int      bias = (1 << (exponent - 1)) - 1;
-    unsigned sign = (h >> (mantissa + exponent)) & 1u, e = (h >> mantissa) & ((1u << exponent) - 1u),
-             m = h & ((1u << mantissa) - 1u);
-    sign <<= 31;
-    if (has_inf && e == (1u << exponent) - 1u) return sign | 0x7f800000u | (m << (23 - mantissa));
-    if (!has_inf && e == (1u << exponent) - 1u && m == (1u << mantissa) - 1u) return sign | 0x7fc00000u;
-    if (e == 0) { /* subnormal: its value is m units, and small integers are exact */
+    unsigned sign = h >> (exponent + mantissa) << 31;
+    h &= (1u << (exponent + mantissa)) - 1u;
+    if (h >= over) return sign | 0x7f800000u | h << (23 - mantissa); /* Inf, or NaN with its mantissa */
+    if (h >> mantissa == 0) { /* subnormal: its value is h units, and small integers are exact */
         float unit = LORASYNCD_FLOAT((unsigned)(127 + 1 - bias - mantissa) << 23);
-        return sign | LORASYNCD_BITS((float)m * unit);
+        return sign | LORASYNCD_BITS((float)h * unit);
     }
-    return sign | ((e + 127u - (unsigned)bias) << 23) | (m << (23 - mantissa));
+    return sign | ((h << (23 - mantissa)) + ((127u - (unsigned)bias) << 23));
 }
 
-LORASYNCD_FN int lorasyncd_item(int dtype) { return dtype <= 11 ? 1 : dtype <= 15 ? 2 : dtype <= 18 ? 4 : 8; }
+/* A block scale: its code is the exponent, but for the two that are no normal number in F32. */
+LORASYNCD_FN unsigned lorasyncd_widen_scale(unsigned code)
+{
+    return code == 0 ? 0x00400000u : code == 0xffu ? 0x7fc00000u : code << 23;
+}
+
+/* Bytes of an element: two bits for each dtype make one word of them. */
+LORASYNCD_FN int lorasyncd_item(int dtype)
+{
+#define LORASYNCD_X(name, value, text, bits) +((lorasyncd_u64)((bits) / 16 - (bits) / 64) << 2 * (value))
+    return 1 << (((0 LORASYNC_DTYPE_LIST(LORASYNCD_X)) >> 2 * dtype) & 3);
+#undef LORASYNCD_X
+}
 
 LORASYNCD_FN lorasyncd_u64 lorasyncd_load(const unsigned char *p, int item)
 {
@@ -20351,22 +20472,41 @@ LORASYNCD_FN void lorasyncd_store(unsigned char *p, int item, lorasyncd_u64 v)
     else *(lorasyncd_u64 *)(void *)p = v;
 }
 
+/* A code to F32 bits and back, by the row's `how`; rounding to F16 is an instruction of the GPU. A dtype without a row
+   gives NaN, which the check of what is gathered finds. */
+#define LORASYNCD_OVER(exponent, mantissa, inf) ((unsigned)LORASYNCI_SPECIAL(exponent, mantissa, inf))
+#define LORASYNCD_WIDEN_SAME(exponent, mantissa, inf) (unsigned)v
+#define LORASYNCD_WIDEN_SHORT(exponent, mantissa, inf) (unsigned)v << (23 - (mantissa))
+#define LORASYNCD_WIDEN_SMALL(exponent, mantissa, inf)                                                                 \
+    lorasyncd_widen_small((unsigned)v, exponent, mantissa, LORASYNCD_OVER(exponent, mantissa, inf))
+#define LORASYNCD_WIDEN_SCALE(exponent, mantissa, inf) lorasyncd_widen_scale((unsigned)v)
+#define LORASYNCD_ROUND_SAME(exponent, mantissa, inf, nan) u
+#define LORASYNCD_ROUND_SHORT(exponent, mantissa, inf, nan) lorasyncd_round_short(u, 23 - (mantissa), nan)
+#define LORASYNCD_ROUND_SMALL(exponent, mantissa, inf, nan)                                                            \
+    (exponent) == 5 && (mantissa) == 10                                                                                \
+        ? lorasyncd_round_f16(u)                                                                                       \
+        : lorasyncd_round_small(u, exponent, mantissa, LORASYNCD_OVER(exponent, mantissa, inf), nan)
+
 LORASYNCD_FN unsigned lorasyncd_widen(lorasyncd_u64 v, int dtype)
 {
-    if (dtype == LORASYNCD_F32) return (unsigned)v;
-    if (dtype == LORASYNCD_BF16) return (unsigned)v << 16;
-    if (dtype == LORASYNCD_F16) return lorasyncd_widen_small((unsigned)v, 10, 5, 1);
-    if (dtype == LORASYNCD_E4M3) return lorasyncd_widen_small((unsigned)v, 3, 4, 0);
-    return lorasyncd_widen_small((unsigned)v, 2, 5, 1);
+    switch (dtype) {
+#define LORASYNCD_X(name, exponent, mantissa, sign, inf, nan, how)                                                     \
+    case LORASYNC_##name: return LORASYNCD_WIDEN_##how(exponent, mantissa, inf);
+        LORASYNCI_WIDENED(LORASYNCD_X)
+#undef LORASYNCD_X
+    default: return 0x7fc00000u;
+    }
 }
 
 LORASYNCD_FN lorasyncd_u64 lorasyncd_round(unsigned u, int dtype)
 {
-    if (dtype == LORASYNCD_F32) return u;
-    if (dtype == LORASYNCD_BF16) return lorasyncd_round_bf16(u);
-    if (dtype == LORASYNCD_F16) return lorasyncd_round_f16(u);
-    if (dtype == LORASYNCD_E4M3) return lorasyncd_round_e4m3(u);
-    return lorasyncd_round_e5m2(u);
+    switch (dtype) {
+#define LORASYNCD_X(name, exponent, mantissa, sign, inf, nan, how)                                                     \
+    case LORASYNC_##name: return LORASYNCD_ROUND_##how(exponent, mantissa, inf, nan);
+        LORASYNCI_VALUES(LORASYNCD_X)
+#undef LORASYNCD_X
+    default: return ~0ull;
+    }
 }
 
 LORASYNCD_CALL lorasyncd_u64 lorasyncd_convert(lorasyncd_u64 v, int from, int to, float scale)
@@ -20378,14 +20518,16 @@ LORASYNCD_CALL lorasyncd_u64 lorasyncd_convert(lorasyncd_u64 v, int from, int to
     return lorasyncd_round(u, to);
 }
 
-LORASYNCD_FN int lorasyncd_not_finite(lorasyncd_u64 v, int dtype)
+/* The bits that are all ones in a code that is not finite; 0: the dtype has no such code. */
+LORASYNCD_FN lorasyncd_u64 lorasyncd_special(int dtype)
 {
-    if (dtype == LORASYNCD_F32) return (v & 0x7f800000u) == 0x7f800000u;
-    if (dtype == LORASYNCD_BF16) return (v & 0x7f80u) == 0x7f80u;
-    if (dtype == LORASYNCD_F16) return (v & 0x7c00u) == 0x7c00u;
-    if (dtype == LORASYNCD_E4M3) return (v & 0x7fu) == 0x7fu;
-    if (dtype == LORASYNCD_E5M2) return (v & 0x7cu) == 0x7cu;
-    return dtype == 20 && (v >> 52 & 0x7ffu) == 0x7ffu; /* F64 */
+    switch (dtype) {
+#define LORASYNCD_X(name, exponent, mantissa, sign, inf, nan, how)                                                     \
+    case LORASYNC_##name: return LORASYNCI_SPECIAL(exponent, mantissa, inf);
+        LORASYNCI_CHECKED(LORASYNCD_X)
+#undef LORASYNCD_X
+    default: return 0;
+    }
 }
 
 /* lorasync_digest's keys and block factor. */
@@ -20431,28 +20573,28 @@ LORASYNCD_FN long long lorasyncd_row(const lorasyncd_op *o, long long e)
 }
 
 /* Element i1 of row i0. */
-LORASYNCD_FN void lorasyncd_element(const lorasyncd_op *o, long long i0, long long i1, lorasyncd_u64 *sum,
-                                    lorasyncd_u64 *bad)
+LORASYNCD_FN void lorasyncd_element(const lorasyncd_op *o, lorasyncd_u64 special, long long i0, long long i1,
+                                    lorasyncd_u64 *sum, lorasyncd_u64 *bad)
 {
     int           from = o->src_dtype, to = o->dst_dtype, item = lorasyncd_item(to);
     lorasyncd_u64 v, e;
     v = lorasyncd_load((const unsigned char *)(o->src) + (i0 * o->s0 + i1 * o->s1) * lorasyncd_item(from),
                        lorasyncd_item(from));
     if (o->via) v = lorasyncd_convert(lorasyncd_convert(v, from, o->via, o->scale), o->via, to, 1.0f);
-    else if (from == LORASYNCD_F32 && to == LORASYNCD_BF16)
+    else if (from == LORASYNC_F32 && to == LORASYNC_BF16)
         v = lorasyncd_round_bf16(LORASYNCD_BITS(LORASYNCD_FLOAT((unsigned)v) * o->scale));
     else if (from != to || o->scale != 1.0f) v = lorasyncd_convert(v, from, to, o->scale);
     if (o->dst) lorasyncd_store((unsigned char *)(o->dst) + (i0 * o->d0 + i1 * o->d1) * item, item, v);
     if (!o->sum) return;
     e = (lorasyncd_u64)(o->pos + i0 * o->row + i1);
     *sum += lorasyncd_digest(v, item, e * (unsigned)item);
-    if (lorasyncd_not_finite(v, to) && *bad > e) *bad = e;
+    if (special && (v & special) == special && *bad > e) *bad = e;
 }
 
 /* Elements i1 and i1 + 1 of row i0, of 4 bytes or 2. Not digested. */
 LORASYNCD_FN void lorasyncd_pair(const lorasyncd_op *o, long long i0, long long i1)
 {
-    int                  wide_in = o->src_dtype == LORASYNCD_F32, wide = o->dst_dtype == LORASYNCD_F32;
+    int                  wide_in = o->src_dtype == LORASYNC_F32, wide = o->dst_dtype == LORASYNC_F32;
     const unsigned char *in  = (const unsigned char *)(o->src) + (i0 * o->s0 + i1) * (wide_in ? 4 : 2);
     unsigned char       *out = (unsigned char *)(o->dst) + (i0 * o->d0 + i1) * (wide ? 4 : 2);
     lorasyncd_u64        v   = wide_in ? *(const lorasyncd_u64 *)(const void *)in : *(const unsigned *)(const void *)in;
@@ -20463,7 +20605,7 @@ LORASYNCD_FN void lorasyncd_pair(const lorasyncd_op *o, long long i0, long long 
     if (wide_in) {
         unsigned a = LORASYNCD_BITS(LORASYNCD_FLOAT((unsigned)v) * o->scale),
                  b = LORASYNCD_BITS(LORASYNCD_FLOAT((unsigned)(v >> 32)) * o->scale);
-        if (o->dst_dtype == LORASYNCD_BF16) v = lorasyncd_round_bf16(a) | lorasyncd_round_bf16(b) << 16;
+        if (o->dst_dtype == LORASYNC_BF16) v = lorasyncd_round_bf16(a) | lorasyncd_round_bf16(b) << 16;
         else v = lorasyncd_round_f16(a) | lorasyncd_round_f16(b) << 16;
     }
     *(unsigned *)(void *)out = (unsigned)v;
@@ -20491,13 +20633,13 @@ LORASYNCD_FN void lorasyncd_advance(const lorasyncd_op *o, lorasyncd_step s, lon
 }
 
 /* Elements first .. end - 1, one by one, each thread of a block its own. */
-LORASYNCD_FN void lorasyncd_elements(const lorasyncd_op *o, long long first, long long end, lorasyncd_u64 *sum,
-                                     lorasyncd_u64 *bad)
+LORASYNCD_FN void lorasyncd_elements(const lorasyncd_op *o, lorasyncd_u64 special, long long first, long long end,
+                                     lorasyncd_u64 *sum, lorasyncd_u64 *bad)
 {
     const lorasyncd_step s = lorasyncd_step_of(o, blockDim.x);
     long long            e = first + threadIdx.x, i0 = lorasyncd_row(o, e), i1 = e - i0 * o->n1;
     LORASYNCD_ROLLED
-    for (; e < end; e += s.by, lorasyncd_advance(o, s, &i0, &i1)) lorasyncd_element(o, i0, i1, sum, bad);
+    for (; e < end; e += s.by, lorasyncd_advance(o, s, &i0, &i1)) lorasyncd_element(o, special, i0, i1, sum, bad);
 }
 
 /* A tile of pairs. */
@@ -20510,20 +20652,16 @@ LORASYNCD_FN void lorasyncd_pairs(const lorasyncd_op *o, const lorasyncd_tile *t
 }
 
 /* 8 elements in 16-byte words: read, convert, write. Digest and check work on the words that are written. */
-LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u64 *sum, lorasyncd_u64 *bad)
+LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, unsigned mask, long long e, lorasyncd_u64 *sum,
+                                lorasyncd_u64 *bad)
 {
     long long i0 = lorasyncd_row(o, e), i1 = e - i0 * o->n1, at = o->pos + i0 * o->row + i1;
-    int       bf16 = o->dst_dtype == LORASYNCD_BF16, wide_in = o->src_dtype == LORASYNCD_F32,
-        wide         = o->dst_dtype == LORASYNCD_F32, i;
-    const uint4 *in  = (const uint4 *)((const unsigned char *)(o->src) + (i0 * o->s0 + i1) * (wide_in ? 4 : 2));
-    uint4       *out = (uint4 *)(o->dst + (lorasyncd_u64)((i0 * o->d0 + i1) * (wide ? 4 : 2)));
-    uint4        a = in[0], b = a;
-    unsigned     w[8],
-        mask = bf16                            ? 0x7f807f80u
-               : o->dst_dtype == LORASYNCD_F16 ? 0x7c007c00u
-               : wide                          ? 0x7f800000u
-                                               : 0,
-        hit  = 0, x;
+    int       bf16 = o->dst_dtype == LORASYNC_BF16, wide_in = o->src_dtype == LORASYNC_F32,
+        wide          = o->dst_dtype == LORASYNC_F32, i;
+    const uint4  *in  = (const uint4 *)((const unsigned char *)(o->src) + (i0 * o->s0 + i1) * (wide_in ? 4 : 2));
+    uint4        *out = (uint4 *)(o->dst + (lorasyncd_u64)((i0 * o->d0 + i1) * (wide ? 4 : 2)));
+    uint4         a = in[0], b = a;
+    unsigned      w[8], hit    = 0;
     lorasyncd_u64 part;
     if (wide_in) b = in[1];
     w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
@@ -20552,8 +20690,7 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
     LORASYNCD_UNROLL
     for (i = 0; i < 8; i++) {
         if (!mask || (i >= 4 && !wide)) break; /* no mask: 16-bit integers */
-        x = w[i] & mask;                       /* a half whose exponent is all ones */
-        hit |= wide ? x == mask : (x & 0xffffu) == (mask & 0xffffu) || (x >> 16) == (mask >> 16);
+        hit |= (w[i] & mask) == mask || (!wide && (w[i] >> 16 & mask) == mask);
     }
     *sum += part * lorasyncd_factor((lorasyncd_u64)at >> 8); /* all in one block of 256 bytes */
     at /= wide ? 4 : 2;
@@ -20561,7 +20698,7 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, long long e, lorasyncd_u6
     LORASYNCD_ROLLED
     for (i = 7; i >= 0; i--) { /* which of the 8: rare, so it is read back */
         int item = wide ? 4 : 2;
-        if (lorasyncd_not_finite(lorasyncd_load((unsigned char *)out + i * item, item), o->dst_dtype) &&
+        if (((unsigned)lorasyncd_load((unsigned char *)out + i * item, item) & mask) == mask &&
             *bad > (lorasyncd_u64)(at + i))
             *bad = (lorasyncd_u64)(at + i);
     }
@@ -20573,17 +20710,19 @@ LORASYNCD_KERNEL lorasyncd_copy(const lorasyncd_op *ops, const lorasyncd_tile *t
 {
     const lorasyncd_tile tile = tiles[blockIdx.x];
     lorasyncd_op         o    = ops[tile.op];
-    lorasyncd_u64        sum = 0, hit = ~0ull;
+    lorasyncd_u64        sum = 0, hit = ~0ull, special;
     unsigned             runs = o.unit == 8 ? tile.count / 8u : 0u, k;
     if (o.in_image) o.dst += image_shift;
     if (o.unit == 2) {
         lorasyncd_pairs(&o, &tile);
         return;
     }
+    special = lorasyncd_special(o.dst_dtype);
     LORASYNCD_ROLLED
-    for (k = threadIdx.x; k < runs; k += blockDim.x) lorasyncd_run(&o, tile.first + 8 * (long long)k, &sum, &hit);
+    for (k = threadIdx.x; k < runs; k += blockDim.x)
+        lorasyncd_run(&o, (unsigned)special, tile.first + 8 * (long long)k, &sum, &hit);
     if (8u * runs < tile.count)
-        lorasyncd_elements(&o, tile.first + 8 * (long long)runs, tile.first + tile.count, &sum, &hit);
+        lorasyncd_elements(&o, special, tile.first + 8 * (long long)runs, tile.first + tile.count, &sum, &hit);
     if (!o.sum) return;
     if (hit != ~0ull) atomicMin(bad, (lorasyncd_u64)o.tensor << 40 | (hit < (1ull << 40) - 1 ? hit : (1ull << 40) - 1));
 #ifndef LORASYNC_DEVICE_EMULATED

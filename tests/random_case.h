@@ -106,12 +106,13 @@ TEST_UNUSED static void check_element(void *user, int64_t number, unsigned char 
 
 TEST_UNUSED static void random_tensor(unsigned long long *s, truth_tensor *t, int number, int large)
 {
-    static const lorasync_dtype dtypes[] = {LORASYNC_F32, LORASYNC_BF16, LORASYNC_F16, LORASYNC_F8_E4M3,
-                                            LORASYNC_I64, LORASYNC_U8,   LORASYNC_F64, LORASYNC_I16};
+    static const lorasync_dtype dtypes[] = {LORASYNC_F32,     LORASYNC_BF16,   LORASYNC_F16, LORASYNC_F8_E4M3,
+                                            LORASYNC_I64,     LORASYNC_U8,     LORASYNC_F64, LORASYNC_I16,
+                                            LORASYNC_F8_E5M2, LORASYNC_F8_E8M0};
     int64_t                     i;
     int                         d;
     snprintf(t->name, sizeof t->name, "model.layers.%u.t%d.lora_A.weight", below(s, 30), number);
-    t->dtype = dtypes[below(s, 8)];
+    t->dtype = dtypes[below(s, 10)];
     for (;;) {
         t->ndim  = large ? 1 + (int)below(s, 2) : (int)below(s, 5);
         t->numel = 1;
@@ -128,11 +129,12 @@ TEST_UNUSED static void random_tensor(unsigned long long *s, truth_tensor *t, in
     t->data = (unsigned char *)calloc(1, (size_t)(t->numel * item(t->dtype)) + 1);
     for (i = 0; i < t->numel; i++) {
         float f = (float)((double)(test_random(s) % 2000001) / 1000.0 - 1000.0) / (float)(1 + below(s, 1000));
-        if (lorasynci_is_float(t->dtype)) {
+        if (lorasynci_is_value(t->dtype)) {
             if (t->dtype == LORASYNC_F8_E4M3) f *= 0.1f;
             lorasync_convert(t->data + i * item(t->dtype), t->dtype, &f, LORASYNC_F32, 1, NULL);
         } else {
             unsigned long long bits = test_random(s) >> 12; /* a finite f64 */
+            if (t->dtype == LORASYNC_F8_E8M0) bits %= 255;  /* not the NaN */
             memcpy(t->data + i * item(t->dtype), &bits, (size_t)item(t->dtype));
         }
     }
@@ -267,7 +269,7 @@ TEST_UNUSED static void make_expected(random_case *c)
     memset(&d, 0, sizeof d);
     for (i = 0; i < c->num_tensors; i++) {
         tensors[i].name  = c->tensors[i].name;
-        tensors[i].dtype = c->wire && lorasynci_is_float(c->tensors[i].dtype) ? c->wire : c->tensors[i].dtype;
+        tensors[i].dtype = c->wire && lorasynci_is_value(c->tensors[i].dtype) ? c->wire : c->tensors[i].dtype;
         tensors[i].ndim  = c->tensors[i].ndim;
         memcpy(tensors[i].shape, c->tensors[i].shape, sizeof tensors[i].shape);
     }
@@ -302,9 +304,10 @@ TEST_UNUSED static void make_case(random_case *c, unsigned long long seed, loras
         truth_tensor  *t    = &c->tensors[i];
         lorasync_dtype want = LORASYNC_DTYPE_NONE;
         random_tensor(&s, t, i, large);
-        t->scale = lorasynci_is_float(t->dtype) && kind != LORASYNC_SCATTER ? scales[below(&s, 4)] : 0;
+        t->scale = lorasynci_is_value(t->dtype) && kind != LORASYNC_SCATTER ? scales[below(&s, 4)] : 0;
         if (kind != LORASYNC_SCATTER) deal_tensor(&s, c->have, c->world, t, i, t->dtype);
-        want = lorasynci_is_float(t->dtype) && below(&s, 2) ? (below(&s, 2) ? LORASYNC_F32 : LORASYNC_BF16) : t->dtype;
+        want =
+            lorasynci_is_widened(t->dtype) && below(&s, 2) ? (below(&s, 2) ? LORASYNC_F32 : LORASYNC_BF16) : t->dtype;
         if (kind == LORASYNC_SCATTER || kind == LORASYNC_RESHARD) deal_tensor(&s, c->want, c->world, t, i, want);
     }
     for (r = 0; r < c->world; r++) {

@@ -238,7 +238,7 @@ static unsigned char *expected_bytes(const model *m, int i, lorasync_dtype *dtyp
 {
     const truth_tensor *t = &m->t[i];
     unsigned char      *p;
-    *dtype     = m->wire && lorasynci_is_float(t->dtype) ? m->wire : t->dtype;
+    *dtype     = m->wire && lorasynci_is_value(t->dtype) ? m->wire : t->dtype;
     *num_bytes = (size_t)(t->numel * item(*dtype));
     p          = (unsigned char *)malloc(*num_bytes + 1);
     if (*dtype == t->dtype) memcpy(p, t->data, *num_bytes);

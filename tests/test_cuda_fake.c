@@ -858,8 +858,88 @@ static void kept_on_device(void)
     check_left();
 }
 
+/* -- the device's code, element by element, against the host's: the same bits, NaN included */
+
+static const lorasync_dtype value_types[] = {LORASYNC_F32, LORASYNC_F16, LORASYNC_BF16, LORASYNC_F8_E4M3,
+                                             LORASYNC_F8_E5M2};
+
+/* Every code of the types of 8 and 16 bits. */
+static void device_widens_as_the_host(void)
+{
+    static const lorasync_dtype from[] = {LORASYNC_F16, LORASYNC_BF16, LORASYNC_F8_E4M3, LORASYNC_F8_E5M2,
+                                          LORASYNC_F8_E8M0};
+    size_t                      t, to;
+    unsigned                    code;
+    for (t = 0; t < 5; t++) {
+        unsigned num = lorasync_dtype_bits(from[t]) == 16 ? 65536u : 256u;
+        for (code = 0; code < num; code++) {
+            for (to = 0; to < 5; to++) {
+                uint32_t host = 0;
+                if (value_types[to] == from[t]) continue;
+                lorasynci_convert(&host, value_types[to], &code, from[t], 1, 1.0f);
+                CHECK_EQ(lorasyncd_convert(code, (int)from[t], (int)value_types[to], 1.0f), host);
+            }
+        }
+    }
+}
+
+static size_t device_rounds_wrongly(const uint32_t *in, size_t num)
+{
+    unsigned char out[2 * 6];
+    size_t        t, i, bad = 0;
+    for (t = 1; t < 5; t++) {
+        size_t size = (size_t)lorasync_dtype_bits(value_types[t]) / 8;
+        lorasynci_convert(out, value_types[t], in, LORASYNC_F32, num, 1.0f);
+        for (i = 0; i < num; i++) {
+            uint32_t host = 0;
+            memcpy(&host, out + i * size, size);
+            bad += lorasyncd_convert(in[i], LORASYNC_F32, (int)value_types[t], 1.0f) != host;
+        }
+    }
+    return bad;
+}
+
+/* F32 values whose upper 19 bits are anything, all around the ties and the values that F16 has; those of the types with
+   fewer mantissa bits are among them. And every 509th, in mixed order. */
+static void device_rounds_as_the_host(void)
+{
+    static const uint32_t low[6] = {0, 1, 0xfffu, 0x1000u, 0x1001u, 0x1fffu};
+    uint32_t              in[6], high, next = 0;
+    size_t                i, bad = 0;
+    for (high = 0; high < 1u << 19; high++) {
+        for (i = 0; i < 6; i++) in[i] = high << 13 | low[i];
+        bad += device_rounds_wrongly(in, 6);
+        for (i = 0; i < 6; i++, next += 509u * 0x10001u) in[i] = next;
+        bad += device_rounds_wrongly(in, 6);
+    }
+    CHECK_EQ(bad, 0);
+}
+
+/* Sizes of all dtypes; which codes are not finite; a type that is not converted gives NaN, not another type's value. */
+static void device_knows_the_types(void)
+{
+    int      t;
+    unsigned code;
+    for (t = 1; t <= 22; t++) {
+        int bits = lorasync_dtype_bits((lorasync_dtype)t);
+        CHECK_EQ(lorasyncd_item(t), bits < 8 ? 1 : bits / 8);
+        for (code = 0; code < (bits == 16 ? 65536u : 256u); code++) {
+            uint64_t value = bits > 16 ? (uint64_t)code << (bits - 8) : code, special = lorasyncd_special(t);
+            int      found = special && (value & special) == special;
+            CHECK_EQ(found, lorasynci_find_nonfinite(&value, (lorasync_dtype)t, 1) == 0);
+        }
+        if (lorasynci_is_value((lorasync_dtype)t)) continue;
+        CHECK_EQ((uint8_t)lorasyncd_convert(0x3f800000u, LORASYNC_F32, t, 1.0f), 0xff);
+        if (t == LORASYNC_F8_E8M0) continue;
+        CHECK_EQ(lorasyncd_convert(1, t, LORASYNC_F32, 1.0f), 0x7fc00000u);
+    }
+}
+
 int main(void)
 {
+    RUN(device_widens_as_the_host);
+    RUN(device_rounds_as_the_host);
+    RUN(device_knows_the_types);
     RUN(direct);
     RUN(direct_over_devices);
     RUN(over_nccl);

@@ -1,4 +1,6 @@
 /* Names, sizes and conversions of element types, and the search for NaN and Inf. All F32 inputs: slow_dtype.c. */
+#include "no_avx2.h"
+
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -170,6 +172,35 @@ static void small_to_small(void)
     }
 }
 
+/* Block scales: code c is 2^(c - 127), 255 is NaN. Every code to every value type, alone and among others. */
+static void block_scales(void)
+{
+    unsigned char codes[256], out[256 * 2];
+    uint32_t      wide[256];
+    size_t        i, t;
+    for (i = 0; i < 256; i++) codes[i] = (unsigned char)i;
+    REQUIRE(lorasync_convert(wide, LORASYNC_F32, codes, LORASYNC_F8_E8M0, 256, NULL) == LORASYNC_OK);
+    for (i = 0; i < 255; i++) CHECK((double)ref_float(wide[i]) == ldexp(1.0, (int)i - 127));
+    CHECK((wide[255] & 0x7fffffffu) > 0x7f800000u);
+    for (t = 0; t < REF_NUM; t++) {
+        int num_bytes = ref_bits(&ref_types[t]) / 8;
+        REQUIRE(lorasync_convert(out, ref_types[t].dtype, codes, LORASYNC_F8_E8M0, 256, NULL) == LORASYNC_OK);
+        for (i = 0; i < 255; i++)
+            CHECK_EQ(load(out + i * (size_t)num_bytes, num_bytes), ref_round(&ref_types[t], wide[i]));
+        CHECK(ref_is_nan_code(&ref_types[t], load(out + 255 * (size_t)num_bytes, num_bytes)));
+    }
+    for (i = 0; i < 256; i++) {
+        uint32_t one;
+        lorasynci_convert(&one, LORASYNC_F32, codes + i, LORASYNC_F8_E8M0, 1, 3.0f);
+        if (i < 254) CHECK((double)ref_float(one) == ldexp(3.0, (int)i - 127));
+        else CHECK((one & 0x7fffffffu) >= 0x7f800000u); /* 3 x 2^127 is Inf */
+        CHECK_EQ(lorasynci_find_nonfinite(codes + i, LORASYNC_F8_E8M0, 1), i == 255 ? 0 : SIZE_MAX);
+    }
+    CHECK_EQ(lorasynci_find_nonfinite(codes, LORASYNC_F8_E8M0, 256), 255);
+    CHECK_EQ(lorasynci_find_nonfinite(codes, LORASYNC_F8_E8M0, 255), SIZE_MAX);
+    CHECK_EQ(lorasynci_find_nonfinite(NULL, LORASYNC_F8_E8M0, 0), SIZE_MAX);
+}
+
 /* Random bits, or values near the edges of a type, or plain weights. */
 static uint32_t random_f32(unsigned long long *state, int kind)
 {
@@ -336,15 +367,24 @@ static void copies(void)
     CHECK_EQ(lorasync_convert(NULL, LORASYNC_BF16, NULL, LORASYNC_BF16, 0, NULL), LORASYNC_OK);
 }
 
+static int is_one_of(int dtype, const lorasync_dtype *list, size_t num)
+{
+    size_t i;
+    for (i = 0; i < num; i++)
+        if (dtype == (int)list[i]) return 1;
+    return 0;
+}
+
 static void refusals(void)
 {
     lorasync_error err;
     unsigned char  in[16] = {0}, out[16] = {0};
     int            s, d;
     for (s = 0; s <= 23; s++) {
+        CHECK_EQ(lorasynci_is_value((lorasync_dtype)s), is_one_of(s, float_types, 5));
         for (d = 0; d <= 23; d++) {
-            int floats = lorasynci_is_float((lorasync_dtype)s) && lorasynci_is_float((lorasync_dtype)d);
-            int ok     = floats || (s == d && s >= 1 && s <= 22);
+            int widens = is_one_of(s, float_types, 5) || s == LORASYNC_F8_E8M0;
+            int ok     = (widens && is_one_of(d, float_types, 5)) || (s == d && s >= 1 && s <= 22);
             CHECK_EQ(lorasynci_can_convert((lorasync_dtype)s, (lorasync_dtype)d), ok);
             CHECK_EQ(lorasync_convert(out, (lorasync_dtype)d, in, (lorasync_dtype)s, 0, &err),
                      ok ? LORASYNC_OK : LORASYNC_E_UNSUPPORTED);
@@ -352,8 +392,11 @@ static void refusals(void)
     }
     CHECK_EQ(lorasync_convert(out, LORASYNC_F16, in, LORASYNC_F64, 1, &err), LORASYNC_E_UNSUPPORTED);
     CHECK_EQ(err.status, LORASYNC_E_UNSUPPORTED);
-    CHECK_HAS(err.text, "F64");
-    CHECK_HAS(err.text, "F16");
+    CHECK_HAS(err.text, "cannot convert F64 (20) to F16 (14)");
+    CHECK_HAS(err.text, "only F32, F16, BF16, F8_E4M3, F8_E5M2 are converted into one another");
+    CHECK_EQ(lorasync_convert(out, LORASYNC_F8_E8M0, in, LORASYNC_F32, 1, &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(err.text, "F32 (18) to F8_E8M0 (9)");
+    CHECK_HAS(err.text, "and into them F8_E8M0");
     CHECK_EQ(lorasync_convert(out, LORASYNC_F32, in, LORASYNC_I32, 1, &err), LORASYNC_E_UNSUPPORTED);
     CHECK_EQ(lorasync_convert(out, (lorasync_dtype)99, in, LORASYNC_I32, 1, &err), LORASYNC_E_UNSUPPORTED);
     CHECK_HAS(err.text, "99");
@@ -377,6 +420,7 @@ static int is_nonfinite(lorasync_dtype dtype, const unsigned char *p)
         memcpy(&d, p, 8);
         return !(d - d == 0);
     }
+    if (dtype == LORASYNC_F8_E8M0) return *p == 0xff;
     if (dtype == LORASYNC_F32) return (load(p, 4) & 0x7fffffffu) >= 0x7f800000u;
     for (t = 0; t < REF_NUM; t++) {
         if (ref_types[t].dtype != dtype) continue;
@@ -394,7 +438,7 @@ static size_t find_slowly(const unsigned char *p, lorasync_dtype dtype, size_t n
     return SIZE_MAX;
 }
 
-/* Every code of 8 and 16 bits alone; all others random. */
+/* Every code of 8 and 16 bits alone; the first and last that are not finite, and their neighbours, of 32 and 64. */
 static void nonfinite_codes(void)
 {
     size_t        t;
@@ -407,12 +451,23 @@ static void nonfinite_codes(void)
             CHECK_EQ(lorasynci_find_nonfinite(p, ref_types[t].dtype, 1), find_slowly(p, ref_types[t].dtype, 1));
         }
     }
+    for (t = 0; t < 8; t++) {
+        static const uint64_t f64[4] = {UINT64_C(0x7fefffffffffffff), UINT64_C(0x7ff0000000000000),
+                                        UINT64_C(0x7ff0000000000001), UINT64_C(0x7fffffffffffffff)};
+        static const uint32_t f32[4] = {0x7f7fffffu, 0x7f800000u, 0x7f800001u, 0x7fffffffu};
+        uint64_t              wide   = f64[t / 2] | (t % 2 ? UINT64_C(1) << 63 : 0);
+        uint32_t              word   = f32[t / 2] | (t % 2 ? 1u << 31 : 0);
+        memcpy(p, &wide, 8);
+        CHECK_EQ(lorasynci_find_nonfinite(p, LORASYNC_F64, 1), t < 2 ? SIZE_MAX : 0);
+        memcpy(p, &word, 4);
+        CHECK_EQ(lorasynci_find_nonfinite(p, LORASYNC_F32, 1), t < 2 ? SIZE_MAX : 0);
+    }
 }
 
 static void nonfinite_positions(void)
 {
-    static const lorasync_dtype types[] = {LORASYNC_F64, LORASYNC_F32,     LORASYNC_BF16,
-                                           LORASYNC_F16, LORASYNC_F8_E5M2, LORASYNC_F8_E4M3};
+    static const lorasync_dtype types[] = {LORASYNC_F64,     LORASYNC_F32,     LORASYNC_BF16,   LORASYNC_F16,
+                                           LORASYNC_F8_E5M2, LORASYNC_F8_E4M3, LORASYNC_F8_E8M0};
     unsigned char               data[8 * 300 + 8];
     unsigned long long          state = 5;
     size_t                      t, n, i, k;
@@ -449,13 +504,14 @@ int main(void)
     RUN(nan_stays_nan);
     RUN(widening);
     RUN(small_to_small);
-    RUN(random_values);
-    RUN(tails_and_alignment);
-    RUN(long_runs);
-    RUN(scaling);
+    RUN(block_scales);
+    RUN_BOTH_WAYS(random_values);
+    RUN_BOTH_WAYS(tails_and_alignment);
+    RUN_BOTH_WAYS(long_runs);
+    RUN_BOTH_WAYS(scaling);
     RUN(copies);
     RUN(refusals);
     RUN(nonfinite_codes);
-    RUN(nonfinite_positions);
+    RUN_BOTH_WAYS(nonfinite_positions);
     return test_summary("test_dtype");
 }
