@@ -3622,7 +3622,7 @@ LORASYNCI_AVX2 LORASYNCI_FN size_t lorasynci_f32_to_bf16_avx2(unsigned char *dst
 #endif
 
 /* n contiguous elements, any alignment, no overlap. The pair of types has passed lorasynci_can_convert; a scale other
-   than 1 needs float types. The scale is applied in F32, before the only rounding. */
+   than 1 needs value types. The scale is applied in F32, before the only rounding. */
 LORASYNCI_FN void lorasynci_convert(void *dst, lorasync_dtype dst_dtype, const void *src, lorasync_dtype src_dtype,
                                     size_t n, float scale)
 {
@@ -3631,6 +3631,7 @@ LORASYNCI_FN void lorasynci_convert(void *dst, lorasync_dtype dst_dtype, const v
     const unsigned char *from = (const unsigned char *)src;
     size_t dst_size = lorasynci_dtype_bytes(dst_dtype, 1), src_size = lorasynci_dtype_bytes(src_dtype, 1), m;
     int    scaled = lorasynci_float_to_bits(scale) != 0x3f800000u; /* not exactly 1 */
+    LORASYNC_ASSERT(lorasynci_can_convert(src_dtype, dst_dtype) && (!scaled || lorasynci_is_value(dst_dtype)));
     if (src_dtype == dst_dtype && !scaled) {
         m = lorasynci_dtype_bytes(src_dtype, n);
         if (m) memcpy(to, from, m);

@@ -136,6 +136,19 @@ static void spoil_wire_type(declared *x, int rank)
     (void)rank;
     x->d.wire_dtype = LORASYNC_I32;
 }
+static void spoil_wire_block(declared *x, int rank)
+{
+    (void)rank;
+    x->d.wire_dtype = LORASYNC_F8_E8M0;
+}
+static void spoil_nan(declared *x, int rank)
+{
+    if (rank == 2) x->d.allow_nan = 1;
+}
+static void spoil_two(declared *x, int rank)
+{
+    if (rank >= 1) x->have[0].ndim = 9 + rank;
+}
 static void spoil_wire_unknown(declared *x, int rank)
 {
     (void)rank;
@@ -216,6 +229,10 @@ static void spoil_scale_int(declared *x, int rank)
 {
     if (rank == 2) x->have[2].scale = 2;
 }
+static void spoil_scale_block(declared *x, int rank)
+{
+    if (rank == 2) x->have[2].dtype = LORASYNC_F8_E8M0, x->have[2].scale = 2;
+}
 static void spoil_scale_nan(declared *x, int rank)
 {
     if (rank == 2) x->have[0].scale = (double)NAN;
@@ -240,6 +257,10 @@ static void spoil_flat_stride(declared *x, int rank)
 static void spoil_held_stride(declared *x, int rank)
 {
     if (rank == 1) x->have[0].stride[0] = COLS; /* the other one was forgotten */
+}
+static void spoil_held_stride_of_two(declared *x, int rank)
+{
+    if (rank == 1) x->have[0].stride[1] = 1;
 }
 static void spoil_scale_tiny(declared *x, int rank)
 {
@@ -297,6 +318,11 @@ static void spoil_wanted_dtype(declared *x, int rank)
     want_all(x);
     if (rank == 1) x->want[0].dtype = LORASYNC_I32;
 }
+static void spoil_wanted_block(declared *x, int rank)
+{
+    want_all(x);
+    if (rank == 1) x->want[0].dtype = LORASYNC_F8_E8M0;
+}
 static void spoil_wanted_shape(declared *x, int rank)
 {
     want_all(x);
@@ -334,7 +360,12 @@ static const wrong_case wrong[] = {
     {spoil_kind_unknown, LORASYNC_E_ARGUMENT, {"plan kind 9", "", ""}},
     {spoil_wire, LORASYNC_E_DISAGREE, {"wire_dtype", "rank 0", "rank 2"}},
     {spoil_wire_type, LORASYNC_E_UNSUPPORTED, {"wire_dtype I32", "", ""}},
+    {spoil_wire_block,
+     LORASYNC_E_UNSUPPORTED,
+     {"wire_dtype F8_E8M0 is not one of F32, F16, BF16, F8_E4M3, F8_E5M2", "", ""}},
     {spoil_wire_unknown, LORASYNC_E_UNSUPPORTED, {"wire_dtype", "", ""}},
+    {spoil_nan, LORASYNC_E_DISAGREE, {"allow_nan", "rank 0", "rank 2"}},
+    {spoil_two, LORASYNC_E_ARGUMENT, {"rank 1: A: ndim is 10", "", ""}}, /* the lowest failing rank is heard */
     {spoil_bounds, LORASYNC_E_LAYOUT, {"rank 2", "A: box [5:7, 0:4]", "[6, 4]"}},
     {spoil_bounds_huge, LORASYNC_E_LAYOUT, {"rank 2", "A: box", "[6, 4]"}},
     {spoil_negative_off, LORASYNC_E_LAYOUT, {"rank 2", "A: box [-1:1, 0:4]", ""}},
@@ -353,6 +384,7 @@ static const wrong_case wrong[] = {
     {spoil_huge_bytes, LORASYNC_E_ARGUMENT, {"rank 1", "A", "2^63"}},
     {spoil_many_dims, LORASYNC_E_ARGUMENT, {"rank 1", "A: ndim is 9", "0 to 8"}},
     {spoil_scale_int, LORASYNC_E_UNSUPPORTED, {"rank 2", "c: I64", "scale"}},
+    {spoil_scale_block, LORASYNC_E_UNSUPPORTED, {"rank 2", "c: F8_E8M0 cannot be scaled, only F32", ""}},
     {spoil_scale_nan, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale", ""}},
     {spoil_scale_inf, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale", ""}},
     {spoil_list, LORASYNC_E_ARGUMENT, {"rank 1", "list is NULL", ""}},
@@ -361,6 +393,9 @@ static const wrong_case wrong[] = {
     {spoil_held_stride,
      LORASYNC_E_ARGUMENT,
      {"rank 1", "A: stride 0 along dimension 1, of length 4", "give all of them"}},
+    {spoil_held_stride_of_two,
+     LORASYNC_E_ARGUMENT,
+     {"rank 1", "A: stride 0 along dimension 0, of length 2", "give all of them"}},
     {spoil_scale_tiny, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale 1e-46 is 0 as F32", ""}},
     {spoil_scale_large, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale -3.5e+38 is Inf as F32", ""}},
     {spoil_empty, LORASYNC_E_EMPTY, {"no rank declares a tensor", "", ""}},
@@ -373,6 +408,9 @@ static const wrong_case wrong[] = {
     {spoil_wanted_by_none, LORASYNC_E_NOT_FOUND, {"nobody.has.it", "wanted by rank 1", "held by no rank"}},
     {spoil_wanted_gap, LORASYNC_E_LAYOUT, {"A", "[2:4, 0:4]", "wants them"}},
     {spoil_wanted_dtype, LORASYNC_E_UNSUPPORTED, {"A", "held as F32", "I32 by rank 1"}},
+    {spoil_wanted_block,
+     LORASYNC_E_UNSUPPORTED,
+     {"A: is held as F32 and wanted as F8_E8M0 by rank 1", "only F32, F16", "and into them F8_E8M0"}},
     {spoil_wanted_shape, LORASYNC_E_DISAGREE, {"A", "[6, 4] on rank 0", "[4, 6] on rank 1"}},
     {spoil_wanted_stride, LORASYNC_E_ARGUMENT, {"rank 1", "A: stride 0 along dimension 0", ""}},
     {spoil_wanted_scale, LORASYNC_E_UNSUPPORTED, {"rank 1", "A: a wanted piece cannot be scaled", "piece.scale 0"}},
@@ -636,6 +674,8 @@ static const nan_case nans[] = {
     {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0x7fu, 1},   {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0xffu, 1},
     {LORASYNC_F8_E4M3, LORASYNC_DTYPE_NONE, 0x7eu, 0},   {LORASYNC_F32, LORASYNC_F8_E4M3, 0x43e80001u, 1},
     {LORASYNC_F32, LORASYNC_F8_E4M3, 0x43e00000u, 0},    {LORASYNC_F32, LORASYNC_F8_E5M2, 0x47700000u, 1},
+    {LORASYNC_F8_E8M0, LORASYNC_DTYPE_NONE, 0xffu, 1},   {LORASYNC_F8_E8M0, LORASYNC_BF16, 0xffu, 1},
+    {LORASYNC_F8_E8M0, LORASYNC_DTYPE_NONE, 0xfeu, 0},   {LORASYNC_F8_E8M0, LORASYNC_DTYPE_NONE, 0x7fu, 0},
     {LORASYNC_F32, LORASYNC_F8_E5M2, 0x476fffffu, 0},    {LORASYNC_I32, LORASYNC_DTYPE_NONE, 0x7fc00000u, 0},
 };
 
