@@ -5442,25 +5442,28 @@ LORASYNCI_FN void lorasynci_window_close(lorasynci_window *w)
 
 /* -- a GPU */
 
-typedef struct lorasynci_gpu lorasynci_gpu;
-
-#ifdef LORASYNC_CUDA
-
 /* An opened GPU. Its calls are made between lorasynci_gpu_enter and lorasynci_gpu_leave. */
-struct lorasynci_gpu {
-    int          ordinal;
-    pid_t        pid;     /* of the process that opened it: a fork cannot use its parent's */
-    int          is_busy; /* launches may still run at the end, so the kernel is not unloaded under them */
-    cudaStream_t caller;  /* whose work ours must wait for */
-    cudaStream_t stream;  /* ours */
-    cudaEvent_t  ready;   /* on the caller's stream: what it has enqueued has ended */
-    cudaEvent_t  done;    /* the same on ours */
-    CUmodule     module;  /* NULL: opened without the kernel */
+typedef struct lorasynci_gpu {
+    int                 ordinal;
+    pid_t               pid;     /* of the process that opened it: a fork cannot use its parent's */
+    int                 is_busy; /* launches may still run at the end: what they use is not freed */
+    struct CUstream_st *caller;  /* whose work ours must wait for */
+#ifdef LORASYNC_CUDA
+    cudaStream_t stream; /* ours */
+    cudaEvent_t  ready;  /* on the caller's stream: what it has enqueued has ended */
+    cudaEvent_t  done;   /* the same on ours */
+    CUmodule     module; /* NULL: opened without the kernel */
     CUfunction   kernel;
     CUresult (*launch)(CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream,
                        void **, void **);
     CUresult (*unload)(CUmodule);
-};
+#endif
+} lorasynci_gpu;
+
+/* -1 for none. */
+LORASYNCI_FN int lorasynci_gpu_ordinal(const lorasynci_gpu *g) { return g ? g->ordinal : -1; }
+
+#ifdef LORASYNC_CUDA
 
 /* The kernel's text, below. */
 LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num);
@@ -5657,9 +5660,6 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_open(const lorasync_allocator *a, str
     return LORASYNC_OK;
 }
 
-/* -1 for none. */
-LORASYNCI_FN int lorasynci_gpu_ordinal(const lorasynci_gpu *g) { return g ? g->ordinal : -1; }
-
 /* Whether the caller's stream is being captured into a CUDA graph now. */
 LORASYNCI_FN int lorasynci_gpu_is_captured(const lorasynci_gpu *g)
 {
@@ -5692,14 +5692,18 @@ enum {
     LORASYNCI_OFFER_LEAST = 2 << 20 /* bytes: what is smaller may share its block with memory that is not offered */
 };
 
-/* What another rank needs to open `memory`, of at least LORASYNCI_OFFER_LEAST bytes. Where there is no IPC only this
-   process can. */
-LORASYNCI_FN void lorasynci_gpu_offer(const lorasynci_gpu *g, char *memory, lorasynci_device_offer *out)
+/* Device memory that others can open: of other processes, where there is IPC. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_share(const lorasynci_gpu *g, size_t num_bytes, char **out,
+                                                 lorasynci_device_offer *offer, const char *what, lorasync_error *err)
 {
-    out->process = lorasynci_process_self();
-    out->pointer = (uint64_t)(uintptr_t)memory;
-    out->ordinal = g->ordinal;
-    if (cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)out->handle, memory) != cudaSuccess) (void)cudaGetLastError();
+    if (num_bytes < LORASYNCI_OFFER_LEAST) num_bytes = LORASYNCI_OFFER_LEAST;
+    LORASYNCI_TRY(lorasynci_gpu_alloc(0, num_bytes, out, what, err));
+    offer->process = lorasynci_process_self();
+    offer->pointer = (uint64_t)(uintptr_t)*out;
+    offer->ordinal = g->ordinal;
+    if (cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)offer->handle, *out) != cudaSuccess)
+        (void)cudaGetLastError(); /* other processes will not open it, and another way is taken */
+    return LORASYNC_OK;
 }
 
 /* Memory of this process, on this GPU or on another one that it can access. */
@@ -5746,7 +5750,7 @@ LORASYNCI_FN lorasync_status lorasynci_window_device(lorasynci_window *w, const 
     return LORASYNC_OK;
 }
 
-#else /* without CUDA: what asks for a GPU is refused, so there never is one */
+#else /* without CUDA: what asks for a GPU is refused, so the others are never called */
 
 LORASYNCI_FN lorasync_status lorasynci_gpu_open(const lorasync_allocator *a, struct CUstream_st *caller,
                                                 int with_kernel, const char *what, lorasynci_gpu **out,
@@ -5761,7 +5765,6 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_open(const lorasync_allocator *a, str
 }
 
 LORASYNCI_FN void            lorasynci_gpu_close(const lorasync_allocator *a, lorasynci_gpu *g) { (void)a, (void)g; }
-LORASYNCI_FN int             lorasynci_gpu_ordinal(const lorasynci_gpu *g) { return g ? 0 : -1; }
 LORASYNCI_FN int             lorasynci_gpu_enter(int ordinal) { return ordinal; }
 LORASYNCI_FN void            lorasynci_gpu_leave(int ordinal, int old) { (void)ordinal, (void)old; }
 LORASYNCI_FN int             lorasynci_gpu_is_captured(const lorasynci_gpu *g) { return g != NULL; }
@@ -5770,6 +5773,12 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, c
                                                  lorasync_error *err)
 {
     (void)pinned, (void)num_bytes, (void)out, (void)what, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_gpu_share(const lorasynci_gpu *g, size_t num_bytes, char **out,
+                                                 lorasynci_device_offer *offer, const char *what, lorasync_error *err)
+{
+    (void)g, (void)num_bytes, (void)out, (void)offer, (void)what, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
 LORASYNCI_FN lorasync_status lorasynci_window_device(lorasynci_window *w, const lorasynci_gpu *g,
@@ -8874,8 +8883,9 @@ struct lorasync_plan {
     size_t                num_slots;
     /* the image of a gather */
     lorasync_image *image;
-    char           *image_memory; /* | header | payload | ; inside `shared` when direct */
-    uint64_t       *tensor_digests;
+    char     *image_memory; /* made here, | header | payload |; on a GPU the payload in device memory. Direct: NULL
+                                     on a host, where it lies in `shared`, and on ranks that have opened it */
+    uint64_t *tensor_digests;
     lorasynci_term *terms; /* per image tensor: its part in the image's digest */
     /* direct: what the ranks share,
        | header | payload | to 64 | sums of runs 0, 2, .. | sums of runs 1, 3, .. | to 64 | line of rank 0: 64 | line of
@@ -8886,24 +8896,19 @@ struct lorasync_plan {
     lorasynci_window      shared;
     uint64_t             *shared_sums;
     size_t                num_image_tensors;
-    uint64_t             *lines;    /* in `shared`: see LORASYNCI_BEGUN */
-    lorasynci_gpu        *gpu;      /* with desc.cuda; else NULL */
-    lorasynci_device     *device;   /* with it; else NULL */
-    int                   captured; /* begin was recorded in a CUDA graph: each launch of it is a run */
-    const lorasync_image *source;   /* scatter, on the root */
+    uint64_t             *lines; /* in `shared`: see LORASYNCI_BEGUN */
+    lorasynci_gpu        *gpu;   /* with desc.cuda; else NULL */
+    int                   keep_on_device;
+    lorasynci_window      peer_image;   /* gpu: onto the root's image, when direct */
+    lorasynci_window     *peer_staging; /* gpu: a mesh: onto the receive staging of other ranks, one per rank */
+    lorasynci_device     *device;       /* gpu: what its runs need */
+    int                   captured;     /* begin was recorded in a CUDA graph: each launch of it is a run */
+    const lorasync_image *source;       /* scatter, on the root */
     lorasync_plan_stats   stats;
 };
 
-/* The GPU's part of a plan; in a library without CUDA these refuse. */
-LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err);
+/* The GPU's part of a run; in a library without CUDA these refuse. */
 LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan);
-LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer,
-                                                         lorasync_error *err);
-LORASYNCI_FN int             lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer);
-LORASYNCI_FN void            lorasynci_device_unmap(lorasync_plan *plan);
-LORASYNCI_FN int             lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_bytes);
-LORASYNCI_FN int             lorasynci_device_map_mesh(lorasync_plan *plan);
-LORASYNCI_FN void            lorasynci_device_leave_mesh(lorasync_plan *plan);
 LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err);
@@ -8913,10 +8918,8 @@ LORASYNCI_FN int             lorasynci_device_casts(const lorasync_plan *plan);
 LORASYNCI_FN void            lorasynci_device_veto(lorasync_plan *plan);
 LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, lorasync_error *err);
 LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err);
-LORASYNCI_FN int             lorasynci_device_await_holders(lorasync_plan *plan);
 LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan);
 LORASYNCI_FN void            lorasynci_device_forget(lorasync_plan *plan);
-LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g);
 
 /* The words of a rank's line, which only that rank writes. Runs count from 1. */
 enum {
@@ -8959,7 +8962,7 @@ LORASYNCI_FN uint64_t *lorasynci_mesh_starts(const lorasync_plan *plan, int rank
 /* Whether the rounds of a run overlap: while one travels, the one before is placed and the one behind packed. */
 LORASYNCI_FN int lorasynci_is_pipelined(const lorasync_plan *plan)
 {
-    return plan->device && plan->talk->comm.exchange_stream;
+    return plan->gpu && plan->talk->comm.exchange_stream;
 }
 
 /* -- the planner */
@@ -9443,7 +9446,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasy
     uint32_t to = p->plan->direct || p->world == 1 || p->desc->kind == LORASYNC_GATHER_ALL ? LORASYNCI_ALL
                                                                                            : (uint32_t)p->desc->root;
     /* who copies in the root's stead: a link is slower than the root's own memory, another core is not */
-    uint32_t dst = p->plan->direct && p->plan->device ? (uint32_t)p->desc->root : to;
+    uint32_t dst = p->plan->direct && p->plan->gpu ? (uint32_t)p->desc->root : to;
     size_t   i, n;
     for (i = 0; i < p->merged.num; i++) {
         size_t            t    = p->merged_index[i];
@@ -9583,12 +9586,12 @@ LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *
     const lorasync_image *image = plan->image;
     const size_t          world = (size_t)plan->talk->comm.world;
     size_t                sums_at =
-        image ? lorasynci_align64(image->header_bytes + (plan->device || plan->lent ? 0 : image->payload_bytes)) : 0;
-    size_t         before    = image ? lorasynci_align64(sums_at + 2 * world * image->num_tensors * sizeof(uint64_t))
-                                     : world * lorasynci_mesh_slot_bytes(plan->talk->comm.world);
-    size_t         num_bytes = before + world * 64; /* lines last */
-    lorasync_error unused;
-    if (image && plan->device && lorasynci_device_make_image(plan, &offer->device, &unused) < 0)
+        image ? lorasynci_align64(image->header_bytes + (plan->gpu || plan->lent ? 0 : image->payload_bytes)) : 0;
+    size_t before    = image ? lorasynci_align64(sums_at + 2 * world * image->num_tensors * sizeof(uint64_t))
+                             : world * lorasynci_mesh_slot_bytes(plan->talk->comm.world);
+    size_t num_bytes = before + world * 64; /* lines last */
+    if (image && plan->gpu &&
+        lorasynci_gpu_share(plan->gpu, image->payload_bytes, &plan->image_memory, &offer->device, "", NULL) < 0)
         return; /* said again
                                                                                                             when it is
                                                                                                             needed */
@@ -10324,11 +10327,130 @@ LORASYNCI_FN lorasync_status lorasynci_planner_collect(lorasynci_planner *p, con
     return status;
 }
 
+/* -- memory of other ranks on GPUs
+
+   direct   the root makes the image, with the payload in device memory, and every rank has it open
+   mesh     every rank makes its receive staging, and every rank that sends to it has it open
+
+   While a rank has memory of another one open it says so in its line (LORASYNCI_HOLDS): who has made it frees it when
+   nobody holds it any more. Freeing memory that another rank has open is undefined. */
+
+#ifndef LORASYNCI_CLOSING_MS /* tests make it small */
+/* how long the end of a plan waits for others, and for its own launches when the communicator is lost */
+#define LORASYNCI_CLOSING_MS 5000
+#endif
+
+LORASYNCI_FN void lorasynci_plan_hold(const lorasync_plan *plan, int on)
+{
+    __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS), on ? lorasynci_process_self() : 0,
+                     __ATOMIC_RELEASE);
+}
+
+/* Closes what is open of other ranks. */
+LORASYNCI_FN void lorasynci_plan_let_go(lorasync_plan *plan)
+{
+    int i;
+    for (i = 0; plan->peer_staging && i < plan->talk->comm.world; i++) lorasynci_window_close(&plan->peer_staging[i]);
+    lorasynci_dealloc(&plan->a, plan->peer_staging);
+    plan->peer_staging = NULL;
+    lorasynci_window_close(&plan->peer_image);
+    if (plan->gpu && plan->lines) lorasynci_plan_hold(plan, 0);
+}
+
+/* Whether another rank, which lives, may write to memory of this one. */
+LORASYNCI_FN int lorasynci_plan_is_held(const lorasync_plan *plan)
+{
+    uint64_t self = *lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS);
+    int      rank;
+    if (!self) self = lorasynci_process_self();
+    for (rank = 0; rank < plan->talk->comm.world; rank++) {
+        uint64_t process = __atomic_load_n(lorasynci_word(plan, rank, LORASYNCI_HOLDS), __ATOMIC_ACQUIRE);
+        if (rank == plan->talk->comm.rank || !process || lorasynci_process_ended(process, self)) continue;
+        if (!lorasynci_is_meshed(plan) || lorasynci_link_rounds(&plan->receives[rank])) return 1;
+    }
+    return 0;
+}
+
+/* Waits for the others to close memory of this rank. 0 if one still has it open then. */
+LORASYNCI_FN int lorasynci_plan_await_holders(const lorasync_plan *plan)
+{
+    uint64_t deadline = lorasynci_deadline_ns(LORASYNCI_CLOSING_MS);
+    unsigned turns    = 0;
+    if (!plan->gpu || !plan->lines || !(plan->image_memory || lorasynci_is_meshed(plan))) return 1;
+    while (lorasynci_plan_is_held(plan)) {
+        if (lorasynci_now_ns() >= deadline) return 0;
+        lorasynci_pause(&turns);
+    }
+    return 1;
+}
+
+/* Opens the image that the root has made; 1 if this rank can write to it. */
+LORASYNCI_FN int lorasynci_plan_open_image(lorasync_plan *plan, const lorasynci_device_offer *offer)
+{
+    if (lorasynci_is_planner(plan)) return 1;
+    if (lorasynci_window_device(&plan->peer_image, plan->gpu, offer, NULL) < 0) return 0;
+    lorasynci_plan_hold(plan, 1);
+    return 1;
+}
+
+/* Makes this rank's receive staging of a mesh, and says in its slot how to open it; 1 if that went well. */
+LORASYNCI_FN int lorasynci_plan_offer_staging(lorasync_plan *plan, size_t num_bytes)
+{
+    return !num_bytes ||
+           lorasynci_gpu_share(plan->gpu, num_bytes, &plan->memory[LORASYNCI_RECEIVE],
+                               lorasynci_mesh_slot(plan, plan->talk->comm.rank), "memory for staging", NULL) == 0;
+}
+
+/* Opens that of every rank to which this one sends; 1 if it can write to all of them. */
+LORASYNCI_FN int lorasynci_plan_open_staging(lorasync_plan *plan)
+{
+    const size_t      world = (size_t)plan->talk->comm.world;
+    lorasynci_window *w     = (lorasynci_window *)lorasynci_alloc_array(&plan->a, world, sizeof *w);
+    size_t            i;
+    if (!w) return 0;
+    plan->peer_staging = w;
+    lorasynci_plan_hold(plan, 1);
+    for (i = 0; i < world; i++)
+        if (lorasynci_link_rounds(&plan->sends[i]) &&
+            lorasynci_window_device(&w[i], plan->gpu, lorasynci_mesh_slot(plan, (int)i), NULL) < 0)
+            return 0;
+    return 1;
+}
+
+/* No mesh after all: closes what is open, and frees the staging when nobody has it open any more. */
+LORASYNCI_FN void lorasynci_plan_leave_mesh(lorasync_plan *plan)
+{
+    lorasynci_plan_let_go(plan);
+    if (lorasynci_plan_await_holders(plan)) lorasynci_gpu_free(0, plan->memory[LORASYNCI_RECEIVE]);
+    plan->memory[LORASYNCI_RECEIVE] = NULL;
+}
+
+/* Frees what a plan has on its GPU. What others still have open stays, as does what launches may still use: better lost
+   than written to when it is somebody else's. */
+LORASYNCI_FN void lorasynci_plan_close_gpu(lorasync_plan *plan)
+{
+    const int mesh = lorasynci_is_meshed(plan), pinned = !mesh && !plan->talk->comm.exchange_stream;
+    int       old, ours;
+    if (!plan->gpu) return;
+    old = lorasynci_gpu_enter(plan->gpu->ordinal);
+    if (!plan->gpu->is_busy) {
+        lorasynci_plan_let_go(plan);
+        ours = lorasynci_plan_await_holders(plan);
+        if (ours) lorasynci_gpu_free(0, plan->image_memory);
+        if (!plan->lent) lorasynci_gpu_free(pinned, plan->memory[LORASYNCI_SEND]);
+        if (!plan->lent && (ours || !mesh)) lorasynci_gpu_free(pinned, plan->memory[LORASYNCI_RECEIVE]);
+    }
+    lorasynci_dealloc(&plan->a, plan->peer_staging);
+    plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = plan->image_memory = NULL;
+    lorasynci_gpu_leave(plan->gpu->ordinal, old);
+    lorasynci_gpu_close(&plan->meter.a, plan->gpu);
+}
+
 LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
 {
     plan->direct = 0;
     if (!plan->shared.address) return;
-    if (plan->device) lorasynci_device_unmap(plan);
+    lorasynci_plan_let_go(plan);
     plan->lines = NULL;
     lorasynci_window_close(&plan->shared);
 }
@@ -10344,7 +10466,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
     if (plan->shared.address) {
         plan->lines =
             (uint64_t *)(void *)(plan->shared.address + plan->shared.num_bytes - 64 * (size_t)plan->talk->comm.world);
-        mapped = !plan->device || d->kind == LORASYNC_RESHARD || lorasynci_device_map(plan, &offer->device);
+        mapped = !plan->gpu || d->kind == LORASYNC_RESHARD || lorasynci_plan_open_image(plan, &offer->device);
     }
     LORASYNCI_TRY(lorasynci_talk_vote_flag(plan->talk, NULL, &mapped, err));
     if (mapped) {
@@ -10384,7 +10506,7 @@ LORASYNCI_FN void lorasynci_plan_make_offer(lorasync_plan *plan, lorasynci_plann
     offer->id = lorasynci_unique(plan);
     if (lorasynci_planner_check(p, &offer->verdict) < 0) return;
     if (d->kind == LORASYNC_GATHER_ALL) offer->catalogue_bytes = p->merged.bytes.size;
-    if ((plan->image || (plan->device && d->kind == LORASYNC_RESHARD)) && p->world > 1 && !d->no_direct)
+    if ((plan->image || (plan->gpu && d->kind == LORASYNC_RESHARD)) && p->world > 1 && !d->no_direct)
         lorasynci_offer_mapping(plan, offer);
 }
 
@@ -10469,7 +10591,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
     }
     plan->source = d->kind == LORASYNC_SCATTER && plan->has_image ? d->image : NULL;
     if (plan->lent) return LORASYNC_OK;
-    if (plan->device) return lorasynci_device_allocate(plan, err);
+    if (plan->gpu) return lorasynci_device_allocate(plan, err);
     for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
         plan->memory[space] = (char *)lorasynci_alloc(&plan->meter.a, plan->staging_bytes[space]);
         if (!plan->memory[space]) return lorasynci_fail_memory(err, plan->staging_bytes[space]);
@@ -10506,17 +10628,17 @@ LORASYNCI_FN lorasync_status lorasynci_plan_mesh(lorasync_plan *plan, size_t buc
         lorasynci_place_link(&plan->receives[i], 1, 0, &staging);
         starts[i] = plan->receives[i].base;
     }
-    can    = can && staging <= bucket_bytes && lorasynci_device_offer_staging(plan, staging);
+    can    = can && staging <= bucket_bytes && lorasynci_plan_offer_staging(plan, staging);
     status = lorasynci_talk_vote_flag(plan->talk, mine, &can, err);
     if (status == LORASYNC_OK && can) {
-        can    = lorasynci_device_map_mesh(plan);
+        can    = lorasynci_plan_open_staging(plan);
         status = lorasynci_talk_vote_flag(plan->talk, NULL, &can, err);
     }
     LORASYNCI_TRY(status);
     if (can) {
         if (plan->num_rounds) plan->num_rounds = 1; /* the vote */
     } else {
-        lorasynci_device_leave_mesh(plan);
+        lorasynci_plan_leave_mesh(plan);
         lorasynci_plan_unmap(plan);
     }
     return LORASYNC_OK;
@@ -10535,7 +10657,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_
     memset(&mine, 0, sizeof mine);
     lorasynci_buffer_init(&answer, &plan->a);
     lorasynci_plan_describe(plan, d, parts, &mine);
-    if (mine.status == LORASYNC_OK && d->cuda) lorasynci_device_open(plan, d->cuda, &mine);
+    if (mine.status == LORASYNC_OK && d->cuda)
+        lorasynci_gpu_open(&plan->meter.a, d->cuda->stream, 1, "desc.cuda", &plan->gpu, &mine);
     if (mine.status == LORASYNC_OK) lorasynci_planner_init(p, plan->talk, d, &plan->a, &mine);
     LORASYNCI_TRY(lorasynci_talk_vote_tag(
         plan->talk, &mine, lorasynci_plan_tag(d),
@@ -10604,7 +10727,8 @@ LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, lora
     ready         = talk || lorasynci_talk_init(&plan->own_talk, d->comm, d->timeout_ms, &plan->a, NULL) == LORASYNC_OK;
     plan->kind    = d->kind;
     plan->root    = d->root;
-    plan->allow_nan = d->allow_nan;
+    plan->allow_nan      = d->allow_nan;
+    plan->keep_on_device = d->cuda && d->cuda->keep_on_device;
     plan->has_image =
         d->kind == LORASYNC_GATHER_ALL || (d->kind != LORASYNC_RESHARD && plan->talk->comm.rank == d->root);
     world          = (size_t)plan->talk->comm.world;
@@ -10703,7 +10827,7 @@ LORASYNCI_FN void lorasynci_plan_aim(lorasync_plan *plan, char *payload)
     if (plan->memory[LORASYNCI_IMAGE] == payload) return;
     plan->memory[LORASYNCI_IMAGE] = payload;
     if (!plan->has_image) return;
-    if (!plan->device) lorasynci_image_move_header(plan->image, payload - plan->image->header_bytes);
+    if (!plan->gpu) lorasynci_image_move_header(plan->image, payload - plan->image->header_bytes);
     lorasync_image_bind(plan->image, payload);
 }
 
@@ -10714,7 +10838,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lora
     plan->memory[LORASYNCI_SEND]    = loan->send;
     plan->memory[LORASYNCI_RECEIVE] = loan->receive;
     plan->memory[LORASYNCI_IMAGE]   = loan->payload;
-    if (plan->device) return lorasynci_device_lend(plan, loan->host_payload, err);
+    if (plan->gpu) return lorasynci_device_lend(plan, loan->host_payload, err);
     if (plan->image && plan->has_image) lorasync_image_bind(plan->image, loan->payload);
     return LORASYNC_OK;
 }
@@ -10735,6 +10859,7 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
     lorasynci_device_settle(plan);
     lorasynci_mark_gone(plan);
     lorasynci_device_close(plan);
+    lorasynci_plan_close_gpu(plan);
     if (plan->image) lorasync_image_free(plan->image);
     for (i = 0; i < plan->talk->comm.world; i++) {
         if (plan->sends) lorasynci_buffer_free(&plan->sends[i].ends);
@@ -11220,23 +11345,14 @@ struct lorasynci_device {
     size_t            host_bytes;
     char             *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a
                                      run */
-    char             *image;      /* device memory of the payload, made here */
-    lorasynci_window  peer_image; /* the same, of another rank */
-    lorasynci_window *peers;      /* meshed: receive staging, one per rank; closed where nothing is sent */
     char             *host_image; /* pinned copy, unless the image stays on the device */
-    int               keep_on_device;
 };
 
-/* The GPU and the kernel: what a device plan needs before it knows its pieces. */
-LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g;
-    LORASYNCI_TRY(lorasynci_gpu_open(&plan->meter.a, cuda->stream, 1, "desc.cuda", &plan->gpu, err));
-    g = (lorasynci_device *)lorasynci_alloc_array(&plan->a, 1, sizeof *g);
-    if (!g) return lorasynci_fail_memory(err, sizeof *g);
-    plan->device      = g;
-    g->keep_on_device = cuda->keep_on_device;
-    return lorasynci_gpu_event(&g->packed, err);
+    plan->device = (lorasynci_device *)lorasynci_alloc_array(&plan->a, 1, sizeof *plan->device);
+    if (!plan->device) return lorasynci_fail_memory(err, sizeof *plan->device);
+    return lorasynci_gpu_event(&plan->device->packed, err);
 }
 
 /* What the rounds of a run need to overlap. */
@@ -11275,93 +11391,24 @@ LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
     if (g->wire) cudaStreamDestroy(g->wire);
 }
 
-#ifndef LORASYNCI_CLOSING_MS /* tests make it small */
-#define LORASYNCI_CLOSING_MS                                                                                           \
-    5000 /* how long the end of a plan waits for others, and for its own launches when the
-                                     communicator is lost */
-#endif
-
-LORASYNCI_FN void lorasynci_device_hold(const lorasync_plan *plan, int on)
-{
-    __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS), on ? lorasynci_process_self() : 0,
-                     __ATOMIC_RELEASE);
-}
-
-/* Closes another process's image, or others' staging. */
-LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan)
-{
-    lorasynci_device *g = plan->device;
-    int               i;
-    for (i = 0; g->peers && i < plan->talk->comm.world; i++) lorasynci_window_close(&g->peers[i]);
-    lorasynci_dealloc(&plan->a, g->peers);
-    g->peers = NULL;
-    lorasynci_window_close(&g->peer_image);
-    if (plan->lines) lorasynci_device_hold(plan, 0);
-}
-
-/* Whether another rank, which lives, may write to memory of this one. */
-LORASYNCI_FN int lorasynci_device_is_held(const lorasync_plan *plan)
-{
-    uint64_t self = *lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS);
-    int      rank;
-    if (!self) self = lorasynci_process_self();
-    for (rank = 0; rank < plan->talk->comm.world; rank++) {
-        uint64_t process = __atomic_load_n(lorasynci_word(plan, rank, LORASYNCI_HOLDS), __ATOMIC_ACQUIRE);
-        if (rank == plan->talk->comm.rank || !process || lorasynci_process_ended(process, self)) continue;
-        if (!lorasynci_is_meshed(plan) || lorasynci_link_rounds(&plan->receives[rank])) return 1;
-    }
-    return 0;
-}
-
-/* Freeing memory that another rank has open is undefined: waits for them to close. 0 if one still has it then. */
-LORASYNCI_FN int lorasynci_device_await_holders(lorasync_plan *plan)
-{
-    uint64_t deadline = lorasynci_deadline_ns(LORASYNCI_CLOSING_MS);
-    unsigned turns    = 0;
-    if (!plan->device || !plan->lines || !(plan->device->image || lorasynci_is_meshed(plan))) return 1;
-    while (lorasynci_device_is_held(plan)) {
-        if (lorasynci_now_ns() >= deadline) return 0;
-        lorasynci_pause(&turns);
-    }
-    return 1;
-}
-
-LORASYNCI_FN int lorasynci_device_keeps(const lorasynci_device *g) { return g->keep_on_device; }
-
-/* What others still have open stays: better lost than written to when it is somebody else's. */
-LORASYNCI_FN void lorasynci_device_free_memory(lorasync_plan *plan)
-{
-    lorasynci_device *g = plan->device;
-    int               ours, mesh = lorasynci_is_meshed(plan), pinned = !mesh && !plan->talk->comm.exchange_stream;
-    if (g->wire && !plan->talk->lost) cudaStreamSynchronize(g->wire);
-    if (g->placing && !plan->talk->lost) cudaStreamSynchronize(g->placing);
-    if (plan->gpu->stream && !plan->talk->lost) cudaStreamSynchronize(plan->gpu->stream);
-    lorasynci_device_unmap(plan);
-    ours = lorasynci_device_await_holders(plan);
-    if (ours) lorasynci_gpu_free(0, g->image);
-    lorasynci_gpu_free(0, g->table);
-    lorasynci_gpu_free(1, g->host);
-    lorasynci_gpu_free(1, g->host_image);
-    if (plan->lent) return;
-    lorasynci_gpu_free(pinned, plan->memory[LORASYNCI_SEND]);
-    if (ours || !mesh) lorasynci_gpu_free(pinned, plan->memory[LORASYNCI_RECEIVE]);
-}
-
+/* The plan has settled: nothing runs on its streams any more, but for what made it busy. */
 LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
     int               old;
-    if (!g) {
-        lorasynci_gpu_close(&plan->meter.a, plan->gpu);
-        return;
-    }
+    if (!g) return;
     old = lorasynci_gpu_enter(plan->gpu->ordinal);
-    if (!plan->gpu->is_busy) lorasynci_device_free_memory(plan);
-    plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = NULL;
+    if (g->wire && !plan->talk->lost) cudaStreamSynchronize(g->wire);
+    if (g->placing && !plan->talk->lost) cudaStreamSynchronize(g->placing);
+    if (!plan->talk->lost) cudaStreamSynchronize(plan->gpu->stream);
+    if (!plan->gpu->is_busy) {
+        lorasynci_gpu_free(0, g->table);
+        lorasynci_gpu_free(1, g->host);
+        lorasynci_gpu_free(1, g->host_image);
+    }
     lorasynci_device_close_wire(plan);
     if (g->packed) cudaEventDestroy(g->packed);
     lorasynci_gpu_leave(plan->gpu->ordinal, old);
-    lorasynci_gpu_close(&plan->meter.a, plan->gpu);
     lorasynci_dealloc(&plan->a, g->pack);
     lorasynci_dealloc(&plan->a, g->place);
     lorasynci_dealloc(&plan->a, g);
@@ -11369,62 +11416,7 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     (void)cudaGetLastError();
 }
 
-/* -- the image that all ranks of a host write to */
-
-/* Makes the image's device memory, and puts into the offer what another process needs to open it. */
-LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer,
-                                                         lorasync_error *err)
-{
-    lorasynci_device *g = plan->device;
-    size_t            n = plan->image->payload_bytes, least = offer ? LORASYNCI_OFFER_LEAST : 1;
-    LORASYNCI_TRY(lorasynci_gpu_alloc(0, n < least ? least : n, &g->image, "memory for the image", err));
-    if (offer) lorasynci_gpu_offer(plan->gpu, g->image, offer);
-    return LORASYNC_OK;
-}
-
-/* Opens the image that was offered; 1 if this rank can write to it. */
-LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer)
-{
-    lorasynci_window *w = &plan->device->peer_image;
-    if (lorasynci_is_planner(plan)) return 1;
-    if (lorasynci_window_device(w, plan->gpu, offer, NULL) == LORASYNC_OK) lorasynci_device_hold(plan, 1);
-    return w->address != NULL;
-}
-
-/* -- the receive staging that other ranks of a reshard write to */
-
-/* Makes it, and says in this rank's slot how to open it. */
-LORASYNCI_FN int lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_bytes)
-{
-    char **memory = &plan->memory[LORASYNCI_RECEIVE];
-    if (!num_bytes) return 1;
-    if (num_bytes < LORASYNCI_OFFER_LEAST) num_bytes = LORASYNCI_OFFER_LEAST;
-    if (lorasynci_gpu_alloc(0, num_bytes, memory, "", NULL) < 0) return 0;
-    lorasynci_gpu_offer(plan->gpu, *memory, lorasynci_mesh_slot(plan, plan->talk->comm.rank));
-    return 1;
-}
-
-/* Opens that of every rank to which this one sends; 1 if it can write to all of them. */
-LORASYNCI_FN int lorasynci_device_map_mesh(lorasync_plan *plan)
-{
-    lorasynci_device *g = plan->device;
-    int               i;
-    g->peers = (lorasynci_window *)lorasynci_alloc_array(&plan->a, (size_t)plan->talk->comm.world, sizeof *g->peers);
-    lorasynci_device_hold(plan, 1);
-    for (i = 0; g->peers && i < plan->talk->comm.world; i++) {
-        if (!lorasynci_link_rounds(&plan->sends[i])) continue;
-        if (lorasynci_window_device(&g->peers[i], plan->gpu, lorasynci_mesh_slot(plan, i), NULL) < 0) return 0;
-    }
-    return g->peers != NULL;
-}
-
-/* Closes what is open, and frees the staging when nobody has it open any more. */
-LORASYNCI_FN void lorasynci_device_leave_mesh(lorasync_plan *plan)
-{
-    lorasynci_device_unmap(plan);
-    if (lorasynci_device_await_holders(plan)) lorasynci_gpu_free(0, plan->memory[LORASYNCI_RECEIVE]);
-    plan->memory[LORASYNCI_RECEIVE] = NULL;
-}
+/* -- tables */
 
 /* Where a byte of send staging, of which a meshed plan has none, lies at its receiver. */
 LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64_t at)
@@ -11432,11 +11424,9 @@ LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64
     int i, to = 0;
     for (i = 0; i < plan->talk->comm.world; i++)
         if (lorasynci_link_rounds(&plan->sends[i]) && plan->sends[i].base <= at) to = i;
-    return (uint64_t)(uintptr_t)plan->device->peers[to].address +
+    return (uint64_t)(uintptr_t)plan->peer_staging[to].address +
            lorasynci_mesh_starts(plan, to)[plan->talk->comm.rank] + at - plan->sends[to].base;
 }
-
-/* -- tables */
 
 /* Whether every `unit` elements of an op lie in one row, and begin at multiples of `in` and `out` bytes. */
 LORASYNCI_FN int lorasynci_in_units(const lorasyncd_op *o, long long unit, long long in, long long out)
@@ -11641,7 +11631,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
     for (i = 0; i < plan->talk->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
     LORASYNCI_TRY(lorasynci_gpu_alloc(1, g->host_bytes, &g->host, "pinned memory", err));
     memset(g->host, 0, g->host_bytes);
-    if (plan->image && plan->has_image && !g->keep_on_device && !plan->lent) {
+    if (plan->image && plan->has_image && !plan->keep_on_device && !plan->lent) {
         size_t n = plan->image->header_bytes + plan->image->payload_bytes;
         LORASYNCI_TRY(lorasynci_gpu_alloc(1, n, &g->host_image, "pinned memory for the image", err));
     }
@@ -11714,9 +11704,11 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
    that the kernel reads and writes over the bus. */
 LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g     = plan->device;
+    lorasynci_device *g;
     lorasync_image   *image = plan->image;
     int               space;
+    LORASYNCI_TRY(lorasynci_device_open(plan, err));
+    g = plan->device;
     for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
         int pinned = !plan->talk->comm.exchange_stream;
         if (plan->memory[space]) continue; /* of a mesh */
@@ -11724,11 +11716,12 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
                                           pinned ? "pinned memory for staging" : "memory for staging", err));
     }
     if (plan->source)
-        LORASYNCI_TRY(lorasynci_gpu_alloc(0, plan->source->payload_bytes ? plan->source->payload_bytes : 1, &g->image,
+        LORASYNCI_TRY(lorasynci_gpu_alloc(0, plan->source->payload_bytes ? plan->source->payload_bytes : 1,
+                                          &plan->image_memory, "memory for the image", err));
+    if (image && plan->has_image && !plan->image_memory && !plan->peer_image.address)
+        LORASYNCI_TRY(lorasynci_gpu_alloc(0, image->payload_bytes ? image->payload_bytes : 1, &plan->image_memory,
                                           "memory for the image", err));
-    if (image && plan->has_image && !g->image && !g->peer_image.address)
-        LORASYNCI_TRY(lorasynci_device_make_image(plan, NULL, err));
-    plan->memory[LORASYNCI_IMAGE] = g->image ? g->image : g->peer_image.address;
+    plan->memory[LORASYNCI_IMAGE] = plan->image_memory ? plan->image_memory : plan->peer_image.address;
     LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
     LORASYNCI_TRY(lorasynci_device_upload(plan, err));
     if (!image || !plan->has_image) return LORASYNC_OK;
@@ -11746,10 +11739,11 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
 LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err)
 {
     lorasync_image *image = plan->image;
+    LORASYNCI_TRY(lorasynci_device_open(plan, err));
     LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
     LORASYNCI_TRY(lorasynci_device_upload(plan, err));
     if (!image || !plan->has_image) return LORASYNC_OK;
-    image->on_device = plan->device->keep_on_device;
+    image->on_device = plan->keep_on_device;
     lorasync_image_bind(image, image->on_device ? plan->memory[LORASYNCI_IMAGE] : (char *)host_payload);
     return LORASYNC_OK;
 }
@@ -11976,8 +11970,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, loras
     LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, plan->gpu->ready, 0), "cudaStreamWaitEvent");
     LORASYNCI_TRY(lorasynci_device_prepare(plan, err));
     if (plan->source && plan->source->payload_bytes)
-        LORASYNCI_CUDA(cudaMemcpyAsync(g->image, plan->source->payload, plan->source->payload_bytes, cudaMemcpyDefault,
-                                       plan->gpu->stream),
+        LORASYNCI_CUDA(cudaMemcpyAsync(plan->image_memory, plan->source->payload, plan->source->payload_bytes,
+                                       cudaMemcpyDefault, plan->gpu->stream),
                        "copying the image to the GPU");
     LORASYNCI_TRY(lorasynci_device_pack(plan, err));
     if (!plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, g->packed, 0), "cudaStreamWaitEvent");
@@ -12222,7 +12216,7 @@ LORASYNCI_FN int lorasynci_device_last(lorasync_plan *plan, cudaEvent_t *out)
 
 /* Before a plan is freed whose run was begun and not waited for: its work ends, or its communicator is given up, so
    that nothing waits for it for ever. When it is lost its launches end soon, or what they use is lost, too: see
-   lorasynci_device_free_memory. */
+   lorasynci_device_close. */
 LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
 {
     lorasynci_device *g = plan ? plan->device : NULL;
@@ -12296,13 +12290,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasyn
 
 #else /* without CUDA: a desc that asks for it is refused, and no plan has a device */
 
-LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, const lorasync_cuda *cuda, lorasync_error *err)
-{
-    return lorasynci_gpu_open(&plan->a, cuda->stream, 1, "desc.cuda", &plan->gpu, err);
-}
-
 LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan) { (void)plan; }
-LORASYNCI_FN int             lorasynci_device_await_holders(lorasync_plan *plan) { return !plan->device; }
 LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan) { (void)plan; }
 LORASYNCI_FN void            lorasynci_device_forget(lorasync_plan *plan) { (void)plan; }
 LORASYNCI_FN void            lorasynci_device_veto(lorasync_plan *plan) { (void)plan; }
@@ -12312,25 +12300,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, 
     (void)plan, (void)err;
     return LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN int             lorasynci_device_keeps(const lorasynci_device *g) { return g != NULL; }
-LORASYNCI_FN lorasync_status lorasynci_device_make_image(lorasync_plan *plan, lorasynci_device_offer *offer,
-                                                         lorasync_error *err)
-{
-    (void)plan, (void)offer, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN int lorasynci_device_map(lorasync_plan *plan, const lorasynci_device_offer *offer)
-{
-    (void)plan, (void)offer;
-    return 0;
-}
-LORASYNCI_FN void lorasynci_device_unmap(lorasync_plan *plan) { (void)plan; }
-LORASYNCI_FN int  lorasynci_device_offer_staging(lorasync_plan *plan, size_t num_bytes)
-{
-    return plan->device && num_bytes;
-}
-LORASYNCI_FN int             lorasynci_device_map_mesh(lorasync_plan *plan) { return plan->device != NULL; }
-LORASYNCI_FN void            lorasynci_device_leave_mesh(lorasync_plan *plan) { (void)plan; }
 LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err)
 {
     (void)plan, (void)err;
@@ -17839,7 +17808,7 @@ LORASYNCI_FN int lorasynci_session_drop_aims(lorasync_session *s)
     const lorasync_plan *plan = s->plan;
     int                  i;
     for (i = 0; i < LORASYNCI_AIMS; i++) lorasynci_aimed_drop(s, &s->aim.opened[i]);
-    if (plan && plan->device && plan->direct) return s->aim.clock && !lorasynci_device_await_holders(s->plan);
+    if (plan && plan->gpu && plan->direct) return s->aim.clock && !lorasynci_plan_await_holders(s->plan);
     if (s->talk.lost) return 1;
     return plan && plan->direct && s->talk.comm.world > 1 && (plan->begun || !plan->run);
 }
@@ -18431,7 +18400,7 @@ LORASYNCI_FN void lorasynci_session_borrow(lorasync_session *s)
     memset(&want, 0, sizeof want);
     want.size         = sizeof want;
     want.image        = s->plan->image;
-    want.on_device    = s->plan->device != NULL;
+    want.on_device    = s->plan->gpu != NULL;
     want.ordinal      = lorasynci_gpu_ordinal(s->plan->gpu);
     want.others_write = s->plan->direct && s->talk.comm.world > 1;
     want.open_ids     = ids;
@@ -18505,7 +18474,7 @@ LORASYNCI_FN int lorasynci_aimed_open_named(const lorasynci_lent *t, lorasynci_a
 LORASYNCI_FN int lorasynci_aimed_open(const lorasync_session *s, const lorasynci_lent *t, lorasynci_aimed *entry)
 {
     if (t->loan.reach == LORASYNC_REACH_PROCESS && t->process != lorasynci_process_self()) return 0;
-    if (s->plan->device) return lorasynci_aimed_open_device(s->plan->gpu, t, entry);
+    if (s->plan->gpu) return lorasynci_aimed_open_device(s->plan->gpu, t, entry);
     if (t->loan.reach == LORASYNC_REACH_SHM) return lorasynci_aimed_open_named(t, entry);
     entry->payload = (char *)t->loan.payload;
     return 1;
@@ -18564,7 +18533,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     lorasynci_dealloc(&session->a, pieces);
     if (status < 0) return lorasynci_talk_lose(&session->talk, status, err);
     memset(&outcome, 0, sizeof outcome);
-    if (!session->plan->device || !session->plan->has_image || lorasynci_device_keeps(session->plan->device))
+    if (!session->plan->gpu || !session->plan->has_image || session->plan->keep_on_device)
         session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
     lorasynci_session_aim_home(session);
     lorasynci_session_list_engines(session);
@@ -18623,7 +18592,7 @@ LORASYNCI_FN uint64_t lorasynci_session_take_aim(lorasync_session *s)
     if (!s->aim.own) return 0;
     lorasynci_plan_aim(s->plan, s->aim.next);
     if (s->aim.next != (char *)s->aim.loan.payload) lorasynci_session_withdraw(s);
-    return s->plan->device && s->plan->direct ? s->aim.mark : 0;
+    return s->plan->gpu && s->plan->direct ? s->aim.mark : 0;
 }
 
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)

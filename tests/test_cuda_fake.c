@@ -567,13 +567,12 @@ static void offer_of_a_namesake(void)
     lorasynci_device_offer offer;
     lorasynci_window       w;
     lorasync_error         err;
-    void                  *memory;
+    char                  *memory;
     reset();
     memset(&g, 0, sizeof g);
     memset(&offer, 0, sizeof offer);
     memset(&w, 0, sizeof w);
-    REQUIRE(cudaMalloc(&memory, 256) == cudaSuccess);
-    lorasynci_gpu_offer(&g, (char *)memory, &offer);
+    REQUIRE(lorasynci_gpu_share(&g, 256, &memory, &offer, "", &err) == LORASYNC_OK);
     CHECK_EQ(lorasynci_window_device(&w, &g, &offer, &err), LORASYNC_OK);
     CHECK(w.address == memory && w.kind == LORASYNCI_WINDOW_OWN);
     lorasynci_window_close(&w);
@@ -582,7 +581,7 @@ static void offer_of_a_namesake(void)
     CHECK_EQ(lorasynci_window_device(&w, &g, &offer, &err), LORASYNC_E_CUDA);
     CHECK_HAS(err.text, "CUDA IPC");
     CHECK(w.address == NULL);
-    cudaFree(memory);
+    lorasynci_gpu_free(0, memory);
     check_left();
 }
 
