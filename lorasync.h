@@ -1495,24 +1495,26 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
 /* ------------------------------------------------------------------------------------------------ >>api: policy -- */
 
 /* What must be sent to an engine now, and in which order. Pure functions: no memory, no I/O, no session. The caller
-   carries the steps out, and afterwards writes down what the engine then has (base_synced, held_version,
-   held_digest). */
+   carries out the steps, and then records what the engine has (base_synced, held_version, held_digest). */
 
-/* Memory that an engine can give back between rollouts. Bits. */
+/* Memory that an engine can give back between rollouts, as bits. */
 typedef enum lorasync_memory_tag {
     LORASYNC_MEMORY_WEIGHTS    = 1,
     LORASYNC_MEMORY_KV_CACHE   = 2,
     LORASYNC_MEMORY_CUDA_GRAPH = 4
 } lorasync_memory_tag;
 
-/* What the engine's prefix cache tells adapters apart by. */
+/* How an engine's prefix cache tells adapters apart.
+   LORASYNC_CACHE_BY_NAME  by a name (or id) that stays the same: old entries would answer for the new version
+   LORASYNC_CACHE_BY_ID    by an id that is new with each load, or a name with the version in it: old entries are never
+                           hit
+   LORASYNC_CACHE_NONE     there is no prefix cache */
 #define LORASYNC_CACHE_KEY_LIST(X)                                                                                     \
-    X(LORASYNC_CACHE_BY_NAME,                                                                                          \
-      "by a name that stays") /* or an id that stays: old entries would answer for the new version */                  \
-    X(LORASYNC_CACHE_BY_ID,                                                                                            \
-      "by an id of each load") /* or a name with the version in it: old entries are never hit again */                 \
+    X(LORASYNC_CACHE_BY_NAME, "by a name that stays")                                                                  \
+    X(LORASYNC_CACHE_BY_ID, "by an id of each load")                                                                   \
     X(LORASYNC_CACHE_NONE, "no prefix cache")
 
+/* Why the base is sent or kept. */
 #define LORASYNC_BASE_REASON_LIST(X)                                                                                   \
     X(LORASYNC_BASE_KEPT, "the engine has it")                                                                         \
     X(LORASYNC_BASE_NEVER_SENT, "never sent")                                                                          \
@@ -1520,6 +1522,7 @@ typedef enum lorasync_memory_tag {
     X(LORASYNC_BASE_CHANGED, "it changed")                                                                             \
     X(LORASYNC_BASE_VERIFY, "verification asked for")
 
+/* Why the adapter is sent or kept. */
 #define LORASYNC_ADAPTER_REASON_LIST(X)                                                                                \
     X(LORASYNC_ADAPTER_KEPT, "the engine has these values")                                                            \
     X(LORASYNC_ADAPTER_NONE, "there is no adapter")                                                                    \
@@ -1528,17 +1531,25 @@ typedef enum lorasync_memory_tag {
     X(LORASYNC_ADAPTER_CHANGED, "it changed")                                                                          \
     X(LORASYNC_ADAPTER_ASKED, "asked for")
 
-/* In the order in which they occur, each at most once. */
+/* The steps, in the order in which they occur, each at most once.
+   LORASYNC_STEP_PAUSE              hold requests: what they compute with is about to change
+   LORASYNC_STEP_RESUME_WEIGHTS     take the memory of the weights again
+   LORASYNC_STEP_SEND_BASE          lorasync_stream_sync. Only here may a weight update be started, and it has the whole
+                                    base
+   LORASYNC_STEP_SEND_ADAPTER       stage and commit: lorasync_sync
+   LORASYNC_STEP_RESUME_KV_CACHE    after the sends, which bounds the peak
+   LORASYNC_STEP_RESUME_CUDA_GRAPH  graphs hold addresses of the two others
+   LORASYNC_STEP_FLUSH              flush the prefix cache
+   LORASYNC_STEP_CONTINUE           let requests go on */
 #define LORASYNC_STEP_LIST(X)                                                                                          \
-    X(LORASYNC_STEP_PAUSE, "pause")                   /* hold requests: what they compute with is about to change */   \
-    X(LORASYNC_STEP_RESUME_WEIGHTS, "resume weights") /* take the memory again */                                      \
-    X(LORASYNC_STEP_SEND_BASE,                                                                                         \
-      "send base") /* lorasync_stream_sync; only here may a weight update be opened, it holds all of the base */       \
-    X(LORASYNC_STEP_SEND_ADAPTER, "send adapter")           /* stage and commit: lorasync_sync */                      \
-    X(LORASYNC_STEP_RESUME_KV_CACHE, "resume kv_cache")     /* after the sends: that bounds the peak */                \
-    X(LORASYNC_STEP_RESUME_CUDA_GRAPH, "resume cuda_graph") /* graphs hold addresses of the two others */              \
+    X(LORASYNC_STEP_PAUSE, "pause")                                                                                    \
+    X(LORASYNC_STEP_RESUME_WEIGHTS, "resume weights")                                                                  \
+    X(LORASYNC_STEP_SEND_BASE, "send base")                                                                            \
+    X(LORASYNC_STEP_SEND_ADAPTER, "send adapter")                                                                      \
+    X(LORASYNC_STEP_RESUME_KV_CACHE, "resume kv_cache")                                                                \
+    X(LORASYNC_STEP_RESUME_CUDA_GRAPH, "resume cuda_graph")                                                            \
     X(LORASYNC_STEP_FLUSH, "flush prefix cache")                                                                       \
-    X(LORASYNC_STEP_CONTINUE, "continue") /* let requests go on */
+    X(LORASYNC_STEP_CONTINUE, "continue")
 
 #define LORASYNC_X(name, text) name,
 typedef enum lorasync_cache_key {
@@ -1564,37 +1575,35 @@ LORASYNC_API const char *lorasync_base_reason_text(lorasync_base_reason reason);
 LORASYNC_API const char *lorasync_adapter_reason_text(lorasync_adapter_reason reason);
 LORASYNC_API const char *lorasync_step_text(lorasync_step step);
 
-/* What is known of one engine, and what it shall serve. All zero is an engine that has just started and never
-   sleeps. */
+/* What is known of one engine, and what it should serve. All zero: an engine that has just started and never sleeps. */
 typedef struct lorasync_policy_state {
-    /* the engine's base weights and memory */
-    int      base_synced;       /* it has had this trainer's base since it started: sent, or loaded from the same
-                                   checkpoint */
-    int      sleep_level;       /* how it sleeps between rollouts: 1 keeps its weights or restores them itself, 2 loses
-                                   them; 0: no levels, weights are lost when LORASYNC_MEMORY_WEIGHTS is in `tags` and
-                                   `released` */
+    /* The engine's base weights and memory. */
+    int base_synced; /* it has had this trainer's base since it started: sent, or loaded from the same checkpoint */
+    /* How it sleeps between rollouts. 1: it keeps its weights or restores them itself. 2: it loses them. 0: there are
+       no levels; weights are lost if LORASYNC_MEMORY_WEIGHTS is in both `tags` and `released`. */
+    int      sleep_level;
     int      keeps_memory;      /* 1: it never sleeps (free_cache_engine=False), whatever the level */
     int      weights_backed_up; /* 1: it restores lost weights itself, from a CPU copy */
     unsigned tags;              /* lorasync_memory_tag bits that it knows; no other is resumed */
-    unsigned released;          /* those given back now; bits that are not in `tags` are left out */
-    /* the engine's adapters */
+    unsigned released;          /* bits of the memory given back now; those not in `tags` are ignored */
+    /* The engine's adapters. */
     uint64_t           held_version; /* of the adapter that it serves; 0: none since it started */
     uint64_t           held_digest;
     int                one_slot; /* 1: the new version overwrites the old one in place, so requests must be held */
     lorasync_cache_key cache_key;
-    /* the trainer */
+    /* The trainer. */
     int      base_changed; /* since it was last sent: PiSSA-like initialisation, merge, full fine-tuning */
     int      no_adapter;   /* 1: merged, or full fine-tuning */
     int      verify;       /* 1: an equality check wants everything sent */
-    int      ask_adapter;  /* 1: send the adapter though it is the same */
-    uint64_t version;      /* that shall be served */
-    uint64_t digest;       /* its lorasync_report.digest */
+    int      ask_adapter;  /* 1: send the adapter even if it is the same */
+    uint64_t version;      /* that should be served */
+    uint64_t digest;       /* lorasync_report.digest of that version */
 } lorasync_policy_state;
 
 typedef struct lorasync_decision {
     int                     send_base;
     int                     send_adapter;
-    lorasync_base_reason    base_reason; /* the first that holds, in the order of the list */
+    lorasync_base_reason    base_reason; /* the first that applies, in the order of the list */
     lorasync_adapter_reason adapter_reason;
     uint64_t                version; /* of the adapter that is served after the steps; 0: none */
     lorasync_step           steps[LORASYNC_MAX_STEPS];
@@ -1602,47 +1611,49 @@ typedef struct lorasync_decision {
 } lorasync_decision;
 
 /* Decides.
-   base      sent when it was never sent, when the engine lost it and has no copy, when it changed, or when verification
-             is asked for. Otherwise
-             no step opens a weight update: an empty one spoils quantised weights.
-   adapter   sent when the engine holds none, lost its weights (the slots are among them), holds other values (by
-             digest), or when asked.
-   order     released memory is resumed, weights before the sends and the rest after them; requests are held around a
-             send of the base, or of
-             the adapter into its own slot; the prefix cache is flushed after a base, or after an adapter when it is
-             keyed by name.
-   Errors: LORASYNC_E_ARGUMENT for NULL, a level that is not 0, 1 or 2, a cache key that is none, keeps_memory with
-   something released, an adapter without version. */
+
+   base     sent if it was never sent, if the engine lost it and has no copy, if it changed, or if verification is asked
+            for. Otherwise no step starts a weight update; an empty update would corrupt quantised weights.
+   adapter  sent if the engine has none, has lost its weights (and with them its adapter slots), has other values (by
+            digest), or if asked for.
+   order    Released memory is resumed, weights before the sends and the rest after them. Requests are held around a
+            send of the base, or of the adapter into the slot that it is served from. The prefix cache is flushed after
+            a base, or after an adapter if the cache is keyed by name.
+
+   Errors: LORASYNC_E_ARGUMENT for NULL, a level other than 0, 1 and 2, an unknown cache key, keeps_memory with released
+   memory, or an adapter without a version. */
 LORASYNC_API lorasync_status lorasync_policy_decide(const lorasync_policy_state *state, lorasync_decision *out,
                                                     lorasync_error *err);
 
-/* The state of an engine as verl runs it (vLLM with one adapter under a fixed name), before its rollout: the base is
-   sent again only when it was never sent, or at sleep level 2 with the cache engine freed (verl PR 5147). Fill in the
-   adapter's fields afterwards. */
+/* An engine as verl runs it: vLLM with one adapter under a fixed name. */
 typedef struct lorasync_verl_knobs {
-    const char *load_format;       /* rollout.load_format; with "dummy" in it the engine starts without a base. NULL:
-                                      like "auto" */
-    int         base_sent;         /* 1: sent since the engine started */
-    int         sleep_level;       /* rollout sleep_level, 1 or 2 */
+    const char *load_format; /* rollout.load_format; with "dummy" in it the engine starts without a base. NULL: auto */
+    int         base_sent;   /* 1: sent since the engine started */
+    int         sleep_level; /* rollout sleep_level, 1 or 2 */
     int         free_cache_engine; /* rollout.free_cache_engine */
 } lorasync_verl_knobs;
+
+/* Fills in the state of such an engine before its rollout: the base is sent again only if it was never sent, or at
+   sleep level 2 with the cache engine freed (verl PR 5147). Fill in the adapter's fields afterwards. Errors:
+   LORASYNC_E_ARGUMENT. */
 LORASYNC_API lorasync_status lorasync_policy_verl(const lorasync_verl_knobs *knobs, lorasync_policy_state *out,
                                                   lorasync_error *err);
 
-/* The state of an engine as miles runs it (SGLang with one adapter slot), before its rollout: the base is skipped when
-   LoRA is trained and it was sent before and weights are not offloaded, or the engine has a CPU copy of it; an equality
-   check sends it all the same. */
+/* An engine as miles runs it: SGLang with one adapter slot. */
 typedef struct lorasync_miles_knobs {
-    const char
-        *offload_rollout_level; /* any of `kv_cache` and `weight`, between blanks or commas; NULL: nothing is offloaded.
-                                   "kv_cache" takes
-                                          the CUDA graphs with it */
-    int  lora;                  /* 0: full fine-tuning, the base is sent each time and there is no adapter */
-    int  base_sent;
-    int  cpu_backup;         /* the engine has a CPU copy of the base (enable_weights_cpu_backup) */
-    int  check_equal;        /* --check-lora-weight-equal and its like */
-    int  has_cuda_graph_tag; /* 0: this SGLang has no such tag */
+    /* Any of `kv_cache` and `weight`, separated by blanks or commas; NULL: nothing is offloaded. "kv_cache" includes
+       the CUDA graphs. */
+    const char *offload_rollout_level;
+    int         lora;               /* 0: full fine-tuning: the base is sent each time, and there is no adapter */
+    int         base_sent;          /* 1: sent since the engine started */
+    int         cpu_backup;         /* the engine has a CPU copy of the base (enable_weights_cpu_backup) */
+    int         check_equal;        /* --check-lora-weight-equal and the like */
+    int         has_cuda_graph_tag; /* 0: this SGLang has no such tag */
 } lorasync_miles_knobs;
+
+/* Fills in the state of such an engine before its rollout: when LoRA is trained, the base is skipped if the engine has a
+   CPU copy, or if it was sent before and weights are not offloaded; an equality check sends it anyway. Errors:
+   LORASYNC_E_ARGUMENT. */
 LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *knobs, lorasync_policy_state *out,
                                                    lorasync_error *err);
 
