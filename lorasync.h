@@ -1651,235 +1651,300 @@ typedef struct lorasync_miles_knobs {
     int         has_cuda_graph_tag; /* 0: this SGLang has no such tag */
 } lorasync_miles_knobs;
 
-/* Fills in the state of such an engine before its rollout: when LoRA is trained, the base is skipped if the engine has a
-   CPU copy, or if it was sent before and weights are not offloaded; an equality check sends it anyway. Errors:
+/* Fills in the state of such an engine before its rollout: when LoRA is trained, the base is skipped if the engine
+   has a CPU copy, or if it was sent before and weights are not offloaded; an equality check sends it anyway. Errors:
    LORASYNC_E_ARGUMENT. */
 LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *knobs, lorasync_policy_state *out,
                                                    lorasync_error *err);
 
 /* ----------------------------------------------------------------------------------------------- >>api: session -- */
 
-/* Everything zero, and a comm, is a working default for training with PEFT's adapter called "default". */
+/* All zero, with a comm, is a working default for training with PEFT's adapter called "default". */
 typedef struct lorasync_desc {
-    const lorasync_comm   *comm;        /* NULL: one rank. Copied; its user pointer is borrowed until close */
-    int                    root;        /* the rank that publishes */
-    const char            *adapter;     /* NULL: "default". The name inside parameter names, and the published name.
-                                           Copied */
-    lorasync_dtype         wire_dtype;  /* what engines get: BF16 usually; NONE: each tensor's own dtype */
-    const lorasync_filter *filter;      /* NULL: all LoRA parameters of the adapter. Borrowed until lorasync_compile
-                                           returns */
-    const char            *config_json; /* the trainer's adapter_config.json as text; or NULL and give lora_alpha.
-                                           Copied */
-    double                 lora_alpha;  /* without config_json; beside it 0, or the same */
-    const char            *base_model;  /* without config_json: base_model_name_or_path. Copied */
-    int                    fold_scale;  /* 1: multiply alpha / r (or what the config says) into lora_B and publish
-                                           lora_alpha == r */
-    int                    allow_nan;
-    int                    no_direct;
-    const lorasync_cuda   *cuda;         /* NULL: parameters are in host memory. Copied */
-    size_t                 bucket_bytes; /* as in lorasync_plan_desc */
-    int                    timeout_ms;   /* of each collective step: so long ranks wait for one another. 0: 60000. Not
-                                            of publishing: */
-    int publish_timeout_ms; /* how long the other ranks wait in lorasync_wait and lorasync_republish while the root
-                               stages and commits, on all
-                                      engines together. A root that dies is noticed sooner where the comm notices it. 0:
-                                      600000, ten minutes */
-    int quorum; /* 0: all engines must take a version, or none does. n: at least n must; those that fail keep the old
-                   one, are reported
-                                      and tried again at the next sync; with fewer than n nobody gets it. Used on the
-                                      root */
-    int skip_unchanged; /* 1: when every engine serves exactly these bytes already, nothing is staged (report.skipped).
-                           Used on the root */
+    const lorasync_comm *comm; /* NULL: one rank. Copied; its user pointer is borrowed until close */
+    int                  root; /* the rank that publishes */
+    /* The adapter's name, in parameter names and as published; NULL: "default". Copied. */
+    const char            *adapter;
+    lorasync_dtype         wire_dtype; /* what engines get, usually BF16; NONE: each tensor's own dtype */
+    const lorasync_filter *filter;     /* NULL: all LoRA parameters. Borrowed until lorasync_compile returns */
+    /* The trainer's adapter_config.json as text; NULL: give lora_alpha instead. Copied. */
+    const char *config_json;
+    double      lora_alpha; /* without config_json; with it 0, or the same value */
+    const char *base_model; /* without config_json: base_model_name_or_path. Copied */
+    /* 1: multiply alpha / r (or the config's scale) into lora_B, and publish lora_alpha == r. */
+    int                  fold_scale;
+    int                  allow_nan;    /* as in lorasync_plan_desc */
+    int                  no_direct;    /* as in lorasync_plan_desc */
+    const lorasync_cuda *cuda;         /* NULL: parameters in host memory. Copied */
+    size_t               bucket_bytes; /* as in lorasync_plan_desc */
+    int                  timeout_ms;   /* how long ranks wait for one another in a collective step; 0: 60000 */
+    /* How long the other ranks wait, in lorasync_wait and lorasync_republish, while the root stages and commits on all
+       engines; 0: 600000 (ten minutes). A root that dies is noticed sooner if the comm notices it. */
+    int publish_timeout_ms;
+    /* 0: all engines take a version, or none does. n: at least n must; engines that fail keep the old version, are
+       reported, and are tried again at the next sync. If fewer than n take it, none does. Used on the root. */
+    int quorum;
+    /* 1: if every engine serves exactly these bytes already, nothing is staged (report.skipped). Used on the root. */
+    int                       skip_unchanged;
     const lorasync_allocator *allocator;
 } lorasync_desc;
 
 typedef struct lorasync_session lorasync_session;
 
+/* What a sync did. */
 typedef struct lorasync_report {
-    uint64_t version;       /* that is served now: the one asked for, or when skipped the one before */
-    uint64_t digest;        /* of the image; equal on all ranks */
-    size_t   num_tensors;   /* of the adapter, on the root; elsewhere those held here */
+    uint64_t version;       /* that is served now: the one asked for or, if skipped, the one before */
+    uint64_t digest;        /* of the image; the same on all ranks */
+    size_t   num_tensors;   /* of the adapter, on the root; elsewhere those that this rank has */
     size_t   payload_bytes; /* on the root; elsewhere 0 */
     int      num_engines;   /* that serve it */
     int      num_behind;    /* that do not, with a quorum: lorasync_get_outcomes says which and why */
     int      skipped;       /* 1: nothing had changed and nothing was staged */
-    int      direct;
-    int      in_place; /* 1: the image was gathered in memory that a transport lent (as shared memory does), and
-                          not copied */
-    uint64_t pack_ns;  /* on this rank */
+    int      direct;        /* 1: direct placement */
+    int      in_place;      /* 1: gathered in memory that a transport lent (as shared memory does), and not copied */
+    uint64_t pack_ns;       /* on this rank, as the next two */
     uint64_t exchange_ns;
     uint64_t place_ns;
-    uint64_t publish_ns; /* stage and commit; as the root measured it */
-    uint64_t total_ns;   /* from the beginning of begin to the end of wait, with what the caller does in between */
+    uint64_t publish_ns; /* stage and commit; measured by the root */
+    uint64_t total_ns;   /* from the start of begin to the end of wait, including what the caller does in between */
 } lorasync_report;
 
-/* Not collective: if it fails on one rank, the others learn it in lorasync_compile, at its deadline or when the host
-   gives its communicator up. A new session does not know what was published before it. After a restart, or a lost
-   communicator, go on with a version greater than the one that is served: in a directory it is what <adapter>/latest
-   points to, in shared memory an engine's lorasync_acquire(..)->version; or sync version 1, and where a newer one is
-   served LORASYNC_E_VERSION names it.
+/* Opens a session: a set of parameters that is published again and again. Not collective. If it fails on one rank, the
+   others learn of it in lorasync_compile, at its deadline or when the host gives up its communicator. Close it with
+   lorasync_close.
+
+   A new session does not know what was published before it. After a restart, or a lost communicator, continue with a
+   version greater than the served one: in a directory, that is what <adapter>/latest points to; in shared memory, an
+   engine's lorasync_acquire(..)->version. Or sync version 1: if a newer one is served, LORASYNC_E_VERSION names it.
+
    Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_config_parse. */
 LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_session **out, lorasync_error *err);
 
-/* Declares one piece this rank holds; call for every parameter of the model, LoRA or not, and several times for several
-   pieces of one tensor. A rank that holds nothing of a tensor may leave it out or pass an empty box. Not collective;
-   copies what it needs, borrows data. An error is also remembered: lorasync_compile then fails on every rank, each
-   time, and the session can only be closed. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT (box out of
-   bounds), LORASYNC_E_UNSUPPORTED (F4 or F6; a scale of a dtype that is no value type),
-   LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
+/* Declares one piece that this rank has. Call it for every parameter of the model, LoRA or not, and once for each piece
+   of a tensor. A rank that has nothing of a tensor may leave it out or pass an empty box. Not collective. Copies what
+   it needs; borrows data until the session is closed.
+
+   Errors, which are also remembered (lorasync_compile then fails on every rank, each time, and the session can only be
+   closed):
+       LORASYNC_E_NAME         those of lorasync_parse_name
+       LORASYNC_E_LAYOUT       a box out of bounds
+       LORASYNC_E_UNSUPPORTED  F4 or F6; a scale of a dtype that is not a value type (lorasync_dtype)
+       LORASYNC_E_STATE        called after compile
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY */
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err);
 
-/* Adds an engine; 0 or more before compile. Copied; its `close` is called when the session closes, unless this call
-   failed: on every rank that attached it. Only the root's stages and commits. One transport may be attached to several
-   sessions if it is made for being closed by each (lorasync_transport.attach), as that of lorasync_shm_open is;
-   lorasync_directory_open's is not. An error is also remembered, as lorasync_add's is. Errors: LORASYNC_E_ARGUMENT,
-   LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY, and what the transport's attach returned (LORASYNC_E_BUSY, see
-   lorasync_shm_open). */
+/* Attaches an engine; any number of them, before compile. Only the root's are staged on and committed. On every rank
+   that attached it, the transport's `close` is called when the session closes, unless this call failed. A transport may
+   be attached to several sessions only if it is made to be closed by each of them (lorasync_transport.attach). That is
+   so for lorasync_shm_open, but not for lorasync_directory_open.
+
+   transport  copied
+
+   Errors, which are remembered like those of lorasync_add:
+       LORASYNC_E_STATE  called after compile
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and what the transport's attach returned (LORASYNC_E_BUSY: see
+       lorasync_shm_open) */
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport,
                                              lorasync_error *err);
 
-/* lorasync_directory_open with defaults, then lorasync_attach; an error of either is remembered. */
+/* lorasync_directory_open with defaults, then lorasync_attach. Errors: those of both; they are remembered. */
 LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session, const char *directory,
                                                        lorasync_error *err);
 
-/* Filters, pairs, plans and allocates. Collective, once. Errors, the same on all ranks: those remembered by
-   lorasync_add and lorasync_attach; LORASYNC_E_EMPTY (no LoRA parameter on any rank); LORASYNC_E_PAIR (A without B);
-   LORASYNC_E_NAME (two parameters of one key); LORASYNC_E_ARGUMENT (quorum over the number of engines);
-   LORASYNC_E_CONFIG (rank against config, no alpha, two of them, fold_scale with an alpha of 0); LORASYNC_E_UNSUPPORTED
-   (a transport that does not carry what this session publishes, as filter.base with a directory or shared memory:
-   there is no adapter_config.json then);
-   LORASYNC_E_DISAGREE (descs differ between ranks); those of lorasync_plan_create. After LORASYNC_E_PAIR and
-   LORASYNC_E_EMPTY the rest may be added, and compile called again on all ranks. */
+/* Filters, pairs, plans and allocates. Collective, once. After LORASYNC_E_PAIR and LORASYNC_E_EMPTY the missing
+   parameters may be added, and compile called again on all ranks.
+
+   Errors, the same on all ranks:
+       LORASYNC_E_EMPTY        no LoRA parameter on any rank
+       LORASYNC_E_PAIR         A without B, or B without A
+       LORASYNC_E_NAME         two parameters with one key
+       LORASYNC_E_ARGUMENT     a quorum greater than the number of engines
+       LORASYNC_E_CONFIG       a rank that contradicts the config, no alpha, two different alphas, fold_scale with alpha
+                               0
+       LORASYNC_E_UNSUPPORTED  a transport that does not carry what this session publishes, such as filter.base with a
+                               directory or shared memory, which need an adapter_config.json
+       LORASYNC_E_DISAGREE     descs differ between ranks
+       those remembered by lorasync_add and lorasync_attach, and those of lorasync_plan_create */
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err);
 
-/* One step. begin snapshots the parameters: when it returns they may change again. wait moves, publishes and returns
-   the verdict. Both are collective and must be called in pairs, wait also after a failed begin. Sessions that share a
-   communicator are begun and waited for in the same order on every rank. Versions count up from 1: a version must be
-   greater than the last one published (a skipped one was not), and may be tried again after a failure.
-   wait fails without effect: engines keep the old version, but see lorasync_transport for commits that fail. Only a
-   communicator that is lost while the root commits (or stages, where the comm has no check), or tells the others that
-   it has, leaves ranks in doubt: they return a status of -100 or below, and the version may be published. So after a
-   loss look at what engines serve before choosing the next version (see lorasync_open).
-   Errors: LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE (ranks pass different versions), whatever a transport
-   returned, LORASYNC_E_STATE (before compile), and those of the comm. No allocation, no string work. */
+/* One step. begin takes a snapshot of the parameters: when it returns they may change again. wait moves it, publishes
+   it and returns the result. Both are collective, and must be called in pairs: wait also after a failed begin. Sessions
+   that share a communicator are begun, and waited for, in the same order on every rank. Neither allocates or compares
+   names.
+
+   version     counts up from 1: greater than the last one published (a skipped one was not published). After a failure
+               the same version may be tried again
+   out_report  may be NULL
+
+   A failed wait has no effect: engines keep the old version (but see lorasync_transport for commits that fail). Only if
+   the communicator is lost while the root commits (or stages, if the comm has no check), or while it tells the others
+   that it has, are ranks left in doubt: they return a status of -100 or below, and the version may have been published.
+   So after a loss look at what engines serve before choosing the next version (see lorasync_open).
+
+   Errors:
+       LORASYNC_E_NAN       NaN or Inf, without allow_nan
+       LORASYNC_E_VERSION   not greater than the last one published, or than what an engine serves
+       LORASYNC_E_DISAGREE  ranks pass different versions
+       LORASYNC_E_STATE     before compile, or out of order
+       whatever a transport returned, and those of the comm */
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err);
 LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err);
 
-/* begin and wait. out_report may be NULL. */
+/* begin and wait in one call. out_report may be NULL. Errors: those of both. */
 LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t version, lorasync_report *out_report,
                                            lorasync_error *err);
 
-/* What is known of every engine, in the order of lorasync_attach; also after a failed wait. On the root, between calls;
-   the array stays where it is after compile. NULL and 0 elsewhere, or without engines. out_num may be NULL. */
+/* What is known of every engine, in the order of lorasync_attach; also after a failed wait. Call it on the root,
+   between other calls; after compile the array keeps its address. Elsewhere, and without engines, NULL and 0.
+
+   out_num  may be NULL */
 LORASYNC_API const lorasync_engine_outcome *lorasync_get_outcomes(const lorasync_session *session, size_t *out_num);
 
-/* Brings the version published last to the engines that do not serve it (all of them are also tried by every sync). For
-   use between a successful wait and the next begin, when desc.quorum let some fall behind. Collective; may be repeated.
-   Allocates nothing. Returns LORASYNC_OK: all engines serve it; LORASYNC_NOTHING_NEW: they did already; or the first
-   failure of an engine that still does not, while the others keep what they got. LORASYNC_E_STATE: nothing published
-   yet, or begun or failed since: sync instead. */
+/* Brings the version published last to the engines that do not serve it, which every sync tries too. For use between a
+   successful wait and the next begin, when desc.quorum let some engines fall behind. Collective; may be repeated.
+   Allocates nothing.
+
+   Returns LORASYNC_OK if all engines serve it now, LORASYNC_NOTHING_NEW if they did already, otherwise the first
+   failure of an engine that still does not; the others keep what they got.
+
+   Errors: LORASYNC_E_STATE if nothing was published yet, or a begin or a failure came after it (sync instead);
+   whatever a transport returned; those of the comm. */
 LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, lorasync_error *err);
 
-/* Resumes: reads a PEFT directory or safetensors file on the root and writes every rank's pieces, replicas included,
-   converted to their dtypes. Collective, after compile; path is equal on all ranks and read on the root. The file's
-   tensors and the session's must be the same set with the same shapes; the adapter's name in the file may be another.
-   Each module's scale (alpha / rank) must be the same in the directory's adapter_config.json as in the session, else
-   LORASYNC_E_CONFIG names both: the session would publish these weights as another adapter. A single file has no config
-   to compare. Tensors of which a rank's pieces lie at one address (the one A of a fused qkv) must be equal in the file,
-   else LORASYNC_E_LAYOUT names two of them; pieces of different tensors must not overlap otherwise. Scales are not
-   undone: LORASYNC_E_UNSUPPORTED with fold_scale or a piece.scale. On failure before anything moved the pieces are
-   untouched; the error text says if any were written. */
+/* Resumes: reads a PEFT directory or a safetensors file on the root and writes every rank's pieces, replicas included,
+   converted to their dtypes. Collective, after compile. If it fails before anything moved, the pieces are untouched;
+   the error text says if any were written.
+
+   The file has exactly the session's tensors, with the same shapes; the adapter's name in it may be another. Each
+   module's scale (alpha / rank) in the directory's adapter_config.json equals the session's; a single file has no
+   config to compare.
+
+   path  the same on all ranks; read on the root
+
+   Errors:
+       LORASYNC_E_CONFIG       a scale differs: the session would publish these weights as another adapter; names both
+       LORASYNC_E_LAYOUT       tensors whose pieces share one address on a rank (the one A of a fused qkv) differ in the
+                               file, or pieces of different tensors overlap in another way; names two of them
+       LORASYNC_E_UNSUPPORTED  fold_scale or a piece.scale: scales are not undone
+       LORASYNC_E_DISAGREE     ranks pass different paths
+       LORASYNC_E_STATE        before compile, or between begin and wait
+       those of lorasync_open_adapter, of lorasync_plan_create for the tensors that do not match, and of the comm */
 LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err);
 
-/* What compile found. num_added pieces were declared on this rank, num_taken passed the filter. */
+/* What compile found. */
 typedef struct lorasync_session_info {
-    size_t              num_added;
-    size_t              num_taken;
-    size_t              num_dropped;
-    size_t              num_tensors;   /* of the adapter, on the root; elsewhere those held here */
+    size_t              num_added;     /* pieces declared on this rank */
+    size_t              num_taken;     /* of them, those that passed the filter */
+    size_t              num_dropped;   /* and those that did not */
+    size_t              num_tensors;   /* of the adapter, on the root; elsewhere those that this rank has */
     size_t              payload_bytes; /* on the root */
     lorasync_plan_stats plan;
 } lorasync_session_info;
+
+/* Fills in *out; before compile, with what is known by then. */
 LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_session_info *out);
 
-/* The image last synced, on the root between a successful wait and its next begin; NULL elsewhere, and after a wait
-   that failed. Its config_json is what was published. */
+/* The image of the last sync, on the root, between a successful wait and its next begin; NULL elsewhere, and after a
+   failed wait. Its config_json is what was published. */
 LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session *session);
 
-/* Frees everything and closes the transports. Not collective. NULL is fine. On a GPU, between begin and wait, it first
-   lets the run's work end; where that takes until the deadline, because others do not take part, the communicator is
-   given up. */
+/* Frees everything and closes the transports. Not collective. NULL is allowed. On a GPU, if called between begin and
+   wait, it first lets the run's work end; if other ranks do not do their part of it until the deadline, the
+   communicator is given up. */
 LORASYNC_API void lorasync_close(lorasync_session *session);
 
 /* -------------------------------------------------------------------------------------------------- >>api: base -- */
 
 /* Base weights, merged weights, a whole model: what an engine needs before an adapter, and what is too large for one
    image. They travel through the same plans, images and transports, in buckets of bounded size, and are committed after
-   the last one: all engines get all of it, or none.
+   the last one: all engines get all of it, or none does.
 
        tensors, in order of declaration  | a b c | d e | f (larger than a bucket) | g h .. |
-       bucket, an image of its own       |   0   |  1  |            2             |    3   |   even ones in one buffer,
-       odd ones in another:
+       bucket, an image of its own       |   0   |  1  |            2             |    3   |
+       buffer                            |  even | odd |           even           |   odd  |
 
        root    | gather 0 | stage 0 | gather 1 | stage 1 | gather 2 | .. | commit |
        others  | pack 0   | pack 1 ...........  | pack 2 ...........        while the root stages
 
-   When to send the base, and when it may stay, is lorasync_policy_decide's business (LORASYNC_STEP_SEND_BASE). */
+   lorasync_policy_decide says when the base must be sent (LORASYNC_STEP_SEND_BASE), and when it may stay. */
 typedef struct lorasync_stream_desc {
-    const lorasync_comm *comm;         /* NULL: one rank. Copied; its user pointer is borrowed until close */
-    int                  root;         /* the rank that publishes */
-    lorasync_dtype       wire_dtype;   /* float tensors travel as this; NONE: each as it is */
-    size_t               bucket_bytes; /* of payload; 0: 1 GiB. A tensor, or a lora_A with its lora_B, that is larger
-                                          travels alone */
-    const char          *name;         /* NULL: "base". What it is published as: image->adapter. Copied */
-    const char          *config_json;  /* the model's config.json, published with the last bucket; NULL: none. Used on
-                                          the root. Copied */
-    int keep_names; /* 1: names are published as given. 0: as lorasync_parse_name's key: without wrappers and
-                       `base_layer` */
-    int allow_nan;
-    int no_direct;
-    const lorasync_cuda
-        *cuda;       /* NULL: parameters are in host memory. Copied. Device memory travels over exchange_stream or
-                        pinned memory */
-    int  timeout_ms; /* 0: 60000. Staging a bucket counts, and so does committing: give more than the slowest engine
-                        takes */
+    const lorasync_comm *comm;       /* NULL: one rank. Copied; its user pointer is borrowed until close */
+    int                  root;       /* the rank that publishes */
+    lorasync_dtype       wire_dtype; /* float tensors except F64 travel as this; NONE: each in its own type */
+    /* Bytes of payload; 0: 1 GiB. A tensor, or a lora_A with its lora_B, that is larger travels alone. */
+    size_t      bucket_bytes;
+    const char *name; /* what it is published as: image->adapter; NULL: "base". Copied */
+    /* The model's config.json, published with the last bucket; NULL: none. Used on the root. Copied. */
+    const char *config_json;
+    /* 1: names are published as given. 0: as lorasync_parse_name's key, without wrappers and `base_layer`. */
+    int keep_names;
+    int allow_nan; /* as in lorasync_plan_desc */
+    int no_direct; /* as in lorasync_plan_desc */
+    /* NULL: parameters in host memory. Otherwise in device memory, which travels over exchange_stream or pinned host
+       memory. Copied. */
+    const lorasync_cuda *cuda;
+    /* Deadline of each collective step; 0: 60000. Ranks wait while the root stages a bucket, and while it commits: give
+       more than the slowest engine takes. */
+    int                       timeout_ms;
     const lorasync_allocator *allocator;
 } lorasync_stream_desc;
 
 typedef struct lorasync_stream lorasync_stream;
 
-/* Not collective. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY. */
+/* Opens a stream of base weights. Not collective. Close it with lorasync_stream_close. Errors: LORASYNC_E_ARGUMENT,
+   LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *desc, lorasync_stream **out,
                                                   lorasync_error *err);
 
-/* Declares one piece that this rank holds, as lorasync_add; nothing is filtered: what is added is sent. Errors, also
-   remembered for compile: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT, LORASYNC_E_UNSUPPORTED,
+/* Declares one piece that this rank has, as lorasync_add does, but nothing is filtered: what is added is sent.
+
+   Errors, also remembered for compile: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT, LORASYNC_E_UNSUPPORTED,
    LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const lorasync_piece *piece,
                                                  lorasync_error *err);
 
-/* Adds an engine before compile. Copied; its `close` is called when the stream closes, unless this call failed. Used on
-   the root, ignored elsewhere. Errors, also remembered for compile: LORASYNC_E_UNSUPPORTED for a transport that does
-   not carry base weights, such as shared memory; what its attach returned; LORASYNC_E_ARGUMENT, LORASYNC_E_STATE after
-   compile, LORASYNC_E_MEMORY. */
+/* Attaches an engine, before compile. Its `close` is called when the stream closes, unless this call failed. Used on
+   the root, ignored elsewhere.
+
+   transport  copied
+
+   Errors, also remembered for compile:
+       LORASYNC_E_UNSUPPORTED  a transport that does not carry base weights, such as shared memory
+       LORASYNC_E_STATE        called after compile
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and what the transport's attach returned */
 LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport,
                                                     lorasync_error *err);
 
-/* Divides the tensors into buckets, plans each and allocates. Collective, once. The order is that of first declaration,
-   on the lowest rank that has the tensor; a tensor whose name is that of another up to `.lora_` goes into the other's
-   bucket. Memory: the root has two payloads, the largest of the even and of the odd buckets, and staging for one
-   bucket; other ranks have staging for what they hold of one bucket. Where all ranks can map the payloads they place
-   directly, and there is no staging. Errors, the same on all ranks: those remembered; LORASYNC_E_EMPTY; LORASYNC_E_NAME
-   (two parameters of one name); LORASYNC_E_DISAGREE; LORASYNC_E_ARGUMENT (over 99,999 buckets); LORASYNC_E_UNSUPPORTED
-   for a transport without takes_buckets when there are more than one; those of lorasync_plan_create. */
+/* Divides the tensors into buckets, plans each of them and allocates. Collective, once. Tensors are in the order of
+   their first declaration, on the lowest rank that has the tensor; a tensor whose name equals another's up to `.lora_`
+   goes into that one's bucket.
+
+   Memory: the root has two payloads, as large as the largest of the even and of the odd buckets, and staging for one
+   bucket; other ranks have staging for their part of one bucket. If all ranks can map the payloads they place directly,
+   without staging.
+
+   Errors, the same on all ranks:
+       LORASYNC_E_EMPTY        no tensor
+       LORASYNC_E_NAME         two parameters with one name
+       LORASYNC_E_DISAGREE     descs differ between ranks
+       LORASYNC_E_ARGUMENT     more than 99,999 buckets
+       LORASYNC_E_UNSUPPORTED  a transport without takes_buckets, and more than one bucket
+       those remembered, and those of lorasync_plan_create */
 LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lorasync_error *err);
 
-/* Sends all buckets and commits. Collective. The parameters must not change during the call. Versions are as with
-   lorasync_begin. All engines must take it. On failure, in whichever bucket, all that was staged is aborted, engines
-   keep the old version, and every rank returns the same error: LORASYNC_E_NAN, LORASYNC_E_VERSION, LORASYNC_E_DISAGREE
-   (ranks pass different versions), whatever a transport returned, LORASYNC_E_STATE before compile, and those of the
-   comm. Allocates nothing. out_report may be NULL; its digest is over the digests of the buckets, its times are
-   sums. */
+/* Sends all buckets and commits. Collective. The parameters must not change during the call. All engines must take it:
+   on failure, in whichever bucket, everything staged is aborted, engines keep the old version, and every rank returns
+   the same error. Allocates nothing.
+
+   version     as in lorasync_begin
+   out_report  may be NULL. Its digest is taken over the digests of the buckets; its times are sums
+
+   Errors:
+       LORASYNC_E_NAN       NaN or Inf, without allow_nan
+       LORASYNC_E_VERSION   not greater than the last one published, or than what an engine serves
+       LORASYNC_E_DISAGREE  ranks pass different versions
+       LORASYNC_E_STATE     before compile
+       whatever a transport returned, and those of the comm */
 LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version,
                                                   lorasync_report *out_report, lorasync_error *err);
 
@@ -1888,17 +1953,19 @@ typedef struct lorasync_stream_info {
     size_t num_tensors; /* of all ranks */
     size_t num_buckets;
     size_t payload_bytes; /* of all buckets */
-    size_t image_bytes;   /* of the two buffers; where direct is 0, on the root only */
+    size_t image_bytes;   /* of the two buffers; if direct is 0, on the root only */
     size_t staging_bytes; /* on this rank */
     size_t plan_bytes;    /* of all plans on this rank, headers included */
-    int    direct;
+    int    direct;        /* 1: direct placement */
 } lorasync_stream_info;
+
+/* Fills in *out. */
 LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasync_stream_info *out);
 
 /* As lorasync_get_outcomes. */
 LORASYNC_API const lorasync_engine_outcome *lorasync_stream_outcomes(const lorasync_stream *stream, size_t *out_num);
 
-/* Frees everything and closes the transports. Not collective. NULL is fine. */
+/* Frees everything and closes the transports. Not collective. NULL is allowed. */
 LORASYNC_API void lorasync_stream_close(lorasync_stream *stream);
 
 #ifdef __cplusplus
