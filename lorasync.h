@@ -5438,8 +5438,9 @@ LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim
 /* --------------------------------------------------------------------------------------------------------- >>gpu -- */
 
 /* Memory that somebody else has made, opened here; and, with LORASYNC_CUDA, a GPU: its stream, events and kernel, one
-   way to wait for it, its memory. Comm, move, shm, engine and session have their part of CUDA from here. Uses
-   >>support. Without LORASYNC_CUDA there are windows onto host memory, and a GPU cannot be opened. */
+   way to wait for it, its memory. Comm, move, shm, engine and session have their part of CUDA from here. Without
+   LORASYNC_CUDA there are windows onto host memory, and a GPU cannot be opened. Uses >>support. Calls ahead into
+   >>device. */
 
 #ifdef LORASYNC_CUDA
 #include <cuda.h>
@@ -5546,6 +5547,7 @@ LORASYNCI_FN int lorasynci_gpu_ordinal(const lorasynci_gpu *g) { return g ? g->o
 /* The kernel's text, below. */
 LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num);
 
+/* Out of memory is a status of its own: it is the caller's to mend, and a fallback may need none. */
 LORASYNCI_FN lorasync_status lorasynci_cuda_fail(lorasync_error *err, cudaError_t e, const char *what)
 {
     (void)cudaGetLastError(); /* handled here: not left behind for the caller's next check */
@@ -5568,11 +5570,13 @@ LORASYNCI_FN int lorasynci_gpu_enter(int ordinal)
     return old;
 }
 
+/* `old` is what lorasynci_gpu_enter returned. */
 LORASYNCI_FN void lorasynci_gpu_leave(int ordinal, int old)
 {
     if (old != ordinal) cudaSetDevice(old);
 }
 
+/* Without timing, which would cost and is not read. */
 LORASYNCI_FN lorasync_status lorasynci_gpu_event(cudaEvent_t *out, lorasync_error *err)
 {
     LORASYNCI_CUDA(cudaEventCreateWithFlags(out, cudaEventDisableTiming), "cudaEventCreate");
@@ -5617,6 +5621,7 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_wait(cudaEvent_t event, cudaStream_t 
 LORASYNCI_FN lorasync_status lorasynci_gpu_drain(const lorasynci_gpu *g, const char *what, lorasync_error *err)
 {
     cudaError_t e;
+    LORASYNC_ASSERT(g->done && g->stream);
     LORASYNCI_CUDA(cudaEventRecord(g->done, g->stream), "cudaEventRecord");
     LORASYNCI_TRY(
         lorasynci_gpu_wait(g->done, NULL, lorasynci_deadline_ns(LORASYNCI_GPU_PATIENCE_MS), NULL, NULL, &e, err));
@@ -5629,6 +5634,8 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_drain(const lorasynci_gpu *g, const c
 
 /* -- opening a GPU, and the kernel */
 
+/* A function of the driver, looked up through the runtime, so that nobody has to link libcuda. `function` points to a
+   pointer of its type. */
 LORASYNCI_FN cudaError_t lorasynci_driver(const char *name, unsigned version, void *function)
 {
     void                                *p     = NULL;
@@ -5705,6 +5712,7 @@ LORASYNCI_FN void lorasynci_gpu_close(const lorasync_allocator *a, lorasynci_gpu
     lorasynci_dealloc(a, g);
 }
 
+/* What it makes lorasynci_gpu_close takes away, also after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_gpu_fill(lorasynci_gpu *g, const lorasync_allocator *a, int with_kernel,
                                                 lorasync_error *err)
 {
@@ -5790,6 +5798,7 @@ LORASYNCI_FN lorasync_status lorasynci_window_own(lorasynci_window *w, const lor
 {
     int         can = 1;
     cudaError_t e   = cudaSuccess;
+    LORASYNC_ASSERT(offer->process == lorasynci_process_self());
     if (offer->ordinal != g->ordinal) {
         e = cudaDeviceCanAccessPeer(&can, g->ordinal, offer->ordinal);
         if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(offer->ordinal, 0);
@@ -5872,7 +5881,7 @@ LORASYNCI_FN lorasync_status lorasynci_window_device(lorasynci_window *w, const 
 /* -------------------------------------------------------------------------------------------------------- >>comm -- */
 
 /* The communicators of this file: solo; local, for ranks of one host (threads or processes) that talk through one
-   shared mapping; and NCCL's. What they promise is said at lorasync_comm. Uses >>support. */
+   shared mapping; and NCCL's. What they promise is said at lorasync_comm. Uses >>support and >>gpu. */
 
 #ifdef MAP_NORESERVE
 #define LORASYNCI_NORESERVE MAP_NORESERVE
@@ -5939,7 +5948,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_host(const lorasync_comm *comm, con
     return LORASYNC_OK;
 }
 
-/* -- local: ranks of one host */
+/* -- ranks of one host */
 
 /* The shared mapping of a local communicator. One rank writes each cache line; the other side only reads it.
 
@@ -6080,7 +6089,7 @@ LORASYNCI_FN lorasync_status lorasynci_local_check(const lorasynci_seat *seat, i
     return LORASYNC_OK;
 }
 
-/* -- local: messages */
+/* -- messages of local ranks */
 
 /* One message on its way. at counts the bytes moved, and 8 more for the size in front. */
 typedef struct lorasynci_flow {
@@ -6304,7 +6313,7 @@ LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank
     return LORASYNC_OK;
 }
 
-/* -- NCCL: ranks joined by it */
+/* -- ranks joined by NCCL */
 
 #if defined(LORASYNC_NCCL) && !defined(LORASYNC_CUDA)
 #error "lorasync.h: LORASYNC_NCCL needs LORASYNC_CUDA; define both beside LORASYNC_IMPLEMENTATION."
@@ -6354,6 +6363,7 @@ typedef struct lorasynci_nccl_part {
     size_t at, max;
 } lorasynci_nccl_part;
 
+/* Work of NCCL that fails in CUDA leaves the ranks apart: the communicator is lost. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_cuda_fail(lorasynci_nccl *n, cudaError_t e, const char *what,
                                                       lorasync_error *err)
 {
@@ -6377,6 +6387,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_fail(lorasynci_nccl *n, ncclResult_t
         ncclGetErrorString(r), some ? " (" : "", some ? more : "", some ? ")" : "");
 }
 
+/* A deadline that passed: nobody knows what of the call was done, so the communicator is lost. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_late(lorasynci_nccl *n, const char *what, lorasync_error *err)
 {
     n->lost = 1;
@@ -6386,6 +6397,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_late(lorasynci_nccl *n, const char *
         n->world);
 }
 
+/* What every call asks first: after abort there is no communicator left to ask NCCL about. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_is_lost(const lorasynci_nccl *n, lorasync_error *err)
 {
     if (!n->lost) return LORASYNC_OK;
@@ -6393,9 +6405,11 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_is_lost(const lorasynci_nccl *n, lor
                           "the NCCL communicator was lost before: close it, make a new one, open again");
 }
 
+/* ncclInProgress while a call of a non-blocking communicator is on its way, else how it ended. */
 LORASYNCI_FN ncclResult_t lorasynci_nccl_state(const lorasynci_nccl *n)
 {
     ncclResult_t state = ncclSuccess, r = ncclCommGetAsyncError(n->comm, &state);
+    LORASYNC_ASSERT(n->comm);
     return r == ncclSuccess ? state : r;
 }
 
@@ -6413,6 +6427,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_settle(lorasynci_nccl *n, ncclResult
     return r == ncclSuccess ? LORASYNC_OK : lorasynci_nccl_fail(n, r, what, err);
 }
 
+/* As `check` of a comm, and while waiting for the stream. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_check(void *user, lorasync_error *err)
 {
     lorasynci_nccl *n = (lorasynci_nccl *)user;
@@ -6446,6 +6461,9 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_copy(lorasynci_nccl *n, void *dst, c
     return e == cudaSuccess ? LORASYNC_OK : lorasynci_nccl_cuda_fail(n, e, what, err);
 }
 
+/* -- messages over NCCL */
+
+/* How much of a message is in this part; 0 when it ended before. */
 LORASYNCI_FN size_t lorasynci_nccl_part_bytes(const lorasync_message *m, const lorasynci_nccl_part *part)
 {
     size_t left = m->num_bytes > part->at ? m->num_bytes - part->at : 0;
@@ -6493,6 +6511,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_group(lorasynci_nccl *n, const loras
     return lorasynci_nccl_settle(n, r == ncclSuccess ? end : r, "exchange", deadline_ns, err);
 }
 
+/* Both sides of a message know its size, so all ranks make as many parts as it needs. */
 LORASYNCI_FN size_t lorasynci_nccl_longest(const lorasync_message *m, size_t num)
 {
     size_t i, longest = 0;
@@ -6501,6 +6520,7 @@ LORASYNCI_FN size_t lorasynci_nccl_longest(const lorasync_message *m, size_t num
     return longest;
 }
 
+/* Device memory goes directly, as one group. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_stream(void *user, const lorasync_message *sends, size_t num_sends,
                                                             const lorasync_message *receives, size_t num_receives,
                                                             struct CUstream_st *stream, int timeout_ms,
@@ -6538,6 +6558,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_part(lorasynci_nccl *n, con
     }
     sent = at;
     for (i = 0; i < num_receives; i++) at = lorasynci_nccl_behind(at, lorasynci_nccl_part_bytes(&receives[i], part));
+    LORASYNC_ASSERT(at <= n->scratch_bytes);
     LORASYNCI_TRY(lorasynci_nccl_copy(n, n->scratch, n->host, sent, "exchange", err));
     /* the gaps between messages are copied, too */
     e = at > sent ? cudaMemsetAsync(n->scratch + sent, 0, at - sent, n->stream) : cudaSuccess;
@@ -6572,7 +6593,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange(void *user, const lorasync_
     if (other > longest) longest = other;
     part.scratch = n->scratch;
     part.max     = n->scratch_bytes / 2 / (size_t)n->world / 16 * 16;
-    old          = lorasynci_gpu_enter(n->device);
+    LORASYNC_ASSERT(part.max > 0);
+    old = lorasynci_gpu_enter(n->device);
     for (part.at = 0; part.at < longest && status == LORASYNC_OK; part.at += part.max)
         status = lorasynci_nccl_exchange_part(n, sends, num_sends, receives, num_receives, &part, deadline, err);
     lorasynci_gpu_leave(n->device, old);
@@ -6584,6 +6606,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_gather_part(lorasynci_nccl *n, const
                                                         uint64_t deadline_ns, lorasync_error *err)
 {
     size_t own = (size_t)n->rank * num_bytes;
+    LORASYNC_ASSERT(num_bytes * (size_t)n->world <= n->scratch_bytes);
     memcpy(n->host + own, in, num_bytes);
     LORASYNCI_TRY(lorasynci_nccl_settle(n, ncclInProgress, "before an all_gather", deadline_ns, err));
     LORASYNCI_TRY(lorasynci_nccl_copy(n, n->scratch + own, n->host + own, num_bytes, "all_gather", err));
@@ -6594,6 +6617,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_gather_part(lorasynci_nccl *n, const
     return lorasynci_nccl_wait(n, "all_gather", deadline_ns, err);
 }
 
+/* In parts that fit the scratch, the same on all ranks. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_all_gather(void *user, const void *in, void *out, size_t num_bytes,
                                                        int timeout_ms, lorasync_error *err)
 {
@@ -6647,6 +6671,8 @@ LORASYNCI_FN void lorasynci_nccl_abort(void *user, const char *why)
     n->comm = NULL;
     lorasynci_gpu_leave(n->device, old);
 }
+
+/* -- opening and closing NCCL */
 
 LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *err)
 {
@@ -6726,6 +6752,7 @@ LORASYNCI_FN void lorasynci_nccl_destroy(lorasynci_nccl *n)
     n->comm = NULL;
 }
 
+/* Of any state. A communicator that is not our own stays, unless it is lost: then its stream would never end. */
 LORASYNCI_FN void lorasynci_nccl_free(lorasynci_nccl *n)
 {
     int old;
@@ -6741,6 +6768,7 @@ LORASYNCI_FN void lorasynci_nccl_free(lorasynci_nccl *n)
     free(n);
 }
 
+/* All that can be seen before NCCL is called. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_valid(const lorasync_nccl_desc *desc, const lorasync_comm *out,
                                                   lorasync_error *err)
 {
@@ -6872,6 +6900,7 @@ LORASYNCI_FN lorasynci_talk lorasynci_talk_over(const lorasync_comm *comm, int t
     return t;
 }
 
+/* A talk with memory of its own; lorasynci_talk_free takes it. */
 LORASYNCI_FN lorasync_status lorasynci_talk_init(lorasynci_talk *t, const lorasync_comm *comm, int timeout_ms,
                                                  const lorasync_allocator *a, lorasync_error *err)
 {
@@ -6880,12 +6909,14 @@ LORASYNCI_FN lorasync_status lorasynci_talk_init(lorasynci_talk *t, const lorasy
     return t->scratch ? LORASYNC_OK : lorasynci_fail_memory(err, lorasynci_talk_scratch_bytes(t->comm.world));
 }
 
+/* The communicator is the caller's, and stays. */
 LORASYNCI_FN void lorasynci_talk_free(lorasynci_talk *t, const lorasync_allocator *a)
 {
     lorasynci_dealloc(a, t->scratch);
     t->scratch = NULL;
 }
 
+/* What a call says that comes too late: only closing is left. */
 LORASYNCI_FN lorasync_status lorasynci_lost_before(lorasync_error *err)
 {
     return lorasynci_fail(
@@ -6918,6 +6949,7 @@ typedef struct lorasynci_tally {
     int all_flags; /* 1: every rank passed flag 1 */
 } lorasynci_tally;
 
+/* From the highest rank down, so that the lowest is left. */
 LORASYNCI_FN lorasynci_tally lorasynci_count_votes(const lorasynci_vote *votes, int world)
 {
     lorasynci_tally n = {-1, -1, -1, 1};
@@ -6936,6 +6968,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_reason(lorasynci_talk *t, int failed
                                                    lorasync_error *err)
 {
     lorasync_error text, *texts = (lorasync_error *)t->scratch;
+    LORASYNC_ASSERT(failed >= 0 && failed < t->comm.world);
     memset(&text, 0, sizeof text);
     if (mine && mine->status < 0) text = *mine;
     LORASYNCI_TRY(t->comm.all_gather(t->comm.user, &text, texts, sizeof text, t->timeout_ms, err));
@@ -7024,6 +7057,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_star(lorasynci_talk *t, int root, in
     size_t               num      = 0;
     int                  rank;
     LORASYNC_ASSERT(!t->lost);
+    LORASYNC_ASSERT(root >= 0 && root < c->world);
     for (rank = 0; rank < c->world; rank++) {
         const lorasynci_block *b = &blocks[here ? rank * step : 0];
         if (rank == c->rank || (!here && rank != root) || !b->num_bytes) continue;
@@ -7032,6 +7066,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_star(lorasynci_talk *t, int root, in
         messages[num].num_bytes = b->num_bytes;
         num++;
     }
+    LORASYNC_ASSERT(num <= (size_t)c->world);
     if (here == from_root) return c->exchange(c->user, messages, num, NULL, 0, timeout_ms, err);
     return c->exchange(c->user, NULL, 0, messages, num, timeout_ms, err);
 }
