@@ -4101,6 +4101,8 @@ LORASYNCI_FN lorasync_status lorasynci_name_from_saved(const lorasynci_path *p, 
 
 LORASYNCI_FN int lorasynci_is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
 
+/* -- names that are no LoRA */
+
 /* The segment that looks like an adapter leaf in a name that has no known tail; p->num if there is none. */
 LORASYNCI_FN size_t lorasynci_unknown_leaf(const lorasynci_path *p)
 {
@@ -4463,6 +4465,8 @@ LORASYNCI_FN lorasync_status lorasynci_re_class(lorasynci_re *r, uint32_t *out)
     for (at = 0; negate && at < sizeof set; at++) set[at] = (unsigned char)~set[at];
     return lorasynci_re_new_set(r, set, out);
 }
+
+/* -- parsing what repeats and what groups */
 
 /* Reads * + ? or {m,n} if one stands here. A { that begins none is an ordinary byte, as in Python. */
 LORASYNCI_FN int lorasynci_re_quantifier(lorasynci_re *r, uint32_t *min, uint32_t *max)
@@ -6180,6 +6184,8 @@ enum {
     LORASYNCI_GROUP = 32 /* flows of each direction that are served together, on the stack: nothing is allocated */
 };
 
+/* -- local exchange and all_gather */
+
 /* Moves every flow until all are done. A group of receives is served together with a group of sends, and what a rank
    has sent waits in the channel. To be free of deadlock whatever the group sizes, rank r talks to peer (r + k) while it
    listens to peer (r - k): the caller orders the lists so (lorasynci_local_exchange). */
@@ -6542,6 +6548,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_stream(void *user, const lo
     lorasynci_gpu_leave(n->device, old);
     return status;
 }
+
+/* -- host memory over NCCL */
 
 /* One part of every message: into the scratch, over, and out of it. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_exchange_part(lorasynci_nccl *n, const lorasync_message *sends,
@@ -14119,6 +14127,8 @@ LORASYNCI_FN void lorasynci_commit_all(lorasynci_publication *p)
     }
 }
 
+/* -- the end of a run */
+
 /* The error of the whole run: the first engine's, and who serves what. */
 LORASYNCI_FN lorasync_status lorasynci_tell_who(const lorasynci_publication *p, lorasync_error *err)
 {
@@ -14437,7 +14447,7 @@ LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_co
     return failed;
 }
 
-/* -- directory transport.
+/* -- the directory transport.
 
        <path>/<adapter>/            adapter_fd
             .stage-<pid>-v13/       being written
@@ -14541,7 +14551,7 @@ LORASYNCI_FN int lorasynci_retire(int adapter_fd, const char *name)
     return failed;
 }
 
-/* -- directory transport: cleaning up */
+/* -- cleaning up a directory */
 
 /* 1 for a working name of a process that is gone, or of this one: it works on one version of an adapter at a time. */
 LORASYNCI_FN int lorasynci_is_stale(const char *name)
@@ -14637,7 +14647,7 @@ LORASYNCI_FN int lorasynci_same_version(lorasynci_directory *d, int adapter_fd, 
     return same;
 }
 
-/* -- directory transport: staging */
+/* -- staging in a directory */
 
 /* Engines serve a newer version already: going back would be silent data loss for them. */
 LORASYNCI_FN lorasync_status lorasynci_fail_newer(lorasync_error *err, const lorasynci_directory *d,
@@ -14758,7 +14768,7 @@ LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasyn
     return status;
 }
 
-/* -- directory transport: committing */
+/* -- committing in a directory */
 
 /* Points `latest` to a version: a new link, renamed over the old one. 0 or an errno. */
 LORASYNCI_FN int lorasynci_swing_latest(const lorasynci_directory *d, int adapter_fd, const char *version)
@@ -17658,6 +17668,8 @@ LORASYNC_API const char *lorasync_memory_tag_text(lorasync_memory_tag tag)
     default: return "unknown tag";
     }
 }
+
+/* -- decisions */
 
 /* What the engine has given back, of what it knows. */
 LORASYNCI_FN unsigned lorasynci_released(const lorasync_policy_state *s) { return s->released & s->tags; }
