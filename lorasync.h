@@ -4466,8 +4466,6 @@ LORASYNCI_FN lorasync_status lorasynci_re_class(lorasynci_re *r, uint32_t *out)
     return lorasynci_re_new_set(r, set, out);
 }
 
-/* -- parsing what repeats and what groups */
-
 /* Reads * + ? or {m,n} if one stands here. A { that begins none is an ordinary byte, as in Python. */
 LORASYNCI_FN int lorasynci_re_quantifier(lorasynci_re *r, uint32_t *min, uint32_t *max)
 {
@@ -4504,6 +4502,8 @@ LORASYNCI_FN int lorasynci_re_quantifier(lorasynci_re *r, uint32_t *min, uint32_
 }
 
 LORASYNCI_FN lorasync_status lorasynci_re_alternatives(lorasynci_re *r, uint32_t *out);
+
+/* -- parsing groups */
 
 /* What (? begins; r->at is behind the ?. Sets *look to '=', '!' or 0 (a plain group). */
 LORASYNCI_FN lorasync_status lorasynci_re_group_kind(lorasynci_re *r, unsigned *look)
@@ -14913,8 +14913,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 /* --------------------------------------------------------------------------------------------------------- >>shm -- */
 
 /* The shared-memory transport: one publisher and any number of engines of one host and user. The publisher's side, and
-   what the engine room needs to look at a published version. Relies on support and on the names and contents of
-   publish.
+   what the engine room needs to look at a published version. Uses >>support, >>gpu, >>image, >>move and >>publish.
 
        /lorasync-<name>            control   | magic | publisher | last serial | adapters | slots | readers |
        /lorasync-<name>@<serial>   a slot    | head, one page | header, payload | config_json, NUL | spare |
@@ -15010,8 +15009,9 @@ LORASYNCI_FN int lorasynci_shm_slot_of(uint64_t word)
     return slot < LORASYNCI_SHM_SLOTS ? slot : -1;
 }
 
-/* -- names */
+/* -- names of shared memory */
 
+/* The name becomes a file name of /dev/shm, and a prefix of the slots' names: "@" may not be in it. */
 LORASYNCI_FN lorasync_status lorasynci_shm_check_name(const char *name, lorasync_error *err)
 {
     size_t n = name ? strlen(name) : 0;
@@ -15086,6 +15086,7 @@ LORASYNCI_FN uint64_t lorasynci_shm_claim(int fd, int byte, uint64_t *place, uin
     }
 }
 
+/* Gives a place back, unless somebody has taken it meanwhile. */
 LORASYNCI_FN void lorasynci_shm_disown(uint64_t *place, uint64_t mine)
 {
     __atomic_compare_exchange_n(place, &mine, (uint64_t)0, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
@@ -15093,6 +15094,7 @@ LORASYNCI_FN void lorasynci_shm_disown(uint64_t *place, uint64_t mine)
 
 /* -- segments */
 
+/* What is not there is LORASYNC_E_NOT_FOUND: callers may expect that. */
 LORASYNCI_FN lorasync_status lorasynci_shm_fail(lorasync_error *err, const char *what, const char *path, int reason)
 {
     return lorasynci_fail(err, reason == ENOENT ? LORASYNC_E_NOT_FOUND : LORASYNC_E_IO,
@@ -15106,10 +15108,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_open_segment(const char *path, int fl
     int reason, fd = shm_open(path, flags, 0600);
     if (fd < 0) return lorasynci_shm_fail(err, "open", path, errno);
     reason = fstat(fd, out_st) == 0 ? 0 : errno;
-    if (!reason && flags & O_CREAT && out_st->st_size == 0 && out_st->st_uid == geteuid()) { /* whatever the umask
-                                                                                                took */
+    /* whatever the umask took from a new one */
+    if (!reason && flags & O_CREAT && out_st->st_size == 0 && out_st->st_uid == geteuid())
         reason = fchmod(fd, 0600) == 0 && fstat(fd, out_st) == 0 ? 0 : errno;
-    }
     if (!reason && out_st->st_uid == geteuid() && (out_st->st_mode & 0777) == 0600) {
         *out_fd = fd;
         return LORASYNC_OK;
@@ -15151,6 +15152,8 @@ LORASYNCI_FN int lorasynci_shm_reserve(int fd, size_t num_bytes)
 #define LORASYNCI_POPULATE 0
 #endif
 
+/* NULL and a reason when it cannot be mapped. The control is large and mostly empty: its pages come when they are
+   used. */
 LORASYNCI_FN void *lorasynci_shm_map_fd(int fd, size_t num_bytes, int writable, int *out_reason)
 {
     int   flags = MAP_SHARED | (num_bytes > sizeof(lorasynci_shm_control) ? LORASYNCI_POPULATE : 0);
@@ -15171,9 +15174,11 @@ typedef struct lorasynci_shm_map {
 LORASYNCI_FN int lorasynci_shm_is_removed(const lorasynci_shm_map *m)
 {
     struct stat st;
+    LORASYNC_ASSERT(m->control);
     return fstat(m->fd, &st) != 0 || st.st_nlink < m->links || (uintmax_t)st.st_size < sizeof *m->control;
 }
 
+/* Does nothing for one that is not mapped. */
 LORASYNCI_FN void lorasynci_shm_detach(lorasynci_shm_map *m)
 {
     if (!m->control) return;
@@ -15279,13 +15284,16 @@ LORASYNCI_FN lorasync_status lorasynci_shm_take(const char *name, int create, lo
     }
 }
 
+/* Slot -1 is none, and marks nothing. */
 LORASYNCI_FN void lorasynci_shm_mark(uint64_t *bits, int slot)
 {
+    LORASYNC_ASSERT(slot < LORASYNCI_SHM_SLOTS);
     if (slot >= 0) bits[slot / 64] |= (uint64_t)1 << (slot % 64);
 }
 
 LORASYNCI_FN int lorasynci_shm_is_marked(const uint64_t *bits, int slot)
 {
+    LORASYNC_ASSERT(slot >= 0 && slot < LORASYNCI_SHM_SLOTS);
     return (int)(bits[slot / 64] >> (slot % 64) & 1);
 }
 
@@ -15374,11 +15382,14 @@ typedef struct lorasynci_shm {
                                                         could wait for ever */
 } lorasynci_shm;
 
+/* Of a mapped slot. */
 LORASYNCI_FN lorasynci_shm_head *lorasynci_shm_head_of(const lorasynci_shm *s, int slot)
 {
+    LORASYNC_ASSERT(slot >= 0 && slot < LORASYNCI_SHM_SLOTS && s->memory[slot]);
     return (lorasynci_shm_head *)s->memory[slot];
 }
 
+/* Where the image lies in it: the header, and the payload behind it where that is in host memory. */
 LORASYNCI_FN char *lorasynci_shm_image_of(const lorasynci_shm *s, int slot)
 {
     return (char *)s->memory[slot] + LORASYNCI_SHM_HEAD;
@@ -15430,6 +15441,8 @@ LORASYNCI_FN void lorasynci_shm_look(lorasynci_shm *s, int bury)
     }
 }
 
+/* Nobody reads it: no word names it and no reader pins it. The serial goes last, so that a publisher that is killed in
+   between finds it again. */
 LORASYNCI_FN void lorasynci_shm_drop_slot(lorasynci_shm *s, int slot)
 {
     lorasynci_shm_segment *g = &s->map.control->slots[slot];
@@ -15494,6 +15507,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot,
     struct stat            st;
     lorasync_status        status;
     int                    fd = -1;
+    LORASYNC_ASSERT(!g->serial && !s->memory[slot]);
     if (!c->last_serial) c->last_serial = lorasynci_shm_first_serial();
     g->num_bytes    = num_bytes;
     g->adapter      = (uint64_t)adapter;
@@ -15521,9 +15535,11 @@ LORASYNCI_FN size_t lorasynci_shm_need(size_t image_bytes, size_t config_bytes)
 /* The size of a new slot: the spare lets a config grow. */
 LORASYNCI_FN size_t lorasynci_shm_size(size_t need)
 {
+    LORASYNC_ASSERT(need <= SIZE_MAX / 2);
     return (need + LORASYNCI_SHM_SPARE + LORASYNCI_SHM_HEAD - 1) / LORASYNCI_SHM_HEAD * LORASYNCI_SHM_HEAD;
 }
 
+/* Large enough, and not so large that it would be waste to keep. */
 LORASYNCI_FN int lorasynci_shm_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g, size_t need)
 {
     return g->num_bytes >= need && g->num_bytes / 2 <= lorasynci_shm_size(need) && lorasynci_shm_payload_fits(s, g);
@@ -15663,14 +15679,16 @@ LORASYNCI_FN lorasync_status lorasynci_shm_find_served(lorasynci_shm *s, int ada
         "cannot map shared memory %s, which holds the version that is served; free memory and try again", path);
 }
 
+/* 1 if the slot holds just this image and config. What the head says is checked against the slot, as another program
+   may have written there. */
 LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lorasync_image *image)
 {
     const lorasynci_shm_head *h       = lorasynci_shm_head_of(s, slot);
     const char               *memory  = lorasynci_shm_image_of(s, slot);
     size_t                    config  = strlen(image->config_json) + 1;
     uint64_t                  in_slot = s->sizes[slot] - LORASYNCI_SHM_HEAD;
-    int on_device                     = h->memory.num_bytes || image->on_device; /* then the digest in the header speaks
-                                                                                    for the payload */
+    /* then the digest in the header speaks for the payload */
+    int on_device = h->memory.num_bytes || image->on_device;
     if (h->image_bytes + h->payload_bytes != (uint64_t)image->header_bytes + image->payload_bytes ||
         h->config_bytes != config)
         return 0;
@@ -15683,14 +15701,16 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
            memcmp(memory + h->image_bytes, image->config_json, config) == 0;
 }
 
-/* -- payloads in device memory: the publisher's side */
+/* -- payloads in device memory, the publisher's side */
 
 #ifdef LORASYNC_CUDA
 
+/* Writes the head's `memory` when all of it is there; the caller frees it after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_shm_allocate(lorasynci_shm *s, int slot, size_t num_bytes, lorasync_error *err)
 {
     lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
     void                 *p = NULL;
+    LORASYNC_ASSERT(!s->payloads[slot]);
     LORASYNCI_CUDA(cudaMalloc(&p, num_bytes), "memory for a slot");
     s->payloads[slot] = (char *)p;
     LORASYNCI_CUDA(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)m->handle, p),
@@ -15743,6 +15763,7 @@ LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
     return s->payloads[slot];
 }
 
+/* The copy begins when what the caller has on its stream has ended. */
 LORASYNCI_FN lorasync_status lorasynci_shm_enqueue(lorasynci_shm *s, int slot, const lorasync_image *image,
                                                    lorasync_error *err)
 {
@@ -15768,6 +15789,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_copy_begin(lorasynci_shm *s, int slot
     return status;
 }
 
+/* Engines may look at the slot only when the copy has ended. */
 LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_error *err)
 {
     lorasync_status status;
@@ -15806,6 +15828,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_e
 
 #endif
 
+/* As lorasynci_shm_fits, for the device memory; a slot without serves a transport without. */
 LORASYNCI_FN int lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g)
 {
     if (!s->device) return g->device_bytes == 0;
@@ -15858,6 +15881,7 @@ LORASYNCI_FN int lorasynci_shm_is_lost(const lorasynci_shm *s, int slot, const l
            !lorasynci_shm_lives(s->map.fd, LORASYNCI_SHM_PUBLISHER, h->memory.owner, s->mine);
 }
 
+/* A transport with a GPU takes payloads from either memory. */
 LORASYNCI_FN lorasync_status lorasynci_shm_check_image(const lorasynci_shm *s, const lorasync_image *image,
                                                        lorasync_error *err)
 {
@@ -15879,14 +15903,14 @@ LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
             lorasynci_shm_free_payload(s, i);
             if (!lorasynci_shm_is_marked(s->used, i)) lorasynci_shm_drop_slot(s, i);
         } else if (lorasynci_shm_is_marked(s->used, i)) {
-            __atomic_store_n(&s->map.control->slots[i].retired, (uint64_t)0, __ATOMIC_SEQ_CST); /* served on while the
-                                                                                                   process lives */
+            /* served on while the process lives */
+            __atomic_store_n(&s->map.control->slots[i].retired, (uint64_t)0, __ATOMIC_SEQ_CST);
         }
     }
     lorasynci_gpu_close(&s->a, s->device);
 }
 
-/* -- the transport */
+/* -- the shared-memory transport */
 
 /* What was staged is not wanted. Its slot stays taken: the image that was staged without a copy lies there. */
 LORASYNCI_FN void lorasynci_shm_unstage(lorasynci_shm_place *p)
@@ -15913,6 +15937,8 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     memcpy(memory + h->image_bytes, image->config_json, (size_t)h->config_bytes);
 }
 
+/* Copies the image into a slot that no engine reads, unless the slot that was lent holds it already. Afterwards
+   `staged` is that slot, or -1 where the very version is served: then commit has nothing to do. */
 LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_image *image, lorasync_error *err)
 {
     lorasynci_shm *s = (lorasynci_shm *)user;
@@ -15941,9 +15967,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
         need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image does not fit memory");
     LORASYNCI_TRY(lorasynci_shm_pick(s, adapter, need, err));
-    copies =
-        s->device && image->payload != s->payloads[s->places[adapter].next]; /* a gather into the slot has ended before
-                                                                                it is published */
+    LORASYNC_ASSERT(s->places[adapter].staged < 0 && s->places[adapter].next >= 0);
+    /* a gather into the slot has ended before it is published */
+    copies = s->device && image->payload != s->payloads[s->places[adapter].next];
     if (copies) LORASYNCI_TRY(lorasynci_shm_copy_begin(s, s->places[adapter].next, image, err));
     lorasynci_shm_fill(s, s->places[adapter].next, image);
     if (copies) LORASYNCI_TRY(lorasynci_shm_copy_end(s, err));
@@ -15953,6 +15979,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     return LORASYNC_OK;
 }
 
+/* The one store that makes engines see the new version. Committing what is served already is no error. */
 LORASYNCI_FN lorasync_status lorasynci_shm_commit(void *user, const char *adapter, uint64_t version,
                                                   lorasync_error *err)
 {
@@ -15966,12 +15993,12 @@ LORASYNCI_FN lorasync_status lorasynci_shm_commit(void *user, const char *adapte
     p = i < 0 ? NULL : &s->places[i];
     if (!p || p->staged < 0 || p->version != version) {
         served = p ? lorasynci_shm_served(s, i) : -1;
-        if (served >= 0 && lorasynci_shm_head_of(s, served)->version == version)
-            return LORASYNC_OK; /* staging found it
-                                                                                                        served */
+        /* staging found it served */
+        if (served >= 0 && lorasynci_shm_head_of(s, served)->version == version) return LORASYNC_OK;
         return lorasynci_fail(err, LORASYNC_E_STATE, "version %llu of '%.60s' was not staged in shared memory '%s'",
                               (unsigned long long)version, adapter, s->name);
     }
+    LORASYNC_ASSERT(p->staged < LORASYNCI_SHM_SLOTS);
     word = &s->map.control->adapters[i].word;
     __atomic_store_n(word,
                      ((*word >> LORASYNCI_SHM_SLOT_BITS) + 1) << LORASYNCI_SHM_SLOT_BITS | (uint64_t)(p->staged + 1),
@@ -15980,6 +16007,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_commit(void *user, const char *adapte
     return LORASYNC_OK;
 }
 
+/* Only a version that is staged here is dropped; the slot stays for the next one. */
 LORASYNCI_FN void lorasynci_shm_abort(void *user, const char *adapter, uint64_t version)
 {
     lorasynci_shm *s = (lorasynci_shm *)user;
@@ -16211,16 +16239,19 @@ LORASYNCI_FN int lorasynci_shm_is_ours(const lorasynci_shm_view *v)
     return lorasynci_process_pid(v->mine) == (long)getpid();
 }
 
+/* One user less; the last one gives the reader's place back. NULL is allowed. */
 LORASYNCI_FN void lorasynci_shm_view_drop(lorasynci_shm_view *v)
 {
     lorasync_allocator a;
     if (!v || --v->num_users > 0) return;
+    LORASYNC_ASSERT(v->num_users >= 0);
     a = v->a;
     if (v->reader && lorasynci_shm_is_ours(v)) lorasynci_shm_disown(&v->reader->owner, v->mine);
     lorasynci_shm_detach(&v->map);
     lorasynci_dealloc(&a, v);
 }
 
+/* Takes a reader's place and clears what the reader before has left there. */
 LORASYNCI_FN lorasync_status lorasynci_shm_view_enter(lorasynci_shm_view *v, const char *name, lorasync_error *err)
 {
     uint64_t self = lorasynci_process_self();
@@ -16261,8 +16292,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_open(const char *name, const lor
     return status;
 }
 
+/* The publisher may then write into the slot. */
 LORASYNCI_FN void lorasynci_shm_unpin(lorasynci_shm_view *v, int slot)
 {
+    LORASYNC_ASSERT(slot >= 0 && slot < LORASYNCI_SHM_SLOTS);
     if (lorasynci_shm_is_ours(v))
         __atomic_fetch_and(&v->reader->pins[slot / 64], ~((uint64_t)1 << (slot % 64)), __ATOMIC_SEQ_CST);
 }
@@ -16295,9 +16328,11 @@ typedef struct lorasynci_mapped {
     size_t                   num_bytes;
 } lorasynci_mapped;
 
+/* No version that is held lies in it. */
 LORASYNCI_FN void lorasynci_mapped_close(lorasynci_mapped *m)
 {
     lorasync_allocator a = m->view->a;
+    LORASYNC_ASSERT(m->num_users == 0);
     if (m->map) munmap(m->map, m->num_bytes);
     lorasynci_shm_view_drop(m->view);
     lorasynci_dealloc(&a, m);
@@ -16355,6 +16390,8 @@ LORASYNCI_FN lorasync_status lorasynci_mapped_add(lorasynci_mapped **first, lora
     return LORASYNC_OK;
 }
 
+/* Everything that is used to find the image in the slot: afterwards header, payload and config lie inside the mapping,
+   and the config ends in a NUL. */
 LORASYNCI_FN lorasync_status lorasynci_mapped_check_head(const lorasynci_mapped *m, const char *path,
                                                          lorasync_error *err)
 {
@@ -16389,7 +16426,7 @@ LORASYNCI_FN lorasync_status lorasynci_mapped_get(lorasynci_mapped **first, lora
     *out = m;
     return lorasynci_mapped_check_head(m, path, err);
 }
-/* -- payloads in device memory: the engine's side
+/* -- payloads in device memory, the engine's side.
 
    An engine opens the device memory of a slot once and keeps it open, whatever versions the slot holds, until the slot
    is retired or goes away:
