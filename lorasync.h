@@ -2232,6 +2232,87 @@ LORASYNCI_FN void *lorasynci_alloc_array(const lorasync_allocator *a, size_t num
     return p;
 }
 
+/* An arena: blocks of the caller's allocator that die together. Single ones may be freed before, as by a buffer that
+   grows.
+
+       arena -> | head | block |  <->  | head | block |  <->  ..      the last one made first */
+typedef struct lorasynci_arena_head {
+    struct lorasynci_arena_head *newer, *older;
+    size_t                       num_bytes, unused; /* 32 bytes: blocks stay aligned to 16 */
+} lorasynci_arena_head;
+
+/* What one or more arenas have. */
+typedef struct lorasynci_meter {
+    size_t live, peak;
+} lorasynci_meter;
+
+typedef struct lorasynci_arena {
+    lorasync_allocator    a;     /* through the arena, which must not be moved */
+    lorasync_allocator    below; /* the caller's */
+    lorasynci_meter      *meter; /* counts what lies here; may be shared */
+    lorasynci_arena_head *last;
+    size_t                refused; /* bytes of an array that there was no memory for, or 0 */
+} lorasynci_arena;
+
+LORASYNCI_FN void *lorasynci_arena_alloc(void *user, size_t num_bytes)
+{
+    lorasynci_arena      *m = (lorasynci_arena *)user;
+    lorasynci_arena_head *h;
+    if (num_bytes > SIZE_MAX - sizeof *h) return NULL;
+    h = (lorasynci_arena_head *)lorasynci_alloc(&m->below, num_bytes + sizeof *h);
+    if (!h) return NULL;
+    h->newer     = NULL;
+    h->older     = m->last;
+    h->num_bytes = num_bytes;
+    if (m->last) m->last->newer = h;
+    m->last = h;
+    m->meter->live += num_bytes;
+    if (m->meter->live > m->meter->peak) m->meter->peak = m->meter->live;
+    return h + 1;
+}
+
+LORASYNCI_FN void lorasynci_arena_free(void *user, void *memory)
+{
+    lorasynci_arena      *m = (lorasynci_arena *)user;
+    lorasynci_arena_head *h = (lorasynci_arena_head *)memory - 1;
+    LORASYNC_ASSERT(m->meter->live >= h->num_bytes && (h->newer || m->last == h));
+    m->meter->live -= h->num_bytes;
+    if (h->older) h->older->newer = h->newer;
+    if (h->newer) h->newer->older = h->older;
+    else m->last = h->older;
+    lorasynci_dealloc(&m->below, h);
+}
+
+LORASYNCI_FN void lorasynci_arena_open(lorasynci_arena *m, const lorasync_allocator *below, lorasynci_meter *meter)
+{
+    memset(m, 0, sizeof *m);
+    m->a.alloc = lorasynci_arena_alloc;
+    m->a.free  = lorasynci_arena_free;
+    m->a.user  = m;
+    m->below   = *below;
+    m->meter   = meter;
+}
+
+/* Frees every block that is left. One that was zeroed and never opened has none. */
+LORASYNCI_FN void lorasynci_arena_close(lorasynci_arena *m)
+{
+    while (m->last) lorasynci_arena_free(m, m->last + 1);
+}
+
+/* lorasynci_alloc_array in an arena. Many are asked for in a row and looked at once, by lorasynci_arena_check. */
+LORASYNCI_FN void *lorasynci_arena_array(lorasynci_arena *m, size_t num, size_t num_bytes)
+{
+    void *p = lorasynci_alloc_array(&m->a, num, num_bytes);
+    if (!p && !lorasynci_checked_mul(num, num_bytes, &m->refused)) m->refused = SIZE_MAX;
+    return p;
+}
+
+/* Whether all arrays so far could be had. */
+LORASYNCI_FN lorasync_status lorasynci_arena_check(const lorasynci_arena *m, lorasync_error *err)
+{
+    return m->refused ? lorasynci_fail_memory(err, m->refused) : LORASYNC_OK;
+}
+
 /* A growing run of bytes. After a failed growth `failed` stays set and every put does nothing: check once at the
    end. */
 typedef struct lorasynci_buffer {
@@ -8412,40 +8493,6 @@ enum {
     LORASYNCI_ALIGN = 16
 }; /* of a part in a message: vector loads on any machine */
 
-/* -- memory: the caller's allocator with a count in front */
-
-typedef struct lorasynci_meter {
-    lorasync_allocator a;
-    size_t             live, peak;
-} lorasynci_meter;
-
-enum {
-    LORASYNCI_METER_HEAD = 16
-}; /* the size, in front of each block; keeps 16-byte alignment */
-
-LORASYNCI_FN void *lorasynci_meter_alloc(void *user, size_t num_bytes)
-{
-    lorasynci_meter *m = (lorasynci_meter *)user;
-    char            *p;
-    if (num_bytes > SIZE_MAX - LORASYNCI_METER_HEAD) return NULL;
-    p = (char *)lorasynci_alloc(&m->a, num_bytes + LORASYNCI_METER_HEAD);
-    if (!p) return NULL;
-    memcpy(p, &num_bytes, sizeof num_bytes);
-    m->live += num_bytes;
-    if (m->live > m->peak) m->peak = m->live;
-    return p + LORASYNCI_METER_HEAD;
-}
-
-LORASYNCI_FN void lorasynci_meter_free(void *user, void *memory)
-{
-    lorasynci_meter *m = (lorasynci_meter *)user;
-    char            *p = (char *)memory - LORASYNCI_METER_HEAD;
-    size_t           num_bytes;
-    memcpy(&num_bytes, p, sizeof num_bytes);
-    m->live -= num_bytes;
-    lorasynci_dealloc(&m->a, p);
-}
-
 /* -- catalogue: the tensors a rank has or wants, as bytes that can be sent as they are
 
        | name_bytes u32 | dtype u8 | ndim u8 | wanted u16 | shape i64 x ndim | name, NUL, padding to 8 | next record
@@ -8856,103 +8903,6 @@ LORASYNCI_FN uint64_t lorasynci_end_at(const lorasynci_end *e, const int64_t *of
     return e->at + (uint64_t)(lorasynci_distance(off, e->off, e->stride, ndim) * lorasynci_item(e->dtype));
 }
 
-/* Dimensions of a movement after neighbours that run on without a gap at both ends, and in the tensor, have been
-   joined; outermost first. */
-typedef struct lorasynci_dims {
-    int     num;
-    int64_t len[LORASYNC_MAX_DIMS + 1], src[LORASYNC_MAX_DIMS + 1], dst[LORASYNC_MAX_DIMS + 1],
-        pos[LORASYNC_MAX_DIMS + 1];
-} lorasynci_dims;
-
-LORASYNCI_FN void lorasynci_join_dims(lorasynci_dims *out, const int64_t *len, int ndim, const int64_t *src,
-                                      const int64_t *dst, const int64_t *pos)
-{
-    lorasynci_dims in; /* innermost first */
-    int            d, i;
-    in.num = 0;
-    for (d = ndim - 1; d >= 0; d--) {
-        int k = in.num - 1;
-        if (len[d] == 1) continue;
-        if (k >= 0 && src[d] == in.src[k] * in.len[k] && dst[d] == in.dst[k] * in.len[k] &&
-            pos[d] == in.pos[k] * in.len[k]) {
-            in.len[k] *= len[d];
-            continue;
-        }
-        if (in.num == 0 && pos[d] != 1) { /* rows are runs of the tensor: here of one element */
-            in.len[0] = in.src[0] = in.dst[0] = in.pos[0] = 1;
-            in.num                                        = 1;
-        }
-        k         = in.num++;
-        in.len[k] = len[d];
-        in.src[k] = src[d];
-        in.dst[k] = dst[d];
-        in.pos[k] = pos[d];
-    }
-    for (; in.num < 2; in.num++) { /* at least row and column */
-        in.len[in.num] = 1;
-        in.src[in.num] = in.dst[in.num] = in.pos[in.num] = in.num == 0 ? 1 : 0;
-    }
-    out->num = in.num;
-    for (i = 0; i < in.num; i++) {
-        out->len[i] = in.len[in.num - 1 - i];
-        out->src[i] = in.src[in.num - 1 - i];
-        out->dst[i] = in.dst[in.num - 1 - i];
-        out->pos[i] = in.pos[in.num - 1 - i];
-    }
-}
-
-/* Appends the ops that move box (off, len) of a tensor from one end to the other: one, or one per index of the
-   dimensions beyond two. */
-LORASYNCI_FN void lorasynci_add_ops(lorasynci_ops *ops, const int64_t *off, const int64_t *len, const int64_t *shape,
-                                    int ndim, const lorasynci_end *src, const lorasynci_end *dst, uint32_t tensor,
-                                    float scale, uint32_t round, int digest, lorasync_dtype via)
-{
-    int64_t        tensor_stride[LORASYNC_MAX_DIMS], index[LORASYNC_MAX_DIMS + 1] = {0};
-    lorasynci_dims dims;
-    lorasynci_op   op;
-    lorasynci_grid grid;
-    int            d, outer;
-    lorasynci_row_major(shape, ndim, tensor_stride);
-    lorasynci_join_dims(&dims, len, ndim, src->stride, dst->stride, tensor_stride);
-    outer = dims.num - 2;
-    memset(&op, 0, sizeof op);
-    op.src       = lorasynci_end_at(src, off, ndim);
-    op.dst       = lorasynci_end_at(dst, off, ndim);
-    op.pos       = lorasynci_distance(off, NULL, tensor_stride, ndim);
-    op.n1        = dims.len[outer + 1];
-    op.tensor    = tensor;
-    op.round     = (uint16_t)round;
-    op.digest    = (uint8_t)digest;
-    op.via       = (uint8_t)via;
-    op.src_space = (uint8_t)src->space;
-    op.dst_space = (uint8_t)dst->space;
-    op.src_dtype = (uint8_t)src->dtype;
-    op.dst_dtype = (uint8_t)dst->dtype;
-    memset(&grid, 0, sizeof grid);
-    grid.n0    = dims.len[outer];
-    grid.s0    = grid.n0 > 1 ? dims.src[outer] : 0;
-    grid.d0    = grid.n0 > 1 ? dims.dst[outer] : 0;
-    grid.row   = grid.n0 > 1 ? dims.pos[outer] : 0;
-    grid.s1    = op.n1 > 1 ? dims.src[outer + 1] : 1;
-    grid.d1    = op.n1 > 1 ? dims.dst[outer + 1] : 1;
-    grid.scale = scale;
-    op.grid    = lorasynci_ops_grid(ops, &grid);
-    for (;;) {
-        lorasynci_put(&ops->list, &op, sizeof op);
-        for (d = outer - 1; d >= 0; d--) { /* count up the outer dimensions like an odometer */
-            op.src += (uint64_t)(dims.src[d] * lorasynci_item(src->dtype));
-            op.dst += (uint64_t)(dims.dst[d] * lorasynci_item(dst->dtype));
-            op.pos += dims.pos[d];
-            if (++index[d] < dims.len[d]) break;
-            op.src -= (uint64_t)(dims.src[d] * dims.len[d] * lorasynci_item(src->dtype));
-            op.dst -= (uint64_t)(dims.dst[d] * dims.len[d] * lorasynci_item(dst->dtype));
-            op.pos -= dims.pos[d] * dims.len[d];
-            index[d] = 0;
-        }
-        if (d < 0) return;
-    }
-}
-
 /* -- the plan */
 
 /* The bytes between this rank and one peer, one way: a stream cut into rounds; the sender's digests follow the last
@@ -8973,8 +8923,9 @@ typedef struct lorasynci_link {
 typedef struct lorasynci_device lorasynci_device;
 
 struct lorasync_plan {
-    lorasynci_meter       meter;    /* counts what the plan allocates */
-    lorasync_allocator    a;        /* goes through the meter */
+    lorasynci_arena       arena;    /* all that the plan allocates, but for staging and the image */
+    lorasync_allocator    a;        /* goes through the arena */
+    lorasynci_meter       meter;    /* of the arena; while planning, of the planner's, too */
     lorasynci_talk        own_talk; /* without scratch in a plan that belongs to a session or stream */
     lorasynci_talk       *talk;     /* own_talk, or theirs */
     lorasync_plan_kind    kind;
@@ -9091,7 +9042,7 @@ LORASYNCI_FN int lorasynci_is_pipelined(const lorasync_plan *plan)
 /* A non-empty box of some rank, as it arrived. */
 typedef struct lorasynci_region {
     const int64_t *box;    /* off, then len; inside the rank's message */
-    uint32_t       tensor; /* merged number */
+    uint32_t       tensor; /* number in that rank's catalogue */
     uint32_t       rank;
     uint32_t       item; /* number of the part on that rank */
 } lorasynci_region;
@@ -9117,8 +9068,31 @@ typedef struct lorasynci_route {
     uint32_t peer;
     uint64_t at; /* in the stream */
     uint32_t round;
-    uint32_t boxed; /* off and len (ndim each) follow; else the whole part */
+    uint16_t boxed;   /* 1: off and len (ndim each) follow; 0: the whole part */
+    uint16_t digests; /* 1: what is sent this way is digested and checked for NaN */
 } lorasynci_route;
+
+/* A digest that a rank sends: of a tensor in its catalogue, to be added to that of a tensor of the image. */
+typedef struct lorasynci_summand {
+    uint32_t tensor, image_tensor;
+} lorasynci_summand;
+
+/* The planner's answer to one rank, in two messages.
+
+       | head |   and   | sends: routes | receives: routes | targets: one per catalogue tensor | its digests: a list |
+                        digests that it receives: a list from each rank, if it has the image |
+
+   A list is its length, u64, then u32 each, to 8. */
+typedef struct lorasynci_destination {
+    uint64_t offset; /* in the payload of a gather */
+    uint64_t index;  /* among the tensors of its image */
+    uint64_t dtype;  /* in which it travels */
+} lorasynci_destination;
+
+typedef struct lorasynci_answer {
+    uint64_t sends_bytes, receives_bytes, num_targets, digests_bytes;
+    uint64_t num_rounds;
+} lorasynci_answer;
 
 /* The size of what a rank will send to the planner; equal catalogues are sent once. */
 typedef struct lorasynci_hello {
@@ -9128,14 +9102,13 @@ typedef struct lorasynci_hello {
 } lorasynci_hello;
 
 typedef struct lorasynci_planner {
+    lorasynci_arena           arena; /* of all that follows: it dies when the last answer is sent */
     lorasynci_talk           *talk;
     const lorasync_plan_desc *desc;
-    const lorasync_allocator *a;
     lorasync_plan            *plan; /* that is made; NULL: names are merged for a base stream */
     int                       world;
     lorasynci_hello          *hellos;     /* per rank; all that follows is on the planner only */
     lorasynci_block          *received;   /* per rank: its parts and, of the first that has it, its catalogue */
-    lorasynci_block          *answers;    /* per rank: what it is sent next */
     lorasynci_catalogue      *catalogues; /* per rank; num 0 where another rank's is meant */
     int                      *same_as;    /* per rank: whose catalogue it has */
     uint32_t                **numbers;    /* per rank with a catalogue: merged number of each of its tensors */
@@ -9152,7 +9125,10 @@ typedef struct lorasynci_planner {
                                             pair_cap */
     uint32_t                  num_rounds;
     lorasynci_buffer         *sends, *receives; /* per rank: lorasynci_route ... */
-    lorasynci_buffer         *digests;          /* per rank: uint32_t image tensor of each digest it sends */
+    lorasynci_buffer         *digests;          /* per rank: lorasynci_summand, in the order of the image */
+    lorasynci_answer         *heads;            /* per rank */
+    lorasynci_buffer         *bodies;           /* per rank: what follows its head */
+    lorasynci_block          *blocks;           /* per rank: the one that it is sent next */
 } lorasynci_planner;
 
 LORASYNCI_FN const char *lorasynci_merged_name(const lorasynci_planner *p, size_t t)
@@ -9206,31 +9182,50 @@ LORASYNCI_FN lorasync_status lorasynci_merge_record(lorasynci_planner *p, const 
                                    err);
 }
 
-/* All catalogues into one; what is held first, so that what is wanted finds it. */
-LORASYNCI_FN lorasync_status lorasynci_merge(lorasynci_planner *p, lorasync_error *err)
+/* A scatter: the tensors of the image are what is held. */
+LORASYNCI_FN lorasync_status lorasynci_merge_image(lorasynci_planner *p, const lorasync_image *image,
+                                                   lorasync_error *err)
 {
-    size_t total = 0, i;
-    int    rank, wanted;
-    for (rank = 0; rank < p->world; rank++) total += p->catalogues[rank].num;
-    if (p->desc->kind == LORASYNC_SCATTER) total += p->desc->image->num_tensors;
-    p->first_rank = (int *)lorasynci_alloc_array(p->a, total, sizeof *p->first_rank);
-    if (!p->first_rank || !lorasynci_table_init(&p->names, p->a, total)) return lorasynci_fail_memory(err, total * 8);
-    for (i = 0; p->desc->kind == LORASYNC_SCATTER && i < p->desc->image->num_tensors; i++) {
-        const lorasync_tensor *t = &p->desc->image->tensors[i];
+    size_t i;
+    for (i = 0; i < image->num_tensors; i++) {
+        const lorasync_tensor *t = &image->tensors[i];
         p->first_rank[i]         = -1;
         lorasynci_table_insert(&p->names, t->name, i, lorasynci_catalogue_key, &p->merged);
         LORASYNCI_TRY(lorasynci_catalogue_add(&p->merged, t->name, t->dtype, t->ndim, t->shape, 0, err));
     }
+    return LORASYNC_OK;
+}
+
+/* What all ranks hold, or want. */
+LORASYNCI_FN lorasync_status lorasynci_merge_records(lorasynci_planner *p, int wanted, lorasync_error *err)
+{
+    int    rank;
+    size_t i;
+    for (rank = 0; rank < p->world; rank++)
+        for (i = 0; i < p->catalogues[rank].num; i++) {
+            const lorasynci_record *r = lorasynci_record_at(&p->catalogues[rank], i);
+            if (r->wanted == wanted) LORASYNCI_TRY(lorasynci_merge_record(p, r, rank, &p->numbers[rank][i], err));
+        }
+    return LORASYNC_OK;
+}
+
+/* All catalogues into one; what is held first, so that what is wanted finds it. */
+LORASYNCI_FN lorasync_status lorasynci_merge(lorasynci_planner *p, lorasync_error *err)
+{
+    const lorasync_image *image = p->desc->kind == LORASYNC_SCATTER ? p->desc->image : NULL;
+    size_t                total = image ? image->num_tensors : 0;
+    int                   rank;
     for (rank = 0; rank < p->world; rank++) {
-        p->numbers[rank] = (uint32_t *)lorasynci_alloc_array(p->a, p->catalogues[rank].num, sizeof(uint32_t));
-        if (!p->numbers[rank]) return lorasynci_fail_memory(err, p->catalogues[rank].num * 4);
+        size_t num       = p->catalogues[rank].num;
+        p->numbers[rank] = (uint32_t *)lorasynci_arena_array(&p->arena, num, sizeof(uint32_t));
+        total += num;
     }
-    for (wanted = 0; wanted < 2; wanted++)
-        for (rank = 0; rank < p->world; rank++)
-            for (i = 0; i < p->catalogues[rank].num; i++) {
-                const lorasynci_record *r = lorasynci_record_at(&p->catalogues[rank], i);
-                if (r->wanted == wanted) LORASYNCI_TRY(lorasynci_merge_record(p, r, rank, &p->numbers[rank][i], err));
-            }
+    p->first_rank = (int *)lorasynci_arena_array(&p->arena, total, sizeof *p->first_rank);
+    LORASYNCI_TRY(lorasynci_arena_check(&p->arena, err));
+    if (!lorasynci_table_init(&p->names, &p->arena.a, total)) return lorasynci_fail_memory(err, total * 8);
+    if (image) LORASYNCI_TRY(lorasynci_merge_image(p, image, err));
+    LORASYNCI_TRY(lorasynci_merge_records(p, 0, err));
+    LORASYNCI_TRY(lorasynci_merge_records(p, 1, err));
     if (p->merged.num == 0)
         return lorasynci_fail(err, LORASYNC_E_EMPTY, "no rank declares a tensor; add pieces before planning");
     return LORASYNC_OK;
@@ -9242,39 +9237,62 @@ LORASYNCI_FN lorasync_status lorasynci_damaged_parts(int rank, lorasync_error *e
                           "the parts of rank %d are damaged; do all ranks use the same lorasync.h?", rank);
 }
 
+/* Bytes of another rank, read from the front. */
+typedef struct lorasynci_reader {
+    const char *at, *end;
+} lorasynci_reader;
+
+LORASYNCI_FN lorasynci_reader lorasynci_read_from(const void *bytes, size_t num_bytes)
+{
+    lorasynci_reader r;
+    r.at  = (const char *)bytes;
+    r.end = r.at + num_bytes;
+    return r;
+}
+
+/* The next num_bytes, or NULL when there are not so many. */
+LORASYNCI_FN const char *lorasynci_read(lorasynci_reader *r, size_t num_bytes)
+{
+    const char *at = r->at;
+    if ((size_t)(r->end - r->at) < num_bytes) return NULL;
+    r->at += num_bytes;
+    return at;
+}
+
+/* The next part of the rank that `out` names, as lorasynci_parts_pack packed it: the record of its tensor, or NULL. */
+LORASYNCI_FN const lorasynci_record *lorasynci_read_part(const lorasynci_planner *p, lorasynci_reader *from,
+                                                         lorasynci_region *out)
+{
+    const lorasynci_catalogue *c      = &p->catalogues[p->same_as[out->rank]];
+    const char                *head   = lorasynci_read(from, 8);
+    uint64_t                   tensor = UINT64_MAX;
+    const lorasynci_record    *r;
+    if (head) memcpy(&tensor, head, 8);
+    if (tensor >= c->num) return NULL;
+    r           = lorasynci_record_at(c, (size_t)tensor);
+    out->tensor = (uint32_t)tensor;
+    out->box    = (const int64_t *)(const void *)lorasynci_read(from, (size_t)r->ndim * 2 * sizeof(int64_t));
+    return out->box ? r : NULL;
+}
+
 /* One pass over the parts of all ranks: counts regions per tensor (list NULL) or fills the list. */
 LORASYNCI_FN lorasync_status lorasynci_scan_parts(lorasynci_planner *p, int wanted, lorasynci_regions *out,
                                                   lorasync_error *err)
 {
     int rank;
     for (rank = 0; rank < p->world; rank++) {
-        const lorasynci_catalogue *c     = &p->catalogues[p->same_as[rank]];
-        const char                *parts = (const char *)p->received[rank].data;
-        size_t                     at = 0, item = 0, num_bytes = (size_t)p->hellos[rank].parts_bytes;
-        while (at < num_bytes) {
-            const int64_t          *box;
-            const lorasynci_record *r;
-            uint64_t                tensor;
-            if (num_bytes - at < 8) return lorasynci_damaged_parts(rank, err);
-            memcpy(&tensor, parts + at, 8);
-            if (tensor >= c->num) return lorasynci_damaged_parts(rank, err);
-            r   = lorasynci_record_at(c, (size_t)tensor);
-            box = (const int64_t *)(const void *)(parts + at + 8);
-            at += 8;
-            if (num_bytes - at < (size_t)r->ndim * 16) return lorasynci_damaged_parts(rank, err);
-            at += (size_t)r->ndim * 16;
-            if (r->wanted == wanted) {
-                uint32_t merged = p->numbers[p->same_as[rank]][tensor];
-                if (out->list) {
-                    lorasynci_region *region = &out->list[out->starts[merged]];
-                    region->box              = box;
-                    region->tensor           = merged;
-                    region->rank             = (uint32_t)rank;
-                    region->item             = (uint32_t)item;
-                }
-                out->starts[merged]++;
-            }
-            item++;
+        lorasynci_reader from = lorasynci_read_from(p->received[rank].data, (size_t)p->hellos[rank].parts_bytes);
+        lorasynci_region region;
+        memset(&region, 0, sizeof region);
+        region.rank = (uint32_t)rank;
+        for (; from.at < from.end; region.item++) {
+            const lorasynci_record *r = lorasynci_read_part(p, &from, &region);
+            uint32_t                merged;
+            if (!r) return lorasynci_damaged_parts(rank, err);
+            if (r->wanted != wanted) continue;
+            merged = p->numbers[p->same_as[rank]][region.tensor];
+            if (out->list) out->list[out->starts[merged]] = region;
+            out->starts[merged]++;
         }
     }
     return LORASYNC_OK;
@@ -9285,8 +9303,8 @@ LORASYNCI_FN lorasync_status lorasynci_group_parts(lorasynci_planner *p, int wan
                                                    lorasync_error *err)
 {
     size_t t, sum = 0, n;
-    out->starts = (size_t *)lorasynci_alloc_array(p->a, p->merged.num + 1, sizeof *out->starts);
-    if (!out->starts) return lorasynci_fail_memory(err, p->merged.num * 8);
+    out->starts = (size_t *)lorasynci_arena_array(&p->arena, p->merged.num + 1, sizeof *out->starts);
+    LORASYNCI_TRY(lorasynci_arena_check(&p->arena, err));
     LORASYNCI_TRY(lorasynci_scan_parts(p, wanted, out, err));
     for (t = 0; t <= p->merged.num; t++) {
         n              = out->starts[t];
@@ -9294,8 +9312,8 @@ LORASYNCI_FN lorasync_status lorasynci_group_parts(lorasynci_planner *p, int wan
         sum += n;
     }
     out->num  = sum;
-    out->list = (lorasynci_region *)lorasynci_alloc_array(p->a, sum, sizeof *out->list);
-    if (!out->list) return lorasynci_fail_memory(err, sum * sizeof *out->list);
+    out->list = (lorasynci_region *)lorasynci_arena_array(&p->arena, sum, sizeof *out->list);
+    LORASYNCI_TRY(lorasynci_arena_check(&p->arena, err));
     LORASYNCI_TRY(lorasynci_scan_parts(p, wanted, out, err));
     for (t = p->merged.num; t > 0; t--) out->starts[t] = out->starts[t - 1]; /* filling moved each start to the next */
     out->starts[0] = 0;
@@ -9400,33 +9418,44 @@ LORASYNCI_FN lorasync_status lorasynci_gap_error(const lorasynci_planner *p, siz
         lorasynci_shape_text(lorasynci_record_shape(m), ndim, shape, sizeof shape), who);
 }
 
-/* Overlaps of boxes that are not replicas. Sorted regions that differ first in dimension s can stop at the first one
-   that begins behind. */
+/* The first dimension in which regions, sorted by box, differ; the last one if they differ in none before. */
+LORASYNCI_FN int lorasynci_first_difference(const lorasynci_region *r, size_t n, int ndim)
+{
+    int    d;
+    size_t i;
+    for (d = 0; d < ndim - 1; d++)
+        for (i = 1; i < n; i++)
+            if (r[i].box[d] != r[0].box[d] || r[i].box[ndim + d] != r[0].box[ndim + d]) return d;
+    return d;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_overlap_error(const lorasynci_planner *p, size_t t, const lorasynci_region *x,
+                                                     const lorasynci_region *y, lorasync_error *err)
+{
+    int  ndim = lorasynci_record_at(&p->merged, t)->ndim;
+    char a[160], b[160];
+    return lorasynci_fail(
+        err, LORASYNC_E_LAYOUT,
+        "%.180s: rank %u holds %.100s and rank %u holds %.100s, which overlap without being equal; only whole "
+        "replicas may repeat",
+        lorasynci_merged_name(p, t), x->rank, lorasynci_box_text(x->box, x->box + ndim, ndim, a, sizeof a), y->rank,
+        lorasynci_box_text(y->box, y->box + ndim, ndim, b, sizeof b));
+}
+
+/* Overlaps of boxes that are not replicas. The regions are sorted, and equal in the dimensions before s: whoever begins
+   behind the end of one in s overlaps with it no more, nor does anybody after. */
 LORASYNCI_FN lorasync_status lorasynci_check_overlap(const lorasynci_planner *p, size_t t, int ndim,
                                                      lorasync_error *err)
 {
     const lorasynci_region *r = p->held.list + p->held.starts[t];
     size_t                  n = p->held.starts[t + 1] - p->held.starts[t], i, j;
-    int                     s = 0;
+    int                     s;
     if (n < 2 || ndim == 0) return LORASYNC_OK;
-    while (s < ndim - 1) {
-        for (i = 1; i < n && r[i].box[s] == r[0].box[s] && r[i].box[ndim + s] == r[0].box[ndim + s]; i++) {}
-        if (i < n) break;
-        s++;
-    }
+    s = lorasynci_first_difference(r, n, ndim);
     for (i = 0; i < n; i++)
-        for (j = i + 1; j < n && r[j].box[s] < r[i].box[s] + r[i].box[ndim + s]; j++) {
-            char a[160], b[160];
-            if (lorasynci_same_box(&r[i], &r[j], ndim) || !lorasynci_intersect(r[i].box, r[j].box, ndim, NULL))
-                continue;
-            return lorasynci_fail(
-                err, LORASYNC_E_LAYOUT,
-                "%.180s: rank %u holds %.100s and rank %u holds %.100s, which overlap without being equal; only whole "
-                "replicas may repeat",
-                lorasynci_merged_name(p, t), r[i].rank,
-                lorasynci_box_text(r[i].box, r[i].box + ndim, ndim, a, sizeof a), r[j].rank,
-                lorasynci_box_text(r[j].box, r[j].box + ndim, ndim, b, sizeof b));
-        }
+        for (j = i + 1; j < n && r[j].box[s] < r[i].box[s] + r[i].box[ndim + s]; j++)
+            if (!lorasynci_same_box(&r[i], &r[j], ndim) && lorasynci_intersect(r[i].box, r[j].box, ndim, NULL))
+                return lorasynci_overlap_error(p, t, &r[i], &r[j], err);
     return LORASYNC_OK;
 }
 
@@ -9470,17 +9499,13 @@ enum {
 
 #define LORASYNCI_ALL UINT32_MAX /* as a peer: every other rank */
 
-LORASYNCI_FN void lorasynci_put_route(lorasynci_buffer *b, uint32_t item, uint32_t peer, uint64_t at, uint32_t round,
-                                      const int64_t *box, int ndim)
+LORASYNCI_FN lorasync_status lorasynci_put_route(lorasynci_buffer *b, lorasynci_route route, const int64_t *box,
+                                                 int ndim, lorasync_error *err)
 {
-    lorasynci_route r;
-    r.item  = item;
-    r.peer  = peer;
-    r.at    = at;
-    r.round = round;
-    r.boxed = box != NULL;
-    lorasynci_put(b, &r, sizeof r);
+    route.boxed = box != NULL;
+    lorasynci_put(b, &route, sizeof route);
     if (box) lorasynci_put(b, box, (size_t)ndim * 16);
+    return b->failed ? lorasynci_fail_memory(err, b->size) : LORASYNC_OK;
 }
 
 LORASYNCI_FN uint64_t lorasynci_round_cap(const lorasynci_planner *p, uint32_t round)
@@ -9505,34 +9530,52 @@ LORASYNCI_FN lorasync_status lorasynci_stream_put(lorasynci_planner *p, lorasync
     return LORASYNC_OK;
 }
 
-/* One box of tensor t from an item of rank src to an item of rank dst (or of all others). whole: the box is all of the
-   sender's part. */
-LORASYNCI_FN lorasync_status lorasynci_route_box(lorasynci_planner *p, size_t t, const lorasynci_region *src,
-                                                 uint32_t dst, uint32_t dst_item, const int64_t *box, int whole,
-                                                 lorasync_error *err)
+/* One box on its way. */
+typedef struct lorasynci_passage {
+    size_t                  tensor;   /* merged number */
+    const lorasynci_region *from;     /* the sender's part, or the image to scatter */
+    uint32_t                to;       /* rank; LORASYNCI_ALL: all but the sender */
+    uint32_t                to_item;  /* their part, or image tensor */
+    const int64_t          *box;      /* off, len */
+    int                     is_whole; /* the box is all of the sender's part */
+    int                     digests;  /* its digest is taken on this way */
+} lorasynci_passage;
+
+/* Where what goes from one rank to another, or all others, is lined up: NULL for what stays on the rank. Of a gather
+   and a scatter one end is the root, or all. */
+LORASYNCI_FN lorasynci_stream *lorasynci_stream_between(const lorasynci_planner *p, uint32_t from, uint32_t to)
 {
-    const lorasynci_record *m    = lorasynci_record_at(&p->merged, t);
+    if (from == to) return NULL;
+    if (p->desc->kind == LORASYNC_RESHARD) return &p->streams[(size_t)from * (size_t)p->world + to];
+    return &p->streams[p->desc->kind == LORASYNC_SCATTER ? to : from];
+}
+
+/* Both ends of a passage learn of it. */
+LORASYNCI_FN lorasync_status lorasynci_route_box(lorasynci_planner *p, const lorasynci_passage *x, lorasync_error *err)
+{
+    const lorasynci_record *m    = lorasynci_record_at(&p->merged, x->tensor);
+    lorasynci_stream       *s    = lorasynci_stream_between(p, x->from->rank, x->to);
     lorasync_dtype          wire = lorasynci_wire_dtype(p->desc, (lorasync_dtype)m->dtype);
-    uint64_t bytes      = (uint64_t)lorasynci_box_numel(box + m->ndim, m->ndim) * (uint64_t)lorasynci_item(wire),
-             at         = dst_item;
-    lorasynci_stream *s = NULL;
-    uint32_t          rank, round = 0;
-    p->load[src->rank] += bytes;
-    if (dst != src->rank) {
-        s = p->desc->kind == LORASYNC_RESHARD   ? &p->streams[(size_t)src->rank * (size_t)p->world + dst]
-            : p->desc->kind == LORASYNC_SCATTER ? &p->streams[dst]
-                                                : &p->streams[src->rank];
-        LORASYNCI_TRY(lorasynci_stream_put(p, s, bytes, &at, err));
-        round = s->round;
+    uint64_t num_bytes = (uint64_t)lorasynci_box_numel(x->box + m->ndim, m->ndim) * (uint64_t)lorasynci_item(wire);
+    lorasynci_route route;
+    uint32_t        rank, end = x->to == LORASYNCI_ALL ? (uint32_t)p->world : x->to + 1;
+    memset(&route, 0, sizeof route);
+    route.item    = x->from->item;
+    route.peer    = x->to;
+    route.at      = x->to_item;
+    route.digests = (uint16_t)x->digests;
+    p->load[x->from->rank] += num_bytes;
+    if (s) {
+        LORASYNCI_TRY(lorasynci_stream_put(p, s, num_bytes, &route.at, err));
+        route.round = s->round;
     }
-    lorasynci_put_route(&p->sends[src->rank], src->item, dst, at, round, whole ? NULL : box, m->ndim);
-    for (rank = 0; s && rank < (uint32_t)p->world; rank++)
-        if (rank != src->rank && (dst == rank || dst == LORASYNCI_ALL)) {
-            lorasynci_put_route(&p->receives[rank], dst_item, src->rank, at, round, box, m->ndim);
-            if (p->receives[rank].failed) return lorasynci_fail_memory(err, p->receives[rank].size);
-            if (dst == rank) break;
-        }
-    return p->sends[src->rank].failed ? lorasynci_fail_memory(err, p->sends[src->rank].size) : LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_put_route(&p->sends[x->from->rank], route, x->is_whole ? NULL : x->box, m->ndim, err));
+    route.item    = x->to_item;
+    route.peer    = x->from->rank;
+    route.digests = 0;
+    for (rank = x->to == LORASYNCI_ALL ? 0 : x->to; s && rank < end; rank++)
+        if (rank != x->from->rank) LORASYNCI_TRY(lorasynci_put_route(&p->receives[rank], route, x->box, m->ndim, err));
+    return LORASYNC_OK;
 }
 
 /* Who of the replicas r[0 .. n) serves rank dst: itself if it can, else the one with least to send. */
@@ -9547,44 +9590,69 @@ LORASYNCI_FN const lorasynci_region *lorasynci_choose_owner(const lorasynci_plan
     return &r[best];
 }
 
-/* The digest of image tensor i comes (in part) from rank src; a rank's digests are in image order. */
-LORASYNCI_FN lorasync_status lorasynci_note_digest(lorasynci_planner *p, uint32_t src, uint32_t image_tensor,
-                                                   lorasync_error *err)
+/* The digest of an image tensor comes (in part) from the rank of this region; a rank's digests are in image order. */
+LORASYNCI_FN lorasync_status lorasynci_note_digest(lorasynci_planner *p, const lorasynci_region *from,
+                                                   uint32_t image_tensor, lorasync_error *err)
 {
-    lorasynci_buffer *b = &p->digests[src];
-    uint32_t          last;
+    lorasynci_buffer *b = &p->digests[from->rank];
+    lorasynci_summand last;
     if (b->size) {
         memcpy(&last, b->data + b->size - sizeof last, sizeof last);
-        if (last == image_tensor) return LORASYNC_OK;
+        if (last.image_tensor == image_tensor) return LORASYNC_OK;
     }
-    lorasynci_put(b, &image_tensor, sizeof image_tensor);
+    last.tensor       = from->tensor;
+    last.image_tensor = image_tensor;
+    lorasynci_put(b, &last, sizeof last);
     return b->failed ? lorasynci_fail_memory(err, b->size) : LORASYNC_OK;
+}
+
+/* One box of a gather from its owner: straight into the image where that is shared or the only one, else to the root or
+   to all, in which case the owner's copy for itself is not digested a second time. */
+LORASYNCI_FN lorasync_status lorasynci_route_owned(lorasynci_planner *p, uint32_t to, const lorasynci_region *owner,
+                                                   uint32_t image_tensor, lorasync_error *err)
+{
+    const int         at_once = p->plan->direct || p->world == 1;
+    lorasynci_passage x;
+    x.tensor   = p->merged_index[image_tensor];
+    x.from     = owner;
+    x.to       = at_once ? owner->rank : to;
+    x.to_item  = image_tensor;
+    x.box      = owner->box;
+    x.is_whole = 1;
+    x.digests  = 1;
+    LORASYNCI_TRY(lorasynci_route_box(p, &x, err));
+    if (x.to == owner->rank) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_note_digest(p, owner, image_tensor, err));
+    if (to != LORASYNCI_ALL) return LORASYNC_OK;
+    x.to      = owner->rank;
+    x.digests = 0;
+    return lorasynci_route_box(p, &x, err);
+}
+
+/* How many of the regions r .. end are the same box as r: replicas. */
+LORASYNCI_FN size_t lorasynci_num_replicas(const lorasynci_region *r, const lorasynci_region *end, int ndim)
+{
+    size_t n = 1;
+    while (r + n < end && lorasynci_same_box(r, r + n, ndim)) n++;
+    return n;
 }
 
 /* Gather: every distinct box once to the root, or to all, or (direct) by its owner into the shared image. */
 LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasync_error *err)
 {
-    uint32_t to = p->plan->direct || p->world == 1 || p->desc->kind == LORASYNC_GATHER_ALL ? LORASYNCI_ALL
-                                                                                           : (uint32_t)p->desc->root;
+    const lorasync_plan *plan = p->plan;
+    uint32_t             to =
+        plan->direct || p->world == 1 || p->desc->kind == LORASYNC_GATHER_ALL ? LORASYNCI_ALL : (uint32_t)plan->root;
     /* who copies in the root's stead: a link is slower than the root's own memory, another core is not */
-    uint32_t dst = p->plan->direct && p->plan->gpu ? (uint32_t)p->desc->root : to;
+    uint32_t dst = plan->direct && plan->gpu ? (uint32_t)plan->root : to;
     size_t   i, n;
     for (i = 0; i < p->merged.num; i++) {
-        size_t            t    = p->merged_index[i];
-        int               ndim = lorasynci_record_at(&p->merged, t)->ndim;
-        lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
+        size_t                  t    = p->merged_index[i];
+        int                     ndim = lorasynci_record_at(&p->merged, t)->ndim;
+        const lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
         for (; r < end; r += n) {
-            const lorasynci_region *owner;
-            for (n = 1; r + n < end && lorasynci_same_box(r, r + n, ndim); n++) {}
-            owner = lorasynci_choose_owner(p, r, n, dst);
-            if (p->plan->direct || p->world == 1) {
-                LORASYNCI_TRY(lorasynci_route_box(p, t, owner, owner->rank, (uint32_t)i, owner->box, 1, err));
-                continue;
-            }
-            LORASYNCI_TRY(lorasynci_route_box(p, t, owner, to, (uint32_t)i, owner->box, 1, err));
-            if (to == LORASYNCI_ALL)
-                LORASYNCI_TRY(lorasynci_route_box(p, t, owner, owner->rank, (uint32_t)i, owner->box, 1, err));
-            if (owner->rank != to) LORASYNCI_TRY(lorasynci_note_digest(p, owner->rank, (uint32_t)i, err));
+            n = lorasynci_num_replicas(r, end, ndim);
+            LORASYNCI_TRY(lorasynci_route_owned(p, to, lorasynci_choose_owner(p, r, n, dst), (uint32_t)i, err));
         }
     }
     return LORASYNC_OK;
@@ -9595,16 +9663,20 @@ LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasy
 LORASYNCI_FN lorasync_status lorasynci_route_wanted(lorasynci_planner *p, size_t t, const lorasynci_region *want,
                                                     lorasync_error *err)
 {
-    int               ndim = lorasynci_record_at(&p->merged, t)->ndim;
-    lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
-    int64_t           cut[2 * LORASYNC_MAX_DIMS] = {0}, got = 0;
-    size_t            n;
+    int                     ndim = lorasynci_record_at(&p->merged, t)->ndim;
+    const lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
+    int64_t                 cut[2 * LORASYNC_MAX_DIMS] = {0}, got = 0;
+    lorasynci_passage       x = {0, NULL, 0, 0, NULL, 0, 0};
+    size_t                  n;
+    x.tensor  = t;
+    x.to      = want->rank;
+    x.to_item = want->item;
+    x.box     = cut;
     for (; r < end; r += n) {
-        const lorasynci_region *owner;
-        for (n = 1; r + n < end && lorasynci_same_box(r, r + n, ndim); n++) {}
+        n = lorasynci_num_replicas(r, end, ndim);
         if (!lorasynci_intersect(want->box, r->box, ndim, cut)) continue;
-        owner = lorasynci_choose_owner(p, r, n, want->rank);
-        LORASYNCI_TRY(lorasynci_route_box(p, t, owner, want->rank, want->item, cut, 0, err));
+        x.from = lorasynci_choose_owner(p, r, n, want->rank);
+        LORASYNCI_TRY(lorasynci_route_box(p, &x, err));
         got += lorasynci_box_numel(cut + ndim, ndim);
     }
     if (got != lorasynci_box_numel(want->box + ndim, ndim)) {
@@ -9624,27 +9696,37 @@ LORASYNCI_FN lorasync_status lorasynci_route_reshard(lorasynci_planner *p, loras
     return LORASYNC_OK;
 }
 
-/* Scatter: the image is one region per tensor, whole, on the root. */
+/* A scatter: one tensor of the image to all who want of it. */
+LORASYNCI_FN lorasync_status lorasynci_route_image_tensor(lorasynci_planner *p, size_t t, lorasync_error *err)
+{
+    const lorasynci_record *m = lorasynci_record_at(&p->merged, t);
+    const lorasynci_region *r = p->wanted.list + p->wanted.starts[t], *end = p->wanted.list + p->wanted.starts[t + 1];
+    lorasynci_region        image; /* the whole tensor, on the root */
+    lorasynci_passage       x = {0, NULL, 0, 0, NULL, 0, 0};
+    memset(&image, 0, sizeof image);
+    image.rank = (uint32_t)p->desc->root;
+    image.item = (uint32_t)t;
+    x.tensor   = t;
+    x.from     = &image;
+    if (r == end && lorasynci_box_numel(lorasynci_record_shape(m), m->ndim) > 0)
+        return lorasynci_fail(
+            err, LORASYNC_E_NOT_FOUND,
+            "%.200s: in the image, but no rank wants it; is it the adapter of another model or of other target "
+            "modules?",
+            lorasynci_merged_name(p, t));
+    for (; r < end; r++) {
+        x.to      = r->rank;
+        x.to_item = r->item;
+        x.box     = r->box;
+        LORASYNCI_TRY(lorasynci_route_box(p, &x, err));
+    }
+    return LORASYNC_OK;
+}
+
 LORASYNCI_FN lorasync_status lorasynci_route_scatter(lorasynci_planner *p, lorasync_error *err)
 {
-    size_t t, i;
-    for (t = 0; t < p->merged.num; t++) {
-        lorasynci_region image;
-        memset(&image, 0, sizeof image);
-        image.rank = (uint32_t)p->desc->root;
-        image.item = (uint32_t)t;
-        if (p->wanted.starts[t] == p->wanted.starts[t + 1] &&
-            lorasynci_box_numel(lorasynci_record_shape(lorasynci_record_at(&p->merged, t)),
-                                lorasynci_record_at(&p->merged, t)->ndim) > 0)
-            return lorasynci_fail(
-                err, LORASYNC_E_NOT_FOUND,
-                "%.200s: in the image, but no rank wants it; is it the adapter of another model or of other target "
-                "modules?",
-                lorasynci_merged_name(p, t));
-        for (i = p->wanted.starts[t]; i < p->wanted.starts[t + 1]; i++)
-            LORASYNCI_TRY(lorasynci_route_box(p, t, &image, p->wanted.list[i].rank, p->wanted.list[i].item,
-                                              p->wanted.list[i].box, 0, err));
-    }
+    size_t t;
+    for (t = 0; t < p->merged.num; t++) LORASYNCI_TRY(lorasynci_route_image_tensor(p, t, err));
     return LORASYNC_OK;
 }
 
@@ -9751,69 +9833,53 @@ LORASYNCI_FN void lorasynci_planner_caps(lorasynci_planner *p)
         p->first_cap = (p->desc->kind == LORASYNC_RESHARD ? LORASYNCI_FIRST_RESHARD : LORASYNCI_FIRST_ROUND) / others;
 }
 
-/* What every rank works with while names and boxes are collected, and the planner's arrays, one entry per rank. */
+/* What every rank works with while names and boxes are collected, and the planner's arrays, one entry per rank. The
+   arena is closed by the caller. */
 LORASYNCI_FN lorasync_status lorasynci_planner_init(lorasynci_planner *p, lorasynci_talk *talk,
                                                     const lorasync_plan_desc *desc, const lorasync_allocator *a,
-                                                    lorasync_error *err)
+                                                    lorasynci_meter *meter, lorasync_error *err)
 {
-    size_t n = (size_t)talk->comm.world, i, streams = desc->kind == LORASYNC_RESHARD ? n * n : n;
-    memset(p, 0, sizeof *p);
+    lorasynci_arena *m = &p->arena;
+    size_t           n = (size_t)talk->comm.world, i;
+    lorasynci_arena_open(m, a, meter);
     p->talk   = talk;
     p->desc   = desc;
-    p->a      = a;
     p->world  = talk->comm.world;
-    p->hellos = (lorasynci_hello *)lorasynci_alloc_array(a, n, sizeof *p->hellos);
-    if (!p->hellos) return lorasynci_fail_memory(err, n * sizeof *p->hellos);
-    if (talk->comm.rank != desc->root) return LORASYNC_OK;
-    p->catalogues = (lorasynci_catalogue *)lorasynci_alloc_array(a, n, sizeof *p->catalogues);
-    p->same_as    = (int *)lorasynci_alloc_array(a, n, sizeof *p->same_as);
-    p->numbers    = (uint32_t **)lorasynci_alloc_array(a, n, sizeof *p->numbers);
-    p->received   = (lorasynci_block *)lorasynci_alloc_array(a, n, sizeof *p->received);
-    p->answers    = (lorasynci_block *)lorasynci_alloc_array(a, n, sizeof *p->answers);
-    p->streams    = (lorasynci_stream *)lorasynci_alloc_array(a, streams, sizeof *p->streams);
-    p->load       = (uint64_t *)lorasynci_alloc_array(a, n, sizeof *p->load);
-    p->sends      = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->sends);
-    p->receives   = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->receives);
-    p->digests    = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *p->digests);
-    lorasynci_catalogue_init(&p->merged, a);
-    if (!p->catalogues || !p->same_as || !p->numbers || !p->received || !p->answers || !p->streams || !p->load ||
-        !p->sends || !p->receives || !p->digests)
-        return lorasynci_fail_memory(err, n * sizeof *p->catalogues);
-    for (i = 0; i < n; i++) {
-        lorasynci_catalogue_init(&p->catalogues[i], a);
-        lorasynci_buffer_init(&p->sends[i], a);
-        lorasynci_buffer_init(&p->receives[i], a);
-        lorasynci_buffer_init(&p->digests[i], a);
-    }
+    p->hellos = (lorasynci_hello *)lorasynci_arena_array(m, n, sizeof *p->hellos);
+    if (talk->comm.rank != desc->root) return lorasynci_arena_check(m, err);
+    p->received   = (lorasynci_block *)lorasynci_arena_array(m, n, sizeof *p->received);
+    p->catalogues = (lorasynci_catalogue *)lorasynci_arena_array(m, n, sizeof *p->catalogues);
+    p->same_as    = (int *)lorasynci_arena_array(m, n, sizeof *p->same_as);
+    p->numbers    = (uint32_t **)lorasynci_arena_array(m, n, sizeof *p->numbers);
+    p->blocks     = (lorasynci_block *)lorasynci_arena_array(m, n, sizeof *p->blocks);
+    lorasynci_catalogue_init(&p->merged, &m->a);
+    LORASYNCI_TRY(lorasynci_arena_check(m, err));
+    for (i = 0; i < n; i++) lorasynci_catalogue_init(&p->catalogues[i], &m->a);
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN void lorasynci_planner_free(lorasynci_planner *p)
+/* What routing needs beside: its arrays, and how much goes in a round. The planner's own answer outlives the arena. */
+LORASYNCI_FN lorasync_status lorasynci_planner_start_routing(lorasynci_planner *p, lorasync_error *err)
 {
-    const lorasync_allocator *a;
-    int                       i;
-    if (!p->talk) return;
-    a = p->a;
-    for (i = 0; i < p->world; i++) {
-        if (p->catalogues) lorasynci_catalogue_free(&p->catalogues[i]);
-        if (p->numbers) lorasynci_dealloc(a, p->numbers[i]);
-        if (p->received) lorasynci_dealloc(a, p->received[i].data);
-        if (p->sends) lorasynci_buffer_free(&p->sends[i]);
-        if (p->receives) lorasynci_buffer_free(&p->receives[i]);
-        if (p->digests) lorasynci_buffer_free(&p->digests[i]);
+    lorasynci_arena *m = &p->arena;
+    size_t           n = (size_t)p->world, i;
+    lorasynci_planner_caps(p);
+    p->streams =
+        (lorasynci_stream *)lorasynci_arena_array(m, p->desc->kind == LORASYNC_RESHARD ? n * n : n, sizeof *p->streams);
+    p->load     = (uint64_t *)lorasynci_arena_array(m, n, sizeof *p->load);
+    p->sends    = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->sends);
+    p->receives = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->receives);
+    p->digests  = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->digests);
+    p->heads    = (lorasynci_answer *)lorasynci_arena_array(m, n, sizeof *p->heads);
+    p->bodies   = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->bodies);
+    LORASYNCI_TRY(lorasynci_arena_check(m, err));
+    for (i = 0; i < n; i++) {
+        lorasynci_buffer_init(&p->sends[i], &m->a);
+        lorasynci_buffer_init(&p->receives[i], &m->a);
+        lorasynci_buffer_init(&p->digests[i], &m->a);
+        lorasynci_buffer_init(&p->bodies[i], i == (size_t)p->desc->root ? &p->plan->a : &m->a);
     }
-    lorasynci_catalogue_free(&p->merged);
-    if (p->names.cells) lorasynci_table_free(&p->names);
-    lorasynci_dealloc(a, p->catalogues), lorasynci_dealloc(a, p->same_as), lorasynci_dealloc(a, p->numbers),
-        lorasynci_dealloc(a, p->received);
-    lorasynci_dealloc(a, p->hellos), lorasynci_dealloc(a, p->answers), lorasynci_dealloc(a, p->streams),
-        lorasynci_dealloc(a, p->load), lorasynci_dealloc(a, p->sends);
-    lorasynci_dealloc(a, p->receives), lorasynci_dealloc(a, p->digests), lorasynci_dealloc(a, p->first_rank),
-        lorasynci_dealloc(a, p->image_index);
-    lorasynci_dealloc(a, p->merged_index), lorasynci_dealloc(a, p->held.list), lorasynci_dealloc(a, p->held.starts),
-        lorasynci_dealloc(a, p->wanted.list);
-    lorasynci_dealloc(a, p->wanted.starts);
-    memset(p, 0, sizeof *p);
+    return LORASYNC_OK;
 }
 
 /* Who sends a rank's catalogue: the first that has it. */
@@ -9835,7 +9901,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_expect(lorasynci_planner *p, lora
         if (!lorasynci_checked_add(p->same_as[i] == i ? (size_t)hello->catalogue_bytes : 0, (size_t)hello->parts_bytes,
                                    &block->num_bytes))
             return lorasynci_fail(err, LORASYNC_E_COMM, "rank %d announces an impossible size", i);
-        block->data = lorasynci_alloc(p->a, block->num_bytes);
+        block->data = lorasynci_alloc(&p->arena.a, block->num_bytes);
         if (!block->data) return lorasynci_fail_memory(err, block->num_bytes);
     }
     return LORASYNC_OK;
@@ -9861,9 +9927,9 @@ LORASYNCI_FN lorasync_status lorasynci_planner_image(lorasynci_planner *p, loras
 {
     size_t i, n = p->merged.num;
     LORASYNCI_TRY(lorasynci_layout_image(p->plan, p->desc, &p->merged, err));
-    p->image_index  = (uint32_t *)lorasynci_alloc_array(p->a, n, sizeof(uint32_t));
-    p->merged_index = (uint32_t *)lorasynci_alloc_array(p->a, n, sizeof(uint32_t));
-    if (!p->image_index || !p->merged_index) return lorasynci_fail_memory(err, n * 4);
+    p->image_index  = (uint32_t *)lorasynci_arena_array(&p->arena, n, sizeof(uint32_t));
+    p->merged_index = (uint32_t *)lorasynci_arena_array(&p->arena, n, sizeof(uint32_t));
+    LORASYNCI_TRY(lorasynci_arena_check(&p->arena, err));
     for (i = 0; i < n; i++) {
         size_t t =
             lorasynci_table_find(&p->names, p->plan->image->tensors[i].name, lorasynci_catalogue_key, &p->merged);
@@ -9891,7 +9957,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, loras
 
 LORASYNCI_FN lorasync_status lorasynci_planner_route(lorasynci_planner *p, lorasync_error *err)
 {
-    lorasynci_planner_caps(p);
+    LORASYNCI_TRY(lorasynci_planner_start_routing(p, err));
     switch (p->desc->kind) {
     case LORASYNC_SCATTER: return lorasynci_route_scatter(p, err);
     case LORASYNC_RESHARD: return lorasynci_route_reshard(p, err);
@@ -9901,121 +9967,76 @@ LORASYNCI_FN lorasync_status lorasynci_planner_route(lorasynci_planner *p, loras
     return lorasynci_route_gather(p, err);
 }
 
-/* The planner's answer to one rank:
-
-       | head | sends: routes | receives: routes | targets: one per catalogue tensor | digests: per rank u64 count, then
-       u32 each, to 8 | */
-typedef struct lorasynci_destination {
-    uint64_t offset; /* in the payload of a gather */
-    uint64_t index;  /* among the tensors of its image */
-    uint64_t dtype;  /* in which it travels */
-} lorasynci_destination;
-
-typedef struct lorasynci_answer {
-    lorasync_error verdict;
-    uint64_t       sends_bytes, receives_bytes, num_targets, digests_bytes;
-    uint64_t       num_rounds;
-} lorasynci_answer;
-
-/* Behind the routes: where each of the rank's tensors is in the image, and the digests it will be sent. */
-LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int rank, lorasynci_answer *head,
-                                                      lorasynci_buffer *out, lorasync_error *err)
+/* A list, as lorasynci_read_list reads it: the numbers in the sender's catalogue, or of the image. */
+LORASYNCI_FN void lorasynci_put_list(lorasynci_buffer *out, const lorasynci_buffer *summands, int of_image)
 {
-    const lorasynci_catalogue *c = &p->catalogues[p->same_as[rank]];
-    size_t                     i, start;
-    int                        from, image_here =
-                  p->image_index && !p->plan->direct && (p->desc->kind == LORASYNC_GATHER_ALL || rank == p->desc->root);
-    head->sends_bytes    = p->sends[rank].size;
-    head->receives_bytes = p->receives[rank].size;
-    head->num_rounds     = p->num_rounds;
-    lorasynci_put(out, p->sends[rank].data, p->sends[rank].size);
-    lorasynci_put(out, p->receives[rank].data, p->receives[rank].size);
-    lorasynci_buffer_free(&p->sends[rank]);
-    lorasynci_buffer_free(&p->receives[rank]);
-    for (i = 0; i < c->num; i++) {
-        uint32_t              t = p->numbers[p->same_as[rank]][i];
+    static const char        zeros[8] = {0};
+    const lorasynci_summand *s        = summands ? (const lorasynci_summand *)(const void *)summands->data : NULL;
+    uint64_t                 num      = summands ? summands->size / sizeof *s : 0, i;
+    lorasynci_put(out, &num, sizeof num);
+    for (i = 0; i < num; i++) lorasynci_put(out, of_image ? &s[i].image_tensor : &s[i].tensor, sizeof(uint32_t));
+    lorasynci_put(out, zeros, (size_t)(num % 2) * sizeof(uint32_t));
+}
+
+/* Where a rank's tensors are in the image, and what they travel as. */
+LORASYNCI_FN void lorasynci_put_targets(const lorasynci_planner *p, int rank, lorasynci_buffer *out)
+{
+    const int from = p->same_as[rank];
+    size_t    i;
+    for (i = 0; i < p->catalogues[from].num; i++) {
+        uint32_t              t = p->numbers[from][i];
         lorasynci_destination target;
         target.index  = p->image_index ? p->image_index[t] : 0;
         target.offset = p->image_index ? p->plan->image->tensors[target.index].offset : 0;
         target.dtype =
             (uint64_t)lorasynci_wire_dtype(p->desc, (lorasync_dtype)lorasynci_record_at(&p->merged, t)->dtype);
         lorasynci_put(out, &target, sizeof target);
-        head->num_targets++;
     }
+}
+
+/* Head and body for one rank. Its routes are not needed any more. */
+LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int rank, lorasync_error *err)
+{
+    const int image_here =
+        p->image_index && !p->plan->direct && (p->desc->kind == LORASYNC_GATHER_ALL || rank == p->desc->root);
+    lorasynci_answer *head = &p->heads[rank];
+    lorasynci_buffer *out  = &p->bodies[rank];
+    size_t            start;
+    int               from;
+    head->num_rounds     = p->num_rounds;
+    head->sends_bytes    = p->sends[rank].size;
+    head->receives_bytes = p->receives[rank].size;
+    head->num_targets    = p->catalogues[p->same_as[rank]].num;
+    lorasynci_put(out, p->sends[rank].data, p->sends[rank].size);
+    lorasynci_put(out, p->receives[rank].data, p->receives[rank].size);
+    lorasynci_buffer_free(&p->sends[rank]);
+    lorasynci_buffer_free(&p->receives[rank]);
+    lorasynci_put_targets(p, rank, out);
     start = out->size;
-    for (from = 0; image_here && from < p->world; from++) {
-        static const char zeros[8] = {0};
-        uint64_t          num      = from == rank ? 0 : p->digests[from].size / 4;
-        lorasynci_put(out, &num, sizeof num);
-        lorasynci_put(out, p->digests[from].data, (size_t)num * 4);
-        lorasynci_put(out, zeros, (size_t)(num % 2) * 4);
-    }
+    lorasynci_put_list(out, &p->digests[rank], 0);
+    for (from = 0; image_here && from < p->world; from++)
+        lorasynci_put_list(out, from == rank ? NULL : &p->digests[from], 1);
     head->digests_bytes = out->size - start;
     return out->failed ? lorasynci_fail_memory(err, out->size) : LORASYNC_OK;
 }
 
 /* -- from routes to operations */
 
-/* The end of a movement at one of this rank's parts. */
-LORASYNCI_FN lorasync_status lorasynci_part_end(const lorasync_plan *plan, const lorasynci_parts *parts, uint64_t item,
-                                                lorasynci_end *out, uint32_t *tensor, float *scale, lorasync_error *err)
-{
-    const lorasynci_part   *part;
-    const lorasynci_record *r;
-    const int64_t          *g;
-    if (item >= lorasynci_parts_num(parts))
-        return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names part %llu, of %zu", (unsigned long long)item,
-                              lorasynci_parts_num(parts));
-    part       = lorasynci_part_at(parts, (size_t)item);
-    r          = lorasynci_record_at(&plan->catalogue, part->tensor);
-    g          = lorasynci_part_geometry(parts, part);
-    out->space = LORASYNCI_MEMORY;
-    out->dtype = (lorasync_dtype)r->dtype;
-    out->at    = (uint64_t)(uintptr_t)part->data;
-    memcpy(out->off, g, (size_t)r->ndim * 8);
-    memcpy(out->stride, g + 2 * r->ndim, (size_t)r->ndim * 8);
-    *tensor = part->tensor;
-    *scale  = part->scale;
-    return LORASYNC_OK;
-}
-
-/* The end at a whole tensor of the image: this plan's own, or the one to scatter. */
-LORASYNCI_FN lorasync_status lorasynci_image_end(const lorasync_image *image, uint64_t item, lorasynci_end *out,
-                                                 lorasync_error *err)
-{
-    const lorasync_tensor *t;
-    if (!image || item >= image->num_tensors)
-        return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names image tensor %llu, which is not there",
-                              (unsigned long long)item);
-    t          = &image->tensors[item];
-    out->space = LORASYNCI_IMAGE;
-    out->dtype = t->dtype;
-    out->at    = t->offset;
-    memset(out->off, 0, sizeof out->off);
-    lorasynci_row_major(t->shape, t->ndim, out->stride);
-    return LORASYNC_OK;
-}
-
-/* The end in staging: the box alone, row-major. */
-LORASYNCI_FN void lorasynci_staging_end(lorasynci_end *out, lorasynci_space space, uint64_t at, lorasync_dtype wire,
-                                        const int64_t *box, int ndim)
-{
-    out->space = space;
-    out->dtype = wire;
-    out->at    = at;
-    memcpy(out->off, box, (size_t)ndim * 8);
-    lorasynci_row_major(box + ndim, ndim, out->stride);
-}
-
-/* What a rank works with while it builds. */
-typedef struct lorasynci_build {
-    lorasync_plan               *plan;
-    const lorasync_plan_desc    *desc;
-    const lorasynci_parts       *parts;
-    const lorasync_image        *image;   /* at this rank's end: the one gathered into, or scattered from */
-    const lorasynci_destination *targets; /* per catalogue tensor */
-    size_t                       num_targets;
-} lorasynci_build;
+/* What a rank works with while a plan is made. Its memory is the plan's. */
+typedef struct lorasynci_making {
+    lorasync_plan            *plan;
+    const lorasync_plan_desc *desc;
+    lorasync_error            mine;  /* what failed on this rank since the last vote: put to the next one */
+    lorasynci_parts           parts; /* of this rank's pieces */
+    lorasynci_planner         planner;
+    lorasynci_offer           offer;
+    lorasynci_answer          head;
+    lorasynci_buffer          body;
+    const lorasync_image     *image; /* at this rank's end: the one gathered into, or scattered from */
+    /* the parts of the body */
+    lorasynci_reader             sends, receives, digests;
+    const lorasynci_destination *targets; /* head.num_targets: one per catalogue tensor */
+} lorasynci_making;
 
 /* One route with all that an operation needs. */
 typedef struct lorasynci_leg {
@@ -10023,10 +10044,11 @@ typedef struct lorasynci_leg {
     const int64_t  *box;   /* off, len */
     const int64_t  *shape; /* of the tensor */
     int             ndim;
-    uint32_t        tensor;
+    uint32_t        tensor; /* in this rank's catalogue; in the image where this end is one */
     float           scale;
     lorasynci_end   near; /* at this rank's part, or image */
     lorasync_dtype  wire;
+    lorasync_dtype  via;       /* a dtype to round to on the way, or none */
     uint64_t        num_bytes; /* on the wire */
 } lorasynci_leg;
 
@@ -10041,41 +10063,187 @@ LORASYNCI_FN lorasync_status lorasynci_damaged_answer(const lorasync_plan *plan,
                           "the plan that rank %d sent is damaged; do all ranks use the same lorasync.h?", plan->root);
 }
 
-/* Reads the route at *at. receiving: it ends here; else it starts here. */
-LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_build *b, const char *routes, size_t size, size_t *at,
-                                                int receiving, lorasynci_leg *leg, lorasync_error *err)
+/* The near end of a leg at one of this rank's parts. */
+LORASYNCI_FN lorasync_status lorasynci_leg_at_part(const lorasynci_making *m, uint64_t item, lorasynci_leg *leg,
+                                                   lorasync_error *err)
 {
-    int at_image = receiving ? lorasynci_is_gather(b->desc->kind) : b->desc->kind == LORASYNC_SCATTER;
+    const lorasynci_part   *part;
+    const lorasynci_record *r;
+    const int64_t          *g;
+    if (item >= lorasynci_parts_num(&m->parts))
+        return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names part %llu, of %zu", (unsigned long long)item,
+                              lorasynci_parts_num(&m->parts));
+    part            = lorasynci_part_at(&m->parts, (size_t)item);
+    r               = lorasynci_record_at(&m->plan->catalogue, part->tensor);
+    g               = lorasynci_part_geometry(&m->parts, part);
+    leg->tensor     = part->tensor;
+    leg->scale      = part->scale;
+    leg->shape      = lorasynci_record_shape(r);
+    leg->ndim       = r->ndim;
+    leg->box        = g;
+    leg->near.space = LORASYNCI_MEMORY;
+    leg->near.dtype = (lorasync_dtype)r->dtype;
+    leg->near.at    = (uint64_t)(uintptr_t)part->data;
+    memcpy(leg->near.off, g, (size_t)r->ndim * 8);
+    memcpy(leg->near.stride, g + 2 * r->ndim, (size_t)r->ndim * 8);
+    return LORASYNC_OK;
+}
+
+/* The near end at a whole tensor of the image: this plan's own, or the one to scatter. */
+LORASYNCI_FN lorasync_status lorasynci_leg_at_image(const lorasynci_making *m, uint64_t item, lorasynci_leg *leg,
+                                                    lorasync_error *err)
+{
+    const lorasync_tensor *t;
+    if (!m->image || item >= m->image->num_tensors)
+        return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names image tensor %llu, which is not there",
+                              (unsigned long long)item);
+    t               = &m->image->tensors[item];
+    leg->tensor     = (uint32_t)item;
+    leg->scale      = 1;
+    leg->shape      = t->shape;
+    leg->ndim       = t->ndim;
+    leg->near.space = LORASYNCI_IMAGE;
+    leg->near.dtype = t->dtype;
+    leg->near.at    = t->offset;
+    lorasynci_row_major(t->shape, t->ndim, leg->near.stride);
+    return LORASYNC_OK;
+}
+
+/* The end in staging: the box alone, row-major. */
+LORASYNCI_FN void lorasynci_staging_end(lorasynci_end *out, lorasynci_space space, uint64_t at,
+                                        const lorasynci_leg *leg)
+{
+    memset(out, 0, sizeof *out);
+    out->space = space;
+    out->dtype = leg->wire;
+    out->at    = at;
+    memcpy(out->off, leg->box, (size_t)leg->ndim * 8);
+    lorasynci_row_major(leg->box + leg->ndim, leg->ndim, out->stride);
+}
+
+/* In which dtype a leg travels. Who sends converts, so the sender's own dtype tells it; a receiver is told. */
+LORASYNCI_FN lorasync_dtype lorasynci_leg_wire(const lorasynci_making *m, const lorasynci_leg *leg, int receiving)
+{
+    if (!receiving) return lorasynci_wire_dtype(m->desc, leg->near.dtype);
+    if (leg->near.space == LORASYNCI_IMAGE) return leg->near.dtype;
+    return leg->tensor < m->head.num_targets ? (lorasync_dtype)m->targets[leg->tensor].dtype : LORASYNC_DTYPE_NONE;
+}
+
+/* Reads the next route. receiving: it ends here; else it starts here. */
+LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_making *m, lorasynci_reader *from, int receiving,
+                                                lorasynci_leg *leg, lorasync_error *err)
+{
+    int         at_image = receiving ? lorasynci_is_gather(m->desc->kind) : m->desc->kind == LORASYNC_SCATTER;
+    const char *route    = lorasynci_read(from, sizeof leg->route);
     memset(leg, 0, sizeof *leg);
-    if (size - *at < sizeof leg->route) return lorasynci_damaged_answer(b->plan, err);
-    memcpy(&leg->route, routes + *at, sizeof leg->route);
-    *at += sizeof leg->route;
-    if (at_image) {
-        LORASYNCI_TRY(lorasynci_image_end(b->image, leg->route.item, &leg->near, err));
-        leg->tensor = leg->route.item;
-        leg->scale  = 1;
-        leg->shape  = b->image->tensors[leg->tensor].shape;
-        leg->ndim   = b->image->tensors[leg->tensor].ndim;
-    } else {
-        LORASYNCI_TRY(
-            lorasynci_part_end(b->plan, b->parts, leg->route.item, &leg->near, &leg->tensor, &leg->scale, err));
-        leg->shape = lorasynci_record_shape(lorasynci_record_at(&b->plan->catalogue, leg->tensor));
-        leg->ndim  = lorasynci_record_at(&b->plan->catalogue, leg->tensor)->ndim;
-        leg->box   = lorasynci_part_geometry(b->parts, lorasynci_part_at(b->parts, leg->route.item));
-    }
-    if (leg->route.boxed) {
-        if (size - *at < (size_t)leg->ndim * 16) return lorasynci_damaged_answer(b->plan, err);
-        leg->box = (const int64_t *)(const void *)(routes + *at);
-        *at += (size_t)leg->ndim * 16;
-    }
-    if (!leg->box || (leg->route.peer >= (uint32_t)b->plan->talk->comm.world && leg->route.peer != LORASYNCI_ALL))
-        return lorasynci_damaged_answer(b->plan, err);
-    leg->wire      = !receiving                     ? lorasynci_wire_dtype(b->desc, leg->near.dtype)
-                     : at_image                     ? leg->near.dtype
-                     : leg->tensor < b->num_targets ? (lorasync_dtype)b->targets[leg->tensor].dtype
-                                                    : LORASYNC_DTYPE_NONE;
+    if (!route) return lorasynci_damaged_answer(m->plan, err);
+    memcpy(&leg->route, route, sizeof leg->route);
+    LORASYNCI_TRY(at_image ? lorasynci_leg_at_image(m, leg->route.item, leg, err)
+                           : lorasynci_leg_at_part(m, leg->route.item, leg, err));
+    if (leg->route.boxed)
+        leg->box = (const int64_t *)(const void *)lorasynci_read(from, (size_t)leg->ndim * 2 * sizeof(int64_t));
+    if (!leg->box || (leg->route.peer >= (uint32_t)m->plan->talk->comm.world && leg->route.peer != LORASYNCI_ALL))
+        return lorasynci_damaged_answer(m->plan, err);
+    leg->wire      = lorasynci_leg_wire(m, leg, receiving);
     leg->num_bytes = (uint64_t)(lorasynci_box_numel(leg->box + leg->ndim, leg->ndim) * lorasynci_item(leg->wire));
     return LORASYNC_OK;
+}
+
+/* One dimension of a movement: how many elements, and how far from one to the next at both ends and in the tensor. */
+typedef struct lorasynci_dim {
+    int64_t len, src, dst, pos;
+} lorasynci_dim;
+
+/* The dimensions of a box that are longer than 1, innermost first. Neighbours become one where the outer continues the
+   inner without a gap at both ends and in the tensor. The first is a column that is a run in the tensor, if need be of
+   one element; there are two or more.
+
+       box [4, 2, 8] of shape [9, 2, 8], row-major on both sides      { 64, 1, 1, 1 }, { 1, 0, 0, 0 }
+       its first half of the last dimension                           { 4, 1, 1, 1 }, { 8, 8, 8, 8 }
+       one element of it                                              { 1, 1, 1, 1 }, { 8, 8, 8, 8 }                 */
+LORASYNCI_FN int lorasynci_join_dims(const lorasynci_leg *leg, const lorasynci_end *src, const lorasynci_end *dst,
+                                     const int64_t *pos, lorasynci_dim *out)
+{
+    const int64_t      *len = leg->box + leg->ndim;
+    const lorasynci_dim one = {1, 1, 1, 1}, none = {1, 0, 0, 0};
+    int                 d, num                   = 0;
+    for (d = leg->ndim - 1; d >= 0; d--) {
+        lorasynci_dim *last = num ? &out[num - 1] : NULL;
+        if (len[d] == 1) continue;
+        if (last && src->stride[d] == last->src * last->len && dst->stride[d] == last->dst * last->len &&
+            pos[d] == last->pos * last->len) {
+            last->len *= len[d];
+            continue;
+        }
+        if (num == 0 && pos[d] != 1) out[num++] = one;
+        out[num].len   = len[d];
+        out[num].src   = src->stride[d];
+        out[num].dst   = dst->stride[d];
+        out[num++].pos = pos[d];
+    }
+    if (num == 0) out[num++] = one;
+    if (num == 1) out[num++] = none;
+    LORASYNC_ASSERT(num <= LORASYNC_MAX_DIMS + 1);
+    return num;
+}
+
+/* The operation of the first index of all dimensions beyond two, and its grid. */
+LORASYNCI_FN void lorasynci_first_op(const lorasynci_leg *leg, const lorasynci_end *src, const lorasynci_end *dst,
+                                     const int64_t *pos, const lorasynci_dim *dims, lorasynci_op *op,
+                                     lorasynci_grid *grid)
+{
+    memset(op, 0, sizeof *op);
+    op->src       = lorasynci_end_at(src, leg->box, leg->ndim);
+    op->dst       = lorasynci_end_at(dst, leg->box, leg->ndim);
+    op->pos       = lorasynci_distance(leg->box, NULL, pos, leg->ndim);
+    op->n1        = dims[0].len;
+    op->tensor    = leg->tensor;
+    op->round     = (uint16_t)leg->route.round;
+    op->digest    = (uint8_t)leg->route.digests;
+    op->via       = (uint8_t)leg->via;
+    op->src_space = (uint8_t)src->space;
+    op->dst_space = (uint8_t)dst->space;
+    op->src_dtype = (uint8_t)src->dtype;
+    op->dst_dtype = (uint8_t)dst->dtype;
+    memset(grid, 0, sizeof *grid); /* strides of dimensions of length 1 are alike, so that more grids are equal */
+    grid->n0    = dims[1].len;
+    grid->s0    = grid->n0 > 1 ? dims[1].src : 0;
+    grid->d0    = grid->n0 > 1 ? dims[1].dst : 0;
+    grid->row   = grid->n0 > 1 ? dims[1].pos : 0;
+    grid->s1    = op->n1 > 1 ? dims[0].src : 1;
+    grid->d1    = op->n1 > 1 ? dims[0].dst : 1;
+    grid->scale = leg->scale;
+}
+
+/* Appends the operations that move a leg's box from one end to the other: one, or one per index of the dimensions
+   beyond two. */
+LORASYNCI_FN lorasync_status lorasynci_add_ops(lorasynci_ops *ops, const lorasynci_leg *leg, const lorasynci_end *src,
+                                               const lorasynci_end *dst, lorasync_error *err)
+{
+    const int64_t  src_item = lorasynci_item(src->dtype), dst_item      = lorasynci_item(dst->dtype);
+    int64_t        pos[LORASYNC_MAX_DIMS], index[LORASYNC_MAX_DIMS + 1] = {0};
+    lorasynci_dim  dims[LORASYNC_MAX_DIMS + 1];
+    lorasynci_op   op;
+    lorasynci_grid grid;
+    int            d, num;
+    lorasynci_row_major(leg->shape, leg->ndim, pos);
+    num = lorasynci_join_dims(leg, src, dst, pos, dims);
+    lorasynci_first_op(leg, src, dst, pos, dims, &op, &grid);
+    op.grid = lorasynci_ops_grid(ops, &grid);
+    do {
+        lorasynci_put(&ops->list, &op, sizeof op);
+        for (d = 2; d < num; d++) { /* count up the outer dimensions like an odometer */
+            op.src += (uint64_t)(dims[d].src * src_item);
+            op.dst += (uint64_t)(dims[d].dst * dst_item);
+            op.pos += dims[d].pos;
+            if (++index[d] < dims[d].len) break;
+            op.src -= (uint64_t)(dims[d].src * dims[d].len * src_item);
+            op.dst -= (uint64_t)(dims[d].dst * dims[d].len * dst_item);
+            op.pos -= dims[d].pos * dims[d].len;
+            index[d] = 0;
+        }
+    } while (d < num);
+    return lorasynci_ops_failed(ops) ? lorasynci_fail_memory(err, ops->list.size) : LORASYNC_OK;
 }
 
 LORASYNCI_FN lorasynci_link *lorasynci_link_of(lorasync_plan *plan, const lorasynci_leg *leg, int receiving)
@@ -10136,81 +10304,85 @@ LORASYNCI_FN lorasync_status lorasynci_link_extend(lorasynci_link *link, const l
     return LORASYNC_OK;
 }
 
-/* The end of a gather in the image, also where the image itself is another rank's. */
-LORASYNCI_FN lorasync_status lorasynci_target_end(const lorasynci_build *b, const lorasynci_leg *leg,
-                                                  lorasynci_end *out, lorasync_error *err)
+/* The far end of a leg to this rank itself: in the image of a gather, also where that is another rank's; or a part. */
+LORASYNCI_FN lorasync_status lorasynci_own_end(const lorasynci_making *m, const lorasynci_leg *leg, lorasynci_end *out,
+                                               lorasync_error *err)
 {
-    if (leg->tensor >= b->num_targets) return lorasynci_damaged_answer(b->plan, err);
+    lorasynci_leg other;
+    memset(out, 0, sizeof *out);
+    if (!lorasynci_is_gather(m->desc->kind)) {
+        LORASYNCI_TRY(lorasynci_leg_at_part(m, leg->route.at, &other, err));
+        *out = other.near;
+        return LORASYNC_OK;
+    }
+    if (leg->tensor >= m->head.num_targets) return lorasynci_damaged_answer(m->plan, err);
     out->space = LORASYNCI_IMAGE;
     out->dtype = leg->wire;
-    out->at    = b->targets[leg->tensor].offset;
+    out->at    = m->targets[leg->tensor].offset;
     lorasynci_row_major(leg->shape, leg->ndim, out->stride);
     return LORASYNC_OK;
 }
 
-/* A leg that starts here: into send staging, or to this rank itself, straight to its end. In a gather-all what goes to
-   this rank itself has been digested on its way to the others. */
-LORASYNCI_FN lorasync_status lorasynci_build_send(const lorasynci_build *b, const lorasynci_leg *leg,
-                                                  lorasync_error *err)
+/* Where a leg lies in staging. */
+LORASYNCI_FN uint64_t lorasynci_leg_staged_at(const lorasynci_link *link, const lorasynci_leg *leg)
 {
-    lorasync_plan *plan = b->plan;
+    uint32_t round = leg->route.round;
+    return lorasynci_link_at(link, round) + leg->route.at - lorasynci_link_start(link, round);
+}
+
+/* A leg that starts here: into send staging, or to this rank itself, straight to its end. What a rank serves itself is
+   what it would have sent: rounded for the wire on the way, unless it arrives in that dtype or never leaves its own. */
+LORASYNCI_FN lorasync_status lorasynci_build_send(const lorasynci_making *m, lorasynci_leg *leg, lorasync_error *err)
+{
+    lorasync_plan *plan = m->plan;
     lorasynci_end  far;
-    uint32_t       tensor, round = leg->route.round;
-    float          scale;
-    int self = leg->route.peer == (uint32_t)plan->talk->comm.rank, gather = lorasynci_is_gather(b->desc->kind);
-    int digest =
-        gather && !(self && b->desc->kind == LORASYNC_GATHER_ALL && !plan->direct && plan->talk->comm.world > 1);
-    memset(&far, 0, sizeof far);
-    if (!self) {
-        const lorasynci_link *link = lorasynci_link_of(plan, leg, 0);
-        lorasynci_staging_end(&far, LORASYNCI_SEND,
-                              lorasynci_link_at(link, round) + leg->route.at - lorasynci_link_start(link, round),
-                              leg->wire, leg->box, leg->ndim);
-    } else if (gather) LORASYNCI_TRY(lorasynci_target_end(b, leg, &far, err));
-    else LORASYNCI_TRY(lorasynci_part_end(plan, b->parts, leg->route.at, &far, &tensor, &scale, err));
-    if (digest && !self && (plan->num_slots == 0 || plan->slots[plan->num_slots - 1] != leg->tensor))
-        plan->slots[plan->num_slots++] = leg->tensor;
-    lorasynci_add_ops(&plan->pack, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &leg->near, &far, leg->tensor,
-                      leg->scale, round, digest,
-                      self && leg->wire != far.dtype && (leg->wire != leg->near.dtype || leg->scale != 1)
-                          ? leg->wire
-                          : LORASYNC_DTYPE_NONE);
-    return lorasynci_ops_failed(&plan->pack) ? lorasynci_fail_memory(err, plan->pack.list.size) : LORASYNC_OK;
+    if (leg->route.peer == (uint32_t)plan->talk->comm.rank) {
+        LORASYNCI_TRY(lorasynci_own_end(m, leg, &far, err));
+        if (leg->wire != far.dtype && (leg->wire != leg->near.dtype || leg->scale != 1)) leg->via = leg->wire;
+    } else {
+        lorasynci_staging_end(&far, LORASYNCI_SEND, lorasynci_leg_staged_at(lorasynci_link_of(plan, leg, 0), leg), leg);
+    }
+    return lorasynci_add_ops(&plan->pack, leg, &leg->near, &far, err);
 }
 
 /* A leg that ends here: out of receive staging. */
-LORASYNCI_FN lorasync_status lorasynci_build_receive(const lorasynci_build *b, const lorasynci_leg *leg,
+LORASYNCI_FN lorasync_status lorasynci_build_receive(const lorasynci_making *m, const lorasynci_leg *leg,
                                                      lorasync_error *err)
 {
-    lorasynci_link *link = lorasynci_link_of(b->plan, leg, 1);
-    lorasynci_end   far;
-    memset(&far, 0, sizeof far);
-    lorasynci_staging_end(&far, LORASYNCI_RECEIVE,
-                          lorasynci_link_at(link, leg->route.round) + leg->route.at -
-                              lorasynci_link_start(link, leg->route.round),
-                          leg->wire, leg->box, leg->ndim);
-    lorasynci_add_ops(&b->plan->place, leg->box, leg->box + leg->ndim, leg->shape, leg->ndim, &far, &leg->near,
-                      leg->tensor, 1, leg->route.round, 0, LORASYNC_DTYPE_NONE);
-    return lorasynci_ops_failed(&b->plan->place) ? lorasynci_fail_memory(err, b->plan->place.list.size) : LORASYNC_OK;
+    lorasynci_end far;
+    LORASYNC_ASSERT(leg->scale == 1); /* lorasynci_scale_check: only what is sent is scaled, by its sender */
+    lorasynci_staging_end(&far, LORASYNCI_RECEIVE, lorasynci_leg_staged_at(lorasynci_link_of(m->plan, leg, 1), leg),
+                          leg);
+    return lorasynci_add_ops(&m->plan->place, leg, &far, &leg->near, err);
 }
 
-/* One pass over a list of routes: measures the links and makes room for the operations (most routes need one), or
-   builds them. */
-LORASYNCI_FN lorasync_status lorasynci_build_pass(const lorasynci_build *b, const char *routes, size_t size,
-                                                  int receiving, int building, lorasync_error *err)
+/* The first pass over a list of routes measures the links, and makes room for the operations: most routes need one. */
+LORASYNCI_FN lorasync_status lorasynci_measure_links(const lorasynci_making *m, lorasynci_reader from, int receiving,
+                                                     lorasync_error *err)
 {
-    lorasynci_buffer *list = receiving ? &b->plan->place.list : &b->plan->pack.list;
-    size_t            at = 0, num = 0;
-    for (; at < size; num++) {
-        lorasynci_leg leg;
-        LORASYNCI_TRY(lorasynci_read_leg(b, routes, size, &at, receiving, &leg, err));
-        if (building)
-            LORASYNCI_TRY(receiving ? lorasynci_build_receive(b, &leg, err) : lorasynci_build_send(b, &leg, err));
-        else if (receiving || leg.route.peer != (uint32_t)b->plan->talk->comm.rank)
-            LORASYNCI_TRY(lorasynci_link_extend(lorasynci_link_of(b->plan, &leg, receiving), &leg, err));
+    lorasync_plan    *plan = m->plan;
+    lorasynci_buffer *list = receiving ? &plan->place.list : &plan->pack.list;
+    lorasynci_leg     leg;
+    size_t            num = 0;
+    for (; from.at < from.end; num++) {
+        LORASYNCI_TRY(lorasynci_read_leg(m, &from, receiving, &leg, err));
+        if (receiving || leg.route.peer != (uint32_t)plan->talk->comm.rank)
+            LORASYNCI_TRY(lorasynci_link_extend(lorasynci_link_of(plan, &leg, receiving), &leg, err));
     }
-    if (!building && !lorasynci_buffer_reserve(list, num * sizeof(lorasynci_op)))
-        return lorasynci_fail_memory(err, num * sizeof(lorasynci_op));
+    return lorasynci_buffer_reserve(list, num * sizeof(lorasynci_op))
+               ? LORASYNC_OK
+               : lorasynci_fail_memory(err, num * sizeof(lorasynci_op));
+}
+
+/* The second makes them, since staging is laid out by now. */
+LORASYNCI_FN lorasync_status lorasynci_build_ops(const lorasynci_making *m, lorasynci_reader from, int receiving,
+                                                 lorasync_error *err)
+{
+    lorasynci_leg leg;
+    while (from.at < from.end) {
+        LORASYNCI_TRY(lorasynci_read_leg(m, &from, receiving, &leg, err));
+        LORASYNCI_TRY(receiving ? lorasynci_build_receive(m, &leg, err) : lorasynci_build_send(m, &leg, err));
+    }
     return LORASYNC_OK;
 }
 
@@ -10254,27 +10426,38 @@ LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan, size_t bucket_byt
                              &staging[LORASYNCI_SEND]);
 }
 
-/* Digests that will arrive with each link. */
-LORASYNCI_FN lorasync_status lorasynci_build_digests(lorasync_plan *plan, const char *bytes, size_t size,
-                                                     lorasync_error *err)
+/* A list that lorasynci_put_list made, of numbers below `limit`, into memory of the plan. */
+LORASYNCI_FN lorasync_status lorasynci_read_list(lorasync_plan *plan, lorasynci_reader *from, size_t limit,
+                                                 uint32_t **out, size_t *out_num, lorasync_error *err)
 {
-    size_t at = 0, i;
-    int    from;
-    for (from = 0; at < size && from < plan->talk->comm.world; from++) {
-        lorasynci_link *link = &plan->receives[from];
-        uint64_t        num;
-        if (size - at < 8) return lorasynci_damaged_answer(plan, err);
-        memcpy(&num, bytes + at, 8);
-        at += 8;
-        if (num > (size - at) / 4) return lorasynci_damaged_answer(plan, err);
-        link->digests = (uint32_t *)lorasynci_alloc(&plan->a, (size_t)num * 4);
-        if (!link->digests) return lorasynci_fail_memory(err, (size_t)num * 4);
-        if (num) memcpy(link->digests, bytes + at, (size_t)num * 4);
-        for (i = 0; i < num; i++)
-            if (link->digests[i] >= plan->num_image_tensors) return lorasynci_damaged_answer(plan, err);
-        link->num_digests = (size_t)num;
-        at += (size_t)(num + num % 2) * 4;
-        if (at > size) return lorasynci_damaged_answer(plan, err);
+    const char *bytes = lorasynci_read(from, sizeof(uint64_t));
+    uint64_t    num   = 0, i;
+    if (bytes) memcpy(&num, bytes, sizeof num);
+    if (!bytes || num > (size_t)(from->end - from->at) / sizeof **out) return lorasynci_damaged_answer(plan, err);
+    bytes = lorasynci_read(from, (size_t)(num + num % 2) * sizeof **out);
+    if (!bytes) return lorasynci_damaged_answer(plan, err);
+    *out = (uint32_t *)lorasynci_alloc(&plan->a, (size_t)num * sizeof **out);
+    if (!*out) return lorasynci_fail_memory(err, (size_t)num * sizeof **out);
+    if (num) memcpy(*out, bytes, (size_t)num * sizeof **out);
+    for (i = 0; i < num; i++)
+        if ((*out)[i] >= limit) return lorasynci_damaged_answer(plan, err);
+    *out_num = (size_t)num;
+    return LORASYNC_OK;
+}
+
+/* The digests that this rank sends, behind its one stream, and those that will arrive with each link. */
+LORASYNCI_FN lorasync_status lorasynci_build_digests(const lorasynci_making *m, lorasync_error *err)
+{
+    lorasync_plan   *plan = m->plan;
+    lorasynci_reader from = m->digests;
+    int              i;
+    LORASYNCI_TRY(lorasynci_read_list(plan, &from, plan->catalogue.num, &plan->slots, &plan->num_slots, err));
+    for (i = 0; i < plan->talk->comm.world; i++) {
+        lorasynci_link *in = &plan->receives[i], *out = &plan->sends[i];
+        if (lorasynci_link_rounds(out)) out->num_digests = plan->num_slots;
+        if (from.at == from.end) continue;
+        LORASYNCI_TRY(lorasynci_read_list(plan, &from, plan->num_image_tensors, &in->digests, &in->num_digests, err));
+        if (in->num_digests && !lorasynci_link_rounds(in)) return lorasynci_damaged_answer(plan, err);
     }
     return LORASYNC_OK;
 }
@@ -10292,65 +10475,52 @@ LORASYNCI_FN void lorasynci_buffer_trim(lorasynci_buffer *b)
     b->capacity = b->size;
 }
 
-/* The number of slots a sender fills: distinct tensors among its routes to others, in order. Counted before the
-   operations are built. */
-LORASYNCI_FN lorasync_status lorasynci_build_slots(const lorasynci_build *b, const char *routes, size_t size,
-                                                   lorasync_error *err)
+/* The body that the planner sent, taken apart; the planner's own, too. */
+LORASYNCI_FN lorasync_status lorasynci_open_answer(lorasynci_making *m, lorasync_error *err)
 {
-    lorasync_plan *plan = b->plan;
-    size_t         at = 0, num = 0;
-    uint32_t       last = UINT32_MAX;
-    int            i;
-    while (lorasynci_is_gather(b->desc->kind) && at < size) {
-        lorasynci_leg leg;
-        LORASYNCI_TRY(lorasynci_read_leg(b, routes, size, &at, 0, &leg, err));
-        if (leg.route.peer == (uint32_t)plan->talk->comm.rank || leg.tensor == last) continue;
-        last = leg.tensor;
-        num++;
-    }
-    plan->slots = (uint32_t *)lorasynci_alloc_array(&plan->a, num, sizeof *plan->slots);
-    if (!plan->slots) return lorasynci_fail_memory(err, num * 4);
-    for (i = 0; num && i < plan->talk->comm.world; i++)
-        if (lorasynci_link_rounds(&plan->sends[i])) plan->sends[i].num_digests = num; /* a gather sends one stream */
+    const lorasynci_answer *h        = &m->head;
+    lorasynci_reader        body     = lorasynci_read_from(m->body.data, m->body.size);
+    const char             *sends    = lorasynci_read(&body, (size_t)h->sends_bytes);
+    const char             *receives = lorasynci_read(&body, (size_t)h->receives_bytes);
+    const char             *targets  = lorasynci_read(&body, (size_t)h->num_targets * sizeof *m->targets);
+    const char             *digests  = lorasynci_read(&body, (size_t)h->digests_bytes);
+    if (h->num_targets != m->plan->catalogue.num || body.at != body.end) return lorasynci_damaged_answer(m->plan, err);
+    m->sends            = lorasynci_read_from(sends, (size_t)h->sends_bytes);
+    m->receives         = lorasynci_read_from(receives, (size_t)h->receives_bytes);
+    m->digests          = lorasynci_read_from(digests, (size_t)h->digests_bytes);
+    m->targets          = (const lorasynci_destination *)(const void *)targets;
+    m->image            = m->desc->kind == LORASYNC_SCATTER ? m->desc->image : m->plan->image;
+    m->plan->num_rounds = (uint32_t)h->num_rounds;
+    if (m->plan->image) m->plan->num_image_tensors = m->plan->image->num_tensors;
     return LORASYNC_OK;
 }
 
 /* The links: what travels between this rank and each other one. */
-LORASYNCI_FN lorasync_status lorasynci_build_links(lorasynci_build *b, const lorasynci_answer *head, const char *bytes,
-                                                   lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_build_links(lorasynci_making *m, lorasync_error *err)
 {
-    lorasync_plan *plan  = b->plan;
-    const char    *sends = bytes, *receives = sends + head->sends_bytes, *targets = receives + head->receives_bytes,
-               *digests = targets + head->num_targets * sizeof(lorasynci_destination);
-    plan->num_rounds    = (uint32_t)head->num_rounds;
-    b->targets          = (const lorasynci_destination *)(const void *)targets;
-    b->num_targets      = (size_t)head->num_targets;
-    LORASYNCI_TRY(lorasynci_build_pass(b, sends, (size_t)head->sends_bytes, 0, 0, err));
-    LORASYNCI_TRY(lorasynci_build_pass(b, receives, (size_t)head->receives_bytes, 1, 0, err));
-    LORASYNCI_TRY(lorasynci_build_digests(plan, digests, (size_t)head->digests_bytes, err));
-    return lorasynci_build_slots(b, sends, (size_t)head->sends_bytes, err);
+    LORASYNCI_TRY(lorasynci_open_answer(m, err));
+    LORASYNCI_TRY(lorasynci_measure_links(m, m->sends, 0, err));
+    LORASYNCI_TRY(lorasynci_measure_links(m, m->receives, 1, err));
+    return lorasynci_build_digests(m, err);
 }
 
 /* Staging and operations, once the links are known. */
-LORASYNCI_FN lorasync_status lorasynci_build_plan(lorasynci_build *b, const lorasynci_answer *head, const char *bytes,
-                                                  lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_build_plan(const lorasynci_making *m, lorasync_error *err)
 {
-    lorasync_plan *plan = b->plan;
-    lorasynci_build_staging(plan, lorasynci_bucket_bytes(b->desc));
-    LORASYNCI_TRY(lorasynci_build_pass(b, bytes, (size_t)head->sends_bytes, 0, 1, err));
-    LORASYNCI_TRY(lorasynci_build_pass(b, bytes + head->sends_bytes, (size_t)head->receives_bytes, 1, 1, err));
+    lorasync_plan *plan = m->plan;
+    size_t         n    = plan->catalogue.num, i;
+    lorasynci_build_staging(plan, lorasynci_bucket_bytes(m->desc));
+    LORASYNCI_TRY(lorasynci_build_ops(m, m->sends, 0, err));
+    LORASYNCI_TRY(lorasynci_build_ops(m, m->receives, 1, err));
     lorasynci_buffer_trim(&plan->pack.list);
     lorasynci_buffer_trim(&plan->place.list);
     lorasynci_buffer_trim(&plan->catalogue.bytes);
     lorasynci_buffer_trim(&plan->catalogue.at);
-    if (lorasynci_is_gather(plan->kind)) {
-        size_t n    = plan->catalogue.num, i;
-        plan->sums  = (uint64_t *)lorasynci_alloc_array(&plan->a, n, sizeof *plan->sums);
-        plan->index = (uint32_t *)lorasynci_alloc_array(&plan->a, n, sizeof *plan->index);
-        if (!plan->sums || !plan->index) return lorasynci_fail_memory(err, n * 8);
-        if (b->num_targets != n) return lorasynci_damaged_answer(plan, err);
-        for (i = 0; i < n; i++) plan->index[i] = (uint32_t)b->targets[i].index;
-    }
+    if (!lorasynci_is_gather(plan->kind)) return LORASYNC_OK;
+    plan->sums  = (uint64_t *)lorasynci_arena_array(&plan->arena, n, sizeof *plan->sums);
+    plan->index = (uint32_t *)lorasynci_arena_array(&plan->arena, n, sizeof *plan->index);
+    LORASYNCI_TRY(lorasynci_arena_check(&plan->arena, err));
+    for (i = 0; i < n; i++) plan->index[i] = (uint32_t)m->targets[i].index;
     return LORASYNC_OK;
 }
 
@@ -10421,7 +10591,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_collect(lorasynci_planner *p, con
     lorasynci_block  block;
     lorasync_error   mine;
     lorasync_status  status;
-    lorasynci_buffer_init(&out, p->a);
+    lorasynci_buffer_init(&out, &p->arena.a);
     memset(&mine, 0, sizeof mine);
     lorasynci_buffer_reserve(&out, parts->list.size / sizeof(lorasynci_part) * 8 + parts->geometry.size / 3 * 2 +
                                        catalogue->bytes.size); /* exactly: it is large */
@@ -10564,7 +10734,7 @@ LORASYNCI_FN void lorasynci_plan_close_gpu(lorasync_plan *plan)
     lorasynci_dealloc(&plan->a, plan->peer_staging);
     plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = plan->image_memory = NULL;
     lorasynci_gpu_leave(plan->gpu->ordinal, old);
-    lorasynci_gpu_close(&plan->meter.a, plan->gpu);
+    lorasynci_gpu_close(&plan->arena.below, plan->gpu);
 }
 
 LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
@@ -10577,17 +10747,18 @@ LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
 }
 
 /* Maps what the planner offers, if it offers; then all ranks vote whether everybody could. */
-LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const lorasync_plan_desc *d,
-                                                const lorasynci_offer *offer, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasynci_making *m, lorasync_error *err)
 {
-    int mapped = 0;
+    lorasync_plan         *plan   = m->plan;
+    const lorasynci_offer *offer  = &m->offer;
+    int                    mapped = 0;
     if (!offer->mapping_bytes) return LORASYNC_OK;
-    if (!plan->shared.address && !d->no_direct)
+    if (!plan->shared.address && !m->desc->no_direct)
         lorasynci_window_name(&plan->shared, offer->name, (size_t)offer->mapping_bytes, 0);
     if (plan->shared.address) {
         plan->lines =
             (uint64_t *)(void *)(plan->shared.address + plan->shared.num_bytes - 64 * (size_t)plan->talk->comm.world);
-        mapped = !plan->gpu || d->kind == LORASYNC_RESHARD || lorasynci_plan_open_image(plan, &offer->device);
+        mapped = !plan->gpu || plan->kind == LORASYNC_RESHARD || lorasynci_plan_open_image(plan, &offer->device);
     }
     LORASYNCI_TRY(lorasynci_talk_vote_flag(plan->talk, NULL, &mapped, err));
     if (mapped) {
@@ -10598,101 +10769,117 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasync_plan *plan, const loras
     return LORASYNC_OK;
 }
 
-/* A gather-all: the merged catalogue from the planner to everybody, who lays out the image from it. A failure at home
-   goes to *mine. */
-LORASYNCI_FN lorasync_status lorasynci_plan_share_catalogue(lorasync_plan *plan, const lorasynci_planner *p,
-                                                            const lorasync_plan_desc *d, size_t num_bytes,
-                                                            lorasync_error *mine, lorasync_error *err)
+/* On the planner: the verdict on what was declared, and what it has for the others. */
+LORASYNCI_FN void lorasynci_make_offer(lorasynci_making *m)
 {
-    lorasynci_catalogue merged;
-    lorasync_status     status;
-    const int           here = lorasynci_is_planner(plan);
-    lorasynci_catalogue_init(&merged, &plan->a);
-    if (!here && lorasynci_buffer_reserve(&merged.bytes, num_bytes)) merged.bytes.size = num_bytes;
-    if (merged.bytes.failed) lorasynci_fail_memory(mine, num_bytes);
-    status = lorasynci_talk_vote(plan->talk, mine, err);
-    if (status == LORASYNC_OK)
-        status = lorasynci_talk_tell(plan->talk, plan->root, here ? p->merged.bytes.data : merged.bytes.data, num_bytes,
-                                     plan->talk->timeout_ms, err);
-    if (status == LORASYNC_OK && !here && lorasynci_catalogue_index(&merged, plan->root, mine) == LORASYNC_OK)
-        lorasynci_layout_image(plan, d, &merged, mine);
-    lorasynci_catalogue_free(&merged);
-    return status;
-}
-
-/* On the planner: the verdict on the descriptions, and what it has for the others. */
-LORASYNCI_FN void lorasynci_plan_make_offer(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d,
-                                            lorasynci_offer *offer)
-{
-    offer->id = lorasynci_unique(plan);
-    if (lorasynci_planner_check(p, &offer->verdict) < 0) return;
-    if (d->kind == LORASYNC_GATHER_ALL) offer->catalogue_bytes = p->merged.bytes.size;
-    if ((plan->image || (plan->gpu && d->kind == LORASYNC_RESHARD)) && p->world > 1 && !d->no_direct)
+    lorasync_plan   *plan  = m->plan;
+    lorasynci_offer *offer = &m->offer;
+    offer->id              = lorasynci_unique(plan);
+    if (lorasynci_planner_check(&m->planner, &offer->verdict) < 0) return;
+    if (plan->kind == LORASYNC_GATHER_ALL) offer->catalogue_bytes = m->planner.merged.bytes.size;
+    if ((plan->image || (plan->gpu && plan->kind == LORASYNC_RESHARD)) && m->planner.world > 1 && !m->desc->no_direct)
         lorasynci_offer_mapping(plan, offer);
 }
 
-/* Verdict on the descriptions, the catalogue for a gather-all, and the shared image. */
-LORASYNCI_FN lorasync_status lorasynci_plan_offer(lorasync_plan *plan, lorasynci_planner *p,
-                                                  const lorasync_plan_desc *d, lorasynci_offer *offer,
-                                                  lorasync_error *mine, lorasync_error *err)
+/* The planner's verdict to all; and the memory that the ranks share, if they can, whose name is gone afterwards. */
+LORASYNCI_FN lorasync_status lorasynci_share_verdict(lorasynci_making *m, lorasync_error *err)
 {
-    lorasync_status status;
-    memset(offer, 0, sizeof *offer);
-    if (lorasynci_is_planner(plan)) lorasynci_plan_make_offer(plan, p, d, offer);
-    status   = lorasynci_talk_tell(plan->talk, plan->root, offer, sizeof *offer, plan->talk->timeout_ms, err);
-    plan->id = offer->id;
+    lorasynci_talk  *talk  = m->plan->talk;
+    lorasynci_offer *offer = &m->offer;
+    lorasync_status  status;
+    if (lorasynci_is_planner(m->plan)) lorasynci_make_offer(m);
+    status      = lorasynci_talk_tell(talk, m->plan->root, offer, sizeof *offer, talk->timeout_ms, err);
+    m->plan->id = offer->id;
     if (status == LORASYNC_OK && offer->verdict.status < 0)
         status = lorasynci_fail(err, offer->verdict.status, "%.500s", offer->verdict.text);
-    if (status == LORASYNC_OK && offer->catalogue_bytes && p->world > 1)
-        status = lorasynci_plan_share_catalogue(plan, p, d, (size_t)offer->catalogue_bytes, mine, err);
-    if (status == LORASYNC_OK) status = lorasynci_plan_map(plan, d, offer, err);
-    if (offer->mapping_bytes && lorasynci_is_planner(plan)) shm_unlink(offer->name); /* whoever could has it by now */
+    if (status == LORASYNC_OK) status = lorasynci_plan_map(m, err);
+    if (offer->mapping_bytes && lorasynci_is_planner(m->plan)) shm_unlink(offer->name);
     return status;
 }
 
-/* Everybody's routes from the planner. *out holds them behind *head. */
-LORASYNCI_FN lorasync_status lorasynci_plan_receive(lorasync_plan *plan, lorasynci_planner *p, lorasynci_answer *head,
-                                                    lorasynci_buffer *out, lorasync_error *mine, lorasync_error *err)
+/* A gather-all: the merged catalogue from the planner to everybody, who lays out the image from it. */
+LORASYNCI_FN lorasync_status lorasynci_share_catalogue(lorasynci_making *m, lorasync_error *err)
 {
-    const lorasync_allocator *a = &plan->a;
-    size_t                    n = (size_t)p->world, i, here = (size_t)p->talk->comm.rank;
-    lorasynci_block           block;
-    lorasynci_answer         *heads  = NULL;
-    lorasynci_buffer         *bodies = NULL;
-    lorasync_status           status = LORASYNC_OK;
-    if (lorasynci_is_planner(plan)) {
-        heads  = (lorasynci_answer *)lorasynci_alloc_array(a, n, sizeof *heads);
-        bodies = (lorasynci_buffer *)lorasynci_alloc_array(a, n, sizeof *bodies);
-        for (i = 0; bodies && i < n; i++) lorasynci_buffer_init(&bodies[i], a);
-        if (!heads || !bodies) lorasynci_fail_memory(mine, n * sizeof *heads);
-        else if (mine->status == LORASYNC_OK && lorasynci_planner_route(p, mine) == LORASYNC_OK)
-            for (i = 0; i < n && mine->status == LORASYNC_OK; i++)
-                lorasynci_planner_answer(p, (int)i, &heads[i], &bodies[i], mine);
+    lorasync_plan      *plan      = m->plan;
+    const size_t        num_bytes = (size_t)m->offer.catalogue_bytes;
+    const int           here      = lorasynci_is_planner(plan);
+    lorasynci_catalogue merged;
+    if (!num_bytes || plan->talk->comm.world == 1) return LORASYNC_OK;
+    lorasynci_catalogue_init(&merged, &plan->a);
+    if (here) merged.bytes.data = m->planner.merged.bytes.data;
+    else if (lorasynci_buffer_reserve(&merged.bytes, num_bytes)) merged.bytes.size = num_bytes;
+    else lorasynci_fail_memory(&m->mine, num_bytes);
+    LORASYNCI_TRY(lorasynci_talk_vote(plan->talk, &m->mine, err));
+    LORASYNCI_TRY(
+        lorasynci_talk_tell(plan->talk, plan->root, merged.bytes.data, num_bytes, plan->talk->timeout_ms, err));
+    if (here) return LORASYNC_OK;
+    if (lorasynci_catalogue_index(&merged, plan->root, &m->mine) == LORASYNC_OK)
+        lorasynci_layout_image(plan, m->desc, &merged, &m->mine);
+    lorasynci_catalogue_free(&merged);
+    return LORASYNC_OK;
+}
+
+/* On the planner: routes, and the answers to all ranks. */
+LORASYNCI_FN lorasync_status lorasynci_make_answers(lorasynci_planner *p, lorasync_error *err)
+{
+    int rank;
+    LORASYNCI_TRY(lorasynci_planner_route(p, err));
+    for (rank = 0; rank < p->world; rank++) LORASYNCI_TRY(lorasynci_planner_answer(p, rank, err));
+    return LORASYNC_OK;
+}
+
+/* The head of each rank's answer: how much will follow. */
+LORASYNCI_FN lorasync_status lorasynci_share_heads(lorasynci_making *m, lorasync_error *err)
+{
+    lorasynci_planner *p    = &m->planner;
+    const int          here = lorasynci_is_planner(m->plan);
+    lorasynci_block    mine;
+    int                rank;
+    if (here && m->mine.status == LORASYNC_OK) lorasynci_make_answers(p, &m->mine);
+    LORASYNCI_TRY(lorasynci_talk_vote(p->talk, &m->mine, err));
+    for (rank = 0; here && rank < p->world; rank++) {
+        p->blocks[rank].data      = &p->heads[rank];
+        p->blocks[rank].num_bytes = sizeof p->heads[rank];
     }
-    status          = lorasynci_talk_vote(plan->talk, mine, err);
-    block.data      = head;
-    block.num_bytes = sizeof *head;
-    for (i = 0; i < n && heads; i++) p->answers[i].data = &heads[i], p->answers[i].num_bytes = sizeof *heads;
-    if (status == LORASYNC_OK) status = lorasynci_talk_deal(plan->talk, plan->root, heads ? p->answers : &block, err);
-    if (status == LORASYNC_OK && heads) *head = heads[here];
-    if (status == LORASYNC_OK) {
-        size_t size = (size_t)(head->sends_bytes + head->receives_bytes +
-                               head->num_targets * sizeof(lorasynci_destination) + head->digests_bytes);
-        if (bodies) *out = bodies[here];
-        else if (lorasynci_buffer_reserve(out, size)) out->size = size;
-        else lorasynci_fail_memory(mine, size);
-        status          = lorasynci_talk_vote(plan->talk, mine, err);
-        block.data      = out->data;
-        block.num_bytes = size;
-        for (i = 0; i < n && bodies; i++) p->answers[i].data = bodies[i].data, p->answers[i].num_bytes = bodies[i].size;
-        if (status == LORASYNC_OK)
-            status = lorasynci_talk_deal(plan->talk, plan->root, bodies ? p->answers : &block, err);
+    mine.data      = &m->head;
+    mine.num_bytes = sizeof m->head;
+    LORASYNCI_TRY(lorasynci_talk_deal(p->talk, m->plan->root, here ? p->blocks : &mine, err));
+    if (here) m->head = p->heads[p->talk->comm.rank];
+    return LORASYNC_OK;
+}
+
+/* Room for the body on another rank than the planner, of the size that the planner has told. */
+LORASYNCI_FN lorasync_status lorasynci_expect_body(lorasynci_making *m, lorasync_error *err)
+{
+    const lorasynci_answer *h = &m->head;
+    size_t                  size;
+    if (!lorasynci_checked_mul((size_t)h->num_targets, sizeof *m->targets, &size) ||
+        !lorasynci_checked_add(size, (size_t)h->sends_bytes, &size) ||
+        !lorasynci_checked_add(size, (size_t)h->receives_bytes, &size) ||
+        !lorasynci_checked_add(size, (size_t)h->digests_bytes, &size))
+        return lorasynci_damaged_answer(m->plan, err);
+    if (!lorasynci_buffer_reserve(&m->body, size)) return lorasynci_fail_memory(err, size);
+    m->body.size = size;
+    return LORASYNC_OK;
+}
+
+/* The body of each rank's answer. The planner's own stays, with the plan. */
+LORASYNCI_FN lorasync_status lorasynci_share_bodies(lorasynci_making *m, lorasync_error *err)
+{
+    lorasynci_planner *p    = &m->planner;
+    const int          here = lorasynci_is_planner(m->plan);
+    lorasynci_block    mine;
+    int                rank;
+    if (here) m->body = p->bodies[p->talk->comm.rank];
+    else lorasynci_expect_body(m, &m->mine);
+    LORASYNCI_TRY(lorasynci_talk_vote(p->talk, &m->mine, err));
+    for (rank = 0; here && rank < p->world; rank++) {
+        p->blocks[rank].data      = p->bodies[rank].data;
+        p->blocks[rank].num_bytes = p->bodies[rank].size;
     }
-    for (i = 0; i < n && bodies; i++)
-        if (i != here || out->data != bodies[i].data) lorasynci_buffer_free(&bodies[i]);
-    lorasynci_dealloc(a, heads);
-    lorasynci_dealloc(a, bodies);
-    return status;
+    mine.data      = m->body.data;
+    mine.num_bytes = m->body.size;
+    return lorasynci_talk_deal(p->talk, m->plan->root, here ? p->blocks : &mine, err);
 }
 
 /* Memory for what a run needs: staging, and the image of a gather. */
@@ -10714,7 +10901,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
     if (plan->lent) return LORASYNC_OK;
     if (plan->gpu) return lorasynci_device_allocate(plan, err);
     for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
-        plan->memory[space] = (char *)lorasynci_alloc(&plan->meter.a, plan->staging_bytes[space]);
+        plan->memory[space] = (char *)lorasynci_alloc(&plan->arena.below, plan->staging_bytes[space]);
         if (!plan->memory[space]) return lorasynci_fail_memory(err, plan->staging_bytes[space]);
     }
     if (plan->source) plan->memory[LORASYNCI_IMAGE] = (char *)(uintptr_t)plan->source->payload;
@@ -10723,7 +10910,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
     if (plan->direct) {
         if (lorasynci_is_planner(plan)) lorasynci_image_move_header(image, plan->shared.address);
     } else {
-        plan->image_memory = (char *)lorasynci_alloc(&plan->meter.a, image->header_bytes + image->payload_bytes);
+        plan->image_memory = (char *)lorasynci_alloc(&plan->arena.below, image->header_bytes + image->payload_bytes);
         if (!plan->image_memory) return lorasynci_fail_memory(err, image->header_bytes + image->payload_bytes);
         lorasynci_image_move_header(image, plan->image_memory);
         plan->memory[LORASYNCI_IMAGE] = plan->image_memory + image->header_bytes;
@@ -10765,48 +10952,39 @@ LORASYNCI_FN lorasync_status lorasynci_plan_mesh(lorasync_plan *plan, size_t buc
     return LORASYNC_OK;
 }
 
-/* The collective part of creating, from description to operations. */
-LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasync_plan *plan, lorasynci_planner *p, const lorasync_plan_desc *d,
-                                                 lorasynci_parts *parts, lorasync_error *err)
+/* This rank's part before the ranks talk. */
+LORASYNCI_FN lorasync_status lorasynci_plan_prepare(lorasynci_making *m, lorasync_error *err)
 {
-    lorasync_error   mine;
-    lorasynci_offer  offer;
-    lorasynci_answer head;
-    lorasynci_buffer answer;
-    lorasynci_build  build;
-    lorasync_status  status;
-    memset(&mine, 0, sizeof mine);
-    lorasynci_buffer_init(&answer, &plan->a);
-    lorasynci_plan_describe(plan, d, parts, &mine);
-    if (mine.status == LORASYNC_OK && d->cuda)
-        lorasynci_gpu_open(&plan->meter.a, d->cuda->stream, 1, "desc.cuda", &plan->gpu, &mine);
-    if (mine.status == LORASYNC_OK) lorasynci_planner_init(p, plan->talk, d, &plan->a, &mine);
+    lorasync_plan            *plan = m->plan;
+    const lorasync_plan_desc *d    = m->desc;
+    LORASYNCI_TRY(lorasynci_plan_describe(plan, d, &m->parts, err));
+    if (d->cuda)
+        LORASYNCI_TRY(lorasynci_gpu_open(&plan->arena.below, d->cuda->stream, 1, "desc.cuda", &plan->gpu, err));
+    m->planner.plan = plan;
+    return lorasynci_planner_init(&m->planner, plan->talk, d, &plan->arena.below, &plan->meter, err);
+}
+
+/* The collective part of creating, from description to operations. What fails on one rank is kept in `mine` and put to
+   the next vote; so each step is: make, vote, send. */
+LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasynci_making *m, lorasync_error *err)
+{
+    lorasync_plan *plan = m->plan;
+    lorasynci_plan_prepare(m, &m->mine);
     LORASYNCI_TRY(lorasynci_talk_vote_tag(
-        plan->talk, &mine, lorasynci_plan_tag(d),
+        plan->talk, &m->mine, lorasynci_plan_tag(m->desc),
         "the plan's kind, root, wire_dtype, bucket_bytes, allow_nan, cuda or adapter, hashed", err));
-    p->plan = plan;
-    LORASYNCI_TRY(lorasynci_planner_collect(p, &plan->catalogue, parts, err));
-    LORASYNCI_TRY(lorasynci_plan_offer(plan, p, d, &offer, &mine, err));
-    status                 = lorasynci_plan_receive(plan, p, &head, &answer, &mine, err);
-    plan->stats.num_pieces = p->held.num + p->wanted.num; /* of all ranks, on the planner */
-    lorasynci_planner_free(p);
-    if (status == LORASYNC_OK) {
-        memset(&build, 0, sizeof build);
-        build.plan  = plan;
-        build.desc  = d;
-        build.parts = parts;
-        build.image = d->kind == LORASYNC_SCATTER ? d->image : plan->image;
-        if (plan->image) plan->num_image_tensors = plan->image->num_tensors;
-        lorasynci_build_links(&build, &head, answer.data, &mine);
-        status = lorasynci_plan_mesh(plan, lorasynci_bucket_bytes(d), &mine, err);
-    }
-    if (status == LORASYNC_OK) {
-        if (mine.status == LORASYNC_OK && lorasynci_build_plan(&build, &head, answer.data, &mine) == LORASYNC_OK)
-            lorasynci_plan_allocate(plan, d, &offer, &mine);
-        status = lorasynci_talk_vote(plan->talk, &mine, err);
-    }
-    lorasynci_buffer_free(&answer);
-    return status;
+    LORASYNCI_TRY(lorasynci_planner_collect(&m->planner, &plan->catalogue, &m->parts, err));
+    LORASYNCI_TRY(lorasynci_share_verdict(m, err));
+    LORASYNCI_TRY(lorasynci_share_catalogue(m, err));
+    LORASYNCI_TRY(lorasynci_share_heads(m, err));
+    LORASYNCI_TRY(lorasynci_share_bodies(m, err));
+    plan->stats.num_pieces = m->planner.held.num + m->planner.wanted.num; /* of all ranks, on the planner */
+    lorasynci_arena_close(&m->planner.arena);
+    lorasynci_build_links(m, &m->mine);
+    LORASYNCI_TRY(lorasynci_plan_mesh(plan, lorasynci_bucket_bytes(m->desc), &m->mine, err));
+    if (m->mine.status == LORASYNC_OK && lorasynci_build_plan(m, &m->mine) == LORASYNC_OK)
+        lorasynci_plan_allocate(plan, m->desc, &m->offer, &m->mine);
+    return lorasynci_talk_vote(plan->talk, &m->mine, err);
 }
 
 LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
@@ -10837,34 +11015,35 @@ LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, lora
                                                const lorasync_allocator *a)
 {
     lorasync_plan *plan = (lorasync_plan *)lorasynci_alloc_array(a, 1, sizeof *plan);
+    lorasync_error unused;
     size_t         world, i;
     int            ready;
     if (!plan) return NULL;
-    plan->meter.a = *a;
-    plan->a.alloc = lorasynci_meter_alloc;
-    plan->a.free  = lorasynci_meter_free;
-    plan->a.user  = &plan->meter;
-    plan->talk    = talk ? talk : &plan->own_talk;
-    ready         = talk || lorasynci_talk_init(&plan->own_talk, d->comm, d->timeout_ms, &plan->a, NULL) == LORASYNC_OK;
-    plan->kind    = d->kind;
-    plan->root    = d->root;
+    lorasynci_arena_open(&plan->arena, a, &plan->meter);
+    plan->a              = plan->arena.a;
+    plan->kind           = d->kind;
+    plan->root           = d->root;
     plan->allow_nan      = d->allow_nan;
     plan->keep_on_device = d->cuda && d->cuda->keep_on_device;
+    plan->talk           = talk ? talk : &plan->own_talk;
+    ready = talk || lorasynci_talk_init(&plan->own_talk, d->comm, d->timeout_ms, &plan->a, &unused) == LORASYNC_OK;
+    world = (size_t)plan->talk->comm.world;
     plan->has_image =
         d->kind == LORASYNC_GATHER_ALL || (d->kind != LORASYNC_RESHARD && plan->talk->comm.rank == d->root);
-    world          = (size_t)plan->talk->comm.world;
-    plan->sends    = (lorasynci_link *)lorasynci_alloc_array(&plan->a, world, sizeof *plan->sends);
-    plan->receives = (lorasynci_link *)lorasynci_alloc_array(&plan->a, world, sizeof *plan->receives);
+    plan->sends    = (lorasynci_link *)lorasynci_arena_array(&plan->arena, world, sizeof *plan->sends);
+    plan->receives = (lorasynci_link *)lorasynci_arena_array(&plan->arena, world, sizeof *plan->receives);
     lorasynci_catalogue_init(&plan->catalogue, &plan->a);
     lorasynci_buffer_init(&plan->pack.list, &plan->a), lorasynci_buffer_init(&plan->pack.grids, &plan->a);
     lorasynci_buffer_init(&plan->place.list, &plan->a), lorasynci_buffer_init(&plan->place.grids, &plan->a);
-    for (i = 0; i < world && plan->sends && plan->receives; i++) {
+    if (!ready || lorasynci_arena_check(&plan->arena, &unused) < 0) {
+        lorasync_plan_free(plan);
+        return NULL;
+    }
+    for (i = 0; i < world; i++) {
         lorasynci_buffer_init(&plan->sends[i].ends, &plan->a);
         lorasynci_buffer_init(&plan->receives[i].ends, &plan->a);
     }
-    if (plan->sends && plan->receives && ready) return plan;
-    lorasync_plan_free(plan);
-    return NULL;
+    return plan;
 }
 
 /* There can be no plan here, as `mine` says. The others wait for this rank's first vote: it is cast from the stack, or,
@@ -10884,44 +11063,55 @@ LORASYNCI_FN lorasync_status lorasynci_plan_refuse(const lorasync_plan_desc *d, 
     return err->status;
 }
 
+/* An empty plan for `desc`, in *out; or a failure that is everybody's, as far as the others can be told. */
+LORASYNCI_FN lorasync_status lorasynci_plan_start(const lorasync_plan_desc *desc, lorasynci_talk *talk, int has_out,
+                                                  lorasync_plan **out, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasync_error     mine;
+    memset(&mine, 0, sizeof mine);
+    if (!has_out) lorasynci_fail(&mine, LORASYNC_E_ARGUMENT, "lorasync_plan_create: out is NULL");
+    if (lorasynci_check_host(desc->comm, desc->allocator, &a, &mine) < 0 && !lorasynci_comm_ok(desc->comm)) {
+        *err = mine; /* nobody to tell */
+        return err->status;
+    }
+    *out = mine.status < 0 ? NULL : lorasynci_plan_new(desc, talk, &a);
+    if (*out) return LORASYNC_OK;
+    if (mine.status == LORASYNC_OK) lorasynci_fail_memory(&mine, sizeof **out);
+    return lorasynci_plan_refuse(desc, talk, &mine, err);
+}
+
 /* talk: that of the session or stream that the plan belongs to, made over desc->comm, and valid as long as the plan;
    NULL: its own. lent: the plan comes without staging and payload. */
 LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *desc, lorasynci_talk *talk, int lent,
                                                    lorasync_plan **out, lorasync_error *err)
 {
-    lorasync_allocator a;
-    lorasync_error     why, mine;
-    lorasync_plan     *plan;
-    lorasynci_planner  planner;
-    lorasynci_parts    parts;
-    size_t             num_parts;
-    lorasync_status    status;
+    lorasynci_making m;
+    lorasync_error   why;
+    lorasync_plan   *plan = NULL;
+    lorasync_status  status;
+    size_t           num_parts;
     if (!err) err = &why;
-    memset(&mine, 0, sizeof mine);
-    if (!desc) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_plan_create: desc is NULL");
     if (out) *out = NULL;
-    else lorasynci_fail(&mine, LORASYNC_E_ARGUMENT, "lorasync_plan_create: out is NULL");
-    if (lorasynci_check_host(desc->comm, desc->allocator, &a, &mine) < 0 && !lorasynci_comm_ok(desc->comm)) {
-        *err = mine; /* nobody to tell */
-        return err->status;
-    }
-    plan = mine.status < 0 ? NULL : lorasynci_plan_new(desc, talk, &a);
-    if (!plan && mine.status == LORASYNC_OK) lorasynci_fail_memory(&mine, sizeof *plan);
-    if (!plan) return lorasynci_plan_refuse(desc, talk, &mine, err);
+    if (!desc) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_plan_create: desc is NULL");
+    LORASYNCI_TRY(lorasynci_plan_start(desc, talk, out != NULL, &plan, err));
+    memset(&m, 0, sizeof m);
+    m.plan     = plan;
+    m.desc     = desc;
     plan->lent = lent;
-    memset(&planner, 0, sizeof planner);
-    lorasynci_buffer_init(&parts.list, &plan->a);
-    lorasynci_buffer_init(&parts.geometry, &plan->a);
-    status    = lorasynci_plan_make(plan, &planner, desc, &parts, err);
-    num_parts = lorasynci_parts_num(&parts);
-    lorasynci_planner_free(&planner);
-    lorasynci_buffer_free(&parts.list);
-    lorasynci_buffer_free(&parts.geometry);
-    lorasynci_talk_lose(plan->talk, status, err);
+    lorasynci_buffer_init(&m.parts.list, &plan->a);
+    lorasynci_buffer_init(&m.parts.geometry, &plan->a);
+    lorasynci_buffer_init(&m.body, &plan->a);
+    status = lorasynci_talk_lose(plan->talk, lorasynci_plan_make(&m, err), err);
+    lorasynci_arena_close(&m.planner.arena);
     if (status < 0) {
         lorasync_plan_free(plan);
         return status;
     }
+    num_parts = lorasynci_parts_num(&m.parts);
+    lorasynci_buffer_free(&m.parts.list);
+    lorasynci_buffer_free(&m.parts.geometry);
+    lorasynci_buffer_free(&m.body);
     lorasynci_plan_count(plan, num_parts);
     *out = plan;
     return LORASYNC_OK;
@@ -10974,31 +11164,19 @@ LORASYNCI_FN void lorasynci_mark_gone(lorasync_plan *plan)
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
 {
     lorasync_allocator a;
-    int                i;
     if (!plan) return;
-    a = plan->meter.a;
+    a = plan->arena.below;
     lorasynci_device_settle(plan);
     lorasynci_mark_gone(plan);
     lorasynci_device_close(plan);
     lorasynci_plan_close_gpu(plan);
-    if (plan->image) lorasync_image_free(plan->image);
-    for (i = 0; i < plan->talk->comm.world; i++) {
-        if (plan->sends) lorasynci_buffer_free(&plan->sends[i].ends);
-        if (plan->receives) lorasynci_buffer_free(&plan->receives[i].ends);
-        if (plan->receives) lorasynci_dealloc(&plan->a, plan->receives[i].digests);
-    }
-    lorasynci_talk_free(&plan->own_talk, &plan->a);
-    lorasynci_dealloc(&plan->a, plan->sends), lorasynci_dealloc(&plan->a, plan->receives);
-    lorasynci_dealloc(&plan->a, plan->sums), lorasynci_dealloc(&plan->a, plan->index);
-    lorasynci_dealloc(&plan->a, plan->slots), lorasynci_dealloc(&plan->a, plan->tensor_digests),
-        lorasynci_dealloc(&plan->a, plan->terms);
-    lorasynci_catalogue_free(&plan->catalogue);
-    lorasynci_buffer_free(&plan->pack.list), lorasynci_buffer_free(&plan->pack.grids);
-    lorasynci_buffer_free(&plan->place.list), lorasynci_buffer_free(&plan->place.grids);
-    if (!plan->lent)
-        lorasynci_dealloc(&a, plan->memory[LORASYNCI_SEND]), lorasynci_dealloc(&a, plan->memory[LORASYNCI_RECEIVE]);
-    lorasynci_dealloc(&a, plan->image_memory);
     lorasynci_window_close(&plan->shared);
+    if (!plan->lent) {
+        lorasynci_dealloc(&a, plan->memory[LORASYNCI_SEND]);
+        lorasynci_dealloc(&a, plan->memory[LORASYNCI_RECEIVE]);
+    }
+    lorasynci_dealloc(&a, plan->image_memory);
+    lorasynci_arena_close(&plan->arena); /* all the rest, the image's header and tensors included */
     lorasynci_dealloc(&a, plan);
 }
 /* -------------------------------------------------------------------------------------------------------- >>move -- */
@@ -19497,6 +19675,7 @@ typedef struct lorasynci_groups {
 /* What dividing works with, freed at the end of compile. */
 typedef struct lorasynci_division {
     lorasynci_planner       planner;
+    lorasynci_meter         meter; /* of its memory; nobody asks */
     lorasynci_parts         parts; /* none: boxes are the plans' business */
     lorasynci_groups        groups;
     lorasynci_catalogue     catalogue; /* of this rank, all buckets */
@@ -19509,7 +19688,7 @@ typedef struct lorasynci_division {
 
 LORASYNCI_FN void lorasynci_division_free(lorasync_stream *s, lorasynci_division *v)
 {
-    lorasynci_planner_free(&v->planner);
+    lorasynci_arena_close(&v->planner.arena);
     lorasynci_buffer_free(&v->groups.texts);
     lorasynci_dealloc(&s->a, v->groups.list), lorasynci_dealloc(&s->a, v->groups.of);
     lorasynci_catalogue_free(&v->catalogue);
@@ -19558,7 +19737,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_prepare(lorasync_stream *s, lorasy
     LORASYNCI_TRY(lorasynci_stream_describe(s, v, err));
     v->buckets = (uint32_t *)lorasynci_alloc_array(&s->a, v->catalogue.num, sizeof *v->buckets);
     if (!v->buckets) return lorasynci_fail_memory(err, v->catalogue.num * 4);
-    return lorasynci_planner_init(&v->planner, &s->talk, &s->plan_desc, &s->a, err);
+    return lorasynci_planner_init(&v->planner, &s->talk, &s->plan_desc, &s->a, &v->meter, err);
 }
 
 LORASYNCI_FN const char *lorasynci_group_key(const void *user, size_t i)
@@ -19698,15 +19877,15 @@ LORASYNCI_FN lorasync_status lorasynci_stream_divide(lorasync_stream *s, lorasyn
     LORASYNCI_TRY(lorasynci_talk_vote(&s->talk, mine, err));
     LORASYNCI_TRY(lorasynci_talk_tell(&s->talk, root, &v->head, sizeof v->head, s->talk.timeout_ms, err));
     for (rank = 0; lorasynci_is_root(s) && rank < p->world; rank++) {
-        int from                   = p->same_as[rank];
-        p->answers[rank].data      = p->numbers[from];
-        p->answers[rank].num_bytes = p->catalogues[from].num * sizeof(uint32_t);
+        int from                  = p->same_as[rank];
+        p->blocks[rank].data      = p->numbers[from];
+        p->blocks[rank].num_bytes = p->catalogues[from].num * sizeof(uint32_t);
     }
     block.data      = v->buckets;
     block.num_bytes = num;
-    LORASYNCI_TRY(lorasynci_talk_deal(&s->talk, root, lorasynci_is_root(s) ? p->answers : &block, err));
-    if (lorasynci_is_root(s) && num) memcpy(v->buckets, p->answers[root].data, num);
-    lorasynci_planner_free(p);
+    LORASYNCI_TRY(lorasynci_talk_deal(&s->talk, root, lorasynci_is_root(s) ? p->blocks : &block, err));
+    if (lorasynci_is_root(s) && num) memcpy(v->buckets, p->blocks[root].data, num);
+    lorasynci_arena_close(&p->arena);
     return LORASYNC_OK;
 }
 
