@@ -72,7 +72,7 @@ $(B)/%: tests/%.c lorasync.h tests/test.h $(B)/flags
 	@rm -f $@
 	$(COMPILE) -o $@ $< $(LDLIBS)
 
-# Tests of the GPU and NCCL rooms, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
+# Tests of the GPU and NCCL code, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
 $(B)/test_nccl $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: private CPPFLAGS += -isystem $(CUDA_HOME)/include
 $(B)/test_nccl $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: tests/fake_cuda.h tests/fake_nccl.h
 $(B)/test_plan $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base: tests/random_case.h

@@ -1,45 +1,45 @@
-/* lorasync.h - v0.1.0 - keeps inference engines serving the newest LoRA adapter of a sharded trainer. MIT licence, at
-   the end.
+/* lorasync.h - v0.1.0 - keeps inference engines serving the newest LoRA adapter of a sharded trainer.
+   MIT licence: see the end.
 
    In exactly one C or C++ file:
 
        #define LORASYNC_IMPLEMENTATION
        #include "lorasync.h"
 
-   In every other file: #include "lorasync.h". Needs libc and POSIX, nothing else: link with -lm, and with -lrt where
-   glibc is older than 2.34. CUDA and NCCL when asked for (see the macros below).
+   In every other file: #include "lorasync.h". C99 or C++11; GCC or Clang; 64-bit little-endian. Needs only libc and
+   POSIX: link with -lm, and with -lrt where glibc is older than 2.34. CUDA and NCCL are optional (see CONFIGURATION
+   MACROS).
 
 
    WHAT IT DOES
 
-   A LoRA adapter is trained on N ranks and every rank holds a part of each tensor (FSDP, ZeRO, tensor, expert or
+   A LoRA adapter is trained on N ranks, and every rank holds a part of each tensor (FSDP, ZeRO; tensor, expert or
    pipeline parallel). After each optimizer step an inference engine has to serve the new values.
 
-       parts on N ranks --pack+cast--> one message per pair of ranks --place--> one adapter image (safetensors)
-           --transport--> staged on every engine --commit--> served; the old version until then
+       parts on N ranks --pack, cast--> one message per pair of ranks --place--> one adapter image (safetensors)
+           --transport--> staged on every engine --commit--> served; until then the old version is
 
    The host program keeps its trainer, its engine and its communicators. The library finds the LoRA parameters among all
-   others, plans once which bytes go where, and then does it every step without allocating, comparing strings or asking
-   again. It never changes the caller's tensors (except in lorasync_load, whose purpose that is).
+   others, plans once which bytes go where, and then moves them at every step without allocating, comparing strings or
+   negotiating. It never changes the caller's tensors, except in lorasync_load, whose purpose that is.
 
    WHAT IT DOES NOT DO
 
-   It does not train, does not serve, does not open network connections (NCCL does, when lorasync_nccl_open makes a
-   communicator), does not start threads, and does not merge adapters into base weights. It never prints, exits or
-   aborts, and keeps no global state.
+   It does not train, serve, open network connections (NCCL does, if lorasync_nccl_open makes a communicator), start
+   threads, or merge adapters into base weights. It never prints, exits or aborts, and keeps no global state.
 
 
-   QUICK START, TRAINER (every rank runs the same lines; without `comm` it is one rank)
+   QUICK START, TRAINER (the same lines on every rank; without `comm` there is one rank)
 
        lorasync_desc d;  memset(&d, 0, sizeof d);
        d.comm = &comm;  d.wire_dtype = LORASYNC_BF16;  d.lora_alpha = 32;
        lorasync_session *s;  lorasync_error err;
        lorasync_open(&d, &s, &err);
-       for (each parameter of the model) {                 // base parameters are dropped by the filter, and counted
+       for (each parameter of the model) {                 // base parameters are filtered out, and counted
            lorasync_piece p;  memset(&p, 0, sizeof p);
            p.name = "model.layers.0.self_attn.q_proj.lora_A.default.weight";
-           p.dtype = LORASYNC_F32;  p.ndim = 2;  p.shape[0] = 32;  p.shape[1] = 4096;        // the whole tensor
-           p.box = lorasync_shard(lorasync_whole(p.shape, p.ndim), 0, rank, world);        // what I hold of it: FSDP2
+           p.dtype = LORASYNC_F32;  p.ndim = 2;  p.shape[0] = 32;  p.shape[1] = 4096;  // of the whole tensor
+           p.box = lorasync_shard(lorasync_whole(p.shape, p.ndim), 0, rank, world);    // this rank's part of it: FSDP2
            p.data = pointer;
            lorasync_add(s, &p, &err);
        }
@@ -54,14 +54,15 @@
        lorasync_engine_desc ed;  memset(&ed, 0, sizeof ed);  ed.directory = "adapters";
        lorasync_engine *e;
        lorasync_engine_open(&ed, &e, &err);
-       lorasync_engine_poll(e, 1000, &err);                // LORASYNC_OK: a newer version is now served
-       const lorasync_adapter *a = lorasync_acquire(e, "default");        // pins that version
+       lorasync_engine_poll(e, 1000, &err);                // LORASYNC_OK: a newer version is served now
+       const lorasync_adapter *a = lorasync_acquire(e, "default");  // pins that version
        const lorasync_tensor *t = lorasync_find(a, "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
        lorasync_release(a);
 
 
-   TABLE OF CONTENTS (search for the mark; a room uses only rooms above it, but for what >>plan declares ahead of
-   >>move)
+   TABLE OF CONTENTS (search for the mark)
+
+   Each section uses only sections above it, except for the functions that >>plan declares and >>move defines.
 
        >>types      status, errors, allocator, dtypes
        >>api        names, layout, comm, cuda, image, plan, config, transport, engine, policy, session, base - each
@@ -83,7 +84,7 @@
        >>shm        the shared-memory transport
        >>engine     poll, validate, pin, find, release
        >>policy     what must be sent now: base, adapter, nothing; and in which order
-       >>session    the easy path over all of it
+       >>session    the easy path through all of it
        >>base       base weights in buckets through the same plans, images and transports
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
 
@@ -92,17 +93,17 @@
 
        macro                      where                    effect
        LORASYNC_IMPLEMENTATION    one file                 compiles the implementation there
-       LORASYNC_STATIC            same file, before both   every function static: a private copy inside that file only
+       LORASYNC_STATIC            same file, before both   makes every function static: a private copy in that file
        LORASYNC_CUDA              implementation file      pieces and published payloads may be in device memory; needs
                                                            the CUDA runtime's headers (12.0 or later, any C or C++
                                                            compiler, -isystem recommended) and -lcudart; no nvcc;
                                                            GPUs from Volta (sm_70) on
        LORASYNC_NCCL              implementation file      lorasync_nccl_open; needs LORASYNC_CUDA, nccl.h (2.18 or
                                                            later) and -lnccl
-       LORASYNC_ASSERT(condition) implementation file      a check of the library's own invariants, such as assert; it
-                                                           is never about what callers or other ranks do. Default:
-                                                           nothing
-       LORASYNC_DEVICE_CODE       nobody but `make ptx`    shows the kernel's source to nvcc
+       LORASYNC_ASSERT(condition) implementation file      checks the library's own invariants, for example with
+                                                           assert; never what callers or other ranks do. Default:
+                                                           nothing is checked
+       LORASYNC_DEVICE_CODE       `make ptx` only          exposes the kernel's source to nvcc
 
    The public part does not depend on any of them: calls that need what was left out return LORASYNC_E_UNSUPPORTED and
    say what to define.
@@ -111,37 +112,36 @@
    ERRORS
 
    Every function that can fail returns a lorasync_status: 0 is success, above 0 is not an error, below 0 is a failure.
-   Its last argument is a lorasync_error (or NULL) that receives the status and a text naming what, where, expected and
-   found, and what to do. Nothing is half done after a failure: what was served is still served, and the call can be
-   made again. (Of several engines some may serve the new version when a later one fails its commit; >>api: transport
-   says how they meet again.) Statuses of -100 and below say that the communicator is lost (lorasync_is_lost): close the
-   session, make a new communicator, open again.
-   A NULL that is not said to be allowed is LORASYNC_E_ARGUMENT; other functions then return NULL or 0 (a box or a size:
-   -1), fill in zeros, or do nothing.
+   Its last argument is a lorasync_error, or NULL; it receives the status and a text that says what, where, expected,
+   found, and what to do. Passing NULL where it is not documented as allowed returns LORASYNC_E_ARGUMENT. Functions
+   without a status return NULL or 0 (boxes and sizes: -1), zero their output, or do nothing.
 
-   Collective calls (said at each) return the same status on every rank, as long as the communicator is not lost. An
-   error on one rank - a bad argument, a missing tensor, a NaN - is that call's error on all of them. A rank that dies
-   or never calls ends in an error on all others within the deadline (desc.timeout_ms, default 60 s; publish_timeout_ms
-   while the root publishes), never in a hang. Then each rank returns whichever of -100 and below it saw, some of them
-   maybe only from their next call: test with lorasync_is_lost.
+   A failed call has no effect: the old version stays served and the call may be retried. (With several engines, some
+   may already serve the new version when a later commit fails; see >>api: transport.) A status of -100 or below says
+   that the communicator is lost (lorasync_is_lost): close the session, make a new communicator, and open again.
+
+   Collective calls (each says so) return the same status on every rank as long as the communicator is not lost. An
+   error on one rank - a bad argument, a missing tensor, a NaN - is that call's error on all of them. A rank that dies,
+   or never makes the call, is an error on all others within the deadline (desc.timeout_ms, default 60 s;
+   publish_timeout_ms while the root publishes), never a hang. Each rank then returns the status of -100 or below that
+   it observed, possibly only from its next call: test with lorasync_is_lost.
 
    THREADS
 
-   A handle may be used by one thread at a time; different handles are independent. Exceptions are said where they are
-   declared: lorasync_acquire, lorasync_find and lorasync_release may be called from any thread at any time. No lock is
-   held while a callback runs.
+   One thread at a time may use a handle; different handles are independent. Exceptions are documented at the
+   declaration: lorasync_acquire, lorasync_find and lorasync_release may be called from any thread at any time. No lock
+   is held while a callback runs.
 
    MEMORY
 
-   All memory comes from the allocator given in a desc (default malloc/free). Not so: what lorasync_local_open and
-   lorasync_nccl_open make, libc's own (qsort, opendir), CUDA's and NCCL's, and images that are placed directly or
-   published in shared memory, which lie there. After lorasync_compile a sync allocates nothing. Borrowed pointers are
-   said to be borrowed, with the time until which they must stay valid.
-*/
+   All memory comes from the allocator given in a desc (default: malloc and free). Exceptions: memory of
+   lorasync_local_open and lorasync_nccl_open; what libc (qsort, opendir), CUDA and NCCL allocate; and images placed
+   directly or published in shared memory, which live in that memory. After lorasync_compile a sync allocates nothing. A
+   pointer that is kept after the call is documented as borrowed, together with how long it must stay valid.
+ */
 #if defined(LORASYNC_IMPLEMENTATION) && !defined(_DEFAULT_SOURCE) && !defined(_GNU_SOURCE) && !defined(__APPLE__)
-#define _DEFAULT_SOURCE                                                                                                \
-    1 /* strict -std=c99 hides POSIX and MAP_ANONYMOUS otherwise; no effect after the first system
-                             header */
+/* Otherwise strict -std=c99 hides POSIX and MAP_ANONYMOUS. Has no effect after the first system header. */
+#define _DEFAULT_SOURCE 1
 #endif
 
 #ifndef LORASYNC_H
@@ -174,11 +174,11 @@ struct ncclComm;    /* ncclComm_t is a pointer to this */
 
 /* ------------------------------------------------------------------------------------------------------- >>types -- */
 
-/* One list makes the enum and lorasync_status_text. */
+/* The enum and lorasync_status_text are both made from this list. */
 #define LORASYNC_STATUS_LIST(X)                                                                                        \
     X(LORASYNC_OK, 0, "ok")                                                                                            \
     X(LORASYNC_NOTHING_NEW, 1, "nothing new")                                                                          \
-    /* this call failed: mend what the text names and call again */                                                    \
+    /* this call failed: fix what the text names and retry */                                                          \
     X(LORASYNC_E_ARGUMENT, -1, "bad argument")                                                                         \
     X(LORASYNC_E_MEMORY, -2, "out of memory")                                                                          \
     X(LORASYNC_E_STATE, -3, "call out of order")                                                                       \
@@ -214,30 +214,35 @@ typedef enum lorasync_status {
 /* A constant short text for a status ("ranks disagree"); never NULL. */
 LORASYNC_API const char *lorasync_status_text(lorasync_status status);
 
-/* 1 if the communicator is lost (status -100 or below): the session can only be closed. */
+/* Returns 1 if the communicator is lost (a status of -100 or below), so that the session can only be closed; else 0. */
 LORASYNC_API int lorasync_is_lost(lorasync_status status);
 
-/* What went wrong. Filled by the failing call, untouched by a succeeding one. The text is always terminated; a text
-   that does not fit is cut. Plain data: copy it, keep it, declare it on the stack. */
+/* What went wrong. A call that fails fills it in, one that succeeds leaves it alone. The text is always terminated;
+   a text that does not fit is cut. Plain data: copy it, keep it, declare it on the stack. */
 typedef struct lorasync_error {
     lorasync_status status;
     char            text[508];
 } lorasync_error;
 
-/* Memory for everything the library keeps. Both functions or neither. alloc returns memory aligned for any object
-   (as malloc) or NULL; free receives only what alloc gave. Called from whichever thread calls the library.
-   Borrowed: the struct is copied, `user` must outlive the handle. */
+/* Memory for everything that the library keeps. Give both functions or neither (all zero: malloc and free). They are
+   called from whichever thread calls the library. The struct is copied; `user` is borrowed until the handle is closed.
+
+   alloc  returns memory aligned for any object, as malloc does, or NULL
+   free   receives only what alloc returned; never NULL */
 typedef struct lorasync_allocator {
     void *(*alloc)(void *user, size_t num_bytes);
     void (*free)(void *user, void *memory);
     void *user;
 } lorasync_allocator;
 
-/* Element types: those of safetensors (safetensors/src/tensor.rs, enum Dtype), same order, so that a larger value sorts
-   first in a file. F4 and the F6 types are packed: a tensor of them occupies shape product x bits / 8 bytes.
-   The value types F32, F16, BF16, F8_E4M3 and F8_E5M2 are converted into one another. F8_E8M0, a block scale, is
-   converted into them where that is asked for by name (lorasync_convert, a wanted piece), never into it, and no
-   wire_dtype touches it: its block could not be read without it. All other types are copied unchanged. */
+/* Element types: those of safetensors (safetensors/src/tensor.rs, enum Dtype) in the same order, so that a larger value
+   sorts first in a file. F4 and the F6 types are packed: a tensor of them occupies (product of shape) * bits / 8 bytes.
+
+   Value types  F32, F16, BF16, F8_E4M3 and F8_E5M2: converted into one another.
+   F8_E8M0      A block scale. It is converted to a value type only where that is asked for by name (lorasync_convert, a
+                wanted piece), and nothing is converted to it. wire_dtype does not apply to it: its block could not be
+                read without it.
+   All others   copied unchanged. */
 #define LORASYNC_DTYPE_LIST(X)                                                                                         \
     X(LORASYNC_BOOL, 1, "BOOL", 8)                                                                                     \
     X(LORASYNC_F4, 2, "F4", 4)                                                                                         \
@@ -270,23 +275,28 @@ typedef enum lorasync_dtype {
     LORASYNC_DTYPE_FORCE_INT = 0x7fffffff
 } lorasync_dtype;
 
-/* The safetensors name ("BF16"), or NULL for a value that is no dtype. */
+/* The safetensors name ("BF16"), or NULL for a value that is not a dtype. */
 LORASYNC_API const char *lorasync_dtype_name(lorasync_dtype dtype);
 
-/* Bits of one element (4 to 64), or 0 for a value that is no dtype. */
+/* Bits of one element (4 to 64), or 0 for a value that is not a dtype. */
 LORASYNC_API int lorasync_dtype_bits(lorasync_dtype dtype);
 
-/* The dtype of a safetensors name, or LORASYNC_DTYPE_NONE. */
+/* The dtype with that safetensors name, or LORASYNC_DTYPE_NONE. */
 LORASYNC_API lorasync_dtype lorasync_dtype_from_name(const char *name);
 
-/* Converts num_elements contiguous elements from a value type, or from F8_E8M0, to a value type (lorasync_dtype), or
-   copies them when the types are equal. Round to nearest, ties to even; bit-exact with torch's casts for every input
-   that is not NaN: F16, BF16 and F8_E5M2 overflow to Inf, F8_E4M3 overflows to NaN (it has no Inf). Widening is exact;
-   code c of F8_E8M0 is 2^(c - 127), and 255 is NaN. Between two narrow types the value goes through F32, which is
-   exact. NaN stays NaN, its bits are not promised.
-   src and dst must not overlap; no alignment is needed. With num_elements 0 (pointers may be NULL) it only says whether
-   the pair is converted. Errors: LORASYNC_E_UNSUPPORTED for another pair of types, or for elements of F4 or an F6 type
-   that end inside a byte; LORASYNC_E_ARGUMENT for NULL. */
+/* Converts num_elements contiguous elements from a value type, or from F8_E8M0, to a value type (lorasync_dtype);
+   copies them if the types are equal.
+
+   Rounds to nearest, ties to even, bit-exact with torch's casts for every input that is not NaN. F16, BF16 and F8_E5M2
+   overflow to Inf, F8_E4M3 to NaN (it has no Inf). Widening is exact; code c of F8_E8M0 is 2^(c - 127), and 255 is NaN.
+   Between two narrow types the value goes through F32, which is exact. NaN stays NaN, with unspecified bits.
+
+   dst, src      must not overlap; no alignment is needed
+   num_elements  0: pointers may be NULL, and the result only says whether the pair of types can be converted
+
+   Errors:
+       LORASYNC_E_UNSUPPORTED  another pair of types, or elements of F4 or an F6 type that end inside a byte
+       LORASYNC_E_ARGUMENT     NULL */
 LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtype, const void *src,
                                               lorasync_dtype src_dtype, size_t num_elements, lorasync_error *err);
 
@@ -2085,7 +2095,7 @@ typedef struct lorasyncd_tile {
 
 /* ----------------------------------------------------------------------------------------------------- >>support -- */
 
-/* What every room stands on. Uses nothing. */
+/* What every section stands on. Uses nothing. */
 
 #if defined(__GNUC__)
 #define LORASYNCI_UNUSED __attribute__((unused))
@@ -15091,7 +15101,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 /* --------------------------------------------------------------------------------------------------------- >>shm -- */
 
 /* The shared-memory transport: one publisher and any number of engines of one host and user. The publisher's side, and
-   what the engine room needs to look at a published version. Uses >>support, >>gpu, >>image, >>move and >>publish.
+   what the engine section needs to look at a published version. Uses >>support, >>gpu, >>image, >>move and >>publish.
 
        /lorasync-<name>            control   | magic | publisher | last serial | adapters | slots | readers |
        /lorasync-<name>@<serial>   a slot    | head, one page | header, payload | config_json, NUL | spare |
