@@ -1175,20 +1175,19 @@ LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memor
 
 /* --------------------------------------------------------------------------------------------- >>api: transport -- */
 
-/* Memory of a transport's own in which the next version is made, so that nothing has to be copied: shared memory that
-   engines map, memory registered for RDMA, device memory that others open over CUDA IPC. A session asks for it with
-   lorasync_transport.lend. On the host header and payload are made there, one behind the other; on a GPU the payload
-   alone, and the header travels beside it:
+/* Memory of a transport in which the next version is made, so that nothing has to be copied: shared memory that engines
+   map, memory registered for RDMA, or device memory that others open over CUDA IPC. A session asks for it with
+   lorasync_transport.lend. In host memory, header and payload are made one behind the other; in device memory only the
+   payload is, and the header travels beside it:
 
        host     payload - header_bytes -> | header | payload |          GPU     payload -> | payload |
 
-   How the other ranks get there, which write their parts themselves where bytes are placed directly: */
+   The reach says how the other ranks get there, which with direct placement write their parts themselves. */
 typedef enum lorasync_reach {
     LORASYNC_REACH_ROOT = 0, /* not at all: only the rank that publishes can write there */
-    LORASYNC_REACH_PROCESS,  /* by its address: ranks that are threads of this process */
-    LORASYNC_REACH_SHM,      /* by name and offset: ranks of this host. Made with shm_open by this user with mode 600 */
-    LORASYNC_REACH_IPC,      /* by handle and offset: ranks of this host, over CUDA IPC (or peer access in this
-                                process) */
+    LORASYNC_REACH_PROCESS,  /* by address: ranks that are threads of this process */
+    LORASYNC_REACH_SHM,      /* by name and offset: ranks of this host. Made by this user with shm_open and mode 600 */
+    LORASYNC_REACH_IPC,      /* by handle and offset: ranks of this host, over CUDA IPC (in one process: peer access) */
     LORASYNC_REACH_FORCE_INT = 0x7fffffff
 } lorasync_reach;
 
@@ -1196,32 +1195,33 @@ typedef enum lorasync_reach {
 typedef struct lorasync_loan_request {
     size_t size; /* sizeof(lorasync_loan_request), set by the library */
     /* What will be made. Its header, header_bytes, payload_bytes, tensors, adapter and config_json are those of every
-       version of the session; version, digest and payload are not yet known: do not look at them. */
+       version of the session. Its version, digest and payload are not known yet: ignore them. */
     const lorasync_image *image;
     int on_device; /* 1: device memory is wanted, of the GPU `ordinal`, which is current; 0: host memory */
     int ordinal;
-    int others_write; /* 1: other ranks write there too: LORASYNC_REACH_ROOT is of no use. 0: only this rank does */
-    /* The ids of memory lent to this session before that ranks still have open: at most 4, and of those only must the
-       transport not free device memory. They close what they do not use any more, and all of it before detach. */
+    int others_write; /* 1: other ranks write there too, so LORASYNC_REACH_ROOT is of no use; 0: only this rank does */
+    /* The ids of memory lent to this session before that ranks still have open; at most 4. Device memory with these
+       ids, and only with these, must not be freed. Ranks close what they no longer use, and everything before detach.
+       */
     const uint64_t *open_ids;
     size_t          num_open;
 } lorasync_loan_request;
 
-/* What lend answers; all zeros at the call. */
+/* What lend answers; all zero when it is called. */
 typedef struct lorasync_loan {
-    /* Where the payload begins, in this process, aligned to 8 bytes on the host and to 256 on a GPU, with header_bytes
-       in front of it on the host; anything else is not used. */
+    /* Where the payload begins, in this process; aligned to 8 bytes in host memory, with header_bytes in front of it,
+       and to 256 in device memory. Memory that does not meet this is not used. */
     void *payload;
-    /* Tells this memory from any other that this transport lends: not 0, and never given to other memory while the
-       transport lives. Ranks open memory once and know it again by its id. */
+    /* Identifies this memory among all that this transport lends: not 0, and never given to other memory while the
+       transport lives. Ranks open memory once and recognise it by its id. */
     uint64_t       id;
     lorasync_reach reach;
     char           name[160];      /* SHM: for shm_open; terminated */
-    unsigned char  ipc_handle[64]; /* IPC: what cudaIpcGetMemHandle gave */
-    uint64_t       offset;         /* of the payload, from the beginning of the named memory or of the allocation */
+    unsigned char  ipc_handle[64]; /* IPC: from cudaIpcGetMemHandle */
+    uint64_t       offset;         /* SHM, IPC: of the payload, from the start of that memory */
 } lorasync_loan;
 
-/* What a transport carries; lorasync_transport.carries. */
+/* What a transport carries: bits of lorasync_transport.carries. */
 enum {
     LORASYNC_CARRIES_ADAPTER = 1, /* adapters with their config_json: what a session publishes */
     LORASYNC_CARRIES_PLAIN   = 2, /* one image without config_json: a session with filter.base */
@@ -1229,77 +1229,84 @@ enum {
     LORASYNC_CARRIES_DEVICE  = 8  /* any of these with the payload in device memory (image->on_device) */
 };
 
-/* Brings an image to one engine (or to a group that is staged as one). Only `stage` is required.
-   The publisher stages on every transport that has a commit, then on those that have none; only when all have succeeded
-   (with desc.quorum: enough of them) does it commit on each, otherwise it aborts on each. An engine must go on serving
-   the old version until commit. Every stage is followed by one commit that succeeds or by one abort; without a commit,
-   by an abort only if stage failed. A commit cannot be undone: when the first one fails all are aborted, when a later
-   one fails the others are committed all the same, the error names the engines on either side, and publishing the same
-   version again brings all of them to it. So both must be legal for the version that is served already. More than one
-   transport without commit cannot be all or nothing.
-   No lock is held during a call; calls come from the thread that is in a call of the session, one at a time.
-   The other ranks wait meanwhile, up to lorasync_desc.publish_timeout_ms for all calls together: an engine that may
-   hang needs a deadline of its own below that. Before the first commit of a run that staged for more than 10 ms the
-   root asks comm.check; when the communicator is lost, all that was staged is aborted.
-   `size` is sizeof(lorasync_transport) when filled; what a smaller one does not cover counts as NULL or 0. Zero what
-   you do not fill. Return 0 or a negative status with err filled (never NULL). A status of -100 and below is passed on
-   as LORASYNC_E_IO: it says nothing about the trainer's communicator. */
+/* Brings an image to one engine, or to a group that is staged as one. Only `stage` is required.
+
+   Publishing     The publisher stages on every transport that has a commit, then on those that have none. Only if all
+                  succeed (with desc.quorum: enough of them) does it commit on each; otherwise it aborts on each. An
+                  engine must serve the old version until commit. Every stage is followed by one successful commit or by
+                  one abort; without a commit, by an abort only if stage failed. Two or more transports without commit
+                  cannot be all or nothing.
+   Failed commit  A commit cannot be undone. If the first one fails, all are aborted. If a later one fails, the others
+                  are committed all the same, the error names the engines on both sides, and publishing the same version
+                  again brings all of them to it. So stage and commit must accept the version that is already served.
+   Threads        Calls come from the thread that is in a call of the session, one at a time. No lock is held meanwhile.
+   Deadlines      The other ranks wait up to lorasync_desc.publish_timeout_ms for all calls together: an engine that may
+                  hang needs a shorter deadline of its own. If staging took more than 10 ms, the root asks comm.check
+                  before the first commit; if the communicator is lost, everything staged is aborted.
+   Results        Callbacks return 0, or a negative status with err filled in (err is never NULL). A status of -100 or
+                  below is passed on as LORASYNC_E_IO: it says nothing about the trainer's communicator.
+
+   `size` is sizeof(lorasync_transport) when it was filled in; fields beyond a smaller size count as NULL or 0. Zero
+   what you do not fill in. */
 typedef struct lorasync_transport {
     size_t      size;
     const char *name; /* for messages and the report; borrowed */
     void       *user;
-    /* Take the image: copy or send what is needed, it is valid only during the call. Staging the same version again is
-       legal (a retry). To an engine that holds the version before, what changed is enough: lorasync_image_delta. An
-       image that was made in memory that this transport lent lies there: image->payload says so. */
+    /* Takes the image, which is valid only during the call: copies or sends what is needed. Staging the same version
+       again is legal (a retry). For an engine that holds the version before, what changed is enough:
+       lorasync_image_delta. An image that was made in memory that this transport lent is there: see image->payload. */
     lorasync_status (*stage)(void *user, const lorasync_image *image, lorasync_error *err);
-    /* Make the staged version the served one. NULL: stage did it already. */
+    /* Makes the staged version the served one. NULL: stage did it already. */
     lorasync_status (*commit)(void *user, const char *adapter, uint64_t version, lorasync_error *err);
-    /* Forget what was staged. NULL: nothing to forget. */
+    /* Forgets what was staged. NULL: nothing to forget. */
     void (*abort)(void *user, const char *adapter, uint64_t version);
-    /* Called once for each lorasync_attach (or lorasync_stream_attach), when that session closes. NULL: nothing to
-       close. */
+    /* Called once for each lorasync_attach or lorasync_stream_attach, when that session or stream closes. NULL: nothing
+       to close. */
     void (*close)(void *user);
     /* 1: stage also takes base weights (>>api: base) in several images: image->bucket 0, 1, .. image->num_buckets - 1
-       of one version, one stage each, then one commit for all; an abort may come after any of them, and the next try
-       begins with bucket 0 again. 0: num_buckets over 1 is refused. */
+       of one version, one stage each, then one commit for all. An abort may come after any of them; the next try starts
+       with bucket 0 again. 0: num_buckets over 1 is refused. */
     int takes_buckets;
-    /* Lend memory in which the next version is made. NULL: never. LORASYNC_OK: *out says where. LORASYNC_NOTHING_NEW,
-       or out->payload NULL: none this time, and stage will have to copy. A failure counts as none, and stands in
-       lorasync_get_outcomes. Of several transports the first that lends is taken. Called on the root at the end of
-       lorasync_compile, lorasync_wait and lorasync_republish, and only while nothing is lent to that session. What is
-       lent belongs to the session, which may write there at any time, until
-           the version that was made there is served: stage and commit (of a transport without commit: stage) have
-           succeeded with an image that lies there. Then it is the transport's, and may be read by the session until its
-           next begin;
-           or withdraw or detach is called.
-       An abort does not end it, nor does a gather that failed: the next try is made in the same place. */
+    /* Lends memory in which the next version is made. Returns LORASYNC_OK with *out filled in; or LORASYNC_NOTHING_NEW,
+       or LORASYNC_OK with out->payload NULL: none this time, so stage will copy. A failure counts as none and is shown
+       by lorasync_get_outcomes. NULL: never lends. The first of several transports that lends is used. Called on the
+       root at the end of lorasync_compile, lorasync_wait and lorasync_republish, and only while nothing is lent to that
+       session.  Lent memory belongs to the session, which may write there at any time, until - the version made there
+       is served: stage and commit (without a commit: stage) have succeeded with an image that is there. Then it is the
+       transport's; the session may read it until its next begin; - or withdraw or detach is called. An abort or a
+       failed gather does not end it: the next try is made in the same place. */
     lorasync_status (*lend)(void *user, const lorasync_loan_request *want, lorasync_loan *out, lorasync_error *err);
-    /* The session does not use what it was lent, now or later: the next version is made elsewhere, because publishing
-       this one failed, or because other ranks cannot reach that memory. No rank writes there any more. Called by the
-       next begin. NULL: nothing to do. */
+    /* The session will not use what it was lent: publishing that version failed, or other ranks cannot reach the
+       memory. The next version is made elsewhere, and no rank writes there any more. Called by the next begin. NULL:
+       nothing to do. */
     void (*withdraw)(void *user, const char *adapter, const lorasync_loan *loan);
-    /* A session (or stream) wants to use this transport: `session` tells one from another, `adapter` is what it will
-       publish (of a stream: its name); NULL on a rank that does not publish. Both are good until detach. A failure is
-       that of lorasync_attach. For a transport that is to serve several sessions, this is the place to count them, and
-       to refuse a second one for the same adapter (LORASYNC_E_BUSY). NULL: nothing to do. */
+    /* A session or stream wants to use this transport. `session` distinguishes it from others, `adapter` is what it
+       will publish (for a stream its name), or NULL on a rank that does not publish; both are valid until detach. A
+       failure is that of lorasync_attach. A transport for several sessions counts them here, and refuses a second one
+       for the same adapter (LORASYNC_E_BUSY). NULL: nothing to do. */
     lorasync_status (*attach)(void *user, const void *session, const char *adapter, lorasync_error *err);
-    /* Once for each attach that succeeded, or that was NULL, when the session closes, right before close. What was lent
-       to the session is not used any more, unless `left_behind` is 1: other ranks did not end in time, and one of them
-       may still write to what is lent now, or have other lent memory open. Then lend it to nobody, and do not free
-       device memory that was lent with LORASYNC_REACH_IPC: both until those ranks have ended. NULL: nothing to do. */
+    /* Called when the session closes, right before close, once for each attach that succeeded or was NULL. What was
+       lent to the session is no longer used, unless `left_behind` is 1: other ranks did not end in time, and one of
+       them may still write to what is lent now, or have other lent memory open. Until those ranks have ended, lend that
+       memory to nobody, and do not free device memory that was lent with LORASYNC_REACH_IPC. NULL: nothing to do. */
     void (*detach)(void *user, const void *session, const char *adapter, int left_behind);
-    /* Of LORASYNC_CARRIES_ADAPTER, .. those that stage takes, added up; 0: all. The rest is refused before it comes to
-       stage: by lorasync_compile, lorasync_stream_attach or lorasync_wait, with LORASYNC_E_UNSUPPORTED. */
+    /* The LORASYNC_CARRIES_ bits that stage takes; 0: all. Everything else is refused before stage is called: by
+       lorasync_compile, lorasync_stream_attach or lorasync_wait, with LORASYNC_E_UNSUPPORTED. */
     unsigned carries;
 } lorasync_transport;
 
-/* What is known of an engine after a sync. */
+/* What is known of an engine after a sync.
+   LORASYNC_ENGINE_IDLE       nothing was published yet
+   LORASYNC_ENGINE_STAGED     it staged the last version, and was told to forget it because others failed
+   LORASYNC_ENGINE_COMMITTED  it serves outcome.version
+   LORASYNC_ENGINE_BEHIND     it failed to stage or commit the last version
+   LORASYNC_ENGINE_DEAD       it did so LORASYNC_DEAD_AFTER times in a row; it is still tried */
 #define LORASYNC_ENGINE_STATE_LIST(X)                                                                                  \
-    X(LORASYNC_ENGINE_IDLE, "idle")           /* nothing was published yet */                                          \
-    X(LORASYNC_ENGINE_STAGED, "staged")       /* took the last one, and was told to forget it because others failed */ \
-    X(LORASYNC_ENGINE_COMMITTED, "committed") /* serves outcome.version */                                             \
-    X(LORASYNC_ENGINE_BEHIND, "behind")       /* failed to stage or commit the last one */                             \
-    X(LORASYNC_ENGINE_DEAD, "dead")           /* ... LORASYNC_DEAD_AFTER times in a row; it is still tried */
+    X(LORASYNC_ENGINE_IDLE, "idle")                                                                                    \
+    X(LORASYNC_ENGINE_STAGED, "staged")                                                                                \
+    X(LORASYNC_ENGINE_COMMITTED, "committed")                                                                          \
+    X(LORASYNC_ENGINE_BEHIND, "behind")                                                                                \
+    X(LORASYNC_ENGINE_DEAD, "dead")
 
 #define LORASYNC_DEAD_AFTER 3
 
@@ -1313,112 +1320,145 @@ typedef enum lorasync_engine_state {
 /* A constant short text for a state ("behind"); never NULL. */
 LORASYNC_API const char *lorasync_engine_state_text(lorasync_engine_state state);
 
+/* What is known of one engine. */
 typedef struct lorasync_engine_outcome {
     const char           *name;         /* the transport's */
-    lorasync_engine_state state;        /* of an engine that the last sync did not reach, because it had failed before:
-                                           what it was */
-    uint64_t              version;      /* that it serves; 0: none, or not known, since a commit failed */
+    lorasync_engine_state state;        /* if the last sync failed before it reached this engine: the state before */
+    uint64_t              version;      /* that it serves; 0: none, or unknown because a commit failed */
     int                   num_failures; /* in a row */
-    lorasync_error        error;        /* of the last try; status 0 when it did not fail */
+    lorasync_error        error;        /* of the last try; status 0 if it did not fail */
 } lorasync_engine_outcome;
 
 /* The directory transport: PEFT directories that PEFT, vLLM and SGLang read as they are.
+
        <directory>/<adapter>/v12/adapter_model.safetensors, adapter_config.json
        <directory>/<adapter>/latest -> v12                      the commit point: a symbolic link, replaced by rename
-   stage writes <directory>/<adapter>/.stage-..., every file fsync'ed; commit renames it to v<version>, fsyncs the
-   directory and swings `latest`. Base weights (>>api: base) become a Hugging Face checkpoint that transformers, vLLM
-   and SGLang read as it is, by the same rules:
-       <directory>/<name>/v12/model-00001-of-00003.safetensors .., model.safetensors.index.json    (one bucket:
-       model.safetensors, no index)
-                              config.json                                 when lorasync_stream_desc.config_json is given
-   Give them a directory of their own: an engine (>>api: engine) serves adapters, and reports a base checkpoint beside
-   them as one that has no adapter_model.safetensors.
-   A reader sees a whole version or none, whatever is killed when. With keep_versions 1 one that has read `latest` and
-   then opens what it named fails now and then: it is deleted already. Publishing the served version again with the same
-   bytes is a success without effect. A commit fails with the new version visible only when the last fsync fails: it may
+
+   stage writes <directory>/<adapter>/.stage-.. and fsyncs every file; commit renames it to v<version>, fsyncs the
+   directory and replaces `latest`. Base weights (>>api: base) become a Hugging Face checkpoint by the same rules, which
+   transformers, vLLM and SGLang read as it is:
+
+       <directory>/<name>/v12/model-00001-of-00003.safetensors .., model.safetensors.index.json
+                              (with one bucket: model.safetensors, no index)
+                              config.json, if lorasync_stream_desc.config_json is given
+
+   Give base weights a directory of their own: an engine (>>api: engine) serves adapters, and would report the
+   checkpoint as one without adapter_model.safetensors.
+
+   A reader sees a whole version or none, whatever is killed when. With keep_versions 1, a reader that has read
+   `latest` may find that what it named is already deleted. Publishing the served version again with the same bytes
+   succeeds without effect. A commit that fails leaves the new version visible only if the last fsync failed: it may
    then not survive a power cut. */
 typedef struct lorasync_directory_desc {
-    const char *directory;     /* made if absent (its parent must exist); at most 3000 bytes. Copied */
-    int         keep_versions; /* older ones are deleted at commit; 0 stands for 3. A reader that has a version open or
-                                  mapped keeps it */
-    int         no_fsync;      /* 1: atomic but not durable: a power cut may lose the newest versions. For a RAM disk */
+    const char *directory; /* made if absent (its parent must exist); at most 3000 bytes. Copied */
+    /* Versions to keep; 0: 3. Older ones are deleted at commit; a reader that has one open or mapped keeps it. */
+    int keep_versions;
+    int no_fsync; /* 1: atomic but not durable: a power cut may lose the newest versions. For a RAM disk */
     const lorasync_allocator *allocator;
 } lorasync_directory_desc;
 
-/* Fills *out; end with out->close(out->user), which a session that it is attached to does. Touches the disk at the
-   first stage, not here. Each stage removes what dead publishers left behind. One publisher per adapter directory at a
-   time. After open nothing is allocated (libc keeps a buffer while a directory is listed).
-   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY; from stage and commit LORASYNC_E_IO with the path and the system's
-   reason, LORASYNC_E_NAME for an adapter name that is empty, "latest", longer than 200 bytes, or holds a "/" or a
-   leading ".", LORASYNC_E_VERSION when `latest` is already newer (another publisher) or is this version with other
-   bytes, LORASYNC_E_FORMAT when `latest` is something else than such a link, LORASYNC_E_CONFIG for an image without
-   config_json, LORASYNC_E_ARGUMENT for one without payload or version, LORASYNC_E_UNSUPPORTED for one in device memory,
-   LORASYNC_E_STATE for a commit of what was not staged. */
+/* Makes a directory transport. The session that it is attached to closes it; otherwise call out->close(out->user). It
+   does not touch the disk before the first stage. Each stage removes what dead publishers left behind. One publisher
+   per adapter directory at a time. Allocates nothing after open (libc keeps a buffer while a directory is listed).
+
+   out  filled in
+
+   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY. Errors of stage and commit:
+       LORASYNC_E_IO           with the path and the system's reason
+       LORASYNC_E_NAME         an adapter name that is empty, "latest", longer than 200 bytes, contains "/" or begins
+                               with "."
+       LORASYNC_E_VERSION      `latest` is newer (another publisher), or is this version with other bytes
+       LORASYNC_E_FORMAT       `latest` is not such a link
+       LORASYNC_E_CONFIG       an image without config_json
+       LORASYNC_E_ARGUMENT     an image without payload or version
+       LORASYNC_E_UNSUPPORTED  an image in device memory
+       LORASYNC_E_STATE        a commit of what was not staged */
 LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_desc *desc, lorasync_transport *out,
                                                      lorasync_error *err);
 
 /* The shared-memory transport: engines of this host map the published image and read it in place. Nothing is durable:
    after a restart of the host it is empty.
-   stage copies the image once, into a slot that nobody reads; commit is one atomic store; the engines see it at their
+
+   stage copies the image once, into a slot that nobody reads; commit is one atomic store; engines see it at their
    next poll. Versions that engines still hold never block a publish: more slots are made, and removed when they are
-   free again. A session does without the copy (report.in_place): the transport lends it the slot before the gather, and
-   the image is made there, with direct placement by all ranks at once. After a publication that failed, the next one is
+   free again. A session avoids the copy (report.in_place): the transport lends it the slot before the gather, and
+   the image is made there, by all ranks at once with direct placement. After a failed publication the next one is
    copied. */
 typedef struct lorasync_shm_desc {
-    const char *name; /* up to 100 letters, digits, ".", "_", "-"; not "." first. Copied */
-    int num_slots;    /* slots of each adapter to keep when they are free, so that publishing touches no fresh memory: 2
-                         or more; 0: 3 (the
-                              served one, the next one, one that engines are leaving). More are made when needed, up to
-                              1,024 in all */
+    const char *name; /* up to 100 letters, digits, ".", "_" and "-"; does not begin with ".". Copied */
+    /* Slots of each adapter to keep when they are free, so that publishing touches no fresh memory; at least 2. 0: 3
+       (the served one, the next one, and one that engines are leaving). More are made when needed, up to 1,024 in all.
+       */
+    int                       num_slots;
     const lorasync_allocator *allocator;
-    const lorasync_cuda
-        *cuda; /* NULL: payloads lie in shared memory. Else in device memory, see below; needs LORASYNC_CUDA.
-                  keep_on_device means
-                                  nothing here. Read by lorasync_shm_open only, but cuda->stream is borrowed until
-                                  close */
+    /* NULL: payloads are in shared memory. Otherwise in device memory (see below); needs LORASYNC_CUDA. keep_on_device
+       is ignored. Read by lorasync_shm_open only, but cuda->stream is borrowed until close. */
+    const lorasync_cuda *cuda;
 } lorasync_shm_desc;
 
-/* With lorasync_shm_desc.cuda, for engines that share a GPU with the publisher (or have a GPU with peer access to it)
-   and say accept_device:
-       shared memory    | head | header | config_json |      device memory of the publisher, one cudaMalloc per slot
-       | payload |
-   Where. In memory of the device that is current at lorasync_shm_open. Images may be on the host or on any device that
-   it can copy from. The memory is the transport's: made once with its slot, used for many versions, opened by engines
-   once over CUDA IPC. An engine of the publisher's own process uses the address.
-   When. stage copies after what is on cuda->stream at the call, on a stream of its own, and waits on the CPU until the
-   copy has ended (at most 60 s), so commit is one atomic store as ever, and a publisher that is killed has named no
-   half written slot. How long. Memory that an engine has open is not freed. After close the versions that engines have
-   open stay served as long as the publisher's process lives; all other memory is freed. What is still open then is
-   freed with the process, or goes to the next transport of this name that the process opens on that device. When the
-   process ends, its device memory goes with it: engines keep what they have open, until they close it (CUDA promises
-   nothing for that case; Linux drivers do so), and no other engine can open it. They report that, naming the process,
-   until the version, or a newer one, is published again. The next publisher never writes into memory of a dead one. A
-   session whose desc.cuda has keep_on_device, on the same device, gathers straight into the slot (report.in_place); so
-   do its other ranks, where they place directly.
-   The same version published again is compared by header and config_json, in which the digest is; without a digest it
-   counts as other content. */
+/* With lorasync_shm_desc.cuda, for engines with accept_device that share a GPU with the publisher, or have one with
+   peer access to it:
 
-/* Fills *out; end with out->close(out->user), which a session that it is attached to does. The last version stays
-   served after close and after the end of the process, until lorasync_shm_remove; the next publisher of that name goes
-   on from there, also after a kill. One publisher per name at a time; up to 64 adapters and 256 engines. Several
-   adapters of a name come from one transport: open it once and attach it to the session of each adapter; the last
-   session to close closes it. On the root one session at a time may publish an adapter through it (LORASYNC_E_BUSY from
-   lorasync_attach); all of them are then used by one thread at a time. All processes belong to one user: segments have
-   mode 600, and one of another user, mode, size or layout is refused. They trust each other not to write into slots. A
-   fork cannot publish through its parent's transport. After open nothing is allocated. Where shm_open is in librt
-   (glibc before 2.34) link with -lrt. Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY, LORASYNC_E_IO
-   (the system's reason), LORASYNC_E_FORMAT (size or layout), LORASYNC_E_BUSY naming the process that publishes there,
-   maybe this one; from stage and commit LORASYNC_E_IO also when shared memory is full, LORASYNC_E_BUSY when 1,024 slots
-   are held or 64 adapters published, LORASYNC_E_STATE in a fork or when the name was removed, and as the directory
-   transport LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT, LORASYNC_E_STATE.
-   LORASYNC_E_UNSUPPORTED for an image on a device, unless desc.cuda is set. With desc.cuda: LORASYNC_E_UNSUPPORTED from
-   open without LORASYNC_CUDA; LORASYNC_E_CUDA and LORASYNC_E_MEMORY from open and stage, for what CUDA refuses (no IPC,
-   no memory left) and for a copy that has not ended after 60 s. */
+       shared memory | head | header | config_json |     device memory of the publisher, one cudaMalloc per slot |
+                                                         payload |
+
+   Where      In memory of the device that is current at lorasync_shm_open. Images may be on the host or on any device
+              that it can copy from. The transport owns the memory: allocated once with its slot, used for many
+              versions, opened once by each engine over CUDA IPC. An engine in the publisher's own process uses the
+              address.
+   When       stage copies, on a stream of its own, after the work that is queued on cuda->stream at the call, and waits
+              on the CPU until the copy has ended (at most 60 s). So commit is one atomic store here too, and a
+              publisher that is killed never leaves a half-written slot named.
+   How long   Memory that an engine has open is not freed. After close, versions that engines have open stay served as
+              long as the publisher's process lives, and all other memory is freed. What is still open then is freed
+              with the process, or is taken over by the next transport of this name that the process opens on that
+              device.
+   Process    When the process ends, its device memory goes with it. Engines keep what they have open until they close
+              it
+   ends       (CUDA does not promise this; Linux drivers do it), and no other engine can open it: they report that,
+              naming the process, until this or a newer version is published again. The next publisher never writes into
+              memory of a dead one.
+   In place   A session whose desc.cuda has keep_on_device, on the same device, gathers straight into the slot
+              (report.in_place); so do its other ranks, with direct placement.
+
+   The same version published again is compared by header and config_json; the header contains the digest. Without a
+   digest it counts as other content. */
+
+/* Makes a shared-memory transport. The sessions that it is attached to close it; otherwise call out->close(out->user).
+   The last version stays served after close, and after the end of the process, until lorasync_shm_remove; the next
+   publisher of that name continues from there, even after a kill.
+
+   One publisher per name at a time; up to 64 adapters and 256 engines. Several adapters of a name share one transport:
+   open it once and attach it to the session of each adapter; the last session to close closes it. On the root only one
+   session at a time may publish an adapter through it, and all of them are used by one thread at a time. All processes
+   belong to one user: segments have mode 600, and one of another user, mode, size or layout is refused. Processes trust
+   each other not to write into slots. A fork cannot publish through its parent's transport. Allocates nothing after
+   open.
+
+   out  filled in
+
+   Errors:
+       LORASYNC_E_IO           the system's reason
+       LORASYNC_E_FORMAT       a segment of another size or layout
+       LORASYNC_E_BUSY         names the process that publishes under this name, maybe this one
+       LORASYNC_E_UNSUPPORTED  desc.cuda without LORASYNC_CUDA
+       LORASYNC_E_CUDA         what CUDA refuses (no IPC)
+       LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY (in device memory too)
+   Errors of attach, stage and commit: LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT and
+   LORASYNC_E_STATE as in the directory transport, and
+       LORASYNC_E_IO           also if shared memory is full
+       LORASYNC_E_BUSY         1,024 slots are held, or 64 adapters are published; from lorasync_attach: another session
+                               publishes this adapter
+       LORASYNC_E_STATE        in a fork, or after the name was removed
+       LORASYNC_E_UNSUPPORTED  an image in device memory, without desc.cuda
+       LORASYNC_E_CUDA, LORASYNC_E_MEMORY  what CUDA refuses (no memory left), or a copy that has not ended after 60
+                                           s */
 LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lorasync_transport *out,
                                                lorasync_error *err);
 
-/* Removes what is published under a name, and gives its memory back once engines let go of it: they keep what they
+/* Removes what is published under a name. Its memory is given back once engines let go of it: they keep what they
    serve, and follow whoever publishes under that name next (newer versions only).
+
    Errors: LORASYNC_E_NAME, LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_BUSY while there is a publisher. */
 LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_error *err);
 
