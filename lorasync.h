@@ -1464,25 +1464,98 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
 
 /* ------------------------------------------------------------------------------------------------ >>api: engine -- */
 
-/* The receiving side: finds new versions, checks them completely, and only then serves them. It maps the files, or the
-   shared memory: replace a published file by another, never write into it or cut it. */
+/* The receiving side: finds new versions or is handed them, checks them completely, and only then serves them.
+
+       a directory -------.
+       shared memory ------+-- lorasync_source --poll--.
+       your own source ---'                             +-- checked -- served -- pinned by readers -- released
+       your own code ------ lorasync_engine_offer -----'
+
+   Wherever it comes from, a version is one lorasync_delivery: a safetensors image and its adapter_config.json, as they
+   lie in memory. Nothing is copied: the bytes must stay as they are until release is called.
+
+       in one piece        bytes -> | header | payload |
+       in two              bytes -> | header |    payload -> | payload |     device memory always comes like this
+
+   Fill it with zeros before filling it in. */
+typedef struct lorasync_delivery {
+    size_t      size;    /* sizeof(lorasync_delivery) */
+    const char *adapter; /* its name; NULL: as the header says. If both say one, they must agree */
+    uint64_t    version; /* 0: as the header says. If both say one, they must agree */
+    const void *bytes;   /* a safetensors file in memory, or (with payload) its header alone: 8 + N bytes */
+    size_t      num_bytes;
+    const void *payload; /* NULL: behind the header */
+    size_t      payload_bytes;
+    int         on_device;    /* 1: payload is a device address; needs lorasync_engine_desc.accept_device */
+    const char *config_json;  /* adapter_config.json, NUL-terminated. Of a delta it may be NULL: that of its base */
+    uint64_t    mark;         /* from a source: see lorasync_published. Else 0 */
+    const char *where;        /* for error texts: a path, an address; NULL: made of adapter and source */
+    const char *config_where; /* the same of config_json; NULL: made of where */
+    /* Called when no reader and no engine has these bytes any more: by the thread that is then in lorasync_engine_poll,
+       lorasync_engine_offer or lorasync_engine_close, and once. It may free them, or have the next version written
+       there. NULL: nothing to do. */
+    void (*release)(void *user);
+    void *user;
+} lorasync_delivery;
+
+/* One adapter, as a source finds it published. */
+typedef struct lorasync_published {
+    char     adapter[LORASYNC_MAX_NAME]; /* its name, terminated */
+    uint64_t version;                    /* 0: not known before it is opened */
+    /* Another number whenever something else may be published for this adapter, if only the same version again: what
+       was served under a mark is not opened again. 0: there is none, and the version alone tells. */
+    uint64_t mark;
+} lorasync_published;
+
+/* Where an engine takes versions from when it is polled. lorasync_engine_open makes one for a directory or for shared
+   memory; lorasync_engine_desc.source is one of your own. The engine does the rest: it looks whether something is
+   newer, opens it, checks it, serves it, and gives it back. All calls come from the thread that is in a call of the
+   engine. `size` is sizeof(lorasync_source); what a smaller one does not cover counts as NULL or 0. Return 0 or a
+   negative status with err filled (never NULL); a status of -100 and below becomes LORASYNC_E_IO. */
+typedef struct lorasync_source {
+    size_t      size;
+    const char *name; /* for messages: "adapters", "http://trainer:8000"; borrowed */
+    void       *user;
+    /* What is published: called with index 0, 1, 2, .. until it returns LORASYNC_NOTHING_NEW (no more) or fails, in
+       which case the poll fails with that, after it has served what it was told before. LORASYNC_OK: *out, all zeros at
+       the call, is one adapter. Index 0 begins a new look. Shall not block. */
+    lorasync_status (*look)(void *user, size_t index, lorasync_published *out, lorasync_error *err);
+    /* Hands over the newest version of an adapter that look has told. *out is all zeros but for size; what it points to
+       stays good until out->release is called, which happens exactly once after LORASYNC_OK. `served`: with
+       sends_deltas, what the engine serves of this adapter, which a delta may be made against (lorasync_image_delta);
+       NULL: send it whole. LORASYNC_NOTHING_NEW: it is gone again. */
+    lorasync_status (*open)(void *user, const lorasync_published *what, const lorasync_image *served,
+                            lorasync_delivery *out, lorasync_error *err);
+    /* Waits until there may be something new, at most timeout_ms (1 or more); returning earlier is fine. NULL: the
+       engine looks again after pauses of 50 microseconds to 5 ms. */
+    void (*wait)(void *user, int timeout_ms);
+    /* Called once, when the engine closes, after the last release; not when lorasync_engine_open failed. NULL: nothing
+       to close. */
+    void (*close)(void *user);
+    int sends_deltas; /* 1: deliveries may be deltas. A delta that does not fit what is served is opened again, whole.
+                         0: deltas are refused */
+} lorasync_source;
+
+/* It maps the files, or the shared memory: replace a published file by another, never write into it or cut it. */
 typedef struct lorasync_engine_desc {
-    const char *directory; /* where a directory transport publishes. Copied */
-    const char *shm;       /* or the name under which a shared-memory transport publishes on this host. Exactly one of
-                              both. Copied */
-    const char *adapter;   /* NULL: every adapter found there. Copied */
-    int         no_verify; /* 1: skip the digest (the header is always checked) */
+    /* Exactly one of directory, shm, source and offers_only. */
+    const char               *directory; /* where a directory transport publishes. Copied */
+    const char               *shm; /* the name under which a shared-memory transport publishes on this host. Copied */
+    const char               *adapter;   /* NULL: every adapter found there. Copied */
+    int                       no_verify; /* 1: skip the digest (the header is always checked) */
     const lorasync_allocator *allocator;
-    int accept_device; /* 1, with shm: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda),
-                          see below. Needs LORASYNC_CUDA */
+    int accept_device;             /* 1: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda,
+                          lorasync_delivery.on_device), see below. Needs LORASYNC_CUDA; not with directory */
+    const lorasync_source *source; /* Copied */
+    int                    offers_only; /* 1: there is no source; versions come from lorasync_engine_offer */
 } lorasync_engine_desc;
 
 /* With accept_device an adapter's image may have on_device = 1: the tensors' data are device addresses, good on the
-   device that was current at lorasync_engine_open and on those with peer access to the memory. A poll makes that device
-   current and restores the old one; it opens the memory of a slot once, digests each version there on a stream of the
-   engine's own, and waits on the CPU for that, at most 60 s. Reading: in place, or by cudaMemcpyAsync to memory of the
-   host program's. Either way keep the pin until the stream that reads has passed (an event behind the last read): a
-   released slot is written again.
+   device that was current at lorasync_engine_open and on those with peer access to the memory. A poll makes that
+   device current and restores the old one (an offer, too); it opens the memory of a slot once, digests each version
+   there on a stream of the engine's own, and waits on the CPU for that, at most 60 s. Reading: in place, or by
+   cudaMemcpyAsync to memory of the host program's. Either way keep the pin until the stream that reads has passed
+   (an event behind the last read): a released slot is written again.
    Versions in host memory are served as without accept_device. Without it one in device memory is
    LORASYNC_E_UNSUPPORTED, which says so. */
 
@@ -1496,9 +1569,10 @@ typedef struct lorasync_adapter {
     const lorasync_config *config;
 } lorasync_adapter;
 
-/* Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_MEMORY; with accept_device LORASYNC_E_CUDA, and
-   LORASYNC_E_UNSUPPORTED without LORASYNC_CUDA. The directory, or the publisher, need not be there yet. With shm, use
-   the engine in the process that opened it: each process, and a fork too, opens its own. */
+/* Errors: LORASYNC_E_ARGUMENT (also for no source, or more than one), LORASYNC_E_NAME, LORASYNC_E_MEMORY; with
+   accept_device LORASYNC_E_CUDA, and LORASYNC_E_UNSUPPORTED without LORASYNC_CUDA. The directory, or the publisher,
+   need not be there yet. With shm, use the engine in the process that opened it: each process, and a fork too, opens
+   its own. */
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out,
                                                   lorasync_error *err);
 
@@ -1515,8 +1589,30 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
    LORASYNC_E_STATE in a fork; a version that readers have released is given back at the next poll, and a slot stays
    mapped until a poll finds it gone. With accept_device LORASYNC_E_CUDA for memory that cannot be opened or read, and
    LORASYNC_E_IO when it was a publisher's that has ended or closed. LORASYNC_E_ARGUMENT for NULL, and for a directory
-   that holds versions instead of adapters. One thread at a time. */
+   that holds versions instead of adapters. With a source of one's own, what its look and open returned.
+   LORASYNC_E_STATE with offers_only. One thread at a time. */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
+
+/* Hands the engine a version that has come another way: over HTTP, MPI, RDMA, NCCL, or from the same process. It is
+   checked as a poll checks what it finds, and becomes the served one; older versions that nobody pins are released.
+   Any engine takes offers, one with a source too, which then must not publish older versions of the same adapter.
+   The image may be a delta (lorasync_image_delta) against what is served: the full image is made in memory from the
+   engine's allocator (lorasync_image_apply), and the delta is released before the call returns.
+   Returns
+   - LORASYNC_OK: it is served. The bytes are the engine's until it calls delivery->release.
+   - LORASYNC_NOTHING_NEW: the same version with the same bytes is served already.
+   - or a failure: what was served still is. LORASYNC_E_VERSION (older than what is served, or the same version with
+     other bytes), LORASYNC_E_BASE (a delta against something else than what is served, or against nothing: send the
+     full image), LORASYNC_E_DIGEST, LORASYNC_E_FORMAT (also a header that names another adapter or version than the
+     delivery, or none), LORASYNC_E_NAME (also an adapter that desc.adapter does not ask for), LORASYNC_E_PAIR,
+     LORASYNC_E_CONFIG, LORASYNC_E_EMPTY, LORASYNC_E_UNSUPPORTED (device memory without accept_device),
+     LORASYNC_E_STATE (a delta in device memory, or against such), LORASYNC_E_BUSY when 8 versions of that adapter are
+     held: have readers release some and offer it again; LORASYNC_E_MEMORY, LORASYNC_E_CUDA, LORASYNC_E_ARGUMENT.
+   After anything but LORASYNC_OK the bytes are the caller's, and release is not called. Blocks only for a digest in
+   device memory. Copies nothing but a delta; allocates what describes the image. One thread at a time, with polls;
+   readers may go on meanwhile. */
+LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, const lorasync_delivery *delivery,
+                                                   lorasync_error *err);
 
 /* Pins the served version of an adapter; NULL if there is none. Wait-free but for a retry when a poll swaps versions in
    between; no system call, no allocation. Any thread, also while another polls. */
@@ -14539,6 +14635,35 @@ LORASYNCI_FN DIR *lorasynci_list_directory(int fd)
     return list;
 }
 
+/* -- the same version again */
+
+/* 1 if both are the same bytes, config_json included. Of a payload in device memory the digest in the header speaks. */
+LORASYNCI_FN int lorasynci_same_image(const lorasync_image *a, const lorasync_image *b)
+{
+    int on_device = a->on_device || b->on_device;
+    return a->header_bytes == b->header_bytes && memcmp(a->header, b->header, a->header_bytes) == 0 &&
+           a->payload_bytes == b->payload_bytes && (!on_device || a->has_digest) &&
+           (!a->payload_bytes || on_device || memcmp(a->payload, b->payload, a->payload_bytes) == 0) &&
+           strcmp(a->config_json, b->config_json) == 0;
+}
+
+/* What a version is to whoever holds `held`, which `where` names. LORASYNC_OK: it is newer. LORASYNC_NOTHING_NEW: it is
+   the same again, with the same bytes. Or an error. */
+LORASYNCI_FN lorasync_status lorasynci_check_next(const char *where, uint64_t held, uint64_t version, int same_bytes,
+                                                  lorasync_error *err)
+{
+    if (version > held) return LORASYNC_OK;
+    if (version == held && same_bytes) return LORASYNC_NOTHING_NEW;
+    if (version == held)
+        return lorasynci_fail(err, LORASYNC_E_VERSION,
+                              "%s is version %llu already, with other content; use a new version", where,
+                              (unsigned long long)version);
+    return lorasynci_fail(
+        err, LORASYNC_E_VERSION,
+        "%s is version %llu, which is newer than %llu; go on with a greater version, or publish elsewhere", where,
+        (unsigned long long)held, (unsigned long long)version);
+}
+
 /* -- files. All return 0 or an errno. */
 
 /* Until the file (or the names in a directory) will be there after a loss of power. */
@@ -14877,23 +15002,13 @@ LORASYNCI_FN int lorasynci_same_version(lorasynci_directory *d, int adapter_fd, 
 
 /* -- staging in a directory */
 
-/* Engines serve a newer version already: going back would be silent data loss for them. */
-LORASYNCI_FN lorasync_status lorasynci_fail_newer(lorasync_error *err, const lorasynci_directory *d,
-                                                  const char *adapter, uint64_t latest, uint64_t version)
+/* What a version is to the one that `latest` names; same_bytes: that has exactly this image's files. */
+LORASYNCI_FN lorasync_status lorasynci_check_latest(const lorasynci_directory *d, const char *adapter, uint64_t latest,
+                                                    uint64_t version, int same_bytes, lorasync_error *err)
 {
-    return lorasynci_fail(
-        err, LORASYNC_E_VERSION,
-        "%s/%.60s/latest is version %llu, which is newer than %llu; go on with a greater version, or publish elsewhere",
-        lorasynci_end_of(d->path), adapter, (unsigned long long)latest, (unsigned long long)version);
-}
-
-/* A published version never changes: engines may have it mapped. */
-LORASYNCI_FN lorasync_status lorasynci_fail_other(lorasync_error *err, const lorasynci_directory *d,
-                                                  const char *adapter, const char *version)
-{
-    return lorasynci_fail(err, LORASYNC_E_VERSION,
-                          "%s/%.60s/%s is published already, with other content; use a new version",
-                          lorasynci_end_of(d->path), adapter, version);
+    char where[260];
+    snprintf(where, sizeof where, "%s/%.60s/latest", lorasynci_end_of(d->path), adapter);
+    return lorasynci_check_next(where, latest, version, same_bytes, err);
 }
 
 /* Writes the image's files into the stage directory, which the first bucket makes. 0 or an errno; `file` is the path of
@@ -14923,22 +15038,22 @@ LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, int adap
 {
     char     version[24], stage[64], file[140];
     uint64_t latest;
-    int      failed, staging;
+    int      failed, staging, same;
     LORASYNC_ASSERT(image->version > 0);
     lorasynci_version_name(version, image->version);
     lorasynci_stage_name(stage, image->version);
     if (image->bucket == 0) lorasynci_remove_stale(adapter_fd);
     LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, image->adapter, &latest, err));
-    if (latest > image->version) return lorasynci_fail_newer(err, d, image->adapter, latest, image->version);
+    if (latest > image->version) return lorasynci_check_latest(d, image->adapter, latest, image->version, 0, err);
     /* 1: the version's first bucket was written, so it is not the version that is there */
     staging = image->bucket && lorasynci_look(adapter_fd, stage) == 0;
-    if (!staging && (image->num_buckets < 2 || latest == image->version) &&
-        lorasynci_same_version(d, adapter_fd, version, image))
-        return LORASYNC_OK;
+    same    = !staging && (image->num_buckets < 2 || latest == image->version) &&
+           lorasynci_same_version(d, adapter_fd, version, image);
+    if (same) return LORASYNC_OK;
     if (!staging && latest == image->version) {
         failed = lorasynci_look(adapter_fd, version);
         if (failed && failed != ENOENT) return lorasynci_fail_file(err, d, "look at", image->adapter, version, failed);
-        if (!failed) return lorasynci_fail_other(err, d, image->adapter, version);
+        if (!failed) return lorasynci_check_latest(d, image->adapter, latest, image->version, same, err);
     }
     failed = lorasynci_write_stage(d, adapter_fd, stage, image, file, sizeof file);
     if (!failed) return LORASYNC_OK;
@@ -15036,9 +15151,10 @@ LORASYNCI_FN lorasync_status lorasynci_commit_at(lorasynci_directory *d, int ada
     lorasynci_version_name(name, version);
     lorasynci_stage_name(stage, version);
     LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, adapter, &latest, err));
-    if (latest > version) return lorasynci_fail_newer(err, d, adapter, latest, version);
+    if (latest > version) return lorasynci_check_latest(d, adapter, latest, version, 0, err);
     if (latest == version && !lorasynci_look(adapter_fd, stage) && !lorasynci_look(adapter_fd, name)) {
-        return lorasynci_fail_other(err, d, adapter, name); /* another publisher was here since staging */
+        return lorasynci_check_latest(d, adapter, latest, version, 0,
+                                      err); /* another publisher was here since staging */
     }
     failed = lorasynci_name_version(adapter_fd, stage, name);
     if (failed == ENOENT) {
@@ -15913,20 +16029,17 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
 {
     const lorasynci_shm_head *h       = lorasynci_shm_head_of(s, slot);
     const char               *memory  = lorasynci_shm_image_of(s, slot);
-    size_t                    config  = strlen(image->config_json) + 1;
-    uint64_t                  in_slot = s->sizes[slot] - LORASYNCI_SHM_HEAD;
-    /* then the digest in the header speaks for the payload */
-    int on_device = h->memory.num_bytes || image->on_device;
-    if (h->image_bytes + h->payload_bytes != (uint64_t)image->header_bytes + image->payload_bytes ||
-        h->config_bytes != config)
-        return 0;
-    if (h->image_bytes > in_slot || config > in_slot - h->image_bytes || image->header_bytes > in_slot ||
-        (on_device && !image->has_digest))
-        return 0;
-    return memcmp(memory, image->header, image->header_bytes) == 0 &&
-           (!image->payload_bytes || on_device ||
-            memcmp(memory + image->header_bytes, image->payload, image->payload_bytes) == 0) &&
-           memcmp(memory + h->image_bytes, image->config_json, config) == 0;
+    const size_t              config  = strlen(image->config_json) + 1;
+    const uint64_t            in_slot = s->sizes[slot] - LORASYNCI_SHM_HEAD;
+    lorasync_image            held    = *image; /* and differs where the slot does */
+    if (h->image_bytes + h->payload_bytes != (uint64_t)image->header_bytes + image->payload_bytes) return 0;
+    if (h->config_bytes != config || image->header_bytes > h->image_bytes) return 0;
+    if (h->image_bytes > in_slot || config > in_slot - h->image_bytes || memory[h->image_bytes + config - 1]) return 0;
+    held.header      = memory;
+    held.payload     = memory + image->header_bytes;
+    held.on_device   = h->memory.num_bytes != 0;
+    held.config_json = memory + h->image_bytes;
+    return lorasynci_same_image(&held, image);
 }
 
 /* -- payloads in device memory, the publisher's side */
@@ -16165,6 +16278,17 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     memcpy(memory + h->image_bytes, image->config_json, (size_t)h->config_bytes);
 }
 
+/* What an image is to the version in the slot that is served. */
+LORASYNCI_FN lorasync_status lorasynci_shm_check_next(const lorasynci_shm *s, int served, const lorasync_image *image,
+                                                      lorasync_error *err)
+{
+    const uint64_t now = lorasynci_shm_head_of(s, served)->version;
+    char           where[200];
+    snprintf(where, sizeof where, "'%.60s' in shared memory '%s'", image->adapter, s->name);
+    return lorasynci_check_next(where, now, image->version,
+                                now == image->version && lorasynci_shm_same(s, served, image), err);
+}
+
 /* Copies the image into a slot that no engine reads, unless the slot that was lent holds it already. Afterwards
    `staged` is that slot, or -1 where the very version is served: then commit has nothing to do. */
 LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_image *image, lorasync_error *err)
@@ -16177,18 +16301,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &adapter, err));
     lorasynci_shm_unstage(&s->places[adapter]);
     LORASYNCI_TRY(lorasynci_shm_find_served(s, adapter, &served, err));
-    if (served >= 0 && lorasynci_shm_head_of(s, served)->version >= image->version &&
-        !lorasynci_shm_is_lost(s, served, image)) {
-        uint64_t now = lorasynci_shm_head_of(s, served)->version;
-        if (now == image->version && lorasynci_shm_same(s, served, image)) return LORASYNC_OK;
-        return lorasynci_fail(
-            err, LORASYNC_E_VERSION,
-            now == image->version
-                ? "'%.60s' in shared memory '%s' is version %llu already, with other content than this %llu; use a new "
-                  "version"
-                : "'%.60s' in shared memory '%s' is version %llu, which is newer than %llu; go on with a greater "
-                  "version, or publish elsewhere",
-            image->adapter, s->name, (unsigned long long)now, (unsigned long long)image->version);
+    if (served >= 0 && !lorasynci_shm_is_lost(s, served, image)) {
+        const lorasync_status next = lorasynci_shm_check_next(s, served, image, err);
+        if (next != LORASYNC_OK) return next < 0 ? next : LORASYNC_OK;
     }
     s->payload_bytes = image->payload_bytes;
     if (lorasynci_checked_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes))
@@ -16627,7 +16742,8 @@ LORASYNCI_FN lorasync_status lorasynci_mapped_check_head(const lorasynci_mapped 
     const uint64_t            room = m->num_bytes - LORASYNCI_SHM_HEAD;
     if (h->magic == lorasynci_shm_magic && h->image_bytes <= room && h->config_bytes != 0 &&
         h->config_bytes <= room - h->image_bytes &&
-        ((const char *)m->map)[LORASYNCI_SHM_HEAD + h->image_bytes + h->config_bytes - 1] == 0)
+        strnlen((const char *)m->map + LORASYNCI_SHM_HEAD + h->image_bytes, (size_t)h->config_bytes) ==
+            h->config_bytes - 1)
         return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_FORMAT,
                           "shared memory %s is damaged: its head does not fit its %llu bytes; publish again", path,
@@ -16659,21 +16775,15 @@ LORASYNCI_FN lorasync_status lorasynci_mapped_get(lorasynci_mapped **first, lora
    An engine opens the device memory of a slot once and keeps it open, whatever versions the slot holds, until the slot
    is retired or goes away:
 
-       engine.imports -> slot 0, 2 users -> slot 1 -> slot 2, 1 user -> NULL       users: versions that the engine holds
-
-       table (device)  | operations | tiles | sums |         the digest's work, one operation per tensor, made again
-                                                             only when the layout changes
-       host (pinned)   | operations | tiles | sums | terms | */
+       source.imports -> slot 0, 2 users -> slot 1 -> slot 2, 1 user -> NULL        users: versions that the engine
+                                                                                    holds */
 typedef struct lorasynci_import {
     struct lorasynci_import *next;
     lorasynci_shm_view      *view;
     lorasynci_shm_memory     memory; /* as the slot's head has it */
     uint64_t                 serial;
-    int                      slot, num_users;
-    int                      is_ipc;
-    char                    *payload;
-    char                    *table, *host;
-    size_t                   num_ops, num_tiles, tiles_at, sums_at, terms_at;
+    int                      slot;
+    lorasynci_window         window;
 } lorasynci_import;
 
 LORASYNCI_FN void lorasynci_shm_mark_opened(lorasynci_shm_view *v, int slot, int opened)
@@ -16683,32 +16793,29 @@ LORASYNCI_FN void lorasynci_shm_mark_opened(lorasynci_shm_view *v, int slot, int
     __atomic_store_n(word, opened ? *word | bit : *word & ~bit, __ATOMIC_SEQ_CST);
 }
 
-#ifdef LORASYNC_CUDA
-
-LORASYNCI_FN void lorasynci_import_close(lorasynci_gpu *g, lorasynci_import *m)
+/* Closes it, and says so only then. */
+LORASYNCI_FN void lorasynci_import_close(const lorasynci_gpu *g, lorasynci_import *m)
 {
     lorasync_allocator a = m->view->a;
-    int                old;
-    if (g->pid == getpid()) {
-        old = lorasynci_gpu_enter(g->ordinal);
-        cudaFree(m->table);
-        cudaFreeHost(m->host);
-        if (m->is_ipc && m->payload) cudaIpcCloseMemHandle(m->payload);
-        lorasynci_gpu_leave(g->ordinal, old);
-        (void)cudaGetLastError();
+    LORASYNC_ASSERT(m->window.num_users == 0);
+    if (m->window.address) {
+        int old = lorasynci_gpu_enter(lorasynci_gpu_ordinal(g));
+        if (lorasynci_shm_is_ours(m->view)) lorasynci_window_close(&m->window);
+        lorasynci_gpu_leave(lorasynci_gpu_ordinal(g), old);
+        lorasynci_shm_mark_opened(m->view, m->slot, 0);
     }
-    if (m->payload) lorasynci_shm_mark_opened(m->view, m->slot, 0); /* only now that it is closed */
     lorasynci_shm_view_drop(m->view);
     lorasynci_dealloc(&a, m);
 }
 
 /* Closes what nothing uses and the publisher wants back, or has given up. */
-LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_gpu *g, lorasynci_import **first, const lorasynci_shm_view *now)
+LORASYNCI_FN void lorasynci_imports_sweep(const lorasynci_gpu *g, lorasynci_import **first,
+                                          const lorasynci_shm_view *now)
 {
     while (*first) {
         lorasynci_import            *m = *first;
         const lorasynci_shm_segment *s = &m->view->map.control->slots[m->slot];
-        if (m->num_users ||
+        if (m->window.num_users ||
             (m->view == now && s->serial == m->serial && !__atomic_load_n(&s->retired, __ATOMIC_SEQ_CST))) {
             first = &m->next;
             continue;
@@ -16718,52 +16825,31 @@ LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_gpu *g, lorasynci_import **f
     }
 }
 
-/* Memory of this process, on this or on another GPU. */
-LORASYNCI_FN lorasync_status lorasynci_import_own(const lorasynci_gpu *g, lorasynci_import *m, lorasync_error *err)
+/* Opens the memory, which is marked as opened already. The device is current. */
+LORASYNCI_FN lorasync_status lorasynci_import_map(const lorasynci_gpu *g, lorasynci_import *m, lorasync_error *err)
 {
-    int         ordinal = (int)m->memory.ordinal, can = 1;
-    cudaError_t e = cudaSuccess;
-    if (ordinal != g->ordinal) {
-        e = cudaDeviceCanAccessPeer(&can, g->ordinal, ordinal);
-        if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(ordinal, 0);
-        (void)cudaGetLastError();
-        if (e == cudaErrorPeerAccessAlreadyEnabled) e = cudaSuccess;
-    }
-    if (!can || e != cudaSuccess) {
-        return lorasynci_fail(
-            err, LORASYNC_E_CUDA,
-            "the payload is on GPU %d, which GPU %d of the engine cannot access; open the engine on GPU %d", ordinal,
-            g->ordinal, ordinal);
-    }
-    m->payload = (char *)(uintptr_t)m->memory.pointer;
-    return LORASYNC_OK;
+    lorasynci_device_offer offer;
+    lorasync_status        status;
+    memset(&offer, 0, sizeof offer);
+    offer.process = m->memory.owner & ~lorasynci_shm_locked;
+    offer.pointer = m->memory.pointer;
+    offer.ordinal = (int32_t)m->memory.ordinal;
+    memcpy(offer.handle, m->memory.handle, sizeof offer.handle);
+    status = lorasynci_window_device(&m->window, g, &offer, err);
+    if (status < 0)
+        lorasynci_prefix(err,
+                         "the payload is in device memory of process %ld on GPU %.23s; publish in host memory, or:",
+                         lorasynci_process_pid(m->memory.owner), m->memory.gpu);
+    return status;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_import_open_ipc(lorasynci_import *m, lorasync_error *err)
-{
-    void       *p = NULL;
-    cudaError_t e = cudaIpcOpenMemHandle(&p, *(const cudaIpcMemHandle_t *)(const void *)m->memory.handle,
-                                         cudaIpcMemLazyEnablePeerAccess);
-    if (e == cudaSuccess) {
-        m->payload = (char *)p;
-        m->is_ipc  = 1;
-        return LORASYNC_OK;
-    }
-    (void)cudaGetLastError();
-    return lorasynci_fail(
-        err, LORASYNC_E_CUDA,
-        "cannot open device memory of process %ld on GPU %s over CUDA IPC: %s (%s); the engine's GPU must be that one "
-        "or have peer access to it, and both processes must share host, user and IPC namespace; or publish in host "
-        "memory",
-        lorasynci_process_pid(m->memory.owner), m->memory.gpu, cudaGetErrorString(e), cudaGetErrorName(e));
-}
-
-/* Marks the memory as opened, and then looks whether it is still there: see above. The device is current. */
+/* Marks the memory as opened, and then looks whether it is still there: see above. */
 LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_gpu *g, lorasynci_import *m, lorasync_error *err)
 {
     const lorasynci_shm_control *c     = m->view->map.control;
     uint64_t                     owner = m->memory.owner;
     lorasync_status              status;
+    int                          old = lorasynci_gpu_enter(lorasynci_gpu_ordinal(g));
     lorasynci_shm_mark_opened(m->view, m->slot, 1);
     if (!lorasynci_shm_lives(m->view->map.fd, LORASYNCI_SHM_PUBLISHER, owner, m->view->mine)) {
         status = lorasynci_fail(
@@ -16777,22 +16863,21 @@ LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_gpu *g, loras
             "again",
             lorasynci_process_pid(owner));
     } else {
-        status = lorasynci_shm_is_same_owner(owner, m->view->mine) ? lorasynci_import_own(g, m, err)
-                                                                   : lorasynci_import_open_ipc(m, err);
+        status = lorasynci_import_map(g, m, err);
     }
+    lorasynci_gpu_leave(lorasynci_gpu_ordinal(g), old);
     if (status < 0) lorasynci_shm_mark_opened(m->view, m->slot, 0);
     return status;
 }
 
 /* The memory of a pinned slot, opened now or before. */
-LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_gpu *g, lorasynci_import **first, lorasynci_shm_view *v,
-                                                  int slot, const lorasynci_shm_memory *memory, lorasynci_import **out,
-                                                  lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_import_get(const lorasynci_gpu *g, lorasynci_import **first,
+                                                  lorasynci_shm_view *v, int slot, const lorasynci_shm_memory *memory,
+                                                  lorasynci_import **out, lorasync_error *err)
 {
     uint64_t          serial = v->map.control->slots[slot].serial;
     lorasynci_import *m;
     lorasync_status   status;
-    int               old;
     lorasynci_imports_sweep(g, first, v); /* an earlier slot's of this number must be closed first */
     for (m = *first; m && (m->view != v || m->slot != slot || m->serial != serial); m = m->next) {}
     *out = m;
@@ -16804,9 +16889,7 @@ LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_gpu *g, lorasynci_im
     m->serial = serial;
     m->memory = *memory;
     v->num_users++;
-    old    = lorasynci_gpu_enter(g->ordinal);
     status = lorasynci_import_open(g, m, err);
-    lorasynci_gpu_leave(g->ordinal, old);
     if (status < 0) {
         lorasynci_import_close(g, m);
         return status;
@@ -16816,234 +16899,222 @@ LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_gpu *g, lorasynci_im
     return LORASYNC_OK;
 }
 
-/* What digests one tensor: its bytes as 16-bit words where they are, else as bytes. */
-LORASYNCI_FN lorasyncd_op lorasynci_import_op(const lorasynci_import *m, const lorasync_tensor *t, size_t index)
+/* -- the source: what an engine polls
+
+   A version that it has handed over keeps its slot pinned, mapped and opened until the engine releases it. */
+typedef struct lorasynci_shm_source {
+    lorasync_allocator   a;
+    char                 name[104]; /* of the shared memory */
+    char                 title[120];
+    const lorasynci_gpu *gpu;  /* the engine's; NULL: versions in device memory are refused */
+    lorasynci_shm_view  *view; /* NULL: not found yet */
+    uint64_t             num_views;
+    int                  next;    /* place in the control, of the look that goes on */
+    lorasynci_mapped    *mapped;  /* slots that are mapped */
+    lorasynci_import    *imports; /* device memory that is open */
+} lorasynci_shm_source;
+
+typedef struct lorasynci_shm_held {
+    lorasync_allocator  a;
+    lorasynci_shm_view *view;
+    int                 slot; /* pinned; -1: none */
+    lorasynci_mapped   *mapped;
+    lorasynci_import   *import; /* NULL: the payload is not in device memory */
+    char                where[200];
+} lorasynci_shm_held;
+
+/* The engine has done with a version. */
+LORASYNCI_FN void lorasynci_shm_release(void *user)
 {
-    lorasyncd_op o;
-    int          wide = t->offset % 2 == 0 && t->num_bytes % 2 == 0;
-    memset(&o, 0, sizeof o);
-    o.src = (uint64_t)(uintptr_t)m->payload + t->offset;
-    o.sum = (uint64_t)(uintptr_t)m->table + m->sums_at + index * 8;
-    o.num = o.n1 = (long long)(t->num_bytes / (wide ? 2 : 1));
-    o.s0 = o.row = o.n1;
-    o.s1 = o.d1 = 1;
-    o.tensor    = (unsigned)index;
-    o.scale     = 1.0f;
-    o.src_dtype = o.dst_dtype = wide ? LORASYNC_U16 : LORASYNC_U8;
-    o.unit                    = (unsigned char)lorasynci_unit(&o);
-    return o;
+    lorasynci_shm_held *h = (lorasynci_shm_held *)user;
+    lorasync_allocator  a = h->a;
+    if (h->import) h->import->window.num_users--;
+    if (h->mapped) h->mapped->num_users--;
+    if (h->slot >= 0) lorasynci_shm_unpin(h->view, h->slot);
+    lorasynci_shm_view_drop(h->view);
+    lorasynci_dealloc(&a, h);
 }
 
-LORASYNCI_FN size_t lorasynci_import_tiles(const lorasync_tensor *t)
+/* Finds the control, and the new one after the old was removed. */
+LORASYNCI_FN lorasync_status lorasynci_shm_find_control(lorasynci_shm_source *s, lorasync_error *err)
 {
-    size_t n = t->offset % 2 == 0 && t->num_bytes % 2 == 0 ? t->num_bytes / 2 : t->num_bytes;
-    return n / LORASYNCD_TILE + (n % LORASYNCD_TILE != 0);
-}
-
-/* 1 if the tables are those of this image. */
-LORASYNCI_FN int lorasynci_import_fits(const lorasynci_import *m, const lorasync_image *image)
-{
-    const lorasyncd_op *ops = (const lorasyncd_op *)(const void *)m->host;
-    size_t              i;
-    if (!m->host || m->num_ops != image->num_tensors) return 0;
-    for (i = 0; i < m->num_ops; i++) {
-        lorasyncd_op o = lorasynci_import_op(m, &image->tensors[i], i);
-        if (memcmp(&o, &ops[i], sizeof o) != 0) return 0;
+    if (s->view && !lorasynci_shm_is_ours(s->view)) {
+        return lorasynci_fail(err, LORASYNC_E_STATE,
+                              "this engine of shared memory '%s' was opened by process %ld; open one in each process",
+                              s->name, lorasynci_process_pid(s->view->mine));
     }
-    return 1;
+    if (s->view && !lorasynci_shm_is_removed(&s->view->map)) return LORASYNC_OK;
+    lorasynci_shm_view_drop(s->view);
+    s->view = NULL;
+    s->num_views++;
+    return lorasynci_shm_view_open(s->name, &s->a, &s->view, err);
 }
 
-LORASYNCI_FN lorasync_status lorasynci_import_reserve(lorasynci_import *m, const lorasync_image *image,
-                                                      lorasync_error *err)
+/* What tells a word of this control from any other of this and of earlier controls. */
+LORASYNCI_FN uint64_t lorasynci_shm_mark_of(const lorasynci_shm_source *s, uint64_t word)
 {
-    size_t i;
-    cudaFree(m->table);
-    cudaFreeHost(m->host);
-    m->table = m->host = NULL;
-    m->num_ops         = image->num_tensors;
-    for (m->num_tiles = i = 0; i < m->num_ops; i++) m->num_tiles += lorasynci_import_tiles(&image->tensors[i]);
-    if (m->num_tiles > 0x7fffffffu)
-        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
-    m->tiles_at = m->num_ops * sizeof(lorasyncd_op);
-    m->sums_at  = m->tiles_at + m->num_tiles * sizeof(lorasyncd_tile);
-    m->terms_at = m->sums_at + m->num_ops * 8;
-    LORASYNCI_CUDA(cudaMalloc((void **)&m->table, m->terms_at + 8), "memory for the digest's tables");
-    LORASYNCI_CUDA(
-        cudaHostAlloc((void **)&m->host, m->terms_at + m->num_ops * sizeof(lorasynci_term) + 8, cudaHostAllocDefault),
-        "pinned memory for the digest's tables");
-    return LORASYNC_OK;
+    uint64_t v[2];
+    v[0] = word;
+    v[1] = s->num_views;
+    return lorasynci_hash(v, sizeof v, 7) | 1;
 }
 
-/* Makes the tables and copies them to the device. */
-LORASYNCI_FN lorasync_status lorasynci_import_tabulate(const lorasynci_gpu *g, lorasynci_import *m,
-                                                       const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_look_for(void *user, size_t index, lorasync_published *out,
+                                                    lorasync_error *err)
 {
-    lorasyncd_op   *ops;
-    lorasyncd_tile *tiles;
-    size_t          i, num = 0;
-    LORASYNCI_TRY(lorasynci_import_reserve(m, image, err));
-    ops   = (lorasyncd_op *)(void *)m->host;
-    tiles = (lorasyncd_tile *)(void *)(m->host + m->tiles_at);
-    for (i = 0; i < m->num_ops; i++) {
-        long long first;
-        ops[i] = lorasynci_import_op(m, &image->tensors[i], i);
-        for (first = 0; first < ops[i].num; first += LORASYNCD_TILE, num++) {
-            tiles[num].first = first;
-            tiles[num].op    = (unsigned)i;
-            tiles[num].count = ops[i].num - first < LORASYNCD_TILE ? (unsigned)(ops[i].num - first) : LORASYNCD_TILE;
-        }
+    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    if (index == 0) {
+        lorasync_status found = lorasynci_shm_find_control(s, err);
+        lorasynci_imports_sweep(s->gpu, &s->imports, s->view);
+        lorasynci_mapped_sweep(&s->mapped, s->view);
+        if (found != LORASYNC_OK) return found;
+        s->next = 0;
     }
-    num        = m->num_ops;
-    m->num_ops = SIZE_MAX; /* fits nothing, until they are there */
-    LORASYNCI_CUDA(cudaMemcpyAsync(m->table, m->host, m->sums_at, cudaMemcpyDefault, g->stream),
-                   "copying the digest's tables");
-    m->num_ops = num;
+    while (s->next < LORASYNCI_SHM_ADAPTERS) {
+        const lorasynci_shm_adapter *entry = &s->view->map.control->adapters[s->next++];
+        uint64_t                     word  = __atomic_load_n(&entry->word, __ATOMIC_SEQ_CST);
+        if (!word) continue;
+        memcpy(out->adapter, entry->name, sizeof entry->name);
+        out->adapter[sizeof entry->name - 1] = 0;
+        out->mark                            = lorasynci_shm_mark_of(s, word);
+        return LORASYNC_OK;
+    }
+    return LORASYNC_NOTHING_NEW;
+}
+
+/* Finds the payload of a mapped slot: behind the header, or in device memory. */
+LORASYNCI_FN lorasync_status lorasynci_shm_find_bytes(lorasynci_shm_source *s, lorasynci_shm_held *held,
+                                                      lorasync_delivery *out, lorasync_error *err)
+{
+    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)held->mapped->map;
+    const char               *memory = (const char *)held->mapped->map + LORASYNCI_SHM_HEAD;
+    out->version                     = h->version;
+    out->bytes                       = memory;
+    out->num_bytes                   = (size_t)h->image_bytes;
+    out->config_json                 = memory + h->image_bytes;
+    if (!h->memory.num_bytes) return LORASYNC_OK;
+    if (!s->gpu) {
+        return lorasynci_fail(
+            err, LORASYNC_E_UNSUPPORTED,
+            "the payload is in device memory of process %ld on GPU %.23s; set accept_device when the engine is "
+            "opened, or publish in host memory",
+            lorasynci_process_pid(h->memory.owner), h->memory.gpu);
+    }
+    if (h->payload_bytes > h->memory.num_bytes || out->num_bytes < 8 ||
+        lorasynci_load_le64((const unsigned char *)memory, 8) != out->num_bytes - 8)
+        return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                              "the slot is damaged: its head does not fit its header and device memory; publish again");
+    LORASYNCI_TRY(lorasynci_import_get(s->gpu, &s->imports, held->view, held->slot, &h->memory, &held->import, err));
+    held->import->window.num_users++;
+    out->payload       = held->import->window.address;
+    out->payload_bytes = (size_t)h->payload_bytes;
+    out->on_device     = 1;
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_import_launch(const lorasynci_gpu *g, lorasynci_import *m, lorasync_error *err)
+/* Pins, maps and opens what an adapter's place in the control names. */
+LORASYNCI_FN lorasync_status lorasynci_shm_hand_over(lorasynci_shm_source *s, int place, lorasynci_shm_held *held,
+                                                     lorasync_delivery *out, lorasync_error *err)
 {
-    CUresult r = CUDA_SUCCESS;
-    LORASYNCI_CUDA(cudaMemsetAsync(m->table + m->sums_at, 0, m->num_ops * 8, g->stream), "cudaMemsetAsync");
-    if (m->num_tiles) /* integers are not checked: bad is never written */
-        r = lorasynci_gpu_launch(g, m->table, m->table + m->tiles_at, (unsigned)m->num_tiles, LORASYNCD_THREADS,
-                                 m->table + m->sums_at, 0, g->stream);
-    if (r != CUDA_SUCCESS)
-        return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the digest's kernel was not launched (CUresult %d)", (int)r);
-    LORASYNCI_CUDA(
-        cudaMemcpyAsync(m->host + m->sums_at, m->table + m->sums_at, m->num_ops * 8, cudaMemcpyDefault, g->stream),
-        "copying digests");
-    return LORASYNC_OK;
-}
-
-/* Starts digesting with the tables that there are, while the header is read: as a rule the next version has the same
-   tensors. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_ahead(const lorasynci_gpu *g, lorasynci_import *m,
-                                                          lorasync_error *err)
-{
-    lorasync_status status;
-    int             old;
-    if (!m->host || m->num_ops == SIZE_MAX) return LORASYNC_OK;
-    old    = lorasynci_gpu_enter(g->ordinal);
-    status = lorasynci_import_launch(g, m, err);
-    lorasynci_gpu_leave(g->ordinal, old);
+    lorasynci_mapped *mapped = NULL;
+    lorasync_status   status;
+    uint64_t          word;
+    held->slot = lorasynci_shm_pin(s->view, place, &word);
+    if (held->slot < 0) {
+        return lorasynci_fail(
+            err, LORASYNC_E_FORMAT,
+            "shared memory '%s' is damaged: %016llx names no slot; remove it with lorasync_shm_remove", s->name,
+            (unsigned long long)word);
+    }
+    LORASYNCI_TRY(lorasynci_mapped_get(&s->mapped, s->view, s->name, held->slot, &mapped, err));
+    held->mapped = mapped;
+    mapped->num_users++;
+    out->mark = lorasynci_shm_mark_of(s, word);
+    status    = lorasynci_shm_find_bytes(s, held, out, err);
+    if (status < 0) lorasynci_prefix(err, "%s", held->where);
     return status;
 }
 
-/* Starts digesting the image where it lies, unless that is under way with tables that fit. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_begin(lorasynci_gpu *g, lorasynci_import *m,
-                                                          const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_open_version(void *user, const lorasync_published *what,
+                                                        const lorasync_image *served, lorasync_delivery *out,
+                                                        lorasync_error *err)
 {
-    lorasync_status status = LORASYNC_OK;
-    int             old;
-    if (lorasynci_import_fits(m, image)) return LORASYNC_OK;
-    old = lorasynci_gpu_enter(g->ordinal);
-    if (m->host) status = lorasynci_gpu_drain(g, "digesting the payload", err); /* its tables go */
-    if (status == LORASYNC_OK) status = lorasynci_import_tabulate(g, m, image, err);
-    if (status == LORASYNC_OK) status = lorasynci_import_launch(g, m, err);
-    lorasynci_gpu_leave(g->ordinal, old);
-    return status;
+    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    lorasynci_shm_held   *held;
+    lorasync_status       status;
+    int                   place = 0;
+    (void)served;
+    for (;; place++) {
+        const lorasynci_shm_adapter *entry = &s->view->map.control->adapters[place];
+        if (place == LORASYNCI_SHM_ADAPTERS) return LORASYNC_NOTHING_NEW;
+        if (entry->word && strncmp(entry->name, what->adapter, sizeof entry->name) == 0) break;
+    }
+    held = (lorasynci_shm_held *)lorasynci_alloc_array(&s->a, 1, sizeof *held);
+    if (!held) return lorasynci_fail_memory(err, sizeof *held);
+    held->a    = s->a;
+    held->view = s->view;
+    s->view->num_users++;
+    snprintf(held->where, sizeof held->where, "'%.60s' in %s", what->adapter, s->title);
+    status = lorasynci_shm_hand_over(s, place, held, out, err);
+    if (status < 0) {
+        lorasynci_shm_release(held);
+        return status;
+    }
+    out->where   = held->where;
+    out->release = lorasynci_shm_release;
+    out->user    = held;
+    return LORASYNC_OK;
 }
 
-/* Waits for the digest and compares it. */
-LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_gpu *g, lorasynci_import *m,
-                                                        const lorasync_image *image, lorasync_error *err)
+LORASYNCI_FN void lorasynci_shm_source_close(void *user)
 {
-    lorasynci_term *terms = (lorasynci_term *)(void *)(m->host + m->terms_at);
-    lorasync_status status;
-    size_t          i;
-    int             old;
-    for (i = 0; i < m->num_ops; i++) terms[i] = lorasynci_digest_term(&image->tensors[i]); /* while the GPU is at it */
-    old    = lorasynci_gpu_enter(g->ordinal);
-    status = lorasynci_gpu_drain(g, "digesting the payload", err);
-    lorasynci_gpu_leave(g->ordinal, old);
-    if (status < 0) return status;
-    return lorasynci_compare_digest(
-        image, lorasynci_digest_terms(terms, (const uint64_t *)(const void *)(m->host + m->sums_at), m->num_ops), err);
+    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    lorasync_allocator    a = s->a;
+    lorasynci_imports_sweep(s->gpu, &s->imports, NULL);
+    lorasynci_mapped_sweep(&s->mapped, NULL);
+    lorasynci_shm_view_drop(s->view);
+    lorasynci_dealloc(&a, s);
 }
 
-#else
-
-LORASYNCI_FN void lorasynci_imports_sweep(lorasynci_gpu *g, lorasynci_import **first, const lorasynci_shm_view *now)
+/* gpu: the engine's, which outlives the source, or NULL. */
+LORASYNCI_FN lorasync_status lorasynci_shm_source_open(const char *name, const lorasynci_gpu *gpu,
+                                                       const lorasync_allocator *a, lorasync_source *out,
+                                                       lorasync_error *err)
 {
-    (void)g, (void)first, (void)now;
+    lorasynci_shm_source *s;
+    LORASYNCI_TRY(lorasynci_shm_check_name(name, err));
+    s = (lorasynci_shm_source *)lorasynci_alloc_array(a, 1, sizeof *s);
+    if (!s) return lorasynci_fail_memory(err, sizeof *s);
+    s->a   = *a;
+    s->gpu = gpu;
+    strcpy(s->name, name);
+    snprintf(s->title, sizeof s->title, "shared memory '%s'", name);
+    out->name  = s->title;
+    out->user  = s;
+    out->look  = lorasynci_shm_look_for;
+    out->open  = lorasynci_shm_open_version;
+    out->close = lorasynci_shm_source_close;
+    return LORASYNC_OK;
 }
-LORASYNCI_FN lorasync_status lorasynci_import_get(lorasynci_gpu *g, lorasynci_import **first, lorasynci_shm_view *v,
-                                                  int slot, const lorasynci_shm_memory *memory, lorasynci_import **out,
-                                                  lorasync_error *err)
-{
-    (void)g, (void)first, (void)v, (void)slot, (void)memory, (void)out, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN lorasync_status lorasynci_import_check_ahead(const lorasynci_gpu *g, lorasynci_import *m,
-                                                          lorasync_error *err)
-{
-    (void)g, (void)m, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN lorasync_status lorasynci_import_check_begin(lorasynci_gpu *g, lorasynci_import *m,
-                                                          const lorasync_image *image, lorasync_error *err)
-{
-    (void)g, (void)m, (void)image, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN lorasync_status lorasynci_import_check_end(lorasynci_gpu *g, lorasynci_import *m,
-                                                        const lorasync_image *image, lorasync_error *err)
-{
-    (void)g, (void)m, (void)image, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-
-#endif
 
 /* ------------------------------------------------------------------------------------------------------ >>engine -- */
 
 /* Opens published adapters, checks them, and serves them to threads that come and go. Relies on image, config, the
    names of publish, and shm. */
 
-/* What tells one file from another without reading it. While it is mapped its inode cannot be given to a new file. */
-typedef struct lorasynci_file_id {
-    dev_t  device;
-    ino_t  inode;
-    time_t changed;
-} lorasynci_file_id;
-
-LORASYNCI_FN lorasynci_file_id lorasynci_id_of(const struct stat *st)
-{
-    lorasynci_file_id id;
-    memset(&id, 0, sizeof id);
-    id.device  = st->st_dev;
-    id.inode   = st->st_ino;
-    id.changed = st->st_ctime;
-    return id;
-}
-
-LORASYNCI_FN int lorasynci_same_id(const lorasynci_file_id *a, const lorasynci_file_id *b)
-{
-    return a->device == b->device && a->inode == b->inode && a->changed == b->changed;
-}
-
-/* An adapter read from disk or shared memory: the image owns its mapping. */
+/* A version that was opened and checked. */
 typedef struct lorasynci_opened {
-    lorasync_image     *image;
-    lorasync_config    *config; /* NULL for a single file */
-    lorasynci_file_id   id;     /* of the model file */
-    lorasynci_shm_view *view;   /* NULL for files; else that slot of it is pinned */
-    int                 slot;
-    lorasynci_mapped   *mapped; /* its segment */
-    lorasynci_import   *import; /* NULL: the payload is not in device memory */
+    lorasync_image  *image;
+    lorasync_config *config;     /* NULL for a single file */
+    void (*release)(void *user); /* whose bytes these are; NULL: the image's own, or nobody asks for them */
+    void *user;
 } lorasynci_opened;
 
 LORASYNCI_FN void lorasynci_opened_free(lorasynci_opened *o)
 {
-    if (o->image) lorasync_image_free(o->image);
-    if (o->config) lorasync_config_free(o->config);
-    if (o->import) o->import->num_users--;
-    if (o->mapped) o->mapped->num_users--;
-    if (o->view) {
-        lorasynci_shm_unpin(o->view, o->slot);
-        lorasynci_shm_view_drop(o->view);
-    }
+    lorasync_image_free(o->image);
+    lorasync_config_free(o->config);
+    if (o->release) o->release(o->user);
     memset(o, 0, sizeof *o);
 }
 
@@ -17072,22 +17143,20 @@ LORASYNCI_FN lorasync_status lorasynci_open_regular(int at, const char *name, co
 
 /* Maps a whole file. An empty one is NULL and 0 bytes. */
 LORASYNCI_FN lorasync_status lorasynci_map_file(int at, const char *name, const char *label, void **out,
-                                                size_t *out_bytes, lorasynci_file_id *out_id, lorasync_error *err)
+                                                size_t *out_bytes, struct stat *out_st, lorasync_error *err)
 {
-    struct stat st;
-    int         fd = -1, failed = 0;
-    void       *map = NULL;
-    LORASYNCI_TRY(lorasynci_open_regular(at, name, label, &fd, &st, err));
-    if ((uintmax_t)st.st_size > (uintmax_t)SIZE_MAX) failed = EFBIG;
-    if (!failed && st.st_size > 0) {
-        map = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+    int   fd = -1, failed = 0;
+    void *map = NULL;
+    LORASYNCI_TRY(lorasynci_open_regular(at, name, label, &fd, out_st, err));
+    if ((uintmax_t)out_st->st_size > (uintmax_t)SIZE_MAX) failed = EFBIG;
+    if (!failed && out_st->st_size > 0) {
+        map = mmap(NULL, (size_t)out_st->st_size, PROT_READ, MAP_PRIVATE, fd, 0);
         if (map == MAP_FAILED) failed = errno;
     }
     close(fd);
     if (failed) return lorasynci_fail_open(err, "map", label, failed);
     *out       = map;
-    *out_bytes = (size_t)st.st_size;
-    *out_id    = lorasynci_id_of(&st);
+    *out_bytes = (size_t)out_st->st_size;
     return LORASYNC_OK;
 }
 
@@ -17106,25 +17175,35 @@ LORASYNCI_FN int lorasynci_is_pickled(const char *name, const unsigned char *p, 
     return lorasynci_name_ends(name, ".bin") || lorasynci_name_ends(name, ".pt") || lorasynci_name_ends(name, ".pth");
 }
 
+/* Reads a header; what is no safetensors at all is called by its name. */
+LORASYNCI_FN lorasync_status lorasynci_parse_bytes(const void *bytes, size_t num_bytes, const char *name,
+                                                   const lorasync_allocator *a, lorasync_image **out,
+                                                   lorasync_error *err)
+{
+    lorasync_status status = lorasync_image_parse(bytes, num_bytes, a, out, err);
+    if (status != LORASYNC_E_FORMAT || !lorasynci_is_pickled(name, (const unsigned char *)bytes, num_bytes))
+        return status;
+    return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                          "pickled files are not read, save it again as safetensors with PEFT");
+}
+
 /* Maps and checks a safetensors file. */
-LORASYNCI_FN lorasync_status lorasynci_open_model(int at, const char *name, const char *label, int no_verify,
+LORASYNCI_FN lorasync_status lorasynci_open_model(int at, const char *name, const char *label,
                                                   const lorasync_allocator *a, lorasynci_opened *out,
                                                   lorasync_error *err)
 {
     void           *map       = NULL;
     size_t          num_bytes = 0;
+    struct stat     st;
     lorasync_status status;
-    LORASYNCI_TRY(lorasynci_map_file(at, name, label, &map, &num_bytes, &out->id, err));
-    status = lorasync_image_parse(map ? map : (const void *)"", num_bytes, a, &out->image, err);
+    LORASYNCI_TRY(lorasynci_map_file(at, name, label, &map, &num_bytes, &st, err));
+    status = lorasynci_parse_bytes(map ? map : (const void *)"", num_bytes, name, a, &out->image, err);
     if (status >= 0) {
         lorasynci_image_own_mapping(out->image, map, num_bytes);
         status = lorasynci_refuse_delta(out->image, err);
-        if (status >= 0 && !no_verify && out->image->has_digest) status = lorasync_image_verify(out->image, err);
-    } else {
-        if (status == LORASYNC_E_FORMAT && lorasynci_is_pickled(name, (const unsigned char *)map, num_bytes))
-            status = lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                                    "pickled files are not read, save it again as safetensors with PEFT");
-        if (map) munmap(map, num_bytes);
+        if (status >= 0 && out->image->has_digest) status = lorasync_image_verify(out->image, err);
+    } else if (map) {
+        munmap(map, num_bytes);
     }
     if (status < 0) {
         lorasynci_prefix(err, "%s", label);
@@ -17189,7 +17268,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_config(int at, const char *where, co
 }
 
 /* Both files of a PEFT directory. */
-LORASYNCI_FN lorasync_status lorasynci_open_pair(int at, const char *model, const char *where, int no_verify,
+LORASYNCI_FN lorasync_status lorasynci_open_pair(int at, const char *model, const char *where,
                                                  const lorasync_allocator *a, lorasynci_opened *out,
                                                  lorasync_error *err)
 {
@@ -17197,7 +17276,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_pair(int at, const char *model, cons
     lorasync_status status;
     snprintf(label, sizeof label, "%s/%.100s", where, model);
     memset(out, 0, sizeof *out);
-    LORASYNCI_TRY(lorasynci_open_model(at, model, label, no_verify, a, out, err));
+    LORASYNCI_TRY(lorasynci_open_model(at, model, label, a, out, err));
     status = lorasynci_open_config(at, where, a, out, err);
     if (status < 0) lorasynci_opened_free(out);
     return status;
@@ -17244,7 +17323,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_peft(const char *path, const lorasyn
     int             fd = lorasynci_open_directory(AT_FDCWD, path);
     if (fd < 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
     status = lorasynci_find_model(fd, lorasynci_end_of(path), model, err);
-    if (status >= 0) status = lorasynci_open_pair(fd, model, lorasynci_end_of(path), 0, a, out, err);
+    if (status >= 0) status = lorasynci_open_pair(fd, model, lorasynci_end_of(path), a, out, err);
     close(fd);
     return status;
 }
@@ -17265,7 +17344,7 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
     memset(&opened, 0, sizeof opened);
     if (stat(path, &st) != 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
     if (S_ISDIR(st.st_mode)) LORASYNCI_TRY(lorasynci_open_peft(path, &a, &opened, err));
-    else LORASYNCI_TRY(lorasynci_open_model(AT_FDCWD, path, lorasynci_end_of(path), 0, &a, &opened, err));
+    else LORASYNCI_TRY(lorasynci_open_model(AT_FDCWD, path, lorasynci_end_of(path), &a, &opened, err));
     *out_image = opened.image;
     if (out_config) *out_config = opened.config;
     else if (opened.config) lorasync_config_free(opened.config);
@@ -17286,7 +17365,7 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
    slot. If the poll looked at pins[i] before the pin, then it had moved current before, and the reader sees that and
    takes its pin back without having touched the slot. If slot i was emptied, filled again and made current in between,
    the reader pins that newer version, whole: it was filled before it became current. */
-#define LORASYNCI_SLOTS 8
+#define LORASYNCI_VERSIONS 8
 
 typedef struct lorasynci_slot {
     lorasync_adapter seen; /* what readers get; first, so that its address is the slot's */
@@ -17297,22 +17376,266 @@ typedef struct lorasynci_slot {
 typedef struct lorasynci_served {
     struct lorasynci_served *next;
     char                    *name;
-    uint64_t                 word;    /* shm: what was last found in the control; 0: nothing */
+    uint64_t                 mark;    /* the source's, of what is served; 0: none */
     int                      current; /* slot; -1 while nothing is served. Atomic, written by the poll alone */
-    lorasynci_slot           slots[LORASYNCI_SLOTS];
+    lorasynci_slot           slots[LORASYNCI_VERSIONS];
 } lorasynci_served;
 
+/* -- digests of payloads in device memory
+
+   What digests the payload that lies at one address; kept, since the next version there has the same tensors as a rule.
+
+       table (device)  | operations | tiles | sums |         one operation per tensor
+       host (pinned)   | operations | tiles | sums | terms | */
+typedef struct lorasynci_checker {
+    uint64_t    used;    /* 0: nothing here; else the higher the later */
+    const char *payload; /* address */
+    size_t      payload_bytes;
+    char       *table, *host;
+    size_t      num_ops, num_tiles, tiles_at, sums_at, terms_at;
+} lorasynci_checker;
+
+enum {
+    LORASYNCI_CHECKERS = 16
+};
+
+#ifdef LORASYNC_CUDA
+
+/* The device is current. */
+LORASYNCI_FN void lorasynci_checker_drop(lorasynci_checker *c)
+{
+    cudaFree(c->table);
+    cudaFreeHost(c->host);
+    (void)cudaGetLastError();
+    memset(c, 0, sizeof *c);
+}
+
+LORASYNCI_FN void lorasynci_checkers_close(const lorasynci_gpu *g, lorasynci_checker *all)
+{
+    int i, old;
+    if (!g || g->pid != getpid()) return;
+    old = lorasynci_gpu_enter(g->ordinal);
+    for (i = 0; i < LORASYNCI_CHECKERS; i++) lorasynci_checker_drop(&all[i]);
+    lorasynci_gpu_leave(g->ordinal, old);
+}
+
+/* That of a payload, with or without tables; the one that was not used for longest makes room. */
+LORASYNCI_FN lorasynci_checker *lorasynci_checker_of(const lorasynci_gpu *g, lorasynci_checker *all,
+                                                     const char *payload, size_t payload_bytes)
+{
+    lorasynci_checker *c     = &all[0];
+    uint64_t           clock = 0;
+    int                i, old;
+    for (i = 0; i < LORASYNCI_CHECKERS; i++) {
+        if (all[i].used > clock) clock = all[i].used;
+        if (all[i].used < c->used) c = &all[i];
+    }
+    for (i = 0; i < LORASYNCI_CHECKERS; i++)
+        if (all[i].used && all[i].payload == payload && all[i].payload_bytes == payload_bytes) c = &all[i];
+    if (!c->used || c->payload != payload || c->payload_bytes != payload_bytes) {
+        old = lorasynci_gpu_enter(g->ordinal);
+        lorasynci_checker_drop(c);
+        lorasynci_gpu_leave(g->ordinal, old);
+    }
+    c->used          = clock + 1;
+    c->payload       = payload;
+    c->payload_bytes = payload_bytes;
+    return c;
+}
+
+/* What digests one tensor: its bytes as 16-bit words where they are, else as bytes. */
+LORASYNCI_FN lorasyncd_op lorasynci_checker_op(const lorasynci_checker *c, const lorasync_tensor *t, size_t index)
+{
+    lorasyncd_op o;
+    int          wide = t->offset % 2 == 0 && t->num_bytes % 2 == 0;
+    memset(&o, 0, sizeof o);
+    o.src = (uint64_t)(uintptr_t)c->payload + t->offset;
+    o.sum = (uint64_t)(uintptr_t)c->table + c->sums_at + index * 8;
+    o.num = o.n1 = (long long)(t->num_bytes / (wide ? 2 : 1));
+    o.s0 = o.row = o.n1;
+    o.s1 = o.d1 = 1;
+    o.tensor    = (unsigned)index;
+    o.scale     = 1.0f;
+    o.src_dtype = o.dst_dtype = wide ? LORASYNC_U16 : LORASYNC_U8;
+    o.unit                    = (unsigned char)lorasynci_unit(&o);
+    return o;
+}
+
+LORASYNCI_FN size_t lorasynci_checker_tiles(const lorasync_tensor *t)
+{
+    size_t n = t->offset % 2 == 0 && t->num_bytes % 2 == 0 ? t->num_bytes / 2 : t->num_bytes;
+    return n / LORASYNCD_TILE + (n % LORASYNCD_TILE != 0);
+}
+
+/* 1 if the tables are those of this image. */
+LORASYNCI_FN int lorasynci_checker_fits(const lorasynci_checker *c, const lorasync_image *image)
+{
+    const lorasyncd_op *ops = (const lorasyncd_op *)(const void *)c->host;
+    size_t              i;
+    if (!c->host || c->num_ops != image->num_tensors) return 0;
+    for (i = 0; i < c->num_ops; i++) {
+        lorasyncd_op o = lorasynci_checker_op(c, &image->tensors[i], i);
+        if (memcmp(&o, &ops[i], sizeof o) != 0) return 0;
+    }
+    return 1;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_checker_reserve(lorasynci_checker *c, const lorasync_image *image,
+                                                       lorasync_error *err)
+{
+    size_t i;
+    cudaFree(c->table);
+    cudaFreeHost(c->host);
+    c->table = c->host = NULL;
+    c->num_ops         = image->num_tensors;
+    for (c->num_tiles = i = 0; i < c->num_ops; i++) c->num_tiles += lorasynci_checker_tiles(&image->tensors[i]);
+    if (c->num_tiles > 0x7fffffffu)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
+    c->tiles_at = c->num_ops * sizeof(lorasyncd_op);
+    c->sums_at  = c->tiles_at + c->num_tiles * sizeof(lorasyncd_tile);
+    c->terms_at = c->sums_at + c->num_ops * 8;
+    LORASYNCI_CUDA(cudaMalloc((void **)&c->table, c->terms_at + 8), "memory for the digest's tables");
+    LORASYNCI_CUDA(
+        cudaHostAlloc((void **)&c->host, c->terms_at + c->num_ops * sizeof(lorasynci_term) + 8, cudaHostAllocDefault),
+        "pinned memory for the digest's tables");
+    return LORASYNC_OK;
+}
+
+/* Makes the tables and copies them to the device. */
+LORASYNCI_FN lorasync_status lorasynci_checker_tabulate(const lorasynci_gpu *g, lorasynci_checker *c,
+                                                        const lorasync_image *image, lorasync_error *err)
+{
+    lorasyncd_op   *ops;
+    lorasyncd_tile *tiles;
+    size_t          i, num = 0;
+    LORASYNCI_TRY(lorasynci_checker_reserve(c, image, err));
+    ops   = (lorasyncd_op *)(void *)c->host;
+    tiles = (lorasyncd_tile *)(void *)(c->host + c->tiles_at);
+    for (i = 0; i < c->num_ops; i++) {
+        long long first;
+        ops[i] = lorasynci_checker_op(c, &image->tensors[i], i);
+        for (first = 0; first < ops[i].num; first += LORASYNCD_TILE, num++) {
+            tiles[num].first = first;
+            tiles[num].op    = (unsigned)i;
+            tiles[num].count = ops[i].num - first < LORASYNCD_TILE ? (unsigned)(ops[i].num - first) : LORASYNCD_TILE;
+        }
+    }
+    num        = c->num_ops;
+    c->num_ops = SIZE_MAX; /* fits nothing, until they are there */
+    LORASYNCI_CUDA(cudaMemcpyAsync(c->table, c->host, c->sums_at, cudaMemcpyDefault, g->stream),
+                   "copying the digest's tables");
+    c->num_ops = num;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_checker_launch(const lorasynci_gpu *g, lorasynci_checker *c, lorasync_error *err)
+{
+    CUresult r = CUDA_SUCCESS;
+    LORASYNCI_CUDA(cudaMemsetAsync(c->table + c->sums_at, 0, c->num_ops * 8, g->stream), "cudaMemsetAsync");
+    if (c->num_tiles) /* integers are not checked: bad is never written */
+        r = lorasynci_gpu_launch(g, c->table, c->table + c->tiles_at, (unsigned)c->num_tiles, LORASYNCD_THREADS,
+                                 c->table + c->sums_at, 0, g->stream);
+    if (r != CUDA_SUCCESS)
+        return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the digest's kernel was not launched (CUresult %d)", (int)r);
+    LORASYNCI_CUDA(
+        cudaMemcpyAsync(c->host + c->sums_at, c->table + c->sums_at, c->num_ops * 8, cudaMemcpyDefault, g->stream),
+        "copying digests");
+    return LORASYNC_OK;
+}
+
+/* Starts digesting with the tables that there are, while the header is read: as a rule the next version has the same
+   tensors. */
+LORASYNCI_FN lorasync_status lorasynci_checker_ahead(const lorasynci_gpu *g, lorasynci_checker *c, lorasync_error *err)
+{
+    lorasync_status status;
+    int             old;
+    if (!c->host || c->num_ops == SIZE_MAX) return LORASYNC_OK;
+    old    = lorasynci_gpu_enter(g->ordinal);
+    status = lorasynci_checker_launch(g, c, err);
+    lorasynci_gpu_leave(g->ordinal, old);
+    return status;
+}
+
+/* Starts digesting the image where it lies, unless that is under way with tables that fit. */
+LORASYNCI_FN lorasync_status lorasynci_checker_begin(const lorasynci_gpu *g, lorasynci_checker *c,
+                                                     const lorasync_image *image, lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_OK;
+    int             old;
+    if (lorasynci_checker_fits(c, image)) return LORASYNC_OK;
+    old = lorasynci_gpu_enter(g->ordinal);
+    if (c->host) status = lorasynci_gpu_drain(g, "digesting the payload", err); /* its tables go */
+    if (status == LORASYNC_OK) status = lorasynci_checker_tabulate(g, c, image, err);
+    if (status == LORASYNC_OK) status = lorasynci_checker_launch(g, c, err);
+    lorasynci_gpu_leave(g->ordinal, old);
+    return status;
+}
+
+/* Waits for a digest that nobody wants: the payload is not read any more. */
+LORASYNCI_FN void lorasynci_checker_settle(const lorasynci_gpu *g)
+{
+    int old = lorasynci_gpu_enter(g->ordinal);
+    lorasynci_gpu_drain(g, "digesting the payload", NULL);
+    lorasynci_gpu_leave(g->ordinal, old);
+}
+
+/* Waits for the digest and compares it. */
+LORASYNCI_FN lorasync_status lorasynci_checker_end(const lorasynci_gpu *g, lorasynci_checker *c,
+                                                   const lorasync_image *image, lorasync_error *err)
+{
+    lorasynci_term *terms = (lorasynci_term *)(void *)(c->host + c->terms_at);
+    lorasync_status status;
+    size_t          i;
+    int             old;
+    for (i = 0; i < c->num_ops; i++) terms[i] = lorasynci_digest_term(&image->tensors[i]); /* while the GPU is at it */
+    old    = lorasynci_gpu_enter(g->ordinal);
+    status = lorasynci_gpu_drain(g, "digesting the payload", err);
+    lorasynci_gpu_leave(g->ordinal, old);
+    if (status < 0) return status;
+    return lorasynci_compare_digest(
+        image, lorasynci_digest_terms(terms, (const uint64_t *)(const void *)(c->host + c->sums_at), c->num_ops), err);
+}
+
+#else
+
+LORASYNCI_FN void lorasynci_checker_settle(const lorasynci_gpu *g) { (void)g; }
+LORASYNCI_FN void lorasynci_checkers_close(const lorasynci_gpu *g, lorasynci_checker *all) { (void)g, (void)all; }
+LORASYNCI_FN lorasynci_checker *lorasynci_checker_of(const lorasynci_gpu *g, lorasynci_checker *all,
+                                                     const char *payload, size_t payload_bytes)
+{
+    (void)g, (void)payload, (void)payload_bytes;
+    return all;
+}
+LORASYNCI_FN lorasync_status lorasynci_checker_ahead(const lorasynci_gpu *g, lorasynci_checker *c, lorasync_error *err)
+{
+    (void)g, (void)c, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_checker_begin(const lorasynci_gpu *g, lorasynci_checker *c,
+                                                     const lorasync_image *image, lorasync_error *err)
+{
+    (void)g, (void)c, (void)image, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_checker_end(const lorasynci_gpu *g, lorasynci_checker *c,
+                                                   const lorasync_image *image, lorasync_error *err)
+{
+    (void)g, (void)c, (void)image, (void)err;
+    return LORASYNC_E_UNSUPPORTED;
+}
+
+#endif
+
+/* -- an engine */
+
 struct lorasync_engine {
-    lorasync_allocator  a;
-    char               *directory; /* or NULL */
-    char               *shm;       /* or NULL */
-    char               *adapter;   /* or NULL: all */
-    int                 no_verify;
-    lorasynci_gpu      *device;  /* NULL: versions in device memory are refused */
-    lorasynci_mapped   *mapped;  /* slots that are mapped */
-    lorasynci_import   *imports; /* device memory that is open */
-    lorasynci_shm_view *view;    /* NULL: not found yet */
-    lorasynci_served   *first;   /* atomic */
+    lorasync_allocator a;
+    lorasync_source    source;  /* look NULL: offers only */
+    char              *adapter; /* or NULL: all */
+    int                no_verify;
+    lorasynci_gpu     *gpu; /* NULL: versions in device memory are refused */
+    lorasynci_checker  checkers[LORASYNCI_CHECKERS];
+    lorasynci_served  *first; /* atomic */
 };
 
 LORASYNCI_FN lorasynci_served *lorasynci_find_served(lorasync_engine *e, const char *name)
@@ -17325,7 +17648,7 @@ LORASYNCI_FN lorasynci_served *lorasynci_find_served(lorasync_engine *e, const c
 LORASYNCI_FN void lorasynci_served_free(lorasync_engine *e, lorasynci_served *s)
 {
     size_t i;
-    for (i = 0; i < LORASYNCI_SLOTS; i++) lorasynci_opened_free(&s->slots[i].held);
+    for (i = 0; i < LORASYNCI_VERSIONS; i++) lorasynci_opened_free(&s->slots[i].held);
     lorasynci_dealloc(&e->a, s->name);
     lorasynci_dealloc(&e->a, s);
 }
@@ -17353,13 +17676,19 @@ LORASYNCI_FN lorasynci_slot *lorasynci_empty_slot(lorasynci_served *s)
 {
     lorasynci_slot *empty   = NULL;
     int             current = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST), i;
-    for (i = 0; i < LORASYNCI_SLOTS; i++) {
+    for (i = 0; i < LORASYNCI_VERSIONS; i++) {
         lorasynci_slot *slot = &s->slots[i];
         if (i == current) continue;
         if (slot->held.image && __atomic_load_n(&slot->pins, __ATOMIC_SEQ_CST) == 0) lorasynci_opened_free(&slot->held);
         if (!slot->held.image) empty = slot;
     }
     return empty;
+}
+
+/* The version that is served, or NULL. */
+LORASYNCI_FN lorasynci_slot *lorasynci_now_served(lorasynci_served *s)
+{
+    return s->current >= 0 ? &s->slots[s->current] : NULL;
 }
 
 /* Makes an opened version the served one. */
@@ -17375,7 +17704,259 @@ LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_slot *slot, uin
     lorasynci_empty_slot(s);
 }
 
-/* -- polling. In these, LORASYNC_E_NOT_FOUND means that a name has just gone: look again. */
+/* -- the directory as a source
+
+   A look lists <path>, or asks for one adapter; its version is what `latest` says, its mark tells the model file from
+   any other. A version that has been handed over keeps its file mapped. */
+typedef struct lorasynci_directory_source {
+    lorasync_allocator a;
+    char              *path;
+    const char        *only;       /* an adapter, the engine's text; NULL: all */
+    int                fd;         /* of path while a look goes on; else -1 */
+    DIR               *list;       /* the same, without `only` */
+    int                has_latest; /* it holds versions, not adapters */
+} lorasynci_directory_source;
+
+typedef struct lorasynci_held_files {
+    lorasync_allocator a;
+    void              *map;
+    size_t             num_bytes;
+    char              *config_json;
+    char               where[300], config_where[300]; /* paths */
+} lorasynci_held_files;
+
+LORASYNCI_FN void lorasynci_release_files(void *user)
+{
+    lorasynci_held_files *h = (lorasynci_held_files *)user;
+    lorasync_allocator    a = h->a;
+    if (h->map) munmap(h->map, h->num_bytes);
+    lorasynci_dealloc(&a, h->config_json);
+    lorasynci_dealloc(&a, h);
+}
+
+LORASYNCI_FN uint64_t lorasynci_file_mark(const struct stat *st)
+{
+    uint64_t v[3];
+    v[0] = (uint64_t)st->st_dev;
+    v[1] = (uint64_t)st->st_ino; /* while the file is mapped no other gets it */
+    v[2] = (uint64_t)st->st_ctime;
+    return lorasynci_hash(v, sizeof v, 8) | 1;
+}
+
+/* Ends a look. */
+LORASYNCI_FN void lorasynci_end_look(lorasynci_directory_source *s)
+{
+    if (s->list) closedir(s->list);
+    if (s->fd >= 0) close(s->fd);
+    s->list = NULL;
+    s->fd   = -1;
+}
+
+/* LORASYNC_NOTHING_NEW while the directory is not there. */
+LORASYNCI_FN lorasync_status lorasynci_begin_look(lorasynci_directory_source *s, lorasync_error *err)
+{
+    const char *where = lorasynci_end_of(s->path);
+    lorasynci_end_look(s);
+    s->has_latest = 0;
+    s->fd         = lorasynci_open_directory(AT_FDCWD, s->path);
+    if (s->fd < 0 && errno == ENOENT) return LORASYNC_NOTHING_NEW;
+    if (s->fd < 0)
+        return lorasynci_fail(err, LORASYNC_E_IO, "cannot open the directory %s: %s", where, strerror(errno));
+    if (s->only) return LORASYNC_OK;
+    s->list = lorasynci_list_directory(s->fd);
+    if (s->list) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_IO, "cannot list %s: %s", where, strerror(errno));
+}
+
+/* What is published of one adapter; 0: nothing. What cannot be looked at is told without a version: opening it says
+   why. */
+LORASYNCI_FN int lorasynci_look_at(const lorasynci_directory_source *s, const char *adapter, lorasync_published *out)
+{
+    char        model[80];
+    struct stat st;
+    int         fd     = lorasynci_open_directory(s->fd, adapter);
+    const int   absent = fd < 0 && (errno == ENOENT || errno == ENOTDIR);
+    if (absent || strlen(adapter) >= sizeof out->adapter) return 0;
+    strcpy(out->adapter, adapter);
+    if (fd < 0) return 1;
+    if (lorasynci_read_latest(fd, s->path, adapter, &out->version, NULL) == LORASYNC_OK && !out->version) {
+        close(fd);
+        return 0;
+    }
+    snprintf(model, sizeof model, "v%llu/" LORASYNCI_MODEL_FILE, (unsigned long long)out->version);
+    if (out->version && fstatat(fd, model, &st, 0) == 0) out->mark = lorasynci_file_mark(&st);
+    close(fd);
+    return 1;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_directory_look(void *user, size_t index, lorasync_published *out,
+                                                      lorasync_error *err)
+{
+    lorasynci_directory_source *s      = (lorasynci_directory_source *)user;
+    lorasync_status             status = index == 0 ? lorasynci_begin_look(s, err) : LORASYNC_OK;
+    struct dirent              *entry;
+    if (status == LORASYNC_OK && s->only && index == 0 && lorasynci_look_at(s, s->only, out)) return LORASYNC_OK;
+    while (status == LORASYNC_OK && s->list && (entry = readdir(s->list)) != NULL) {
+        if (strcmp(entry->d_name, "latest") == 0) s->has_latest = 1;
+        else if (entry->d_name[0] != '.' && lorasynci_look_at(s, entry->d_name, out)) return LORASYNC_OK;
+    }
+    lorasynci_end_look(s);
+    if (status != LORASYNC_OK || !s->has_latest) return status < 0 ? status : LORASYNC_NOTHING_NEW;
+    return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                          "%s holds versions, not adapters; open the engine on the directory above it",
+                          lorasynci_end_of(s->path));
+}
+
+/* The error of a version without adapter_config.json, which says so; a delta is called one. */
+LORASYNCI_FN lorasync_status lorasynci_no_config(const lorasynci_held_files *h, lorasync_error *err)
+{
+    lorasync_error  why;
+    lorasync_image *image = NULL;
+    if (!h->map || lorasync_image_parse(h->map, h->num_bytes, &h->a, &image, NULL) < 0) return LORASYNC_E_NOT_FOUND;
+    if (lorasynci_refuse_delta(image, &why) < 0) {
+        lorasynci_prefix(&why, "%s", h->where);
+        *err = why;
+    }
+    lorasync_image_free(image);
+    return err->status;
+}
+
+/* Maps and reads the files of <path>/<adapter>/v<version>. */
+LORASYNCI_FN lorasync_status lorasynci_hold_files(int version_fd, lorasynci_held_files *h, lorasync_delivery *out,
+                                                  lorasync_error *err)
+{
+    struct stat     st;
+    size_t          num_bytes;
+    lorasync_status status;
+    LORASYNCI_TRY(lorasynci_map_file(version_fd, LORASYNCI_MODEL_FILE, h->where, &h->map, &h->num_bytes, &st, err));
+    status = lorasynci_read_config(version_fd, h->config_where, &h->a, &h->config_json, &num_bytes, err);
+    if (status < 0) return status == LORASYNC_E_NOT_FOUND ? lorasynci_no_config(h, err) : status;
+    if (memchr(h->config_json, 0, num_bytes))
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s has a NUL byte, which JSON has not", h->config_where);
+    out->bytes        = h->map ? h->map : (const void *)"";
+    out->num_bytes    = h->num_bytes;
+    out->config_json  = h->config_json;
+    out->mark         = lorasynci_file_mark(&st);
+    out->where        = h->where;
+    out->config_where = h->config_where;
+    return LORASYNC_OK;
+}
+
+/* Opens one version. LORASYNC_E_NOT_FOUND: it has just gone. */
+LORASYNCI_FN lorasync_status lorasynci_open_version(const lorasynci_directory_source *s, int adapter_fd,
+                                                    const char *adapter, uint64_t version, lorasync_delivery *out,
+                                                    lorasync_error *err)
+{
+    lorasynci_held_files *h    = (lorasynci_held_files *)lorasynci_alloc_array(&s->a, 1, sizeof *h);
+    const char           *root = lorasynci_end_of(s->path);
+    lorasync_status       status;
+    char                  name[24];
+    int                   fd;
+    if (!h) return lorasynci_fail_memory(err, sizeof *h);
+    h->a = s->a;
+    lorasynci_version_name(name, version);
+    snprintf(h->where, sizeof h->where, "%s/%.60s/%s/" LORASYNCI_MODEL_FILE, root, adapter, name);
+    snprintf(h->config_where, sizeof h->config_where, "%s/%.60s/%s/" LORASYNCI_CONFIG_FILE, root, adapter, name);
+    fd     = lorasynci_open_directory(adapter_fd, name);
+    status = fd < 0 ? lorasynci_fail_open(err, "open", h->where, errno) : lorasynci_hold_files(fd, h, out, err);
+    if (fd >= 0) close(fd);
+    if (status < 0) {
+        lorasynci_release_files(h);
+        return status;
+    }
+    out->version = version;
+    out->release = lorasynci_release_files;
+    out->user    = h;
+    return LORASYNC_OK;
+}
+
+/* Follows `latest` of one adapter. A version that goes away between looking and opening is followed as long as `latest`
+   moves on. */
+LORASYNCI_FN lorasync_status lorasynci_open_latest(const lorasynci_directory_source *s, int adapter_fd,
+                                                   const char *adapter, lorasync_delivery *out, lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_NOTHING_NEW;
+    uint64_t        version, tried = 0;
+    int             turns;
+    for (turns = 0; turns < 16; turns++) {
+        LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, s->path, adapter, &version, err));
+        if (!version) return LORASYNC_NOTHING_NEW;
+        if (version == tried) break;
+        status = lorasynci_open_version(s, adapter_fd, adapter, version, out, err);
+        if (status != LORASYNC_E_NOT_FOUND) return status;
+        tried = version;
+    }
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_directory_open_version(void *user, const lorasync_published *what,
+                                                              const lorasync_image *served, lorasync_delivery *out,
+                                                              lorasync_error *err)
+{
+    lorasynci_directory_source *s = (lorasynci_directory_source *)user;
+    lorasync_status             status;
+    int                         fd = s->fd >= 0 ? lorasynci_open_directory(s->fd, what->adapter) : -1;
+    (void)served;
+    if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) return LORASYNC_NOTHING_NEW;
+    if (fd < 0) {
+        return lorasynci_fail(err, LORASYNC_E_IO, "cannot open %s/%.60s: %s", lorasynci_end_of(s->path), what->adapter,
+                              strerror(errno));
+    }
+    status = lorasynci_open_latest(s, fd, what->adapter, out, err);
+    close(fd);
+    return status;
+}
+
+LORASYNCI_FN void lorasynci_directory_source_close(void *user)
+{
+    lorasynci_directory_source *s = (lorasynci_directory_source *)user;
+    lorasync_allocator          a = s->a;
+    lorasynci_end_look(s);
+    lorasynci_dealloc(&a, s->path);
+    lorasynci_dealloc(&a, s);
+}
+
+/* only: text of the engine's, which outlives the source, or NULL. */
+LORASYNCI_FN lorasync_status lorasynci_directory_source_open(const char *directory, const char *only,
+                                                             const lorasync_allocator *a, lorasync_source *out,
+                                                             lorasync_error *err)
+{
+    lorasynci_directory_source *s;
+    char                       *path;
+    LORASYNCI_TRY(lorasynci_copy_directory(a, directory, &path, err));
+    s = (lorasynci_directory_source *)lorasynci_alloc_array(a, 1, sizeof *s);
+    if (!s) {
+        lorasynci_dealloc(a, path);
+        return lorasynci_fail_memory(err, sizeof *s);
+    }
+    s->a       = *a;
+    s->path    = path;
+    s->only    = only;
+    s->fd      = -1;
+    out->name  = path;
+    out->user  = s;
+    out->look  = lorasynci_directory_look;
+    out->open  = lorasynci_directory_open_version;
+    out->close = lorasynci_directory_source_close;
+    return LORASYNC_OK;
+}
+
+/* -- arrivals: what a source hands over, or an offer brings, on its way to being served
+
+       lorasync_delivery --read--> image --place--> whose, and newer? --apply--> full image --check--> config --> served
+                                                                      (a delta)                            '--> or the
+                                                                                           same again, or refused */
+typedef struct lorasynci_arrival {
+    lorasync_engine         *e;
+    const lorasync_delivery *d;
+    int                      takes_delta;
+    lorasynci_opened         opened;  /* without release until it is served */
+    lorasynci_checker       *checker; /* with a digest under way on the GPU, or NULL */
+    lorasynci_served        *served;
+    lorasynci_slot          *now; /* what is served, or NULL */
+    uint64_t                 version;
+    char                     where[300];
+} lorasynci_arrival;
 
 /* What the metadata says, if it says anything, must be what the directory says. */
 LORASYNCI_FN lorasync_status lorasynci_check_names(const lorasync_image *image, const char *where, const char *adapter,
@@ -17391,232 +17972,6 @@ LORASYNCI_FN lorasync_status lorasynci_check_names(const lorasync_image *image, 
                               "%s: the metadata says version %llu, expected %llu, under which it is published", where,
                               (unsigned long long)image->version, (unsigned long long)version);
     }
-    return LORASYNC_OK;
-}
-
-/* Opens and checks <directory>/<adapter>/v<version>. */
-LORASYNCI_FN lorasync_status lorasynci_open_version(lorasync_engine *e, int adapter_fd, const char *adapter,
-                                                    uint64_t version, lorasynci_opened *out, lorasync_error *err)
-{
-    char            name[24], where[260];
-    lorasync_status status;
-    int             fd;
-    lorasynci_version_name(name, version);
-    snprintf(where, sizeof where, "%s/%.60s/%s", lorasynci_end_of(e->directory), adapter, name);
-    fd = lorasynci_open_directory(adapter_fd, name);
-    if (fd < 0) return lorasynci_fail_open(err, "open", where, errno);
-    status = lorasynci_open_pair(fd, LORASYNCI_MODEL_FILE, where, e->no_verify, &e->a, out, err);
-    close(fd);
-    if (status < 0) return status;
-    status = lorasynci_check_names(out->image, where, adapter, version, err);
-    if (status < 0) lorasynci_opened_free(out);
-    return status;
-}
-
-LORASYNCI_FN int lorasynci_same_content(const lorasync_image *a, const lorasync_image *b)
-{
-    int on_device = a->on_device || b->on_device; /* then the digest in the header speaks for the payload */
-    return a->header_bytes == b->header_bytes && memcmp(a->header, b->header, a->header_bytes) == 0 &&
-           a->payload_bytes == b->payload_bytes && (!on_device || a->has_digest) &&
-           (!a->payload_bytes || on_device || memcmp(a->payload, b->payload, a->payload_bytes) == 0) &&
-           strcmp(a->config_json, b->config_json) == 0;
-}
-
-/* The served version is also the published one: is it still the same? Reads the file only if it is another one than
-   before. */
-LORASYNCI_FN lorasync_status lorasynci_check_again(lorasync_engine *e, int adapter_fd, lorasynci_served *s,
-                                                   lorasynci_slot *slot, lorasync_error *err)
-{
-    char              model[60];
-    struct stat       st;
-    lorasynci_file_id id;
-    lorasynci_opened  opened;
-    lorasync_status   status;
-    uint64_t          version = slot->seen.version;
-    snprintf(model, sizeof model, "v%llu/" LORASYNCI_MODEL_FILE, (unsigned long long)version);
-    if (fstatat(adapter_fd, model, &st, 0) != 0) return LORASYNC_NOTHING_NEW;
-    id = lorasynci_id_of(&st);
-    if (lorasynci_same_id(&id, &slot->held.id)) return LORASYNC_NOTHING_NEW;
-    status = lorasynci_open_version(e, adapter_fd, s->name, version, &opened, err);
-    if (status < 0) return status == LORASYNC_E_NOT_FOUND ? LORASYNC_NOTHING_NEW : status;
-    if (lorasynci_same_content(opened.image, slot->held.image)) {
-        slot->held.id = opened.id;
-        status        = LORASYNC_NOTHING_NEW;
-    } else {
-        status = lorasynci_fail(
-            err, LORASYNC_E_VERSION,
-            "%s/%.60s/v%llu was published a second time with other content; the first is served, publish a new version",
-            lorasynci_end_of(e->directory), s->name, (unsigned long long)version);
-    }
-    lorasynci_opened_free(&opened);
-    return status;
-}
-
-/* What is published is older than what is served: a trainer that began again where it had cleared away what an earlier
-   one left. */
-LORASYNCI_FN lorasync_status lorasynci_fail_back(lorasync_error *err, const char *where, uint64_t version,
-                                                 uint64_t served)
-{
-    return lorasynci_fail(
-        err, LORASYNC_E_VERSION,
-        "%s is v%llu, v%llu is served: versions went back, and an engine takes only newer ones; publish versions above "
-        "v%llu, or close this engine and open a new one",
-        where, (unsigned long long)version, (unsigned long long)served, (unsigned long long)served);
-}
-
-/* One look at the adapter whose `latest` says `version`. */
-LORASYNCI_FN lorasync_status lorasynci_poll_version(lorasync_engine *e, int adapter_fd, const char *adapter,
-                                                    uint64_t version, lorasync_error *err)
-{
-    lorasynci_served *s = lorasynci_enter_served(e, adapter);
-    lorasynci_slot   *slot;
-    lorasynci_opened  opened;
-    if (!s) return lorasynci_fail_memory(err, sizeof *s);
-    slot = lorasynci_empty_slot(s);
-    if (s->current >= 0) {
-        lorasynci_slot *now = &s->slots[s->current];
-        if (version < now->seen.version) {
-            char where[260];
-            snprintf(where, sizeof where, "%s/%.60s/latest", lorasynci_end_of(e->directory), adapter);
-            return lorasynci_fail_back(err, where, version, now->seen.version);
-        }
-        if (version == now->seen.version) return lorasynci_check_again(e, adapter_fd, s, now, err);
-    }
-    if (!slot) {
-        return lorasynci_fail(
-            err, LORASYNC_E_BUSY,
-            "adapter '%.60s': version %llu is there, but %d versions are held by readers and the engine; release some",
-            adapter, (unsigned long long)version, LORASYNCI_SLOTS);
-    }
-    LORASYNCI_TRY(lorasynci_open_version(e, adapter_fd, adapter, version, &opened, err));
-    lorasynci_serve(s, slot, version, &opened);
-    return LORASYNC_OK;
-}
-
-/* What is still not there after looking again. */
-LORASYNCI_FN lorasync_status lorasynci_gone_for_good(lorasync_error *err)
-{
-    if (err) err->status = LORASYNC_E_IO;
-    return LORASYNC_E_IO;
-}
-
-/* Follows `latest` of one adapter. A version that goes away between looking and opening is followed as long as `latest`
-   moves on. */
-LORASYNCI_FN lorasync_status lorasynci_poll_link(lorasync_engine *e, int adapter_fd, const char *adapter,
-                                                 lorasync_error *err)
-{
-    lorasync_status status = LORASYNC_NOTHING_NEW;
-    uint64_t        version, tried = 0;
-    int             turns;
-    for (turns = 0; turns < 16; turns++) {
-        LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, e->directory, adapter, &version, err));
-        if (!version) return LORASYNC_NOTHING_NEW;
-        if (version == tried) break;
-        status = lorasynci_poll_version(e, adapter_fd, adapter, version, err);
-        if (status != LORASYNC_E_NOT_FOUND) return status;
-        tried = version;
-    }
-    return lorasynci_gone_for_good(err);
-}
-
-LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, int root_fd, const char *adapter,
-                                                    lorasync_error *err)
-{
-    lorasync_status status;
-    int             fd = lorasynci_open_directory(root_fd, adapter);
-    if (fd < 0 && (errno == ENOENT || errno == ENOTDIR)) return LORASYNC_NOTHING_NEW;
-    if (fd < 0) {
-        return lorasynci_fail(err, LORASYNC_E_IO, "cannot open %s/%.60s: %s", lorasynci_end_of(e->directory), adapter,
-                              strerror(errno));
-    }
-    status = lorasynci_poll_link(e, fd, adapter, err);
-    close(fd);
-    return status;
-}
-
-/* Every adapter of the directory. One that fails does not hold up the others; the first failure is returned. */
-LORASYNCI_FN lorasync_status lorasynci_poll_all(lorasync_engine *e, int root_fd, lorasync_error *err)
-{
-    lorasync_status status = LORASYNC_NOTHING_NEW;
-    DIR            *list   = lorasynci_list_directory(root_fd);
-    struct dirent  *entry;
-    if (!list)
-        return lorasynci_fail(err, LORASYNC_E_IO, "cannot list %s: %s", lorasynci_end_of(e->directory),
-                              strerror(errno));
-    while ((entry = readdir(list)) != NULL) {
-        lorasync_status one;
-        if (entry->d_name[0] == '.') continue;
-        if (strcmp(entry->d_name, "latest") == 0) {
-            one = lorasynci_fail(status < 0 ? NULL : err, LORASYNC_E_ARGUMENT,
-                                 "%s holds versions, not adapters; open the engine on the directory above it",
-                                 lorasynci_end_of(e->directory));
-        } else {
-            one = lorasynci_poll_adapter(e, root_fd, entry->d_name, status < 0 ? NULL : err);
-        }
-        if (status >= 0 && one != LORASYNC_NOTHING_NEW) status = one;
-    }
-    closedir(list);
-    return status;
-}
-
-LORASYNCI_FN lorasync_status lorasynci_poll_directory(lorasync_engine *e, lorasync_error *err)
-{
-    lorasync_status status;
-    const char     *where = lorasynci_end_of(e->directory);
-    int             fd    = lorasynci_open_directory(AT_FDCWD, e->directory);
-    if (fd < 0 && errno == ENOENT) return LORASYNC_NOTHING_NEW;
-    if (fd < 0) return lorasynci_fail(err, LORASYNC_E_IO, "cannot open the directory %s: %s", where, strerror(errno));
-    status = e->adapter ? lorasynci_poll_adapter(e, fd, e->adapter, err) : lorasynci_poll_all(e, fd, err);
-    close(fd);
-    return status;
-}
-
-/* -- polling shared memory */
-
-/* Finds the control, and the new one after the old was removed. */
-LORASYNCI_FN lorasync_status lorasynci_find_control(lorasync_engine *e, lorasync_error *err)
-{
-    lorasynci_served *s;
-    if (e->view && !lorasynci_shm_is_ours(e->view)) {
-        return lorasynci_fail(err, LORASYNC_E_STATE,
-                              "this engine of shared memory '%s' was opened by process %ld; open one in each process",
-                              e->shm, lorasynci_process_pid(e->view->mine));
-    }
-    if (e->view && !lorasynci_shm_is_removed(&e->view->map)) return LORASYNC_OK;
-    lorasynci_shm_view_drop(e->view);
-    e->view = NULL;
-    for (s = e->first; s; s = s->next) s->word = 0;
-    return lorasynci_shm_view_open(e->shm, &e->a, &e->view, err);
-}
-
-/* Reads the header of a mapped slot, and finds its payload: behind the header, or in device memory. */
-LORASYNCI_FN lorasync_status lorasynci_parse_mapped(lorasync_engine *e, lorasynci_opened *out, lorasync_error *err)
-{
-    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)out->mapped->map;
-    const unsigned char      *memory = (const unsigned char *)out->mapped->map + LORASYNCI_SHM_HEAD;
-    size_t                    total  = (size_t)h->image_bytes;
-    if (h->memory.num_bytes) {
-        if (!e->device) {
-            return lorasynci_fail(
-                err, LORASYNC_E_UNSUPPORTED,
-                "the payload is in device memory of process %ld on GPU %s; set accept_device when the engine is "
-                "opened, or publish in host memory",
-                lorasynci_process_pid(h->memory.owner), h->memory.gpu);
-        }
-        if (h->payload_bytes > h->memory.num_bytes || total < 8 || lorasynci_load_le64(memory, 8) != total - 8 ||
-            !lorasynci_checked_add(total, (size_t)h->payload_bytes, &total))
-            return lorasynci_fail(
-                err, LORASYNC_E_FORMAT,
-                "the slot is damaged: its head does not fit its header and device memory; publish again");
-        LORASYNCI_TRY(
-            lorasynci_import_get(e->device, &e->imports, out->view, out->slot, &h->memory, &out->import, err));
-        out->import->num_users++;
-        if (!e->no_verify) LORASYNCI_TRY(lorasynci_import_check_ahead(e->device, out->import, err));
-    }
-    LORASYNCI_TRY(lorasync_image_parse(memory, total, &e->a, &out->image, err)); /* looks at the header only */
-    if (!out->import) return LORASYNC_OK;
-    lorasync_image_bind(out->image, out->import->payload);
-    out->image->on_device = 1;
     return LORASYNC_OK;
 }
 
@@ -17636,151 +17991,360 @@ LORASYNCI_FN int lorasynci_is_checked(const lorasynci_opened *o, const lorasynci
     return 1;
 }
 
-/* Opens and checks what is mapped, in place. `served`: the adapter's version before, or NULL. */
-LORASYNCI_FN lorasync_status lorasynci_open_mapped(lorasync_engine *e, const lorasynci_opened *served,
-                                                   const char *adapter, const char *where, lorasynci_opened *out,
+/* What its fields say about themselves. */
+LORASYNCI_FN lorasync_status lorasynci_check_delivery(const lorasynci_arrival *r, lorasync_error *err)
+{
+    const lorasync_delivery *d = r->d;
+    if (d->size < offsetof(lorasync_delivery, user) + sizeof d->user)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "delivery: size is %zu, expected %zu; set it to sizeof(lorasync_delivery)", d->size,
+                              sizeof *d);
+    if (!d->bytes || (!d->payload && d->payload_bytes))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the delivery has %s",
+                              d->bytes ? "payload_bytes without payload" : "no bytes");
+    if (d->on_device && !d->payload)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the delivery is on_device and has no payload of its own");
+    if (d->on_device && !r->e->gpu)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "the payload is in device memory; set accept_device when the engine is opened");
+    if (!d->payload) return LORASYNC_OK;
+    if (d->num_bytes >= 8 && lorasynci_load_le64((const unsigned char *)d->bytes, 8) == d->num_bytes - 8)
+        return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                          "the delivery is damaged: it has %zu bytes of header, of another length than the header says",
+                          d->num_bytes);
+}
+
+/* Reads the header. Of a payload in device memory the digest is begun at once. */
+LORASYNCI_FN lorasync_status lorasynci_read_delivery(lorasynci_arrival *r, lorasync_error *err)
+{
+    const lorasync_delivery *d     = r->d;
+    size_t                   total = d->num_bytes;
+    LORASYNCI_TRY(lorasynci_check_delivery(r, err));
+    if (!lorasynci_checked_add(total, d->payload_bytes, &total)) return lorasynci_fail_memory(err, SIZE_MAX);
+    if (d->on_device && !r->e->no_verify) {
+        r->checker = lorasynci_checker_of(r->e->gpu, r->e->checkers, (const char *)d->payload, d->payload_bytes);
+        LORASYNCI_TRY(lorasynci_checker_ahead(r->e->gpu, r->checker, err));
+    }
+    LORASYNCI_TRY(lorasynci_parse_bytes(d->bytes, total, "", &r->e->a, &r->opened.image, err));
+    if (d->payload) lorasync_image_bind(r->opened.image, d->payload);
+    r->opened.image->on_device = d->on_device != 0;
+    if (d->config_json) r->opened.image->config_json = d->config_json;
+    return r->takes_delta ? LORASYNC_OK : lorasynci_refuse_delta(r->opened.image, err);
+}
+
+/* Finds whose version it is, and what is served of that adapter. `adapter`: NULL: as delivery or header say. */
+LORASYNCI_FN lorasync_status lorasynci_place_arrival(lorasynci_arrival *r, const char *adapter, lorasync_error *err)
+{
+    const lorasync_image *image = r->opened.image;
+    lorasync_engine      *e     = r->e;
+    if (!adapter) adapter = r->d->adapter ? r->d->adapter : image->adapter;
+    r->version = r->d->version ? r->d->version : image->version;
+    if (!r->version)
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s has no version, neither in its header nor beside it",
+                              r->where);
+    LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
+    LORASYNCI_TRY(lorasynci_check_names(image, r->where, adapter, r->version, err));
+    if (e->adapter && strcmp(e->adapter, adapter) != 0)
+        return lorasynci_fail(err, LORASYNC_E_NAME, "'%.100s' is offered, and this engine serves '%.100s' only",
+                              adapter, e->adapter);
+    r->served = lorasynci_enter_served(e, adapter);
+    if (!r->served) return lorasynci_fail_memory(err, sizeof *r->served);
+    r->now = lorasynci_now_served(r->served);
+    return LORASYNC_OK;
+}
+
+/* 1 for a delta to what is served already: nothing new. */
+LORASYNCI_FN int lorasynci_is_applied(const lorasynci_arrival *r)
+{
+    const lorasync_image *now = r->now ? r->now->held.image : NULL, *image = r->opened.image;
+    return now && image->delta && r->now->seen.version == r->version && now->has_digest &&
+           now->digest == image->delta->full_digest;
+}
+
+/* Makes the full image of a delta; config_json is then the image's own. */
+LORASYNCI_FN lorasync_status lorasynci_apply_arrival(lorasynci_arrival *r, lorasync_error *err)
+{
+    const lorasync_image *base   = r->now ? r->now->held.image : NULL;
+    const char           *config = r->d->config_json ? r->d->config_json : base ? base->config_json : NULL;
+    lorasync_image       *full   = NULL;
+    char                 *text   = NULL;
+    LORASYNCI_TRY(lorasync_image_apply(base, r->opened.image, NULL, &r->e->a, &full, err));
+    lorasync_image_free(r->opened.image);
+    r->opened.image = full;
+    if (config) text = lorasynci_copy_text(&r->e->a, config, strlen(config));
+    if (config && !text) return lorasynci_fail_memory(err, strlen(config) + 1);
+    if (text) lorasynci_image_own_config(full, text);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_prefixed(lorasync_status status, const char *where, lorasync_error *err)
+{
+    if (status < 0) lorasynci_prefix(err, "%s", where);
+    return status;
+}
+
+/* Checks config_json, and holds it against the tensors; or against the version that is served, where those are of the
+   same names and shapes. */
+LORASYNCI_FN lorasync_status lorasynci_check_config(lorasynci_arrival *r, lorasync_error *err)
+{
+    lorasynci_opened *o      = &r->opened;
+    const char       *config = o->image->config_json;
+    char              label[340];
+    lorasync_status   status = LORASYNC_OK;
+    if (!config || !config[0])
+        return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                              "%s: there is no config_json; an engine needs its adapter_config.json", r->where);
+    status = lorasync_config_parse(config, strlen(config), &r->e->a, &o->config, err);
+    if (status >= 0 && !lorasynci_is_checked(o, r->now ? &r->now->held : NULL))
+        status = lorasync_config_check(o->config, o->image->tensors, o->image->num_tensors, err);
+    snprintf(label, sizeof label, "%s: " LORASYNCI_CONFIG_FILE, r->where);
+    return lorasynci_prefixed(status, r->d->config_where ? lorasynci_end_of(r->d->config_where) : label, err);
+}
+
+/* Checks the digest, unless a delta was applied (that checks it), and meanwhile the config. */
+LORASYNCI_FN lorasync_status lorasynci_check_arrival(lorasynci_arrival *r, int is_applied, lorasync_error *err)
+{
+    const lorasync_image *image  = r->opened.image;
+    const int             verify = !r->e->no_verify && !is_applied && image->has_digest;
+    lorasync_status       status = LORASYNC_OK;
+    if (verify)
+        status =
+            r->checker ? lorasynci_checker_begin(r->e->gpu, r->checker, image, err) : lorasync_image_verify(image, err);
+    LORASYNCI_TRY(lorasynci_prefixed(status, r->where, err));
+    LORASYNCI_TRY(lorasynci_check_config(r, err));
+    if (!verify || !r->checker) return LORASYNC_OK;
+    status     = lorasynci_checker_end(r->e->gpu, r->checker, image, err);
+    r->checker = NULL;
+    return lorasynci_prefixed(status, r->where, err);
+}
+
+/* What a version is to the one that is served: see lorasynci_check_next. */
+LORASYNCI_FN lorasync_status lorasynci_follow(const char *where, const lorasynci_slot *now, uint64_t version,
+                                              int same_bytes, lorasync_error *err)
+{
+    const unsigned long long served = now ? (unsigned long long)now->seen.version : 0;
+    lorasync_error           why;
+    lorasync_status          status = lorasynci_check_next(where, served, version, same_bytes, &why);
+    if (status >= 0) return status;
+    if (version == served)
+        return lorasynci_fail(
+            err, status,
+            "%s: version %llu was published a second time with other content; the first is served, publish a new "
+            "version",
+            where, served);
+    return lorasynci_fail(
+        err, status,
+        "%s is v%llu, v%llu is served: versions went back, and an engine takes only newer ones; publish versions above "
+        "v%llu, or close this engine and open a new one",
+        where, (unsigned long long)version, served, served);
+}
+
+/* version: 0: not known yet. */
+LORASYNCI_FN lorasync_status lorasynci_fail_held(lorasync_error *err, const char *adapter, uint64_t version)
+{
+    char which[40] = "a newer version";
+    if (version) snprintf(which, sizeof which, "version %llu", (unsigned long long)version);
+    return lorasynci_fail(err, LORASYNC_E_BUSY,
+                          "adapter '%.60s': %s is there, but %d versions are held by readers and the engine; release "
+                          "some",
+                          adapter, which, LORASYNCI_VERSIONS);
+}
+
+/* Everything between a delivery and its being served. *out_kept: the engine has its bytes now. */
+LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char *adapter, int *out_kept,
+                                               lorasync_error *err)
+{
+    lorasynci_slot *slot;
+    int             is_delta;
+    LORASYNCI_TRY(lorasynci_prefixed(lorasynci_read_delivery(r, err), r->where, err));
+    LORASYNCI_TRY(lorasynci_place_arrival(r, adapter, err));
+    if (r->now && r->version < r->now->seen.version) return lorasynci_follow(r->where, r->now, r->version, 0, err);
+    if (lorasynci_is_applied(r)) return LORASYNC_NOTHING_NEW;
+    slot = lorasynci_empty_slot(r->served);
+    if (!slot && !(r->now && r->version == r->now->seen.version))
+        return lorasynci_fail_held(err, r->served->name, r->version);
+    is_delta = r->opened.image->delta != NULL;
+    if (is_delta) LORASYNCI_TRY(lorasynci_prefixed(lorasynci_apply_arrival(r, err), r->where, err));
+    LORASYNCI_TRY(lorasynci_check_arrival(r, is_delta, err));
+    if (r->now && r->version == r->now->seen.version) {
+        const int             same   = lorasynci_same_image(r->opened.image, r->now->held.image);
+        const lorasync_status status = lorasynci_follow(r->where, r->now, r->version, same, err);
+        if (status == LORASYNC_NOTHING_NEW) r->served->mark = r->d->mark;
+        return status;
+    }
+    if (!is_delta) r->opened.release = r->d->release, r->opened.user = r->d->user;
+    *out_kept = !is_delta;
+    lorasynci_serve(r->served, slot, r->version, &r->opened);
+    r->served->mark = r->d->mark;
+    memset(&r->opened, 0, sizeof r->opened);
+    return LORASYNC_OK;
+}
+
+/* The same, from the beginning, and leaves nothing behind but what is served. */
+LORASYNCI_FN lorasync_status lorasynci_accept(lorasync_engine *e, const lorasync_delivery *d, const char *adapter,
+                                              int takes_delta, int *out_kept, lorasync_error *err)
+{
+    lorasynci_arrival r;
+    lorasync_status   status;
+    memset(&r, 0, sizeof r);
+    r.e           = e;
+    r.d           = d;
+    r.takes_delta = takes_delta;
+    *out_kept     = 0;
+    if (d->where) snprintf(r.where, sizeof r.where, "%s", lorasynci_end_of(d->where));
+    else if (adapter) snprintf(r.where, sizeof r.where, "'%.60s' in %.160s", adapter, e->source.name);
+    else snprintf(r.where, sizeof r.where, "the offered version of '%.60s'", d->adapter ? d->adapter : "");
+    status = lorasynci_receive(&r, adapter, out_kept, err);
+    if (r.checker) lorasynci_checker_settle(e->gpu);
+    lorasynci_opened_free(&r.opened);
+    return status;
+}
+
+LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, const lorasync_delivery *delivery,
                                                    lorasync_error *err)
 {
-    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)out->mapped->map;
-    const char               *memory = (const char *)h + LORASYNCI_SHM_HEAD;
-    int                       verify;
-    LORASYNCI_TRY(lorasynci_parse_mapped(e, out, err));
-    verify = !e->no_verify && out->image->has_digest;
-    LORASYNCI_TRY(lorasynci_refuse_delta(out->image, err));
-    out->image->config_json = memory + h->image_bytes;
-    if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_begin(e->device, out->import, out->image, err));
-    else if (verify) LORASYNCI_TRY(lorasync_image_verify(out->image, err));
-    LORASYNCI_TRY(
-        lorasync_config_parse(out->image->config_json, (size_t)h->config_bytes - 1, &e->a, &out->config, err));
-    if (!lorasynci_is_checked(out, served))
-        LORASYNCI_TRY(lorasync_config_check(out->config, out->image->tensors, out->image->num_tensors, err));
-    if (verify && out->import) LORASYNCI_TRY(lorasynci_import_check_end(e->device, out->import, out->image, err));
-    return lorasynci_check_names(out->image, where, adapter, h->version, err);
-}
-
-/* Pins, opens and checks what an adapter's place in the control names. `now`: the slot that is served, or NULL. */
-LORASYNCI_FN lorasync_status lorasynci_open_shared(lorasync_engine *e, const lorasynci_slot *now, int place,
-                                                   const char *adapter, uint64_t *out_word, uint64_t *out_version,
-                                                   lorasynci_opened *out, lorasync_error *err)
-{
-    char              where[200];
-    lorasynci_mapped *mapped = NULL;
+    lorasync_error    why; /* the caller's stays untouched by a success */
+    lorasync_delivery d;
     lorasync_status   status;
+    int               kept;
+    if (!engine || !delivery)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_engine_offer: %s is NULL",
+                              engine ? "delivery" : "engine");
+    d      = *delivery;
+    d.mark = 0;
+    status = lorasynci_accept(engine, &d, NULL, 1, &kept, &why);
+    if (status < 0 && err) *err = why;
+    if (status == LORASYNC_OK && !kept && d.release) d.release(d.user);
+    return status;
+}
+
+/* -- polling */
+
+/* The error of a source's callback, in words that name the source where they have none. */
+LORASYNCI_FN lorasync_status lorasynci_source_failed(const lorasync_engine *e, const char *what, lorasync_status status,
+                                                     lorasync_error *err)
+{
+    const int lost = lorasync_is_lost(status);
+    if (status < 0 && (lost || !err->text[0]))
+        return lorasynci_fail(err, lost ? LORASYNC_E_IO : status, "source '%.160s' could not %s: %s", e->source.name,
+                              what, lorasync_status_text(status));
+    return err->status = status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_source_open(lorasync_engine *e, const lorasync_published *what,
+                                                   const lorasync_image *served, lorasync_delivery *out,
+                                                   lorasync_error *err)
+{
+    lorasync_status status;
     memset(out, 0, sizeof *out);
-    out->slot = lorasynci_shm_pin(e->view, place, out_word);
-    if (out->slot < 0) {
-        return lorasynci_fail(
-            err, LORASYNC_E_FORMAT,
-            "shared memory '%s' is damaged: %016llx names no slot; remove it with lorasync_shm_remove", e->shm,
-            (unsigned long long)*out_word);
-    }
-    out->view = e->view;
-    e->view->num_users++;
-    snprintf(where, sizeof where, "'%.60s' in shared memory '%s'", adapter, e->shm);
-    status = lorasynci_mapped_get(&e->mapped, e->view, e->shm, out->slot, &mapped, err);
-    if (status >= 0) {
-        out->mapped = mapped;
-        mapped->num_users++;
-        *out_version = ((const lorasynci_shm_head *)mapped->map)->version;
-        if (now && *out_version < now->seen.version) {
-            status = lorasynci_fail_back(err, where, *out_version, now->seen.version);
-        } else {
-            status = lorasynci_open_mapped(e, now ? &now->held : NULL, adapter, where, out, err);
-            if (status < 0) lorasynci_prefix(err, "%s", where);
-        }
-    }
-    if (status < 0) lorasynci_opened_free(out);
-    return status == LORASYNC_E_NOT_FOUND ? lorasynci_gone_for_good(err) : status;
+    memset(err, 0, sizeof *err);
+    out->size = sizeof *out;
+    status    = e->source.open(e->source.user, what, served, out, err);
+    return status < 0 ? lorasynci_source_failed(e, "open a version", status, err) : status;
 }
 
-/* One look at an adapter's place in the control. */
-LORASYNCI_FN lorasync_status lorasynci_poll_place(lorasync_engine *e, int place, const char *adapter, uint64_t word,
-                                                  lorasync_error *err)
+/* 1 if what a source finds is what is served. */
+LORASYNCI_FN int lorasynci_is_known(const lorasynci_served *s, const lorasynci_slot *now,
+                                    const lorasync_published *what)
 {
-    lorasynci_served *s = lorasynci_enter_served(e, adapter);
-    lorasynci_slot   *slot, *now;
-    lorasynci_opened  opened;
-    uint64_t          version = 0;
-    if (!s) return lorasynci_fail_memory(err, sizeof *s);
-    if (s->word == word) return LORASYNC_NOTHING_NEW;
-    slot = lorasynci_empty_slot(s);
-    now  = s->current >= 0 ? &s->slots[s->current] : NULL;
-    if (!slot) {
-        return lorasynci_fail(
-            err, LORASYNC_E_BUSY,
-            "adapter '%.60s': a newer version is there, but %d versions are held by readers and the engine; release "
-            "some",
-            adapter, LORASYNCI_SLOTS);
-    }
-    LORASYNCI_TRY(lorasynci_open_shared(e, now, place, adapter, &word, &version, &opened, err));
-    if (!now || version > now->seen.version) {
-        lorasynci_serve(s, slot, version, &opened);
-        s->word = word;
-        return LORASYNC_OK;
-    }
-    if (lorasynci_same_content(opened.image, now->held.image)) s->word = word;
-    lorasynci_opened_free(&opened);
-    if (s->word == word) return LORASYNC_NOTHING_NEW;
-    return lorasynci_fail(
-        err, LORASYNC_E_VERSION,
-        "'%.60s' version %llu was published a second time with other content in shared memory '%s'; the first is "
-        "served, publish a new version",
-        adapter, (unsigned long long)version, e->shm);
+    if (!now || (what->version && what->version != now->seen.version)) return 0;
+    return what->mark ? what->mark == s->mark : what->version != 0;
 }
 
-/* Every adapter of the control. One that fails does not hold up the others; the first failure is returned. */
-LORASYNCI_FN lorasync_status lorasynci_poll_shm(lorasync_engine *e, lorasync_error *err)
+/* Opens and accepts one adapter's newest version. A delta that does not fit is opened again, whole. */
+LORASYNCI_FN lorasync_status lorasynci_fetch(lorasync_engine *e, const lorasync_published *what,
+                                             const lorasync_image *base, lorasync_error *err)
 {
-    lorasync_status   status = LORASYNC_NOTHING_NEW, found;
+    lorasync_delivery d;
+    int               kept = 0;
+    lorasync_status   status;
+    status = lorasynci_source_open(e, what, base, &d, err);
+    if (status != LORASYNC_OK) return status;
+    status = lorasynci_accept(e, &d, what->adapter, base != NULL, &kept, err);
+    if (!kept && d.release) d.release(d.user);
+    return status;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lorasync_published *what,
+                                                    lorasync_error *err)
+{
     lorasynci_served *s;
-    int               i;
+    lorasynci_slot   *now;
+    lorasync_status   status;
+    char              where[300];
+    LORASYNCI_TRY(lorasynci_check_adapter_name(what->adapter, err));
+    s = lorasynci_enter_served(e, what->adapter);
+    if (!s) return lorasynci_fail_memory(err, sizeof *s);
+    now = lorasynci_now_served(s);
+    if (lorasynci_is_known(s, now, what)) return LORASYNC_NOTHING_NEW;
+    snprintf(where, sizeof where, "'%.60s' in %.160s", what->adapter, e->source.name);
+    if (now && what->version && what->version < now->seen.version)
+        return lorasynci_follow(where, now, what->version, 0, err);
+    if (!lorasynci_empty_slot(s) && !(now && what->version == now->seen.version))
+        return lorasynci_fail_held(err, what->adapter, what->version);
+    status = lorasynci_fetch(e, what, e->source.sends_deltas && now ? now->held.image : NULL, err);
+    if (status < 0 && e->source.sends_deltas && now) status = lorasynci_fetch(e, what, NULL, err);
+    if (status == LORASYNC_E_NOT_FOUND) /* it has gone since the look */
+        return now && what->version == now->seen.version ? LORASYNC_NOTHING_NEW : (err->status = LORASYNC_E_IO);
+    return status;
+}
+
+/* One look at everything that is published. An adapter that fails does not hold up the others; the first failure is
+   returned. */
+LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
+{
+    lorasync_status    status = LORASYNC_NOTHING_NEW, one = LORASYNC_OK;
+    lorasync_published what;
+    lorasync_error     why; /* the caller's stays untouched by what is no failure */
+    lorasynci_served  *s;
+    size_t             i;
+    int                done;
     for (s = e->first; s; s = s->next) lorasynci_empty_slot(s);
-    found = lorasynci_find_control(e, err);
-    lorasynci_imports_sweep(e->device, &e->imports, e->view);
-    lorasynci_mapped_sweep(&e->mapped, e->view);
-    if (found != LORASYNC_OK) return found;
-    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
-        const lorasynci_shm_adapter *entry = &e->view->map.control->adapters[i];
-        uint64_t                     word  = __atomic_load_n(&entry->word, __ATOMIC_SEQ_CST);
-        lorasync_status              one;
-        char                         name[sizeof entry->name];
-        if (!word) continue;
-        memcpy(name, entry->name, sizeof name);
-        name[sizeof name - 1] = 0;
-        if (e->adapter && strcmp(e->adapter, name) != 0) continue;
-        one = lorasynci_check_adapter_name(name, status < 0 ? NULL : err);
-        if (one >= 0) one = lorasynci_poll_place(e, i, name, word, status < 0 ? NULL : err);
+    for (i = 0, done = 0; !done; i++) {
+        memset(&what, 0, sizeof what);
+        memset(&why, 0, sizeof why);
+        one                                   = e->source.look(e->source.user, i, &what, &why);
+        done                                  = one != LORASYNC_OK;
+        what.adapter[sizeof what.adapter - 1] = 0;
+        if (one < 0) one = lorasynci_source_failed(e, "look", one, &why);
+        else if (!done && e->adapter && strcmp(e->adapter, what.adapter) != 0) continue;
+        else if (!done) one = lorasynci_poll_adapter(e, &what, &why);
+        if (status >= 0 && one < 0 && err) *err = why;
         if (status >= 0 && one != LORASYNC_NOTHING_NEW) status = one;
     }
     return status;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
+/* Waits for something new, at most until the deadline; *rest_ns is the pause of a source that cannot wait. */
+LORASYNCI_FN void lorasynci_engine_rest(lorasync_engine *e, uint64_t left_ns, uint64_t *rest_ns)
 {
-    lorasync_error
-        why; /* the caller's stays untouched when what failed is no failure: a publisher not there yet, a second look
-                that succeeds */
-    lorasync_status status = e->shm ? lorasynci_poll_shm(e, &why) : lorasynci_poll_directory(e, &why);
-    if (status < 0 && err) *err = why;
-    return status;
+    struct timespec t;
+    if (e->source.wait) {
+        e->source.wait(e->source.user, left_ns / 1000000 < 1000 ? (int)(left_ns / 1000000) + 1 : 1000);
+        return;
+    }
+    if (*rest_ns > left_ns) *rest_ns = left_ns;
+    t.tv_sec  = 0;
+    t.tv_nsec = (long)*rest_ns;
+    nanosleep(&t, NULL);
+    *rest_ns = *rest_ns < 2500000 ? *rest_ns * 2 : 5000000;
 }
 
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err)
 {
     uint64_t deadline, now, rest_ns = 50000; /* between looks; doubles up to 5 ms */
     if (!engine) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_engine_poll: engine is NULL");
+    if (!engine->source.look)
+        return lorasynci_fail(err, LORASYNC_E_STATE,
+                              "this engine was opened with offers_only: its versions come from lorasync_engine_offer");
     deadline = lorasynci_deadline_ns(timeout_ms);
     for (;;) {
-        struct timespec t;
         lorasync_status status = lorasynci_poll_once(engine, err);
         if (status != LORASYNC_NOTHING_NEW) return status;
         now = lorasynci_now_ns();
         if (now >= deadline) return LORASYNC_NOTHING_NEW;
-        if (rest_ns > deadline - now) rest_ns = deadline - now;
-        t.tv_sec  = 0;
-        t.tv_nsec = (long)rest_ns;
-        nanosleep(&t, NULL);
-        rest_ns = rest_ns < 2500000 ? rest_ns * 2 : 5000000;
+        lorasynci_engine_rest(engine, deadline - now, &rest_ns);
     }
 }
 
@@ -17814,30 +18378,67 @@ LORASYNC_API void lorasync_release(const lorasync_adapter *adapter)
 
 /* -- opening and closing */
 
+/* Checks a caller's source and copies what its size covers. */
+LORASYNCI_FN lorasync_status lorasynci_source_copy(const lorasync_source *given, lorasync_source *out,
+                                                   lorasync_error *err)
+{
+    const size_t n = given->size < sizeof *out ? given->size : sizeof *out;
+    if (given->size < offsetof(lorasync_source, open) + sizeof given->open)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "source: size is %zu, expected %zu; set it to sizeof(lorasync_source)", given->size,
+                              sizeof *out);
+    if (!given->look || !given->open)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "source '%.100s' has no %s callback",
+                              given->name ? given->name : "unnamed", given->look ? "open" : "look");
+    memset(out, 0, sizeof *out);
+    memcpy(out, given, n);
+    if (!out->name) out->name = "unnamed";
+    return LORASYNC_OK;
+}
+
+/* One source, and only one. */
+LORASYNCI_FN lorasync_status lorasynci_check_sources(const lorasync_engine_desc *d, lorasync_error *err)
+{
+    const char *const names[] = {"directory", "shm", "source", "offers_only"};
+    int               set[4], i, first = -1;
+    set[0] = d->directory != NULL, set[1] = d->shm != NULL, set[2] = d->source != NULL, set[3] = d->offers_only;
+    for (i = 0; i < 4; i++) {
+        if (!set[i]) continue;
+        if (first >= 0)
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%s and %s are both set; an engine has one source",
+                                  names[first], names[i]);
+        first = i;
+    }
+    if (first < 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "directory is NULL, and so are shm and source; give one of them, or set offers_only");
+    if (d->accept_device && d->directory)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "accept_device goes with shm, a source of your own or offers: what lies in a directory "
+                              "is in host memory");
+    return LORASYNC_OK;
+}
+
+/* The source comes last: until then nothing of the caller's is to be closed. */
 LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lorasync_engine_desc *desc,
                                                    lorasync_error *err)
 {
-    e->no_verify = desc->no_verify;
-    if (desc->accept_device && !desc->shm)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "accept_device goes with shm: what lies in a directory is in host memory");
-    if (desc->directory && desc->shm)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory and shm are both set; an engine has one source");
-    if (desc->shm) {
-        LORASYNCI_TRY(lorasynci_shm_check_name(desc->shm, err));
-        e->shm = lorasynci_copy_text(&e->a, desc->shm, strlen(desc->shm));
-        if (!e->shm) return lorasynci_fail_memory(err, strlen(desc->shm) + 1);
-    } else {
-        LORASYNCI_TRY(lorasynci_copy_directory(&e->a, desc->directory, &e->directory, err));
+    LORASYNCI_TRY(lorasynci_check_sources(desc, err));
+    e->no_verify   = desc->no_verify;
+    e->source.name = "offers";
+    if (desc->adapter) {
+        LORASYNCI_TRY(lorasynci_check_adapter_name(desc->adapter, err));
+        e->adapter = lorasynci_copy_text(&e->a, desc->adapter, strlen(desc->adapter));
+        if (!e->adapter) return lorasynci_fail_memory(err, strlen(desc->adapter) + 1);
     }
-    if (desc->accept_device) {
+    if (desc->shm) LORASYNCI_TRY(lorasynci_shm_check_name(desc->shm, err));
+    if (desc->accept_device)
         LORASYNCI_TRY(
-            lorasynci_gpu_open(&e->a, NULL, !desc->no_verify, "lorasync_engine_desc.accept_device", &e->device, err));
-    }
-    if (!desc->adapter) return LORASYNC_OK;
-    LORASYNCI_TRY(lorasynci_check_adapter_name(desc->adapter, err));
-    e->adapter = lorasynci_copy_text(&e->a, desc->adapter, strlen(desc->adapter));
-    return e->adapter ? LORASYNC_OK : lorasynci_fail_memory(err, strlen(desc->adapter) + 1);
+            lorasynci_gpu_open(&e->a, NULL, !desc->no_verify, "lorasync_engine_desc.accept_device", &e->gpu, err));
+    if (desc->source) return lorasynci_source_copy(desc->source, &e->source, err);
+    if (desc->shm) return lorasynci_shm_source_open(desc->shm, e->gpu, &e->a, &e->source, err);
+    if (!desc->directory) return LORASYNC_OK;
+    return lorasynci_directory_source_open(desc->directory, e->adapter, &e->a, &e->source, err);
 }
 
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out,
@@ -17869,12 +18470,9 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
         engine->first       = s->next;
         lorasynci_served_free(engine, s);
     }
-    lorasynci_imports_sweep(engine->device, &engine->imports, NULL);
-    lorasynci_mapped_sweep(&engine->mapped, NULL);
-    lorasynci_gpu_close(&a, engine->device);
-    lorasynci_shm_view_drop(engine->view);
-    lorasynci_dealloc(&a, engine->directory);
-    lorasynci_dealloc(&a, engine->shm);
+    lorasynci_checkers_close(engine->gpu, engine->checkers);
+    if (engine->source.close) engine->source.close(engine->source.user);
+    lorasynci_gpu_close(&a, engine->gpu);
     lorasynci_dealloc(&a, engine->adapter);
     lorasynci_dealloc(&a, engine);
 }

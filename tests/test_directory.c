@@ -1134,7 +1134,7 @@ static void test_same_version(void)
     for (i = 0; i < 2; i++) {
         memset(&err, 0, sizeof err);
         CHECK_EQ(lorasync_engine_poll(e, 1000, &err), LORASYNC_E_VERSION);
-        CHECK_HAS(err.text, "a/latest is v4, v5 is served: versions went back");
+        CHECK_HAS(err.text, " is v4, v5 is served: versions went back");
         CHECK_HAS(err.text, "publish versions above v5");
         CHECK_EQ(served(e, "a"), 5);
     }
@@ -1254,7 +1254,7 @@ static void test_memory_fails(void)
         CHECK_EQ(m.live, 0);
         CHECK(e == NULL);
     }
-    CHECK_EQ(n, 4);
+    CHECK_EQ(n, 5);
     for (v = 1; v <= 2; v++) {
         CHECK_EQ(publish(&t, "a", v, &err), 0);
         for (n = 1;; n++) {
