@@ -9231,8 +9231,8 @@ typedef struct lorasynci_summand {
    A list is its length, u64, then u32 each, to 8. */
 typedef struct lorasynci_destination {
     uint64_t offset; /* in the payload of a gather */
-    uint64_t index;  /* among the tensors of its image */
-    uint64_t dtype;  /* in which it travels */
+    uint32_t index;  /* among the tensors of its image */
+    uint32_t dtype;  /* in which it travels */
 } lorasynci_destination;
 
 typedef struct lorasynci_answer {
@@ -10124,6 +10124,12 @@ LORASYNCI_FN void lorasynci_put_list(lorasynci_buffer *out, const lorasynci_buff
     lorasynci_put(out, zeros, (size_t)(num % 2) * sizeof(uint32_t));
 }
 
+LORASYNCI_FN size_t lorasynci_list_bytes(const lorasynci_buffer *summands)
+{
+    size_t num = summands ? summands->size / sizeof(lorasynci_summand) : 0;
+    return sizeof(uint64_t) + (num + num % 2) * sizeof(uint32_t);
+}
+
 /* Where a rank's tensors are in the image, and what they travel as. */
 LORASYNCI_FN void lorasynci_put_targets(const lorasynci_planner *p, int rank, lorasynci_buffer *out)
 {
@@ -10135,9 +10141,33 @@ LORASYNCI_FN void lorasynci_put_targets(const lorasynci_planner *p, int rank, lo
         target.index  = p->image_index ? p->image_index[t] : 0;
         target.offset = p->image_index ? p->plan->image->tensors[target.index].offset : 0;
         target.dtype =
-            (uint64_t)lorasynci_wire_dtype(p->desc, (lorasync_dtype)lorasynci_record_at(&p->merged, t)->dtype);
+            (uint32_t)lorasynci_wire_dtype(p->desc, (lorasync_dtype)lorasynci_record_at(&p->merged, t)->dtype);
         lorasynci_put(out, &target, sizeof target);
     }
+}
+
+/* Whose digests a rank receives: NULL where there are none. */
+LORASYNCI_FN const lorasynci_buffer *lorasynci_digests_between(const lorasynci_planner *p, int from, int to)
+{
+    return from == to ? NULL : &p->digests[from];
+}
+
+/* The head for one rank, and room for its body, exactly: all bodies are there at once. */
+LORASYNCI_FN lorasync_status lorasynci_start_answer(lorasynci_planner *p, int rank, int num_lists, lorasync_error *err)
+{
+    lorasynci_answer *head = &p->heads[rank];
+    size_t            size;
+    int               from;
+    head->num_rounds     = p->num_rounds;
+    head->sends_bytes    = p->sends[rank].size;
+    head->receives_bytes = p->receives[rank].size;
+    head->num_targets    = p->catalogues[p->same_as[rank]].num;
+    head->digests_bytes  = lorasynci_list_bytes(&p->digests[rank]);
+    for (from = 0; from < num_lists; from++)
+        head->digests_bytes += lorasynci_list_bytes(lorasynci_digests_between(p, from, rank));
+    size = (size_t)(head->sends_bytes + head->receives_bytes + head->num_targets * sizeof(lorasynci_destination) +
+                    head->digests_bytes);
+    return lorasynci_buffer_reserve(&p->bodies[rank], size) ? LORASYNC_OK : lorasynci_fail_memory(err, size);
 }
 
 /* Head and body for one rank. Its routes are not needed any more. */
@@ -10145,25 +10175,22 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
 {
     const int image_here =
         p->image_index && !p->plan->direct && (p->desc->kind == LORASYNC_GATHER_ALL || rank == p->desc->root);
-    lorasynci_answer *head = &p->heads[rank];
-    lorasynci_buffer *out  = &p->bodies[rank];
-    size_t            start;
+    const int         num_lists = image_here ? p->world : 0;
+    lorasynci_buffer *out       = &p->bodies[rank];
+    size_t            room;
     int               from;
-    head->num_rounds     = p->num_rounds;
-    head->sends_bytes    = p->sends[rank].size;
-    head->receives_bytes = p->receives[rank].size;
-    head->num_targets    = p->catalogues[p->same_as[rank]].num;
+    LORASYNCI_TRY(lorasynci_start_answer(p, rank, num_lists, err));
+    room = out->capacity;
     lorasynci_put(out, p->sends[rank].data, p->sends[rank].size);
     lorasynci_put(out, p->receives[rank].data, p->receives[rank].size);
     lorasynci_buffer_free(&p->sends[rank]);
     lorasynci_buffer_free(&p->receives[rank]);
     lorasynci_put_targets(p, rank, out);
-    start = out->size;
     lorasynci_put_list(out, &p->digests[rank], 0);
-    for (from = 0; image_here && from < p->world; from++)
-        lorasynci_put_list(out, from == rank ? NULL : &p->digests[from], 1);
-    head->digests_bytes = out->size - start;
-    return out->failed ? lorasynci_fail_memory(err, out->size) : LORASYNC_OK;
+    for (from = 0; from < num_lists; from++) lorasynci_put_list(out, lorasynci_digests_between(p, from, rank), 1);
+    LORASYNC_ASSERT(!out->failed && out->capacity == room);
+    (void)room; /* for the assertion only */
+    return LORASYNC_OK;
 }
 
 /* -- from routes to operations */
@@ -10666,7 +10693,7 @@ LORASYNCI_FN lorasync_status lorasynci_build_plan(const lorasynci_making *m, lor
     plan->sums  = (uint64_t *)lorasynci_arena_array(&plan->arena, n, sizeof *plan->sums);
     plan->index = (uint32_t *)lorasynci_arena_array(&plan->arena, n, sizeof *plan->index);
     LORASYNCI_TRY(lorasynci_arena_check(&plan->arena, err));
-    for (i = 0; i < n; i++) plan->index[i] = (uint32_t)m->targets[i].index;
+    for (i = 0; i < n; i++) plan->index[i] = m->targets[i].index;
     return LORASYNC_OK;
 }
 
