@@ -19,7 +19,8 @@ CLANG_FORMAT ?= clang-format
 BUILD  ?= build
 STD    ?= -std=gnu99
 OPT    ?= -O2
-WARN   ?= -Wall -Wextra -Werror
+WARN   ?= -Wall -Wextra
+JOBS   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 LDLIBS ?= -lm -lpthread -lrt
 
 SANITIZER ?= compute-sanitizer
@@ -28,6 +29,9 @@ GPU_CASES ?= 2
 # make demo DEMO_ARGS="...", make bench BENCH_ARGS="..."
 DEMO_ARGS  ?=
 BENCH_ARGS ?=
+
+# JOBS programs are compiled and run at a time; a caller's own -j is taken instead.
+PARALLEL = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 
 TESTS          ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/test_*.c)))
 SLOW_TESTS     ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/slow_*.c)))
@@ -41,12 +45,13 @@ EXAMPLES     := $(filter-out $(MPI_EXAMPLES),$(patsubst %.c,$(BUILD)/%,$(wildcar
 # One folder per flavour of the tests: test, asan-gcc, tsan-gcc, ...
 B       = $(BUILD)/test
 COMPILE = $(CC) $(STD) $(OPT) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) $(LDFLAGS)
+DEPENDS = -MMD -MP -MF $@.d -MT $@ # the headers that a file includes
 MAKEFLAGS += --no-print-directory
 
 export BUILD GCC GXX CLANG CLANGXX NVCC CUDA_HOME MPICC MPIRUN PYTHON CPPCHECK LDLIBS
 
 .DELETE_ON_ERROR:
-.PHONY: gpu-build test-gpu sanitize-gpu ptx help test test-slow test-asan test-tsan test-valgrind matrix model interop examples mpi-examples demo bench bench-gpu format check-format clean \
+.PHONY: gpu-build test-gpu sanitize-gpu ptx help test check test-slow test-asan test-tsan test-valgrind matrix model interop examples mpi-examples demo bench bench-gpu format check-format clean \
         programs run FORCE
 
 help: ## lists the targets
@@ -54,31 +59,39 @@ help: ## lists the targets
 
 # ---- tests: a program that does not compile is missing, and tests/run.sh counts that
 
-test: ## builds and runs all tests, the examples and the short compile matrix
-	@$(MAKE) -k $(EXAMPLES) || true
-	@MATRIX=quick STD='$(STD)' $(MAKE) run EXTRA='tests/examples.sh tests/matrix.sh'
+test: ## builds and runs all tests, the examples and the short compile matrix (two minutes on two cores)
+	@MATRIX=quick STD='$(STD)' $(MAKE) run ALSO='$(EXAMPLES)' EXTRA='tests/examples.sh tests/matrix.sh'
+
+check: ## only the test programs, for the impatient (a minute on two cores)
+	@$(MAKE) run B=$(BUILD)/check OPT=-O1
 
 test-slow: ## the tests that take minutes (tests/slow_*.c)
 	@TIMEOUT=1800 $(MAKE) run B=$(BUILD)/slow TESTS='$(SLOW_TESTS)'
 
-run:
-	@$(MAKE) -k programs || true
-	@LOGS=$(B)/logs CC='$(CC)' CXX='$(CXX)' sh tests/run.sh $(addprefix $(B)/,$(TESTS)) $(EXTRA)
+run: ## some tests: make run TESTS="test_plan test_shm"
+	@$(MAKE) $(PARALLEL) -k programs $(ALSO) || true
+	@LOGS=$(B)/logs JOBS='$(JOBS)' CC='$(CC)' CXX='$(CXX)' sh tests/run.sh $(addprefix $(B)/,$(TESTS)) $(EXTRA)
 
 programs: $(addprefix $(B)/,$(TESTS))
 	@:
 
-$(B)/%: tests/%.c lorasync.h tests/test.h $(B)/flags
+$(B)/%: tests/%.c $(B)/flags
 	@rm -f $@
-	$(COMPILE) -o $@ $< $(LDLIBS)
+	$(COMPILE) $(DEPENDS) -o $@ $< $(filter %.o,$^) $(LDLIBS)
+
+-include $(wildcard $(B)/*.d)
+
+# Programs that define no LORASYNC_IMPLEMENTATION share one. The others look at what is private, or stand in for system
+# calls, and have their own: with LORASYNC_STATIC only as much of it as they use is compiled.
+$(B)/lorasync.o: lorasync.h $(B)/flags
+	$(COMPILE) -DLORASYNC_IMPLEMENTATION -x c -c -o $@ $<
+
+LINKED := $(shell grep -L LORASYNC_IMPLEMENTATION $$(grep -l '^.include "lorasync.h"' tests/test_*.c tests/slow_*.c))
+$(patsubst tests/%.c,$(B)/%,$(LINKED)): $(B)/lorasync.o
 
 # Tests of the GPU and NCCL code, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
-$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: private CPPFLAGS += -isystem $(CUDA_HOME)/include
-$(B)/test_nccl $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base_cuda $(B)/test_shm_cuda $(B)/test_in_place_cuda: tests/fake_cuda.h tests/fake_nccl.h
-$(B)/test_plan $(B)/test_cuda_fake $(B)/test_plans_cuda $(B)/test_base: tests/random_case.h
-$(B)/test_comm $(B)/test_nccl: tests/traffic.h
-$(B)/test_cuda_fake $(B)/test_plans_cuda: tests/device_case.h
-$(B)/test_in_place_cuda: tests/test_in_place.c tests/in_place_cuda.h
+FAKED = $(addprefix $(B)/,test_nccl test_cuda_fake test_plans_cuda test_base_cuda test_shm_cuda test_in_place_cuda)
+$(FAKED): private CPPFLAGS += -isystem $(CUDA_HOME)/include
 
 # Changes only when the command does: other flags, new programs.
 $(B)/flags: FORCE

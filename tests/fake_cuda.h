@@ -1,9 +1,13 @@
 /* The CUDA runtime that lorasync.h calls, without a GPU: include it behind lorasync.h (implementation, LORASYNC_CUDA)
    and link no libcudart.
 
-   Device memory is memory that only the fake's own copies and kernels can touch: between them it is protected, so that
-   a host that reads it crashes. (With the address sanitizer it is malloc's, and the sanitizer looks for overruns
-   instead.) It is shared with processes forked later, so that a fake IPC handle can be opened there.
+   Device memory is memory that only the fake's own copies and kernels can touch. Its addresses are reserved and never
+   accessible, so that a host that reads them crashes; the bytes lie elsewhere, at a fixed distance, and fake_bytes()
+   knows where. (With the address sanitizer it is malloc's, and the sanitizer looks for overruns instead.) It is shared
+   with processes forked later, so that a fake IPC handle can be opened there.
+
+       device addresses, no access   | slice of process 0 | slice of process 1 | ..
+       the bytes, shared             | slice of process 0 | slice of process 1 | ..
 
    A stream is a queue of items that run in order:
 
@@ -140,10 +144,9 @@ typedef struct fake_cuda_state {
     fake_memory         memory[FAKE_BLOCKS];
     int                 num_memory, opened;
     fake_arena         *arena;
-    char               *base, *slice;
-    size_t              extent; /* of the slice, in whole pages */
+    char               *base, *bytes; /* device addresses, and where their bytes are */
+    char               *slice;        /* device addresses of this process */
     pid_t               slice_pid;
-    int                 is_open, depth;
     cudaStream_t        streams; /* all of them */
     struct CUstream_st *defaults[FAKE_DEVICES];
 } fake_cuda_state;
@@ -163,7 +166,7 @@ struct CUevent_st {
 
 struct fake_item {
     fake_item *next;
-    int (*run)(fake_item *item); /* 1: done; calls fake_open before it touches device memory */
+    int (*run)(fake_item *item); /* 1: done */
     void              *dst;
     const void        *src;
     size_t             num_bytes;
@@ -206,9 +209,11 @@ static void fake_reserve(void)
 {
     void *p;
     if (FAKE_MALLOC || fake_cuda.base) return;
-    p              = mmap(NULL, FAKE_SLICES * FAKE_SLICE, PROT_NONE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    p = mmap(NULL, FAKE_SLICES * FAKE_SLICE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     fake_cuda.base = p == MAP_FAILED ? NULL : (char *)p;
-    p              = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    p = mmap(NULL, FAKE_SLICES * FAKE_SLICE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    fake_cuda.bytes = p == MAP_FAILED ? NULL : (char *)p;
+    p               = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     fake_cuda.arena = p == MAP_FAILED ? NULL : (fake_arena *)p;
 }
 
@@ -230,27 +235,11 @@ TEST_UNUSED static void fake_cuda_reclaim(void)
     pthread_mutex_unlock(&fake_lock);
 }
 
-/* What is in use of this process's memory; with handles open, the memory of all. */
-static void fake_protect(int protection)
+/* Where the bytes of an address are: of a device address elsewhere, of any other there. */
+static void *fake_bytes(const void *p)
 {
-    if (FAKE_MALLOC || !fake_cuda.base) return;
-    if (fake_cuda.opened)
-        mprotect(fake_cuda.base, (size_t)__atomic_load_n(&fake_cuda.arena->taken, __ATOMIC_RELAXED) * FAKE_SLICE,
-                 protection);
-    else if (fake_cuda.extent) mprotect(fake_cuda.slice, fake_cuda.extent, protection);
-}
-
-/* Around all that reads or writes device memory; locked in between. */
-static void fake_open(void)
-{
-    if (!fake_cuda.is_open) fake_protect(PROT_READ | PROT_WRITE);
-    fake_cuda.is_open = 1;
-}
-
-static void fake_close(void)
-{
-    if (fake_cuda.is_open) fake_protect(PROT_NONE);
-    fake_cuda.is_open = 0;
+    size_t at = (size_t)((uintptr_t)p - (uintptr_t)fake_cuda.base);
+    return fake_cuda.base && at < FAKE_SLICES * FAKE_SLICE ? fake_cuda.bytes + at : (void *)(uintptr_t)p;
 }
 
 static int fake_find(const void *p)
@@ -271,7 +260,6 @@ static char *fake_device_place(size_t num_bytes) /* first fit behind another blo
         fake_cuda.slice =
             fake_cuda.base + (size_t)(__atomic_fetch_add(&fake_cuda.arena->taken, 1, __ATOMIC_RELAXED)) * FAKE_SLICE;
         fake_cuda.slice_pid = getpid();
-        fake_cuda.extent    = 0;
     }
     while (moved) {
         moved = 0;
@@ -286,14 +274,14 @@ static char *fake_device_place(size_t num_bytes) /* first fit behind another blo
         }
     }
     if (at + num_bytes + 256 > FAKE_SLICE) return NULL;
-    if (fake_cuda.extent < at + num_bytes + 256) fake_cuda.extent = (at + num_bytes + 256 + 4095) / 4096 * 4096;
     return fake_cuda.slice + at;
 }
 
-/* Both ends of it: pages that nobody touches make protecting cheap. */
-static void fake_fill(char *p, int value, size_t num_bytes)
+/* Both ends of it. */
+static void fake_fill(void *device, int value, size_t num_bytes)
 {
     size_t end = num_bytes < 65536 ? num_bytes : 65536;
+    char  *p   = (char *)fake_bytes(device);
     memset(p, value, end);
     memset(p + num_bytes - end, value, end);
 }
@@ -317,9 +305,7 @@ static cudaError_t fake_allocate(void **out, size_t num_bytes, int pinned)
         m->num_bytes   = num_bytes;
         m->pinned      = pinned;
         m->device      = fake_device;
-        fake_open();
-        fake_fill((char *)p, 0xCD, num_bytes + (FAKE_MALLOC || pinned ? 0 : 256));
-        fake_close();
+        fake_fill(p, 0xCD, num_bytes + (FAKE_MALLOC || pinned ? 0 : 256));
         ++*(pinned ? &fake_cuda.live_pinned : &fake_cuda.live_memory);
         *out = p;
     }
@@ -342,24 +328,20 @@ static cudaError_t fake_release(void *p, int pinned)
         return fake_answer(cudaErrorInvalidValue);
     }
     if (!FAKE_MALLOC && !pinned) {
-        int k;
-        fake_open();
+        const unsigned char *end = (const unsigned char *)fake_bytes(p) + fake_cuda.memory[i].num_bytes;
+        int                  k;
         for (k = 0; k < 256; k++)
-            if ((unsigned char)((char *)p)[fake_cuda.memory[i].num_bytes + (size_t)k] != 0xCD) {
+            if (end[k] != 0xCD) {
                 fake_cuda.overruns++;
                 fake_error("written behind the end of device memory");
                 break;
             }
-        fake_fill((char *)p, 0xDD, fake_cuda.memory[i].num_bytes);
-        fake_close();
+        fake_fill(p, 0xDD, fake_cuda.memory[i].num_bytes);
     } else {
         free(p);
     }
     fake_cuda.memory[i] = fake_cuda.memory[--fake_cuda.num_memory];
-    if (--*(pinned ? &fake_cuda.live_pinned : &fake_cuda.live_memory) == 0 && !pinned && fake_cuda.extent) {
-        madvise(fake_cuda.slice, fake_cuda.extent, MADV_DONTNEED); /* fewer pages to protect */
-        fake_cuda.extent = 0;
-    }
+    --*(pinned ? &fake_cuda.live_pinned : &fake_cuda.live_memory);
     pthread_mutex_unlock(&fake_lock);
     return cudaSuccess;
 }
@@ -401,14 +383,12 @@ static void fake_progress(struct CUstream_st *s) /* locked */
 {
     if (s->busy || !s->head) return;
     s->busy = 1;
-    fake_cuda.depth++;
     while (s->head && s->head->run(s->head)) {
         fake_item *done = s->head;
         s->head         = done->next;
         if (!s->head) s->tail = NULL;
         fake_item_free(done);
     }
-    if (--fake_cuda.depth == 0) fake_close();
     s->busy = 0;
 }
 
@@ -641,15 +621,13 @@ cudaError_t cudaStreamQuery(cudaStream_t stream)
 
 static int fake_run_copy(fake_item *item)
 {
-    fake_open();
-    memmove(item->dst, item->src, item->num_bytes);
+    memmove(fake_bytes(item->dst), fake_bytes(item->src), item->num_bytes);
     return 1;
 }
 
 static int fake_run_set(fake_item *item)
 {
-    fake_open();
-    memset(item->dst, item->value, item->num_bytes);
+    memset(fake_bytes(item->dst), item->value, item->num_bytes);
     return 1;
 }
 
@@ -693,9 +671,7 @@ cudaError_t cudaMemcpy(void *dst, const void *src, size_t num_bytes, enum cudaMe
     (void)kind;
     pthread_mutex_lock(&fake_lock);
     fake_drain(fake_stream(NULL));
-    fake_open();
-    memmove(dst, src, num_bytes);
-    fake_close();
+    memmove(fake_bytes(dst), fake_bytes(src), num_bytes);
     pthread_mutex_unlock(&fake_lock);
     return cudaSuccess;
 }
@@ -870,15 +846,28 @@ typedef struct fake_launch {
     lorasyncd_u64        *bad, image_shift;
 } fake_launch;
 
+/* The kernel reads its op and its tile by index and follows three addresses of the op: it is given one of each, with
+   the addresses of the bytes. */
+static void fake_run_block(const fake_launch *l, unsigned block)
+{
+    lorasyncd_tile tile = ((const lorasyncd_tile *)fake_bytes(l->tiles))[block];
+    lorasyncd_op   op   = ((const lorasyncd_op *)fake_bytes(l->ops))[tile.op];
+    op.src              = (uintptr_t)fake_bytes((const void *)(uintptr_t)op.src);
+    op.dst              = (uintptr_t)fake_bytes((const void *)(uintptr_t)op.dst);
+    op.sum              = (uintptr_t)fake_bytes((const void *)(uintptr_t)op.sum);
+    tile.op             = 0;
+    fake_block.x        = 0;
+    for (fake_thread.x = 0; fake_thread.x < l->threads; fake_thread.x++)
+        lorasyncd_copy(&op, &tile, (lorasyncd_u64 *)fake_bytes(l->bad), l->image_shift);
+}
+
 static int fake_run_kernel(fake_item *item)
 {
     const fake_launch *l = (const fake_launch *)item->blob;
+    unsigned           block;
     if (item->value-- > 0) return 0;
-    fake_open();
     fake_dim.x = l->threads;
-    for (fake_block.x = 0; fake_block.x < l->blocks; fake_block.x++)
-        for (fake_thread.x = 0; fake_thread.x < l->threads; fake_thread.x++)
-            lorasyncd_copy(l->ops, l->tiles, l->bad, l->image_shift);
+    for (block = 0; block < l->blocks; block++) fake_run_block(l, block);
     return 1;
 }
 

@@ -128,10 +128,10 @@ static void publish(lorasync_transport *t, lorasync_image *image, void *host, vo
     lorasync_image_bind(image, slot);
     image->on_device = 1;
     store(&shared->asked, version);
-    shared->start_ns = lorasynci_now_ns();
+    shared->start_ns = test_now_ns();
     status           = t->stage(t->user, image, &err);
     if (status >= 0) status = t->commit(t->user, "default", version, &err);
-    shared->staged_ns = lorasynci_now_ns();
+    shared->staged_ns = test_now_ns();
     image->on_device  = 0;
     if (status < 0) fail("publisher", err.text);
     store(&shared->staged, version);
@@ -211,7 +211,7 @@ static void follow(lorasync_engine *e, uint64_t version)
         lorasync_release(a);
         a = lorasync_acquire(e, "default");
     }
-    shared->served_ns = lorasynci_now_ns();
+    shared->served_ns = test_now_ns();
     if (a->version != version) fail("engine", "another version was served");
     lorasync_release(a);
     await("engine", &shared->staged, version); /* the publisher has written its times */
@@ -222,9 +222,9 @@ static void after_the_kill(lorasync_engine *e, uint64_t version, uint64_t *host,
     const lorasync_adapter *a    = lorasync_acquire(e, "default");
     lorasync_engine        *late = open_engine(0);
     lorasync_error          err;
-    uint64_t                end    = lorasynci_now_ns() + 5000000000u;
+    uint64_t                end    = test_now_ns() + 5000000000u;
     lorasync_status         status = LORASYNC_OK;
-    while (status != LORASYNC_E_IO && lorasynci_now_ns() < end) { /* while it dies */
+    while (status != LORASYNC_E_IO && test_now_ns() < end) { /* while it dies */
         status = lorasync_engine_poll(late, 0, &err);
         if (status >= 0) lorasync_engine_close(late), late = open_engine(0);
     }

@@ -46,6 +46,13 @@ TEST_UNUSED static unsigned below(unsigned long long *s, unsigned n) { return n 
 
 TEST_UNUSED static int64_t item(lorasync_dtype d) { return lorasync_dtype_bits(d) / 8; }
 
+/* Whether values of the type are converted and scaled; all others travel unchanged. */
+TEST_UNUSED static int is_converted(lorasync_dtype d)
+{
+    return d == LORASYNC_F32 || d == LORASYNC_BF16 || d == LORASYNC_F16 || d == LORASYNC_F8_E4M3 ||
+           d == LORASYNC_F8_E5M2;
+}
+
 /* -- one element at a time, the slow and obvious way */
 
 TEST_UNUSED static int64_t index_of(const truth_tensor *t, const int64_t *at)
@@ -129,7 +136,7 @@ TEST_UNUSED static void random_tensor(unsigned long long *s, truth_tensor *t, in
     t->data = (unsigned char *)calloc(1, (size_t)(t->numel * item(t->dtype)) + 1);
     for (i = 0; i < t->numel; i++) {
         float f = (float)((double)(test_random(s) % 2000001) / 1000.0 - 1000.0) / (float)(1 + below(s, 1000));
-        if (lorasynci_is_value(t->dtype)) {
+        if (is_converted(t->dtype)) {
             if (t->dtype == LORASYNC_F8_E4M3) f *= 0.1f;
             lorasync_convert(t->data + i * item(t->dtype), t->dtype, &f, LORASYNC_F32, 1, NULL);
         } else {
@@ -269,7 +276,7 @@ TEST_UNUSED static void make_expected(random_case *c)
     memset(&d, 0, sizeof d);
     for (i = 0; i < c->num_tensors; i++) {
         tensors[i].name  = c->tensors[i].name;
-        tensors[i].dtype = c->wire && lorasynci_is_value(c->tensors[i].dtype) ? c->wire : c->tensors[i].dtype;
+        tensors[i].dtype = c->wire && is_converted(c->tensors[i].dtype) ? c->wire : c->tensors[i].dtype;
         tensors[i].ndim  = c->tensors[i].ndim;
         memcpy(tensors[i].shape, c->tensors[i].shape, sizeof tensors[i].shape);
     }
@@ -304,10 +311,11 @@ TEST_UNUSED static void make_case(random_case *c, unsigned long long seed, loras
         truth_tensor  *t    = &c->tensors[i];
         lorasync_dtype want = LORASYNC_DTYPE_NONE;
         random_tensor(&s, t, i, large);
-        t->scale = lorasynci_is_value(t->dtype) && kind != LORASYNC_SCATTER ? scales[below(&s, 4)] : 0;
+        t->scale = is_converted(t->dtype) && kind != LORASYNC_SCATTER ? scales[below(&s, 4)] : 0;
         if (kind != LORASYNC_SCATTER) deal_tensor(&s, c->have, c->world, t, i, t->dtype);
-        want =
-            lorasynci_is_widened(t->dtype) && below(&s, 2) ? (below(&s, 2) ? LORASYNC_F32 : LORASYNC_BF16) : t->dtype;
+        want = t->dtype;
+        if ((is_converted(t->dtype) || t->dtype == LORASYNC_F8_E8M0) && below(&s, 2)) /* E8M0 is only widened */
+            want = below(&s, 2) ? LORASYNC_F32 : LORASYNC_BF16;
         if (kind == LORASYNC_SCATTER || kind == LORASYNC_RESHARD) deal_tensor(&s, c->want, c->world, t, i, want);
     }
     for (r = 0; r < c->world; r++) {

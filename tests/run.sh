@@ -1,8 +1,9 @@
 #!/bin/sh
-# Runs programs one after the other and adds up their last lines ("name: N passed, N failed, N skipped").
+# Runs programs and adds up their last lines ("name: N passed, N failed, N skipped").
 #
 #     tests/run.sh PROGRAM...      from the repository root; .sh and .py files are given to sh and to $PYTHON
 #
+# JOBS     programs that run at a time (1)
 # RUN      words before every program (valgrind ...)
 # TIMEOUT  seconds one program may take (300)
 # LOGS     folder for NAME.log (build/logs)
@@ -13,7 +14,6 @@
 
 LOGS=${LOGS:-build/logs}
 TIMEOUT=${TIMEOUT:-300}
-passed=0 failed=0 skipped=0
 mkdir -p "$LOGS" || exit 2
 limit=
 timeout 5 true 2>/dev/null && limit="timeout -k 10 $TIMEOUT"
@@ -53,7 +53,10 @@ judge()
     [ -z "$why" ] || f=$((f + 1))
 }
 
-for program; do
+# Runs a program and prints what is to be said of it, at once; its numbers go to NAME.sum.
+run_one()
+{
+    program=$1
     name=$(basename "$program")
     name=${name%.*}
     log=$LOGS/$name.log
@@ -65,13 +68,34 @@ for program; do
     # the outer subshell takes the shell's own "Segmentation fault" into the log
     ( ( exec $limit $RUN $start "$program" </dev/null ); exit $? ) >"$log" 2>&1
     judge $?
-    if [ "$f" -ne 0 ] || [ "$V" = 1 ]; then
-        if [ "$V" = 1 ]; then cat "$log"; else grep -v '^ok ' "$log" | grep -v ": $summary" | tail -n 200; fi
-    else
-        grep '^skip ' "$log"
-    fi
-    [ -z "$why" ] || echo "FAIL $name: $why (log: $log)"
-    echo "$name: $p passed, $f failed, $s skipped"
+    {
+        if [ "$f" -ne 0 ] || [ "$V" = 1 ]; then
+            if [ "$V" = 1 ]; then cat "$log"; else grep -v '^ok ' "$log" | grep -v ": $summary" | tail -n 200; fi
+        else
+            grep '^skip ' "$log"
+        fi
+        [ -z "$why" ] || echo "FAIL $name: $why (log: $log)"
+        echo "$name: $p passed, $f failed, $s skipped"
+    } >"$LOGS/$name.out"
+    cat "$LOGS/$name.out"
+    echo "$p $f $s" >"$LOGS/$name.sum"
+}
+
+if [ "$1" = --one ]; then
+    run_one "$2"
+    exit 0
+fi
+
+passed=0 failed=0 skipped=0
+for program; do
+    name=$(basename "$program")
+    rm -f "$LOGS/${name%.*}.sum"
+done
+[ $# -eq 0 ] || printf '%s\n' "$@" | xargs -P "${JOBS:-1}" -n 1 sh "$0" --one
+for program; do
+    name=$(basename "$program")
+    p=0 f=1 s=0
+    read -r p f s <"$LOGS/${name%.*}.sum" || echo "FAIL ${name%.*}: was not run"
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
 done
 

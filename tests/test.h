@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 static int         test_passed, test_failed, test_skipped;
 static int         test_errors; /* failed checks of the running test */
@@ -151,6 +152,27 @@ TEST_UNUSED static unsigned long long test_random(unsigned long long *state)
     x                    = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
     return x ^ (x >> 31);
 }
+
+TEST_UNUSED static unsigned long long test_now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (unsigned long long)t.tv_sec * 1000000000u + (unsigned long long)t.tv_nsec;
+}
+
+#ifdef LORASYNC_H
+/* What a callback returns that shall fail. */
+TEST_UNUSED static lorasync_status test_refuse(lorasync_error *err, lorasync_status status, const char *format, ...)
+{
+    va_list args;
+    if (!err) return status;
+    err->status = status;
+    va_start(args, format);
+    vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return status;
+}
+#endif
 
 /* An allocator that counts, and fails at the nth allocation (fail_at counts down from n; 0: never). Not for several
    threads. */

@@ -89,12 +89,12 @@ static lorasync_status keeper_stage(void *user, const lorasync_image *image, lor
     k->num_stages++;
     if (k->die && k->num_stages == k->die) raise(SIGKILL);
     if (k->fail_stage && --k->fail_stage == 0)
-        return lorasynci_fail(err, LORASYNC_E_IO, "bucket %zu is not wanted", image->bucket);
+        return test_refuse(err, LORASYNC_E_IO, "bucket %zu is not wanted", image->bucket);
     if (image->bucket == 0) drop_staged(k);
     if (image->bucket != k->num_staged || image->bucket >= image->num_buckets || k->num_staged >= MAX_FILES) {
         k->wrong++;
-        return lorasynci_fail(err, LORASYNC_E_STATE, "bucket %zu of %zu after %zu", image->bucket, image->num_buckets,
-                              k->num_staged);
+        return test_refuse(err, LORASYNC_E_STATE, "bucket %zu of %zu after %zu", image->bucket, image->num_buckets,
+                           k->num_staged);
     }
     if (lorasync_image_verify(image, err) < 0) k->wrong++;
     f                = &k->staged[k->num_staged++];
@@ -114,7 +114,7 @@ static lorasync_status keeper_commit(void *user, const char *adapter, uint64_t v
 {
     keeper *k = (keeper *)user;
     (void)adapter;
-    if (k->fail_commit && --k->fail_commit == 0) return lorasynci_fail(err, LORASYNC_E_IO, "the commit is not wanted");
+    if (k->fail_commit && --k->fail_commit == 0) return test_refuse(err, LORASYNC_E_IO, "the commit is not wanted");
     if (k->num_staged != k->num_buckets) k->wrong++;
     k->num_commits++;
     drop_served(k);
@@ -1113,10 +1113,10 @@ static void dying_rank(rank_context *c)
         if (who) raise(SIGKILL);
         k.die = 2; /* in the middle of staging */
     }
-    start  = lorasynci_now_ns();
+    start  = test_now_ns();
     status = lorasync_stream_sync(s, 1, NULL, &err);
     CHECK(lorasync_is_lost(status));
-    CHECK(lorasynci_now_ns() - start < UINT64_C(10000000000));
+    CHECK(test_now_ns() - start < UINT64_C(10000000000));
     CHECK_EQ(k.num_commits, 0);
     CHECK_EQ(k.num_staged, 0);
     CHECK_EQ(lorasync_stream_sync(s, 1, NULL, &err), LORASYNC_E_LOST);

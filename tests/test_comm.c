@@ -1,4 +1,5 @@
 /* Solo and local communicators: random traffic, and ranks that disagree, never come, or die. */
+#define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"
@@ -110,7 +111,7 @@ static void note(rank_context *x, lorasync_status status, uint64_t start, const 
 {
     outcome *o = &outcomes[x->rank];
     o->status  = (int)status;
-    o->ns      = (long long)(lorasynci_now_ns() - start);
+    o->ns      = (long long)(test_now_ns() - start);
     snprintf(o->text, sizeof o->text, "%s", status < 0 ? err->text : "");
 }
 
@@ -127,7 +128,7 @@ static void mismatched(rank_context *x)
     char             a[64] = {0}, b[64];
     lorasync_message s, r;
     lorasync_error   err;
-    uint64_t         start = lorasynci_now_ns();
+    uint64_t         start = test_now_ns();
     lorasync_status  status;
     s.peer = r.peer = 1 - x->rank, s.data = a, r.data = b, s.num_bytes = 10, r.num_bytes = x->rank ? 20 : 10; /* rank 1
                                                                                                                  expects
@@ -158,7 +159,7 @@ static void mismatched_gather(rank_context *x)
 {
     char            a[64] = {0}, b[4 * 64];
     lorasync_error  err;
-    uint64_t        start  = lorasynci_now_ns();
+    uint64_t        start  = test_now_ns();
     lorasync_status status = x->comm.all_gather(x->comm.user, a, b, x->rank == 2 ? 32 : 16, 300, &err);
     note(x, status, start, &err);
     if (status < 0) x->comm.abort(x->comm.user, err.text);
@@ -176,7 +177,7 @@ static void one_stays_away(rank_context *x)
 {
     char           a[16] = {0}, b[64 * 16];
     lorasync_error err;
-    uint64_t       start = lorasynci_now_ns();
+    uint64_t       start = test_now_ns();
     if (x->rank == 1) return;
     note(x, x->comm.all_gather(x->comm.user, a, b, 16, 250, &err), start, &err);
 }
@@ -205,9 +206,9 @@ static void rank_never_joins(void)
     uint64_t        start;
     REQUIRE(lorasync_local_open(2, &l, &err) == LORASYNC_OK);
     REQUIRE(lorasync_local_join(l, 0, &c, &err) == LORASYNC_OK);
-    start = lorasynci_now_ns();
+    start = test_now_ns();
     CHECK_EQ(c.all_gather(c.user, a, b, 16, 100, &err), LORASYNC_E_TIMEOUT);
-    CHECK(lorasynci_now_ns() - start < (uint64_t)no_hang);
+    CHECK(test_now_ns() - start < (uint64_t)no_hang);
     CHECK_HAS(err.text, "rank 1");
     CHECK_HAS(err.text, "never joined");
     CHECK_EQ(c.all_gather(c.user, a, b, 16, 0, &err), LORASYNC_E_TIMEOUT); /* no time at all is no hang */
@@ -218,7 +219,7 @@ static void aborting(rank_context *x)
 {
     char           a[16] = {0}, b[8 * 16];
     lorasync_error err;
-    uint64_t       start = lorasynci_now_ns();
+    uint64_t       start = test_now_ns();
     if (x->rank == 3) {
         struct timespec t;
         t.tv_sec = 0, t.tv_nsec = 30000000;
@@ -265,7 +266,7 @@ static void dying(rank_context *x)
         k++;
     }
     if (x->rank == 1 && kill_when == 0) kill(getpid(), SIGKILL);
-    start = lorasynci_now_ns();
+    start = test_now_ns();
     if (x->rank == 1 && kill_when == 1) { /* sends and receives a part, then is gone */
         const lorasync_local *l = ((const lorasynci_seat *)x->comm.user)->local;
         for (k = 0; k < 3; k++) {
@@ -394,7 +395,7 @@ static void timed(rank_context *x)
     uint64_t       start;
     int            i;
     gather_round(&x->comm, 1, 16);
-    start = lorasynci_now_ns();
+    start = test_now_ns();
     for (i = 0; i < TIMED; i++) CHECK_EQ(x->comm.all_gather(x->comm.user, in, out, 16, 10000, &err), LORASYNC_OK);
     note(x, LORASYNC_OK, start, &err);
 }

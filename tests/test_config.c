@@ -1,5 +1,6 @@
 /* The rooms json and config: the strict reader, the writer in Python's form, and adapter_config.json read, checked and
    written. */
+#define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 

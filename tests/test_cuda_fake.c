@@ -714,7 +714,7 @@ static void nccl_hangs(void)
     static random_case c;
     int                at, r;
     for (at = 1; at < 9; at++) {
-        uint64_t start = lorasynci_now_ns();
+        uint64_t start = test_now_ns();
         reset();
         fake_cuda.devices         = 4;
         device_options.way        = WAY_NCCL;
@@ -728,7 +728,7 @@ static void nccl_hangs(void)
             CHECK(c.status[r] == LORASYNC_OK || lorasync_is_lost(c.status[r]));
             if (at < 5) CHECK(c.status[r] < 0);
         }
-        CHECK(lorasynci_now_ns() - start < UINT64_C(15000000000));
+        CHECK(test_now_ns() - start < UINT64_C(15000000000));
         free_case(&c);
         check_left();
         CHECK_EQ(fake_nccl.aborts, c.status[0] < 0 ? c.world : 0);
@@ -760,14 +760,14 @@ static void abandon(rank_context *x)
 static void freed_between_begin_and_wait(void)
 {
     static random_case c;
-    uint64_t           start = lorasynci_now_ns();
+    uint64_t           start = test_now_ns();
     reset();
     fake_cuda.devices         = 8;
     device_options.way        = WAY_NCCL;
     device_options.timeout_ms = 300;
     small_case(&c, 3, LORASYNC_GATHER);
     run_threads(c.world, abandon, &c);
-    CHECK(lorasynci_now_ns() - start < UINT64_C(15000000000));
+    CHECK(test_now_ns() - start < UINT64_C(15000000000));
     CHECK(fake_nccl.aborts > 0);
     free_case(&c);
     check_left();

@@ -1,4 +1,5 @@
 /* Deltas: what changed between two versions, sent alone and put back together. */
+#define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -164,11 +165,14 @@ static size_t random_tensors(lorasync_tensor *tensors, char (*names)[32], unsign
     static const char *const tails[] = {"", ".x", ":delta", "\"\\", "\xc3\xa9", "/z"};
     size_t                   num     = test_random(state) % (MAX_TENSORS + 1), i;
     for (i = 0; i < num; i++) {
-        int d;
+        char longer[32];
+        int  d;
         snprintf(names[i], sizeof names[i], "%c%d%s", (char)('!' + (int)(test_random(state) % 90)), (int)i,
                  tails[test_random(state) % 6]);
-        if (i && strlen(names[i - 1]) < 20 && test_random(state) % 4 == 0)
-            snprintf(names[i], sizeof names[i], "%.20s:delta", names[i - 1]); /* one name begins another */
+        if (i && strlen(names[i - 1]) < 20 && test_random(state) % 4 == 0) { /* one name begins another */
+            snprintf(longer, sizeof longer, "%.20s:delta", names[i - 1]);
+            memcpy(names[i], longer, sizeof longer);
+        }
         tensors[i]      = tensor(names[i], (lorasync_dtype)(1 + test_random(state) % 22), 0, 0);
         tensors[i].ndim = (int)(test_random(state) % 5);
         for (d = 0; d < tensors[i].ndim; d++)

@@ -38,6 +38,7 @@ static int test_step(void)
 #define unlinkat(...) (test_step() ? -1 : unlinkat(__VA_ARGS__))
 #define mmap(...) (test_step() ? MAP_FAILED : mmap(__VA_ARGS__))
 
+#define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"
@@ -928,9 +929,9 @@ static void test_wait(void)
     pid_t              child;
     fresh_root();
     e     = open_engine("a");
-    start = lorasynci_now_ns();
+    start = test_now_ns();
     CHECK_EQ(lorasync_engine_poll(e, 30, &err), LORASYNC_NOTHING_NEW);
-    CHECK(lorasynci_now_ns() - start >= 30000000u);
+    CHECK(test_now_ns() - start >= 30000000u);
     child = fork();
     if (child == 0) {
         struct timespec ms;

@@ -1,6 +1,7 @@
 /* Names, sizes and conversions of element types, and the search for NaN and Inf. All F32 inputs: slow_dtype.c. */
 #include "no_avx2.h"
 
+#define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 

@@ -1,6 +1,7 @@
 /* safetensors images: reading, refusing, writing, and the digest. */
 #include "no_avx2.h"
 
+#define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 

@@ -165,14 +165,14 @@ static lorasync_status other_stage(void *user, const lorasync_image *image, lora
 {
     other_engine *o = (other_engine *)user;
     o->version      = image->version;
-    return (int)image->version == o->s->fails_at ? lorasynci_fail(err, LORASYNC_E_IO, "told to fail") : LORASYNC_OK;
+    return (int)image->version == o->s->fails_at ? test_refuse(err, LORASYNC_E_IO, "told to fail") : LORASYNC_OK;
 }
 
 static lorasync_status other_commit(void *user, const char *adapter, uint64_t version, lorasync_error *err)
 {
     other_engine *o = (other_engine *)user;
     (void)adapter;
-    return (int)version + 100 == o->s->fails_at ? lorasynci_fail(err, LORASYNC_E_IO, "told to fail") : LORASYNC_OK;
+    return (int)version + 100 == o->s->fails_at ? test_refuse(err, LORASYNC_E_IO, "told to fail") : LORASYNC_OK;
 }
 
 /* -- a run */

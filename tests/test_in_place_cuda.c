@@ -7,6 +7,7 @@
 #endif
 
 #ifndef HAVE_CUDA
+#define _DEFAULT_SOURCE 1
 #include "test.h"
 
 int main(void)

@@ -1,4 +1,5 @@
 /* The trainers' rules for cutting tensors: worked vectors, brute force, and impossible requests. */
+#define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"

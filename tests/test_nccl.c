@@ -13,9 +13,6 @@
 #include "lorasync.h"
 #include "test.h"
 
-static const long long no_hang = 10000000000ll; /* ns. On a busy machine a deadline of a moment is kept late, not
-                                                   never */
-
 #ifndef HAVE_NCCL
 int main(void)
 {
@@ -29,6 +26,9 @@ int main(void)
 #include "fake_nccl.h"
 #include "ranks.h"
 #include "traffic.h"
+
+static const long long no_hang = 10000000000ll; /* ns. On a busy machine a deadline of a moment is kept late, not
+                                                   never */
 
 /* What the threads of a test share. */
 typedef struct party {
@@ -341,7 +341,7 @@ static void bad_arguments(void)
 static void note(party *p, int rank, lorasync_status status, uint64_t start, const lorasync_error *err)
 {
     p->status[rank] = status;
-    p->ns[rank]     = (long long)(lorasynci_now_ns() - start);
+    p->ns[rank]     = (long long)(test_now_ns() - start);
     snprintf(p->text[rank], sizeof p->text[0], "%s", status < 0 ? err->text : "");
 }
 
@@ -351,7 +351,7 @@ static void open_only(rank_context *x)
     lorasync_comm  c;
     lorasync_error err;
     ncclComm_t     borrowed;
-    uint64_t       start = lorasynci_now_ns();
+    uint64_t       start = test_now_ns();
     memset(&c, 0, sizeof c);
     note(p, x->rank, open_rank(p, x->rank, x->world, &borrowed, &c, &err), start, &err);
     if (p->status[x->rank] < 0) CHECK(!c.all_gather && !c.user);
@@ -418,7 +418,7 @@ static void no_memory(void)
 static void hanging_close(void)
 {
     party    p;
-    uint64_t start = lorasynci_now_ns();
+    uint64_t start = test_now_ns();
     start_party(&p, 1);
     p.timeout_ms                    = 100;
     fake_nccl.rank[0].hang_finalize = 1;
@@ -426,7 +426,7 @@ static void hanging_close(void)
     CHECK_EQ(p.status[0], LORASYNC_OK);
     CHECK_EQ(fake_nccl.aborts, 1);
     CHECK_EQ(fake_nccl.destroys, 0);
-    CHECK(lorasynci_now_ns() - start < (uint64_t)no_hang);
+    CHECK(test_now_ns() - start < (uint64_t)no_hang);
     end_party();
 }
 
@@ -454,9 +454,9 @@ static void troubled_rank(rank_context *x)
         s[n].peer = r[n].peer = i, s[n].num_bytes = r[n].num_bytes = 64, s[n].data = data, r[n].data = got[i];
         n++;
     }
-    start = lorasynci_now_ns();
+    start = test_now_ns();
     for (i = 0; i < 4 && status == LORASYNC_OK; i++) {
-        start  = lorasynci_now_ns();
+        start  = test_now_ns();
         status = i % 2 ? c.exchange(c.user, s, n, r, n, p->timeout_ms, &err)
                        : c.all_gather(c.user, data, got, 16, p->timeout_ms, &err);
     }
@@ -552,9 +552,9 @@ static void never_settles(void)
         uint64_t       start;
         REQUIRE(open_rank(&p, 0, 1, &borrowed, &c, &err) == LORASYNC_OK);
         fake_nccl.rank[0].in_progress = 1 << 30;
-        start                         = lorasynci_now_ns();
+        start                         = test_now_ns();
         CHECK_EQ(c.all_gather(c.user, in, out, 16, 100, &err), LORASYNC_E_TIMEOUT);
-        CHECK(lorasynci_now_ns() - start < (uint64_t)no_hang);
+        CHECK(test_now_ns() - start < (uint64_t)no_hang);
         lorasync_nccl_close(&c); /* without an abort by the caller */
     }
     CHECK_EQ(fake_nccl.aborts, 1);

@@ -1,6 +1,6 @@
 /* Plans against brute force: random tensors, cut in random ways over random numbers of ranks, must give the bytes that
    the uncut tensors give. */
-#define LORASYNC_IMPLEMENTATION
+#define _DEFAULT_SOURCE 1
 #include "lorasync.h"
 #include "test.h"
 #include "ranks.h"

@@ -1,6 +1,6 @@
 /* What can go wrong with a plan: declarations that do not fit, values that must not travel, memory that is not there,
    ranks that die. */
-#define LORASYNC_IMPLEMENTATION
+#define _DEFAULT_SOURCE 1
 #include "lorasync.h"
 #include "test.h"
 #include "ranks.h"
@@ -786,9 +786,9 @@ static void memory_rank(rank_context *c)
     if (u->kind == LORASYNC_SCATTER) x.d.num_have = 0;
     if (u->kind == LORASYNC_SCATTER && c->rank == 0) image = scatter_image(&x);
     if (c->rank == u->victim) x.memory.fail_at = u->nth;
-    start             = lorasynci_now_ns();
+    start             = test_now_ns();
     s                 = lorasync_plan_create(&x.d, &plan, &err);
-    u->ns[c->rank]    = lorasynci_now_ns() - start;
+    u->ns[c->rank]    = test_now_ns() - start;
     u->total[c->rank] = x.memory.total;
     if (s == LORASYNC_OK) { /* nothing is allocated from here on */
         int i;
@@ -933,9 +933,9 @@ static void dying_rank(rank_context *c)
         lorasync_plan_free(plan);
         return;
     }
-    start                  = lorasynci_now_ns();
+    start                  = test_now_ns();
     deaths->first[c->rank] = (int)lorasync_plan_wait(plan, &err);
-    deaths->ns[c->rank]    = lorasynci_now_ns() - start;
+    deaths->ns[c->rank]    = test_now_ns() - start;
     snprintf(deaths->text[c->rank], sizeof deaths->text[0], "%.255s", err.text);
     deaths->second[c->rank] = (int)lorasync_plan_begin(plan, &err);
     deaths->third[c->rank]  = (int)lorasync_plan_wait(plan, &err);
@@ -1107,11 +1107,11 @@ static void big_rank(rank_context *c)
     d.comm = &c->comm, d.have = pieces, d.num_have = big_model(pieces, names, u->max, c->rank, c->world, u->data),
     d.wire_dtype = LORASYNC_BF16;
     d.no_direct = u->no_direct, d.adapter = "default";
-    start = lorasynci_now_ns(), cpu = thread_cpu_ns();
+    start = test_now_ns(), cpu = thread_cpu_ns();
     if (lorasync_plan_create(&d, &plan, &err) < 0) {
         test_fail(__FILE__, __LINE__, err.text);
     } else {
-        u->ns[c->rank] = lorasynci_now_ns() - start, u->cpu_ns[c->rank] = thread_cpu_ns() - cpu;
+        u->ns[c->rank] = test_now_ns() - start, u->cpu_ns[c->rank] = thread_cpu_ns() - cpu;
         lorasync_plan_get_stats(plan, &u->stats[c->rank]);
         lorasync_plan_free(plan);
     }

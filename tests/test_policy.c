@@ -1,6 +1,6 @@
 /* What must be sent now. The reference tables below are written as the frameworks say it, not as the header computes
    it. */
-#define LORASYNC_IMPLEMENTATION
+#define _DEFAULT_SOURCE 1
 #include "lorasync.h"
 
 #include "test.h"

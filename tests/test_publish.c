@@ -1,5 +1,6 @@
 /* Publishing to many engines: every mix of outcomes against a model, quorum, death and recovery, republishing,
    unchanged versions. */
+#define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -31,14 +32,14 @@ static lorasync_status engine_stage(void *user, const lorasync_image *image, lor
     if (e->staged) test_fail(__FILE__, __LINE__, "a stage follows neither a commit nor an abort");
     e->stages++;
     if (e->one_phase) {
-        if (e->plan != GOOD) return lorasynci_fail(err, LORASYNC_E_IO, "no room");
+        if (e->plan != GOOD) return test_refuse(err, LORASYNC_E_IO, "no room");
         e->served        = image->version;
         e->served_digest = image->digest;
         return LORASYNC_OK;
     }
     e->staged        = image->version; /* also when it fails: then abort must come */
     e->staged_digest = image->digest;
-    return e->plan == FAIL_STAGE ? lorasynci_fail(err, LORASYNC_E_IO, "no room") : LORASYNC_OK;
+    return e->plan == FAIL_STAGE ? test_refuse(err, LORASYNC_E_IO, "no room") : LORASYNC_OK;
 }
 
 static lorasync_status engine_commit(void *user, const char *adapter, uint64_t version, lorasync_error *err)
@@ -46,10 +47,10 @@ static lorasync_status engine_commit(void *user, const char *adapter, uint64_t v
     engine *e = (engine *)user;
     CHECK_TEXT(adapter, "default");
     if (!e->staged || e->staged != version) test_fail(__FILE__, __LINE__, "a commit of what was not staged");
-    if (e->plan == FAIL_COMMIT) return lorasynci_fail(err, LORASYNC_E_BUSY, "will not");
+    if (e->plan == FAIL_COMMIT) return test_refuse(err, LORASYNC_E_BUSY, "will not");
     e->served        = version;
     e->served_digest = e->staged_digest;
-    if (e->plan == FAIL_COMMIT_LATE) return lorasynci_fail(err, LORASYNC_E_BUSY, "answer lost");
+    if (e->plan == FAIL_COMMIT_LATE) return test_refuse(err, LORASYNC_E_BUSY, "answer lost");
     e->staged = 0;
     e->commits++;
     return LORASYNC_OK;

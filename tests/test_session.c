@@ -1,5 +1,5 @@
 /* The easy path from parameters to published adapters, with one rank and with several, as threads and as processes. */
-#define LORASYNC_IMPLEMENTATION
+#define _DEFAULT_SOURCE 1
 #include "lorasync.h"
 #include "test.h"
 #include "ranks.h"
@@ -162,7 +162,7 @@ static lorasync_status engine_stage(void *user, const lorasync_image *image, lor
     engine *e = (engine *)user;
     e->stages++;
     if (e->slow_ms) sleep_ms(e->slow_ms);
-    if (e->fail_stage) return lorasynci_fail(err, LORASYNC_E_IO, "the engine has no room");
+    if (e->fail_stage) return test_refuse(err, LORASYNC_E_IO, "the engine has no room");
     memcpy(e->staged_file, image->header, image->header_bytes);
     memcpy(e->staged_file + image->header_bytes, image->payload, image->payload_bytes);
     e->staged_bytes = image->header_bytes + image->payload_bytes;
@@ -177,9 +177,9 @@ static lorasync_status engine_commit(void *user, const char *adapter, uint64_t v
     engine *e = (engine *)user;
     e->commits++;
     if (e->slow_commit_ms) sleep_ms(e->slow_commit_ms);
-    if (e->fail_commit) return lorasynci_fail(err, LORASYNC_E_IO, "the engine will not commit");
+    if (e->fail_commit) return test_refuse(err, LORASYNC_E_IO, "the engine will not commit");
     if (version != e->staged || strcmp(adapter, e->adapter) != 0)
-        return lorasynci_fail(err, LORASYNC_E_STATE, "commit of what was not staged");
+        return test_refuse(err, LORASYNC_E_STATE, "commit of what was not staged");
     e->served = version;
     memcpy(e->file, e->staged_file, e->staged_bytes);
     e->num_bytes = e->staged_bytes;

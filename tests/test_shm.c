@@ -1374,9 +1374,9 @@ static void run_publisher(arena *shared)
     lorasync_status    status;
     lorasync_image    *image   = lay_out("default", 1024);
     void              *payload = malloc(image->payload_bytes);
-    uint64_t           until   = lorasynci_now_ns() + UINT64_C(5000000000);
+    uint64_t           until   = test_now_ns() + UINT64_C(5000000000);
     err.text[0]                = 0;
-    while ((status = try_transport(&t, &err)) == LORASYNC_E_BUSY && lorasynci_now_ns() < until)
+    while ((status = try_transport(&t, &err)) == LORASYNC_E_BUSY && test_now_ns() < until)
         nap(100); /* the killed one is not dead yet */
     if (status < 0) report(shared, "open", status, 0, err.text);
     while (status >= 0) {
@@ -1447,7 +1447,7 @@ static void test_kill(void)
     fresh_name();
     for (i = 0; i <= READERS; i++) who[i] = start(shared, i == 0, test_random(&random));
     for (round = 0; round < rounds && !shared->broken; round++) {
-        uint64_t until = lorasynci_now_ns() + UINT64_C(20000000000);
+        uint64_t until = test_now_ns() + UINT64_C(20000000000);
         pid_t    old;
         nap((long)(test_random(&random) % 6000));
         i   = test_random(&random) % 2 ? 0 : 1 + (int)(test_random(&random) % READERS);
@@ -1460,7 +1460,7 @@ static void test_kill(void)
         who[i] = start(shared, i == 0, test_random(&random));
         last   = __atomic_load_n(&shared->publishes, __ATOMIC_SEQ_CST);
         while (i == 0 && __atomic_load_n(&shared->publishes, __ATOMIC_SEQ_CST) == last && !shared->broken &&
-               lorasynci_now_ns() < until)
+               test_now_ns() < until)
             nap(200);
         CHECK(i != 0 || shared->broken || shared->publishes > last);
         if (old) wait_for(old);
