@@ -1,7 +1,8 @@
 #!/bin/sh
 # usage: bench/run_gpu.sh [N] [--layout fsdp|tp2|ep] [--quick] [--only MODEL] [--own-comm] [--bucket MIB]
-# Builds bench_gpu.c, runs it and torch_gather.py on N GPUs (default: all) and prints one table. Without a GPU, CUDA's headers or a compiler it
-# says so and succeeds. Set CUDA_HOME, NCCL_HOME, CC, PYTHON, LIMIT (seconds for each of the two programs, 110) or OUT_DIR to choose.
+# Builds bench_gpu.c, runs it and torch_gather.py on N GPUs (default: all) and prints one table. Without a GPU, CUDA's
+# headers or a compiler it says so and succeeds. Set CUDA_HOME, NCCL_HOME, CC, PYTHON, LIMIT (seconds for each of the
+# two programs, 110) or OUT_DIR to choose.
 cd "$(dirname "$0")/.." || exit 1
 here=$PWD
 CC=${CC:-gcc}
@@ -51,7 +52,8 @@ first_with() # FILE FOLDER...: the first folder that has it
 }
 
 nvcc=$(command -v nvcc 2>/dev/null)
-cuda=$(first_with include/cuda_runtime_api.h ${CUDA_HOME:+"$CUDA_HOME"} /usr/local/cuda ${nvcc:+"$(dirname "$(dirname "$(readlink -f "$nvcc")")")"} $(wheel 'cu1[0-9]') $(wheel cuda_runtime) /usr)
+cuda=$(first_with include/cuda_runtime_api.h ${CUDA_HOME:+"$CUDA_HOME"} /usr/local/cuda \
+    ${nvcc:+"$(dirname "$(dirname "$(readlink -f "$nvcc")")")"} $(wheel 'cu1[0-9]') $(wheel cuda_runtime) /usr)
 [ -n "$cuda" ] || skip 'no CUDA headers; set CUDA_HOME'
 for lib in "$cuda/lib64" "$cuda/lib" "$cuda/targets/x86_64-linux/lib" /usr/lib/x86_64-linux-gnu; do
     cudart=$(ls "$lib"/libcudart.so "$lib"/libcudart.so.1[0-9] 2>/dev/null | head -1)
@@ -77,16 +79,19 @@ else
     nccl_flags=
 fi
 set -x
-"$CC" -std=gnu99 -O3 -march=native -Wall -Wextra -I"$here" $nccl_include -isystem "$cuda/include" bench/bench_gpu.c -o "$out/bench_gpu" $nccl_flags "$cudart" \
+"$CC" -std=gnu99 -O3 -march=native -Wall -Wextra -I"$here" $nccl_include -isystem "$cuda/include" \
+    bench/bench_gpu.c -o "$out/bench_gpu" $nccl_flags "$cudart" \
     -Wl,-rpath,"$(dirname "$cudart")" -lm -lpthread -lrt -ldl || exit 1
 { set +x; } 2>/dev/null
 
 seed=$("$PYTHON" -c 'import os; print(int.from_bytes(os.urandom(4), "little"))' 2>/dev/null || date +%s)
-timeout -k 5 $((LIMIT + 10)) "$out/bench_gpu" "$n" --json --seed "$seed" --deadline "$LIMIT" "$@" >"$out/ours.jsonl" 2>"$out/ours.err"
+timeout -k 5 $((LIMIT + 10)) "$out/bench_gpu" "$n" --json --seed "$seed" --deadline "$LIMIT" "$@" \
+    >"$out/ours.jsonl" 2>"$out/ours.err"
 ours=$?
 tail -n 20 "$out/ours.err"
 if "$PYTHON" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' 2>/dev/null; then
-    timeout -k 5 $((LIMIT + 10)) "$PYTHON" -u bench/torch_gather.py "$n" --seed "$seed" --deadline "$LIMIT" "$@" >"$out/torch.jsonl" 2>"$out/torch.err"
+    timeout -k 5 $((LIMIT + 10)) "$PYTHON" -u bench/torch_gather.py "$n" --seed "$seed" --deadline "$LIMIT" "$@" \
+        >"$out/torch.jsonl" 2>"$out/torch.err"
     theirs=$?
     [ $theirs -eq 0 ] || tail -n 20 "$out/torch.err"
 else
@@ -96,5 +101,6 @@ else
 fi
 
 smi=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1)
-"$PYTHON" bench/gpu_table.py "$out/ours.jsonl" "$out/torch.jsonl" "$n" "$smi" "$command" || cat "$out/ours.jsonl" "$out/torch.jsonl"
+"$PYTHON" bench/gpu_table.py "$out/ours.jsonl" "$out/torch.jsonl" "$n" "$smi" "$command" ||
+    cat "$out/ours.jsonl" "$out/torch.jsonl"
 [ $ours -eq 0 ] && [ $theirs -eq 0 ]

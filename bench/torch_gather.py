@@ -1,18 +1,21 @@
 #!/usr/bin/env python3
-"""The same gathers as bench_gpu.c, with torch.distributed: what a framework does today, and what one would write by hand.
+"""The same gathers as bench_gpu.c, with torch.distributed: what a framework does today, and what one writes by hand.
 
-   torch_gather.py [N] [--layout fsdp|tp2|ep] [--device cuda|cpu] [--seed S] [--only MODEL] [--quick] [--tiny] [--deadline SECONDS]
+   torch_gather.py [N] [--layout fsdp|tp2|ep] [--device cuda|cpu] [--seed S] [--only MODEL] [--quick] [--tiny]
+                   [--deadline SECONDS]
    prints JSON lines. The layouts are those of bench_gpu.c.
 
-   full_tensor  for every parameter, a DTensor of fp32 shards: full_tensor().to(bfloat16), on all ranks; an expert that one rank has alone is
-                broadcast from there
-   flat         all local shards cast into one bf16 buffer by one _foreach_copy_, one all_gather_into_tensor, and one _foreach_copy_ that
-                puts the parts together, in the order of a safetensors file; all views are made once, outside the timing
+   full_tensor  for every parameter, a DTensor of fp32 shards: full_tensor().to(bfloat16), on all ranks; an expert that
+                one rank has alone is broadcast from there
+   flat         all local shards cast into one bf16 buffer by one _foreach_copy_, one all_gather_into_tensor, and one
+                _foreach_copy_ that puts the parts together, in the order of a safetensors file; all views are made
+                once, outside the timing
    flat_views   the same without putting the parts together: a parameter is then in as many parts as there are ranks
 
-Content, order and checksum are defined in bench_gpu.c; both programs compute them, so equal checksums for one seed mean equal bytes.
-Starts its own processes; needs no torchrun. --device cpu (gloo) and --tiny are for trying the program out.
+Content, order and checksum are defined in bench_gpu.c; both programs compute them, so equal checksums for one seed mean
+equal bytes. Starts its own processes; needs no torchrun. --device cpu (gloo) and --tiny are for trying the program out.
 """
+
 import argparse
 import json
 import os
@@ -36,12 +39,14 @@ MODELS = [
 
 
 def make_set(model, tiny):
-    """[(name, shape, dimension split over the ranks, dimension split by tensor parallelism or None, expert or None)] in the order of bench_gpu.c."""
+    """In the order of bench_gpu.c: [(name, shape, dimension split over the ranks, dimension split by tensor parallelism
+    or None, expert or None)]."""
     _, _, layers, hidden, q, kv, mlp, experts, r = model
     out = []
     if not layers:
         for i in range(96):
-            shape = [(1, 1) if i % 8 else (1,), (64 * i + 3, 2 * i + 1), (8 * i + 1, 5 * i + 7), (1001 + 13 * i,)][i % 4]
+            shapes = [(1, 1) if i % 8 else (1,), (64 * i + 3, 2 * i + 1), (8 * i + 1, 5 * i + 7), (1001 + 13 * i,)]
+            shape = shapes[i % 4]
             out.append((f"odd.{i}.weight", shape, 1 if i % 4 == 2 else 0, None, None))
         return out
     if tiny:
@@ -113,10 +118,12 @@ class Layout:
 
     def mesh(self, device):
         from torch.distributed.device_mesh import init_device_mesh
+
         return init_device_mesh(device, (2, self.world // 2) if self.name == "tp2" else (self.world,))
 
     def placements(self, t):
         from torch.distributed.tensor import Replicate, Shard
+
         tp = [Shard(t[3]) if t[3] is not None else Replicate()] if self.name == "tp2" else []
         return tp + [Shard(t[2])]
 
@@ -142,7 +149,7 @@ def content(torch, first, length, seed, device):
 def checksum(torch, image):
     words, total, step = image.view(torch.int16), 0, 1 << 25
     for at in range(0, words.numel(), step):
-        w = (words[at:at + step].to(torch.int64) & 0xFFFF) + 1
+        w = (words[at : at + step].to(torch.int64) & 0xFFFF) + 1
         i = torch.arange(at, at + w.numel(), dtype=torch.int64, device=image.device)
         total += int((w * ((i * GOLDEN) | 1)).sum().item())
     return f"{total & ((1 << 64) - 1):016x}"
@@ -161,6 +168,7 @@ class Gather:
 
     def make_locals(self, mesh):
         from torch.distributed.tensor import DTensor
+
         torch, first, length, views, base, at = self.torch, [], [], [], 0, 0
         for t in self.tensors:
             shape, box = t[1], self.layout.box(t, self.rank)
@@ -180,26 +188,31 @@ class Gather:
             base += numel(shape)
         self.elements = base
         self.params = content(torch, first, length, self.a.seed, self.device)
-        self.locals = [self.params[o:o + n].view(s) for o, n, s in views]
+        self.locals = [self.params[o : o + n].view(s) for o, n, s in views]
         self.parameters = []  # (what this rank has of it, shape, and of a whole expert its rank)
         for t, local in zip(self.tensors, self.locals):
             owner = self.layout.owner(t)
             if owner is None:
                 stride = (t[1][1], 1) if len(t[1]) == 2 else (1,)
-                local = DTensor.from_local(local, mesh, self.layout.placements(t), run_check=False, shape=torch.Size(t[1]), stride=stride)
+                local = DTensor.from_local(
+                    local, mesh, self.layout.placements(t), run_check=False, shape=torch.Size(t[1]), stride=stride
+                )
             self.parameters.append((local, t[1], owner))
 
     def make_flat(self):
-        """Buffers and views. Every rank's part is as long as the longest; rows of the image are in the order of names."""
+        """Buffers and views. Every rank's part is as long as the longest; the image is in the order of names."""
         torch, bf16, layout = self.torch, self.torch.bfloat16, self.layout
-        parts = [[(i, t, layout.box(t, r)) for i, t in enumerate(self.tensors) if not layout.is_copy(t, r)] for r in range(self.world)]
+        parts = [
+            [(i, t, layout.box(t, r)) for i, t in enumerate(self.tensors) if not layout.is_copy(t, r)]
+            for r in range(self.world)
+        ]
         self.part = max(sum(numel([n for _, n in box]) for _, _, box in p) for p in parts)
         self.send = torch.zeros(self.part, dtype=bf16, device=self.device)
         self.receive = torch.zeros(self.part * self.world, dtype=bf16, device=self.device)
         self.image = torch.zeros(self.elements, dtype=bf16, device=self.device)
         at, self.final = 0, {}
         for t in sorted(self.tensors, key=lambda t: t[0]):
-            self.final[t[0]] = self.image[at:at + numel(t[1])].view(t[1])
+            self.final[t[0]] = self.image[at : at + numel(t[1])].view(t[1])
             at += numel(t[1])
         self.send_views, self.send_from, self.from_views, self.to_views = [], [], [], []
         for r in range(self.world):
@@ -210,9 +223,9 @@ class Gather:
                 if n == 0:
                     continue
                 if r == self.rank:
-                    self.send_views.append(self.send[at:at + n].view(local))
+                    self.send_views.append(self.send[at : at + n].view(local))
                     self.send_from.append(self.locals[i])
-                self.from_views.append(self.receive[r * self.part + at:r * self.part + at + n].view(local))
+                self.from_views.append(self.receive[r * self.part + at : r * self.part + at + n].view(local))
                 to = self.final[t[0]]
                 for d, (off, length) in enumerate(box):
                     to = to.narrow(d, off, length)
@@ -242,7 +255,7 @@ class Gather:
             torch._foreach_copy_(self.to_views, self.from_views)
 
     def measure(self, run, most, seconds):
-        """Median milliseconds on rank 0, number of runs, and what the last one returned; all ranks make equally many runs."""
+        """Median milliseconds on rank 0, number of runs (the same on all ranks), and what the last one returned."""
         times, began, out = [], time.perf_counter(), None
         more = self.torch.ones(1, dtype=self.torch.int32, device=self.device)
         while more.item():
@@ -262,13 +275,24 @@ class Gather:
 
     def report(self, model):
         torch, quick = self.torch, self.a.quick
-        r = {"id": model[0], "model": model[1], "ranks": self.world, "seed": self.a.seed, "tensors": len(self.tensors), "bytes": self.elements * 2}
+        r = {
+            "id": model[0],
+            "model": model[1],
+            "ranks": self.world,
+            "seed": self.a.seed,
+            "tensors": len(self.tensors),
+            "bytes": self.elements * 2,
+        }
         self.full_tensors(50)  # a warm-up
-        r["full_tensor_ms"], r["full_tensor_runs"], outs = self.measure(self.full_tensors, 3 if quick else 10, 1 if quick else 3)
+        r["full_tensor_ms"], r["full_tensor_runs"], outs = self.measure(
+            self.full_tensors, 3 if quick else 10, 1 if quick else 3
+        )
         for place, key in ((False, "flat_views"), (True, "flat")):
             self.flat(place)
             self.flat(place)
-            r[key + "_ms"], r[key + "_runs"], _ = self.measure(lambda: self.flat(place), 5 if quick else 30, 1 if quick else 2)
+            r[key + "_ms"], r[key + "_runs"], _ = self.measure(
+                lambda: self.flat(place), 5 if quick else 30, 1 if quick else 2
+            )
         self.image.fill_(float("nan"))
         self.receive.fill_(float("nan"))
         self.flat()
@@ -276,7 +300,7 @@ class Gather:
             other = torch.empty_like(self.image)
             where, at = {}, 0
             for t in sorted(self.tensors, key=lambda t: t[0]):
-                where[t[0]] = other[at:at + numel(t[1])].view(t[1])
+                where[t[0]] = other[at : at + numel(t[1])].view(t[1])
                 at += numel(t[1])
             torch._foreach_copy_([where[t[0]] for t in self.tensors], outs)
             r["equal"] = bool(torch.equal(other.view(torch.int16), self.image.view(torch.int16)))
@@ -290,17 +314,27 @@ def run_rank(a):
     import gc
     import torch
     import torch.distributed as dist
+
     device = torch.device("cuda", a.rank) if a.device == "cuda" else torch.device("cpu")
     if a.device == "cuda":
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    dist.init_process_group("nccl" if a.device == "cuda" else "gloo", init_method=f"tcp://127.0.0.1:{a.port}", rank=a.rank, world_size=a.world,
-                            timeout=datetime.timedelta(seconds=60), **({"device_id": device} if a.device == "cuda" else {}))
+    dist.init_process_group(
+        "nccl" if a.device == "cuda" else "gloo",
+        init_method=f"tcp://127.0.0.1:{a.port}",
+        rank=a.rank,
+        world_size=a.world,
+        timeout=datetime.timedelta(seconds=60),
+        **({"device_id": device} if a.device == "cuda" else {}),
+    )
     mesh = Layout(a.layout, a.world, 0).mesh(a.device)
     if a.rank == 0:
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if a.device == "cuda" else ""
-        print(json.dumps({"info": 1, "torch": torch.__version__, "torch_cuda": torch.version.cuda, "torch_nccl": nccl}), flush=True)
+        print(
+            json.dumps({"info": 1, "torch": torch.__version__, "torch_cuda": torch.version.cuda, "torch_nccl": nccl}),
+            flush=True,
+        )
     for model in MODELS:
         if model[0] != a.only if a.only else a.layout == "ep" and not model[7]:
             continue
@@ -322,8 +356,8 @@ def start(a, script):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    ranks = [subprocess.Popen([sys.executable, script, *sys.argv[1:], "--world", str(a.world), "--rank", str(r), "--port", str(port), "--seed", str(a.seed)])
-             for r in range(a.world)]
+    common = [*sys.argv[1:], "--world", str(a.world), "--port", str(port), "--seed", str(a.seed)]
+    ranks = [subprocess.Popen([sys.executable, script, *common, "--rank", str(r)]) for r in range(a.world)]
     end, code = time.monotonic() + a.deadline, 0
     try:
         while code == 0 and any(p.poll() is None for p in ranks):
@@ -343,7 +377,8 @@ def main():
     p = argparse.ArgumentParser()
     p.add_argument("n", nargs="?", type=int, default=0)
     p.add_argument("--layout", default="fsdp", choices=["fsdp", "tp2", "ep"])
-    p.add_argument("--own-comm", action="store_true")  # this and --bucket are bench_gpu's alone; run_gpu.sh gives both the same arguments
+    # bench_gpu's alone, as --bucket is; run_gpu.sh gives both programs the same arguments
+    p.add_argument("--own-comm", action="store_true")
     p.add_argument("--bucket", type=int, default=0)
     p.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     p.add_argument("--seed", type=lambda s: int(s, 0) & M32, default=int.from_bytes(os.urandom(4), "little"))

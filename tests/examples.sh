@@ -49,13 +49,16 @@ rank 0 published version 2: 2 tensors, 2048 bytes
 rank 0 published version 3: 2 tensors, 2048 bytes
 the engine serves version 3: 2 tensors, every value as trained'
 expect quickstart 0 'every value as trained$' "$E/quickstart"
-if [ "$(cat "$T/out")" = "$quick_lines" ]; then ok quickstart-lines; else bad quickstart-lines "other lines than its comment says"; fi
+if [ "$(cat "$T/out")" = "$quick_lines" ]; then ok quickstart-lines
+else bad quickstart-lines "other lines than its comment says"; fi
 
 # The first C block of the README, alone in a folder with the header, compiled as the README says.
 sed -n '/^```c$/,/^```$/p' README.md | sed '1d;/^```$/,$d' >"$T/quick.c"
-cp lorasync.h "$T/" && (cd "$T" && $CC $STD -Wall -Wextra -Werror -o quick quick.c $LIBS) >"$T/out" 2>&1 && ok readme-compiles || bad readme-compiles "$CC fails"
+cp lorasync.h "$T/" && (cd "$T" && $CC $STD -Wall -Wextra -Werror -o quick quick.c $LIBS) >"$T/out" 2>&1 &&
+    ok readme-compiles || bad readme-compiles "$CC fails"
 expect readme-runs 0 "^$(sed -n 's/^    cc .*# prints: //p' README.md)\$" sh -c "cd '$T' && ./quick"
-expect readme-runs-again 1 'is version 3, which is newer than 1; go on with a greater version' sh -c "cd '$T' && ./quick"
+expect readme-runs-again 1 'is version 3, which is newer than 1; go on with a greater version' \
+    sh -c "cd '$T' && ./quick"
 expect readme-published 0 'q_proj$' "$E/inspect" "$T/adapters/default/latest"
 
 # ---- transports of one's own: what they print is what their first comment says
@@ -66,13 +69,16 @@ for p in transport_minimal transport_full; do
     TMPDIR=$T timeout 60 "$E/$p" >"$T/out" 2>&1
     status=$?
     if [ $status -ne 0 ]; then bad "$p" "exit status $status"
-    elif [ ! -s "$T/$p.expected" ] || ! cmp -s "$T/out" "$T/$p.expected"; then bad "$p" "other lines than its comment says"
+    elif [ ! -s "$T/$p.expected" ] || ! cmp -s "$T/out" "$T/$p.expected"; then
+        bad "$p" "other lines than its comment says"
     else ok "$p"
     fi
     cp "$T/out" "$T/$p.out"
-    if ls -d "$T"/lorasync-* >/dev/null 2>&1; then bad "$p-cleans-up" "its folder is still there"; else ok "$p-cleans-up"; fi
+    if ls -d "$T"/lorasync-* >/dev/null 2>&1; then bad "$p-cleans-up" "its folder is still there"
+    else ok "$p-cleans-up"; fi
 done
-# What changed was sent alone, in fewer bytes; and the full image when the engine had nothing, something else, or when all had changed.
+# What changed was sent alone, in fewer bytes; and the full image when the engine had nothing, something else, or when
+# all had changed.
 says() # NAME COUNT PATTERN
 {
     if [ "$(grep -c -e "$3" "$T/transport_full.out")" -eq "$2" ]; then ok "$1"; else bad "$1" "not $2 lines of: $3"; fi
@@ -82,7 +88,8 @@ says transport_full-refuses-deltas 2 '^server: cannot load policy-v[46] from a d
 says transport_full-falls-back 2 '^version [46]: full image of .*, a delta of [0-9]* was refused'
 says transport_full-all-changed 1 '^version 5: full image of [0-9]* bytes, requests'
 if sed -n 's/^version [23]: delta of \([0-9]*\) bytes instead of \([0-9]*\),.*/\1 \2/p' "$T/transport_full.out" |
-    awk '{ n += 1; small += $1 > 0 && 4 * $1 <= 3 * $2 } END { exit !(n == 2 && small == 2) }'; then ok transport_full-fewer-bytes
+    awk '{ n += 1; small += $1 > 0 && 4 * $1 <= 3 * $2 } END { exit !(n == 2 && small == 2) }'; then
+    ok transport_full-fewer-bytes
 else bad transport_full-fewer-bytes "a delta is over 3/4 of the full image"; fi
 
 expect transport_minimal-file 0 'read back and verified$' "$E/transport_minimal" "$T/mine.safetensors"
@@ -95,7 +102,9 @@ expect transport_full-nobody 1 'go to policy-v0$' "$E/transport_full" 127.0.0.1 
 for layout in fsdp2 tp tp+fsdp hsdp zero3 fsdp1 megatron mixed; do
     for ranks in 1 3 4; do
         case $layout/$ranks in
-        tp+fsdp/3 | hsdp/3) expect "demo-$layout-$ranks" 2 'give an even number' "$E/demo" --model tiny --steps 2 --layout $layout --ranks $ranks ;;
+        tp+fsdp/3 | hsdp/3)
+            expect "demo-$layout-$ranks" 2 'give an even number' \
+                "$E/demo" --model tiny --steps 2 --layout $layout --ranks $ranks ;;
         *) expect "demo-$layout-$ranks" 0 '^demo: 42 tensors, 110592 bytes, verified 2/2 versions$' \
                "$E/demo" --model tiny --steps 2 --layout $layout --ranks $ranks
            [ $ranks -ne 4 ] || expect "demo-$layout-$ranks-messages" 0 'verified 2/2 versions$' \
@@ -107,7 +116,8 @@ expect demo-tp-does-not-divide 2 'does not divide' "$E/demo" --model tiny --layo
 expect demo-megatron-does-not-divide 2 'does not divide' "$E/demo" --model tiny --layout megatron --rank 9 --ranks 4
 expect demo-more-ranks-than-rows 0 'verified 2/2 versions$' "$E/demo" --model tiny --rank 2 --steps 2 --ranks 7
 for wire in f32 f16 bf16 e4m3; do
-    expect "demo-$wire" 0 'verified 2/2 versions$' "$E/demo" --model tiny --steps 2 --wire $wire --layout mixed --ranks 5
+    expect "demo-$wire" 0 'verified 2/2 versions$' \
+        "$E/demo" --model tiny --steps 2 --wire $wire --layout mixed --ranks 5
 done
 expect demo-default-model 0 '^demo: 392 tensors, 40370176 bytes, verified 2/2 versions$' "$E/demo" --steps 2
 expect demo-help 0 'do not fit$' "$E/demo" --help
@@ -116,11 +126,13 @@ expect demo-unknown-layout 2 'give one of fsdp2' "$E/demo" --layout nonsense
 
 # a process that dies ends all of them, with a message
 for who in 0 2 engine; do
-    expect "demo-kill-$who" 1 'verified 1/3 versions$' timeout 60 "$E/demo" --model tiny --steps 3 --kill $who --timeout 20
+    expect "demo-kill-$who" 1 'verified 1/3 versions$' \
+        timeout 60 "$E/demo" --model tiny --steps 3 --kill $who --timeout 20
     grep -q 'killed by signal 9' "$T/out" && ok "demo-kill-$who-says-so" || bad "demo-kill-$who-says-so" "no message"
 done
 TMPDIR=$T "$E/demo" --model tiny --steps 2 --out "$T/left" >"$T/out" 2>&1
-if ls -d "$T"/lorasync-demo-* >/dev/null 2>&1; then bad demo-cleans-up "its folder is still there"; else ok demo-cleans-up; fi
+if ls -d "$T"/lorasync-demo-* >/dev/null 2>&1; then bad demo-cleans-up "its folder is still there"
+else ok demo-cleans-up; fi
 expect demo-out 0 'q_proj, up_proj, v_proj$' "$E/inspect" "$T/left"
 expect demo-again 0 'verified 2/2 versions$' "$E/demo" --adapter "$T/left" --steps 2 --layout mixed --ranks 3
 grep -q 'byte-identical' "$T/out" && ok demo-again-identical || bad demo-again-identical "not said to be byte-identical"
@@ -139,30 +151,36 @@ expect inspect-help 0 'exit status' "$E/inspect" --help
 expect inspect-closed-stdout 1 'cannot write' sh -c "'$E/inspect' '$T/left' >&-"
 # a damaged file: one byte of the payload changed
 cp -r "$T/left" "$T/damaged"
-printf 'X' | dd of="$T/damaged/adapter_model.safetensors" bs=1 seek="$(($(wc -c <"$T/damaged/adapter_model.safetensors") - 9))" conv=notrunc 2>/dev/null
+damaged=$T/damaged/adapter_model.safetensors
+printf 'X' | dd of="$damaged" bs=1 seek="$(($(wc -c <"$damaged") - 9))" conv=notrunc 2>/dev/null
 expect inspect-damaged 1 'digest' "$E/inspect" "$T/damaged"
 
 # a delta against version 6 in which nothing changed: shown for what it is, and no adapter
 delta_file() # DIGEST
 {
-    text='{"__metadata__":{"format":"pt","lorasync.adapter":"policy","lorasync.base_digest":"00000000000000aa","lorasync.base_version":"6",'
+    text='{"__metadata__":{"format":"pt","lorasync.adapter":"policy","lorasync.base_digest":"00000000000000aa",'
+    text=$text'"lorasync.base_version":"6",'
     text=$text'"lorasync.digest":"'$1'","lorasync.full_digest":"00000000000000aa","lorasync.version":"7"}}'
     printf "\\$(printf %o ${#text})"'\0\0\0\0\0\0\0%s' "$text"
 }
 mkdir "$T/delta"
 delta_file 0000000000000000 >"$T/delta/adapter_model.safetensors"
 expect inspect-delta 0 'verified$' "$E/inspect" "$T/delta"
-grep -q 'a delta, no adapter: against version 6 with digest 00000000000000aa' "$T/out" && ok inspect-delta-says-so || bad inspect-delta-says-so "no such line"
+grep -q 'a delta, no adapter: against version 6 with digest 00000000000000aa' "$T/out" && ok inspect-delta-says-so ||
+    bad inspect-delta-says-so "no such line"
 expect inspect-delta-file 0 'verified$' "$E/inspect" "$T/delta/adapter_model.safetensors"
 expect inspect-delta-json 0 ']' "$E/inspect" --json "$T/delta"
-grep -q '"delta": {"base_version": 6,' "$T/out" && ok inspect-delta-json-says-so || bad inspect-delta-json-says-so "no such member"
+grep -q '"delta": {"base_version": 6,' "$T/out" && ok inspect-delta-json-says-so ||
+    bad inspect-delta-json-says-so "no such member"
 delta_file 0000000000000001 >"$T/damaged-delta.safetensors"
 expect inspect-damaged-delta 1 'digest' "$E/inspect" "$T/damaged-delta.safetensors"
 expect demo-delta 2 'delta against version 6' "$E/demo" --adapter "$T/delta"
 
 json_ok() # FILE NUMBER: an array of that many objects
 {
-    "$PYTHON" -c 'import json, sys; d = json.load(open(sys.argv[1])); assert len(d) == int(sys.argv[2]) and all("path" in x for x in d)' "$1" "$2" >"$T/out" 2>&1
+    "$PYTHON" -c 'import json, sys
+d = json.load(open(sys.argv[1]))
+assert len(d) == int(sys.argv[2]) and all("path" in x for x in d)' "$1" "$2" >"$T/out" 2>&1
 }
 if "$PYTHON" -c '' 2>/dev/null; then
     "$E/inspect" --json "$T/left" "$T/garbage.safetensors" "$T/damaged" >"$T/json" 2>/dev/null
@@ -186,12 +204,14 @@ else
         case $name in
         mlx* | not-lora*) expect "demo-$name" 2 'peft_type' "$E/demo" --adapter "$a" ;;
         *) expect "demo-$name" 0 'verified 2/2 versions$' "$E/demo" --adapter "$a" --steps 2 --layout mixed --ranks 4
-           grep -q 'byte-identical' "$T/out" && ok "demo-$name-identical" || bad "demo-$name-identical" "not said to be byte-identical" ;;
+           grep -q 'byte-identical' "$T/out" && ok "demo-$name-identical" ||
+               bad "demo-$name-identical" "not said to be byte-identical" ;;
         esac
     done
     if "$PYTHON" -c '' 2>/dev/null; then
         set -- "$data"/*/
-        "$E/inspect" --json "$@" >"$T/json" && json_ok "$T/json" $# && ok inspect-json-all || bad inspect-json-all "is no JSON of $# objects"
+        "$E/inspect" --json "$@" >"$T/json" && json_ok "$T/json" $# && ok inspect-json-all ||
+            bad inspect-json-all "is no JSON of $# objects"
     fi
 fi
 

@@ -1,4 +1,6 @@
-"""Builds examples/mpi_comm.c with $MPICC (mpicc) and runs it with $MPIRUN (mpirun) on 1, 2, 4 and 5 ranks. Exits with 77 (skipped) without MPI."""
+"""Builds examples/mpi_comm.c with $MPICC (mpicc) and runs it with $MPIRUN (mpirun) on 1, 2, 4 and 5 ranks. Exits with
+77 (skipped) without MPI."""
+
 import os
 import shlex
 import subprocess
@@ -13,7 +15,9 @@ MPIRUN = shlex.split(os.environ.get("MPIRUN") or "mpirun")
 def attempt(command):
     """Exit status and output; 127 when there is no such program."""
     try:
-        p = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=120, text=True)
+        p = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=120, text=True
+        )
         return p.returncode, p.stdout
     except (OSError, subprocess.TimeoutExpired) as e:
         return 127, str(e)
@@ -25,7 +29,7 @@ def skip(why):
 
 
 def run_options(program):
-    """Options with which this machine starts more ranks than cores; Open MPI wants to be told, others do not know the words."""
+    """Options with which this machine starts more ranks than cores: Open MPI needs them, others do not know them."""
     for options in (["--oversubscribe", "--allow-run-as-root"], ["--oversubscribe"], []):
         if attempt(MPIRUN + options + ["-n", "2", program])[0] == 0:
             return options
@@ -45,15 +49,20 @@ def main():
         # the last time messages are cut into parts of 1000 bytes
         for flags, words in (([], []), ([], ["--no-direct"]), (["-DMPI_PART=1000"], ["--no-direct"])):
             program = os.path.join(directory, "mpi_comm")
-            status, text = attempt(MPICC + ["-std=gnu99", "-O1", "-Wall", "-Wextra", "-Werror", "-I", ROOT] + flags +
-                                   ["-o", program, os.path.join(ROOT, "examples", "mpi_comm.c"), "-lm", "-lpthread", "-lrt"])
+            status, text = attempt(
+                MPICC
+                + ["-std=gnu99", "-O1", "-Wall", "-Wextra", "-Werror", "-I", ROOT]
+                + flags
+                + ["-o", program, os.path.join(ROOT, "examples", "mpi_comm.c"), "-lm", "-lpthread", "-lrt"]
+            )
             if status != 0:
                 sys.exit(f"FAIL interop_mpi: does not compile:\n{text}")
             for ranks in (1, 2, 4, 5):
                 status, text = attempt(MPIRUN + options + ["-n", str(ranks), program] + words)
                 expected = f"mpi_comm: {ranks} ranks, 8 tensors, 98304 bytes, 3 versions, every byte right"
                 if status != 0 or expected not in text.splitlines():
-                    sys.exit(f"FAIL interop_mpi: {ranks} ranks {flags + words}: status {status}, expected {expected!r}:\n{text}")
+                    what = f"{ranks} ranks {flags + words}: status {status}, expected {expected!r}"
+                    sys.exit(f"FAIL interop_mpi: {what}:\n{text}")
                 print(f"ok {ranks} ranks {' '.join(flags + words)}")
 
 

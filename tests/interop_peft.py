@@ -1,10 +1,11 @@
-"""Loads what examples/demo published with safetensors, and with PEFT where that is installed, and compares every element.
+"""Loads what examples/demo published with safetensors, with PEFT where that is installed, and compares every element.
 
 usage: interop_peft.py [DEMO]      the compiled examples/demo.c; default: $LORASYNC_BUILD/examples/demo
 
-The values are computed here once more, from the definition in demo.c (made_up), rounded by numpy or torch. Without safetensors and numpy
-it exits with 77 (skipped); without torch, transformers and peft only the files are checked.
+The values are computed here once more, from the definition in demo.c (made_up), rounded by numpy or torch. Without
+safetensors and numpy it exits with 77 (skipped); without torch, transformers and peft only the files are checked.
 """
+
 import json
 import os
 import subprocess
@@ -30,7 +31,11 @@ except ImportError as e:
     print(f"without PEFT: {e}")
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DEMO = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.environ.get("LORASYNC_BUILD", os.path.join(ROOT, "build")), "examples", "demo")
+DEMO = (
+    sys.argv[1]
+    if len(sys.argv) > 1
+    else os.path.join(os.environ.get("LORASYNC_BUILD", os.path.join(ROOT, "build")), "examples", "demo")
+)
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTER, RANK = 3, 96, 12, 6, 8, 192, 12  # the model "tiny"
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 STEPS = 2
@@ -40,9 +45,15 @@ def tensors():
     """Key and shape of every tensor, in demo.c's order."""
     q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
     for layer in range(LAYERS):
-        for name, out, width in (("self_attn.q_proj", q, HIDDEN), ("self_attn.k_proj", kv, HIDDEN), ("self_attn.v_proj", kv, HIDDEN),
-                                 ("self_attn.o_proj", HIDDEN, q), ("mlp.gate_proj", INTER, HIDDEN), ("mlp.up_proj", INTER, HIDDEN),
-                                 ("mlp.down_proj", HIDDEN, INTER)):
+        for name, out, width in (
+            ("self_attn.q_proj", q, HIDDEN),
+            ("self_attn.k_proj", kv, HIDDEN),
+            ("self_attn.v_proj", kv, HIDDEN),
+            ("self_attn.o_proj", HIDDEN, q),
+            ("mlp.gate_proj", INTER, HIDDEN),
+            ("mlp.up_proj", INTER, HIDDEN),
+            ("mlp.down_proj", HIDDEN, INTER),
+        ):
             key = f"base_model.model.model.layers.{layer}.{name}"
             yield key + ".lora_A.weight", (RANK, width)
             yield key + ".lora_B.weight", (out, RANK)
@@ -96,8 +107,17 @@ def check_config(directory):
     """What PEFT's LoraConfig, vLLM and SGLang read."""
     with open(os.path.join(directory, "adapter_config.json")) as f:
         c = json.load(f)
-    for key, value in (("peft_type", "LORA"), ("r", RANK), ("lora_alpha", 2 * RANK), ("bias", "none"), ("inference_mode", True),
-                       ("base_model_name_or_path", "tiny"), ("rank_pattern", {}), ("alpha_pattern", {}), ("modules_to_save", None)):
+    for key, value in (
+        ("peft_type", "LORA"),
+        ("r", RANK),
+        ("lora_alpha", 2 * RANK),
+        ("bias", "none"),
+        ("inference_mode", True),
+        ("base_model_name_or_path", "tiny"),
+        ("rank_pattern", {}),
+        ("alpha_pattern", {}),
+        ("modules_to_save", None),
+    ):
         check(key in c and c[key] == value, f"config: {key} is {c.get(key)!r}, expected {value!r}")
     check(sorted(c["target_modules"]) == TARGETS, f"config: target_modules {c['target_modules']}")
     check(not c.get("use_dora") and not c.get("use_rslora"), "config: use_dora or use_rslora")
@@ -108,8 +128,17 @@ def check_peft(directory):
     check(config.peft_type == "LORA" and config.r == RANK and config.lora_alpha == 2 * RANK, f"PEFT reads {config}")
     check(sorted(config.target_modules) == TARGETS, f"PEFT reads target_modules {config.target_modules}")
     weights = load_peft_weights(directory, device="cpu")
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=HIDDEN, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
-                                         intermediate_size=INTER, num_hidden_layers=LAYERS, vocab_size=64))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=HIDDEN,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            intermediate_size=INTER,
+            num_hidden_layers=LAYERS,
+            vocab_size=64,
+        )
+    )
     tokens = torch.arange(16).reshape(1, 16)
     with torch.no_grad():
         before = model(tokens).logits
@@ -128,12 +157,17 @@ def main():
     if not os.path.exists(DEMO):
         print(f"skip interop_peft: {DEMO} is not built")
         sys.exit(77)
-    runs = [("fsdp2", 4, "bf16", "BF16"), ("mixed", 5, "f32", "F32"), ("tp+fsdp", 4, "f16", "F16"), ("zero3", 3, "e4m3", "F8_E4M3")]
+    runs = [
+        ("fsdp2", 4, "bf16", "BF16"),
+        ("mixed", 5, "f32", "F32"),
+        ("tp+fsdp", 4, "f16", "F16"),
+        ("zero3", 3, "e4m3", "F8_E4M3"),
+    ]
     for layout, ranks, wire, dtype in runs:
         with tempfile.TemporaryDirectory() as directory:
             out = os.path.join(directory, "adapter")
-            subprocess.run([DEMO, "--model", "tiny", "--steps", str(STEPS), "--layout", layout, "--ranks", str(ranks), "--wire", wire, "--out", out],
-                           check=True, stdout=subprocess.DEVNULL)
+            command = [DEMO, "--model", "tiny", "--steps", str(STEPS), "--layout", layout, "--ranks", str(ranks)]
+            subprocess.run(command + ["--wire", wire, "--out", out], check=True, stdout=subprocess.DEVNULL)
             check_file(out, dtype)
             check_config(out)
             if torch and wire != "e4m3":

@@ -4,6 +4,7 @@ usage: interop_safetensors.py [IMAGE_TOOL]     the compiled tests/image_tool.c; 
 
 Exits with 77 (skipped) where Python's safetensors or numpy is missing.
 """
+
 import os
 import random
 import subprocess
@@ -19,8 +20,8 @@ except ImportError as e:
     sys.exit(77)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-NAMES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16", "int32": "I32", "uint32": "U32",
-         "float32": "F32", "float64": "F64", "int64": "I64", "uint64": "U64"}
+NAMES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16"}
+NAMES.update({"int32": "I32", "uint32": "U32", "float32": "F32", "float64": "F64", "int64": "I64", "uint64": "U64"})
 MASK = (1 << 64) - 1
 STEP = 0x9E3779B97F4A7C15
 
@@ -38,22 +39,29 @@ KEYS = [mix((i + 1) * STEP) >> 32 | 1 for i in range(64)]
 def digest(b):
     """lorasync_digest by its definition."""
     b += bytes(-len(b) % 4)
-    words = (int.from_bytes(b[i:i + 4], "little") for i in range(0, len(b), 4))
+    words = (int.from_bytes(b[i : i + 4], "little") for i in range(0, len(b), 4))
     return sum(KEYS[i % 64] * w * (mix(i // 64 + STEP) | 1) for i, w in enumerate(words)) & MASK
 
 
 def listing(tensors):
     """What image_tool prints for these tensors, as a set of lines."""
-    return {f"{digest(t.tobytes()):016x} {NAMES[t.dtype.name]} [{','.join(map(str, t.shape))}] {name}" for name, t in tensors.items()}
+    return {
+        f"{digest(t.tobytes()):016x} {NAMES[t.dtype.name]} [{','.join(map(str, t.shape))}] {name}"
+        for name, t in tensors.items()
+    }
 
 
 def random_tensors(rng):
     out = {}
     for _ in range(rng.randrange(30)):
-        name = f"layers.{rng.randrange(1000)}." + rng.choice(["lora_A.weight", "lora_B.weight", 'quo"te', "back\\slash", "\u00e9\u4e2d\U0001f600", "sp ace/"])
+        name = f"layers.{rng.randrange(1000)}." + rng.choice(
+            ["lora_A.weight", "lora_B.weight", 'quo"te', "back\\slash", "\u00e9\u4e2d\U0001f600", "sp ace/"]
+        )
         shape = [rng.randrange(6) for _ in range(rng.randrange(5))]
         dtype = rng.choice(list(NAMES))
-        values = numpy.array([rng.randrange(2 if dtype == "bool" else 128) for _ in range(int(numpy.prod(shape, dtype=int)))])
+        values = numpy.array(
+            [rng.randrange(2 if dtype == "bool" else 128) for _ in range(int(numpy.prod(shape, dtype=int)))]
+        )
         out[name] = values.astype(dtype).reshape(shape)
     return out
 

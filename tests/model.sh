@@ -1,6 +1,7 @@
 #!/bin/sh
-# Checks tests/shm.pml, the model of the shared-memory transport's slot protocol, with spin: every reachable state of it, and that the model
-# finds what is broken on purpose. About half a minute and 2 GB. Ends with "model: N passed, N failed, N skipped"; 77 without spin.
+# Checks tests/shm.pml, the model of the shared-memory transport's slot protocol, with spin: every reachable state of
+# it, and that the model finds what is broken on purpose. About half a minute and 2 GB. Ends with "model: N passed, N
+# failed, N skipped"; 77 without spin.
 
 CC=${CC:-cc}
 T=${BUILD:-build}/model
@@ -18,7 +19,8 @@ explore() # FLAGS...
 {
     rm -rf "$T" && mkdir -p "$T" || exit 2
     errors=
-    (cd "$T" && spin -a "$@" "$here/shm.pml" && $CC -O2 -w -DSAFETY -DCOLLAPSE -DMEMLIM=4000 -o pan pan.c && ./pan -m100000) >"$T.log" 2>&1
+    (cd "$T" && spin -a "$@" "$here/shm.pml" && $CC -O2 -w -DSAFETY -DCOLLAPSE -DMEMLIM=4000 -o pan pan.c &&
+        ./pan -m100000) >"$T.log" 2>&1
     grep -qE 'too small|Interrupted|out of memory|not enough memory' "$T.log" && return
     errors=$(sed -n 's/.*, errors: \([0-9]*\)$/\1/p' "$T.log")
 }
