@@ -8797,7 +8797,7 @@ typedef struct lorasynci_flat_user {
     lorasynci_parts      *parts;
     const lorasync_piece *piece;
     uint32_t              tensor;
-    size_t                item;
+    size_t                element_bytes;
 } lorasynci_flat_user;
 
 /* A box of a flat piece lies in memory as in the whole tensor: same strides, first element at its place in the
@@ -8807,8 +8807,8 @@ LORASYNCI_FN lorasync_status lorasynci_flat_part_add(void *user, const int64_t *
     lorasynci_flat_user *u = (lorasynci_flat_user *)user;
     int64_t              stride[LORASYNC_MAX_DIMS];
     lorasynci_row_major(u->piece->shape, u->piece->ndim, stride);
-    lorasynci_parts_add(u->parts, u->tensor, (char *)u->piece->data + (size_t)before * u->item, (float)u->piece->scale,
-                        off, len, stride, u->piece->ndim);
+    lorasynci_parts_add(u->parts, u->tensor, (char *)u->piece->data + (size_t)before * u->element_bytes,
+                        (float)u->piece->scale, off, len, stride, u->piece->ndim);
     return LORASYNC_OK;
 }
 
@@ -8906,10 +8906,10 @@ LORASYNCI_FN lorasync_status lorasynci_describe_boxes(const lorasync_piece *p, u
     if (q.scale == 0) q.scale = 1;
     if (q.box.flat) {
         lorasynci_flat_user u;
-        u.parts  = parts;
-        u.piece  = &q;
-        u.tensor = tensor;
-        u.item   = (size_t)lorasync_dtype_bits(q.dtype) / 8;
+        u.parts         = parts;
+        u.piece         = &q;
+        u.tensor        = tensor;
+        u.element_bytes = (size_t)lorasync_dtype_bits(q.dtype) / 8;
         LORASYNCI_TRY(lorasynci_flat_boxes(q.shape, q.ndim, q.box.off[0], q.box.len[0], lorasynci_flat_part_add, &u));
     } else if (lorasynci_box_numel(q.box.len, q.ndim) > 0) {
         int64_t contiguous[LORASYNC_MAX_DIMS];
@@ -9033,7 +9033,7 @@ typedef struct lorasynci_end {
     int64_t         stride[LORASYNC_MAX_DIMS];
 } lorasynci_end;
 
-LORASYNCI_FN int64_t lorasynci_item(lorasync_dtype dtype) { return lorasync_dtype_bits(dtype) / 8; }
+LORASYNCI_FN int64_t lorasynci_element_bytes(lorasync_dtype dtype) { return lorasync_dtype_bits(dtype) / 8; }
 
 /* Elements from `base` (NULL: the origin) to `off` under these strides. */
 LORASYNCI_FN int64_t lorasynci_distance(const int64_t *off, const int64_t *base, const int64_t *stride, int ndim)
@@ -9046,20 +9046,19 @@ LORASYNCI_FN int64_t lorasynci_distance(const int64_t *off, const int64_t *base,
 
 LORASYNCI_FN uint64_t lorasynci_end_at(const lorasynci_end *e, const int64_t *off, int ndim)
 {
-    return e->at + (uint64_t)(lorasynci_distance(off, e->off, e->stride, ndim) * lorasynci_item(e->dtype));
+    return e->at + (uint64_t)(lorasynci_distance(off, e->off, e->stride, ndim) * lorasynci_element_bytes(e->dtype));
 }
 
 /* -- the plan */
 
-/* The bytes between this rank and one peer, one way: a stream cut into rounds; the sender's digests follow the last
-   one.
+/* The bytes between this rank and one peer, one way, cut into rounds; the sender's digests follow the last one.
 
-       stream   | round 0 ........ | round 1 ..... | round 2 .. | digests |
+       link     | round 0 ........ | round 1 ..... | round 2 .. | digests |
        ends         e0              e1           e2                  the next round begins at the next multiple of 16 */
 typedef struct lorasynci_link {
     lorasynci_buffer ends;  /* uint64_t per round */
     uint64_t         base;  /* where it begins in staging */
-    int              whole; /* sending: the stream lies in staging as it is: the snapshot */
+    int              whole; /* sending: all of it lies in staging at once: the snapshot */
     uint64_t  half; /* else: odd rounds lie this much further, so that one is packed or placed while the other travels;
                       0: all lie at base */
     uint32_t *digests; /* receiving: the image tensor of each */
@@ -9091,14 +9090,14 @@ struct lorasync_plan {
     lorasynci_catalogue   catalogue;                    /* this rank's tensors */
     lorasynci_ops         pack;                         /* out of the caller's memory (or the image) */
     lorasynci_ops         place;                        /* out of receive staging, rounds in order */
-    lorasynci_link       *sends, *receives;             /* world each; a gather-all sends one stream to all: sends[0] */
+    lorasynci_link       *sends, *receives;             /* world each; a gather-all has one link to all: sends[0] */
     char                 *memory[LORASYNCI_NUM_SPACES]; /* base of each space; LORASYNCI_MEMORY stays NULL */
     size_t                staging_bytes[LORASYNCI_NUM_SPACES];
     uint32_t              num_rounds;
-    uint64_t             *sums;  /* digest of each catalogue tensor, as far as this rank packs it */
-    uint32_t             *index; /* per catalogue tensor: its place in the image of a gather */
-    uint32_t             *slots; /* catalogue tensors whose sums are sent, in stream order */
-    size_t                num_slots;
+    uint64_t             *sums;      /* digest of each catalogue tensor, as far as this rank packs it */
+    uint32_t             *index;     /* per catalogue tensor: its place in the image of a gather */
+    uint32_t             *sent_sums; /* catalogue tensors whose sums are sent, in the order of the link */
+    size_t                num_sent_sums;
     /* the image of a gather */
     lorasync_image *image;
     char     *image_memory; /* made here, | header | payload |; on a GPU the payload in device memory. Direct: NULL
@@ -9110,7 +9109,7 @@ struct lorasync_plan {
        rank 1 | .. Sums are num_image_tensors for each rank; twice, since in runs that are captured a rank may write
        while another still reads the last.
        A reshard has instead of header, payload and sums:  | slot of rank 0 | slot of rank 1 | ..
-       (lorasynci_mesh_slot)             */
+       (lorasynci_mesh_entry)             */
     lorasynci_window      shared;
     uint64_t             *shared_sums;
     size_t                num_image_tensors;
@@ -9161,20 +9160,20 @@ LORASYNCI_FN int lorasynci_is_meshed(const lorasync_plan *plan)
 
 /* In the mapping of a meshed plan: | receive staging of that rank | where in it each rank's bytes begin: uint64_t each
    | to 64 */
-LORASYNCI_FN size_t lorasynci_mesh_slot_bytes(int world)
+LORASYNCI_FN size_t lorasynci_mesh_entry_bytes(int world)
 {
     return (sizeof(lorasynci_device_offer) + (size_t)world * sizeof(uint64_t) + 63) / 64 * 64;
 }
 
-LORASYNCI_FN lorasynci_device_offer *lorasynci_mesh_slot(const lorasync_plan *plan, int rank)
+LORASYNCI_FN lorasynci_device_offer *lorasynci_mesh_entry(const lorasync_plan *plan, int rank)
 {
     return (lorasynci_device_offer *)(void *)(plan->shared.address +
-                                              (size_t)rank * lorasynci_mesh_slot_bytes(plan->talk->comm.world));
+                                              (size_t)rank * lorasynci_mesh_entry_bytes(plan->talk->comm.world));
 }
 
 LORASYNCI_FN uint64_t *lorasynci_mesh_starts(const lorasync_plan *plan, int rank)
 {
-    return (uint64_t *)(void *)(lorasynci_mesh_slot(plan, rank) + 1);
+    return (uint64_t *)(void *)(lorasynci_mesh_entry(plan, rank) + 1);
 }
 
 /* Whether the rounds of a run overlap: while one travels, the one before is placed and the one behind packed. */
@@ -9190,7 +9189,7 @@ typedef struct lorasynci_region {
     const int64_t *box;    /* off, then len; inside the rank's message */
     uint32_t       tensor; /* number in that rank's catalogue */
     uint32_t       rank;
-    uint32_t       item; /* number of the part on that rank */
+    uint32_t       part; /* its number on that rank */
 } lorasynci_region;
 
 /* Regions grouped by tensor: those of tensor t are list[starts[t]] .. list[starts[t + 1] - 1], sorted by box, then
@@ -9201,18 +9200,18 @@ typedef struct lorasynci_regions {
     size_t            num;
 } lorasynci_regions;
 
-/* The stream from one rank to another while it is laid out. */
-typedef struct lorasynci_stream {
+/* The link from one rank to another, while the planner lays it out. */
+typedef struct lorasynci_link_layout {
     uint64_t at, round_start;
     uint32_t round;
-} lorasynci_stream;
+} lorasynci_link_layout;
 
-/* What a rank learns about one of its routes. For a route to itself peer is its own rank, and `at` the item at the
-   other end. */
+/* What a rank learns about one of its routes. For a route to itself peer is its own rank, and `at` the part (or
+   image tensor) at the other end. */
 typedef struct lorasynci_route {
-    uint32_t item; /* its part, or image tensor */
+    uint32_t part; /* its part, or image tensor */
     uint32_t peer;
-    uint64_t at; /* in the stream */
+    uint64_t at; /* in the link */
     uint32_t round;
     uint16_t boxed;   /* 1: off and len (ndim each) follow; 0: the whole part */
     uint16_t digests; /* 1: what is sent this way is digested and checked for NaN */
@@ -9225,8 +9224,8 @@ typedef struct lorasynci_summand {
 
 /* The planner's answer to one rank, in two messages.
 
-       | head |   and   | sends: routes | receives: routes | targets: one per catalogue tensor | its digests: a list |
-                        digests that it receives: a list from each rank, if it has the image |
+       | head |   and   | sends: routes | receives: routes | destinations: one per catalogue tensor |
+                        its digests: a list | digests that it receives: a list from each rank, if it has the image |
 
    A list is its length, u64, then u32 each, to 8. */
 typedef struct lorasynci_destination {
@@ -9236,7 +9235,7 @@ typedef struct lorasynci_destination {
 } lorasynci_destination;
 
 typedef struct lorasynci_answer {
-    uint64_t sends_bytes, receives_bytes, num_targets, digests_bytes;
+    uint64_t sends_bytes, receives_bytes, num_destinations, digests_bytes;
     uint64_t num_rounds;
 } lorasynci_answer;
 
@@ -9264,9 +9263,9 @@ typedef struct lorasynci_planner {
     lorasynci_regions         held, wanted;
     uint32_t                 *image_index;  /* per merged tensor: its place in the image */
     uint32_t                 *merged_index; /* the inverse */
-    lorasynci_stream         *streams;
+    lorasynci_link_layout    *layouts;
     uint64_t                 *load;      /* per rank: bytes it sends */
-    uint64_t                  pair_cap;  /* bytes of one stream in one round */
+    uint64_t                  pair_cap;  /* bytes of one link in one round */
     uint64_t                  first_cap; /* the same of round 0; each further round may have twice as much, until
                                             pair_cap */
     uint32_t                  num_rounds;
@@ -9431,7 +9430,7 @@ LORASYNCI_FN lorasync_status lorasynci_scan_parts(lorasynci_planner *p, int want
         lorasynci_region region;
         memset(&region, 0, sizeof region);
         region.rank = (uint32_t)rank;
-        for (; from.at < from.end; region.item++) {
+        for (; from.at < from.end; region.part++) {
             const lorasynci_record *r = lorasynci_read_part(p, &from, &region);
             uint32_t                merged;
             if (!r) return lorasynci_damaged_parts(rank, err);
@@ -9659,9 +9658,9 @@ LORASYNCI_FN uint64_t lorasynci_round_cap(const lorasynci_planner *p, uint32_t r
     return round < 32 && p->first_cap < p->pair_cap >> round ? p->first_cap << round : p->pair_cap;
 }
 
-/* Where the next box of a stream goes, and in which round. */
-LORASYNCI_FN lorasync_status lorasynci_stream_put(lorasynci_planner *p, lorasynci_stream *s, uint64_t num_bytes,
-                                                  uint64_t *at, lorasync_error *err)
+/* Where the next box of a link goes, and in which round. */
+LORASYNCI_FN lorasync_status lorasynci_link_layout_add(lorasynci_planner *p, lorasynci_link_layout *s,
+                                                       uint64_t num_bytes, uint64_t *at, lorasync_error *err)
 {
     *at = (s->at + LORASYNCI_ALIGN - 1) / LORASYNCI_ALIGN * LORASYNCI_ALIGN;
     if (*at > s->round_start && *at + num_bytes > s->round_start + lorasynci_round_cap(p, s->round)) {
@@ -9681,7 +9680,7 @@ typedef struct lorasynci_passage {
     size_t                  tensor;   /* merged number */
     const lorasynci_region *from;     /* the sender's part, or the image to scatter */
     uint32_t                to;       /* rank; LORASYNCI_ALL: all but the sender */
-    uint32_t                to_item;  /* their part, or image tensor */
+    uint32_t                to_part;  /* their part, or image tensor */
     const int64_t          *box;      /* off, len */
     int                     is_whole; /* the box is all of the sender's part */
     int                     digests;  /* its digest is taken on this way */
@@ -9689,34 +9688,36 @@ typedef struct lorasynci_passage {
 
 /* Where what goes from one rank to another, or all others, is lined up: NULL for what stays on the rank. Of a gather
    and a scatter one end is the root, or all. */
-LORASYNCI_FN lorasynci_stream *lorasynci_stream_between(const lorasynci_planner *p, uint32_t from, uint32_t to)
+LORASYNCI_FN lorasynci_link_layout *lorasynci_link_layout_between(const lorasynci_planner *p, uint32_t from,
+                                                                  uint32_t to)
 {
     if (from == to) return NULL;
-    if (p->desc->kind == LORASYNC_RESHARD) return &p->streams[(size_t)from * (size_t)p->world + to];
-    return &p->streams[p->desc->kind == LORASYNC_SCATTER ? to : from];
+    if (p->desc->kind == LORASYNC_RESHARD) return &p->layouts[(size_t)from * (size_t)p->world + to];
+    return &p->layouts[p->desc->kind == LORASYNC_SCATTER ? to : from];
 }
 
 /* Both ends of a passage learn of it. */
 LORASYNCI_FN lorasync_status lorasynci_route_box(lorasynci_planner *p, const lorasynci_passage *x, lorasync_error *err)
 {
     const lorasynci_record *m    = lorasynci_record_at(&p->merged, x->tensor);
-    lorasynci_stream       *s    = lorasynci_stream_between(p, x->from->rank, x->to);
+    lorasynci_link_layout  *s    = lorasynci_link_layout_between(p, x->from->rank, x->to);
     lorasync_dtype          wire = lorasynci_wire_dtype(p->desc, (lorasync_dtype)m->dtype);
-    uint64_t num_bytes = (uint64_t)lorasynci_box_numel(x->box + m->ndim, m->ndim) * (uint64_t)lorasynci_item(wire);
+    uint64_t                num_bytes =
+        (uint64_t)lorasynci_box_numel(x->box + m->ndim, m->ndim) * (uint64_t)lorasynci_element_bytes(wire);
     lorasynci_route route;
     uint32_t        rank, end = x->to == LORASYNCI_ALL ? (uint32_t)p->world : x->to + 1;
     memset(&route, 0, sizeof route);
-    route.item    = x->from->item;
+    route.part    = x->from->part;
     route.peer    = x->to;
-    route.at      = x->to_item;
+    route.at      = x->to_part;
     route.digests = (uint16_t)x->digests;
     p->load[x->from->rank] += num_bytes;
     if (s) {
-        LORASYNCI_TRY(lorasynci_stream_put(p, s, num_bytes, &route.at, err));
+        LORASYNCI_TRY(lorasynci_link_layout_add(p, s, num_bytes, &route.at, err));
         route.round = s->round;
     }
     LORASYNCI_TRY(lorasynci_put_route(&p->sends[x->from->rank], route, x->is_whole ? NULL : x->box, m->ndim, err));
-    route.item    = x->to_item;
+    route.part    = x->to_part;
     route.peer    = x->from->rank;
     route.digests = 0;
     for (rank = x->to == LORASYNCI_ALL ? 0 : x->to; s && rank < end; rank++)
@@ -9762,7 +9763,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_owned(lorasynci_planner *p, uint32_
     x.tensor   = p->merged_index[image_tensor];
     x.from     = owner;
     x.to       = at_once ? owner->rank : to;
-    x.to_item  = image_tensor;
+    x.to_part  = image_tensor;
     x.box      = owner->box;
     x.is_whole = 1;
     x.digests  = 1;
@@ -9816,7 +9817,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_wanted(lorasynci_planner *p, size_t
     size_t                  n;
     x.tensor  = t;
     x.to      = want->rank;
-    x.to_item = want->item;
+    x.to_part = want->part;
     x.box     = cut;
     for (; r < end; r += n) {
         n = lorasynci_num_replicas(r, end, ndim);
@@ -9851,7 +9852,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_image_tensor(lorasynci_planner *p, 
     lorasynci_passage       x = {0, NULL, 0, 0, NULL, 0, 0};
     memset(&image, 0, sizeof image);
     image.rank = (uint32_t)p->desc->root;
-    image.item = (uint32_t)t;
+    image.part = (uint32_t)t;
     x.tensor   = t;
     x.from     = &image;
     if (r == end && lorasynci_box_numel(lorasynci_record_shape(m), m->ndim) > 0)
@@ -9862,7 +9863,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_image_tensor(lorasynci_planner *p, 
             lorasynci_merged_name(p, t));
     for (; r < end; r++) {
         x.to      = r->rank;
-        x.to_item = r->item;
+        x.to_part = r->part;
         x.box     = r->box;
         LORASYNCI_TRY(lorasynci_route_box(p, &x, err));
     }
@@ -9906,7 +9907,7 @@ LORASYNCI_FN lorasync_status lorasynci_layout_image(lorasync_plan *plan, const l
 }
 
 /* What the planner tells every rank before routing. */
-typedef struct lorasynci_offer {
+typedef struct lorasynci_briefing {
     lorasync_error         verdict;
     uint64_t               catalogue_bytes; /* gather-all: the merged catalogue follows, for the image */
     uint64_t               mapping_bytes;   /* direct: what to map; 0 without */
@@ -9916,7 +9917,7 @@ typedef struct lorasynci_offer {
     uint64_t               id;          /* of the plan, never 0 */
     lorasynci_device_offer device;
     char                   name[64];
-} lorasynci_offer;
+} lorasynci_briefing;
 
 /* A number that nobody else has: process, time, address. */
 LORASYNCI_FN uint64_t lorasynci_unique(const void *owner)
@@ -9930,26 +9931,26 @@ LORASYNCI_FN void lorasynci_mapping_name(char out[64], uint64_t id)
     snprintf(out, 64, "/lorasync-%ld-%016llx", (long)getpid(), (unsigned long long)id);
 }
 
-LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_offer *offer)
+LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_briefing *briefing)
 {
     const lorasync_image *image = plan->image;
     const size_t          world = (size_t)plan->talk->comm.world;
     size_t                sums_at =
         image ? lorasynci_align64(image->header_bytes + (plan->gpu || plan->lent ? 0 : image->payload_bytes)) : 0;
     size_t before    = image ? lorasynci_align64(sums_at + 2 * world * image->num_tensors * sizeof(uint64_t))
-                             : world * lorasynci_mesh_slot_bytes(plan->talk->comm.world);
+                             : world * lorasynci_mesh_entry_bytes(plan->talk->comm.world);
     size_t num_bytes = before + world * 64; /* lines last */
     if (image && plan->gpu &&
-        lorasynci_gpu_share(plan->gpu, image->payload_bytes, &plan->image_memory, &offer->device, "", NULL) < 0)
+        lorasynci_gpu_share(plan->gpu, image->payload_bytes, &plan->image_memory, &briefing->device, "", NULL) < 0)
         return; /* said again
                                                                                                             when it is
                                                                                                             needed */
-    lorasynci_mapping_name(offer->name, offer->id);
-    if (!lorasynci_window_name(&plan->shared, offer->name, num_bytes, 1)) return;
-    offer->mapping_bytes = num_bytes;
-    offer->header_bytes  = image ? image->header_bytes : 0;
-    offer->num_tensors   = image ? image->num_tensors : 0;
-    offer->sums_at       = sums_at;
+    lorasynci_mapping_name(briefing->name, briefing->id);
+    if (!lorasynci_window_name(&plan->shared, briefing->name, num_bytes, 1)) return;
+    briefing->mapping_bytes = num_bytes;
+    briefing->header_bytes  = image ? image->header_bytes : 0;
+    briefing->num_tensors   = image ? image->num_tensors : 0;
+    briefing->sums_at       = sums_at;
 }
 
 /* -- the talk between the ranks and the planner */
@@ -10010,8 +10011,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_start_routing(lorasynci_planner *
     lorasynci_arena *m = &p->arena;
     size_t           n = (size_t)p->world, i;
     lorasynci_planner_caps(p);
-    p->streams =
-        (lorasynci_stream *)lorasynci_arena_array(m, p->desc->kind == LORASYNC_RESHARD ? n * n : n, sizeof *p->streams);
+    p->layouts  = (lorasynci_link_layout *)lorasynci_arena_array(m, p->desc->kind == LORASYNC_RESHARD ? n * n : n,
+                                                                 sizeof *p->layouts);
     p->load     = (uint64_t *)lorasynci_arena_array(m, n, sizeof *p->load);
     p->sends    = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->sends);
     p->receives = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->receives);
@@ -10131,18 +10132,18 @@ LORASYNCI_FN size_t lorasynci_list_bytes(const lorasynci_buffer *summands)
 }
 
 /* Where a rank's tensors are in the image, and what they travel as. */
-LORASYNCI_FN void lorasynci_put_targets(const lorasynci_planner *p, int rank, lorasynci_buffer *out)
+LORASYNCI_FN void lorasynci_put_destinations(const lorasynci_planner *p, int rank, lorasynci_buffer *out)
 {
     const int from = p->same_as[rank];
     size_t    i;
     for (i = 0; i < p->catalogues[from].num; i++) {
         uint32_t              t = p->numbers[from][i];
-        lorasynci_destination target;
-        target.index  = p->image_index ? p->image_index[t] : 0;
-        target.offset = p->image_index ? p->plan->image->tensors[target.index].offset : 0;
-        target.dtype =
+        lorasynci_destination destination;
+        destination.index  = p->image_index ? p->image_index[t] : 0;
+        destination.offset = p->image_index ? p->plan->image->tensors[destination.index].offset : 0;
+        destination.dtype =
             (uint32_t)lorasynci_wire_dtype(p->desc, (lorasync_dtype)lorasynci_record_at(&p->merged, t)->dtype);
-        lorasynci_put(out, &target, sizeof target);
+        lorasynci_put(out, &destination, sizeof destination);
     }
 }
 
@@ -10158,14 +10159,14 @@ LORASYNCI_FN lorasync_status lorasynci_start_answer(lorasynci_planner *p, int ra
     lorasynci_answer *head = &p->heads[rank];
     size_t            size;
     int               from;
-    head->num_rounds     = p->num_rounds;
-    head->sends_bytes    = p->sends[rank].size;
-    head->receives_bytes = p->receives[rank].size;
-    head->num_targets    = p->catalogues[p->same_as[rank]].num;
-    head->digests_bytes  = lorasynci_list_bytes(&p->digests[rank]);
+    head->num_rounds       = p->num_rounds;
+    head->sends_bytes      = p->sends[rank].size;
+    head->receives_bytes   = p->receives[rank].size;
+    head->num_destinations = p->catalogues[p->same_as[rank]].num;
+    head->digests_bytes    = lorasynci_list_bytes(&p->digests[rank]);
     for (from = 0; from < num_lists; from++)
         head->digests_bytes += lorasynci_list_bytes(lorasynci_digests_between(p, from, rank));
-    size = (size_t)(head->sends_bytes + head->receives_bytes + head->num_targets * sizeof(lorasynci_destination) +
+    size = (size_t)(head->sends_bytes + head->receives_bytes + head->num_destinations * sizeof(lorasynci_destination) +
                     head->digests_bytes);
     return lorasynci_buffer_reserve(&p->bodies[rank], size) ? LORASYNC_OK : lorasynci_fail_memory(err, size);
 }
@@ -10185,7 +10186,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
     lorasynci_put(out, p->receives[rank].data, p->receives[rank].size);
     lorasynci_buffer_free(&p->sends[rank]);
     lorasynci_buffer_free(&p->receives[rank]);
-    lorasynci_put_targets(p, rank, out);
+    lorasynci_put_destinations(p, rank, out);
     lorasynci_put_list(out, &p->digests[rank], 0);
     for (from = 0; from < num_lists; from++) lorasynci_put_list(out, lorasynci_digests_between(p, from, rank), 1);
     LORASYNC_ASSERT(!out->failed && out->capacity == room);
@@ -10202,13 +10203,13 @@ typedef struct lorasynci_making {
     lorasync_error            mine;  /* what failed on this rank since the last vote: put to the next one */
     lorasynci_parts           parts; /* of this rank's pieces */
     lorasynci_planner         planner;
-    lorasynci_offer           offer;
+    lorasynci_briefing        briefing;
     lorasynci_answer          head;
     lorasynci_buffer          body;
     const lorasync_image     *image; /* at this rank's end: the one gathered into, or scattered from */
     /* the parts of the body */
     lorasynci_reader             sends, receives, digests;
-    const lorasynci_destination *targets; /* head.num_targets: one per catalogue tensor */
+    const lorasynci_destination *destinations; /* head.num_destinations: one per catalogue tensor */
 } lorasynci_making;
 
 /* One route with all that an operation needs. */
@@ -10237,16 +10238,16 @@ LORASYNCI_FN lorasync_status lorasynci_damaged_answer(const lorasync_plan *plan,
 }
 
 /* The near end of a leg at one of this rank's parts. */
-LORASYNCI_FN lorasync_status lorasynci_leg_at_part(const lorasynci_making *m, uint64_t item, lorasynci_leg *leg,
+LORASYNCI_FN lorasync_status lorasynci_leg_at_part(const lorasynci_making *m, uint64_t number, lorasynci_leg *leg,
                                                    lorasync_error *err)
 {
     const lorasynci_part   *part;
     const lorasynci_record *r;
     const int64_t          *g;
-    if (item >= lorasynci_parts_num(&m->parts))
-        return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names part %llu, of %zu", (unsigned long long)item,
+    if (number >= lorasynci_parts_num(&m->parts))
+        return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names part %llu, of %zu", (unsigned long long)number,
                               lorasynci_parts_num(&m->parts));
-    part            = lorasynci_part_at(&m->parts, (size_t)item);
+    part            = lorasynci_part_at(&m->parts, (size_t)number);
     r               = lorasynci_record_at(&m->plan->catalogue, part->tensor);
     g               = lorasynci_part_geometry(&m->parts, part);
     leg->tensor     = part->tensor;
@@ -10263,15 +10264,15 @@ LORASYNCI_FN lorasync_status lorasynci_leg_at_part(const lorasynci_making *m, ui
 }
 
 /* The near end at a whole tensor of the image: this plan's own, or the one to scatter. */
-LORASYNCI_FN lorasync_status lorasynci_leg_at_image(const lorasynci_making *m, uint64_t item, lorasynci_leg *leg,
+LORASYNCI_FN lorasync_status lorasynci_leg_at_image(const lorasynci_making *m, uint64_t number, lorasynci_leg *leg,
                                                     lorasync_error *err)
 {
     const lorasync_tensor *t;
-    if (!m->image || item >= m->image->num_tensors)
+    if (!m->image || number >= m->image->num_tensors)
         return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names image tensor %llu, which is not there",
-                              (unsigned long long)item);
-    t               = &m->image->tensors[item];
-    leg->tensor     = (uint32_t)item;
+                              (unsigned long long)number);
+    t               = &m->image->tensors[number];
+    leg->tensor     = (uint32_t)number;
     leg->scale      = 1;
     leg->shape      = t->shape;
     leg->ndim       = t->ndim;
@@ -10299,7 +10300,8 @@ LORASYNCI_FN lorasync_dtype lorasynci_leg_wire(const lorasynci_making *m, const 
 {
     if (!receiving) return lorasynci_wire_dtype(m->desc, leg->near.dtype);
     if (leg->near.space == LORASYNCI_IMAGE) return leg->near.dtype;
-    return leg->tensor < m->head.num_targets ? (lorasync_dtype)m->targets[leg->tensor].dtype : LORASYNC_DTYPE_NONE;
+    return leg->tensor < m->head.num_destinations ? (lorasync_dtype)m->destinations[leg->tensor].dtype
+                                                  : LORASYNC_DTYPE_NONE;
 }
 
 /* Reads the next route. receiving: it ends here; else it starts here. */
@@ -10311,14 +10313,15 @@ LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_making *m, loras
     memset(leg, 0, sizeof *leg);
     if (!route) return lorasynci_damaged_answer(m->plan, err);
     memcpy(&leg->route, route, sizeof leg->route);
-    LORASYNCI_TRY(at_image ? lorasynci_leg_at_image(m, leg->route.item, leg, err)
-                           : lorasynci_leg_at_part(m, leg->route.item, leg, err));
+    LORASYNCI_TRY(at_image ? lorasynci_leg_at_image(m, leg->route.part, leg, err)
+                           : lorasynci_leg_at_part(m, leg->route.part, leg, err));
     if (leg->route.boxed)
         leg->box = (const int64_t *)(const void *)lorasynci_read(from, (size_t)leg->ndim * 2 * sizeof(int64_t));
     if (!leg->box || (leg->route.peer >= (uint32_t)m->plan->talk->comm.world && leg->route.peer != LORASYNCI_ALL))
         return lorasynci_damaged_answer(m->plan, err);
-    leg->wire      = lorasynci_leg_wire(m, leg, receiving);
-    leg->num_bytes = (uint64_t)(lorasynci_box_numel(leg->box + leg->ndim, leg->ndim) * lorasynci_item(leg->wire));
+    leg->wire = lorasynci_leg_wire(m, leg, receiving);
+    leg->num_bytes =
+        (uint64_t)(lorasynci_box_numel(leg->box + leg->ndim, leg->ndim) * lorasynci_element_bytes(leg->wire));
     return LORASYNC_OK;
 }
 
@@ -10393,8 +10396,8 @@ LORASYNCI_FN void lorasynci_first_op(const lorasynci_leg *leg, const lorasynci_e
 LORASYNCI_FN lorasync_status lorasynci_add_ops(lorasynci_ops *ops, const lorasynci_leg *leg, const lorasynci_end *src,
                                                const lorasynci_end *dst, lorasync_error *err)
 {
-    const int64_t  src_item = lorasynci_item(src->dtype), dst_item      = lorasynci_item(dst->dtype);
-    int64_t        pos[LORASYNC_MAX_DIMS], index[LORASYNC_MAX_DIMS + 1] = {0};
+    const int64_t  src_bytes = lorasynci_element_bytes(src->dtype), dst_bytes = lorasynci_element_bytes(dst->dtype);
+    int64_t        pos[LORASYNC_MAX_DIMS], index[LORASYNC_MAX_DIMS + 1]       = {0};
     lorasynci_dim  dims[LORASYNC_MAX_DIMS + 1];
     lorasynci_op   op;
     lorasynci_grid grid;
@@ -10406,12 +10409,12 @@ LORASYNCI_FN lorasync_status lorasynci_add_ops(lorasynci_ops *ops, const lorasyn
     do {
         lorasynci_put(&ops->list, &op, sizeof op);
         for (d = 2; d < num; d++) { /* count up the outer dimensions like an odometer */
-            op.src += (uint64_t)(dims[d].src * src_item);
-            op.dst += (uint64_t)(dims[d].dst * dst_item);
+            op.src += (uint64_t)(dims[d].src * src_bytes);
+            op.dst += (uint64_t)(dims[d].dst * dst_bytes);
             op.pos += dims[d].pos;
             if (++index[d] < dims[d].len) break;
-            op.src -= (uint64_t)(dims[d].src * dims[d].len * src_item);
-            op.dst -= (uint64_t)(dims[d].dst * dims[d].len * dst_item);
+            op.src -= (uint64_t)(dims[d].src * dims[d].len * src_bytes);
+            op.dst -= (uint64_t)(dims[d].dst * dims[d].len * dst_bytes);
             op.pos -= dims[d].pos * dims[d].len;
             index[d] = 0;
         }
@@ -10430,7 +10433,7 @@ LORASYNCI_FN uint32_t lorasynci_link_rounds(const lorasynci_link *link)
     return (uint32_t)(link->ends.size / sizeof(uint64_t));
 }
 
-/* Where a round of a stream begins and ends, its digests included. */
+/* Where a round of a link begins and ends, its digests included. */
 LORASYNCI_FN uint64_t lorasynci_link_start(const lorasynci_link *link, uint32_t round)
 {
     const uint64_t *ends = (const uint64_t *)(const void *)link->ends.data;
@@ -10488,10 +10491,10 @@ LORASYNCI_FN lorasync_status lorasynci_own_end(const lorasynci_making *m, const 
         *out = other.near;
         return LORASYNC_OK;
     }
-    if (leg->tensor >= m->head.num_targets) return lorasynci_damaged_answer(m->plan, err);
+    if (leg->tensor >= m->head.num_destinations) return lorasynci_damaged_answer(m->plan, err);
     out->space = LORASYNCI_IMAGE;
     out->dtype = leg->wire;
-    out->at    = m->targets[leg->tensor].offset;
+    out->at    = m->destinations[leg->tensor].offset;
     lorasynci_row_major(leg->shape, leg->ndim, out->stride);
     return LORASYNC_OK;
 }
@@ -10559,7 +10562,7 @@ LORASYNCI_FN lorasync_status lorasynci_build_ops(const lorasynci_making *m, lora
     return LORASYNC_OK;
 }
 
-/* Room for a link: for the whole stream, or for its largest round, twice where rounds overlap. */
+/* Room for a link: all of it, or its largest round, twice where rounds overlap. */
 LORASYNCI_FN void lorasynci_place_link(lorasynci_link *link, int whole, int overlap, size_t *staging_bytes)
 {
     uint32_t r, rounds = lorasynci_link_rounds(link);
@@ -10618,16 +10621,16 @@ LORASYNCI_FN lorasync_status lorasynci_read_list(lorasync_plan *plan, lorasynci_
     return LORASYNC_OK;
 }
 
-/* The digests that this rank sends, behind its one stream, and those that will arrive with each link. */
+/* The digests that this rank sends, behind its one link, and those that will arrive with each link. */
 LORASYNCI_FN lorasync_status lorasynci_build_digests(const lorasynci_making *m, lorasync_error *err)
 {
     lorasync_plan   *plan = m->plan;
     lorasynci_reader from = m->digests;
     int              i;
-    LORASYNCI_TRY(lorasynci_read_list(plan, &from, plan->catalogue.num, &plan->slots, &plan->num_slots, err));
+    LORASYNCI_TRY(lorasynci_read_list(plan, &from, plan->catalogue.num, &plan->sent_sums, &plan->num_sent_sums, err));
     for (i = 0; i < plan->talk->comm.world; i++) {
         lorasynci_link *in = &plan->receives[i], *out = &plan->sends[i];
-        if (lorasynci_link_rounds(out)) out->num_digests = plan->num_slots;
+        if (lorasynci_link_rounds(out)) out->num_digests = plan->num_sent_sums;
         if (from.at == from.end) continue;
         LORASYNCI_TRY(lorasynci_read_list(plan, &from, plan->num_image_tensors, &in->digests, &in->num_digests, err));
         if (in->num_digests && !lorasynci_link_rounds(in)) return lorasynci_damaged_answer(plan, err);
@@ -10651,17 +10654,18 @@ LORASYNCI_FN void lorasynci_buffer_trim(lorasynci_buffer *b)
 /* The body that the planner sent, taken apart; the planner's own, too. */
 LORASYNCI_FN lorasync_status lorasynci_open_answer(lorasynci_making *m, lorasync_error *err)
 {
-    const lorasynci_answer *h        = &m->head;
-    lorasynci_reader        body     = lorasynci_read_from(m->body.data, m->body.size);
-    const char             *sends    = lorasynci_read(&body, (size_t)h->sends_bytes);
-    const char             *receives = lorasynci_read(&body, (size_t)h->receives_bytes);
-    const char             *targets  = lorasynci_read(&body, (size_t)h->num_targets * sizeof *m->targets);
-    const char             *digests  = lorasynci_read(&body, (size_t)h->digests_bytes);
-    if (h->num_targets != m->plan->catalogue.num || body.at != body.end) return lorasynci_damaged_answer(m->plan, err);
+    const lorasynci_answer *h            = &m->head;
+    lorasynci_reader        body         = lorasynci_read_from(m->body.data, m->body.size);
+    const char             *sends        = lorasynci_read(&body, (size_t)h->sends_bytes);
+    const char             *receives     = lorasynci_read(&body, (size_t)h->receives_bytes);
+    const char             *destinations = lorasynci_read(&body, (size_t)h->num_destinations * sizeof *m->destinations);
+    const char             *digests      = lorasynci_read(&body, (size_t)h->digests_bytes);
+    if (h->num_destinations != m->plan->catalogue.num || body.at != body.end)
+        return lorasynci_damaged_answer(m->plan, err);
     m->sends            = lorasynci_read_from(sends, (size_t)h->sends_bytes);
     m->receives         = lorasynci_read_from(receives, (size_t)h->receives_bytes);
     m->digests          = lorasynci_read_from(digests, (size_t)h->digests_bytes);
-    m->targets          = (const lorasynci_destination *)(const void *)targets;
+    m->destinations     = (const lorasynci_destination *)(const void *)destinations;
     m->image            = m->desc->kind == LORASYNC_SCATTER ? m->desc->image : m->plan->image;
     m->plan->num_rounds = (uint32_t)h->num_rounds;
     if (m->plan->image) m->plan->num_image_tensors = m->plan->image->num_tensors;
@@ -10693,7 +10697,7 @@ LORASYNCI_FN lorasync_status lorasynci_build_plan(const lorasynci_making *m, lor
     plan->sums  = (uint64_t *)lorasynci_arena_array(&plan->arena, n, sizeof *plan->sums);
     plan->index = (uint32_t *)lorasynci_arena_array(&plan->arena, n, sizeof *plan->index);
     LORASYNCI_TRY(lorasynci_arena_check(&plan->arena, err));
-    for (i = 0; i < n; i++) plan->index[i] = m->targets[i].index;
+    for (i = 0; i < n; i++) plan->index[i] = m->destinations[i].index;
     return LORASYNC_OK;
 }
 
@@ -10718,13 +10722,13 @@ LORASYNCI_FN lorasync_status lorasynci_plan_check_aligned(const lorasync_plan_de
 {
     size_t i;
     for (i = 0; i < d->num_have + d->num_want; i++) {
-        const lorasync_piece *p    = i < d->num_have ? &d->have[i] : &d->want[i - d->num_have];
-        int                   item = lorasync_dtype_bits(p->dtype) / 8;
-        if ((uintptr_t)p->data % (uintptr_t)item != 0)
+        const lorasync_piece *p         = i < d->num_have ? &d->have[i] : &d->want[i - d->num_have];
+        int                   num_bytes = lorasync_dtype_bits(p->dtype) / 8;
+        if ((uintptr_t)p->data % (uintptr_t)num_bytes != 0)
             return lorasynci_fail(
                 err, LORASYNC_E_ARGUMENT,
                 "%.200s: data is %p, in device memory it must be a multiple of the %d bytes of its %s", p->name,
-                p->data, item, lorasync_dtype_name(p->dtype));
+                p->data, num_bytes, lorasync_dtype_name(p->dtype));
     }
     return LORASYNC_OK;
 }
@@ -10862,7 +10866,7 @@ LORASYNCI_FN int lorasynci_plan_offer_staging(lorasync_plan *plan, size_t num_by
 {
     return !num_bytes ||
            lorasynci_gpu_share(plan->gpu, num_bytes, &plan->memory[LORASYNCI_RECEIVE],
-                               lorasynci_mesh_slot(plan, plan->talk->comm.rank), "memory for staging", NULL) == 0;
+                               lorasynci_mesh_entry(plan, plan->talk->comm.rank), "memory for staging", NULL) == 0;
 }
 
 /* Opens that of every rank to which this one sends; 1 if it can write to all of them. */
@@ -10876,7 +10880,7 @@ LORASYNCI_FN int lorasynci_plan_open_staging(lorasync_plan *plan)
     lorasynci_plan_hold(plan, 1);
     for (i = 0; i < world; i++)
         if (lorasynci_link_rounds(&plan->sends[i]) &&
-            lorasynci_window_device(&w[i], plan->gpu, lorasynci_mesh_slot(plan, (int)i), NULL) < 0)
+            lorasynci_window_device(&w[i], plan->gpu, lorasynci_mesh_entry(plan, (int)i), NULL) < 0)
             return 0;
     return 1;
 }
@@ -10922,51 +10926,51 @@ LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
 /* Maps what the planner offers, if it offers; then all ranks vote whether everybody could. */
 LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasynci_making *m, lorasync_error *err)
 {
-    lorasync_plan         *plan   = m->plan;
-    const lorasynci_offer *offer  = &m->offer;
-    int                    mapped = 0;
-    if (!offer->mapping_bytes) return LORASYNC_OK;
+    lorasync_plan            *plan     = m->plan;
+    const lorasynci_briefing *briefing = &m->briefing;
+    int                       mapped   = 0;
+    if (!briefing->mapping_bytes) return LORASYNC_OK;
     if (!plan->shared.address && !m->desc->no_direct)
-        lorasynci_window_name(&plan->shared, offer->name, (size_t)offer->mapping_bytes, 0);
+        lorasynci_window_name(&plan->shared, briefing->name, (size_t)briefing->mapping_bytes, 0);
     if (plan->shared.address) {
         plan->lines =
             (uint64_t *)(void *)(plan->shared.address + plan->shared.num_bytes - 64 * (size_t)plan->talk->comm.world);
-        mapped = !plan->gpu || plan->kind == LORASYNC_RESHARD || lorasynci_plan_open_image(plan, &offer->device);
+        mapped = !plan->gpu || plan->kind == LORASYNC_RESHARD || lorasynci_plan_open_image(plan, &briefing->device);
     }
     LORASYNCI_TRY(lorasynci_talk_vote_flag(plan->talk, NULL, &mapped, err));
     if (mapped) {
         plan->direct            = 1;
-        plan->num_image_tensors = (size_t)offer->num_tensors;
-        plan->shared_sums       = (uint64_t *)(void *)(plan->shared.address + offer->sums_at);
+        plan->num_image_tensors = (size_t)briefing->num_tensors;
+        plan->shared_sums       = (uint64_t *)(void *)(plan->shared.address + briefing->sums_at);
     } else lorasynci_plan_unmap(plan);
     return LORASYNC_OK;
 }
 
 /* On the planner: the verdict on what was declared, and what it has for the others. */
-LORASYNCI_FN void lorasynci_make_offer(lorasynci_making *m)
+LORASYNCI_FN void lorasynci_make_briefing(lorasynci_making *m)
 {
-    lorasync_plan   *plan  = m->plan;
-    lorasynci_offer *offer = &m->offer;
-    offer->id              = lorasynci_unique(plan);
-    if (lorasynci_planner_check(&m->planner, &offer->verdict) < 0) return;
-    if (plan->kind == LORASYNC_GATHER_ALL) offer->catalogue_bytes = m->planner.merged.bytes.size;
+    lorasync_plan      *plan     = m->plan;
+    lorasynci_briefing *briefing = &m->briefing;
+    briefing->id                 = lorasynci_unique(plan);
+    if (lorasynci_planner_check(&m->planner, &briefing->verdict) < 0) return;
+    if (plan->kind == LORASYNC_GATHER_ALL) briefing->catalogue_bytes = m->planner.merged.bytes.size;
     if ((plan->image || (plan->gpu && plan->kind == LORASYNC_RESHARD)) && m->planner.world > 1 && !m->desc->no_direct)
-        lorasynci_offer_mapping(plan, offer);
+        lorasynci_offer_mapping(plan, briefing);
 }
 
 /* The planner's verdict to all; and the memory that the ranks share, if they can, whose name is gone afterwards. */
 LORASYNCI_FN lorasync_status lorasynci_share_verdict(lorasynci_making *m, lorasync_error *err)
 {
-    lorasynci_talk  *talk  = m->plan->talk;
-    lorasynci_offer *offer = &m->offer;
-    lorasync_status  status;
-    if (lorasynci_is_planner(m->plan)) lorasynci_make_offer(m);
-    status      = lorasynci_talk_tell(talk, m->plan->root, offer, sizeof *offer, talk->timeout_ms, err);
-    m->plan->id = offer->id;
-    if (status == LORASYNC_OK && offer->verdict.status < 0)
-        status = lorasynci_fail(err, offer->verdict.status, "%.500s", offer->verdict.text);
+    lorasynci_talk     *talk     = m->plan->talk;
+    lorasynci_briefing *briefing = &m->briefing;
+    lorasync_status     status;
+    if (lorasynci_is_planner(m->plan)) lorasynci_make_briefing(m);
+    status      = lorasynci_talk_tell(talk, m->plan->root, briefing, sizeof *briefing, talk->timeout_ms, err);
+    m->plan->id = briefing->id;
+    if (status == LORASYNC_OK && briefing->verdict.status < 0)
+        status = lorasynci_fail(err, briefing->verdict.status, "%.500s", briefing->verdict.text);
     if (status == LORASYNC_OK) status = lorasynci_plan_map(m, err);
-    if (offer->mapping_bytes && lorasynci_is_planner(m->plan)) shm_unlink(offer->name);
+    if (briefing->mapping_bytes && lorasynci_is_planner(m->plan)) shm_unlink(briefing->name);
     return status;
 }
 
@@ -10974,7 +10978,7 @@ LORASYNCI_FN lorasync_status lorasynci_share_verdict(lorasynci_making *m, lorasy
 LORASYNCI_FN lorasync_status lorasynci_share_catalogue(lorasynci_making *m, lorasync_error *err)
 {
     lorasync_plan      *plan      = m->plan;
-    const size_t        num_bytes = (size_t)m->offer.catalogue_bytes;
+    const size_t        num_bytes = (size_t)m->briefing.catalogue_bytes;
     const int           here      = lorasynci_is_planner(plan);
     lorasynci_catalogue merged;
     if (!num_bytes || plan->talk->comm.world == 1) return LORASYNC_OK;
@@ -11026,7 +11030,7 @@ LORASYNCI_FN lorasync_status lorasynci_expect_body(lorasynci_making *m, lorasync
 {
     const lorasynci_answer *h = &m->head;
     size_t                  size;
-    if (!lorasynci_checked_mul((size_t)h->num_targets, sizeof *m->targets, &size) ||
+    if (!lorasynci_checked_mul((size_t)h->num_destinations, sizeof *m->destinations, &size) ||
         !lorasynci_checked_add(size, (size_t)h->sends_bytes, &size) ||
         !lorasynci_checked_add(size, (size_t)h->receives_bytes, &size) ||
         !lorasynci_checked_add(size, (size_t)h->digests_bytes, &size))
@@ -11057,7 +11061,7 @@ LORASYNCI_FN lorasync_status lorasynci_share_bodies(lorasynci_making *m, lorasyn
 
 /* Memory for what a run needs: staging, and the image of a gather. */
 LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const lorasync_plan_desc *d,
-                                                     const lorasynci_offer *offer, lorasync_error *err)
+                                                     const lorasynci_briefing *briefing, lorasync_error *err)
 {
     lorasync_image *image = plan->image;
     size_t          i;
@@ -11078,7 +11082,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
         if (!plan->memory[space]) return lorasynci_fail_memory(err, plan->staging_bytes[space]);
     }
     if (plan->source) plan->memory[LORASYNCI_IMAGE] = (char *)(uintptr_t)plan->source->payload;
-    if (plan->direct) plan->memory[LORASYNCI_IMAGE] = plan->shared.address + offer->header_bytes;
+    if (plan->direct) plan->memory[LORASYNCI_IMAGE] = plan->shared.address + briefing->header_bytes;
     if (!image || !plan->has_image) return LORASYNC_OK;
     if (plan->direct) {
         if (lorasynci_is_planner(plan)) lorasynci_image_move_header(image, plan->shared.address);
@@ -11156,7 +11160,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasynci_making *m, lorasync_e
     lorasynci_build_links(m, &m->mine);
     LORASYNCI_TRY(lorasynci_plan_mesh(plan, lorasynci_bucket_bytes(m->desc), &m->mine, err));
     if (m->mine.status == LORASYNC_OK && lorasynci_build_plan(m, &m->mine) == LORASYNC_OK)
-        lorasynci_plan_allocate(plan, m->desc, &m->offer, &m->mine);
+        lorasynci_plan_allocate(plan, m->desc, &m->briefing, &m->mine);
     return lorasynci_talk_vote(plan->talk, &m->mine, err);
 }
 
@@ -11362,10 +11366,11 @@ enum {
 
 /* Gathers a row whose elements are apart, or spreads one, element by element. */
 LORASYNCI_FN void lorasynci_gather_row(char *dst, const char *src, int64_t num, int64_t src_step, int64_t dst_step,
-                                       int64_t item)
+                                       int64_t element_bytes)
 {
     int64_t i;
-    for (i = 0; i < num; i++) memcpy(dst + i * dst_step * item, src + i * src_step * item, (size_t)item);
+    for (i = 0; i < num; i++)
+        memcpy(dst + i * dst_step * element_bytes, src + i * src_step * element_bytes, (size_t)element_bytes);
 }
 
 /* Converts num elements of a row from src (elements s1 apart) to dst (d1 apart), through `block` where a step between
@@ -11378,7 +11383,7 @@ LORASYNCI_FN void lorasynci_convert_row(const lorasynci_op *op, const lorasynci_
     float scale        = g->scale;
     char *into         = g->d1 != 1 && num > 1 ? block + 2 * LORASYNCI_BLOCK : dst;
     if (g->s1 != 1 && num > 1) {
-        lorasynci_gather_row(block, src, num, g->s1, 1, lorasynci_item(from));
+        lorasynci_gather_row(block, src, num, g->s1, 1, lorasynci_element_bytes(from));
         src = block;
     }
     if (via) {
@@ -11388,7 +11393,7 @@ LORASYNCI_FN void lorasynci_convert_row(const lorasynci_op *op, const lorasynci_
         scale = 1;
     }
     lorasynci_convert(into, to, src, from, (size_t)num, scale);
-    if (into != dst) lorasynci_gather_row(dst, into, num, 1, g->d1, lorasynci_item(to));
+    if (into != dst) lorasynci_gather_row(dst, into, num, 1, g->d1, lorasynci_element_bytes(to));
 }
 
 /* One operation. With op->digest adds to *sum and looks for NaN and Inf if check is set; returns the number of the
@@ -11398,29 +11403,29 @@ LORASYNCI_FN int64_t lorasynci_run_op(const lorasynci_op *op, const lorasynci_gr
                                       uint64_t *sum, int check)
 {
     char  block[3 * LORASYNCI_BLOCK]; /* elements of at most 8 bytes: LORASYNCI_BLOCK / 8 at a time when it is used */
-    char *dst         = (char *)((uintptr_t)memory[op->dst_space] + (uintptr_t)op->dst),
-         *src         = (char *)((uintptr_t)memory[op->src_space] + (uintptr_t)op->src);
-    int64_t from_item = lorasynci_item((lorasync_dtype)op->src_dtype),
-            to_item   = lorasynci_item((lorasync_dtype)op->dst_dtype);
-    int64_t step      = g->s1 != 1 || g->d1 != 1 || op->via ? LORASYNCI_BLOCK / 8
-                        : op->digest                        ? LORASYNCI_BLOCK / to_item
-                                                            : op->n1;
-    int64_t bad       = -1, i0, i1;
+    char *dst          = (char *)((uintptr_t)memory[op->dst_space] + (uintptr_t)op->dst),
+         *src          = (char *)((uintptr_t)memory[op->src_space] + (uintptr_t)op->src);
+    int64_t from_bytes = lorasynci_element_bytes((lorasync_dtype)op->src_dtype),
+            to_bytes   = lorasynci_element_bytes((lorasync_dtype)op->dst_dtype);
+    int64_t step       = g->s1 != 1 || g->d1 != 1 || op->via ? LORASYNCI_BLOCK / 8
+                         : op->digest                        ? LORASYNCI_BLOCK / to_bytes
+                                                             : op->n1;
+    int64_t bad        = -1, i0, i1;
     if (step < 1) step = 1;
     for (i0 = 0; i0 < g->n0; i0++) {
         for (i1 = 0; i1 < op->n1; i1 += step) {
             int64_t num = op->n1 - i1 < step ? op->n1 - i1 : step, at = op->pos + i0 * g->row + i1;
-            char   *to = dst + i1 * g->d1 * to_item;
-            lorasynci_convert_row(op, g, to, src + i1 * g->s1 * from_item, num, block);
+            char   *to = dst + i1 * g->d1 * to_bytes;
+            lorasynci_convert_row(op, g, to, src + i1 * g->s1 * from_bytes, num, block);
             if (!op->digest) continue;
-            *sum += lorasync_digest(to, (size_t)(num * to_item), (uint64_t)(at * to_item));
+            *sum += lorasync_digest(to, (size_t)(num * to_bytes), (uint64_t)(at * to_bytes));
             if (check && bad < 0) {
                 size_t hit = lorasynci_find_nonfinite(to, (lorasync_dtype)op->dst_dtype, (size_t)num);
                 if (hit != SIZE_MAX) bad = at + (int64_t)hit;
             }
         }
-        dst += g->d0 * to_item;
-        src += g->s0 * from_item;
+        dst += g->d0 * to_bytes;
+        src += g->s0 * from_bytes;
     }
     return bad;
 }
@@ -11551,9 +11556,9 @@ LORASYNCI_FN void lorasynci_send_digests(lorasync_plan *plan)
     for (rank = 0; rank < plan->talk->comm.world; rank++) {
         lorasynci_link *link = &plan->sends[rank];
         if (!link->num_digests) continue;
-        for (i = 0; i < plan->num_slots; i++)
+        for (i = 0; i < plan->num_sent_sums; i++)
             memcpy(plan->memory[LORASYNCI_SEND] + lorasynci_link_staged_digests_at(link) + i * 8,
-                   &plan->sums[plan->slots[i]], 8);
+                   &plan->sums[plan->sent_sums[i]], 8);
     }
 }
 
@@ -11639,7 +11644,7 @@ LORASYNCI_FN lorasync_status lorasynci_move(lorasync_plan *plan, lorasync_error 
     uint64_t start, exchanged;
     uint32_t round;
     plan->stats.exchange_ns = plan->stats.place_ns = 0;
-    if (plan->num_slots) lorasynci_send_digests(plan);
+    if (plan->num_sent_sums) lorasynci_send_digests(plan);
     for (round = 0; round < plan->num_rounds; round++) {
         start = lorasynci_now_ns();
         LORASYNCI_TRY(lorasynci_exchange_round(plan, round, err));
@@ -11903,7 +11908,8 @@ LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64
 /* Whether every `unit` elements of an op lie in one row, and begin at multiples of `in` and `out` bytes. */
 LORASYNCI_FN int lorasynci_in_units(const lorasyncd_op *o, long long unit, long long in, long long out)
 {
-    long long from = lorasynci_item((lorasync_dtype)o->src_dtype), to = lorasynci_item((lorasync_dtype)o->dst_dtype);
+    long long from = lorasynci_element_bytes((lorasync_dtype)o->src_dtype),
+              to   = lorasynci_element_bytes((lorasync_dtype)o->dst_dtype);
     if (o->s1 != 1 || o->d1 != 1 || (long long)(o->src % 16) % in || (long long)(o->dst % 16) % out) return 0;
     return o->num == o->n1 || (o->n1 % unit == 0 && o->s0 * from % in == 0 && o->d0 * to % out == 0);
 }
@@ -11911,9 +11917,10 @@ LORASYNCI_FN int lorasynci_in_units(const lorasyncd_op *o, long long unit, long 
 /* What is digested 8 at a time must not straddle blocks of 256 bytes of its tensor; pairs are not digested. */
 LORASYNCI_FN int lorasynci_unit(const lorasyncd_op *o)
 {
-    long long from = lorasynci_item((lorasync_dtype)o->src_dtype), to = lorasynci_item((lorasync_dtype)o->dst_dtype);
-    int       narrows = o->src_dtype == LORASYNC_F32 && (o->dst_dtype == LORASYNC_BF16 || o->dst_dtype == LORASYNC_F16);
-    int       copies  = o->src_dtype == o->dst_dtype && o->scale == 1.0f && (from == 2 || o->src_dtype == LORASYNC_F32);
+    long long from = lorasynci_element_bytes((lorasync_dtype)o->src_dtype),
+              to   = lorasynci_element_bytes((lorasync_dtype)o->dst_dtype);
+    int narrows    = o->src_dtype == LORASYNC_F32 && (o->dst_dtype == LORASYNC_BF16 || o->dst_dtype == LORASYNC_F16);
+    int copies     = o->src_dtype == o->dst_dtype && o->scale == 1.0f && (from == 2 || o->src_dtype == LORASYNC_F32);
     if ((!narrows && !copies) || o->via) return 1;
     if (lorasynci_in_units(o, 8, 16, 16) && (!o->sum || (o->pos % 8 == 0 && (o->num == o->n1 || o->row % 8 == 0))))
         return 8;
@@ -11948,10 +11955,11 @@ LORASYNCI_FN lorasyncd_op lorasynci_device_op_of(const lorasync_plan *plan, cons
 }
 
 /* The slot of a tensor's digest in `sums`: its place among those sent, or in the catalogue. */
-LORASYNCI_FN uint64_t lorasynci_device_sum(const lorasync_plan *plan, const uint32_t *slot_of, const lorasynci_op *op)
+LORASYNCI_FN uint64_t lorasynci_device_sum(const lorasync_plan *plan, const uint32_t *sum_of, const lorasynci_op *op)
 {
     if (!op->digest) return 0;
-    return (uint64_t)(uintptr_t)plan->device->sums + 8 * (uint64_t)(plan->num_slots ? slot_of[op->tensor] : op->tensor);
+    return (uint64_t)(uintptr_t)plan->device->sums +
+           8 * (uint64_t)(plan->num_sent_sums ? sum_of[op->tensor] : op->tensor);
 }
 
 LORASYNCI_FN uint32_t lorasynci_device_packs(const lorasync_plan *plan) { return plan->num_rounds + 1; }
@@ -12031,7 +12039,7 @@ LORASYNCI_FN void lorasynci_device_report(const lorasync_plan *plan, lorasynci_b
 }
 
 /* Tables of one launch. */
-LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t launch, const uint32_t *slot_of,
+LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t launch, const uint32_t *sum_of,
                                           lorasynci_buffer *ops, lorasynci_buffer *tiles)
 {
     int                  placing = launch >= lorasynci_device_packs(plan);
@@ -12046,7 +12054,7 @@ LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t la
         const lorasynci_op *op = lorasynci_ops_at(list, i);
         lorasyncd_op        o;
         if (lorasynci_device_launch_of(plan, op, placing) != launch) continue;
-        o = lorasynci_device_op_of(plan, op, lorasynci_op_grid(list, op), lorasynci_device_sum(plan, slot_of, op));
+        o = lorasynci_device_op_of(plan, op, lorasynci_op_grid(list, op), lorasynci_device_sum(plan, sum_of, op));
         lorasynci_device_put_op(&o, LORASYNCD_TILE, ops, tiles);
     }
 }
@@ -12070,14 +12078,14 @@ LORASYNCI_FN unsigned lorasynci_device_threads(const lorasyncd_tile *tiles, size
 
 /* Makes the tables of one launch and copies them to *op_at and *tile_at of the device's table. */
 LORASYNCI_FN lorasync_status lorasynci_device_upload_launch(lorasync_plan *plan, uint32_t launch,
-                                                            const uint32_t *slot_of, lorasynci_buffer *ops,
+                                                            const uint32_t *sum_of, lorasynci_buffer *ops,
                                                             lorasynci_buffer *tiles, size_t *op_at, size_t *tile_at,
                                                             lorasync_error *err)
 {
     lorasynci_device *g     = plan->device;
     char             *table = g->table;
     lorasynci_launch *out   = lorasynci_device_launch_at(plan, launch);
-    lorasynci_device_tables(plan, launch, slot_of, ops, tiles);
+    lorasynci_device_tables(plan, launch, sum_of, ops, tiles);
     if (ops->failed || tiles->failed) return lorasynci_fail_memory(err, ops->size);
     if (tiles->size / sizeof(lorasyncd_tile) > 0x7fffffffu)
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED, "more than 2^31 tiles in one launch");
@@ -12098,7 +12106,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
 {
     lorasynci_device *g = plan->device;
     int               i;
-    g->num_sums   = plan->sums ? (plan->num_slots ? plan->num_slots : plan->catalogue.num) : 0;
+    g->num_sums   = plan->sums ? (plan->num_sent_sums ? plan->num_sent_sums : plan->catalogue.num) : 0;
     g->host_bytes = (1 + (size_t)plan->talk->comm.world) * sizeof *g->ballots + g->num_sums * 8;
     for (i = 0; i < plan->talk->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
     LORASYNCI_TRY(lorasynci_gpu_alloc(1, g->host_bytes, &g->host, "pinned memory", err));
@@ -12123,7 +12131,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, l
 
 /* All tables into one device allocation: | ops of launch 0 | of 1 | .. || tiles of launch 0 | of 1 | .. || ballots |
    sums | */
-LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, const uint32_t *slot_of,
+LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, const uint32_t *sum_of,
                                                          lorasynci_buffer *ops, lorasynci_buffer *tiles,
                                                          lorasync_error *err)
 {
@@ -12131,7 +12139,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
     uint32_t          l, launches = lorasynci_device_launches(plan);
     size_t            op_at = 0, tile_at = 0, ballots_at = 0, sums_at;
     for (l = 0; l < launches; l++) { /* sizes first: the sums' address is part of the operations */
-        lorasynci_device_tables(plan, l, slot_of, ops, tiles);
+        lorasynci_device_tables(plan, l, sum_of, ops, tiles);
         tile_at += ops->size;
         ballots_at += tiles->size;
     }
@@ -12143,7 +12151,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
     g->sums    = g->table + sums_at;
     LORASYNCI_CUDA(cudaMemset(g->ballots, 0, sums_at - ballots_at), "cudaMemset");
     for (l = 0; l < launches; l++)
-        LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, slot_of, ops, tiles, &op_at, &tile_at, err));
+        LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, sum_of, ops, tiles, &op_at, &tile_at, err));
     return LORASYNC_OK;
 }
 
@@ -12152,23 +12160,23 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
     lorasynci_device *g = plan->device;
     lorasynci_buffer  ops, tiles;
     lorasync_status   status;
-    uint32_t         *slot_of = (uint32_t *)lorasynci_alloc_array(&plan->a, plan->catalogue.num, sizeof *slot_of);
+    uint32_t         *sum_of = (uint32_t *)lorasynci_alloc_array(&plan->a, plan->catalogue.num, sizeof *sum_of);
     size_t            i;
     g->home  = plan->memory[LORASYNCI_IMAGE];
     g->pack  = (lorasynci_launch *)lorasynci_alloc_array(&plan->a, lorasynci_device_packs(plan), sizeof *g->pack);
     g->place = (lorasynci_launch *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->place);
-    if (!slot_of || !g->pack || !g->place) {
-        lorasynci_dealloc(&plan->a, slot_of);
+    if (!sum_of || !g->pack || !g->place) {
+        lorasynci_dealloc(&plan->a, sum_of);
         return lorasynci_fail_memory(err, plan->catalogue.num * 4 + plan->num_rounds * 2 * sizeof *g->place);
     }
-    for (i = 0; i < plan->num_slots; i++) slot_of[plan->slots[i]] = (uint32_t)i;
+    for (i = 0; i < plan->num_sent_sums; i++) sum_of[plan->sent_sums[i]] = (uint32_t)i;
     lorasynci_buffer_init(&ops, &plan->a);
     lorasynci_buffer_init(&tiles, &plan->a);
     status = lorasynci_device_host(plan, err);
-    if (status == LORASYNC_OK) status = lorasynci_device_upload_all(plan, slot_of, &ops, &tiles, err);
+    if (status == LORASYNC_OK) status = lorasynci_device_upload_all(plan, sum_of, &ops, &tiles, err);
     lorasynci_buffer_free(&ops);
     lorasynci_buffer_free(&tiles);
-    lorasynci_dealloc(&plan->a, slot_of);
+    lorasynci_dealloc(&plan->a, sum_of);
     return status;
 }
 
@@ -12595,7 +12603,7 @@ LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
     uint64_t                sum;
     size_t                  i, k, at = (1 + (size_t)plan->talk->comm.world) * sizeof *g->ballots;
     for (i = 0; i < g->num_sums; i++, at += 8)
-        memcpy(&plan->sums[plan->num_slots ? plan->slots[i] : i], g->host + at, 8);
+        memcpy(&plan->sums[plan->num_sent_sums ? plan->sent_sums[i] : i], g->host + at, 8);
     for (i = 0; i < (size_t)plan->talk->comm.world; i++)
         for (k = 0; k < plan->receives[i].num_digests; k++, at += 8) {
             memcpy(&sum, g->host + at, 8);
@@ -20455,7 +20463,8 @@ LORASYNCI_FN lorasync_status lorasynci_make_groups(const lorasync_stream *s, lor
         else g->texts.size = at;
         if (!lorasynci_checked_mul(
                 (size_t)lorasynci_box_numel(lorasynci_record_shape(r), r->ndim),
-                (size_t)lorasynci_item(lorasynci_wire_dtype(&s->plan_desc, (lorasync_dtype)r->dtype)), &bytes) ||
+                (size_t)lorasynci_element_bytes(lorasynci_wire_dtype(&s->plan_desc, (lorasync_dtype)r->dtype)),
+                &bytes) ||
             !lorasynci_checked_add(total, bytes, &total) || total > SIZE_MAX / 2)
             status =
                 lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensors up to this one pass 2^63 bytes", name);
