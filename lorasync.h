@@ -585,8 +585,8 @@ typedef struct lorasync_comm {
                                   lorasync_error *err);
 
     /* Sends and receives all messages of this rank at once; they must be able to progress together. There is at most
-       one message per peer and direction, and each of 1 byte or more has its counterpart of the same size at the peer.
-       */
+       one message per peer and direction, and each of 1 byte or more has its counterpart of the same size at the
+       peer. */
     lorasync_status (*exchange)(void *user, const lorasync_message *sends, size_t num_sends,
                                 const lorasync_message *receives, size_t num_receives, int timeout_ms,
                                 lorasync_error *err);
@@ -595,8 +595,8 @@ typedef struct lorasync_comm {
     void (*abort)(void *user, const char *why);
 
     /* Optional: exchange for device memory. Enqueues the messages on a stream and returns without waiting for them;
-       timeout_ms bounds only the enqueueing. Without it, device memory goes through pinned host memory and `exchange`.
-       */
+       timeout_ms bounds only the enqueueing. Without it, device memory goes through pinned host memory and
+       `exchange`. */
     lorasync_status (*exchange_stream)(void *user, const lorasync_message *sends, size_t num_sends,
                                        const lorasync_message *receives, size_t num_receives,
                                        struct CUstream_st *stream, int timeout_ms, lorasync_error *err);
@@ -1201,8 +1201,8 @@ typedef struct lorasync_loan_request {
     int ordinal;
     int others_write; /* 1: other ranks write there too, so LORASYNC_REACH_ROOT is of no use; 0: only this rank does */
     /* The ids of memory lent to this session before that ranks still have open; at most 4. Device memory with these
-       ids, and only with these, must not be freed. Ranks close what they no longer use, and everything before detach.
-       */
+       ids, and only with these, must not be freed. Ranks close what they no longer use, and everything before
+       detach. */
     const uint64_t *open_ids;
     size_t          num_open;
 } lorasync_loan_request;
@@ -1387,8 +1387,8 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 typedef struct lorasync_shm_desc {
     const char *name; /* up to 100 letters, digits, ".", "_" and "-"; does not begin with ".". Copied */
     /* Slots of each adapter to keep when they are free, so that publishing touches no fresh memory; at least 2. 0: 3
-       (the served one, the next one, and one that engines are leaving). More are made when needed, up to 1,024 in all.
-       */
+       (the served one, the next one, and one that engines are leaving). More are made when needed, up to 1,024 in
+       all. */
     int                       num_slots;
     const lorasync_allocator *allocator;
     /* NULL: payloads are in shared memory. Otherwise in device memory (see below); needs LORASYNC_CUDA. keep_on_device
