@@ -1471,93 +1471,101 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
        your own source ---'                             +-- checked -- served -- pinned by readers -- released
        your own code ------ lorasync_engine_offer -----'
 
-   Wherever it comes from, a version is one lorasync_delivery: a safetensors image and its adapter_config.json, as they
-   lie in memory. Nothing is copied: the bytes must stay as they are until release is called.
+   Wherever it comes from, a version arrives as one lorasync_delivery: a safetensors image and its adapter_config.json,
+   as they are in memory. Nothing is copied: the bytes must not change until release is called.
 
-       in one piece        bytes -> | header | payload |
-       in two              bytes -> | header |    payload -> | payload |     device memory always comes like this
+       in one piece    bytes -> | header | payload |
+       in two          bytes -> | header |    payload -> | payload |         device memory always comes like this
 
-   Fill it with zeros before filling it in. */
+   Zero it before filling it in. */
 typedef struct lorasync_delivery {
     size_t      size;    /* sizeof(lorasync_delivery) */
-    const char *adapter; /* its name; NULL: as the header says. If both say one, they must agree */
-    uint64_t    version; /* 0: as the header says. If both say one, they must agree */
-    const void *bytes;   /* a safetensors file in memory, or (with payload) its header alone: 8 + N bytes */
+    const char *adapter; /* its name; NULL: from the header. If both are given, they must agree */
+    uint64_t    version; /* 0: from the header. If both are given, they must agree */
+    const void *bytes;   /* a safetensors file in memory or, with payload, its header alone: 8 + N bytes */
     size_t      num_bytes;
     const void *payload; /* NULL: behind the header */
     size_t      payload_bytes;
     int         on_device;    /* 1: payload is a device address; needs lorasync_engine_desc.accept_device */
-    const char *config_json;  /* adapter_config.json, NUL-terminated. Of a delta it may be NULL: that of its base */
-    uint64_t    mark;         /* from a source: see lorasync_published. Else 0 */
-    const char *where;        /* for error texts: a path, an address; NULL: made of adapter and source */
-    const char *config_where; /* the same of config_json; NULL: made of where */
-    /* Called when no reader and no engine has these bytes any more: by the thread that is then in lorasync_engine_poll,
-       lorasync_engine_offer or lorasync_engine_close, and once. It may free them, or have the next version written
-       there. NULL: nothing to do. */
+    const char *config_json;  /* adapter_config.json, NUL-terminated. For a delta NULL is allowed: that of its base */
+    uint64_t    mark;         /* from a source: see lorasync_published; otherwise 0 */
+    const char *where;        /* for error texts: a path, an address; NULL: made from adapter and source */
+    const char *config_where; /* the same for config_json; NULL: made from where */
+    /* Called once, when no reader and no engine uses these bytes any more, by the thread that is then in
+       lorasync_engine_poll, lorasync_engine_offer or lorasync_engine_close. It may free them, or let the next version
+       be written there. NULL: nothing to do. */
     void (*release)(void *user);
     void *user;
 } lorasync_delivery;
 
-/* One adapter, as a source finds it published. */
+/* One adapter that a source finds published. */
 typedef struct lorasync_published {
     char     adapter[LORASYNC_MAX_NAME]; /* its name, terminated */
     uint64_t version;                    /* 0: not known before it is opened */
-    /* Another number whenever something else may be published for this adapter, if only the same version again: what
-       was served under a mark is not opened again. 0: there is none, and the version alone tells. */
+    /* A number that changes whenever something else may be published for this adapter, even the same version again.
+       What was served under a mark is not opened again. 0: there is no mark, and only the version counts. */
     uint64_t mark;
 } lorasync_published;
 
 /* Where an engine takes versions from when it is polled. lorasync_engine_open makes one for a directory or for shared
-   memory; lorasync_engine_desc.source is one of your own. The engine does the rest: it looks whether something is
-   newer, opens it, checks it, serves it, and gives it back. All calls come from the thread that is in a call of the
-   engine. `size` is sizeof(lorasync_source); what a smaller one does not cover counts as NULL or 0. Return 0 or a
-   negative status with err filled (never NULL); a status of -100 and below becomes LORASYNC_E_IO. */
+   memory; lorasync_engine_desc.source is one of your own. The engine does the rest: it sees whether something is newer,
+   opens it, checks it, serves it, and releases it.
+
+   All calls come from the thread that is in a call of the engine. Callbacks return 0 or a negative status with err
+   filled in (err is never NULL); a status of -100 or below becomes LORASYNC_E_IO. `size` is sizeof(lorasync_source)
+   when it was filled in; fields beyond a smaller size count as NULL or 0. */
 typedef struct lorasync_source {
     size_t      size;
     const char *name; /* for messages: "adapters", "http://trainer:8000"; borrowed */
     void       *user;
-    /* What is published: called with index 0, 1, 2, .. until it returns LORASYNC_NOTHING_NEW (no more) or fails, in
-       which case the poll fails with that, after it has served what it was told before. LORASYNC_OK: *out, all zeros at
-       the call, is one adapter. Index 0 begins a new look. Shall not block. */
+    /* What is published: called with index 0, 1, 2, .. until it returns LORASYNC_NOTHING_NEW (no more) or fails. After
+       LORASYNC_OK, *out, which is all zero at the call, is one adapter. After a failure the poll fails too, but first
+       serves what it was told before. Index 0 starts a new look. Must not block. */
     lorasync_status (*look)(void *user, size_t index, lorasync_published *out, lorasync_error *err);
-    /* Hands over the newest version of an adapter that look has told. *out is all zeros but for size; what it points to
-       stays good until out->release is called, which happens exactly once after LORASYNC_OK. `served`: with
-       sends_deltas, what the engine serves of this adapter, which a delta may be made against (lorasync_image_delta);
-       NULL: send it whole. LORASYNC_NOTHING_NEW: it is gone again. */
+    /* Hands over the newest version of an adapter that look returned. *out is all zero but for size; what it points to
+       must stay valid until out->release is called, which happens exactly once after LORASYNC_OK. LORASYNC_NOTHING_NEW:
+       it is gone again. served  with sends_deltas: what the engine serves of this adapter, which a delta may be made
+       against (lorasync_image_delta). NULL: send the full image */
     lorasync_status (*open)(void *user, const lorasync_published *what, const lorasync_image *served,
                             lorasync_delivery *out, lorasync_error *err);
-    /* Waits until there may be something new, at most timeout_ms (1 or more); returning earlier is fine. NULL: the
-       engine looks again after pauses of 50 microseconds to 5 ms. */
+    /* Waits until there may be something new, at most timeout_ms (1 or more); may return early. NULL: the engine looks
+       again after pauses of 50 microseconds to 5 ms. */
     void (*wait)(void *user, int timeout_ms);
-    /* Called once, when the engine closes, after the last release; not when lorasync_engine_open failed. NULL: nothing
-       to close. */
+    /* Called once, when the engine closes, after the last release; not if lorasync_engine_open failed. NULL: nothing to
+       close. */
     void (*close)(void *user);
-    int sends_deltas; /* 1: deliveries may be deltas. A delta that does not fit what is served is opened again, whole.
-                         0: deltas are refused */
+    /* 1: deliveries may be deltas; one that does not fit what is served is opened again, as a full image. 0: deltas are
+       refused. */
+    int sends_deltas;
 } lorasync_source;
 
-/* It maps the files, or the shared memory: replace a published file by another, never write into it or cut it. */
+/* Exactly one of directory, shm, source and offers_only is set. The engine maps the files or the shared memory:
+   replace a published file with another; never modify or truncate it in place. */
 typedef struct lorasync_engine_desc {
-    /* Exactly one of directory, shm, source and offers_only. */
     const char               *directory; /* where a directory transport publishes. Copied */
-    const char               *shm; /* the name under which a shared-memory transport publishes on this host. Copied */
+    const char               *shm;       /* the name of a shared-memory transport of this host. Copied */
     const char               *adapter;   /* NULL: every adapter found there. Copied */
     int                       no_verify; /* 1: skip the digest (the header is always checked) */
     const lorasync_allocator *allocator;
-    int accept_device;             /* 1: serve also versions whose payload is in device memory (lorasync_shm_desc.cuda,
-                          lorasync_delivery.on_device), see below. Needs LORASYNC_CUDA; not with directory */
-    const lorasync_source *source; /* Copied */
+    /* 1: also serve versions whose payload is in device memory (lorasync_shm_desc.cuda, lorasync_delivery.on_device);
+       see below. Needs LORASYNC_CUDA; not with directory. */
+    int                    accept_device;
+    const lorasync_source *source;      /* Copied */
     int                    offers_only; /* 1: there is no source; versions come from lorasync_engine_offer */
 } lorasync_engine_desc;
 
-/* With accept_device an adapter's image may have on_device = 1: the tensors' data are device addresses, good on the
-   device that was current at lorasync_engine_open and on those with peer access to the memory. A poll makes that
-   device current and restores the old one (an offer, too); it opens the memory of a slot once, digests each version
-   there on a stream of the engine's own, and waits on the CPU for that, at most 60 s. Reading: in place, or by
-   cudaMemcpyAsync to memory of the host program's. Either way keep the pin until the stream that reads has passed
-   (an event behind the last read): a released slot is written again.
-   Versions in host memory are served as without accept_device. Without it one in device memory is
-   LORASYNC_E_UNSUPPORTED, which says so. */
+/* With accept_device an adapter's image may have on_device = 1.
+
+   Addresses  The tensors' data are device addresses, valid on the device that was current at lorasync_engine_open and
+              on those with peer access to the memory.
+   Polls      A poll or an offer makes that device current and restores the previous one. It opens the memory of a slot
+              once, digests each version there on a stream of the engine's own, and waits on the CPU for that, at most
+              60 s.
+   Reading    In place, or after cudaMemcpyAsync to memory of the host program. Either way keep the pin until the stream
+              that reads has passed an event behind the last read: a released slot is written again.
+
+   Versions in host memory are served as without accept_device. Without it, one in device memory is
+   LORASYNC_E_UNSUPPORTED. */
 
 typedef struct lorasync_engine lorasync_engine;
 
@@ -1569,71 +1577,96 @@ typedef struct lorasync_adapter {
     const lorasync_config *config;
 } lorasync_adapter;
 
-/* Errors: LORASYNC_E_ARGUMENT (also for no source, or more than one), LORASYNC_E_NAME, LORASYNC_E_MEMORY; with
-   accept_device LORASYNC_E_CUDA, and LORASYNC_E_UNSUPPORTED without LORASYNC_CUDA. The directory, or the publisher,
-   need not be there yet. With shm, use the engine in the process that opened it: each process, and a fork too, opens
-   its own. */
+/* Opens an engine. The directory, or the publisher, need not exist yet. With shm, use the engine in the process that
+   opened it: each process, including a fork, opens its own. Close it with lorasync_engine_close.
+
+   Errors:
+       LORASYNC_E_ARGUMENT     also for no source, or more than one
+       LORASYNC_E_NAME         a name that the transport would refuse
+       LORASYNC_E_UNSUPPORTED  accept_device without LORASYNC_CUDA
+       LORASYNC_E_CUDA         with accept_device
+       LORASYNC_E_MEMORY */
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out,
                                                   lorasync_error *err);
 
-/* Looks for versions newer than the served ones, up to timeout_ms (0: once). Each is opened, its header, config and
-   digest are checked, and it becomes the served one; versions that nobody pins are dropped.
-   Returns LORASYNC_OK (something newer is served), LORASYNC_NOTHING_NEW, or a failure: the old version is still served,
-   and the next poll tries again. LORASYNC_E_FORMAT (also metadata that names another adapter or version than the
-   directories), LORASYNC_E_PAIR, LORASYNC_E_CONFIG, LORASYNC_E_EMPTY, LORASYNC_E_DIGEST, LORASYNC_E_IO,
-   LORASYNC_E_UNSUPPORTED, LORASYNC_E_MEMORY, LORASYNC_E_BUSY when 8 versions of one adapter are held: the served one
-   and 7 older ones that readers pin. LORASYNC_E_VERSION when what is published is older than what is served (a trainer
-   began again in an emptied place: let it publish newer versions, or open a new engine), or is the same version with
-   other bytes. An adapter that fails does not hold up the others; the first failure is returned. Files without lorasync
-   metadata are served too, without a digest to check. With shm, LORASYNC_E_BUSY also when 256 engines are attached,
-   LORASYNC_E_STATE in a fork; a version that readers have released is given back at the next poll, and a slot stays
-   mapped until a poll finds it gone. With accept_device LORASYNC_E_CUDA for memory that cannot be opened or read, and
-   LORASYNC_E_IO when it was a publisher's that has ended or closed. LORASYNC_E_ARGUMENT for NULL, and for a directory
-   that holds versions instead of adapters. With a source of one's own, what its look and open returned.
-   LORASYNC_E_STATE with offers_only. One thread at a time. */
+/* Looks for versions newer than the served ones. Each is opened; its header, config and digest are checked; then it
+   becomes the served one. Versions that nobody pins are released. An adapter that fails does not hold up the others.
+   Files without lorasync metadata are served too, without a digest to check. With shm, a version that readers have
+   released is given back at the next poll, and a slot stays mapped until a poll finds it gone. One thread at a time.
+
+   timeout_ms  how long to wait for something newer; 0: look once
+
+   Returns LORASYNC_OK if something newer is served, LORASYNC_NOTHING_NEW if not, otherwise the first failure: the old
+   version is still served, and the next poll tries again.
+
+   Errors:
+       LORASYNC_E_VERSION      what is published is older than what is served (a trainer started again in an emptied
+                               place: let it publish newer versions, or open a new engine), or is the same version with
+                               other bytes
+       LORASYNC_E_FORMAT       malformed, or metadata that names another adapter or version than the place it was found
+                               in
+       LORASYNC_E_BUSY         8 versions of one adapter are held: the served one, and 7 older ones that readers pin;
+                               with shm, 256 engines are attached
+       LORASYNC_E_ARGUMENT     NULL, or a directory that holds versions instead of adapters
+       LORASYNC_E_STATE        with offers_only; with shm, in a fork
+       LORASYNC_E_CUDA         with accept_device: memory that cannot be opened or read
+       LORASYNC_E_IO           the system's reason; with accept_device, device memory of a publisher that has ended or
+                               closed
+       LORASYNC_E_PAIR, LORASYNC_E_CONFIG, LORASYNC_E_EMPTY, LORASYNC_E_DIGEST, LORASYNC_E_UNSUPPORTED,
+       LORASYNC_E_MEMORY, and what look and open of your own source returned */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
 
-/* Hands the engine a version that has come another way: over HTTP, MPI, RDMA, NCCL, or from the same process. It is
-   checked as a poll checks what it finds, and becomes the served one; older versions that nobody pins are released.
-   Any engine takes offers, one with a source too, which then must not publish older versions of the same adapter.
+/* Hands the engine a version that came another way: over HTTP, MPI, RDMA or NCCL, or from the same process. It is
+   checked as in a poll, and becomes the served one; older versions that nobody pins are released. Every engine accepts
+   offers; if it has a source, that must not publish older versions of the same adapter. One thread at a time, polls
+   included; readers may go on meanwhile.
+
    The image may be a delta (lorasync_image_delta) against what is served: the full image is made in memory from the
-   engine's allocator (lorasync_image_apply), and the delta is released before the call returns.
-   Returns
-   - LORASYNC_OK: it is served. The bytes are the engine's until it calls delivery->release.
-   - LORASYNC_NOTHING_NEW: the same version with the same bytes is served already.
-   - or a failure: what was served still is. LORASYNC_E_VERSION (older than what is served, or the same version with
-     other bytes), LORASYNC_E_BASE (a delta against something else than what is served, or against nothing: send the
-     full image), LORASYNC_E_DIGEST, LORASYNC_E_FORMAT (also a header that names another adapter or version than the
-     delivery, or none), LORASYNC_E_NAME (also an adapter that desc.adapter does not ask for), LORASYNC_E_PAIR,
-     LORASYNC_E_CONFIG, LORASYNC_E_EMPTY, LORASYNC_E_UNSUPPORTED (device memory without accept_device),
-     LORASYNC_E_STATE (a delta in device memory, or against such), LORASYNC_E_BUSY when 8 versions of that adapter are
-     held: have readers release some and offer it again; LORASYNC_E_MEMORY, LORASYNC_E_CUDA, LORASYNC_E_ARGUMENT.
-   After anything but LORASYNC_OK the bytes are the caller's, and release is not called. Blocks only for a digest in
-   device memory. Copies nothing but a delta; allocates what describes the image. One thread at a time, with polls;
-   readers may go on meanwhile. */
+   engine's allocator (lorasync_image_apply), and the delta is released before the call returns. Nothing else is copied;
+   what describes the image is allocated. Blocks only for a digest in device memory.
+
+   Returns LORASYNC_OK if it is served: the bytes belong to the engine until it calls delivery->release.
+   LORASYNC_NOTHING_NEW if the same version with the same bytes is served already. After a failure, what was served
+   still is. After anything but LORASYNC_OK the bytes are the caller's, and release is not called.
+
+   Errors:
+       LORASYNC_E_VERSION      older than what is served, or the same version with other bytes
+       LORASYNC_E_BASE         a delta against something other than what is served, or against nothing: send the full
+                               image
+       LORASYNC_E_FORMAT       malformed, or a header that names another adapter or version than the delivery, or none
+       LORASYNC_E_NAME         a bad name, or an adapter other than desc.adapter
+       LORASYNC_E_UNSUPPORTED  device memory without accept_device
+       LORASYNC_E_STATE        a delta in device memory, or against a version in device memory
+       LORASYNC_E_BUSY         8 versions of that adapter are held: let readers release some, and offer it again
+       LORASYNC_E_DIGEST, LORASYNC_E_PAIR, LORASYNC_E_CONFIG, LORASYNC_E_EMPTY, LORASYNC_E_MEMORY, LORASYNC_E_CUDA,
+       LORASYNC_E_ARGUMENT */
 LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, const lorasync_delivery *delivery,
                                                    lorasync_error *err);
 
-/* Pins the served version of an adapter; NULL if there is none. Wait-free but for a retry when a poll swaps versions in
-   between; no system call, no allocation. Any thread, also while another polls. */
+/* Pins the served version of an adapter and returns it, or NULL if there is none. Wait-free, except for a retry when
+   a poll swaps versions in between; no system call, no allocation. Any thread, also while another one polls. */
 LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, const char *adapter);
 
-/* The tensor of that key ("base_model.model....lora_A.weight"), or NULL. Any thread. */
+/* The tensor with that key ("base_model.model....lora_A.weight"), or NULL. Any thread. */
 LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapter, const char *key);
 
-/* Unpins; once per acquire. NULL is fine. Any thread. */
+/* Unpins a version; once per lorasync_acquire. NULL is allowed. Any thread. */
 LORASYNC_API void lorasync_release(const lorasync_adapter *adapter);
 
-/* Closes. All pins must have been released. NULL is fine. */
+/* Closes an engine. All pins must have been released. NULL is allowed. */
 LORASYNC_API void lorasync_engine_close(lorasync_engine *engine);
 
-/* Opens, checks and returns one PEFT adapter directory, or one safetensors file, outside any engine: for tools, tests
-   and resuming. In a directory: adapter_model.safetensors, or the only *.safetensors there; and adapter_config.json,
-   which must be there and fit. For a directory *out_config is that config, for a file NULL. The image maps the file;
-   free both with lorasync_image_free and lorasync_config_free. out_config may be NULL. The digest is verified when the
-   file carries one.
-   Errors: LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_UNSUPPORTED (pickled files, deltas), and those of
-   lorasync_image_parse, lorasync_image_verify, lorasync_config_parse and lorasync_config_check, all with the path. */
+/* Opens and checks one PEFT adapter directory, or one safetensors file, outside any engine: for tools, tests and
+   resuming. A directory has adapter_model.safetensors, or exactly one *.safetensors, and an adapter_config.json that
+   fits it. The digest is verified if the file carries one. The image maps the file: free it with lorasync_image_free,
+   the config with lorasync_config_free.
+
+   out_config  of a directory its config, of a file NULL; may be NULL
+
+   Errors, all with the path:
+       LORASYNC_E_UNSUPPORTED  pickled files, deltas
+       LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_ARGUMENT, and those of lorasync_image_parse,
+       lorasync_image_verify, lorasync_config_parse and lorasync_config_check */
 LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator,
                                                    lorasync_image **out_image, lorasync_config **out_config,
                                                    lorasync_error *err);
