@@ -19648,7 +19648,7 @@ LORASYNCI_FN uint64_t lorasynci_session_take_aim(lorasync_session *s)
     if (!s->aim.own) return 0;
     lorasynci_plan_aim(s->plan, s->aim.next);
     if (s->aim.next != (char *)s->aim.loan.payload) lorasynci_session_withdraw(s);
-    return s->plan->gpu && s->plan->direct ? s->aim.mark : 0;
+    return s->aim.mark;
 }
 
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)

@@ -407,6 +407,34 @@ static void all_gather_cost(void)
     printf("     all_gather of 16 bytes, 4 processes: %.1f us\n", (double)outcomes[0].ns / TIMED / 1000);
 }
 
+/* A chunk whose message has the right size, but which has another size itself: damaged, and not taken. */
+static void damaged_chunk(void)
+{
+    lorasynci_channel *c = (lorasynci_channel *)calloc(1, sizeof *c);
+    char               data[100], expected[100];
+    lorasync_message   m;
+    uint64_t           size = sizeof data;
+    uint32_t           wrong;
+    lorasync_error     err;
+    REQUIRE(c);
+    m.peer = 1, m.data = data, m.num_bytes = sizeof data;
+    memset(c->chunks[0], 7, 8 + sizeof data);
+    memset(expected, 7, sizeof expected);
+    memcpy(c->chunks[0], &size, 8);
+    for (wrong = 107; wrong <= 109; wrong++) {
+        lorasynci_flow f     = lorasynci_flow_start(c, &m);
+        int            moved = 0;
+        c->sent = 1, c->taken = 0, c->sizes[0] = wrong;
+        memset(data, 0, sizeof data);
+        CHECK_EQ(lorasynci_flow_receive(&f, 0, &moved, &err), wrong == 108 ? LORASYNC_OK : LORASYNC_E_COMM);
+        CHECK_EQ(moved, wrong == 108);
+        CHECK_EQ(c->taken, wrong == 108);
+        CHECK_EQ(memcmp(data, expected, sizeof data) == 0, wrong == 108);
+        if (wrong != 108) CHECK_HAS(err.text, "rank 0 expected 100 bytes from rank 1");
+    }
+    free(c);
+}
+
 int main(void)
 {
     RUN(solo);
@@ -418,6 +446,7 @@ int main(void)
     RUN(processes_traffic);
     RUN(open_and_join);
     RUN(mismatched_sizes);
+    RUN(damaged_chunk);
     RUN(mismatched_all_gather);
     RUN(rank_stays_away);
     RUN(rank_never_joins);

@@ -146,6 +146,17 @@ static void test_json_refuses(void)
                {"\xef\xbb\xbf{}", "found byte 0xef", 0},
                {"[1,\n 2,\n  x]", "(line 3, column 3)", 10}};
     size_t i;
+    int    c, place;
+    for (c = 1; c <= 0x20; c++) { /* every control character, wherever it is in a word of 8 bytes; a space is none */
+        for (place = 1; place <= 24; place++) {
+            char text[28];
+            memset(text, 'a', sizeof text);
+            text[0] = text[26] = '"', text[27] = 0, text[place] = (char)c;
+            memset(&err, 0, sizeof err);
+            CHECK_EQ(validate(text, strlen(text)), c < 0x20 ? LORASYNC_E_FORMAT : LORASYNC_OK);
+            if (c < 0x20) CHECK_HAS(err.text, "control characters");
+        }
+    }
     for (i = 0; i < COUNT(bad); i++) {
         char at[32];
         memset(&err, 0, sizeof err);

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -26,15 +27,46 @@ static int test_step(void)
     return 1;
 }
 
+/* What makes a version durable, in order: each line "write FILE" (once for all bytes of a file), "fsync FILE" or "rename
+   FROM TO", if a test asks for it. */
+static char   durable[4096];
+static size_t num_durable;
+static int    notes_durable;
+
+static int note(const char *what, const char *name, const char *to)
+{
+    char   line[1200];
+    size_t n;
+    if (!notes_durable) return 0;
+    n = (size_t)snprintf(line, sizeof line, "%s %.500s%s%.500s\n", what, name, to ? " " : "", to ? to : "");
+    if (num_durable >= n && memcmp(durable + num_durable - n, line, n) == 0 && what[0] == 'w') return 0;
+    if (n >= sizeof durable - num_durable) return 0;
+    memcpy(durable + num_durable, line, n + 1);
+    num_durable += n;
+    return 0;
+}
+
+static int note_fd(const char *what, int fd)
+{
+    char    link[64], path[1000];
+    ssize_t n;
+    if (!notes_durable) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    n                   = readlink(link, path, sizeof path - 1);
+    path[n < 0 ? 0 : n] = 0;
+    return note(what, path, NULL);
+}
+
 #define openat(...) (test_step() ? -1 : openat(__VA_ARGS__))
 #define mkdirat(...) (test_step() ? -1 : mkdirat(__VA_ARGS__))
-#define write(...) (test_step() ? -1 : write(__VA_ARGS__))
+#define write(fd, ...) (note_fd("write", fd), test_step() ? -1 : write(fd, __VA_ARGS__))
 #define read(...) (test_step() ? -1 : read(__VA_ARGS__))
-#define fsync(...) (test_step() ? -1 : fsync(__VA_ARGS__))
+#define fsync(fd) (note_fd("fsync", fd), test_step() ? -1 : fsync(fd))
 #define fstatat(...) (test_step() ? -1 : fstatat(__VA_ARGS__))
 #define readlinkat(...) (test_step() ? -1 : readlinkat(__VA_ARGS__))
 #define symlinkat(...) (test_step() ? -1 : symlinkat(__VA_ARGS__))
-#define renameat(...) (test_step() ? -1 : renameat(__VA_ARGS__))
+#define renameat(from_fd, from, to_fd, to)                                                                             \
+    (note("rename", from, to), test_step() ? -1 : renameat(from_fd, from, to_fd, to))
 #define unlinkat(...) (test_step() ? -1 : unlinkat(__VA_ARGS__))
 #define mmap(...) (test_step() ? MAP_FAILED : mmap(__VA_ARGS__))
 
@@ -1679,6 +1711,71 @@ static void test_poll_steps(void)
     }
 }
 
+/* -- durable: every file and every name reaches the disk before the name that makes it visible */
+
+/* What was noted, without the root's path and this process's number. */
+static const char *noted(void)
+{
+    static char text[sizeof durable];
+    char        pid[32], *out = text, real[400];
+    const char *p = durable;
+    size_t      n, m;
+    if (!realpath(root, real)) return "";
+    n = strlen(real);
+    m = (size_t)snprintf(pid, sizeof pid, "%ld", (long)getpid());
+    while (*p) {
+        if (strncmp(p, real, n) == 0) p += n;
+        else if (p[-1] == '-' && strncmp(p, pid, m) == 0) p += m, *out++ = 'P';
+        else *out++ = *p++;
+    }
+    *out = 0;
+    return text;
+}
+
+static const char *publish_noted(lorasync_transport *t, uint64_t version)
+{
+    lorasync_status status;
+    num_durable = 0, durable[0] = 0, notes_durable = 1;
+    status        = publish(t, "policy", version, NULL);
+    notes_durable = 0;
+    CHECK_EQ(status, LORASYNC_OK);
+    return noted();
+}
+
+static void durable_in_order(void)
+{
+    lorasync_transport t;
+    if (access("/proc/self/fd", R_OK) != 0) SKIP("no /proc here, which names open files");
+    fresh_root();
+    t = open_directory(8, 0);
+    CHECK_TEXT(publish_noted(&t, 1), "fsync \n" /* the adapter's new name */
+                                     "write /policy/.stage-P-v1/adapter_model.safetensors\n"
+                                     "fsync /policy/.stage-P-v1/adapter_model.safetensors\n"
+                                     "write /policy/.stage-P-v1/adapter_config.json\n"
+                                     "fsync /policy/.stage-P-v1/adapter_config.json\n"
+                                     "fsync /policy/.stage-P-v1\n"
+                                     "rename .stage-P-v1 v1\n"
+                                     "fsync /policy\n"
+                                     "rename .latest-P latest\n"
+                                     "fsync /policy\n");
+    CHECK_TEXT(publish_noted(&t, 2), "write /policy/.stage-P-v2/adapter_model.safetensors\n"
+                                     "fsync /policy/.stage-P-v2/adapter_model.safetensors\n"
+                                     "write /policy/.stage-P-v2/adapter_config.json\n"
+                                     "fsync /policy/.stage-P-v2/adapter_config.json\n"
+                                     "fsync /policy/.stage-P-v2\n"
+                                     "rename .stage-P-v2 v2\n"
+                                     "fsync /policy\n"
+                                     "rename .latest-P latest\n"
+                                     "fsync /policy\n");
+    t.close(t.user);
+    t = open_directory(8, 1);
+    CHECK_TEXT(publish_noted(&t, 3), "write /policy/.stage-P-v3/adapter_model.safetensors\n"
+                                     "write /policy/.stage-P-v3/adapter_config.json\n"
+                                     "rename .stage-P-v3 v3\n"
+                                     "rename .latest-P latest\n");
+    t.close(t.user);
+}
+
 int main(void)
 {
     RUN(test_parse_version);
@@ -1712,6 +1809,7 @@ int main(void)
     RUN(test_poll_steps);
     RUN(test_reader_threads);
     RUN(test_kill);
+    RUN(durable_in_order);
     remove_tree(root);
     return test_summary("test_directory");
 }

@@ -424,6 +424,69 @@ static void root_is_behind(void)
     play(&s);
 }
 
+/* Placing directly, a rank that is a run ahead writes its sums elsewhere than those that a slower one still reads. */
+static void check_sums(lorasync_plan *plan, int rank)
+{
+    const uint64_t *now, *next;
+    CHECK(plan->direct);
+    now = lorasynci_sums_of(plan, rank);
+    plan->run++;
+    next = lorasynci_sums_of(plan, rank);
+    plan->run--;
+    CHECK((size_t)(now < next ? next - now : now - next) >= plan->num_image_tensors);
+}
+
+/* Ranks that would write to different memory do not agree, and what is served stays; the next run is whole again. */
+static void aim_rank(rank_context *x)
+{
+    const scene      *s = (const scene *)x->user;
+    float            *part, values[MODULES * 2 * ROWS * COLUMNS];
+    other_engine      other;
+    reader            r;
+    lorasync_session *session;
+    uint64_t          v;
+    memset(values, 0, sizeof values);
+#ifdef IN_PLACE_CUDA
+    choose_gpu(x->rank);
+#endif
+    part    = part_memory();
+    session = open_session(x, s, &other, part);
+    check_sums(session->plan, x->rank);
+    if (x->rank == 0) open_reader(&r, s);
+    for (v = 1; v <= 6; v++) {
+        lorasync_error  err;
+        lorasync_status status;
+        set_parts(values, x->rank, x->world, v);
+        copy_bytes(part, values, sizeof values);
+        if (v == 4) CHECK(session->aim.mark != 0);
+        session->aim.mark ^= (uint64_t)(v == 4 && x->rank == 1);
+        lorasync_begin(session, v, &err);
+        status = lorasync_wait(session, NULL, &err);
+        session->aim.mark ^= (uint64_t)(v == 4 && x->rank == 1);
+        CHECK_EQ(status, v == 4 ? LORASYNC_E_DISAGREE : LORASYNC_OK);
+        if (x->rank == 0) look(&r, s, v == 4 ? 3 : v, v == 4 ? 3 : v);
+    }
+    lorasync_close(session);
+    if (x->rank == 0) close_reader(&r);
+    part_free(part);
+}
+
+static void all_aim_at_the_same(void)
+{
+    scene s;
+    char  name[60];
+    memset(&s, 0, sizeof s);
+    snprintf(name, sizeof name, "test-in-place-%ld-aim", (long)getpid());
+    s.name = name;
+#ifdef FAKE_SLICE
+    fake_cuda_share();
+    fake_cuda_reset();
+    fake_cuda_reclaim();
+#endif
+    CHECK_EQ(run_processes(2, aim_rank, &s), 0);
+    lorasync_shm_remove(name, NULL);
+}
+
 /* A rank that cannot map a slot, and publishing goes on as without. */
 TEST_UNUSED static void one_is_blind(void)
 {
@@ -486,6 +549,7 @@ int main(void)
     RUN(failures_between);
     RUN(nothing_changed);
     RUN(root_is_behind);
+    RUN(all_aim_at_the_same);
 #ifdef IN_PLACE_CUDA
     return test_summary("test_in_place_cuda");
 #else

@@ -1165,6 +1165,39 @@ static void many_ranks(void)
     big_plan(64, 2000, 0);
 }
 
+/* -- replicas: a rank that holds what it wants takes its own, whatever the others have to send */
+
+static void replica_rank(rank_context *c)
+{
+    float               a[100], b[50], got_a[100], got_b[50];
+    lorasync_piece      have[2], want[2];
+    lorasync_plan_desc  d;
+    lorasync_plan      *plan;
+    lorasync_plan_stats stats;
+    lorasync_error      err;
+    int                 i;
+    for (i = 0; i < 100; i++) a[i] = (float)i;
+    for (i = 0; i < 50; i++) b[i] = (float)(1000 + i);
+    memset(got_a, 0, sizeof got_a), memset(got_b, 0, sizeof got_b), memset(&d, 0, sizeof d);
+    /* rank 0 sends A, so rank 1 has less to send; both hold B, and both want it */
+    declare(&have[0], "A", LORASYNC_F32, 1, 100, 0, a), declare(&have[1], "B", LORASYNC_F32, 1, 50, 0, b);
+    declare(&want[0], "A", LORASYNC_F32, 1, 100, 0, got_a), declare(&want[1], "B", LORASYNC_F32, 1, 50, 0, got_b);
+    d.comm = &c->comm, d.kind = LORASYNC_RESHARD, d.timeout_ms = 10000;
+    d.have = c->rank == 0 ? have : have + 1, d.num_have = c->rank == 0 ? 2 : 1;
+    d.want = c->rank == 0 ? want + 1 : want, d.num_want = c->rank == 0 ? 1 : 2;
+    REQUIRE(lorasync_plan_create(&d, &plan, &err) == LORASYNC_OK);
+    lorasync_plan_get_stats(plan, &stats);
+    CHECK(c->rank == 0 ? stats.send_bytes >= sizeof a && stats.send_bytes < sizeof a + sizeof b
+                       : stats.send_bytes == 0);
+    CHECK_EQ(lorasync_plan_begin(plan, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_plan_wait(plan, &err), LORASYNC_OK);
+    CHECK(memcmp(got_b, b, sizeof b) == 0);
+    if (c->rank == 1) CHECK(memcmp(got_a, a, sizeof a) == 0);
+    lorasync_plan_free(plan);
+}
+
+static void own_replica_first(void) { run_threads(2, replica_rank, NULL); }
+
 int main(int argc, char **argv)
 {
     if (argc > 2) { /* by hand: ranks tensors */
@@ -1185,5 +1218,6 @@ int main(int argc, char **argv)
     RUN(gather_1000_times);
     RUN(plan_memory);
     RUN(many_ranks);
+    RUN(own_replica_first);
     return test_summary("test_plan_errors");
 }

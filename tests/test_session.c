@@ -715,6 +715,54 @@ static void fold_scale(void)
         fold_one(&folds[i], LORASYNC_DTYPE_NONE), fold_one(&folds[i], LORASYNC_BF16), fold_one(&folds[i], LORASYNC_F16);
 }
 
+/* lora_B.bias is scaled as lora_B is; which needs the config, since a bias does not show the rank. */
+static void fold_bias(void)
+{
+    static const parameter three[3] = {
+        {P "self_attn.q_proj.lora_A.default.weight", LORASYNC_F32, 2, {8, 16, 0}},
+        {P "self_attn.q_proj.lora_B.default.weight", LORASYNC_F32, 2, {24, 8, 0}},
+        {P "self_attn.q_proj.lora_B.default.bias", LORASYNC_F32, 1, {24, 0, 0}},
+    };
+    static rank_model m;
+    static engine     e;
+    int               with_config;
+    make_model(&m, three, 3, FSDP2, 0, 1, 3);
+    for (with_config = 0; with_config < 2; with_config++) {
+        lorasync_desc          d = plain_desc(NULL);
+        lorasync_session      *s = NULL;
+        lorasync_image        *image;
+        lorasync_error         err;
+        const lorasync_tensor *t;
+        lorasync_transport     to = transport_to(&e, "engine");
+        int64_t                i;
+        memset(&e, 0, sizeof e);
+        d.fold_scale = 1;
+        if (with_config)
+            d.lora_alpha = 0, d.config_json = "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":20,\"lora_bias\":true,"
+                                              "\"target_modules\":[\"q_proj\"]}";
+        REQUIRE(lorasync_open(&d, &s, &err) == LORASYNC_OK);
+        REQUIRE(add_all(s, &m, &err) == LORASYNC_OK);
+        CHECK_EQ(lorasync_attach(s, &to, &err), LORASYNC_OK);
+        if (!with_config) {
+            CHECK_EQ(lorasync_compile(s, &err), LORASYNC_E_UNSUPPORTED);
+            CHECK_HAS(err.text, "lora_B.bias: fold_scale needs config_json");
+            lorasync_close(s);
+            continue;
+        }
+        if (lorasync_compile(s, &err) < 0 || lorasync_sync(s, 1, NULL, &err) < 0)
+            test_fail(__FILE__, __LINE__, err.text);
+        lorasync_close(s);
+        REQUIRE(lorasync_image_parse(e.file, e.num_bytes, NULL, &image, &err) == LORASYNC_OK);
+        t = lorasync_image_find(image, P "self_attn.q_proj.lora_B.bias");
+        REQUIRE(t);
+        for (i = 0; i < 24; i++) {
+            float expected = truth(2, i, 3) * 2.5f;
+            CHECK(memcmp(&expected, (const char *)t->data + i * 4, 4) == 0);
+        }
+        lorasync_image_free(image);
+    }
+}
+
 /* A compile that fails and is tried again does not fold twice. */
 static int   flaky_left;
 static void *flaky_alloc(void *user, size_t n)
@@ -1793,6 +1841,7 @@ int main(void)
     RUN(same_bytes);
     RUN(processes);
     RUN(fold_scale);
+    RUN(fold_bias);
     RUN(fold_after_a_failed_compile);
     RUN(versions);
     RUN(sessions_in_order);

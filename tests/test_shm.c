@@ -703,6 +703,33 @@ static void test_direct(void)
 
 /* -- refusals */
 
+/* What was lent to a session that closes is removed: a rank of it that was left behind keeps a mapping of its own, and
+   the session after it gets other memory. */
+static void test_taken_back(void)
+{
+    lorasync_transport t;
+    lorasync_image    *image;
+    lorasync_error     err;
+    lorasync_loan      first, second;
+    int                one, two; /* two sessions */
+    fresh_name();
+    t     = open_transport();
+    image = lay_out("default", 64);
+    CHECK_EQ(t.attach(t.user, &one, "default", &err), LORASYNC_OK);
+    CHECK_EQ(lend(&t, image, &first, &err), 0);
+    CHECK(count_slots() == -1 || count_slots() == 1);
+    t.detach(t.user, &two, "default", 0); /* not the session that has it */
+    CHECK(count_slots() == -1 || count_slots() == 1);
+    t.detach(t.user, &one, "default", 0);
+    CHECK(count_slots() <= 0);
+    CHECK_EQ(t.attach(t.user, &two, "default", &err), LORASYNC_OK);
+    CHECK_EQ(lend(&t, image, &second, &err), 0);
+    CHECK(first.id != second.id);
+    t.detach(t.user, &two, "default", 0);
+    lorasync_image_free(image);
+    t.close(t.user), t.close(t.user); /* by each session */
+}
+
 static void test_bad_names(void)
 {
     static const char *const names[] = {"",        "../x", "a/b", "/x",  ".",        "..",
@@ -1690,6 +1717,7 @@ int main(void)
     RUN(test_sizes);
     RUN(test_all_slots_taken);
     RUN(test_direct);
+    RUN(test_taken_back);
     RUN(test_bad_names);
     RUN(test_bad_arguments);
     RUN(test_no_cuda);
