@@ -2481,8 +2481,9 @@ LORASYNCI_FN void lorasynci_arena_close(lorasynci_arena *m)
 /* lorasynci_alloc_array in an arena. Many are asked for in a row and looked at once, by lorasynci_arena_check. */
 LORASYNCI_FN void *lorasynci_arena_array(lorasynci_arena *m, size_t num, size_t num_bytes)
 {
-    void *p = lorasynci_alloc_array(&m->a, num, num_bytes);
-    if (!p && !lorasynci_checked_mul(num, num_bytes, &m->refused)) m->refused = SIZE_MAX;
+    void  *p = lorasynci_alloc_array(&m->a, num, num_bytes);
+    size_t n;
+    if (!p) m->refused = !lorasynci_checked_mul(num, num_bytes, &n) ? SIZE_MAX : n ? n : 1;
     return p;
 }
 
