@@ -2543,6 +2543,10 @@ LORASYNCI_FN char *lorasynci_buffer_reserve(lorasynci_buffer *b, size_t num_byte
     return b->data + b->size;
 }
 
+/* Element i of a buffer of T, and how many of them it holds. */
+#define LORASYNCI_AT(T, buffer, i) ((T *)(void *)(buffer).data + (i))
+#define LORASYNCI_NUM(T, buffer) ((buffer).size / sizeof(T))
+
 /* Appends bytes, or nothing once the buffer has failed. */
 LORASYNCI_FN void lorasynci_put(lorasynci_buffer *b, const void *bytes, size_t num_bytes)
 {
@@ -4566,8 +4570,8 @@ LORASYNCI_FN lorasync_status lorasynci_re_fail(lorasynci_re *r, lorasync_status 
 /* Nodes are named by number, since the tree moves when it grows: use the pointer before the next node is made. */
 LORASYNCI_FN lorasynci_re_node *lorasynci_re_tree(lorasynci_re *r, uint32_t i)
 {
-    LORASYNC_ASSERT(i < r->tree.size / sizeof(lorasynci_re_node));
-    return (lorasynci_re_node *)(void *)r->tree.data + i;
+    LORASYNC_ASSERT(i < LORASYNCI_NUM(lorasynci_re_node, r->tree));
+    return LORASYNCI_AT(lorasynci_re_node, r->tree, i);
 }
 
 LORASYNCI_FN uint32_t lorasynci_re_count(const lorasynci_buffer *b, size_t size) { return (uint32_t)(b->size / size); }
@@ -4960,8 +4964,8 @@ LORASYNCI_FN lorasync_status lorasynci_re_emit_repeat(lorasynci_re *r, lorasynci
     if (n.max == LORASYNCI_RE_FOREVER) {
         LORASYNCI_TRY(lorasynci_re_put_state(r, LORASYNCI_RE_SPLIT, 0, next, next, &i));
         LORASYNCI_TRY(lorasynci_re_emit(r, n.child, i, &body));
-        ((lorasynci_re_state *)(void *)r->states.data)[i].index = body;
-        next                                                    = i;
+        LORASYNCI_AT(lorasynci_re_state, r->states, i)->index = body;
+        next                                                  = i;
     } else {
         for (i = n.min; i < n.max; i++) {
             LORASYNCI_TRY(lorasynci_re_emit(r, n.child, next, &body));
@@ -5023,7 +5027,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_finish(lorasynci_re *r, lorasync_patte
     p->now         = p->mark + p->num_states;
     p->before      = p->now + p->num_states;
     p->stack       = p->before + p->num_states;
-    p->states      = (lorasynci_re_state *)(void *)r->states.data;
+    p->states      = LORASYNCI_AT(lorasynci_re_state, r->states, 0);
     p->sets        = (unsigned char *)r->sets.data;
     r->states.data = NULL; /* the pattern has them now */
     r->sets.data   = NULL;
@@ -8693,8 +8697,7 @@ typedef struct lorasynci_catalogue {
 
 LORASYNCI_FN const lorasynci_record *lorasynci_record_at(const lorasynci_catalogue *c, size_t i)
 {
-    return (const lorasynci_record *)(const void *)(c->bytes.data +
-                                                    (size_t)((const uint32_t *)(const void *)c->at.data)[i] * 8);
+    return (const lorasynci_record *)(const void *)(c->bytes.data + (size_t)*LORASYNCI_AT(uint32_t, c->at, i) * 8);
 }
 
 LORASYNCI_FN const int64_t *lorasynci_record_shape(const lorasynci_record *r)
@@ -8789,18 +8792,6 @@ typedef struct lorasynci_parts {
     lorasynci_buffer list;     /* lorasynci_part */
     lorasynci_buffer geometry; /* int64_t */
 } lorasynci_parts;
-
-LORASYNCI_FN size_t lorasynci_parts_num(const lorasynci_parts *p) { return p->list.size / sizeof(lorasynci_part); }
-
-LORASYNCI_FN const lorasynci_part *lorasynci_part_at(const lorasynci_parts *p, size_t i)
-{
-    return (const lorasynci_part *)(const void *)p->list.data + i;
-}
-
-LORASYNCI_FN const int64_t *lorasynci_part_geometry(const lorasynci_parts *p, const lorasynci_part *part)
-{
-    return (const int64_t *)(const void *)p->geometry.data + part->geometry;
-}
 
 LORASYNCI_FN void lorasynci_parts_add(lorasynci_parts *p, uint32_t tensor, char *data, float scale, const int64_t *off,
                                       const int64_t *len, const int64_t *stride, int ndim)
@@ -8985,13 +8976,13 @@ LORASYNCI_FN lorasync_status lorasynci_describe(const lorasync_piece *pieces, si
 LORASYNCI_FN void lorasynci_parts_pack(const lorasynci_parts *parts, const lorasynci_catalogue *catalogue,
                                        lorasynci_buffer *out)
 {
-    size_t i, num = lorasynci_parts_num(parts);
+    size_t i, num = LORASYNCI_NUM(lorasynci_part, parts->list);
     for (i = 0; i < num; i++) {
-        const lorasynci_part *p    = lorasynci_part_at(parts, i);
+        const lorasynci_part *p    = LORASYNCI_AT(lorasynci_part, parts->list, i);
         size_t                ndim = lorasynci_record_at(catalogue, p->tensor)->ndim;
         uint64_t              head = p->tensor;
         lorasynci_put(out, &head, 8);
-        lorasynci_put(out, lorasynci_part_geometry(parts, p), ndim * 16);
+        lorasynci_put(out, LORASYNCI_AT(int64_t, parts->geometry, p->geometry), ndim * 16);
     }
 }
 
@@ -9033,25 +9024,12 @@ typedef struct lorasynci_ops {
     lorasynci_buffer grids; /* lorasynci_grid */
 } lorasynci_ops;
 
-LORASYNCI_FN size_t lorasynci_ops_num(const lorasynci_ops *o) { return o->list.size / sizeof(lorasynci_op); }
-
-LORASYNCI_FN const lorasynci_op *lorasynci_ops_at(const lorasynci_ops *o, size_t i)
-{
-    return (const lorasynci_op *)(const void *)o->list.data + i;
-}
-
-LORASYNCI_FN const lorasynci_grid *lorasynci_op_grid(const lorasynci_ops *o, const lorasynci_op *op)
-{
-    return (const lorasynci_grid *)(const void *)o->grids.data + op->grid;
-}
-
 /* The number of a grid: one of the last two if it is equal (lora_A and lora_B take turns), else a new one. */
 LORASYNCI_FN uint32_t lorasynci_ops_grid(lorasynci_ops *o, const lorasynci_grid *grid)
 {
-    size_t num = o->grids.size / sizeof *grid, i;
+    size_t num = LORASYNCI_NUM(lorasynci_grid, o->grids), i;
     for (i = num; i > 0 && num - i < 2; i--)
-        if (memcmp((const lorasynci_grid *)(const void *)o->grids.data + i - 1, grid, sizeof *grid) == 0)
-            return (uint32_t)(i - 1);
+        if (memcmp(LORASYNCI_AT(lorasynci_grid, o->grids, i - 1), grid, sizeof *grid) == 0) return (uint32_t)(i - 1);
     lorasynci_put(&o->grids, grid, sizeof *grid);
     return (uint32_t)num;
 }
@@ -10152,8 +10130,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_route(lorasynci_planner *p, loras
 LORASYNCI_FN void lorasynci_put_list(lorasynci_buffer *out, const lorasynci_buffer *summands, int of_image)
 {
     static const char        zeros[8] = {0};
-    const lorasynci_summand *s        = summands ? (const lorasynci_summand *)(const void *)summands->data : NULL;
-    uint64_t                 num      = summands ? summands->size / sizeof *s : 0, i;
+    const lorasynci_summand *s        = summands ? LORASYNCI_AT(lorasynci_summand, *summands, 0) : NULL;
+    uint64_t                 num      = summands ? LORASYNCI_NUM(lorasynci_summand, *summands) : 0, i;
     lorasynci_put(out, &num, sizeof num);
     for (i = 0; i < num; i++) lorasynci_put(out, of_image ? &s[i].image_tensor : &s[i].tensor, sizeof(uint32_t));
     lorasynci_put(out, zeros, (size_t)(num % 2) * sizeof(uint32_t));
@@ -10161,7 +10139,7 @@ LORASYNCI_FN void lorasynci_put_list(lorasynci_buffer *out, const lorasynci_buff
 
 LORASYNCI_FN size_t lorasynci_list_bytes(const lorasynci_buffer *summands)
 {
-    size_t num = summands ? summands->size / sizeof(lorasynci_summand) : 0;
+    size_t num = summands ? LORASYNCI_NUM(lorasynci_summand, *summands) : 0;
     return sizeof(uint64_t) + (num + num % 2) * sizeof(uint32_t);
 }
 
@@ -10278,12 +10256,12 @@ LORASYNCI_FN lorasync_status lorasynci_leg_at_part(const lorasynci_making *m, ui
     const lorasynci_part   *part;
     const lorasynci_record *r;
     const int64_t          *g;
-    if (number >= lorasynci_parts_num(&m->parts))
+    if (number >= LORASYNCI_NUM(lorasynci_part, m->parts.list))
         return lorasynci_fail(err, LORASYNC_E_COMM, "the planner names part %llu, of %zu", (unsigned long long)number,
-                              lorasynci_parts_num(&m->parts));
-    part            = lorasynci_part_at(&m->parts, (size_t)number);
+                              LORASYNCI_NUM(lorasynci_part, m->parts.list));
+    part            = LORASYNCI_AT(lorasynci_part, m->parts.list, (size_t)number);
     r               = lorasynci_record_at(&m->plan->catalogue, part->tensor);
-    g               = lorasynci_part_geometry(&m->parts, part);
+    g               = LORASYNCI_AT(int64_t, m->parts.geometry, part->geometry);
     leg->tensor     = part->tensor;
     leg->scale      = part->scale;
     leg->shape      = lorasynci_record_shape(r);
@@ -10464,25 +10442,25 @@ LORASYNCI_FN lorasynci_link *lorasynci_link_of(lorasync_plan *plan, const lorasy
 
 LORASYNCI_FN uint32_t lorasynci_link_rounds(const lorasynci_link *link)
 {
-    return (uint32_t)(link->ends.size / sizeof(uint64_t));
+    return (uint32_t)LORASYNCI_NUM(uint64_t, link->ends);
 }
 
 /* Where a round of a link begins and ends, its digests included. */
 LORASYNCI_FN uint64_t lorasynci_link_start(const lorasynci_link *link, uint32_t round)
 {
-    const uint64_t *ends = (const uint64_t *)(const void *)link->ends.data;
+    const uint64_t *ends = LORASYNCI_AT(uint64_t, link->ends, 0);
     return round == 0 ? 0 : (ends[round - 1] + LORASYNCI_ALIGN - 1) / LORASYNCI_ALIGN * LORASYNCI_ALIGN;
 }
 
 LORASYNCI_FN uint64_t lorasynci_link_digests_at(const lorasynci_link *link)
 {
-    const uint64_t *ends = (const uint64_t *)(const void *)link->ends.data;
+    const uint64_t *ends = LORASYNCI_AT(uint64_t, link->ends, 0);
     return (ends[lorasynci_link_rounds(link) - 1] + 7) / 8 * 8;
 }
 
 LORASYNCI_FN uint64_t lorasynci_link_end(const lorasynci_link *link, uint32_t round)
 {
-    const uint64_t *ends = (const uint64_t *)(const void *)link->ends.data;
+    const uint64_t *ends = LORASYNCI_AT(uint64_t, link->ends, 0);
     if (round + 1 == lorasynci_link_rounds(link) && link->num_digests)
         return lorasynci_link_digests_at(link) + link->num_digests * sizeof(uint64_t);
     return ends[round];
@@ -10506,11 +10484,11 @@ LORASYNCI_FN lorasync_status lorasynci_link_extend(lorasynci_link *link, const l
 {
     uint64_t last, end = leg->route.at + leg->num_bytes;
     while (lorasynci_link_rounds(link) <= leg->route.round && !link->ends.failed) {
-        last = link->ends.size ? ((uint64_t *)(void *)link->ends.data)[lorasynci_link_rounds(link) - 1] : 0;
+        last = link->ends.size ? *LORASYNCI_AT(uint64_t, link->ends, lorasynci_link_rounds(link) - 1) : 0;
         lorasynci_put(&link->ends, &last, sizeof last);
     }
     if (link->ends.failed) return lorasynci_fail_memory(err, link->ends.size);
-    ((uint64_t *)(void *)link->ends.data)[leg->route.round] = end;
+    *LORASYNCI_AT(uint64_t, link->ends, leg->route.round) = end;
     return LORASYNC_OK;
 }
 
@@ -11204,7 +11182,8 @@ LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
     int                  i;
     s->num_tensors = plan->has_image && plan->image ? plan->image->num_tensors : plan->catalogue.num;
     if (!lorasynci_is_planner(plan))
-        s->num_pieces = num_parts + (plan->kind == LORASYNC_GATHER_ALL ? lorasynci_ops_num(&plan->place) : 0);
+        s->num_pieces =
+            num_parts + (plan->kind == LORASYNC_GATHER_ALL ? LORASYNCI_NUM(lorasynci_op, plan->place.list) : 0);
     s->plan_bytes      = plan->meter.live;
     s->peak_plan_bytes = plan->meter.peak;
     s->staging_bytes   = plan->staging_bytes[LORASYNCI_SEND] + plan->staging_bytes[LORASYNCI_RECEIVE];
@@ -11319,7 +11298,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
         lorasync_plan_free(plan);
         return status;
     }
-    num_parts = lorasynci_parts_num(&m.parts);
+    num_parts = LORASYNCI_NUM(lorasynci_part, m.parts.list);
     lorasynci_buffer_free(&m.parts.list);
     lorasynci_buffer_free(&m.parts.geometry);
     lorasynci_buffer_free(&m.body);
@@ -11488,12 +11467,13 @@ LORASYNCI_FN lorasync_status lorasynci_nan_error(const lorasync_plan *plan, uint
 /* Packs on the host: all operations, with sums and check. */
 LORASYNCI_FN void lorasynci_pack(lorasync_plan *plan)
 {
-    size_t i, num = lorasynci_ops_num(&plan->pack);
+    size_t i, num = LORASYNCI_NUM(lorasynci_op, plan->pack.list);
     if (plan->sums) memset(plan->sums, 0, plan->catalogue.num * sizeof *plan->sums);
     for (i = 0; i < num; i++) {
-        const lorasynci_op *op  = lorasynci_ops_at(&plan->pack, i);
+        const lorasynci_op *op  = LORASYNCI_AT(lorasynci_op, plan->pack.list, i);
         uint64_t           *sum = plan->sums ? &plan->sums[op->tensor] : NULL;
-        int64_t bad = lorasynci_run_op(op, lorasynci_op_grid(&plan->pack, op), plan->memory, sum, !plan->allow_nan);
+        int64_t bad = lorasynci_run_op(op, LORASYNCI_AT(lorasynci_grid, plan->pack.grids, op->grid), plan->memory, sum,
+                                       !plan->allow_nan);
         if (bad >= 0 && plan->begin_error.status == LORASYNC_OK)
             lorasynci_nan_error(plan, op->tensor, bad, op->src_dtype != op->dst_dtype, &plan->begin_error);
     }
@@ -11637,10 +11617,11 @@ LORASYNCI_FN lorasync_status lorasynci_exchange_round(lorasync_plan *plan, uint3
 LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
 {
     int    rank;
-    size_t i, num = lorasynci_ops_num(&plan->place);
+    size_t i, num = LORASYNCI_NUM(lorasynci_op, plan->place.list);
     for (i = 0; i < num; i++) {
-        const lorasynci_op *op = lorasynci_ops_at(&plan->place, i);
-        if (op->round == round) lorasynci_run_op(op, lorasynci_op_grid(&plan->place, op), plan->memory, NULL, 0);
+        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, plan->place.list, i);
+        if (op->round == round)
+            lorasynci_run_op(op, LORASYNCI_AT(lorasynci_grid, plan->place.grids, op->grid), plan->memory, NULL, 0);
     }
     for (rank = 0; rank < plan->talk->comm.world; rank++) {
         const lorasynci_link *link = &plan->receives[rank];
@@ -12084,11 +12065,12 @@ LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t la
         lorasynci_device_report(plan, ops, tiles);
         return;
     }
-    for (i = 0; i < lorasynci_ops_num(list); i++) {
-        const lorasynci_op *op = lorasynci_ops_at(list, i);
+    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, list->list); i++) {
+        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, list->list, i);
         lorasyncd_op        o;
         if (lorasynci_device_launch_of(plan, op, placing) != launch) continue;
-        o = lorasynci_device_op_of(plan, op, lorasynci_op_grid(list, op), lorasynci_device_sum(plan, sum_of, op));
+        o = lorasynci_device_op_of(plan, op, LORASYNCI_AT(lorasynci_grid, list->grids, op->grid),
+                                   lorasynci_device_sum(plan, sum_of, op));
         lorasynci_device_put_op(&o, LORASYNCD_TILE, ops, tiles);
     }
 }
@@ -12622,8 +12604,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, l
 LORASYNCI_FN int lorasynci_is_rounded(const lorasync_plan *plan, uint32_t tensor)
 {
     size_t i;
-    for (i = 0; i < lorasynci_ops_num(&plan->pack); i++) {
-        const lorasynci_op *op = lorasynci_ops_at(&plan->pack, i);
+    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, plan->pack.list); i++) {
+        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, plan->pack.list, i);
         if (op->tensor == tensor) return op->src_dtype != op->dst_dtype;
     }
     return 0;
