@@ -65,27 +65,61 @@
    Each section uses only sections above it, except for the functions that >>plan declares and >>move defines.
 
        >>types      status, errors, allocator, dtypes
-       >>api        names, layout, comm, cuda, image, plan, config, transport, engine, policy, session, base - each
-                    documented where declared
-                    "END OF THE PUBLIC PART": stop there if you only want the API
-       >>support    errors, allocation, checked arithmetic, buffers, hashing, clock
+       >>api        the functions, each documented where it is declared; ends at "END OF THE PUBLIC PART"
+                    -- names; layout; comm; cuda; image; plan; config; transport; engine; policy; session; base
+       >>support    errors, allocation, checked arithmetic, buffers, hashing, clock, process identity
+                    -- memory; hashing; time; processes
        >>json       a small strict reader and writer
+                    -- strings; objects and arrays; numbers and words; writing; objects as a whole; rewriting in
+                       Python's form
        >>dtype      sizes, exact rounding
-       >>names      wrapper segments, LoRA leaf, adapter name, PEFT key, filter, patterns
-       >>layout     boxes, flat intervals, the trainers' rules
+                    -- one element; one tile; any number of elements; NaN and Inf
+       >>names      parameter names, PEFT keys, filters and patterns
+                    -- segments of a name; what a name says; names that are no LoRA; patterns; sets of bytes in a
+                       pattern; parsing a pattern; parsing groups; states of a pattern; matching a pattern; lists of
+                       modules; "all-linear"; matcher
+       >>layout     boxes, flat intervals, the layouts of trainers
+                    -- what planning needs
        >>gpu        a GPU: waiting, memory, the kernel; windows onto memory of others
+                    -- windows; a GPU; waiting for a GPU; opening a GPU, and the kernel; its memory
        >>comm       solo, local (shared memory), NCCL
+                    -- ranks of one host; messages of local ranks; local exchange and all_gather; ranks joined by NCCL;
+                       messages over NCCL; host memory over NCCL; opening and closing NCCL
        >>talk       votes, and blocks between one rank and the others
-       >>image      safetensors write, read, validate; digest; deltas
+                    -- voting; between the root and the others
+       >>image      safetensors: write, read, validate; digests and deltas
+                    -- one tensor's size and name; reading a header; reading a header's tensors; the library's own
+                       metadata; parsing; laying out; digest; verifying and comparing; deltas; applying a delta
        >>plan       catalogues, coverage, owners, routes, copy operations
+                    -- catalogue; parts; operations; the plan; the planner; routing; the image of a gather, and how it
+                       is shared; the talk between the ranks and the planner; from routes to operations; creating;
+                       memory of other ranks on GPUs
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
-       >>config     adapter_config.json read, write, check
+                    -- the same on the GPU (LORASYNC_CUDA); tables; running
+       >>config     adapter_config.json: read, check, write
+                    -- lists of strings; rank_pattern and alpha_pattern; reading; reading the fields; rank and scale;
+                       the tensors of an adapter, by module; checking pairs; checking against the tensors; checking
+                       tensors that are no LoRA; writing a config; writing from a config; writing without a config;
+                       verifying what was written
        >>publish    the directory transport; staging and commit over any number of engines
+                    -- one run of publishing; one run; the end of a run; names in a published directory; the same
+                       version again; files; the directory transport; cleaning up a directory; staging in a directory;
+                       committing in a directory
        >>shm        the shared-memory transport
+                    -- names of shared memory; who lives; segments; the control; removing; the publisher; slots;
+                       adapters; payloads in device memory, the publisher's side; the shared-memory transport; lending
+                       the slot of the next version; the sessions that it is attached to; what an engine does with it;
+                       payloads in device memory, the engine's side; the source
        >>engine     poll, validate, pin, find, release
+                    -- reading; one adapter outside any engine; serving; digests of payloads in device memory; an
+                       engine; the directory as a source; arrivals; polling; readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
+                    -- decisions
        >>session    the easy path through all of it
+                    -- adding; compiling; what the root hands to all; lent memory; running; resuming; tensors that share
+                       memory
        >>base       base weights in buckets through the same plans, images and transports
+                    -- dividing into buckets; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
 
 
@@ -19873,8 +19907,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_open_file(const lorasync_session 
     return status;
 }
 
-/* -- memory that is part of several tensors, as a fused qkv has one A for three: it is loaded when the file's tensors
-   are equal
+/* -- tensors that share memory: a fused qkv has one A for three. It is loaded if the file's tensors are equal
 
        pieces by address   | q.A | k.A | v.A |     one address, one layout: k is q's alias, v is k's
        file                  digest of each, told by the root in pages: alias after alias must have the same */
