@@ -108,7 +108,7 @@ static void plan_of_replicas(rank_context *x)
     desc.timeout_ms = device_patience_ms;
     CHECK_EQ(lorasync_plan_create(&desc, &plan, &err), LORASYNC_OK);
     if (plan) CHECK(plan->direct);
-    if (plan) CHECK_EQ(LORASYNCI_NUM(lorasynci_op, plan->pack.list), x->rank == x->world - 1);
+    if (plan) CHECK_EQ(plan->pack.list.size / sizeof(lorasynci_op), x->rank == x->world - 1);
     lorasync_plan_free(plan);
     cudaFree(piece.data);
 }
