@@ -95,7 +95,10 @@
                        is shared; the talk between the ranks and the planner; from routes to operations; creating;
                        memory of other ranks on GPUs
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
-                    -- the same on the GPU (LORASYNC_CUDA); tables; running
+                    -- a run; copying on the host; what several ways share; host messages; what the direct ways share;
+                       host direct; on the GPU (LORASYNC_CUDA); tables; what all ways of the GPU share; GPU alone; GPU
+                       direct; GPU over host; what GPU stream and GPU mesh share; GPU stream; GPU mesh; GPU mesh over a
+                       comm for host memory; choosing the way
        >>config     adapter_config.json: read, check, write
                     -- lists of strings; rank_pattern and alpha_pattern; reading; reading the fields; rank and scale;
                        the tensors of an adapter, by module; checking pairs; checking against the tensors; checking
@@ -1078,6 +1081,11 @@ typedef struct lorasync_plan_stats {
     uint64_t pack_ns;    /* of the last run */
     uint64_t exchange_ns;
     uint64_t place_ns;
+    /* How the bytes go: "host messages" over the comm; "host direct", every rank writes into the image; "gpu alone",
+       nothing travels; "gpu direct", every rank writes into the root's image; "gpu over host", over the comm through
+       pinned memory; "gpu stream", over the comm's exchange_stream; "gpu mesh", every rank writes into the memory of
+       those who want it. Errors that cost the communicator begin with it. A constant. */
+    const char *mover;
 } lorasync_plan_stats;
 
 /* What a plan moves and needs, and how long its last run took. */
@@ -9113,37 +9121,75 @@ typedef struct lorasynci_link {
 
 typedef struct lorasynci_device lorasynci_device;
 
+/* Where a run of a plan is; >>move draws the ways between them. */
+typedef enum lorasynci_run_state {
+    LORASYNCI_RUN_IDLE = 0, /* between runs */
+    LORASYNCI_RUN_BEGUN,    /* the caller's memory has been taken, or will be before it goes on */
+    LORASYNCI_RUN_REFUSED,  /* this rank is against it (plan->refusal); nothing of it is used here */
+    LORASYNCI_RUN_VETOED,   /* the same, and all that the others count on before they vote is enqueued */
+    LORASYNCI_RUN_MOVED,    /* the bytes are where they go, at this rank */
+    LORASYNCI_RUN_VOTED,    /* all ranks have voted for it: it is theirs */
+    LORASYNCI_RUN_LOST      /* the communicator is gone */
+} lorasynci_run_state;
+
+/* One way of moving the bytes of a plan. Its functions are called with the plan's GPU, if it has one, current. NULL:
+   nothing to do. */
+typedef struct lorasynci_mover {
+    const char *name; /* as lorasync_plan_stats and errors have it */
+    /* What runs need: staging, the image, tables. Of a lent plan, what is not lent. */
+    lorasync_status (*allocate)(lorasync_plan *plan, lorasync_error *err);
+    /* Takes the caller's memory: IDLE to BEGUN, or, by its failure, REFUSED. */
+    lorasync_status (*begin)(lorasync_plan *plan, lorasync_error *err);
+    /* Behind a begin that failed, or was not made: what the others count on all the same. May end in VETOED. */
+    void (*refuse)(lorasync_plan *plan);
+    /* The bytes to where they go, and this rank's digests: BEGUN to MOVED, or, by its failure, REFUSED. A refused run
+       takes part in what the others count on. */
+    lorasync_status (*move)(lorasync_plan *plan, lorasync_error *err);
+    /* A vote that is quicker than one over the comm. *out_all: 1, all ranks are for the run; 0, every rank knows that
+       one is not, and votes over the comm to learn why. */
+    lorasync_status (*vote)(lorasync_plan *plan, int *out_all, lorasync_error *err);
+    /* Behind the vote; taken: all were for it. The image to where it is wanted, and its digest. */
+    lorasync_status (*finish)(lorasync_plan *plan, int taken, lorasync_error *err);
+    /* Before the plan is freed, and before what it was lent is: nothing runs any more. */
+    void (*settle)(lorasync_plan *plan);
+    void (*close)(lorasync_plan *plan); /* frees what allocate has made */
+} lorasynci_mover;
+
+LORASYNCI_FN const lorasynci_mover *lorasynci_choose_mover(const lorasync_plan *plan); /* >>move */
+
 struct lorasync_plan {
-    lorasynci_arena       arena;    /* all that the plan allocates, but for staging and the image */
-    lorasync_allocator    a;        /* goes through the arena */
-    lorasynci_meter       meter;    /* of the arena; while planning, of the planner's, too */
-    lorasynci_talk        own_talk; /* without scratch in a plan that belongs to a session or stream */
-    lorasynci_talk       *talk;     /* own_talk, or theirs */
-    lorasync_plan_kind    kind;
-    int                   root, allow_nan;
-    int                   has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a
+    lorasynci_arena        arena;    /* all that the plan allocates, but for staging and the image */
+    lorasync_allocator     a;        /* goes through the arena */
+    lorasynci_meter        meter;    /* of the arena; while planning, of the planner's, too */
+    lorasynci_talk         own_talk; /* without scratch in a plan that belongs to a session or stream */
+    lorasynci_talk        *talk;     /* own_talk, or theirs */
+    lorasync_plan_kind     kind;
+    int                    root, allow_nan;
+    int                    has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a
                                         gather-all */
-    int                   direct;    /* the image is mapped by every rank; reshard: see lorasynci_is_meshed */
-    int                   lent;      /* staging and payload are not its own: lorasynci_plan_lend gives them before the
+    int                    direct;    /* the image is mapped by every rank; reshard: see lorasynci_is_meshed */
+    int                    lent;      /* staging and payload are not its own: lorasynci_plan_lend gives them before the
                                         first run */
-    int                   begun;
-    lorasync_error        begin_error;                  /* of the last begin; status 0 when it succeeded */
-    const lorasync_error *objection;                    /* a failure in it is this rank's vote on a run, too; or NULL */
-    uint64_t              id;                           /* the same on all ranks, and no other plan's */
-    uint64_t              tag;                          /* what all ranks must agree on at each run: the session's
-                                                           version */
-    uint64_t              run;                          /* counts waits: equal on all ranks, whoever did not begin */
-    lorasynci_catalogue   catalogue;                    /* this rank's tensors */
-    lorasynci_ops         pack;                         /* out of the caller's memory (or the image) */
-    lorasynci_ops         place;                        /* out of receive staging, rounds in order */
-    lorasynci_link       *sends, *receives;             /* world each; a gather-all has one link to all: sends[0] */
-    char                 *memory[LORASYNCI_NUM_SPACES]; /* base of each space; LORASYNCI_MEMORY stays NULL */
-    size_t                staging_bytes[LORASYNCI_NUM_SPACES];
-    uint32_t              num_rounds;
-    uint64_t             *sums;      /* digest of each catalogue tensor, as far as this rank packs it */
-    uint32_t             *index;     /* per catalogue tensor: its place in the image of a gather */
-    uint32_t             *sent_sums; /* catalogue tensors whose sums are sent, in the order of the link */
-    size_t                num_sent_sums;
+    const lorasynci_mover *mover;     /* NULL while it is planned */
+    lorasynci_run_state    state;
+    lorasync_error         refusal;   /* why this rank is against the run that is under way; else its status is 0 */
+    uint64_t               begin_ns;  /* when packing began */
+    const lorasync_error  *objection; /* a failure in it is this rank's vote on a run, too; or NULL */
+    uint64_t               id;        /* the same on all ranks, and no other plan's */
+    uint64_t               tag;       /* what all ranks must agree on at each run: of a session its
+                                                           version, and what it writes to */
+    uint64_t               run;       /* counts waits: equal on all ranks, whoever did not begin */
+    lorasynci_catalogue    catalogue; /* this rank's tensors */
+    lorasynci_ops          pack;      /* out of the caller's memory (or the image) */
+    lorasynci_ops          place;     /* out of receive staging, rounds in order */
+    lorasynci_link        *sends, *receives;             /* world each; a gather-all has one link to all: sends[0] */
+    char                  *memory[LORASYNCI_NUM_SPACES]; /* base of each space; LORASYNCI_MEMORY stays NULL */
+    size_t                 staging_bytes[LORASYNCI_NUM_SPACES];
+    uint32_t               num_rounds;
+    uint64_t              *sums;      /* digest of each catalogue tensor, as far as this rank packs it */
+    uint32_t              *index;     /* per catalogue tensor: its place in the image of a gather */
+    uint32_t              *sent_sums; /* catalogue tensors whose sums are sent, in the order of the link */
+    size_t                 num_sent_sums;
     /* the image of a gather */
     lorasync_image *image;
     char     *image_memory; /* made here, | header | payload |; on a GPU the payload in device memory. Direct: NULL
@@ -9165,24 +9211,11 @@ struct lorasync_plan {
     lorasynci_window      peer_image;   /* gpu: onto the root's image, when direct */
     lorasynci_window     *peer_staging; /* gpu: a mesh: onto the receive staging of other ranks, one per rank */
     lorasynci_device     *device;       /* gpu: what its runs need */
+    char                 *host_payload; /* gpu: where an image that does not stay there comes to */
     int                   captured;     /* begin was recorded in a CUDA graph: each launch of it is a run */
     const lorasync_image *source;       /* scatter, on the root */
     lorasync_plan_stats   stats;
 };
-
-/* The GPU's part of a run; in a library without CUDA these refuse. */
-LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan);
-LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err);
-LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err);
-LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err);
-LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err);
-LORASYNCI_FN int             lorasynci_device_voted(const lorasync_plan *plan);
-LORASYNCI_FN int             lorasynci_device_casts(const lorasync_plan *plan);
-LORASYNCI_FN void            lorasynci_device_veto(lorasync_plan *plan);
-LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, lorasync_error *err);
-LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err);
-LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan);
-LORASYNCI_FN void            lorasynci_device_forget(lorasync_plan *plan);
 
 /* The words of a rank's line, which only that rank writes. Runs count from 1. */
 enum {
@@ -10860,6 +10893,17 @@ LORASYNCI_FN void lorasynci_plan_hold(const lorasync_plan *plan, int on)
                      __ATOMIC_RELEASE);
 }
 
+/* Makes the plan's GPU, if it has one, the current one. For lorasynci_plan_leave. */
+LORASYNCI_FN int lorasynci_plan_enter(const lorasync_plan *plan)
+{
+    return plan->gpu ? lorasynci_gpu_enter(plan->gpu->ordinal) : 0;
+}
+
+LORASYNCI_FN void lorasynci_plan_leave(const lorasync_plan *plan, int old)
+{
+    if (plan->gpu) lorasynci_gpu_leave(plan->gpu->ordinal, old);
+}
+
 /* Closes what is open of other ranks. */
 LORASYNCI_FN void lorasynci_plan_let_go(lorasync_plan *plan)
 {
@@ -10946,7 +10990,7 @@ LORASYNCI_FN void lorasynci_plan_close_gpu(lorasync_plan *plan)
     const int mesh = lorasynci_is_meshed(plan), pinned = !mesh && !plan->talk->comm.exchange_stream;
     int       old, ours;
     if (!plan->gpu) return;
-    old = lorasynci_gpu_enter(plan->gpu->ordinal);
+    old = lorasynci_plan_enter(plan);
     if (!plan->gpu->is_busy) {
         lorasynci_plan_let_go(plan);
         ours = lorasynci_plan_await_holders(plan);
@@ -10956,7 +11000,7 @@ LORASYNCI_FN void lorasynci_plan_close_gpu(lorasync_plan *plan)
     }
     lorasynci_dealloc(&plan->a, plan->peer_staging);
     plan->memory[LORASYNCI_SEND] = plan->memory[LORASYNCI_RECEIVE] = plan->image_memory = NULL;
-    lorasynci_gpu_leave(plan->gpu->ordinal, old);
+    lorasynci_plan_leave(plan, old);
     lorasynci_gpu_close(&plan->arena.below, plan->gpu);
 }
 
@@ -10985,7 +11029,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasynci_making *m, lorasync_er
     }
     LORASYNCI_TRY(lorasynci_talk_vote_flag(plan->talk, NULL, &mapped, err));
     if (mapped) {
-        plan->direct            = 1;
+        plan->direct = 1;
+        if (!plan->gpu && !plan->lent) plan->memory[LORASYNCI_IMAGE] = plan->shared.address + briefing->header_bytes;
         plan->num_image_tensors = (size_t)briefing->num_tensors;
         plan->shared_sums       = (uint64_t *)(void *)(plan->shared.address + briefing->sums_at);
     } else lorasynci_plan_unmap(plan);
@@ -11105,13 +11150,12 @@ LORASYNCI_FN lorasync_status lorasynci_share_bodies(lorasynci_making *m, lorasyn
     return lorasynci_talk_deal(p->talk, m->plan->root, here ? p->blocks : &mine, err);
 }
 
-/* Memory for what a run needs: staging, and the image of a gather. */
+/* Memory for what a run needs: digests, and what the way of moving asks for. */
 LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const lorasync_plan_desc *d,
-                                                     const lorasynci_briefing *briefing, lorasync_error *err)
+                                                     lorasync_error *err)
 {
     lorasync_image *image = plan->image;
     size_t          i;
-    int             space;
     if (image && plan->has_image) {
         plan->tensor_digests =
             (uint64_t *)lorasynci_alloc_array(&plan->a, image->num_tensors, sizeof *plan->tensor_digests);
@@ -11121,25 +11165,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const 
         for (i = 0; i < image->num_tensors; i++) plan->terms[i] = lorasynci_digest_term(&image->tensors[i]);
     }
     plan->source = d->kind == LORASYNC_SCATTER && plan->has_image ? d->image : NULL;
-    if (plan->lent) return LORASYNC_OK;
-    if (plan->gpu) return lorasynci_device_allocate(plan, err);
-    for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
-        plan->memory[space] = (char *)lorasynci_alloc(&plan->arena.below, plan->staging_bytes[space]);
-        if (!plan->memory[space]) return lorasynci_fail_memory(err, plan->staging_bytes[space]);
-    }
-    if (plan->source) plan->memory[LORASYNCI_IMAGE] = (char *)(uintptr_t)plan->source->payload;
-    if (plan->direct) plan->memory[LORASYNCI_IMAGE] = plan->shared.address + briefing->header_bytes;
-    if (!image || !plan->has_image) return LORASYNC_OK;
-    if (plan->direct) {
-        if (lorasynci_is_planner(plan)) lorasynci_image_move_header(image, plan->shared.address);
-    } else {
-        plan->image_memory = (char *)lorasynci_alloc(&plan->arena.below, image->header_bytes + image->payload_bytes);
-        if (!plan->image_memory) return lorasynci_fail_memory(err, image->header_bytes + image->payload_bytes);
-        lorasynci_image_move_header(image, plan->image_memory);
-        plan->memory[LORASYNCI_IMAGE] = plan->image_memory + image->header_bytes;
-    }
-    lorasync_image_bind(image, plan->memory[LORASYNCI_IMAGE]);
-    return LORASYNC_OK;
+    return plan->lent ? LORASYNC_OK : plan->mover->allocate(plan, err);
 }
 
 /* A reshard between GPUs of one host: every rank's receive staging, whole, is opened by those who send to it. If that
@@ -11205,8 +11231,9 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasynci_making *m, lorasync_e
     lorasynci_arena_close(&m->planner.arena);
     lorasynci_build_links(m, &m->mine);
     LORASYNCI_TRY(lorasynci_plan_mesh(plan, lorasynci_bucket_bytes(m->desc), &m->mine, err));
+    plan->mover = lorasynci_choose_mover(plan);
     if (m->mine.status == LORASYNC_OK && lorasynci_build_plan(m, &m->mine) == LORASYNC_OK)
-        lorasynci_plan_allocate(plan, m->desc, &m->briefing, &m->mine);
+        lorasynci_plan_allocate(plan, m->desc, &m->mine);
     return lorasynci_talk_vote(plan->talk, &m->mine, err);
 }
 
@@ -11224,6 +11251,7 @@ LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
     s->image_bytes     = plan->image ? plan->image->header_bytes + plan->image->payload_bytes : 0;
     s->num_rounds      = lorasynci_is_meshed(plan) ? 0 : plan->num_rounds;
     s->direct          = plan->direct;
+    s->mover           = plan->mover->name;
     for (i = 0; i < plan->talk->comm.world; i++) {
         const lorasynci_link *out = &plan->sends[i], *in = &plan->receives[i];
         size_t                copies = plan->kind == LORASYNC_GATHER_ALL ? (size_t)plan->talk->comm.world - 1 : 1;
@@ -11373,9 +11401,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lora
     plan->memory[LORASYNCI_SEND]    = loan->send;
     plan->memory[LORASYNCI_RECEIVE] = loan->receive;
     plan->memory[LORASYNCI_IMAGE]   = loan->payload;
-    if (plan->gpu) return lorasynci_device_lend(plan, loan->host_payload, err);
-    if (plan->image && plan->has_image) lorasync_image_bind(plan->image, loan->payload);
-    return LORASYNC_OK;
+    plan->host_payload              = loan->host_payload;
+    return plan->mover->allocate(plan, err);
 }
 
 /* Direct: from here on nobody begins to write to what this rank reads; it may be freed. */
@@ -11385,14 +11412,27 @@ LORASYNCI_FN void lorasynci_mark_gone(lorasync_plan *plan)
         __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_BEGUN), 0, __ATOMIC_RELEASE);
 }
 
+/* Its run ends, or its communicator is given up: nothing that it enqueued runs any more. */
+LORASYNCI_FN void lorasynci_plan_settle(lorasync_plan *plan)
+{
+    int old;
+    if (!plan || !plan->mover || !plan->mover->settle) return;
+    old = lorasynci_plan_enter(plan);
+    plan->mover->settle(plan);
+    lorasynci_plan_leave(plan, old);
+}
+
 LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
 {
     lorasync_allocator a;
+    int                old;
     if (!plan) return;
     a = plan->arena.below;
-    lorasynci_device_settle(plan);
+    lorasynci_plan_settle(plan);
     lorasynci_mark_gone(plan);
-    lorasynci_device_close(plan);
+    old = lorasynci_plan_enter(plan);
+    if (plan->mover && plan->mover->close) plan->mover->close(plan);
+    lorasynci_plan_leave(plan, old);
     lorasynci_plan_close_gpu(plan);
     lorasynci_window_close(&plan->shared);
     if (!plan->lent) {
@@ -11405,7 +11445,248 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
 }
 /* -------------------------------------------------------------------------------------------------------- >>move -- */
 
-/* Running a plan: no allocation, no strings but in errors, one pass over the operations. */
+/* Running a plan: no allocation, no strings but in errors, one pass over the operations. How its bytes go is one of
+   these ways, a lorasynci_mover each, chosen at the end of planning:
+
+       way             packs into                moves                        votes
+       host messages   send staging              over the comm, in rounds     over the comm
+       host direct     the image, mapped         nothing                      in shared memory
+       gpu alone       where it goes             nothing                      over the comm
+       gpu direct      the root's image, opened  nothing                      in shared memory
+       gpu over host   pinned send staging       over the comm, in rounds     over the comm
+       gpu stream      send staging              over the comm, on a stream   on the GPU, where the comm can
+       gpu mesh        the others' staging       nothing                      on the GPU, or in shared memory
+
+   Each can be read alone, behind what all share: the states of a run, copying on the host, tables on the GPU. */
+
+/* -- a run: how its state changes
+
+       begin                move                vote                 finish
+  IDLE ----------> BEGUN ------------> MOVED ------------> VOTED ------------> IDLE
+    |                |                   |    not all ranks are for it
+    | begin failed,  | bytes, or their   | \---------------------------------> IDLE
+    | or was not     | GPU work, failed; |
+    | called         | NaN               | the stream objects
+    |                v                   |
+    +----------> REFUSED <---------------+
+                  |    | what the others count on all the same is on its way
+                  |    v
+                  |  VETOED
+                  |    |        vote: every rank learns why
+                  +----+-----------------------------------------------------> IDLE
+
+       any of them ------> LOST: the communicator is gone, and no way leads out
+
+   Between two waits is what one begin began; a begin that was recorded in a CUDA graph (plan->captured) begins a run
+   with each launch of the graph, so wait goes from IDLE to BEGUN by itself. wait does all that follows. */
+
+/* Whether begin was called and wait was not, yet. */
+LORASYNCI_FN int lorasynci_run_is_open(const lorasync_plan *plan)
+{
+    return plan->state == LORASYNCI_RUN_BEGUN || plan->state == LORASYNCI_RUN_REFUSED ||
+           plan->state == LORASYNCI_RUN_VETOED;
+}
+
+/* Whether this rank is against the run, as plan->refusal says. */
+LORASYNCI_FN int lorasynci_run_is_refused(const lorasync_plan *plan)
+{
+    return plan->state == LORASYNCI_RUN_REFUSED || plan->state == LORASYNCI_RUN_VETOED;
+}
+
+/* What holds in each state. */
+LORASYNCI_FN void lorasynci_run_check(const lorasync_plan *plan)
+{
+    (void)plan;
+    LORASYNC_ASSERT(plan->mover);
+    LORASYNC_ASSERT(!plan->captured || plan->gpu);
+    LORASYNC_ASSERT(plan->state == LORASYNCI_RUN_LOST ? plan->talk->lost < 0
+                                                      : lorasynci_run_is_refused(plan) == (plan->refusal.status < 0));
+    LORASYNC_ASSERT(plan->state != LORASYNCI_RUN_VETOED || plan->mover->refuse);
+    LORASYNC_ASSERT(plan->state != LORASYNCI_RUN_MOVED || !plan->image || !plan->image->has_digest);
+}
+
+/* The one place that changes the state, along the edges above. */
+LORASYNCI_FN void lorasynci_run_to(lorasync_plan *plan, lorasynci_run_state to)
+{
+#define LORASYNCI_FROM(state) (1u << (unsigned)LORASYNCI_RUN_##state)
+    static const unsigned edges[] = {/* to IDLE */ LORASYNCI_FROM(MOVED) | LORASYNCI_FROM(VOTED) |
+                                         LORASYNCI_FROM(REFUSED) | LORASYNCI_FROM(VETOED),
+                                     /* BEGUN */ LORASYNCI_FROM(IDLE),
+                                     /* REFUSED */ LORASYNCI_FROM(IDLE) | LORASYNCI_FROM(BEGUN) | LORASYNCI_FROM(MOVED),
+                                     /* VETOED */ LORASYNCI_FROM(REFUSED),
+                                     /* MOVED */ LORASYNCI_FROM(BEGUN),
+                                     /* VOTED */ LORASYNCI_FROM(MOVED),
+                                     /* LOST */ ~0u};
+#undef LORASYNCI_FROM
+    (void)edges;
+    LORASYNC_ASSERT(edges[to] >> (unsigned)plan->state & 1u);
+    plan->state = to;
+    if (to == LORASYNCI_RUN_IDLE) plan->refusal.status = LORASYNC_OK;
+    lorasynci_run_check(plan);
+}
+
+/* This rank is against the run, for the first reason that it has: its vote will say so. */
+LORASYNCI_FN void lorasynci_run_refuse(lorasync_plan *plan, const lorasync_error *why)
+{
+    LORASYNC_ASSERT(why->status < 0 && !lorasync_is_lost(why->status));
+    if (lorasynci_run_is_refused(plan)) return;
+    plan->refusal = *why;
+    lorasynci_run_to(plan, LORASYNCI_RUN_REFUSED);
+}
+
+/* The communicator went while bytes were moved. */
+LORASYNCI_FN lorasync_status lorasynci_run_lose(lorasync_plan *plan, lorasync_status status, lorasync_error *err)
+{
+    lorasynci_prefix(err, "%s", plan->mover->name);
+    lorasynci_talk_lose(plan->talk, status, err);
+    lorasynci_run_to(plan, LORASYNCI_RUN_LOST);
+    return status;
+}
+
+/* Begins a run. tag: what the ranks must agree on when they vote; it is complete here. refusal: NULL, or why this rank
+   is against the run beforehand: then nothing is packed, but the others wait for its vote, and what they count on. */
+LORASYNCI_FN lorasync_status lorasynci_run_begin(lorasync_plan *plan, uint64_t tag, const lorasync_error *refusal,
+                                                 lorasync_error *err)
+{
+    lorasync_error  why;
+    lorasync_status status;
+    int             old;
+    if (plan->talk->lost) return lorasynci_lost_before(err);
+    if (plan->state != LORASYNCI_RUN_IDLE)
+        return lorasynci_fail(err, LORASYNC_E_STATE, "begin was called already; call wait");
+    plan->tag      = tag;
+    plan->begin_ns = lorasynci_now_ns();
+    old            = lorasynci_plan_enter(plan);
+    if (refusal) {
+        why            = *refusal;
+        status         = why.status;
+        plan->captured = 0;
+    } else {
+        status              = plan->mover->begin(plan, &why);
+        plan->stats.pack_ns = lorasynci_now_ns() - plan->begin_ns;
+    }
+    if (lorasync_is_lost(status)) {
+        lorasynci_run_lose(plan, status, &why);
+        plan->refusal = why; /* for wait */
+    } else if (status < 0) {
+        lorasynci_run_refuse(plan, &why);
+        if (plan->mover->refuse) plan->mover->refuse(plan);
+    } else lorasynci_run_to(plan, LORASYNCI_RUN_BEGUN);
+    lorasynci_plan_leave(plan, old);
+    if (status < 0 && err) *err = why;
+    return status;
+}
+
+LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err)
+{
+    if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
+    return lorasynci_run_begin(plan, 0, NULL, err);
+}
+
+/* From BEGUN to MOVED or REFUSED. A failure that did not cost the communicator is this rank's vote. */
+LORASYNCI_FN lorasync_status lorasynci_run_move(lorasync_plan *plan, lorasync_error *err)
+{
+    uint64_t        start = lorasynci_now_ns();
+    lorasync_status status;
+    if (plan->tensor_digests) memset(plan->tensor_digests, 0, plan->num_image_tensors * sizeof *plan->tensor_digests);
+    plan->stats.place_ns    = 0;
+    status                  = plan->mover->move(plan, err);
+    plan->stats.exchange_ns = lorasynci_now_ns() - start - plan->stats.place_ns;
+    if (lorasync_is_lost(status)) return status;
+    if (status < 0) lorasynci_run_refuse(plan, err);
+    if (plan->state == LORASYNCI_RUN_BEGUN) lorasynci_run_to(plan, LORASYNCI_RUN_MOVED);
+    if (plan->objection && plan->objection->status < 0) lorasynci_run_refuse(plan, plan->objection);
+    return LORASYNC_OK;
+}
+
+/* A run is taken, or given up, by all. The way of moving may have a quick vote of its own; when that does not show that
+   all are for it, the communicator brings the reason. */
+LORASYNCI_FN lorasync_status lorasynci_run_vote(lorasync_plan *plan, lorasync_error *err)
+{
+    int all = 0;
+    if (plan->mover->vote) LORASYNCI_TRY(plan->mover->vote(plan, &all, err));
+    if (all) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_talk_vote_run(plan->talk, &plan->refusal, plan->id, plan->tag, err));
+    if (!plan->mover->vote) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_DISAGREE,
+        "what this run exchanged was not all of this plan; every rank must begin the plans of one communicator in the "
+        "same order. Nothing was taken, the version can be tried again");
+}
+
+/* All that wait does, from BEGUN or REFUSED to IDLE or LOST. */
+LORASYNCI_FN lorasync_status lorasynci_run_end(lorasync_plan *plan, lorasync_error *err)
+{
+    uint64_t        start;
+    lorasync_status status = lorasynci_run_move(plan, err);
+    lorasync_error  why;
+    if (lorasync_is_lost(status)) return lorasynci_run_lose(plan, status, err);
+    start  = lorasynci_now_ns();
+    status = lorasynci_run_vote(plan, err);
+    plan->stats.exchange_ns += lorasynci_now_ns() - start;
+    if (lorasync_is_lost(status)) return lorasynci_run_lose(plan, status, err);
+    if (status == LORASYNC_OK) lorasynci_run_to(plan, LORASYNCI_RUN_VOTED);
+    if (plan->mover->finish(plan, status == LORASYNC_OK, &why) < 0) { /* the others have voted, and go on: only giving
+                                                                         up the communicator tells them */
+        status = lorasynci_fail(err, LORASYNC_E_COMM, "%.500s", why.text);
+        return lorasynci_run_lose(plan, status, err);
+    }
+    plan->run++;
+    lorasynci_run_to(plan, LORASYNCI_RUN_IDLE);
+    return status;
+}
+
+/* wait when nothing was begun: a graph has begun it; or it is an error, which all ranks learn. */
+LORASYNCI_FN void lorasynci_run_unbegun(lorasync_plan *plan)
+{
+    lorasync_error why;
+    if (plan->captured) {
+        lorasynci_run_to(plan, LORASYNCI_RUN_BEGUN);
+        return;
+    }
+    lorasynci_fail(&why, LORASYNC_E_STATE,
+                   "wait was called without begin; call begin first (a begin that is not captured ends a CUDA graph of "
+                   "the plan: capture anew)");
+    lorasynci_run_refuse(plan, &why);
+}
+
+LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasync_error  why;
+    lorasync_status status;
+    int             old, failed;
+    if (!err) err = &why;
+    if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
+    if (plan->talk->lost) { /* by its begin: that one knows why */
+        lorasynci_lost_before(err);
+        if (plan->state == LORASYNCI_RUN_LOST && lorasync_is_lost(plan->refusal.status)) *err = plan->refusal;
+        plan->refusal.status = LORASYNC_OK;
+        lorasynci_run_to(plan, LORASYNCI_RUN_LOST);
+        return err->status;
+    }
+    failed = lorasynci_run_is_refused(plan);
+    if (plan->state == LORASYNCI_RUN_IDLE) lorasynci_run_unbegun(plan);
+    if (plan->image) plan->image->has_digest = 0;
+    old    = lorasynci_plan_enter(plan);
+    status = lorasynci_run_end(plan, err);
+    lorasynci_plan_leave(plan, old);
+    if (failed) plan->captured = 0; /* nothing was recorded */
+    return status;
+}
+
+LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan)
+{
+    return plan && plan->image && plan->has_image && plan->image->has_digest ? plan->image : NULL;
+}
+
+LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out)
+{
+    if (!out) return;
+    memset(out, 0, sizeof *out);
+    if (plan) *out = plan->stats;
+}
+
+/* -- copying on the host */
 
 enum {
     LORASYNCI_BLOCK = 2048
@@ -11498,103 +11779,65 @@ LORASYNCI_FN lorasync_status lorasynci_nan_error(const lorasync_plan *plan, uint
         rounded ? " as rounded for the wire" : "");
 }
 
-/* Packs on the host: all operations, with sums and check. */
-LORASYNCI_FN void lorasynci_pack(lorasync_plan *plan)
+/* -- what several ways share */
+
+/* Packs on the host: all operations, with sums and check. What is not finite is a failure, but all is packed. */
+LORASYNCI_FN lorasync_status lorasynci_pack(lorasync_plan *plan, lorasync_error *err)
 {
-    size_t i, num = LORASYNCI_NUM(lorasynci_op, plan->pack.list);
+    lorasync_status status = LORASYNC_OK;
+    size_t          i, num = LORASYNCI_NUM(lorasynci_op, plan->pack.list);
     if (plan->sums) memset(plan->sums, 0, plan->catalogue.num * sizeof *plan->sums);
     for (i = 0; i < num; i++) {
         const lorasynci_op *op  = LORASYNCI_AT(lorasynci_op, plan->pack.list, i);
         uint64_t           *sum = plan->sums ? &plan->sums[op->tensor] : NULL;
         int64_t bad = lorasynci_run_op(op, LORASYNCI_AT(lorasynci_grid, plan->pack.grids, op->grid), plan->memory, sum,
                                        !plan->allow_nan);
-        if (bad >= 0 && plan->begin_error.status == LORASYNC_OK)
-            lorasynci_nan_error(plan, op->tensor, bad, op->src_dtype != op->dst_dtype, &plan->begin_error);
+        if (bad >= 0 && status == LORASYNC_OK)
+            status = lorasynci_nan_error(plan, op->tensor, bad, op->src_dtype != op->dst_dtype, err);
     }
+    return status;
 }
 
-/* Direct: where a rank's sums of this run lie. */
-LORASYNCI_FN uint64_t *lorasynci_sums_of(const lorasync_plan *plan, int rank)
+/* The digest of the image from those of its tensors. */
+LORASYNCI_FN void lorasynci_digest_image(lorasync_plan *plan)
 {
-    size_t world = (size_t)plan->talk->comm.world;
-    return plan->shared_sums + ((size_t)(plan->run % 2) * world + (size_t)rank) * plan->num_image_tensors;
+    plan->image->digest     = lorasynci_digest_terms(plan->terms, plan->tensor_digests, plan->image->num_tensors);
+    plan->image->has_digest = 1;
 }
 
-/* Direct: this rank's sums to where all can read them, after the vote. */
-LORASYNCI_FN void lorasynci_share_sums(lorasync_plan *plan)
+/* Those of the tensors are this rank's sums, and what has arrived with the bytes of others. */
+LORASYNCI_FN void lorasynci_digest_own(lorasync_plan *plan)
 {
-    uint64_t *shared = lorasynci_sums_of(plan, plan->talk->comm.rank);
-    size_t    i;
-    for (i = 0; i < plan->catalogue.num; i++) shared[plan->index[i]] = plan->sums[i];
+    size_t i;
+    if (!plan->image || !plan->has_image) return;
+    for (i = 0; i < plan->catalogue.num; i++) plan->tensor_digests[plan->index[i]] += plan->sums[i];
+    lorasynci_digest_image(plan);
 }
 
-/* Direct: this rank has begun, or waits, so it has done with the image of the run before. */
-LORASYNCI_FN void lorasynci_mark_begun(lorasync_plan *plan)
+/* Memory of both ways on the host: staging, and the image of a gather, which lies in `shared` when it is direct. */
+LORASYNCI_FN lorasync_status lorasynci_host_allocate(lorasync_plan *plan, lorasync_error *err)
 {
-    if (plan->direct)
-        __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_BEGUN), plan->run + 1, __ATOMIC_RELEASE);
-}
-
-/* Direct: until a word of another rank's line says this run, or a later one. */
-LORASYNCI_FN lorasync_status lorasynci_await_rank(lorasync_plan *plan, int rank, int word, const char *what,
-                                                  uint64_t deadline_ns, lorasync_error *err)
-{
-    const uint64_t *at     = lorasynci_word(plan, rank, word);
-    unsigned        turns  = 0;
-    lorasync_status status = LORASYNC_OK;
-    lorasync_error  why;
-    while (__atomic_load_n(at, __ATOMIC_ACQUIRE) <= plan->run && status == LORASYNC_OK) {
-        lorasynci_pause(&turns);
-        if (turns % 256 != 0) continue;
-        if (plan->talk->comm.check) status = plan->talk->comm.check(plan->talk->comm.user, &why);
-        if (status == LORASYNC_OK && lorasynci_now_ns() >= deadline_ns)
-            status = lorasynci_fail(
-                &why, LORASYNC_E_TIMEOUT,
-                "rank %d did not %s this run before the deadline of %d ms; does every rank make the same calls, in the "
-                "same order?",
-                rank, what, plan->talk->timeout_ms);
+    lorasync_image *image = plan->has_image ? plan->image : NULL;
+    size_t          num_bytes;
+    int             space;
+    for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE && !plan->lent; space++) {
+        plan->memory[space] = (char *)lorasynci_alloc(&plan->arena.below, plan->staging_bytes[space]);
+        if (!plan->memory[space]) return lorasynci_fail_memory(err, plan->staging_bytes[space]);
     }
-    if (status == LORASYNC_OK || __atomic_load_n(at, __ATOMIC_ACQUIRE) > plan->run)
-        return LORASYNC_OK; /* a rank that ended, or was slow, may have written it meanwhile */
-    return lorasynci_fail(err, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, "%.500s", why.text);
-}
-
-/* Direct: the image may be written when those who read it, the root or in a gather-all everybody, have begun too; the
-   staging of another rank, when that one has. */
-LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasync_error *err)
-{
-    uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
-    int      rank;
-    for (rank = 0; plan->direct && rank < plan->talk->comm.world; rank++) {
-        if (plan->kind == LORASYNC_GATHER && rank != plan->root) continue;
-        if (plan->kind == LORASYNC_RESHARD && !lorasynci_link_rounds(&plan->sends[rank])) continue;
-        LORASYNCI_TRY(lorasynci_await_rank(plan, rank, LORASYNCI_BEGUN, "begin", deadline, err));
-    }
+    if (plan->source) plan->memory[LORASYNCI_IMAGE] = (char *)(uintptr_t)plan->source->payload;
+    if (!image) return LORASYNC_OK;
+    if (!plan->lent && !plan->memory[LORASYNCI_IMAGE]) {
+        num_bytes          = image->header_bytes + image->payload_bytes;
+        plan->image_memory = (char *)lorasynci_alloc(&plan->arena.below, num_bytes);
+        if (!plan->image_memory) return lorasynci_fail_memory(err, num_bytes);
+        lorasynci_image_move_header(image, plan->image_memory);
+        plan->memory[LORASYNCI_IMAGE] = plan->image_memory + image->header_bytes;
+    } else if (!plan->lent && lorasynci_is_planner(plan)) lorasynci_image_move_header(image, plan->shared.address);
+    lorasync_image_bind(image, plan->memory[LORASYNCI_IMAGE]);
     return LORASYNC_OK;
 }
 
-LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err)
-{
-    uint64_t start = lorasynci_now_ns();
-    if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
-    if (plan->talk->lost) return lorasynci_lost_before(err);
-    if (plan->begun) return lorasynci_fail(err, LORASYNC_E_STATE, "begin was called already; call wait");
-    plan->begun              = 1;
-    plan->begin_error.status = LORASYNC_OK;
-    if (plan->device) lorasynci_device_await_caller(plan, &plan->begin_error);
-    lorasynci_mark_begun(plan);
-    if (plan->device) {
-        if (plan->begin_error.status == LORASYNC_OK) lorasynci_device_begin(plan, &plan->begin_error);
-    } else if (lorasynci_await_readers(plan, &plan->begin_error) == LORASYNC_OK) {
-        start = lorasynci_now_ns();
-        lorasynci_pack(plan);
-        if (plan->direct) lorasynci_share_sums(plan);
-    }
-    plan->stats.pack_ns = lorasynci_now_ns() - start;
-    lorasynci_talk_lose(plan->talk, plan->begin_error.status, &plan->begin_error);
-    if (plan->begin_error.status < 0 && err) *err = plan->begin_error;
-    return plan->begin_error.status;
-}
+/* -- host messages: packed into send staging, exchanged in rounds over the comm, placed out of receive staging */
 
 /* The sums behind the last round of the stream(s). */
 LORASYNCI_FN void lorasynci_send_digests(lorasync_plan *plan)
@@ -11670,63 +11913,126 @@ LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
     }
 }
 
-/* Digests of the tensors, from all ranks' sums, and of the image. */
-LORASYNCI_FN void lorasynci_finish_image(lorasync_plan *plan)
+/* All rounds. Nothing is placed by a rank that is against the run: memory[IMAGE] may still be a version that is
+   served. */
+LORASYNCI_FN lorasync_status lorasynci_messages_move(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasync_image *image = plan->image;
-    size_t          i, n = image->num_tensors;
-    int             rank;
-    for (rank = 0; plan->direct && rank < plan->talk->comm.world; rank++) {
-        const uint64_t *shared = lorasynci_sums_of(plan, rank);
-        for (i = 0; i < n; i++) plan->tensor_digests[i] += shared[i];
-    }
-    if (!plan->direct) {
-        for (i = 0; i < plan->catalogue.num; i++) plan->tensor_digests[plan->index[i]] += plan->sums[i];
-    }
-    image->digest     = lorasynci_digest_terms(plan->terms, plan->tensor_digests, n);
-    image->has_digest = 1;
-}
-
-/* All rounds, for this rank. */
-LORASYNCI_FN lorasync_status lorasynci_move(lorasync_plan *plan, lorasync_error *err)
-{
-    uint64_t start, exchanged;
     uint32_t round;
-    plan->stats.exchange_ns = plan->stats.place_ns = 0;
     if (plan->num_sent_sums) lorasynci_send_digests(plan);
     for (round = 0; round < plan->num_rounds; round++) {
-        start = lorasynci_now_ns();
+        uint64_t exchanged;
         LORASYNCI_TRY(lorasynci_exchange_round(plan, round, err));
         exchanged = lorasynci_now_ns();
-        if (plan->begin_error.status >= 0)
-            lorasynci_place_round(plan, round); /* else memory[IMAGE] may still be a version that is served */
-        plan->stats.exchange_ns += exchanged - start;
+        if (!lorasynci_run_is_refused(plan)) lorasynci_place_round(plan, round);
         plan->stats.place_ns += lorasynci_now_ns() - exchanged;
     }
     return LORASYNC_OK;
 }
 
-/* The exchange, placing, and what is known only afterwards. A failure that did not cost the communicator is this rank's
-   vote. */
-LORASYNCI_FN lorasync_status lorasynci_move_all(lorasync_plan *plan, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_messages_finish(lorasync_plan *plan, int taken, lorasync_error *err)
 {
-    lorasync_status status;
-    if (plan->tensor_digests) memset(plan->tensor_digests, 0, plan->num_image_tensors * sizeof *plan->tensor_digests);
-    status = plan->device ? lorasynci_device_move(plan, err) : lorasynci_move(plan, err);
-    if (plan->device && plan->direct && plan->sums && status == LORASYNC_OK) lorasynci_share_sums(plan);
-    if (status >= 0 || lorasync_is_lost(status)) return status;
-    if (plan->begin_error.status == LORASYNC_OK) plan->begin_error = *err;
+    (void)err;
+    if (taken) lorasynci_digest_own(plan);
     return LORASYNC_OK;
 }
 
-/* Direct: the vote in the memory that the ranks share, whatever joins them. Two votes of each are kept: who votes on
-   the next run has seen all on this one, but others may still look. 1 in *out_all if all are for this run. */
+static const lorasynci_mover lorasynci_host_messages = {
+    "host messages",           /* name */
+    lorasynci_host_allocate,   /* allocate */
+    lorasynci_pack,            /* begin */
+    NULL,                      /* refuse */
+    lorasynci_messages_move,   /* move */
+    NULL,                      /* vote */
+    lorasynci_messages_finish, /* finish */
+    NULL,                      /* settle */
+    NULL,                      /* close */
+};
+
+/* -- what the direct ways share: ranks of one host write where the bytes go
+
+   Each has a line of words in memory that all have mapped, and says there what it has begun and how it votes. */
+
+/* Where a rank's sums of this run lie. */
+LORASYNCI_FN uint64_t *lorasynci_sums_of(const lorasync_plan *plan, int rank)
+{
+    size_t world = (size_t)plan->talk->comm.world;
+    return plan->shared_sums + ((size_t)(plan->run % 2) * world + (size_t)rank) * plan->num_image_tensors;
+}
+
+/* This rank's sums to where all can read them, after the vote. */
+LORASYNCI_FN void lorasynci_share_sums(lorasync_plan *plan)
+{
+    uint64_t *shared = lorasynci_sums_of(plan, plan->talk->comm.rank);
+    size_t    i;
+    if (!plan->sums) return; /* a reshard */
+    for (i = 0; i < plan->catalogue.num; i++) shared[plan->index[i]] = plan->sums[i];
+}
+
+/* The digests of the tensors are the sums of all ranks. */
+LORASYNCI_FN void lorasynci_digest_shared(lorasync_plan *plan)
+{
+    int    rank;
+    size_t i;
+    if (!plan->image || !plan->has_image) return;
+    for (rank = 0; rank < plan->talk->comm.world; rank++) {
+        const uint64_t *shared = lorasynci_sums_of(plan, rank);
+        for (i = 0; i < plan->image->num_tensors; i++) plan->tensor_digests[i] += shared[i];
+    }
+    lorasynci_digest_image(plan);
+}
+
+/* This rank has begun, or waits, so it has done with the image of the run before. Doing it twice does no harm. */
+LORASYNCI_FN void lorasynci_mark_begun(lorasync_plan *plan)
+{
+    __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_BEGUN), plan->run + 1, __ATOMIC_RELEASE);
+}
+
+/* Until a word of another rank's line says this run, or a later one. */
+LORASYNCI_FN lorasync_status lorasynci_await_rank(lorasync_plan *plan, int rank, int word, const char *what,
+                                                  uint64_t deadline_ns, lorasync_error *err)
+{
+    const uint64_t *at     = lorasynci_word(plan, rank, word);
+    unsigned        turns  = 0;
+    lorasync_status status = LORASYNC_OK;
+    lorasync_error  why;
+    while (__atomic_load_n(at, __ATOMIC_ACQUIRE) <= plan->run && status == LORASYNC_OK) {
+        lorasynci_pause(&turns);
+        if (turns % 256 != 0) continue;
+        if (plan->talk->comm.check) status = plan->talk->comm.check(plan->talk->comm.user, &why);
+        if (status == LORASYNC_OK && lorasynci_now_ns() >= deadline_ns)
+            status = lorasynci_fail(
+                &why, LORASYNC_E_TIMEOUT,
+                "rank %d did not %s this run before the deadline of %d ms; does every rank make the same calls, in the "
+                "same order?",
+                rank, what, plan->talk->timeout_ms);
+    }
+    if (status == LORASYNC_OK || __atomic_load_n(at, __ATOMIC_ACQUIRE) > plan->run)
+        return LORASYNC_OK; /* a rank that ended, or was slow, may have written it meanwhile */
+    return lorasynci_fail(err, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, "%.500s", why.text);
+}
+
+/* The image may be written when those who read it, the root or in a gather-all everybody, have begun too; the staging
+   of another rank, when that one has. */
+LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasync_error *err)
+{
+    uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
+    int      rank;
+    for (rank = 0; rank < plan->talk->comm.world; rank++) {
+        if (plan->kind == LORASYNC_GATHER && rank != plan->root) continue;
+        if (plan->kind == LORASYNC_RESHARD && !lorasynci_link_rounds(&plan->sends[rank])) continue;
+        LORASYNCI_TRY(lorasynci_await_rank(plan, rank, LORASYNCI_BEGUN, "begin", deadline, err));
+    }
+    return LORASYNC_OK;
+}
+
+/* A vote in the memory that the ranks share. Two votes of each are kept: who votes on the next run has seen all on this
+   one, but others may still look. */
 LORASYNCI_FN lorasync_status lorasynci_vote_in_memory(lorasync_plan *plan, int *out_all, lorasync_error *err)
 {
     const uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms), yes = lorasynci_mix(plan->tag) | 1;
     const int      odd = (int)(plan->run % 2), me = plan->talk->comm.rank;
     int            rank;
-    __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTE + odd), plan->begin_error.status < 0 ? 0 : yes,
+    __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTE + odd), lorasynci_run_is_refused(plan) ? 0 : yes,
                      __ATOMIC_RELAXED);
     __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTED + odd), plan->run + 1, __ATOMIC_RELEASE);
     *out_all = 1;
@@ -11741,82 +12047,46 @@ LORASYNCI_FN lorasync_status lorasynci_vote_in_memory(lorasync_plan *plan, int *
     return LORASYNC_OK;
 }
 
-/* A run is taken, or given up, by all. If not all are for it, the communicator brings the reason. */
-LORASYNCI_FN lorasync_status lorasynci_vote_run(lorasync_plan *plan, lorasync_error *err)
-{
-    uint64_t        start = lorasynci_now_ns();
-    lorasync_status status;
-    int             voted = plan->device ? lorasynci_device_voted(plan) : 0, all = 0;
-    if (voted > 0) return LORASYNC_OK;
-    if (plan->direct && !(plan->device && lorasynci_device_casts(plan))) {
-        status = lorasynci_vote_in_memory(plan, &all, err);
-        plan->stats.exchange_ns += lorasynci_now_ns() - start;
-        if (all || status < 0) return status;
-    }
-    status = lorasynci_talk_vote_run(plan->talk, &plan->begin_error, plan->id, plan->tag, err);
-    if (status == LORASYNC_OK && voted < 0)
-        status = lorasynci_fail(
-            err, LORASYNC_E_DISAGREE,
-            "what this run exchanged was not all of this plan; every rank must begin the plans of one communicator in "
-            "the same order. Nothing was taken, the version can be tried again");
-    plan->stats.exchange_ns += lorasynci_now_ns() - start;
-    return status;
-}
+/* -- host direct: every rank packs straight into the image, which lies in shared memory; nothing is exchanged */
 
-LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_direct_begin(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasync_error  why;
     lorasync_status status;
-    int             was_begun, unrecorded;
-    if (!err) err = &why;
-    if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
-    was_begun   = plan->begun;
-    plan->begun = 0;
-    if (plan->talk->lost) { /* by its begin: that one knows why */
-        if (was_begun && lorasync_is_lost(plan->begin_error.status)) *err = plan->begin_error;
-        else lorasynci_lost_before(err);
-        return err->status;
-    }
-    unrecorded = was_begun && plan->begin_error.status < 0;
-    if (!was_begun && plan->captured) plan->begin_error.status = LORASYNC_OK; /* the graph has begun it */
-    else if (!was_begun)
-        lorasynci_fail(
-            &plan->begin_error, LORASYNC_E_STATE,
-            "wait was called without begin; call begin first (a begin that is not captured ends a CUDA graph of the "
-            "plan: capture anew)");
     lorasynci_mark_begun(plan);
-    if (plan->image) plan->image->has_digest = 0;
-    status = lorasynci_move_all(plan, err);
-    if (plan->objection && plan->objection->status < 0 && plan->begin_error.status == LORASYNC_OK)
-        plan->begin_error = *plan->objection;
-    if (status == LORASYNC_OK) status = lorasynci_vote_run(plan, err);
-    if (lorasync_is_lost(status)) return lorasynci_talk_lose(plan->talk, status, err);
-    if (status == LORASYNC_OK && plan->device && plan->image && plan->has_image &&
-        lorasynci_device_image(plan, err) < 0) {
-        lorasync_error cuda = *err; /* the others have voted, and go on: only giving up the communicator tells them */
-        return lorasynci_talk_lose(plan->talk, lorasynci_fail(err, LORASYNC_E_COMM, "%.500s", cuda.text), err);
-    }
-    if (status == LORASYNC_OK && plan->has_image && plan->image) lorasynci_finish_image(plan);
-    if (plan->device) lorasynci_device_forget(plan);
-    if (unrecorded) plan->captured = 0;
-    plan->run++;
+    LORASYNCI_TRY(lorasynci_await_readers(plan, err));
+    plan->begin_ns = lorasynci_now_ns();
+    status         = lorasynci_pack(plan, err);
+    lorasynci_share_sums(plan);
     return status;
 }
 
-LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan)
+LORASYNCI_FN lorasync_status lorasynci_direct_move(lorasync_plan *plan, lorasync_error *err)
 {
-    return plan && plan->image && plan->has_image && plan->image->has_digest ? plan->image : NULL;
+    (void)err;
+    lorasynci_mark_begun(plan); /* where begin did not */
+    return LORASYNC_OK;
 }
 
-LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_plan_stats *out)
+LORASYNCI_FN lorasync_status lorasynci_direct_finish(lorasync_plan *plan, int taken, lorasync_error *err)
 {
-    if (!out) return;
-    memset(out, 0, sizeof *out);
-    if (plan) *out = plan->stats;
+    (void)err;
+    if (taken) lorasynci_digest_shared(plan);
+    return LORASYNC_OK;
 }
 
+static const lorasynci_mover lorasynci_host_direct = {
+    "host direct",            /* name */
+    lorasynci_host_allocate,  /* allocate */
+    lorasynci_direct_begin,   /* begin */
+    lorasynci_mark_begun,     /* refuse */
+    lorasynci_direct_move,    /* move */
+    lorasynci_vote_in_memory, /* vote */
+    lorasynci_direct_finish,  /* finish */
+    NULL,                     /* settle */
+    NULL,                     /* close */
+};
 
-/* -- the same on the GPU (LORASYNC_CUDA)
+/* -- on the GPU (LORASYNC_CUDA)
 
    A plan whose pieces are in device memory turns its operations into tables on the device once, and a run into launches
    for each round to pack and to place. Events keep the order without the host:
@@ -11829,10 +12099,7 @@ LORASYNC_API void lorasync_plan_get_stats(const lorasync_plan *plan, lorasync_pl
                                                                      staging take turns
 
    Where a rank sends more than a bucket, pack r also waits for exchange r - 2: two halves again. Where streams want the
-   same multiprocessors the wire comes first, placing second.
-   A meshed reshard has one round: pack 0 is everything, written to this rank's memory and into the others' staging; the
-   exchange is the vote, on the GPU, after which the bytes of all are there; place 0 is everything that came. Without
-   votes on the GPU the host votes, then places. */
+   same multiprocessors the wire comes first, placing second. */
 
 #ifdef LORASYNC_CUDA
 
@@ -11849,13 +12116,19 @@ typedef struct lorasynci_launch {
     unsigned        num, threads; /* threads: of a block */
 } lorasynci_launch;
 
+/* In what state a run finds own ballot and sums. */
+typedef enum lorasynci_sums_state {
+    LORASYNCI_SUMS_USED = 0, /* as a run left them */
+    LORASYNCI_SUMS_RESET,    /* as a run wants them: nothing found, nothing digested; or they will be on the stream */
+    LORASYNCI_SUMS_A_GRAPHS  /* a graph exists: what its launches leave there is not known here, ever */
+} lorasynci_sums_state;
+
 struct lorasynci_device {
     cudaStream_t      wire, placing;                 /* beside plan->gpu's */
     cudaEvent_t       packed, arrived[2], placed[2]; /* the pairs: of even and of odd rounds */
     cudaEvent_t      *sendable;                      /* per round: it is packed */
     uint32_t          num_events;                    /* of `sendable` that exist */
     uint32_t          num_sent; /* rounds of the run under way whose exchange is enqueued; one more: the ballots' too */
-    int               vetoed;   /* the run under way failed in begin, and all that the others count on is enqueued */
     lorasynci_launch *pack;     /* per round, then what travels nowhere */
     lorasynci_launch *place;    /* per round */
     lorasynci_launch  report;   /* what the host needs to see, to where it sees it */
@@ -11864,14 +12137,13 @@ struct lorasynci_device {
     char             *sums;     /* this rank's digests, behind the ballots; copied to send staging when they travel with
                                   the data */
     size_t            num_sums;
-    int               is_reset;    /* own ballot and sums are as a run wants to find them, or will be on `stream` */
-    int               is_recorded; /* a graph exists: what its launches leave there is not known here */
-    char             *host; /* pinned: | tag to cast | tag that graphs cast | ballots | sums | digests that arrive, link
+    lorasynci_sums_state sums_are;
+    char  *host; /* pinned: | tag to cast | tag that graphs cast | ballots | sums | digests that arrive, link
                                after link | */
-    size_t            host_bytes;
-    char             *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a
+    size_t host_bytes;
+    char  *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a
                                      run */
-    char             *host_image; /* pinned copy, unless the image stays on the device */
+    char  *host_image; /* pinned copy, unless the image stays on the device */
 };
 
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, lorasync_error *err)
@@ -11879,29 +12151,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, lorasync
     plan->device = (lorasynci_device *)lorasynci_alloc_array(&plan->a, 1, sizeof *plan->device);
     if (!plan->device) return lorasynci_fail_memory(err, sizeof *plan->device);
     return lorasynci_gpu_event(&plan->device->packed, err);
-}
-
-/* What the rounds of a run need to overlap. */
-LORASYNCI_FN lorasync_status lorasynci_device_open_wire(lorasync_plan *plan, lorasync_error *err)
-{
-    lorasynci_device *g     = plan->device;
-    int               least = 0, greatest = 0;
-    if (!lorasynci_is_pipelined(plan) || plan->num_rounds == 0) return LORASYNC_OK;
-    LORASYNCI_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-    LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->wire, cudaStreamNonBlocking, greatest),
-                   "cudaStreamCreateWithPriority");
-    LORASYNCI_CUDA(
-        cudaStreamCreateWithPriority(&g->placing, cudaStreamNonBlocking, greatest < least ? greatest + 1 : least),
-        "cudaStreamCreateWithPriority");
-    LORASYNCI_TRY(lorasynci_gpu_event(&g->arrived[0], err));
-    LORASYNCI_TRY(lorasynci_gpu_event(&g->arrived[1], err));
-    LORASYNCI_TRY(lorasynci_gpu_event(&g->placed[0], err));
-    LORASYNCI_TRY(lorasynci_gpu_event(&g->placed[1], err));
-    g->sendable = (cudaEvent_t *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->sendable);
-    if (!g->sendable) return lorasynci_fail_memory(err, plan->num_rounds * sizeof *g->sendable);
-    for (; g->num_events < plan->num_rounds; g->num_events++)
-        LORASYNCI_TRY(lorasynci_gpu_event(&g->sendable[g->num_events], err));
-    return LORASYNC_OK;
 }
 
 LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
@@ -11921,9 +12170,7 @@ LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
 LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
-    int               old;
     if (!g) return;
-    old = lorasynci_gpu_enter(plan->gpu->ordinal);
     if (g->wire && !plan->talk->lost) cudaStreamSynchronize(g->wire);
     if (g->placing && !plan->talk->lost) cudaStreamSynchronize(g->placing);
     if (!plan->talk->lost) cudaStreamSynchronize(plan->gpu->stream);
@@ -11934,7 +12181,6 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     }
     lorasynci_device_close_wire(plan);
     if (g->packed) cudaEventDestroy(g->packed);
-    lorasynci_gpu_leave(plan->gpu->ordinal, old);
     lorasynci_dealloc(&plan->a, g->pack);
     lorasynci_dealloc(&plan->a, g->place);
     lorasynci_dealloc(&plan->a, g);
@@ -12161,21 +12407,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
     for (i = 0; i < plan->talk->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
     LORASYNCI_TRY(lorasynci_gpu_alloc(1, g->host_bytes, &g->host, "pinned memory", err));
     memset(g->host, 0, g->host_bytes);
-    if (plan->image && plan->has_image && !plan->keep_on_device && !plan->lent) {
-        size_t n = plan->image->header_bytes + plan->image->payload_bytes;
-        LORASYNCI_TRY(lorasynci_gpu_alloc(1, n, &g->host_image, "pinned memory for the image", err));
-    }
-    return LORASYNC_OK;
-}
-
-/* Nothing found that is not finite, nothing digested. */
-LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, lorasync_error *err)
-{
-    const lorasynci_device *g = plan->device;
-    LORASYNCI_CUDA(
-        cudaMemsetAsync(&g->ballots[plan->talk->comm.rank].bad, 0xff, sizeof g->ballots->bad, plan->gpu->stream),
-        "cudaMemsetAsync");
-    if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, plan->gpu->stream), "cudaMemsetAsync");
     return LORASYNC_OK;
 }
 
@@ -12230,55 +12461,43 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
     return status;
 }
 
-/* Staging, image and tables of a device plan. Staging is device memory where the comm takes that, else pinned memory
-   that the kernel reads and writes over the bus. */
-LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err)
+/* What a plan has of its own where nothing is lent. Staging is device memory where the comm takes that, else pinned
+   memory that the kernel reads and writes over the bus; of a mesh there is what others write to already. */
+LORASYNCI_FN lorasync_status lorasynci_device_allocate_own(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g;
-    lorasync_image   *image = plan->image;
-    int               space;
-    LORASYNCI_TRY(lorasynci_device_open(plan, err));
-    g = plan->device;
-    for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++) {
-        int pinned = !plan->talk->comm.exchange_stream;
-        if (plan->memory[space]) continue; /* of a mesh */
-        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, plan->staging_bytes[space], &plan->memory[space],
-                                          pinned ? "pinned memory for staging" : "memory for staging", err));
-    }
-    if (plan->source)
-        LORASYNCI_TRY(lorasynci_gpu_alloc(0, plan->source->payload_bytes ? plan->source->payload_bytes : 1,
-                                          &plan->image_memory, "memory for the image", err));
-    if (image && plan->has_image && !plan->image_memory && !plan->peer_image.address)
+    const lorasync_image *image  = plan->source ? plan->source : plan->has_image ? plan->image : NULL;
+    const int             pinned = !plan->talk->comm.exchange_stream;
+    lorasynci_device     *g      = plan->device;
+    int                   space;
+    for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++)
+        if (!plan->memory[space])
+            LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, plan->staging_bytes[space], &plan->memory[space],
+                                              pinned ? "pinned memory for staging" : "memory for staging", err));
+    if (image && !plan->image_memory && !plan->peer_image.address)
         LORASYNCI_TRY(lorasynci_gpu_alloc(0, image->payload_bytes ? image->payload_bytes : 1, &plan->image_memory,
                                           "memory for the image", err));
     plan->memory[LORASYNCI_IMAGE] = plan->image_memory ? plan->image_memory : plan->peer_image.address;
-    LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
-    LORASYNCI_TRY(lorasynci_device_upload(plan, err));
-    if (!image || !plan->has_image) return LORASYNC_OK;
-    if (g->host_image) {
-        lorasynci_image_move_header(image, g->host_image);
-        lorasync_image_bind(image, g->host_image + image->header_bytes);
-    } else {
-        lorasync_image_bind(image, plan->memory[LORASYNCI_IMAGE]);
-        image->on_device = 1;
-    }
+    if (!plan->image || !plan->has_image || plan->keep_on_device) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_gpu_alloc(1, plan->image->header_bytes + plan->image->payload_bytes, &g->host_image,
+                                      "pinned memory for the image", err));
+    lorasynci_image_move_header(plan->image, g->host_image);
+    plan->host_payload = g->host_image + plan->image->header_bytes;
     return LORASYNC_OK;
 }
 
-/* The rest of the above for a plan whose memory has been lent. */
-LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err)
+/* What runs of all GPU ways need. */
+LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasync_image *image = plan->image;
     LORASYNCI_TRY(lorasynci_device_open(plan, err));
-    LORASYNCI_TRY(lorasynci_device_open_wire(plan, err));
+    if (!plan->lent) LORASYNCI_TRY(lorasynci_device_allocate_own(plan, err));
     LORASYNCI_TRY(lorasynci_device_upload(plan, err));
-    if (!image || !plan->has_image) return LORASYNC_OK;
-    image->on_device = plan->keep_on_device;
-    lorasync_image_bind(image, image->on_device ? plan->memory[LORASYNCI_IMAGE] : (char *)host_payload);
+    if (!plan->image || !plan->has_image) return LORASYNC_OK;
+    plan->image->on_device = plan->keep_on_device;
+    lorasync_image_bind(plan->image, plan->keep_on_device ? plan->memory[LORASYNCI_IMAGE] : plan->host_payload);
     return LORASYNC_OK;
 }
 
-/* -- running */
+/* -- what all ways of the GPU share: a run's beginning and end */
 
 LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch,
                                                   cudaStream_t stream, lorasync_error *err)
@@ -12291,12 +12510,6 @@ LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, con
                              &g->ballots[plan->talk->comm.rank].bad, shift, stream);
     if (r == CUDA_SUCCESS) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
-}
-
-/* Whether the ranks vote on the GPU. An objection may come up later than that. */
-LORASYNCI_FN int lorasynci_device_casts(const lorasync_plan *plan)
-{
-    return lorasynci_is_pipelined(plan) && plan->num_rounds && plan->talk->comm.all_gather_stream && !plan->objection;
 }
 
 /* What all ranks must have in their ballots. A mesh that is captured votes once more than one that is not: all ranks
@@ -12324,62 +12537,334 @@ LORASYNCI_FN lorasync_status lorasynci_device_fill_tag(const lorasync_plan *plan
     return LORASYNC_OK;
 }
 
-/* Every rank gets every rank's, behind the last exchange. */
-LORASYNCI_FN lorasync_status lorasynci_device_cast(lorasync_plan *plan, lorasync_error *err)
+/* First in every begin: whether it is being captured, and, if so, whether it can be recorded at all. What cannot is
+   refused before anything is enqueued. */
+LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g = plan->device;
-    LORASYNCI_TRY(plan->talk->comm.all_gather_stream(plan->talk->comm.user, &g->ballots[plan->talk->comm.rank],
-                                                     g->ballots, sizeof *g->ballots, g->wire, plan->talk->timeout_ms,
-                                                     err));
-    g->num_sent = plan->num_rounds + 1;
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    struct cudaPointerAttributes memory;
+    LORASYNCI_CUDA(cudaStreamIsCapturing(plan->gpu->caller, &capture), "cudaStreamIsCapturing");
+    plan->captured = capture == cudaStreamCaptureStatusActive;
+    if (!plan->captured) return LORASYNC_OK;
+    plan->device->sums_are = LORASYNCI_SUMS_A_GRAPHS;
+    if (!plan->source || !plan->source->payload_bytes) return LORASYNC_OK;
+    memset(&memory, 0, sizeof memory);
+    LORASYNCI_CUDA(cudaPointerGetAttributes(&memory, plan->source->payload), "cudaPointerGetAttributes");
+    if (memory.type == cudaMemoryTypeUnregistered)
+        return lorasynci_fail(
+            err, LORASYNC_E_UNSUPPORTED,
+            "a scatter from pageable memory cannot be captured in a CUDA graph; put the image into pinned or device "
+            "memory");
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_device_fetch_image(lorasync_plan *plan, lorasync_error *err)
+/* The same where the host takes part in the middle of a run. */
+LORASYNCI_FN lorasync_status lorasynci_device_no_capture(lorasync_plan *plan, lorasync_error *err)
 {
-    if (plan->has_image && !plan->image->on_device && plan->image->payload_bytes)
+    LORASYNCI_TRY(lorasynci_device_capture(plan, err));
+    if (!plan->captured) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_UNSUPPORTED,
+        "a sync whose ranks exchange through the host cannot be captured in a CUDA graph; join them with NCCL, or "
+        "gather by direct placement");
+}
+
+/* Nothing found that is not finite, nothing digested. */
+LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, lorasync_error *err)
+{
+    const lorasynci_device *g = plan->device;
+    LORASYNCI_CUDA(
+        cudaMemsetAsync(&g->ballots[plan->talk->comm.rank].bad, 0xff, sizeof g->ballots->bad, plan->gpu->stream),
+        "cudaMemsetAsync");
+    if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, plan->gpu->stream), "cudaMemsetAsync");
+    return LORASYNC_OK;
+}
+
+/* What this rank does comes behind what the caller has enqueued. Own ballot and sums are mostly as the run before left
+   them (lorasynci_device_end), so that packing starts at once. voting: the stream on which ballots travel, or NULL; the
+   tag is there long before the vote. */
+LORASYNCI_FN lorasync_status lorasynci_device_join(lorasync_plan *plan, cudaStream_t voting, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->ready, plan->gpu->caller), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, plan->gpu->ready, 0), "cudaStreamWaitEvent");
+    if (g->sums_are != LORASYNCI_SUMS_RESET) LORASYNCI_TRY(lorasynci_device_reset(plan, err));
+    else g->sums_are = LORASYNCI_SUMS_USED;
+    if (voting || plan->captured)
+        LORASYNCI_TRY(lorasynci_device_fill_tag(plan, lorasynci_device_tag(plan), plan->captured,
+                                                plan->captured ? plan->gpu->stream : voting, err));
+    if (plan->source && plan->source->payload_bytes)
+        LORASYNCI_CUDA(cudaMemcpyAsync(plan->image_memory, plan->source->payload, plan->source->payload_bytes,
+                                       cudaMemcpyDefault, plan->gpu->stream),
+                       "copying the image to the GPU");
+    return LORASYNC_OK;
+}
+
+/* All is packed: the caller goes on behind that. */
+LORASYNCI_FN lorasync_status lorasynci_device_taken(lorasync_plan *plan, lorasync_error *err)
+{
+    const lorasynci_device *g = plan->device;
+    LORASYNCI_CUDA(cudaEventRecord(g->packed, plan->gpu->stream), "cudaEventRecord");
+    if (!plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, g->packed, 0), "cudaStreamWaitEvent");
+    return LORASYNC_OK;
+}
+
+/* Where a run ends, on the GPU; `reported`: the host has been told all. Behind that, while nobody waits, the next one
+   is prepared. Launches of a graph prepare for themselves, and the caller's stream takes them as a whole. */
+LORASYNCI_FN lorasync_status lorasynci_device_end(lorasync_plan *plan, int reported, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->stream), "cudaEventRecord");
+    if (reported && g->sums_are != LORASYNCI_SUMS_A_GRAPHS) {
+        LORASYNCI_TRY(lorasynci_device_reset(plan, err));
+        g->sums_are = LORASYNCI_SUMS_RESET;
+    }
+    if (plan->captured)
+        LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, plan->gpu->done, 0), "cudaStreamWaitEvent");
+    return LORASYNC_OK;
+}
+
+/* Waits for an event of a run, and minds the communicator while others take part. */
+LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cudaEvent_t event, uint64_t deadline_ns,
+                                                   int with_peers, lorasync_error *err)
+{
+    lorasync_status (*check)(void *, lorasync_error *) = with_peers ? plan->talk->comm.check : NULL;
+    cudaError_t e;
+    LORASYNCI_TRY(lorasynci_gpu_wait(event, NULL, deadline_ns, check, plan->talk->comm.user, &e, err));
+    if (e == cudaErrorNotReady)
+        return lorasynci_fail(
+            err, LORASYNC_E_TIMEOUT,
+            "the GPU work of this sync did not end before the deadline of %d ms; did every rank call lorasync_sync?",
+            plan->talk->timeout_ms);
+    return e == cudaSuccess ? LORASYNC_OK : lorasynci_cuda_fail(err, e, "the GPU work of this sync failed");
+}
+
+/* Waits for all that begin has enqueued; of a graph, for what the caller has launched. */
+LORASYNCI_FN lorasync_status lorasynci_device_await(const lorasync_plan *plan, uint64_t deadline_ns,
+                                                    lorasync_error *err)
+{
+    if (plan->captured) LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->caller), "cudaEventRecord");
+    return lorasynci_device_poll(plan, plan->gpu->done, deadline_ns, 1, err);
+}
+
+/* A run that comes out of a graph left this rank's tag; it is gone behind each wait. */
+LORASYNCI_FN lorasync_status lorasynci_device_launched(const lorasync_plan *plan, lorasync_error *err)
+{
+    if (!plan->captured ||
+        lorasynci_device_ballots(plan->device)[plan->talk->comm.rank].tag == lorasynci_device_tag(plan))
+        return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_STATE,
+        "wait was called, but the CUDA graph into which begin was captured was not launched since the last one; launch "
+        "it first");
+}
+
+/* Whether a tensor changes its dtype on the way. */
+LORASYNCI_FN int lorasynci_is_rounded(const lorasync_plan *plan, uint32_t tensor)
+{
+    size_t i;
+    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, plan->pack.list); i++) {
+        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, plan->pack.list, i);
+        if (op->tensor == tensor) return op->src_dtype != op->dst_dtype;
+    }
+    return 0;
+}
+
+/* Sums and the NaN check from pinned memory to where the host's run keeps them. */
+LORASYNCI_FN lorasync_status lorasynci_device_results(lorasync_plan *plan, lorasync_error *err)
+{
+    const lorasynci_device *g   = plan->device;
+    const uint64_t          bad = lorasynci_device_ballots(g)[plan->talk->comm.rank].bad;
+    uint64_t                sum;
+    size_t                  i, k, at = (1 + (size_t)plan->talk->comm.world) * sizeof *g->ballots;
+    for (i = 0; i < g->num_sums; i++, at += 8)
+        memcpy(&plan->sums[plan->num_sent_sums ? plan->sent_sums[i] : i], g->host + at, 8);
+    for (i = 0; i < (size_t)plan->talk->comm.world; i++)
+        for (k = 0; k < plan->receives[i].num_digests; k++, at += 8) {
+            memcpy(&sum, g->host + at, 8);
+            plan->tensor_digests[plan->receives[i].digests[k]] += sum;
+        }
+    if (bad == UINT64_MAX || plan->allow_nan) return LORASYNC_OK;
+    return lorasynci_nan_error(plan, (uint32_t)(bad >> 40), (int64_t)(bad & ((UINT64_C(1) << 40) - 1)),
+                               lorasynci_is_rounded(plan, (uint32_t)(bad >> 40)), err);
+}
+
+/* What a run reported is no other run's. After all have voted for it: the complete image to the host, where it is
+   wanted there. */
+LORASYNCI_FN lorasync_status lorasynci_device_close_run(lorasync_plan *plan, int taken, lorasync_error *err)
+{
+    int i;
+    for (i = 0; i < plan->talk->comm.world; i++) lorasynci_device_ballots(plan->device)[i].tag = 0;
+    plan->device->num_sent = 0;
+    if (!taken || !plan->image || !plan->has_image || plan->image->on_device) return LORASYNC_OK;
+    if (plan->image->payload_bytes)
         LORASYNCI_CUDA(cudaMemcpyAsync((char *)(uintptr_t)plan->image->payload, plan->memory[LORASYNCI_IMAGE],
                                        plan->image->payload_bytes, cudaMemcpyDefault, plan->gpu->stream),
                        "copying the image to the host");
-    return LORASYNC_OK;
+    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->stream), "cudaEventRecord");
+    return lorasynci_device_poll(plan, plan->gpu->done, lorasynci_deadline_ns(plan->talk->timeout_ms), 0, err);
 }
 
-/* In a mesh the bytes are where they go when all ranks have packed: the votes say that. */
-LORASYNCI_FN lorasync_status lorasynci_device_exchange(lorasync_plan *plan, uint32_t round, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, int taken, lorasync_error *err)
 {
-    const lorasync_comm    *c        = &plan->talk->comm;
-    const lorasync_message *messages = lorasynci_talk_messages(plan->talk);
-    size_t                  num_sends, num_receives;
-    if (lorasynci_is_meshed(plan)) return lorasynci_device_cast(plan, err);
-    lorasynci_round_messages(plan, round, &num_sends, &num_receives);
-    LORASYNCI_TRY(c->exchange_stream(c->user, messages, num_sends, messages + c->world, num_receives,
-                                     plan->device->wire, plan->talk->timeout_ms, err));
-    plan->device->num_sent = round + 1;
+    LORASYNCI_TRY(lorasynci_device_close_run(plan, taken, err));
+    if (taken) lorasynci_digest_own(plan);
     return LORASYNC_OK;
 }
 
-/* The exchange of a round, as soon as it is packed, and its placing. */
-LORASYNCI_FN lorasync_status lorasynci_device_round(lorasync_plan *plan, uint32_t round, lorasync_error *err)
+/* Whether all that is on a stream has ended, well or not, by then. */
+LORASYNCI_FN int lorasynci_device_ended(cudaStream_t stream, uint64_t deadline_ns)
+{
+    cudaError_t e;
+    lorasynci_gpu_wait(NULL, stream, deadline_ns, NULL, NULL, &e, NULL);
+    return e != cudaErrorNotReady;
+}
+
+/* Waits for the last of what a run that was begun, or a graph that may have been launched, has enqueued. */
+LORASYNCI_FN lorasync_status lorasynci_device_await_last(const lorasync_plan *plan, lorasync_error *err)
+{
+    const lorasynci_device *g    = plan->device;
+    cudaEvent_t             last = plan->gpu->done;
+    if (plan->state == LORASYNCI_RUN_REFUSED && g->wire) /* others were promised what never was enqueued */
+        return lorasynci_fail(err, LORASYNC_E_COMM, "a plan was freed between a begin that failed and its wait");
+    if (plan->state == LORASYNCI_RUN_REFUSED) return LORASYNC_OK;
+    if (plan->state == LORASYNCI_RUN_VETOED) last = g->arrived[0];
+    else if (plan->captured && cudaEventRecord(last, plan->gpu->caller) != cudaSuccess) return LORASYNC_OK;
+    return lorasynci_device_poll(plan, last, lorasynci_deadline_ns(plan->talk->timeout_ms), 1, err);
+}
+
+/* Before a plan is freed whose run was begun and not waited for: its work ends, or its communicator is given up, so
+   that nothing waits for it for ever. When it is lost its launches end soon, or what they use is lost, too
+   (gpu->is_busy). */
+LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[round], 0), "cudaStreamWaitEvent");
-    if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
-    LORASYNCI_TRY(lorasynci_device_exchange(plan, round, err));
-    LORASYNCI_CUDA(cudaEventRecord(g->arrived[round % 2], g->wire), "cudaEventRecord");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived[round % 2], 0), "cudaStreamWaitEvent");
-    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
-    LORASYNCI_CUDA(cudaEventRecord(g->placed[round % 2], g->placing), "cudaEventRecord");
+    lorasync_error    err;
+    lorasync_status   status = LORASYNC_OK;
+    uint64_t          closing;
+    int               idle = plan->state == LORASYNCI_RUN_IDLE && !plan->captured;
+    if (!g || lorasynci_gpu_is_captured(plan->gpu) || (idle && !plan->talk->lost)) return;
+    if (!plan->talk->lost) status = lorasynci_device_await_last(plan, &err);
+    if (status < 0) lorasynci_run_lose(plan, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, &err);
+    closing = lorasynci_deadline_ns(LORASYNCI_CLOSING_MS);
+    if (plan->talk->lost)
+        plan->gpu->is_busy =
+            !(lorasynci_device_ended(plan->gpu->stream, closing) && lorasynci_device_ended(g->wire, closing) &&
+              lorasynci_device_ended(g->placing, closing) &&
+              (!plan->captured || lorasynci_device_ended(plan->gpu->caller, closing)));
+    (void)cudaGetLastError();
+}
+
+/* -- GPU alone: nothing travels. What one launch packs is where it goes. */
+
+LORASYNCI_FN lorasync_status lorasynci_alone_enqueue(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNC_ASSERT(plan->num_rounds == 0);
+    LORASYNCI_TRY(lorasynci_device_join(plan, NULL, err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[0], plan->gpu->stream, err));
+    LORASYNCI_TRY(lorasynci_device_taken(plan, err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, plan->gpu->stream, err));
+    return lorasynci_device_end(plan, 1, err);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_alone_begin(lorasync_plan *plan, lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_device_capture(plan, err));
+    return lorasynci_alone_enqueue(plan, err);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_alone_move(lorasync_plan *plan, lorasync_error *err)
+{
+    if (lorasynci_run_is_refused(plan)) return LORASYNC_OK; /* the vote tells the others */
+    LORASYNCI_TRY(lorasynci_device_await(plan, lorasynci_deadline_ns(plan->talk->timeout_ms), err));
+    LORASYNCI_TRY(lorasynci_device_launched(plan, err));
+    return lorasynci_device_results(plan, err);
+}
+
+static const lorasynci_mover lorasynci_gpu_alone = {
+    "gpu alone",               /* name */
+    lorasynci_device_allocate, /* allocate */
+    lorasynci_alone_begin,     /* begin */
+    NULL,                      /* refuse */
+    lorasynci_alone_move,      /* move */
+    NULL,                      /* vote */
+    lorasynci_device_finish,   /* finish */
+    lorasynci_device_settle,   /* settle */
+    lorasynci_device_close,    /* close */
+};
+
+/* -- GPU direct: the same, and every rank packs straight into the root's image */
+
+/* Where the image stays on the device others write to it as soon as this rank has begun: what the caller has enqueued
+   to read it ends first. */
+LORASYNCI_FN lorasync_status lorasynci_peers_await_caller(lorasync_plan *plan, lorasync_error *err)
+{
+    if (!plan->run || !plan->has_image || !plan->image->on_device ||
+        plan->memory[LORASYNCI_IMAGE] != plan->device->home)
+        return LORASYNC_OK;
+    if (lorasynci_gpu_is_captured(plan->gpu) || cudaStreamQuery(plan->gpu->caller) == cudaSuccess) return LORASYNC_OK;
+    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->ready, plan->gpu->caller), "cudaEventRecord");
+    return lorasynci_device_poll(plan, plan->gpu->ready, lorasynci_deadline_ns(plan->talk->timeout_ms), 1, err);
+}
+
+/* Launches of a graph do not wait for the readers: see the documentation of lorasync_cuda. */
+LORASYNCI_FN lorasync_status lorasynci_peers_begin(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasync_status status = lorasynci_peers_await_caller(plan, err);
+    lorasynci_mark_begun(plan);
+    LORASYNCI_TRY(status);
+    LORASYNCI_TRY(lorasynci_device_capture(plan, err));
+    if (!plan->captured) LORASYNCI_TRY(lorasynci_await_readers(plan, err));
+    return lorasynci_alone_enqueue(plan, err);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_peers_move(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_mark_begun(plan); /* where begin did not */
+    LORASYNCI_TRY(lorasynci_alone_move(plan, err));
+    if (!lorasynci_run_is_refused(plan)) lorasynci_share_sums(plan);
     return LORASYNC_OK;
 }
 
-/* Whether what this rank sends is packed into two halves in turns: then a round must have left before the next but one
-   is packed. */
-LORASYNCI_FN int lorasynci_device_takes_turns(const lorasync_plan *plan)
+LORASYNCI_FN lorasync_status lorasynci_peers_finish(lorasync_plan *plan, int taken, lorasync_error *err)
 {
-    int i;
-    for (i = 0; i < plan->talk->comm.world; i++)
-        if (plan->sends[i].half) return 1;
-    return 0;
+    LORASYNCI_TRY(lorasynci_device_close_run(plan, taken, err));
+    if (taken) lorasynci_digest_shared(plan);
+    return LORASYNC_OK;
+}
+
+static const lorasynci_mover lorasynci_gpu_direct = {
+    "gpu direct",              /* name */
+    lorasynci_device_allocate, /* allocate */
+    lorasynci_peers_begin,     /* begin */
+    lorasynci_mark_begun,      /* refuse */
+    lorasynci_peers_move,      /* move */
+    lorasynci_vote_in_memory,  /* vote */
+    lorasynci_peers_finish,    /* finish */
+    lorasynci_device_settle,   /* settle */
+    lorasynci_device_close,    /* close */
+};
+
+/* -- GPU over host: a comm that exchanges host memory only. Staging is pinned memory, which the kernel writes and reads
+   over the bus; begin packs, wait exchanges and places in turns. */
+
+/* Places what a round brought. */
+LORASYNCI_FN lorasync_status lorasynci_device_place(lorasync_plan *plan, uint32_t round, uint64_t deadline_ns,
+                                                    lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_device_run(plan, &plan->device->place[round], plan->gpu->stream, err));
+    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->stream), "cudaEventRecord");
+    return lorasynci_device_poll(plan, plan->gpu->done, deadline_ns, 1, err);
+}
+
+/* The end of a run that is placed by wait. */
+LORASYNCI_FN lorasync_status lorasynci_device_report_now(lorasync_plan *plan, uint64_t deadline_ns, lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_device_run(plan, &plan->device->report, plan->gpu->stream, err));
+    LORASYNCI_TRY(lorasynci_device_end(plan, 1, err));
+    LORASYNCI_TRY(lorasynci_device_poll(plan, plan->gpu->done, deadline_ns, 1, err));
+    return lorasynci_device_results(plan, err);
 }
 
 /* The digests to where they travel, behind the last round of their link. */
@@ -12398,13 +12883,221 @@ LORASYNCI_FN lorasync_status lorasynci_device_add_digests(const lorasync_plan *p
     return LORASYNC_OK;
 }
 
+LORASYNCI_FN lorasync_status lorasynci_pinned_begin(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    uint32_t          i;
+    LORASYNCI_TRY(lorasynci_device_no_capture(plan, err));
+    LORASYNCI_TRY(lorasynci_device_join(plan, NULL, err));
+    for (i = 0; i < plan->num_rounds; i++) {
+        LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], plan->gpu->stream, err));
+        LORASYNCI_TRY(lorasynci_device_add_digests(plan, i, err));
+    }
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], plan->gpu->stream, err)); /* what travels nowhere */
+    LORASYNCI_TRY(lorasynci_device_taken(plan, err));
+    return lorasynci_device_end(plan, 0, err);
+}
+
+/* The others count on every exchange, so a failure here, in begin or on the way, does not end them. */
+LORASYNCI_FN lorasync_status lorasynci_pinned_move(lorasync_plan *plan, lorasync_error *err)
+{
+    const uint64_t  deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
+    lorasync_status status   = plan->refusal.status;
+    lorasync_error  lost;
+    uint32_t        round;
+    if (status == LORASYNC_OK) status = lorasynci_device_await(plan, deadline, err);
+    if (lorasync_is_lost(status)) return status;
+    for (round = 0; round < plan->num_rounds; round++) {
+        if (lorasynci_exchange_round(plan, round, &lost) < 0) {
+            *err = lost;
+            return lost.status;
+        }
+        if (status == LORASYNC_OK) status = lorasynci_device_place(plan, round, deadline, err);
+    }
+    if (lorasynci_run_is_refused(plan)) return LORASYNC_OK;
+    LORASYNCI_TRY(status);
+    return lorasynci_device_report_now(plan, deadline, err);
+}
+
+static const lorasynci_mover lorasynci_gpu_over_host = {
+    "gpu over host",           /* name */
+    lorasynci_device_allocate, /* allocate */
+    lorasynci_pinned_begin,    /* begin */
+    NULL,                      /* refuse */
+    lorasynci_pinned_move,     /* move */
+    NULL,                      /* vote */
+    lorasynci_device_finish,   /* finish */
+    lorasynci_device_settle,   /* settle */
+    lorasynci_device_close,    /* close */
+};
+
+/* -- what GPU stream and GPU mesh share: all of a run, the votes too, is enqueued by begin */
+
+/* What the rounds of a run need to overlap. */
+LORASYNCI_FN lorasync_status lorasynci_wire_open(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g     = plan->device;
+    int               least = 0, greatest = 0;
+    LORASYNCI_CUDA(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+    LORASYNCI_CUDA(cudaStreamCreateWithPriority(&g->wire, cudaStreamNonBlocking, greatest),
+                   "cudaStreamCreateWithPriority");
+    LORASYNCI_CUDA(
+        cudaStreamCreateWithPriority(&g->placing, cudaStreamNonBlocking, greatest < least ? greatest + 1 : least),
+        "cudaStreamCreateWithPriority");
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->arrived[0], err));
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->arrived[1], err));
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->placed[0], err));
+    LORASYNCI_TRY(lorasynci_gpu_event(&g->placed[1], err));
+    g->sendable = (cudaEvent_t *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->sendable);
+    if (!g->sendable) return lorasynci_fail_memory(err, plan->num_rounds * sizeof *g->sendable);
+    for (; g->num_events < plan->num_rounds; g->num_events++)
+        LORASYNCI_TRY(lorasynci_gpu_event(&g->sendable[g->num_events], err));
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_wire_allocate(lorasync_plan *plan, lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_device_allocate(plan, err));
+    return lorasynci_wire_open(plan, err);
+}
+
+/* Every rank gets every rank's ballot, behind the last exchange. */
+LORASYNCI_FN lorasync_status lorasynci_wire_cast(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNCI_TRY(plan->talk->comm.all_gather_stream(plan->talk->comm.user, &g->ballots[plan->talk->comm.rank],
+                                                     g->ballots, sizeof *g->ballots, g->wire, plan->talk->timeout_ms,
+                                                     err));
+    g->num_sent = plan->num_rounds + 1;
+    return LORASYNC_OK;
+}
+
+/* The same with a tag that says no, behind a ballot that is on its way. */
+LORASYNCI_FN lorasync_status lorasynci_wire_cast_no(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNCI_CUDA(cudaEventRecord(g->packed, plan->gpu->stream), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(lorasynci_device_fill_tag(plan, ~lorasynci_device_tag(plan), 0, g->wire, err));
+    return lorasynci_wire_cast(plan, err);
+}
+
+/* The votes came with the bytes: whether every rank is for this run. If one is not all know it. */
+LORASYNCI_FN lorasync_status lorasynci_wire_vote(lorasync_plan *plan, int *out_all, lorasync_error *err)
+{
+    const lorasynci_ballot *ballots = lorasynci_device_ballots(plan->device);
+    int                     i;
+    (void)err;
+    *out_all = 0;
+    if (lorasynci_run_is_refused(plan)) return LORASYNC_OK;
+    for (i = 0; i < plan->talk->comm.world; i++)
+        if (ballots[i].tag != lorasynci_device_tag(plan) || (ballots[i].bad != UINT64_MAX && !plan->allow_nan))
+            return LORASYNC_OK;
+    *out_all = 1;
+    return LORASYNC_OK;
+}
+
+/* A failure that the ballots cannot tell the others any more: only giving up the communicator does. */
+LORASYNCI_FN lorasync_status lorasynci_wire_give_up(const lorasync_plan *plan, lorasync_error *err)
+{
+    lorasync_error why = *err;
+    if (lorasync_is_lost(why.status) || plan->mover->vote != lorasynci_wire_vote) return why.status;
+    return lorasynci_fail(err, LORASYNC_E_COMM,
+                          "%.400s; the communicator is given up: close, make a new one, open again", why.text);
+}
+
+/* How a refused run enqueues what the others count on before they vote. What travels is not used. */
+typedef lorasync_status (*lorasynci_wire_rest)(lorasync_plan *plan, lorasync_error *err);
+
+/* From REFUSED to VETOED, unless this rank's ballot, which says yes, is on its way. */
+LORASYNCI_FN lorasync_status lorasynci_wire_refuse(lorasync_plan *plan, lorasynci_wire_rest rest, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNC_ASSERT(g->num_sent <= plan->num_rounds);
+    LORASYNCI_TRY(rest(plan, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
+    lorasynci_run_to(plan, LORASYNCI_RUN_VETOED);
+    return LORASYNC_OK;
+}
+
+/* The same at once where begin fails: the calls of one communicator are in the order of the begins on all ranks. If
+   this fails, too, wait sees to it. Nothing is sent while the caller captures: that would be recorded. */
+LORASYNCI_FN void lorasynci_wire_refuse_now(lorasync_plan *plan, lorasynci_wire_rest rest)
+{
+    lorasync_error unused;
+    if (plan->captured || lorasynci_gpu_is_captured(plan->gpu)) plan->device->num_sent = 0; /* recorded is not sent */
+    else if (plan->device->num_sent <= plan->num_rounds) lorasynci_wire_refuse(plan, rest, &unused);
+}
+
+/* The end of a run that this rank is against: all that the others count on has been sent. */
+LORASYNCI_FN lorasync_status lorasynci_wire_send_rest(lorasync_plan *plan, lorasynci_wire_rest rest,
+                                                      uint64_t deadline_ns, lorasync_error *err)
+{
+    lorasynci_device *g      = plan->device;
+    lorasync_status   status = plan->state == LORASYNCI_RUN_VETOED ? LORASYNC_OK : plan->refusal.status;
+    *err                     = plan->refusal;
+    if (status < 0 && g->num_sent <= plan->num_rounds) status = lorasynci_wire_refuse(plan, rest, err);
+    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, g->arrived[0], deadline_ns, 1, err);
+    return status == LORASYNC_OK ? status : lorasynci_wire_give_up(plan, err);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_wire_finish_move(lorasync_plan *plan, lorasynci_wire_rest rest,
+                                                        lorasync_error *err)
+{
+    const uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
+    if (!lorasynci_run_is_refused(plan)) {
+        if (lorasynci_device_await(plan, deadline, err) < 0) return lorasynci_wire_give_up(plan, err);
+        if (lorasynci_device_launched(plan, err) == LORASYNC_OK) return lorasynci_device_results(plan, err);
+        lorasynci_run_refuse(plan, err);
+    }
+    return lorasynci_wire_send_rest(plan, rest, deadline, err);
+}
+
+/* -- GPU stream: rounds over a comm that takes device memory, in the order of a stream */
+
+LORASYNCI_FN lorasync_status lorasynci_streamed_exchange(lorasync_plan *plan, uint32_t round, lorasync_error *err)
+{
+    const lorasync_comm    *c        = &plan->talk->comm;
+    const lorasync_message *messages = lorasynci_talk_messages(plan->talk);
+    size_t                  num_sends, num_receives;
+    lorasynci_round_messages(plan, round, &num_sends, &num_receives);
+    LORASYNCI_TRY(c->exchange_stream(c->user, messages, num_sends, messages + c->world, num_receives,
+                                     plan->device->wire, plan->talk->timeout_ms, err));
+    plan->device->num_sent = round + 1;
+    return LORASYNC_OK;
+}
+
+/* The exchange of a round, as soon as it is packed, and its placing. */
+LORASYNCI_FN lorasync_status lorasynci_streamed_round(lorasync_plan *plan, uint32_t round, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[round], 0), "cudaStreamWaitEvent");
+    if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(lorasynci_streamed_exchange(plan, round, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived[round % 2], g->wire), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived[round % 2], 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], g->placing, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->placed[round % 2], g->placing), "cudaEventRecord");
+    return LORASYNC_OK;
+}
+
+/* Whether what this rank sends is packed into two halves in turns: then a round must have left before the next but one
+   is packed. */
+LORASYNCI_FN int lorasynci_streamed_takes_turns(const lorasync_plan *plan)
+{
+    int i;
+    for (i = 0; i < plan->talk->comm.world; i++)
+        if (plan->sends[i].half) return 1;
+    return 0;
+}
+
 /* All packs, each followed by the event that lets its round travel. The first round is sent at once: it travels while
    the rest is packed. What a rank packs for itself comes when nothing more can be sent: after the last round, or where
    the next one waits for its half. */
-LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_streamed_pack(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g     = plan->device;
-    int               turns = lorasynci_device_takes_turns(plan);
+    int               turns = lorasynci_streamed_takes_turns(plan);
     uint32_t          i, idle = turns ? 2 : plan->num_rounds;
     for (i = 0; i <= plan->num_rounds; i++) {
         if (i == idle) LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[plan->num_rounds], plan->gpu->stream, err));
@@ -12413,456 +13106,213 @@ LORASYNCI_FN lorasync_status lorasynci_device_pack(lorasync_plan *plan, lorasync
             LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, g->arrived[i % 2], 0), "cudaStreamWaitEvent");
         LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], plan->gpu->stream, err));
         LORASYNCI_TRY(lorasynci_device_add_digests(plan, i, err));
-        if (i < g->num_events) LORASYNCI_CUDA(cudaEventRecord(g->sendable[i], plan->gpu->stream), "cudaEventRecord");
-        if (g->num_events && (turns || i == 0)) LORASYNCI_TRY(lorasynci_device_round(plan, i, err));
+        LORASYNCI_CUDA(cudaEventRecord(g->sendable[i], plan->gpu->stream), "cudaEventRecord");
+        if (turns || i == 0) LORASYNCI_TRY(lorasynci_streamed_round(plan, i, err));
     }
-    LORASYNCI_CUDA(cudaEventRecord(g->packed, plan->gpu->stream), "cudaEventRecord");
     return LORASYNC_OK;
 }
 
-/* The other rounds: the whole run needs no host. Digests that arrive with a link are fetched at the end: nothing
-   overwrites the last round of a link. That, and the vote, need not wait for the last placing. Launches of a captured
-   mesh do not wait for its readers on the host: a second vote, after placing, keeps the next one out of their
-   staging. */
-LORASYNCI_FN lorasync_status lorasynci_device_rounds(lorasync_plan *plan, lorasync_error *err)
+/* The whole run. Digests that arrive with a link are fetched at the end: nothing overwrites the last round of a link.
+   That, and the vote, need not wait for the last placing. */
+LORASYNCI_FN lorasync_status lorasynci_streamed_begin(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g    = plan->device;
-    uint32_t          last = plan->num_rounds - 1;
-    while (g->num_sent < plan->num_rounds) LORASYNCI_TRY(lorasynci_device_round(plan, g->num_sent, err));
+    lorasynci_device *g     = plan->device;
+    uint32_t          last  = plan->num_rounds - 1;
+    const int         casts = plan->mover->vote == lorasynci_wire_vote;
+    LORASYNC_ASSERT(plan->num_rounds > 0 && g->num_sent == 0);
+    LORASYNCI_TRY(lorasynci_device_capture(plan, err));
+    LORASYNCI_TRY(lorasynci_device_join(plan, casts ? g->wire : NULL, err));
+    LORASYNCI_TRY(lorasynci_streamed_pack(plan, err));
+    LORASYNCI_TRY(lorasynci_device_taken(plan, err));
+    while (g->num_sent < plan->num_rounds) LORASYNCI_TRY(lorasynci_streamed_round(plan, g->num_sent, err));
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
-    if (lorasynci_is_meshed(plan) && plan->captured)
-        LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[0], 0), "cudaStreamWaitEvent");
-    if (lorasynci_device_casts(plan) && (!lorasynci_is_meshed(plan) || plan->captured))
-        LORASYNCI_TRY(lorasynci_device_cast(plan, err));
+    if (casts) LORASYNCI_TRY(lorasynci_wire_cast(plan, err));
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, g->wire, err));
     LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, g->arrived[0], 0), "cudaStreamWaitEvent");
     LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, g->placed[last % 2], 0), "cudaStreamWaitEvent");
-    return LORASYNC_OK;
-}
-
-/* What cannot be recorded in a graph is refused before anything is enqueued. */
-LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, lorasync_error *err)
-{
-    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    struct cudaPointerAttributes memory;
-    LORASYNCI_CUDA(cudaStreamIsCapturing(plan->gpu->caller, &capture), "cudaStreamIsCapturing");
-    plan->captured = capture == cudaStreamCaptureStatusActive;
-    if (!plan->captured) return LORASYNC_OK;
-    plan->device->is_recorded = 1;
-    plan->device->is_reset    = 0;
-    if (!plan->talk->comm.exchange_stream && plan->num_rounds)
-        return lorasynci_fail(
-            err, LORASYNC_E_UNSUPPORTED,
-            "a sync whose ranks exchange through the host cannot be captured in a CUDA graph; join them with NCCL, or "
-            "gather by direct placement");
-    if (!plan->source || !plan->source->payload_bytes) return LORASYNC_OK;
-    memset(&memory, 0, sizeof memory);
-    LORASYNCI_CUDA(cudaPointerGetAttributes(&memory, plan->source->payload), "cudaPointerGetAttributes");
-    if (memory.type == cudaMemoryTypeUnregistered)
-        return lorasynci_fail(
-            err, LORASYNC_E_UNSUPPORTED,
-            "a scatter from pageable memory cannot be captured in a CUDA graph; put the image into pinned or device "
-            "memory");
-    return LORASYNC_OK;
-}
-
-/* Where a run begins: own ballot and sums are mostly as the run before left them (lorasynci_device_end), so that
-   packing starts at once. The tag is there long before the vote. */
-LORASYNCI_FN lorasync_status lorasynci_device_prepare(lorasync_plan *plan, lorasync_error *err)
-{
-    lorasynci_device *g = plan->device;
-    if (!g->is_reset) LORASYNCI_TRY(lorasynci_device_reset(plan, err));
-    g->is_reset = 0;
-    if (!lorasynci_device_casts(plan) && !plan->captured) return LORASYNC_OK;
-    return lorasynci_device_fill_tag(plan, lorasynci_device_tag(plan), plan->captured,
-                                     plan->captured ? plan->gpu->stream : g->wire, err);
-}
-
-/* Where it ends, on the GPU; `reported`: the host has been told all. Behind that, while nobody waits, the next one is
-   prepared. Launches of a graph prepare for themselves. */
-LORASYNCI_FN lorasync_status lorasynci_device_end(lorasync_plan *plan, int reported, lorasync_error *err)
-{
-    lorasynci_device *g = plan->device;
-    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->stream), "cudaEventRecord");
-    if (!reported || g->is_recorded) return LORASYNC_OK;
-    LORASYNCI_TRY(lorasynci_device_reset(plan, err));
-    g->is_reset = 1;
-    return LORASYNC_OK;
-}
-
-LORASYNCI_FN lorasync_status lorasynci_device_enqueue(lorasync_plan *plan, lorasync_error *err)
-{
-    lorasynci_device *g = plan->device;
-    LORASYNCI_TRY(lorasynci_device_capture(plan, err));
-    if (!plan->captured || lorasynci_is_meshed(plan)) LORASYNCI_TRY(lorasynci_await_readers(plan, err));
-    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->ready, plan->gpu->caller), "cudaEventRecord");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, plan->gpu->ready, 0), "cudaStreamWaitEvent");
-    LORASYNCI_TRY(lorasynci_device_prepare(plan, err));
-    if (plan->source && plan->source->payload_bytes)
-        LORASYNCI_CUDA(cudaMemcpyAsync(plan->image_memory, plan->source->payload, plan->source->payload_bytes,
-                                       cudaMemcpyDefault, plan->gpu->stream),
-                       "copying the image to the GPU");
-    LORASYNCI_TRY(lorasynci_device_pack(plan, err));
-    if (!plan->captured) LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, g->packed, 0), "cudaStreamWaitEvent");
-    if (plan->num_rounds == 0) LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, plan->gpu->stream, err));
-    else if (plan->talk->comm.exchange_stream) LORASYNCI_TRY(lorasynci_device_rounds(plan, err));
-    LORASYNCI_TRY(lorasynci_device_end(plan, plan->num_rounds == 0 || plan->talk->comm.exchange_stream, err));
-    if (plan->captured)
-        LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, plan->gpu->done, 0), "cudaStreamWaitEvent");
-    return LORASYNC_OK;
-}
-
-/* What a run that failed here has not enqueued: the others have, and count on it before they vote. What travels is not
-   used. */
-LORASYNCI_FN lorasync_status lorasynci_device_enqueue_rest(lorasync_plan *plan, lorasync_error *err)
-{
-    lorasynci_device *g    = plan->device;
-    int               late = g->num_sent > plan->num_rounds; /* its ballot, which says yes, is on its way */
-    while (g->num_sent < plan->num_rounds && !lorasynci_is_meshed(plan))
-        LORASYNCI_TRY(lorasynci_device_exchange(plan, g->num_sent, err));
-    if (lorasynci_device_casts(plan) && !late) {
-        LORASYNCI_CUDA(cudaEventRecord(g->packed, plan->gpu->stream), "cudaEventRecord"); /* a ballot that is on its way
-                                                                                     first */
-        LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
-        LORASYNCI_TRY(lorasynci_device_fill_tag(plan, ~lorasynci_device_tag(plan), 0, g->wire, err));
-        LORASYNCI_TRY(lorasynci_device_cast(plan, err));
-        if (lorasynci_is_meshed(plan) && plan->captured) LORASYNCI_TRY(lorasynci_device_cast(plan, err));
-    }
-    LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
-    g->vetoed = !late;
-    return LORASYNC_OK;
-}
-
-/* The same at once where begin fails: the calls of one communicator are in the order of the begins on all ranks. If
-   this fails, too, wait sees to it. */
-LORASYNCI_FN void lorasynci_device_veto(lorasync_plan *plan)
-{
-    lorasync_error unused;
-    int            old;
-    if (!plan->device || !lorasynci_is_pipelined(plan) || !plan->num_rounds || plan->captured) return;
-    old = lorasynci_gpu_enter(plan->gpu->ordinal);
-    lorasynci_device_enqueue_rest(plan, &unused);
-    lorasynci_gpu_leave(plan->gpu->ordinal, old);
-}
-
-LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err)
-{
-    int             old;
-    lorasync_status status;
-    old    = lorasynci_gpu_enter(plan->gpu->ordinal);
-    status = lorasynci_device_enqueue(plan, err);
-    if (plan->captured) plan->device->num_sent = 0; /* recorded is not sent */
-    lorasynci_gpu_leave(plan->gpu->ordinal, old);
-    if (status < 0 && !lorasync_is_lost(status)) lorasynci_device_veto(plan);
-    return status;
-}
-
-/* Waits for an event of a run, and minds the communicator while others take part. */
-LORASYNCI_FN lorasync_status lorasynci_device_poll(const lorasync_plan *plan, cudaEvent_t event, uint64_t deadline_ns,
-                                                   int with_peers, lorasync_error *err)
-{
-    lorasync_status (*check)(void *, lorasync_error *) = with_peers ? plan->talk->comm.check : NULL;
-    cudaError_t e;
-    LORASYNCI_TRY(lorasynci_gpu_wait(event, NULL, deadline_ns, check, plan->talk->comm.user, &e, err));
-    if (e == cudaErrorNotReady)
-        return lorasynci_fail(
-            err, LORASYNC_E_TIMEOUT,
-            "the GPU work of this sync did not end before the deadline of %d ms; did every rank call lorasync_sync?",
-            plan->talk->timeout_ms);
-    return e == cudaSuccess ? LORASYNC_OK : lorasynci_cuda_fail(err, e, "the GPU work of this sync failed");
-}
-
-/* Direct, and the image stays on the device: others write to it as soon as this rank has begun. What the caller has
-   enqueued to read it ends first. */
-LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, lorasync_error *err)
-{
-    lorasynci_device *g = plan->device;
-    lorasync_status   status;
-    int               old;
-    if (!plan->direct || !plan->run || !plan->has_image || !plan->image->on_device ||
-        plan->memory[LORASYNCI_IMAGE] != g->home)
-        return LORASYNC_OK;
-    if (lorasynci_gpu_is_captured(plan->gpu) || cudaStreamQuery(plan->gpu->caller) == cudaSuccess) return LORASYNC_OK;
-    old    = lorasynci_gpu_enter(plan->gpu->ordinal);
-    status = cudaEventRecord(plan->gpu->ready, plan->gpu->caller) == cudaSuccess
-                 ? LORASYNC_OK
-                 : lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
-    if (status == LORASYNC_OK)
-        status = lorasynci_device_poll(plan, plan->gpu->ready, lorasynci_deadline_ns(plan->talk->timeout_ms), 1, err);
-    lorasynci_gpu_leave(plan->gpu->ordinal, old);
-    return status;
-}
-
-/* Places what a round brought. */
-LORASYNCI_FN lorasync_status lorasynci_device_place(lorasync_plan *plan, uint32_t round, uint64_t deadline_ns,
-                                                    lorasync_error *err)
-{
-    lorasynci_device *g = plan->device;
-    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[round], plan->gpu->stream, err));
-    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->stream), "cudaEventRecord");
-    return lorasynci_device_poll(plan, plan->gpu->done, deadline_ns, 1, err);
-}
-
-/* A comm that exchanges host memory only: exchange and place in turns. The others count on every exchange, so a failure
-   here (`status`, or one on the way) does not end them. */
-LORASYNCI_FN lorasync_status lorasynci_device_host_rounds(lorasync_plan *plan, lorasync_status status,
-                                                          uint64_t deadline_ns, lorasync_error *err)
-{
-    lorasynci_device *g    = plan->device;
-    const int         mesh = lorasynci_is_meshed(plan);
-    lorasync_error    lost;
-    lorasync_status   arrived;
-    uint32_t          round;
-    for (round = 0; round < plan->num_rounds; round++) {
-        arrived = mesh ? lorasynci_talk_vote_run(plan->talk, status < 0 ? err : NULL, plan->id, 0, &lost)
-                       : lorasynci_exchange_round(plan, round, &lost);
-        if (arrived < 0 && (!mesh || lorasync_is_lost(arrived))) {
-            *err = lost;
-            return lost.status;
-        }
-        if (status == LORASYNC_OK && arrived == LORASYNC_E_DISAGREE) { /* nobody failed, and yet it is not this run */
-            *err   = lost;
-            status = lost.status;
-        }
-        if (status == LORASYNC_OK && arrived == LORASYNC_OK)
-            status = lorasynci_device_place(plan, round, deadline_ns, err);
-    }
-    LORASYNCI_TRY(status);
-    LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, plan->gpu->stream, err));
     LORASYNCI_TRY(lorasynci_device_end(plan, 1, err));
-    return lorasynci_device_poll(plan, plan->gpu->done, deadline_ns, 1, err);
-}
-
-/* Whether a tensor changes its dtype on the way. */
-LORASYNCI_FN int lorasynci_is_rounded(const lorasync_plan *plan, uint32_t tensor)
-{
-    size_t i;
-    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, plan->pack.list); i++) {
-        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, plan->pack.list, i);
-        if (op->tensor == tensor) return op->src_dtype != op->dst_dtype;
-    }
-    return 0;
-}
-
-/* Sums and the NaN check from pinned memory to where the host's run keeps them. */
-LORASYNCI_FN void lorasynci_device_results(lorasync_plan *plan)
-{
-    const lorasynci_device *g   = plan->device;
-    const uint64_t          bad = lorasynci_device_ballots(g)[plan->talk->comm.rank].bad;
-    uint64_t                sum;
-    size_t                  i, k, at = (1 + (size_t)plan->talk->comm.world) * sizeof *g->ballots;
-    for (i = 0; i < g->num_sums; i++, at += 8)
-        memcpy(&plan->sums[plan->num_sent_sums ? plan->sent_sums[i] : i], g->host + at, 8);
-    for (i = 0; i < (size_t)plan->talk->comm.world; i++)
-        for (k = 0; k < plan->receives[i].num_digests; k++, at += 8) {
-            memcpy(&sum, g->host + at, 8);
-            plan->tensor_digests[plan->receives[i].digests[k]] += sum;
-        }
-    if (bad != UINT64_MAX && !plan->allow_nan && plan->begin_error.status == LORASYNC_OK) {
-        uint32_t tensor = (uint32_t)(bad >> 40);
-        lorasynci_nan_error(plan, tensor, (int64_t)(bad & ((UINT64_C(1) << 40) - 1)),
-                            lorasynci_is_rounded(plan, tensor), &plan->begin_error);
-    }
-}
-
-/* A failure that the ballots cannot tell the others any more: only giving up the communicator does. */
-LORASYNCI_FN lorasync_status lorasynci_device_give_up(const lorasync_plan *plan, lorasync_error *err)
-{
-    lorasync_error why = *err;
-    if (lorasync_is_lost(why.status) || !lorasynci_device_casts(plan)) return why.status;
-    return lorasynci_fail(err, LORASYNC_E_COMM,
-                          "%.400s; the communicator is given up: close, make a new one, open again", why.text);
-}
-
-/* The same, to its end. */
-LORASYNCI_FN lorasync_status lorasynci_device_send_rest(lorasync_plan *plan, uint64_t deadline_ns, lorasync_error *err)
-{
-    lorasync_status status = err->status;
-    if (!lorasynci_is_pipelined(plan) || plan->num_rounds == 0) return LORASYNC_OK;
-    if (plan->device->vetoed) status = LORASYNC_OK;
-    else if (plan->device->num_sent <= plan->num_rounds) status = lorasynci_device_enqueue_rest(plan, err);
-    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, plan->device->arrived[0], deadline_ns, 1, err);
-    return status == LORASYNC_OK ? status : lorasynci_device_give_up(plan, err);
-}
-
-LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, lorasync_error *err)
-{
-    lorasynci_device *g        = plan->device;
-    uint64_t          deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
-    int               by_host  = !plan->talk->comm.exchange_stream && plan->num_rounds;
-    lorasync_status   status   = LORASYNC_OK;
-    if (plan->begin_error.status < 0) { /* the vote tells the others */
-        *err = plan->begin_error;
-        return by_host ? lorasynci_device_host_rounds(plan, err->status, deadline, err)
-                       : lorasynci_device_send_rest(plan, deadline, err);
-    }
-    if (plan->captured && cudaEventRecord(plan->gpu->done, plan->gpu->caller) != cudaSuccess)
-        status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
-    if (status == LORASYNC_OK) status = lorasynci_device_poll(plan, plan->gpu->done, deadline, 1, err);
-    if (status == LORASYNC_OK && plan->captured &&
-        lorasynci_device_ballots(g)[plan->talk->comm.rank].tag != lorasynci_device_tag(plan)) {
-        lorasynci_fail(
-            err, LORASYNC_E_STATE,
-            "wait was called, but the CUDA graph into which begin was captured was not launched since the last one; "
-            "launch it first");
-        return lorasynci_device_send_rest(plan, deadline, err) < 0 ? err->status : LORASYNC_E_STATE;
-    }
-    if (by_host && !lorasync_is_lost(status)) status = lorasynci_device_host_rounds(plan, status, deadline, err);
-    if (status < 0) return lorasynci_device_give_up(plan, err);
-    lorasynci_device_results(plan);
+    if (plan->captured) g->num_sent = 0; /* recorded is not sent */
     return LORASYNC_OK;
 }
 
-/* Behind a run: what it reported is no other run's. */
-LORASYNCI_FN void lorasynci_device_forget(lorasync_plan *plan)
-{
-    int i;
-    for (i = 0; plan->device->host && i < plan->talk->comm.world; i++)
-        lorasynci_device_ballots(plan->device)[i].tag = 0;
-}
-
-/* Whether all that is on a stream has ended, well or not, by then. */
-LORASYNCI_FN int lorasynci_device_ended(cudaStream_t stream, uint64_t deadline_ns)
-{
-    cudaError_t e;
-    lorasynci_gpu_wait(NULL, stream, deadline_ns, NULL, NULL, &e, NULL);
-    return e != cudaErrorNotReady;
-}
-
-/* The last of what a run that was begun, or a graph that may have been launched, has enqueued. 0 if others were
-   promised what never was. */
-LORASYNCI_FN int lorasynci_device_last(lorasync_plan *plan, cudaEvent_t *out)
+LORASYNCI_FN lorasync_status lorasynci_streamed_rest(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    *out                = plan->gpu->done;
-    if (plan->begun && plan->begin_error.status < 0) {
-        *out = g->vetoed ? g->arrived[0] : NULL;
-        return g->vetoed || !lorasynci_is_pipelined(plan) || !plan->num_rounds;
+    while (g->num_sent < plan->num_rounds) LORASYNCI_TRY(lorasynci_streamed_exchange(plan, g->num_sent, err));
+    return plan->mover->vote == lorasynci_wire_vote ? lorasynci_wire_cast_no(plan, err) : LORASYNC_OK;
+}
+
+LORASYNCI_FN void lorasynci_streamed_refuse(lorasync_plan *plan)
+{
+    lorasynci_wire_refuse_now(plan, lorasynci_streamed_rest);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_streamed_move(lorasync_plan *plan, lorasync_error *err)
+{
+    return lorasynci_wire_finish_move(plan, lorasynci_streamed_rest, err);
+}
+
+static const lorasynci_mover lorasynci_gpu_stream = {
+    "gpu stream",              /* name */
+    lorasynci_wire_allocate,   /* allocate */
+    lorasynci_streamed_begin,  /* begin */
+    lorasynci_streamed_refuse, /* refuse */
+    lorasynci_streamed_move,   /* move */
+    lorasynci_wire_vote,       /* vote */
+    lorasynci_device_finish,   /* finish */
+    lorasynci_device_settle,   /* settle */
+    lorasynci_device_close,    /* close */
+};
+
+/* The same where the ranks vote over the comm: it cannot gather on a stream; or an objection may come up later than a
+   ballot would be on its way. */
+static const lorasynci_mover lorasynci_gpu_stream_plain = {
+    "gpu stream",              /* name */
+    lorasynci_wire_allocate,   /* allocate */
+    lorasynci_streamed_begin,  /* begin */
+    lorasynci_streamed_refuse, /* refuse */
+    lorasynci_streamed_move,   /* move */
+    NULL,                      /* vote */
+    lorasynci_device_finish,   /* finish */
+    lorasynci_device_settle,   /* settle */
+    lorasynci_device_close,    /* close */
+};
+
+/* -- GPU mesh: a reshard between the GPUs of a host. Every rank packs into the receive staging of the others, in one
+   launch with what it packs for itself. The bytes are where they go when all ranks have packed, and the votes say that:
+   the vote is the one exchange, and placing comes behind it. */
+
+/* Launches of a captured mesh do not wait for its readers on the host: a second vote, after placing, keeps the next one
+   out of their staging. */
+LORASYNCI_FN lorasync_status lorasynci_mesh_begin(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g = plan->device;
+    LORASYNC_ASSERT(plan->num_rounds == 1 && g->num_sent == 0);
+    lorasynci_mark_begun(plan);
+    LORASYNCI_TRY(lorasynci_device_capture(plan, err));
+    LORASYNCI_TRY(lorasynci_await_readers(plan, err));
+    LORASYNCI_TRY(lorasynci_device_join(plan, g->wire, err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[0], plan->gpu->stream, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->sendable[0], plan->gpu->stream), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[0], 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(lorasynci_wire_cast(plan, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->placing, g->arrived[0], 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->place[0], g->placing, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->placed[0], g->placing), "cudaEventRecord");
+    LORASYNCI_TRY(lorasynci_device_taken(plan, err));
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
+    if (plan->captured) {
+        LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[0], 0), "cudaStreamWaitEvent");
+        LORASYNCI_TRY(lorasynci_wire_cast(plan, err));
     }
-    if (plan->captured && cudaEventRecord(plan->gpu->done, plan->gpu->caller) != cudaSuccess) *out = NULL;
-    return 1;
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, g->wire, err));
+    LORASYNCI_CUDA(cudaEventRecord(g->arrived[0], g->wire), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, g->arrived[0], 0), "cudaStreamWaitEvent");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, g->placed[0], 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(lorasynci_device_end(plan, 1, err));
+    if (plan->captured) g->num_sent = 0; /* recorded is not sent */
+    return LORASYNC_OK;
 }
 
-/* Before a plan is freed whose run was begun and not waited for: its work ends, or its communicator is given up, so
-   that nothing waits for it for ever. When it is lost its launches end soon, or what they use is lost, too: see
-   lorasynci_device_close. */
-LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
+LORASYNCI_FN lorasync_status lorasynci_mesh_rest(lorasync_plan *plan, lorasync_error *err)
 {
-    lorasynci_device *g = plan ? plan->device : NULL;
-    lorasync_error    err;
-    lorasync_status   status = LORASYNC_OK;
-    cudaEvent_t       last;
-    uint64_t          closing;
-    int               old;
-    if (!g || lorasynci_gpu_is_captured(plan->gpu) || !(plan->begun || plan->captured || plan->talk->lost)) return;
-    old = lorasynci_gpu_enter(plan->gpu->ordinal);
-    if (!plan->talk->lost && !lorasynci_device_last(plan, &last))
-        status = lorasynci_fail(&err, LORASYNC_E_COMM, "a plan was freed between a begin that failed and its wait");
-    else if (!plan->talk->lost && last)
-        status = lorasynci_device_poll(plan, last, lorasynci_deadline_ns(plan->talk->timeout_ms), 1, &err);
-    if (status < 0) lorasynci_talk_lose(plan->talk, lorasync_is_lost(status) ? status : LORASYNC_E_COMM, &err);
-    closing = lorasynci_deadline_ns(LORASYNCI_CLOSING_MS);
-    if (plan->talk->lost)
-        plan->gpu->is_busy =
-            !(lorasynci_device_ended(plan->gpu->stream, closing) && lorasynci_device_ended(g->wire, closing) &&
-              lorasynci_device_ended(g->placing, closing) &&
-              (!plan->captured || lorasynci_device_ended(plan->gpu->caller, closing)));
-    (void)cudaGetLastError();
-    lorasynci_gpu_leave(plan->gpu->ordinal, old);
+    LORASYNCI_TRY(lorasynci_wire_cast_no(plan, err));
+    return plan->captured ? lorasynci_wire_cast(plan, err) : LORASYNC_OK;
 }
 
-/* All rounds of a device plan, for this rank: the second half of a run. */
-LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err)
+LORASYNCI_FN void lorasynci_mesh_refuse(lorasync_plan *plan)
 {
-    uint64_t        start = lorasynci_now_ns();
-    int             old;
-    lorasync_status status;
-    old                    = lorasynci_gpu_enter(plan->gpu->ordinal);
-    status                 = lorasynci_device_finish(plan, err);
-    plan->device->num_sent = 0;
-    plan->device->vetoed   = 0;
-    lorasynci_gpu_leave(plan->gpu->ordinal, old);
-    plan->stats.exchange_ns = lorasynci_now_ns() - start;
-    plan->stats.place_ns    = 0;
-    return status;
+    lorasynci_mark_begun(plan);
+    lorasynci_wire_refuse_now(plan, lorasynci_mesh_rest);
 }
 
-/* 1 if every rank has voted for this run on the GPU, -1 if one has not: all know it, and ask for the reason over the
-   host; 0 if there was no vote. */
-LORASYNCI_FN int lorasynci_device_voted(const lorasync_plan *plan)
+LORASYNCI_FN lorasync_status lorasynci_mesh_move(lorasync_plan *plan, lorasync_error *err)
 {
-    const lorasynci_ballot *ballots;
-    int                     i;
-    if (!lorasynci_device_casts(plan) || plan->begin_error.status < 0) return 0;
-    ballots = lorasynci_device_ballots(plan->device);
-    for (i = 0; i < plan->talk->comm.world; i++)
-        if (ballots[i].tag != lorasynci_device_tag(plan) || (ballots[i].bad != UINT64_MAX && !plan->allow_nan))
-            return -1;
-    return 1;
+    lorasynci_mark_begun(plan); /* where begin did not */
+    return lorasynci_wire_finish_move(plan, lorasynci_mesh_rest, err);
 }
 
-/* After all ranks have voted: the complete image to the host, where it is wanted there. */
-LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err)
+static const lorasynci_mover lorasynci_gpu_mesh = {
+    "gpu mesh",              /* name */
+    lorasynci_wire_allocate, /* allocate */
+    lorasynci_mesh_begin,    /* begin */
+    lorasynci_mesh_refuse,   /* refuse */
+    lorasynci_mesh_move,     /* move */
+    lorasynci_wire_vote,     /* vote */
+    lorasynci_device_finish, /* finish */
+    lorasynci_device_settle, /* settle */
+    lorasynci_device_close,  /* close */
+};
+
+/* -- GPU mesh over a comm for host memory: begin packs, wait votes, then places */
+
+LORASYNCI_FN lorasync_status lorasynci_hosted_mesh_begin(lorasync_plan *plan, lorasync_error *err)
 {
-    int             old;
-    lorasync_status status;
-    if (plan->image->on_device) return LORASYNC_OK;
-    old    = lorasynci_gpu_enter(plan->gpu->ordinal);
-    status = lorasynci_device_fetch_image(plan, err);
-    if (status == LORASYNC_OK && cudaEventRecord(plan->gpu->done, plan->gpu->stream) != cudaSuccess)
-        status = lorasynci_cuda_fail(err, cudaPeekAtLastError(), "cudaEventRecord");
-    if (status == LORASYNC_OK)
-        status = lorasynci_device_poll(plan, plan->gpu->done, lorasynci_deadline_ns(plan->talk->timeout_ms), 0, err);
-    lorasynci_gpu_leave(plan->gpu->ordinal, old);
-    return status;
+    lorasynci_device *g = plan->device;
+    lorasynci_mark_begun(plan);
+    LORASYNCI_TRY(lorasynci_device_no_capture(plan, err));
+    LORASYNCI_TRY(lorasynci_await_readers(plan, err));
+    LORASYNCI_TRY(lorasynci_device_join(plan, NULL, err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[0], plan->gpu->stream, err));
+    LORASYNCI_TRY(lorasynci_device_taken(plan, err));
+    return lorasynci_device_end(plan, 0, err);
 }
 
-#else /* without CUDA: a desc that asks for it is refused, and no plan has a device */
-
-LORASYNCI_FN void            lorasynci_device_close(lorasync_plan *plan) { (void)plan; }
-LORASYNCI_FN void            lorasynci_device_settle(lorasync_plan *plan) { (void)plan; }
-LORASYNCI_FN void            lorasynci_device_forget(lorasync_plan *plan) { (void)plan; }
-LORASYNCI_FN void            lorasynci_device_veto(lorasync_plan *plan) { (void)plan; }
-LORASYNCI_FN int             lorasynci_device_casts(const lorasync_plan *plan) { return plan->device != NULL; }
-LORASYNCI_FN lorasync_status lorasynci_device_await_caller(lorasync_plan *plan, lorasync_error *err)
+/* Every rank votes, also one that failed; where one is against it, what came is not placed. */
+LORASYNCI_FN lorasync_status lorasynci_hosted_mesh_move(lorasync_plan *plan, lorasync_error *err)
 {
-    (void)plan, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lorasync_error *err)
-{
-    (void)plan, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN lorasync_status lorasynci_device_lend(lorasync_plan *plan, void *host_payload, lorasync_error *err)
-{
-    (void)plan, (void)host_payload, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN lorasync_status lorasynci_device_begin(lorasync_plan *plan, lorasync_error *err)
-{
-    (void)plan, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN lorasync_status lorasynci_device_move(lorasync_plan *plan, lorasync_error *err)
-{
-    (void)plan, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN int lorasynci_device_voted(const lorasync_plan *plan)
-{
-    (void)plan;
-    return 0;
+    const uint64_t  deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
+    lorasync_status status   = plan->refusal.status, voted;
+    lorasync_error  verdict;
+    lorasynci_mark_begun(plan); /* where begin did not */
+    *err = plan->refusal;
+    if (status == LORASYNC_OK) status = lorasynci_device_await(plan, deadline, err);
+    if (lorasync_is_lost(status)) return status;
+    voted = lorasynci_talk_vote_run(plan->talk, status < 0 ? err : NULL, plan->id, 0, &verdict);
+    if (lorasync_is_lost(voted) || (status == LORASYNC_OK && voted == LORASYNC_E_DISAGREE)) {
+        *err = verdict; /* the latter: nobody failed, and yet it is not this run */
+        return verdict.status;
+    }
+    if (lorasynci_run_is_refused(plan)) return LORASYNC_OK;
+    LORASYNCI_TRY(status);
+    if (voted == LORASYNC_OK) LORASYNCI_TRY(lorasynci_device_place(plan, 0, deadline, err));
+    return lorasynci_device_report_now(plan, deadline, err);
 }
 
-LORASYNCI_FN lorasync_status lorasynci_device_image(lorasync_plan *plan, lorasync_error *err)
+static const lorasynci_mover lorasynci_gpu_mesh_hosted = {
+    "gpu mesh",                  /* name */
+    lorasynci_device_allocate,   /* allocate */
+    lorasynci_hosted_mesh_begin, /* begin */
+    lorasynci_mark_begun,        /* refuse */
+    lorasynci_hosted_mesh_move,  /* move */
+    lorasynci_vote_in_memory,    /* vote */
+    lorasynci_device_finish,     /* finish */
+    lorasynci_device_settle,     /* settle */
+    lorasynci_device_close,      /* close */
+};
+
+LORASYNCI_FN const lorasynci_mover *lorasynci_choose_gpu_mover(const lorasync_plan *plan)
 {
-    (void)plan, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
+    const lorasync_comm *c = &plan->talk->comm;
+    if (plan->num_rounds == 0) return plan->direct ? &lorasynci_gpu_direct : &lorasynci_gpu_alone;
+    if (plan->direct) return c->exchange_stream ? &lorasynci_gpu_mesh : &lorasynci_gpu_mesh_hosted;
+    if (!c->exchange_stream) return &lorasynci_gpu_over_host;
+    return c->all_gather_stream && !plan->lent ? &lorasynci_gpu_stream : &lorasynci_gpu_stream_plain;
 }
 
 #endif
+
+/* -- choosing the way: at the end of planning, when it is known what travels and what is mapped */
+
+LORASYNCI_FN const lorasynci_mover *lorasynci_choose_mover(const lorasync_plan *plan)
+{
+#ifdef LORASYNC_CUDA
+    if (plan->gpu) return lorasynci_choose_gpu_mover(plan);
+#endif
+    return plan->direct ? &lorasynci_host_direct : &lorasynci_host_messages;
+}
 
 
 /* ------------------------------------------------------------------------------------------------------ >>config -- */
@@ -18883,7 +19333,7 @@ LORASYNCI_FN int lorasynci_session_drop_aims(lorasync_session *s)
     for (i = 0; i < LORASYNCI_AIMS; i++) lorasynci_aimed_drop(s, &s->aim.opened[i]);
     if (plan && plan->gpu && plan->direct) return s->aim.clock && !lorasynci_plan_await_holders(s->plan);
     if (s->talk.lost) return 1;
-    return plan && plan->direct && s->talk.comm.world > 1 && (plan->begun || !plan->run);
+    return plan && plan->direct && s->talk.comm.world > 1 && (lorasynci_run_is_open(plan) || !plan->run);
 }
 
 LORASYNCI_FN int lorasynci_session_is_root(const lorasync_session *s) { return s->talk.comm.rank == s->desc.root; }
@@ -18900,7 +19350,7 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     int                left_behind;
     if (!session) return;
     a = session->a;
-    lorasynci_device_settle(session->plan);
+    lorasynci_plan_settle(session->plan);
     left_behind = lorasynci_session_drop_aims(session);
     lorasynci_close_engines(&session->transports, session, lorasynci_session_publishes(session), left_behind);
     lorasync_plan_free(session->plan);
@@ -19636,26 +20086,18 @@ LORASYNCI_FN lorasync_status lorasynci_session_ready(const lorasync_session *ses
 /* Begins a run for a version; or lets it fail, when that is not newer than the last one, or when the begin is being
    captured in a CUDA graph, which would publish every launch as the same version. */
 LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64_t version, uint64_t last_version,
-                                                     lorasync_error *err)
+                                                     uint64_t aimed_at, lorasync_error *err)
 {
-    int captured;
-    if (plan->begun || plan->talk->lost) return lorasync_plan_begin(plan, err);
-    plan->tag = version;
-    captured  = lorasynci_gpu_is_captured(plan->gpu);
-    if (version > last_version && !captured) return lorasync_plan_begin(plan, err);
-    plan->begun    = 1; /* nothing is packed, but the others are waiting for this rank's vote */
-    plan->captured = 0;
-    lorasynci_mark_begun(plan);
-    if (captured)
-        lorasynci_fail(&plan->begin_error, LORASYNC_E_UNSUPPORTED,
+    lorasync_error refusal;
+    refusal.status = LORASYNC_OK;
+    if (lorasynci_gpu_is_captured(plan->gpu))
+        lorasynci_fail(&refusal, LORASYNC_E_UNSUPPORTED,
                        "a session cannot be captured in a CUDA graph; capture lorasync_plan_begin of a plan");
-    else
-        lorasynci_fail(&plan->begin_error, LORASYNC_E_VERSION,
+    else if (version <= last_version)
+        lorasynci_fail(&refusal, LORASYNC_E_VERSION,
                        "version %llu is not newer than %llu, the last one published; count versions up from 1",
                        (unsigned long long)version, (unsigned long long)last_version);
-    if (!captured) lorasynci_device_veto(plan);
-    if (err) *err = plan->begin_error;
-    return plan->begin_error.status;
+    return lorasynci_run_begin(plan, version ^ aimed_at, refusal.status < 0 ? &refusal : NULL, err);
 }
 
 /* What the run about to begin writes to, as a number that is equal on all ranks. What was lent for something else goes
@@ -19670,17 +20112,15 @@ LORASYNCI_FN uint64_t lorasynci_session_take_aim(lorasync_session *s)
 
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)
 {
-    lorasync_status status;
-    uint64_t        aimed_at = 0;
+    uint64_t aimed_at = 0;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_begin", err));
-    if (session->plan->begun || session->talk.lost) return lorasync_plan_begin(session->plan, err); /* says why not */
+    if (lorasynci_run_is_open(session->plan) || session->talk.lost)
+        return lorasync_plan_begin(session->plan, err); /* says why not */
     session->begin_ns  = lorasynci_now_ns();
     session->version   = version;
     session->published = 0;
     if (version > session->last_version) aimed_at = lorasynci_session_take_aim(session);
-    status = lorasynci_begin_version(session->plan, version, session->last_version, err);
-    session->plan->tag ^= aimed_at; /* ranks that write to different memory must not agree */
-    return status;
+    return lorasynci_begin_version(session->plan, version, session->last_version, aimed_at, err);
 }
 
 
@@ -20088,7 +20528,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare_load(const lorasync_sessi
 {
     size_t i;
     if (!path) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "path is NULL");
-    if (s->plan->begun)
+    if (lorasynci_run_is_open(s->plan))
         return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_load between begin and wait: call wait first");
     if (s->desc.fold_scale)
         return lorasynci_fail(
@@ -20849,7 +21289,7 @@ LORASYNCI_FN void lorasynci_stream_stage(lorasync_stream *s, size_t b, uint64_t 
 LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t version, lorasynci_publication *p,
                                                   lorasynci_outcome *out, lorasync_report *times, lorasync_error *err)
 {
-    lorasync_status status = lorasynci_begin_version(s->plans[0], version, s->last_version, err);
+    lorasync_status status = lorasynci_begin_version(s->plans[0], version, s->last_version, 0, err);
     size_t          b;
     for (b = 0; b < s->num_buckets; b++) {
         lorasync_plan *plan = s->plans[b];

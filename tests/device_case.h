@@ -134,6 +134,7 @@ TEST_UNUSED static lorasync_status device_plan(device_rank *d)
     desc.no_direct      = device_options.way == WAY_NCCL || device_options.way == WAY_HOST;
     desc.timeout_ms     = device_options.timeout_ms ? device_options.timeout_ms : device_patience_ms;
     desc.allocator      = device_options.allocator;
+    if (device_options.watch_votes == 2) d->comm.all_gather_stream = NULL; /* the ranks vote over the host */
     return lorasync_plan_create(&desc, &d->plan, &d->err);
 }
 
@@ -150,7 +151,6 @@ TEST_UNUSED static void device_watch_votes(device_rank *d)
     if (!device_options.watch_votes) return;
     d->plan->talk->comm.all_gather = device_counted_vote;
     __atomic_store_n(&device_rounds, (long)d->plan->num_rounds, __ATOMIC_RELAXED);
-    if (device_options.watch_votes == 2) d->plan->talk->comm.all_gather_stream = NULL;
 }
 #else
 TEST_UNUSED static void device_watch_votes(device_rank *d) { (void)d; }
