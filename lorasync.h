@@ -91,9 +91,11 @@
                     -- one tensor's size and name; reading a header; reading a header's tensors; the library's own
                        metadata; parsing; laying out; digest; verifying and comparing; deltas; applying a delta
        >>plan       catalogues, coverage, owners, routes, copy operations
-                    -- catalogue; parts; operations; the plan; the planner; routing; the image of a gather, and how it
-                       is shared; the talk between the ranks and the planner; from routes to operations; creating;
-                       memory of other ranks on GPUs
+                    -- catalogue; parts; describing pieces; operations; the plan; the planner; merging names; regions;
+                       coverage; routing; routes; gather, reshard and scatter; the image of a gather, and how it is
+                       shared; the talk between the ranks and the planner; the planner at work; from routes to
+                       operations; making operations; links; reading the planner's answer; creating; collecting; memory
+                       of other ranks on GPUs; what the planner tells all; memory of a plan; a new plan
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
                     -- a run; copying on the host; what several ways share; host messages; what the direct ways share;
                        host direct; on the GPU (LORASYNC_CUDA); tables; what all ways of the GPU share; GPU alone; GPU
@@ -8713,7 +8715,8 @@ LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, co
        routes     (part, peer, offset)      <---  one list per rank
        operations (rows from here to there)                                             what runs every step
 
-   Votes between the steps make every rank return the same verdict. */
+   Votes between the steps make every rank return the same verdict. Uses >>support, >>dtype, >>layout, >>gpu, >>comm,
+   >>talk and >>image. Calls ahead into >>move. */
 
 enum {
     LORASYNCI_ALIGN = 16
@@ -8737,8 +8740,10 @@ typedef struct lorasynci_catalogue {
     size_t           num;
 } lorasynci_catalogue;
 
+/* Record i. It moves when the catalogue grows. */
 LORASYNCI_FN const lorasynci_record *lorasynci_record_at(const lorasynci_catalogue *c, size_t i)
 {
+    LORASYNC_ASSERT(i < c->at.size / sizeof(uint32_t));
     return (const lorasynci_record *)(const void *)(c->bytes.data + (size_t)*LORASYNCI_AT(uint32_t, c->at, i) * 8);
 }
 
@@ -8752,6 +8757,7 @@ LORASYNCI_FN const char *lorasynci_record_name(const lorasynci_record *r)
     return (const char *)(lorasynci_record_shape(r) + r->ndim);
 }
 
+/* For tables of names over a catalogue. */
 LORASYNCI_FN const char *lorasynci_catalogue_key(const void *user, size_t i)
 {
     return lorasynci_record_name(lorasynci_record_at((const lorasynci_catalogue *)user, i));
@@ -8770,6 +8776,7 @@ LORASYNCI_FN void lorasynci_catalogue_free(lorasynci_catalogue *c)
     lorasynci_buffer_free(&c->at);
 }
 
+/* Appends a tensor, whose dimensions the caller has checked. */
 LORASYNCI_FN lorasync_status lorasynci_catalogue_add(lorasynci_catalogue *c, const char *name, lorasync_dtype dtype,
                                                      int ndim, const int64_t *shape, int wanted, lorasync_error *err)
 {
@@ -8777,6 +8784,8 @@ LORASYNCI_FN lorasync_status lorasynci_catalogue_add(lorasynci_catalogue *c, con
     lorasynci_record  r;
     size_t            n  = strlen(name) + 1;
     uint32_t          at = (uint32_t)(c->bytes.size / 8);
+    LORASYNC_ASSERT(ndim >= 0 && ndim <= LORASYNC_MAX_DIMS);
+    LORASYNC_ASSERT(c->bytes.size % 8 == 0 || c->bytes.failed);
     memset(&r, 0, sizeof r);
     r.name_bytes = (uint32_t)((n + 7) / 8 * 8);
     r.dtype      = (uint8_t)dtype;
@@ -8835,10 +8844,12 @@ typedef struct lorasynci_parts {
     lorasynci_buffer geometry; /* int64_t */
 } lorasynci_parts;
 
+/* Appends a part: off and len in its tensor, strides in memory. A failure shows in the buffers. */
 LORASYNCI_FN void lorasynci_parts_add(lorasynci_parts *p, uint32_t tensor, char *data, float scale, const int64_t *off,
                                       const int64_t *len, const int64_t *stride, int ndim)
 {
     lorasynci_part part;
+    LORASYNC_ASSERT(ndim >= 0 && ndim <= LORASYNC_MAX_DIMS);
     part.data     = data;
     part.geometry = p->geometry.size / 8;
     part.tensor   = tensor;
@@ -8966,10 +8977,12 @@ LORASYNCI_FN lorasync_status lorasynci_describe_tensor(const lorasync_piece *p, 
     return LORASYNC_OK;
 }
 
+/* The boxes of one piece that was checked. Empty ones are left out: they are nobody's. */
 LORASYNCI_FN lorasync_status lorasynci_describe_boxes(const lorasync_piece *p, uint32_t tensor, lorasynci_parts *parts,
                                                       lorasync_error *err)
 {
     lorasync_piece q = *p;
+    LORASYNC_ASSERT(q.box.ndim == (q.box.flat ? 1 : q.ndim));
     if (q.scale == 0) q.scale = 1;
     if (q.box.flat) {
         lorasynci_flat_user u;
@@ -8989,6 +9002,8 @@ LORASYNCI_FN lorasync_status lorasynci_describe_boxes(const lorasync_piece *p, u
     return parts->list.failed || parts->geometry.failed ? lorasynci_fail_memory(err, parts->geometry.size)
                                                         : LORASYNC_OK;
 }
+
+/* -- describing pieces */
 
 /* One list of pieces into catalogue and parts. */
 LORASYNCI_FN lorasync_status lorasynci_describe(const lorasync_piece *pieces, size_t num, int wanted,
@@ -9076,6 +9091,7 @@ LORASYNCI_FN uint32_t lorasynci_ops_grid(lorasynci_ops *o, const lorasynci_grid 
     return (uint32_t)num;
 }
 
+/* Once at the end, as with buffers. */
 LORASYNCI_FN int lorasynci_ops_failed(const lorasynci_ops *o) { return o->list.failed || o->grids.failed; }
 
 /* One end of a movement: where the element at `off` lies, and how its neighbours do. */
@@ -9087,6 +9103,7 @@ typedef struct lorasynci_end {
     int64_t         stride[LORASYNC_MAX_DIMS];
 } lorasynci_end;
 
+/* Of types whose elements are whole bytes; pieces of others are refused. */
 LORASYNCI_FN int64_t lorasynci_element_bytes(lorasync_dtype dtype) { return lorasync_dtype_bits(dtype) / 8; }
 
 /* Elements from `base` (NULL: the origin) to `off` under these strides. */
@@ -9098,6 +9115,7 @@ LORASYNCI_FN int64_t lorasynci_distance(const int64_t *off, const int64_t *base,
     return n;
 }
 
+/* Address or offset of the element at `off` of the tensor. */
 LORASYNCI_FN uint64_t lorasynci_end_at(const lorasynci_end *e, const int64_t *off, int ndim)
 {
     return e->at + (uint64_t)(lorasynci_distance(off, e->off, e->stride, ndim) * lorasynci_element_bytes(e->dtype));
@@ -9225,8 +9243,10 @@ enum {
     LORASYNCI_VOTED = 4  /* two: the runs that these are about */
 };
 
+/* A word of a rank's line. Each line is 64 bytes, so that no two ranks write to one cache line. */
 LORASYNCI_FN uint64_t *lorasynci_word(const lorasync_plan *plan, int rank, int word)
 {
+    LORASYNC_ASSERT(plan->lines && rank >= 0 && rank < plan->talk->comm.world && word < 8);
     return &plan->lines[8 * (size_t)rank + (size_t)word];
 }
 
@@ -9244,12 +9264,14 @@ LORASYNCI_FN size_t lorasynci_mesh_entry_bytes(int world)
     return (sizeof(lorasynci_device_offer) + (size_t)world * sizeof(uint64_t) + 63) / 64 * 64;
 }
 
+/* A rank's entry in the shared mapping of a mesh. */
 LORASYNCI_FN lorasynci_device_offer *lorasynci_mesh_entry(const lorasync_plan *plan, int rank)
 {
     return (lorasynci_device_offer *)(void *)(plan->shared.address +
                                               (size_t)rank * lorasynci_mesh_entry_bytes(plan->talk->comm.world));
 }
 
+/* Where in that rank's receive staging the bytes of each rank begin; behind its entry. */
 LORASYNCI_FN uint64_t *lorasynci_mesh_starts(const lorasync_plan *plan, int rank)
 {
     return (uint64_t *)(void *)(lorasynci_mesh_entry(plan, rank) + 1);
@@ -9355,6 +9377,9 @@ typedef struct lorasynci_planner {
     lorasynci_block          *blocks;           /* per rank: the one that it is sent next */
 } lorasynci_planner;
 
+/* -- merging names */
+
+/* For error texts. */
 LORASYNCI_FN const char *lorasynci_merged_name(const lorasynci_planner *p, size_t t)
 {
     return lorasynci_record_name(lorasynci_record_at(&p->merged, t));
@@ -9367,6 +9392,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge_check(const lorasynci_planner *p, s
     const lorasynci_record *m = lorasynci_record_at(&p->merged, t);
     char                    ours[128], theirs[128];
     int                     first = p->first_rank[t];
+    LORASYNC_ASSERT(t < p->merged.num);
     if (m->ndim != r->ndim || memcmp(lorasynci_record_shape(m), lorasynci_record_shape(r), (size_t)m->ndim * 8) != 0)
         return lorasynci_fail(err, LORASYNC_E_DISAGREE, "%.200s: shape %s %s %d, %s on rank %d",
                               lorasynci_record_name(r),
@@ -9399,6 +9425,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge_record(lorasynci_planner *p, const 
     } else {
         t = lorasynci_table_insert(&p->names, name, p->merged.num, lorasynci_catalogue_key, &p->merged);
     }
+    LORASYNC_ASSERT(t <= p->merged.num);
     *number = (uint32_t)t;
     if (t < p->merged.num) return lorasynci_merge_check(p, t, r, rank, err);
     p->first_rank[t] = rank;
@@ -9455,11 +9482,14 @@ LORASYNCI_FN lorasync_status lorasynci_merge(lorasynci_planner *p, lorasync_erro
     return LORASYNC_OK;
 }
 
+/* Bytes that the planner cannot read, which ranks with the same header never send. */
 LORASYNCI_FN lorasync_status lorasynci_damaged_parts(int rank, lorasync_error *err)
 {
     return lorasynci_fail(err, LORASYNC_E_COMM,
                           "the parts of rank %d are damaged; do all ranks use the same lorasync.h?", rank);
 }
+
+/* -- regions */
 
 /* Bytes of another rank, read from the front. */
 typedef struct lorasynci_reader {
@@ -9515,6 +9545,7 @@ LORASYNCI_FN lorasync_status lorasynci_scan_parts(lorasynci_planner *p, int want
             if (!r) return lorasynci_damaged_parts(rank, err);
             if (r->wanted != wanted) continue;
             merged = p->numbers[p->same_as[rank]][region.tensor];
+            LORASYNC_ASSERT(merged < p->merged.num);
             if (out->list) out->list[out->starts[merged]] = region;
             out->starts[merged]++;
         }
@@ -9539,11 +9570,14 @@ LORASYNCI_FN lorasync_status lorasynci_group_parts(lorasynci_planner *p, int wan
     out->list = (lorasynci_region *)lorasynci_arena_array(&p->arena, sum, sizeof *out->list);
     LORASYNCI_TRY(lorasynci_arena_check(&p->arena, err));
     LORASYNCI_TRY(lorasynci_scan_parts(p, wanted, out, err));
+    LORASYNC_ASSERT(sum == out->num);
     for (t = p->merged.num; t > 0; t--) out->starts[t] = out->starts[t - 1]; /* filling moved each start to the next */
     out->starts[0] = 0;
     return LORASYNC_OK;
 }
 
+/* By box, so that replicas are neighbours, then by rank, so that the planner's choice does not depend on who came
+   first. */
 LORASYNCI_FN int lorasynci_region_order(const lorasynci_region *a, const lorasynci_region *b, int ndim)
 {
     int i;
@@ -9552,6 +9586,7 @@ LORASYNCI_FN int lorasynci_region_order(const lorasynci_region *a, const lorasyn
     return a->rank != b->rank ? (a->rank < b->rank ? -1 : 1) : 0;
 }
 
+/* 1 for replicas. Boxes are sent as int64_t without gaps. */
 LORASYNCI_FN int lorasynci_same_box(const lorasynci_region *a, const lorasynci_region *b, int ndim)
 {
     return memcmp(a->box, b->box, (size_t)ndim * 16) == 0;
@@ -9584,6 +9619,7 @@ LORASYNCI_FN void lorasynci_sort_regions(lorasynci_region *r, size_t n, int ndim
     }
 }
 
+/* 1 and (unless out is NULL) the box that both have: off, then len; 0 when they share no element. */
 LORASYNCI_FN int lorasynci_intersect(const int64_t *a, const int64_t *b, int ndim, int64_t *out)
 {
     int d;
@@ -9598,6 +9634,8 @@ LORASYNCI_FN int lorasynci_intersect(const int64_t *a, const int64_t *b, int ndi
     }
     return 1;
 }
+
+/* -- coverage */
 
 /* Some box inside `box` that none of the regions from `from` on touches; 0 if they cover it. Only for error texts. */
 LORASYNCI_FN int lorasynci_find_gap(const int64_t *box, int ndim, const lorasynci_region *r, size_t n, size_t from,
@@ -9625,6 +9663,7 @@ LORASYNCI_FN int lorasynci_find_gap(const int64_t *box, int ndim, const lorasync
     return 0;
 }
 
+/* Names elements that nobody holds. `who` wants them, or is empty. */
 LORASYNCI_FN lorasync_status lorasynci_gap_error(const lorasynci_planner *p, size_t t, const int64_t *box,
                                                  const char *who, lorasync_error *err)
 {
@@ -9653,11 +9692,13 @@ LORASYNCI_FN int lorasynci_first_difference(const lorasynci_region *r, size_t n,
     return d;
 }
 
+/* Two ranks that both hold some elements, which one would win is chance. */
 LORASYNCI_FN lorasync_status lorasynci_overlap_error(const lorasynci_planner *p, size_t t, const lorasynci_region *x,
                                                      const lorasynci_region *y, lorasync_error *err)
 {
     int  ndim = lorasynci_record_at(&p->merged, t)->ndim;
     char a[160], b[160];
+    LORASYNC_ASSERT(x->rank < (uint32_t)p->world && y->rank < (uint32_t)p->world);
     return lorasynci_fail(
         err, LORASYNC_E_LAYOUT,
         "%.180s: rank %u holds %.100s and rank %u holds %.100s, which overlap without being equal; only whole "
@@ -9676,6 +9717,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_overlap(const lorasynci_planner *p,
     int                     s;
     if (n < 2 || ndim == 0) return LORASYNC_OK;
     s = lorasynci_first_difference(r, n, ndim);
+    LORASYNC_ASSERT(s < ndim);
     for (i = 0; i < n; i++)
         for (j = i + 1; j < n && r[j].box[s] < r[i].box[s] + r[i].box[ndim + s]; j++)
             if (!lorasynci_same_box(&r[i], &r[j], ndim) && lorasynci_intersect(r[i].box, r[j].box, ndim, NULL))
@@ -9723,6 +9765,7 @@ enum {
 
 #define LORASYNCI_ALL UINT32_MAX /* as a peer: every other rank */
 
+/* Appends a route; `box` (or NULL: the whole part) follows it. */
 LORASYNCI_FN lorasync_status lorasynci_put_route(lorasynci_buffer *b, lorasynci_route route, const int64_t *box,
                                                  int ndim, lorasync_error *err)
 {
@@ -9732,6 +9775,7 @@ LORASYNCI_FN lorasync_status lorasynci_put_route(lorasynci_buffer *b, lorasynci_
     return b->failed ? lorasynci_fail_memory(err, b->size) : LORASYNC_OK;
 }
 
+/* How much of a link may travel in this round: twice as much as in the one before, up to pair_cap. */
 LORASYNCI_FN uint64_t lorasynci_round_cap(const lorasynci_planner *p, uint32_t round)
 {
     return round < 32 && p->first_cap < p->pair_cap >> round ? p->first_cap << round : p->pair_cap;
@@ -9741,6 +9785,7 @@ LORASYNCI_FN uint64_t lorasynci_round_cap(const lorasynci_planner *p, uint32_t r
 LORASYNCI_FN lorasync_status lorasynci_link_layout_add(lorasynci_planner *p, lorasynci_link_layout *s,
                                                        uint64_t num_bytes, uint64_t *at, lorasync_error *err)
 {
+    LORASYNC_ASSERT(s->at >= s->round_start);
     *at = (s->at + LORASYNCI_ALIGN - 1) / LORASYNCI_ALIGN * LORASYNCI_ALIGN;
     if (*at > s->round_start && *at + num_bytes > s->round_start + lorasynci_round_cap(p, s->round)) {
         s->round_start = *at;
@@ -9753,6 +9798,8 @@ LORASYNCI_FN lorasync_status lorasynci_link_layout_add(lorasynci_planner *p, lor
     if (s->round + 1 > p->num_rounds) p->num_rounds = s->round + 1;
     return LORASYNC_OK;
 }
+
+/* -- routes */
 
 /* One box on its way. */
 typedef struct lorasynci_passage {
@@ -9809,12 +9856,15 @@ LORASYNCI_FN const lorasynci_region *lorasynci_choose_owner(const lorasynci_plan
                                                             size_t n, uint32_t dst)
 {
     size_t i, best = 0;
+    LORASYNC_ASSERT(n > 0);
     for (i = 0; i < n; i++) {
         if (r[i].rank == dst) return &r[i];
         if (p->load[r[i].rank] < p->load[r[best].rank]) best = i;
     }
     return &r[best];
 }
+
+/* -- gather, reshard and scatter */
 
 /* The digest of an image tensor comes (in part) from the rank of this region; a rank's digests are in image order. */
 LORASYNCI_FN lorasync_status lorasynci_note_digest(lorasynci_planner *p, const lorasynci_region *from,
@@ -9859,6 +9909,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_owned(lorasynci_planner *p, uint32_
 LORASYNCI_FN size_t lorasynci_num_replicas(const lorasynci_region *r, const lorasynci_region *end, int ndim)
 {
     size_t n = 1;
+    LORASYNC_ASSERT(r < end);
     while (r + n < end && lorasynci_same_box(r, r + n, ndim)) n++;
     return n;
 }
@@ -9913,6 +9964,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_wanted(lorasynci_planner *p, size_t
     return LORASYNC_OK;
 }
 
+/* Every wanted box from whoever holds it. */
 LORASYNCI_FN lorasync_status lorasynci_route_reshard(lorasynci_planner *p, lorasync_error *err)
 {
     size_t t, i;
@@ -9949,6 +10001,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_image_tensor(lorasynci_planner *p, 
     return LORASYNC_OK;
 }
 
+/* Every tensor of the image to whoever wants it. */
 LORASYNCI_FN lorasync_status lorasynci_route_scatter(lorasynci_planner *p, lorasync_error *err)
 {
     size_t t;
@@ -9958,6 +10011,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_scatter(lorasynci_planner *p, loras
 
 /* -- the image of a gather, and how it is shared */
 
+/* A cache line; nothing that is allocated comes near SIZE_MAX. */
 LORASYNCI_FN size_t lorasynci_align64(size_t n) { return (n + 63) / 64 * 64; }
 
 /* The layout of the image from the tensors of `c`, in the plan's allocator. */
@@ -10010,6 +10064,8 @@ LORASYNCI_FN void lorasynci_mapping_name(char out[64], uint64_t id)
     snprintf(out, 64, "/lorasync-%ld-%016llx", (long)getpid(), (unsigned long long)id);
 }
 
+/* Makes what all ranks of a host will share and writes into the briefing how to open it; nothing is offered when it
+   cannot be made: then the bytes travel as messages. */
 LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_briefing *briefing)
 {
     const lorasync_image *image = plan->image;
@@ -10042,6 +10098,7 @@ enum {
                                           less */
 };
 
+/* The caller's, or the default. */
 LORASYNCI_FN size_t lorasynci_bucket_bytes(const lorasync_plan_desc *d)
 {
     return d->bucket_bytes ? d->bucket_bytes : (size_t)256 << 20;
@@ -10107,6 +10164,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_start_routing(lorasynci_planner *
     }
     return LORASYNC_OK;
 }
+
+/* -- the planner at work */
 
 /* Who sends a rank's catalogue: the first that has it. */
 LORASYNCI_FN int lorasynci_catalogue_sender(const lorasynci_planner *p, int rank)
@@ -10181,6 +10240,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, loras
     return p->desc->kind == LORASYNC_RESHARD ? LORASYNC_OK : lorasynci_planner_image(p, err);
 }
 
+/* All routes, in the order in which every rank will read its own. */
 LORASYNCI_FN lorasync_status lorasynci_planner_route(lorasynci_planner *p, lorasync_error *err)
 {
     LORASYNCI_TRY(lorasynci_planner_start_routing(p, err));
@@ -10305,11 +10365,13 @@ typedef struct lorasynci_leg {
     uint64_t        num_bytes; /* on the wire */
 } lorasynci_leg;
 
+/* 1 if what is made is an image. */
 LORASYNCI_FN int lorasynci_is_gather(lorasync_plan_kind kind)
 {
     return kind == LORASYNC_GATHER || kind == LORASYNC_GATHER_ALL;
 }
 
+/* As lorasynci_damaged_parts, on the ranks that read what the planner sent. */
 LORASYNCI_FN lorasync_status lorasynci_damaged_answer(const lorasync_plan *plan, lorasync_error *err)
 {
     return lorasynci_fail(err, LORASYNC_E_COMM,
@@ -10366,6 +10428,7 @@ LORASYNCI_FN lorasync_status lorasynci_leg_at_image(const lorasynci_making *m, u
 LORASYNCI_FN void lorasynci_staging_end(lorasynci_end *out, lorasynci_space space, uint64_t at,
                                         const lorasynci_leg *leg)
 {
+    LORASYNC_ASSERT(space == LORASYNCI_SEND || space == LORASYNCI_RECEIVE);
     memset(out, 0, sizeof *out);
     out->space = space;
     out->dtype = leg->wire;
@@ -10403,6 +10466,8 @@ LORASYNCI_FN lorasync_status lorasynci_read_leg(const lorasynci_making *m, loras
         (uint64_t)(lorasynci_box_numel(leg->box + leg->ndim, leg->ndim) * lorasynci_element_bytes(leg->wire));
     return LORASYNC_OK;
 }
+
+/* -- making operations */
 
 /* One dimension of a movement: how many elements, and how far from one to the next at both ends and in the tensor. */
 typedef struct lorasynci_dim {
@@ -10447,6 +10512,7 @@ LORASYNCI_FN void lorasynci_first_op(const lorasynci_leg *leg, const lorasynci_e
                                      const int64_t *pos, const lorasynci_dim *dims, lorasynci_op *op,
                                      lorasynci_grid *grid)
 {
+    LORASYNC_ASSERT(dims[0].len >= 1 && dims[1].len >= 1);
     memset(op, 0, sizeof *op);
     op->src       = lorasynci_end_at(src, leg->box, leg->ndim);
     op->dst       = lorasynci_end_at(dst, leg->box, leg->ndim);
@@ -10501,12 +10567,17 @@ LORASYNCI_FN lorasync_status lorasynci_add_ops(lorasynci_ops *ops, const lorasyn
     return lorasynci_ops_failed(ops) ? lorasynci_fail_memory(err, ops->list.size) : LORASYNC_OK;
 }
 
+/* -- links */
+
+/* The link that a leg travels on; one to itself has none. */
 LORASYNCI_FN lorasynci_link *lorasynci_link_of(lorasync_plan *plan, const lorasynci_leg *leg, int receiving)
 {
+    LORASYNC_ASSERT(leg->route.peer != (uint32_t)plan->talk->comm.rank);
     if (receiving) return &plan->receives[leg->route.peer];
     return &plan->sends[leg->route.peer == LORASYNCI_ALL ? 0 : leg->route.peer];
 }
 
+/* 0 for a link on which nothing travels. */
 LORASYNCI_FN uint32_t lorasynci_link_rounds(const lorasynci_link *link)
 {
     return (uint32_t)LORASYNCI_NUM(uint64_t, link->ends);
@@ -10516,18 +10587,23 @@ LORASYNCI_FN uint32_t lorasynci_link_rounds(const lorasynci_link *link)
 LORASYNCI_FN uint64_t lorasynci_link_start(const lorasynci_link *link, uint32_t round)
 {
     const uint64_t *ends = LORASYNCI_AT(uint64_t, link->ends, 0);
+    LORASYNC_ASSERT(round < lorasynci_link_rounds(link));
     return round == 0 ? 0 : (ends[round - 1] + LORASYNCI_ALIGN - 1) / LORASYNCI_ALIGN * LORASYNCI_ALIGN;
 }
 
+/* Where the digests begin: behind the last round, aligned for uint64_t. */
 LORASYNCI_FN uint64_t lorasynci_link_digests_at(const lorasynci_link *link)
 {
     const uint64_t *ends = LORASYNCI_AT(uint64_t, link->ends, 0);
+    LORASYNC_ASSERT(lorasynci_link_rounds(link) > 0);
     return (ends[lorasynci_link_rounds(link) - 1] + 7) / 8 * 8;
 }
 
+/* Behind the round's last byte; digests belong to the last round. */
 LORASYNCI_FN uint64_t lorasynci_link_end(const lorasynci_link *link, uint32_t round)
 {
     const uint64_t *ends = LORASYNCI_AT(uint64_t, link->ends, 0);
+    LORASYNC_ASSERT(round < lorasynci_link_rounds(link));
     if (round + 1 == lorasynci_link_rounds(link) && link->num_digests)
         return lorasynci_link_digests_at(link) + link->num_digests * sizeof(uint64_t);
     return ends[round];
@@ -10646,8 +10722,9 @@ LORASYNCI_FN void lorasynci_place_link(lorasynci_link *link, int whole, int over
 {
     uint32_t r, rounds = lorasynci_link_rounds(link);
     uint64_t largest = 0;
-    link->base       = *staging_bytes;
-    link->whole      = whole;
+    LORASYNC_ASSERT(*staging_bytes % 64 == 0);
+    link->base  = *staging_bytes;
+    link->whole = whole;
     for (r = 0; r < rounds; r++)
         if (lorasynci_link_end(link, r) - lorasynci_link_start(link, r) > largest)
             largest = lorasynci_link_end(link, r) - lorasynci_link_start(link, r);
@@ -10663,9 +10740,8 @@ LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan, size_t bucket_byt
 {
     size_t *staging = plan->staging_bytes, unused = 0;
     int     i, overlap                            = lorasynci_is_pipelined(plan);
-    for (i = 0; lorasynci_is_meshed(plan) && i < plan->talk->comm.world;
-         i++) { /* a link's bytes are written as they lie at
-                                                                             the receiver */
+    /* a link's bytes are written as they lie at the receiver */
+    for (i = 0; lorasynci_is_meshed(plan) && i < plan->talk->comm.world; i++) {
         lorasynci_place_link(&plan->sends[i], 1, 0, &unused);
         lorasynci_place_link(&plan->receives[i], 1, 0, &staging[LORASYNCI_RECEIVE]);
     }
@@ -10680,6 +10756,8 @@ LORASYNCI_FN void lorasynci_build_staging(lorasync_plan *plan, size_t bucket_byt
         lorasynci_place_link(&plan->sends[i], lorasynci_link_rounds(&plan->sends[i]) <= 2, overlap,
                              &staging[LORASYNCI_SEND]);
 }
+
+/* -- reading the planner's answer */
 
 /* A list that lorasynci_put_list made, of numbers below `limit`, into memory of the plan. */
 LORASYNCI_FN lorasync_status lorasynci_read_list(lorasync_plan *plan, lorasynci_reader *from, size_t limit,
@@ -10837,6 +10915,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const 
     return d->cuda ? lorasynci_plan_check_aligned(d, err) : LORASYNC_OK;
 }
 
+/* -- collecting */
+
 /* Everybody's names and boxes to the planner. */
 LORASYNCI_FN lorasync_status lorasynci_planner_collect(lorasynci_planner *p, const lorasynci_catalogue *catalogue,
                                                        const lorasynci_parts *parts, lorasync_error *err)
@@ -10887,6 +10967,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_collect(lorasynci_planner *p, con
 #define LORASYNCI_CLOSING_MS 5000
 #endif
 
+/* Says in this rank's line that it has others' memory open, or no more. Before it is opened, and after it is closed. */
 LORASYNCI_FN void lorasynci_plan_hold(const lorasync_plan *plan, int on)
 {
     __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS), on ? lorasynci_process_self() : 0,
@@ -11004,6 +11085,7 @@ LORASYNCI_FN void lorasynci_plan_close_gpu(lorasync_plan *plan)
     lorasynci_gpu_close(&plan->arena.below, plan->gpu);
 }
 
+/* Not direct after all, or no more: what was opened for it is closed. */
 LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
 {
     plan->direct = 0;
@@ -11036,6 +11118,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasynci_making *m, lorasync_er
     } else lorasynci_plan_unmap(plan);
     return LORASYNC_OK;
 }
+
+/* -- what the planner tells all */
 
 /* On the planner: the verdict on what was declared, and what it has for the others. */
 LORASYNCI_FN void lorasynci_make_briefing(lorasynci_making *m)
@@ -11150,6 +11234,8 @@ LORASYNCI_FN lorasync_status lorasynci_share_bodies(lorasynci_making *m, lorasyn
     return lorasynci_talk_deal(p->talk, m->plan->root, here ? p->blocks : &mine, err);
 }
 
+/* -- memory of a plan */
+
 /* Memory for what a run needs: digests, and what the way of moving asks for. */
 LORASYNCI_FN lorasync_status lorasynci_plan_allocate(lorasync_plan *plan, const lorasync_plan_desc *d,
                                                      lorasync_error *err)
@@ -11237,6 +11323,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasynci_making *m, lorasync_e
     return lorasynci_talk_vote(plan->talk, &m->mine, err);
 }
 
+/* The statistics of planning, once: running changes none of these. */
 LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
 {
     lorasync_plan_stats *s = &plan->stats;
@@ -11261,6 +11348,8 @@ LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
             s->receive_bytes += (size_t)lorasynci_link_end(in, lorasynci_link_rounds(in) - 1);
     }
 }
+
+/* -- a new plan */
 
 /* The plan itself, empty. talk: see lorasynci_plan_create. */
 LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, lorasynci_talk *talk,
@@ -11398,6 +11487,7 @@ LORASYNCI_FN void lorasynci_plan_aim(lorasync_plan *plan, char *payload)
 LORASYNCI_FN lorasync_status lorasynci_plan_lend(lorasync_plan *plan, const lorasynci_plan_memory *loan,
                                                  lorasync_error *err)
 {
+    LORASYNC_ASSERT(plan->lent);
     plan->memory[LORASYNCI_SEND]    = loan->send;
     plan->memory[LORASYNCI_RECEIVE] = loan->receive;
     plan->memory[LORASYNCI_IMAGE]   = loan->payload;
