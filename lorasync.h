@@ -2366,7 +2366,8 @@ LORASYNCI_FN lorasync_status lorasynci_fail(lorasync_error *err, lorasync_status
 /* The one text for memory that the allocator did not give. */
 LORASYNCI_FN lorasync_status lorasynci_fail_memory(lorasync_error *err, size_t num_bytes)
 {
-    return lorasynci_fail(err, LORASYNC_E_MEMORY, "out of memory: the allocator gave nothing for %zu bytes", num_bytes);
+    return lorasynci_fail(err, LORASYNC_E_MEMORY, "out of memory: the allocator returned NULL for %zu bytes",
+                          num_bytes);
 }
 
 /* Puts words before the text of an error that a callee made: "<prefix>: <text>". */
@@ -3207,7 +3208,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_number(lorasynci_json *j, lorasynci_
         out->real = 1;
         digits    = p + 1;
         p         = lorasynci_json_digits(digits, j->end);
-        if (p == digits) return lorasynci_json_fail(j, p, "expected a digit behind the point");
+        if (p == digits) return lorasynci_json_fail(j, p, "expected a digit after the point");
     }
     if (p < j->end && (*p == 'e' || *p == 'E')) {
         out->real = 1;
@@ -3321,7 +3322,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_skip(lorasynci_json *j)
     default: break;
     }
     if (j->at < j->end && (*j->at == 'N' || *j->at == 'I' || *j->at == '-'))
-        return lorasynci_json_fail(j, j->at, "NaN and Infinity are no JSON, write a finite number or null");
+        return lorasynci_json_fail(j, j->at, "NaN and Infinity are not JSON; write a finite number or null");
     return lorasynci_json_fail(j, j->at, "expected a value");
 }
 
@@ -4455,7 +4456,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_base(const lorasynci_path *p, loras
     if (at < p->num)
         return lorasynci_fail(
             err, LORASYNC_E_NAME,
-            "parameter name \"%.240s\": \"%.*s\" is no LoRA leaf known here (lora_A, lora_B, lora_embedding_A, "
+            "parameter name \"%.240s\": \"%.*s\" is not a known LoRA leaf (lora_A, lora_B, lora_embedding_A, "
             "lora_embedding_B, lora_magnitude_vector, then .<adapter>, .weight or both); leave it out if it is not "
             "LoRA",
             p->raw, (int)(p->seg[at].size < 64 ? p->seg[at].size : 64), p->seg[at].text);
@@ -4708,7 +4709,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_escape(lorasynci_re *r, unsigned char 
     size_t            at = r->at - 1;
     unsigned          c  = lorasynci_re_peek(r, 0);
     *byte                = -1;
-    if (c == 0) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a backslash with nothing behind it");
+    if (c == 0) return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a backslash at the end of the pattern");
     r->at++;
     if (lorasynci_re_include_class(set, c)) return LORASYNC_OK;
     if (c >= '1' && c <= '9')
@@ -4824,7 +4825,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_group_kind(lorasynci_re *r, unsigned *
     if (c == 'P' && d == '<') {
         for (r->at += 2; lorasynci_is_word(lorasynci_re_peek(r, 0));) r->at++;
         if (lorasynci_re_peek(r, 0) != '>' || r->at == at + 4)
-            return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a group name that is no word");
+            return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a group name that is not a word");
         r->at++;
         return LORASYNC_OK;
     }
@@ -4936,7 +4937,7 @@ LORASYNCI_FN lorasync_status lorasynci_re_piece(lorasynci_re *r, uint32_t *out)
     if (lorasynci_re_peek(r, 0) == '?') r->at++;
     at = r->at;
     if (lorasynci_re_quantifier(r, &more_min, &more_max))
-        return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a quantifier behind a quantifier");
+        return lorasynci_re_fail(r, LORASYNC_E_FORMAT, at, "a quantifier after a quantifier");
     LORASYNCI_TRY(lorasynci_re_new(r, LORASYNCI_RE_REPEAT, 0, 0, out));
     lorasynci_re_tree(r, *out)->child = atom;
     lorasynci_re_tree(r, *out)->min   = min;
@@ -6706,10 +6707,9 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_fail(lorasynci_nccl *n, ncclResult_t
 LORASYNCI_FN lorasync_status lorasynci_nccl_late(lorasynci_nccl *n, const char *what, lorasync_error *err)
 {
     n->lost = 1;
-    return lorasynci_fail(
-        err, LORASYNC_E_TIMEOUT,
-        "NCCL: %s: rank %d of %d waited in vain until the deadline; did every rank make the same call?", what, n->rank,
-        n->world);
+    return lorasynci_fail(err, LORASYNC_E_TIMEOUT,
+                          "NCCL: %s: rank %d of %d waited until the deadline; did every rank make the same call?", what,
+                          n->rank, n->world);
 }
 
 /* What every call asks first: after abort there is no communicator left to ask NCCL about. */
@@ -7035,7 +7035,7 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_borrow(lorasynci_nccl *n, const lora
     if (r != ncclSuccess) return lorasynci_nccl_fail(n, r, "desc.comm", err);
     if (device != n->device)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "desc.comm is on device %d, but device %d is current; call cudaSetDevice(%d) before",
+                              "desc.comm is on device %d, but device %d is current; call cudaSetDevice(%d) first",
                               device, n->device, device);
     return LORASYNC_OK;
 }
@@ -7312,7 +7312,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_agree(lorasynci_talk *t, const loras
         return lorasynci_fail(
             err, LORASYNC_E_DISAGREE,
             "rank %d is in a call for another plan (session) than rank 0; every rank must begin, and wait for, the "
-            "plans of one communicator in the same order. Nothing was taken, the versions can be tried again",
+            "plans of one communicator in the same order. Nothing was changed; the versions can be tried again",
             n.elsewhere);
     if (n.failed >= 0) return lorasynci_talk_reason(t, n.failed, mine, err);
     if (n.differs >= 0)
@@ -7632,9 +7632,9 @@ LORASYNCI_FN lorasync_status lorasynci_read_dtype(lorasynci_image_reader *r, lor
     text[lorasynci_json_decode(&s, text)] = 0;
     t->dtype                              = lorasync_dtype_from_name(text);
     if (t->dtype) return LORASYNC_OK;
-    return lorasynci_fail(r->err, LORASYNC_E_FORMAT,
-                          "tensor \"%.150s\": unknown dtype \"%s\"; known are those of safetensors, BOOL to U64",
-                          t->name, text);
+    return lorasynci_fail(
+        r->err, LORASYNC_E_FORMAT,
+        "tensor \"%.150s\": unknown dtype \"%s\"; the known ones are those of safetensors, BOOL to U64", t->name, text);
 }
 
 /* Any dimensions that fit int64_t; whether their product fits is seen when the payload is checked. */
@@ -7677,7 +7677,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_offsets(lorasynci_image_reader *r, l
     if (at[0] > at[1] || at[1] > r->payload_bytes)
         return lorasynci_fail(
             r->err, LORASYNC_E_FORMAT,
-            "tensor \"%.150s\": data_offsets [%llu,%llu] are no range of the %zu bytes behind the header; "
+            "tensor \"%.150s\": data_offsets [%llu,%llu] are not a range of the %zu bytes after the header; "
             "the file is malformed or truncated",
             t->name, (unsigned long long)at[0], (unsigned long long)at[1], r->payload_bytes);
     t->offset    = (size_t)at[0];
@@ -7753,7 +7753,7 @@ LORASYNCI_FN lorasync_status lorasynci_read_json(lorasynci_image_impl *m, const 
     int                    more;
     if (num_bytes == 0 || text[0] != '{')
         return lorasynci_fail(err, LORASYNC_E_FORMAT,
-                              "the JSON must begin with `{` at byte 8; this is no safetensors file");
+                              "the JSON must begin with `{` at byte 8; this is not a safetensors file");
     if (!lorasynci_checked_mul(max_tensors, sizeof *m->tensors, &size)) return lorasynci_fail_memory(err, SIZE_MAX);
     m->tensors = (lorasync_tensor *)lorasynci_alloc(&m->a, size);
     m->pool    = (char *)lorasynci_alloc(&m->a, num_bytes);
@@ -7929,7 +7929,7 @@ LORASYNCI_FN lorasync_status lorasynci_parse(lorasynci_image_impl *m, const unsi
     n = lorasynci_load_le64(bytes, 8);
     if (n > LORASYNCI_MAX_HEADER)
         return lorasynci_fail(err, LORASYNC_E_FORMAT,
-                              "the header length is %llu, over the limit of %llu; this is no safetensors file",
+                              "the header length is %llu, over the limit of %llu; this is not a safetensors file",
                               (unsigned long long)n, (unsigned long long)LORASYNCI_MAX_HEADER);
     if (n > num_bytes - 8)
         return lorasynci_fail(err, LORASYNC_E_FORMAT,
@@ -8063,8 +8063,8 @@ LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image_impl *m, loras
         LORASYNCI_TRY(lorasynci_tensor_bytes(order[i], LORASYNC_E_ARGUMENT, &size, err));
         if (!lorasynci_checked_add(begin, size, &end))
             return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                                  "tensor \"%.150s\": %s and the tensors before it do not fit memory", order[i]->name,
-                                  lorasynci_type_of(order[i]).text);
+                                  "tensor \"%.150s\": %s and the tensors before it do not fit in memory",
+                                  order[i]->name, lorasynci_type_of(order[i]).text);
         lorasynci_put_tensor(b, order[i], begin, end);
     }
     lorasynci_put_text(b, "}");
@@ -8447,7 +8447,7 @@ LORASYNCI_FN lorasync_status lorasynci_layout_again(const lorasync_image *image,
     }
     return lorasynci_fail(
         err, LORASYNC_E_UNSUPPORTED,
-        "adapter \"%.100s\" version %llu: its header is not as lorasync_image_layout writes it, so a delta cannot "
+        "adapter \"%.100s\" version %llu: its header is not what lorasync_image_layout writes, so a delta cannot "
         "restore it; send the full image",
         image->adapter, (unsigned long long)image->version);
 }
@@ -8595,7 +8595,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_delta_base(const lorasync_image *ba
     if (base->delta || !d)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: %s",
                               d ? "the base is a delta itself; apply it to its own base first"
-                                : "the delta is none; a full image needs no base");
+                                : "this is not a delta; a full image needs no base");
     if (!base->has_digest)
         return lorasynci_fail(err, LORASYNC_E_BASE,
                               "the base carries no lorasync.digest, so it may not be the delta's; send the full image");
@@ -8628,7 +8628,7 @@ LORASYNCI_FN lorasync_status lorasynci_merge_delta(const lorasync_image *base, c
         if (!target)
             return lorasynci_fail(
                 err, LORASYNC_E_FORMAT,
-                "the delta's tensor \"%.150s\": the base has none of that name without \"" LORASYNCI_DELTA_NAME
+                "the delta's tensor \"%.150s\": the base has no tensor of that name without \"" LORASYNCI_DELTA_NAME
                 "\" at its end; send the full image",
                 t->name);
         if (t->dtype != target->dtype || t->ndim != target->ndim ||
@@ -8663,7 +8663,7 @@ LORASYNCI_FN lorasync_status lorasynci_fill_result(lorasync_image *full, const l
     lorasync_image_stamp(full, delta->version, delta->delta->full_digest);
     m->stamped = NULL; /* from here on it is as if read */
     status     = lorasync_image_verify(full, err);
-    if (status < 0) lorasynci_prefix(err, "base and delta do not make the promised image, send the full one");
+    if (status < 0) lorasynci_prefix(err, "base and delta do not make the promised image; send the full one");
     return status;
 }
 
@@ -8939,7 +8939,7 @@ LORASYNCI_FN lorasync_status lorasynci_piece_check(const lorasync_piece *p, int 
         return lorasynci_fail(err, LORASYNC_E_NAME, "%.200s...: names may have %d bytes at most", p->name,
                               LORASYNC_MAX_NAME - 1);
     if (bits == 0)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: dtype %d is none; set piece.dtype", p->name,
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: dtype %d does not exist; set piece.dtype", p->name,
                               (int)p->dtype);
     if (bits < 8)
         return lorasynci_fail(
@@ -11700,8 +11700,8 @@ LORASYNCI_FN lorasync_status lorasynci_run_vote(lorasync_plan *plan, lorasync_er
     if (!plan->mover->vote) return LORASYNC_OK;
     return lorasynci_fail(
         err, LORASYNC_E_DISAGREE,
-        "what this run exchanged was not all of this plan; every rank must begin the plans of one communicator in the "
-        "same order. Nothing was taken, the version can be tried again");
+        "this run exchanged data of another plan; every rank must begin the plans of one communicator in the "
+        "same order. Nothing was changed; the version can be tried again");
 }
 
 /* All that wait does, from BEGUN or REFUSED to IDLE or LOST. */
@@ -13777,7 +13777,7 @@ LORASYNCI_FN lorasync_status lorasynci_config_peft_type(const lorasynci_fields *
     if (!lorasynci_field(f, "peft_type", &v))
         return lorasynci_fail(
             f->j.err, LORASYNC_E_FORMAT,
-            "adapter config: no \"peft_type\", so this is no PEFT adapter config; expected \"peft_type\": \"LORA\"");
+            "adapter config: no \"peft_type\", so this is not a PEFT adapter config; expected \"peft_type\": \"LORA\"");
     LORASYNCI_TRY(lorasynci_field_done(f, "peft_type", lorasynci_json_string(&v, &s)));
     if (lorasynci_json_is(&s, "LORA")) return LORASYNC_OK;
     return lorasynci_fail(f->j.err, LORASYNC_E_UNSUPPORTED,
@@ -14340,7 +14340,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_other(const lorasync_config *c, con
     }
     return lorasynci_fail(
         err, LORASYNC_E_CONFIG,
-        "tensor \"%.200s\" is no LoRA tensor and module \"%.150s\" is not in modules_to_save of the adapter config "
+        "tensor \"%.200s\" is not a LoRA tensor, and module \"%.150s\" is not in modules_to_save of the adapter config "
         "(bias is \"%s\"); list it there or drop the tensor",
         t->name, name.module, c->info.bias);
 }
@@ -15088,8 +15088,8 @@ LORASYNCI_FN lorasync_status lorasynci_tell_who(const lorasynci_publication *p, 
     if (!err) return p->first_failure->status;
     *err = *p->first_failure;
     if (p->need < p->num)
-        lorasynci_prefix(err, "of %zu engines %zu could take version %llu, %zu must", p->num, p->num_possible, v,
-                         p->need);
+        lorasynci_prefix(err, "%zu of %zu engines could take version %llu, at least %zu must", p->num_possible, p->num,
+                         v, p->need);
     if (!p->num_new && !p->in_doubt[0]) return err->status;
     err->text[230] = 0; /* room for the names */
     used           = strlen(err->text);
@@ -15122,10 +15122,8 @@ LORASYNCI_FN int lorasynci_may_commit(lorasynci_publication *p)
     status         = p->comm->check(p->comm->user, &p->lost);
     p->lost.status = status < 0 && !lorasync_is_lost(status) ? LORASYNC_E_COMM : status;
     if (status >= 0) return 1;
-    lorasynci_prefix(
-        &p->lost,
-        "version %llu was staged, and is published nowhere, since the other ranks do not wait for it any more",
-        (unsigned long long)p->image->version);
+    lorasynci_prefix(&p->lost, "version %llu was staged but not published: the other ranks no longer wait for it",
+                     (unsigned long long)p->image->version);
     return 0;
 }
 
@@ -16613,9 +16611,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_enter(lorasynci_shm *s, const char *a
         *out = i;
     }
     if (*out >= 0) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_BUSY,
-                          "shared memory '%s' holds %d adapters already, '%.60s' finds no place; use another name",
-                          s->name, LORASYNCI_SHM_ADAPTERS, adapter);
+    return lorasynci_fail(
+        err, LORASYNC_E_BUSY,
+        "shared memory '%s' already holds %d adapters, as many as fit; publish '%.60s' under another name", s->name,
+        LORASYNCI_SHM_ADAPTERS, adapter);
 }
 
 /* The slot that is served, mapped; -1 when there is none, or when its segment has been removed by hand. */
@@ -16933,7 +16932,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     s->payload_bytes = image->payload_bytes;
     if (lorasynci_checked_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes))
         need = lorasynci_shm_need(bytes, strlen(image->config_json) + 1);
-    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image does not fit memory");
+    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the image does not fit in memory");
     LORASYNCI_TRY(lorasynci_shm_pick(s, adapter, need, err));
     LORASYNC_ASSERT(s->places[adapter].staged < 0 && s->places[adapter].next >= 0);
     /* a gather into the slot has ended before it is published */
@@ -17028,7 +17027,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_lend(void *user, const lorasync_loan_
     if (lorasynci_gpu_ordinal(s->device) != (want->on_device ? want->ordinal : -1)) return LORASYNC_NOTHING_NEW;
     if (lorasynci_checked_add(image->header_bytes, s->device ? 0 : image->payload_bytes, &bytes))
         need = lorasynci_shm_need(bytes, image->config_json ? strlen(image->config_json) + 1 : 1);
-    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit memory", image->payload_bytes);
+    if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit in memory", image->payload_bytes);
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &i, err));
     lorasynci_shm_note_open(s, i, want->open_ids, want->num_open);
@@ -17809,7 +17808,7 @@ LORASYNCI_FN lorasync_status lorasynci_parse_bytes(const void *bytes, size_t num
     if (status != LORASYNC_E_FORMAT || !lorasynci_is_pickled(name, (const unsigned char *)bytes, num_bytes))
         return status;
     return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                          "pickled files are not read, save it again as safetensors with PEFT");
+                          "pickled files are not supported; save it again as safetensors with PEFT");
 }
 
 /* Maps and checks a safetensors file. */
@@ -17935,7 +17934,8 @@ LORASYNCI_FN lorasync_status lorasynci_find_model(int fd, const char *where, cha
     if (!lorasynci_look(fd, "adapter_model.bin")) {
         return lorasynci_fail(
             err, LORASYNC_E_UNSUPPORTED,
-            "%s has only adapter_model.bin; pickled files are not read, save it again as safetensors with PEFT", where);
+            "%s has only adapter_model.bin; pickled files are not supported; save it again as safetensors with PEFT",
+            where);
     }
     return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "%s has no " LORASYNCI_MODEL_FILE, where);
 }
@@ -18457,7 +18457,7 @@ LORASYNCI_FN lorasync_status lorasynci_hold_files(int version_fd, lorasynci_held
     status = lorasynci_read_config(version_fd, h->config_where, &h->a, &h->config_json, &num_bytes, err);
     if (status < 0) return status == LORASYNC_E_NOT_FOUND ? lorasynci_no_config(h, err) : status;
     if (memchr(h->config_json, 0, num_bytes))
-        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s has a NUL byte, which JSON has not", h->config_where);
+        return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s has a NUL byte, which JSON does not allow", h->config_where);
     out->bytes        = h->map ? h->map : (const void *)"";
     out->num_bytes    = h->num_bytes;
     out->config_json  = h->config_json;
@@ -19977,8 +19977,8 @@ LORASYNCI_FN const char *lorasynci_loan_defect(const lorasync_loan *loan, const 
         return want->others_write ? "cannot be reached by the other ranks, which write there" : NULL;
     if (loan->reach == LORASYNC_REACH_PROCESS) return NULL;
     if (loan->reach != (want->on_device ? LORASYNC_REACH_IPC : LORASYNC_REACH_SHM))
-        return want->on_device ? "is not said to be reached over CUDA IPC" : "is not said to be reached by name";
-    return loan->name[sizeof loan->name - 1] ? "has a name that does not end" : NULL;
+        return want->on_device ? "has a reach other than CUDA IPC" : "has a reach other than a name";
+    return loan->name[sizeof loan->name - 1] ? "has a name without an end" : NULL;
 }
 
 /* Asks one transport; 1 if it lends. What speaks against it stands in its outcome. */

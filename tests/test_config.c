@@ -112,8 +112,8 @@ static void test_json_refuses(void)
                {"+1", "expected a value", 0},
                {"-", "expected a number", 1},
                {".5", "expected a value", 0},
-               {"1.", "behind the point", 2},
-               {"1.e5", "behind the point", 2},
+               {"1.", "after the point", 2},
+               {"1.e5", "after the point", 2},
                {"1e", "in the exponent", 2},
                {"1e+", "in the exponent", 3},
                {"0x10", "nothing may follow", 1},
@@ -886,7 +886,7 @@ static void test_check_saved(void)
 {
     usual_set();
     add("classifier.weight", "", 2, 5);
-    CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG, "\"base_model.model.classifier.weight\" is no LoRA tensor");
+    CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG, "\"base_model.model.classifier.weight\" is not a LoRA tensor");
     CHECK_EQ(check(LORA ",\"modules_to_save\":[\"classifier\"]}"), LORASYNC_OK);
     CHECK_EQ(check(LORA ",\"modules_to_save\":[\"model.classifier\"]}"), LORASYNC_OK);
     CHECK_EQ(check(LORA ",\"modules_to_save\":[\"fier\"]}"), LORASYNC_OK);
@@ -1318,7 +1318,7 @@ static void try_adapter(const char *path, const char *name)
         return;
     }
     if (strcmp(name, "mlx-transposed-unaligned") == 0) {
-        CHECK_FAILS(status, LORASYNC_E_FORMAT, "no PEFT adapter config");
+        CHECK_FAILS(status, LORASYNC_E_FORMAT, "not a PEFT adapter config");
         return;
     }
     REQUIRE(c);

@@ -458,7 +458,7 @@ static void wrong_base(void)
     APPLY_FAILS(anonymous.read, delta, LORASYNC_E_BASE, "no lorasync.digest");
     APPLY_FAILS(renamed.read, delta, LORASYNC_E_BASE, "\"critic\"");
     APPLY_FAILS(delta, delta, LORASYNC_E_ARGUMENT, "the base is a delta itself");
-    APPLY_FAILS(v1.read, v2.read, LORASYNC_E_ARGUMENT, "the delta is none");
+    APPLY_FAILS(v1.read, v2.read, LORASYNC_E_ARGUMENT, "this is not a delta");
     APPLY_FAILS(NULL, delta, LORASYNC_E_BASE, "nothing is held");
     APPLY_FAILS(NULL, NULL, LORASYNC_E_ARGUMENT, "NULL");
     APPLY_FAILS(v1.read, NULL, LORASYNC_E_ARGUMENT, "NULL");

@@ -1333,11 +1333,12 @@ static void test_open(void)
         lorasync_status status;
         const char     *part;
     } pickled[] = {
-        {"adapter_model.bin", "PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
-        {"weights", "PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
+        {"adapter_model.bin", "PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0", LORASYNC_E_UNSUPPORTED,
+         "pickled files are not supported"},
+        {"weights", "PK\3\4\0\0\10\10\0\0\0\0\0\0\0\0", LORASYNC_E_UNSUPPORTED, "pickled files are not supported"},
         {"old", "\200\2\212\12\154\374\234\106\371\40\152\250\120\31\56\200", LORASYNC_E_UNSUPPORTED,
          "as safetensors with PEFT"},
-        {"x.pt", "something of 16 b", LORASYNC_E_UNSUPPORTED, "pickled files are not read"},
+        {"x.pt", "something of 16 b", LORASYNC_E_UNSUPPORTED, "pickled files are not supported"},
         {"cut.safetensors", "\200\2\0\0\0\0\0\0{\"a\":{\"b", LORASYNC_E_FORMAT, "640"}};
     lorasync_transport t;
     lorasync_image    *image  = NULL;

@@ -449,7 +449,7 @@ static void layout_errors(void)
         d.num_tensors = 10;
         d.adapter     = NULL;
         CHECK_EQ(lorasync_image_layout(&d, NULL, &image, &err), LORASYNC_E_ARGUMENT);
-        CHECK_HAS(err.text, "do not fit memory");
+        CHECK_HAS(err.text, "do not fit in memory");
         d.num_tensors = 1;
         d.adapter     = "\xff";
         CHECK_EQ(lorasync_image_layout(&d, NULL, &image, &err), LORASYNC_E_NAME);

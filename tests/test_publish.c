@@ -273,7 +273,8 @@ static void test_error_texts(void)
     bench_reset(&b, 0);
     b.e[1].plan = b.e[2].plan = FAIL_STAGE;
     CHECK_EQ(bench_publish(&b, 7, 2, 0, &err), LORASYNC_E_IO);
-    CHECK_HAS(err.text, "of 3 engines 1 could take version 7, 2 must: transport 'green' could not stage: no room");
+    CHECK_HAS(err.text,
+              "1 of 3 engines could take version 7, at least 2 must: transport 'green' could not stage: no room");
     b.e[1].plan = b.e[2].plan = FAIL_COMMIT;
     CHECK_EQ(bench_publish(&b, 7, 2, 0, &err), LORASYNC_E_BUSY);
     CHECK_HAS(err.text, "'green' could not commit: will not");
