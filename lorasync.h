@@ -20074,7 +20074,7 @@ LORASYNCI_FN int lorasynci_aimed_open_device(const lorasynci_gpu *g, const loras
 LORASYNCI_FN int lorasynci_aimed_open_named(const lorasynci_lent *t, lorasynci_aimed *entry)
 {
     struct stat st;
-    int         fd;
+    int         fd = -1;
     if (lorasynci_shm_open_segment(t->loan.name, O_RDWR, &fd, &st, NULL) < 0) return 0;
     if ((uintmax_t)st.st_size >= t->loan.offset && (uintmax_t)st.st_size - t->loan.offset >= t->payload_bytes)
         lorasynci_window_map(&entry->window, fd, (size_t)st.st_size, PROT_READ | PROT_WRITE, LORASYNCI_POPULATE);
