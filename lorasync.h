@@ -2325,6 +2325,17 @@ typedef struct lorasyncd_tile {
         if (lorasynci_try_ < 0) return lorasynci_try_;                                                                 \
     } while (0)
 
+/* In a public function: its pointer `argument` must be given; or only if there are some of what it points to. */
+#define LORASYNCI_GIVEN(argument)                                                                                      \
+    do {                                                                                                               \
+        if (!(argument)) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%s: " #argument " is NULL", __func__);       \
+    } while (0)
+
+#define LORASYNCI_GIVEN_IF(num, argument)                                                                              \
+    do {                                                                                                               \
+        if (num) LORASYNCI_GIVEN(argument);                                                                            \
+    } while (0)
+
 #define LORASYNCI_COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 /* States what holds here whatever the caller or another rank does: a condition that is false is a mistake of this file.
@@ -2399,17 +2410,19 @@ LORASYNCI_FN void lorasynci_default_free(void *user, void *memory)
     free(memory);
 }
 
-/* The allocator to keep in a handle: the caller's or malloc. 0 if only one of its functions is set. */
-LORASYNCI_FN int lorasynci_take_allocator(const lorasync_allocator *given, lorasync_allocator *out)
+/* The allocator to keep in a handle: the caller's or malloc. */
+LORASYNCI_FN lorasync_status lorasynci_take_allocator(const lorasync_allocator *given, lorasync_allocator *out,
+                                                      lorasync_error *err)
 {
-    if (given && (given->alloc || given->free)) {
-        *out = *given;
-        return given->alloc && given->free;
-    }
     out->alloc = lorasynci_default_alloc;
     out->free  = lorasynci_default_free;
     out->user  = NULL;
-    return 1;
+    if (!given || (!given->alloc && !given->free)) return LORASYNC_OK;
+    if (!given->alloc || !given->free)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: %s is NULL; give both alloc and free, or neither",
+                              given->alloc ? "free" : "alloc");
+    *out = *given;
+    return LORASYNC_OK;
 }
 
 /* A request for 0 bytes asks for 1, so that NULL always means that there is no memory. */
@@ -2427,7 +2440,7 @@ LORASYNCI_FN void lorasynci_dealloc(const lorasync_allocator *a, void *memory)
 LORASYNC_API void lorasync_free(const lorasync_allocator *allocator, void *memory)
 {
     lorasync_allocator a;
-    if (lorasynci_take_allocator(allocator, &a)) lorasynci_dealloc(&a, memory);
+    if (lorasynci_take_allocator(allocator, &a, NULL) == LORASYNC_OK) lorasynci_dealloc(&a, memory);
 }
 
 /* 1 and *out = a * b (a + b), or 0 when it does not fit. */
@@ -2731,6 +2744,13 @@ LORASYNCI_FN uint64_t lorasynci_now_ns(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
+}
+
+/* One rule everywhere: 0 is the default that the desc names, more is a time, less is a mistake. */
+LORASYNCI_FN lorasync_status lorasynci_check_timeout(const char *name, int timeout_ms, lorasync_error *err)
+{
+    if (timeout_ms >= 0) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%s is %d, must not be negative", name, timeout_ms);
 }
 
 LORASYNCI_FN uint64_t lorasynci_deadline_ns(int timeout_ms)
@@ -4492,8 +4512,8 @@ LORASYNC_API lorasync_status lorasync_parse_name(const char *raw_name, lorasync_
     lorasync_name   name;
     lorasync_status status;
     size_t          saved;
-    if (!raw_name || !out)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_parse_name: raw_name or out is NULL");
+    LORASYNCI_GIVEN(raw_name);
+    LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_path_split(raw_name, &path, err));
     LORASYNCI_TRY(lorasynci_path_unwrap(&path, err));
     name.key[0] = name.module[0] = name.adapter[0] = 0;
@@ -5087,9 +5107,9 @@ LORASYNC_API lorasync_status lorasync_pattern_compile(const char *pattern, const
     lorasync_pattern  *p;
     lorasync_status    status;
     if (out) *out = NULL;
-    if (!pattern || !out || !lorasynci_take_allocator(allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "lorasync_pattern_compile: pattern or out is NULL, or allocator is incomplete");
+    LORASYNCI_GIVEN(pattern);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
     memset(&r, 0, sizeof r);
     r.text = (const unsigned char *)pattern;
     r.size = strlen(pattern);
@@ -5427,9 +5447,8 @@ LORASYNC_API lorasync_status lorasync_matcher_create(const lorasync_filter *filt
     lorasync_matcher  *m;
     lorasync_status    status;
     if (out) *out = NULL;
-    if (!out || !lorasynci_take_allocator(allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "lorasync_matcher_create: out is NULL, or allocator is incomplete");
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
     memset(&nothing, 0, sizeof nothing);
     m = (lorasync_matcher *)lorasynci_alloc_array(&a, 1, sizeof *m);
     if (!m) return lorasynci_fail_memory(err, sizeof *m);
@@ -6250,16 +6269,15 @@ LORASYNCI_FN int lorasynci_comm_ok(const lorasync_comm *c)
                   c->rank >= 0 && c->rank < c->world);
 }
 
-/* What every desc of the host program has: its communicator and its allocator. */
+/* What every desc of the host program has: its communicator, its allocator and its deadline. */
 LORASYNCI_FN lorasync_status lorasynci_check_host(const lorasync_comm *comm, const lorasync_allocator *allocator,
-                                                  lorasync_allocator *out, lorasync_error *err)
+                                                  int timeout_ms, lorasync_allocator *out, lorasync_error *err)
 {
     if (!lorasynci_comm_ok(comm))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "the comm is not filled in: size, rank, world, all_gather and exchange are needed");
-    if (!lorasynci_take_allocator(allocator, out))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "the allocator has one function; give both or neither");
-    return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, out, err));
+    return lorasynci_check_timeout("timeout_ms", timeout_ms, err);
 }
 
 /* -- ranks of one host */
@@ -6330,7 +6348,7 @@ LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out
     lorasync_local *l;
     size_t          at = sizeof(lorasynci_local_head), size;
     void           *map;
-    if (!out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_local_open: out is NULL");
+    LORASYNCI_GIVEN(out);
     *out = NULL;
     if (world < 1 || world > LORASYNCI_MAX_LOCAL)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "world is %d, must be 1 to %d", world,
@@ -6609,7 +6627,9 @@ LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank
                                                  lorasync_error *err)
 {
     int32_t none = 0;
-    if (!local || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_local_join: local or out is NULL");
+    if (out) memset(out, 0, sizeof *out);
+    LORASYNCI_GIVEN(local);
+    LORASYNCI_GIVEN(out);
     if (rank < 0 || rank >= local->world)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "rank is %d, must be 0 to %d", rank, local->world - 1);
     if (!__atomic_compare_exchange_n(&local->ranks[rank].joined, &none, 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
@@ -6995,7 +7015,7 @@ LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *
 {
     ncclUniqueId id;
     ncclResult_t r;
-    if (!out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_nccl_unique_id: out is NULL");
+    LORASYNCI_GIVEN(out);
     r = ncclGetUniqueId(&id);
     if (r != ncclSuccess)
         return lorasynci_fail(err, LORASYNC_E_COMM, "ncclGetUniqueId: %s (NCCL_DEBUG=WARN says more)",
@@ -7086,13 +7106,9 @@ LORASYNCI_FN void lorasynci_nccl_free(lorasynci_nccl *n)
 }
 
 /* All that can be seen before NCCL is called. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_valid(const lorasync_nccl_desc *desc, const lorasync_comm *out,
-                                                  lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_valid(const lorasync_nccl_desc *desc, lorasync_error *err)
 {
-    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_nccl_open: desc or out is NULL");
-    if (desc->timeout_ms < 0)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc.timeout_ms is %d, must not be negative",
-                              desc->timeout_ms);
+    LORASYNCI_TRY(lorasynci_check_timeout("timeout_ms", desc->timeout_ms, err));
     if (desc->comm && desc->unique_id)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "desc has both comm and unique_id; give one of them");
     if (desc->comm) return LORASYNC_OK;
@@ -7113,7 +7129,10 @@ LORASYNC_API lorasync_status lorasync_nccl_open(const lorasync_nccl_desc *desc, 
     cudaError_t     e;
     uint64_t        deadline;
     int             timeout_ms;
-    LORASYNCI_TRY(lorasynci_nccl_valid(desc, out, err));
+    if (out) memset(out, 0, sizeof *out);
+    LORASYNCI_GIVEN(desc);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_nccl_valid(desc, err));
     timeout_ms = desc->timeout_ms ? desc->timeout_ms : 60000;
     deadline   = lorasynci_deadline_ns(timeout_ms);
     n          = (lorasynci_nccl *)calloc(1, sizeof *n);
@@ -7168,7 +7187,8 @@ LORASYNC_API lorasync_status lorasync_nccl_unique_id(void *out, lorasync_error *
 
 LORASYNC_API lorasync_status lorasync_nccl_open(const lorasync_nccl_desc *desc, lorasync_comm *out, lorasync_error *err)
 {
-    (void)desc, (void)out;
+    (void)desc;
+    if (out) memset(out, 0, sizeof *out);
     return lorasynci_nccl_absent(err);
 }
 
@@ -7212,7 +7232,7 @@ LORASYNCI_FN lorasynci_talk lorasynci_talk_over(const lorasync_comm *comm, int t
     lorasynci_talk t;
     memset(&t, 0, sizeof t);
     t.comm       = lorasynci_comm_copy(comm);
-    t.timeout_ms = timeout_ms > 0 ? timeout_ms : 60000;
+    t.timeout_ms = timeout_ms > 0 ? timeout_ms : 60000; /* below 0 the call is refused, which the others must hear */
     t.scratch    = scratch;
     return t;
 }
@@ -7464,8 +7484,7 @@ LORASYNCI_FN lorasync_status lorasynci_image_new(const lorasync_allocator *given
 {
     lorasync_allocator    a;
     lorasynci_image_impl *m;
-    if (!lorasynci_take_allocator(given, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: alloc and free must both be set, or neither");
+    LORASYNCI_TRY(lorasynci_take_allocator(given, &a, err));
     m = (lorasynci_image_impl *)lorasynci_alloc_array(&a, 1, sizeof *m);
     if (!m) return lorasynci_fail_memory(err, sizeof *m);
     m->a                 = a;
@@ -7953,8 +7972,8 @@ LORASYNC_API lorasync_status lorasync_image_parse(const void *bytes, size_t num_
     lorasynci_image_impl *m = NULL;
     lorasync_status       status;
     if (out) *out = NULL;
-    if (!out || (!bytes && num_bytes))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_parse: bytes or out is NULL");
+    LORASYNCI_GIVEN_IF(num_bytes, bytes);
+    LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_image_new(allocator, &m, err));
     status = lorasynci_parse(m, (const unsigned char *)bytes, num_bytes, err);
     if (status < 0) {
@@ -8143,8 +8162,9 @@ LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *de
                                                    lorasync_image **out, lorasync_error *err)
 {
     if (out) *out = NULL;
-    if (!desc || !out || (!desc->tensors && desc->num_tensors))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_layout: desc, desc->tensors or out is NULL");
+    LORASYNCI_GIVEN(desc);
+    LORASYNCI_GIVEN_IF(desc->num_tensors, desc->tensors);
+    LORASYNCI_GIVEN(out);
     return lorasynci_layout(desc, NULL, allocator, out, err);
 }
 
@@ -8365,7 +8385,7 @@ LORASYNCI_FN lorasync_status lorasynci_compare_digest(const lorasync_image *imag
 LORASYNC_API lorasync_status lorasync_image_verify(const lorasync_image *image, lorasync_error *err)
 {
     uint64_t found;
-    if (!image) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_verify: image is NULL");
+    LORASYNCI_GIVEN(image);
     if (!image->has_digest)
         return lorasynci_fail(
             err, LORASYNC_E_FORMAT,
@@ -8380,9 +8400,10 @@ LORASYNC_API lorasync_status lorasync_image_changes(const lorasync_image *image,
                                                     uint32_t *out_indices, size_t *out_num, lorasync_error *err)
 {
     size_t i, n = 0;
-    if (!image || !old_digests || !out_indices || !out_num)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "lorasync_image_changes: image, old_digests, out_indices or out_num is NULL");
+    LORASYNCI_GIVEN(image);
+    LORASYNCI_GIVEN(old_digests);
+    LORASYNCI_GIVEN(out_indices);
+    LORASYNCI_GIVEN(out_num);
     if (image->num_tensors > UINT32_MAX)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu tensors are too many", image->num_tensors);
     LORASYNCI_TRY(lorasynci_check_digestible(image, err));
@@ -8541,10 +8562,10 @@ LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, u
     lorasync_image_desc desc;
     lorasync_status     status;
     if (out) *out = NULL;
-    if (!image || !base_digests || !out)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_delta: image, base_digests or out is NULL");
-    if (!lorasynci_take_allocator(allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    LORASYNCI_GIVEN(image);
+    LORASYNCI_GIVEN(base_digests);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
     LORASYNCI_TRY(lorasynci_check_delta_source(image, base_version, &a, err));
     memset(&c, 0, sizeof c);
     status             = lorasynci_find_changed(image, base_digests, &a, &c, err);
@@ -8678,9 +8699,9 @@ LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, co
     size_t                  num_bytes;
     lorasync_status         status;
     if (out) *out = NULL;
-    if (!delta || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_image_apply: delta or out is NULL");
-    if (!lorasynci_take_allocator(allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    LORASYNCI_GIVEN(delta);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
     if (!base)
         return lorasynci_fail(err, LORASYNC_E_BASE,
                               "nothing is held that the delta could be applied to; send the full image");
@@ -11412,7 +11433,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_start(const lorasync_plan_desc *desc
     lorasync_error     mine;
     memset(&mine, 0, sizeof mine);
     if (!has_out) lorasynci_fail(&mine, LORASYNC_E_ARGUMENT, "lorasync_plan_create: out is NULL");
-    if (lorasynci_check_host(desc->comm, desc->allocator, &a, &mine) < 0 && !lorasynci_comm_ok(desc->comm)) {
+    if (lorasynci_check_host(desc->comm, desc->allocator, desc->timeout_ms, &a, &mine) < 0 &&
+        !lorasynci_comm_ok(desc->comm)) {
         *err = mine; /* nobody to tell */
         return err->status;
     }
@@ -11669,7 +11691,7 @@ LORASYNCI_FN lorasync_status lorasynci_run_begin(lorasync_plan *plan, uint64_t t
 
 LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err)
 {
-    if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
+    LORASYNCI_GIVEN(plan);
     return lorasynci_run_begin(plan, 0, NULL, err);
 }
 
@@ -11746,7 +11768,7 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
     lorasync_status status;
     int             old, failed;
     if (!err) err = &why;
-    if (!plan) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "plan is NULL");
+    LORASYNCI_GIVEN(plan);
     if (plan->talk->lost) { /* by its begin: that one knows why */
         lorasynci_lost_before(err);
         if (plan->state == LORASYNCI_RUN_LOST && lorasync_is_lost(plan->refusal.status)) *err = plan->refusal;
@@ -13908,11 +13930,9 @@ LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_
     lorasynci_json     rest;
     lorasync_status    status;
     if (out) *out = NULL;
-    if (!out || !json)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_parse: json and out must not be NULL");
-    if (!lorasynci_take_allocator(allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "lorasync_config_parse: the allocator has only one of its two functions");
+    LORASYNCI_GIVEN(json);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
     c = (lorasync_config *)lorasynci_alloc_array(&a, 1, sizeof *c);
     if (!c) return lorasynci_fail_memory(err, sizeof *c);
     c->a = a;
@@ -14384,8 +14404,8 @@ LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config
 {
     lorasynci_pairs p;
     lorasync_status status;
-    if (!config || (!tensors && num_tensors))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_config_check: config and tensors must not be NULL");
+    LORASYNCI_GIVEN(config);
+    LORASYNCI_GIVEN_IF(num_tensors, tensors);
     status = lorasynci_pairs_read(&p, tensors, num_tensors, &config->a, err);
     if (status >= 0) status = lorasynci_config_check_pairs(config, &p, err);
     lorasynci_pairs_free(&p);
@@ -14754,12 +14774,10 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
     lorasync_status         status;
     if (out) *out = NULL;
     memset(&w, 0, sizeof w);
-    if (!desc || !out || (!tensors && num_tensors))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "lorasync_config_write: desc, tensors and out must not be NULL");
-    if (!lorasynci_take_allocator(allocator, &w.a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "lorasync_config_write: the allocator has only one of its two functions");
+    LORASYNCI_GIVEN(desc);
+    LORASYNCI_GIVEN_IF(num_tensors, tensors);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &w.a, err));
     if (!desc->config && !(desc->lora_alpha > 0 && desc->lora_alpha < 1e300))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "lorasync_config_write: lora_alpha is %g; without a config it must be above 0",
@@ -15847,10 +15865,10 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     lorasync_allocator   a;
     lorasynci_directory *d;
     char                *path;
-    if (!desc || !out)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_directory_open: %s is NULL", desc ? "out" : "desc");
-    if (!lorasynci_take_allocator(desc->allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    if (out) memset(out, 0, sizeof *out);
+    LORASYNCI_GIVEN(desc);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(desc->allocator, &a, err));
     if (desc->keep_versions < 0) {
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "keep_versions is %d, expected 0 or more", desc->keep_versions);
     }
@@ -17150,10 +17168,10 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     lorasynci_shm     *s;
     lorasync_status    status;
     int                i;
-    if (!desc || !out)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_shm_open: %s is NULL", desc ? "out" : "desc");
-    if (!lorasynci_take_allocator(desc->allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    if (out) memset(out, 0, sizeof *out);
+    LORASYNCI_GIVEN(desc);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(desc->allocator, &a, err));
     LORASYNCI_TRY(lorasynci_shm_check_name(desc->name, err));
     if (desc->num_slots && (desc->num_slots < 2 || desc->num_slots > LORASYNCI_SHM_SLOTS)) {
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "num_slots is %d, expected 0 or 2 to %d", desc->num_slots,
@@ -17960,12 +17978,11 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
     lorasync_allocator a;
     lorasynci_opened   opened;
     struct stat        st;
-    if (!path || !out_image) {
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_open_adapter: %s is NULL",
-                              path ? "out_image" : "path");
-    }
-    if (!lorasynci_take_allocator(allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    if (out_image) *out_image = NULL;
+    if (out_config) *out_config = NULL;
+    LORASYNCI_GIVEN(path);
+    LORASYNCI_GIVEN(out_image);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
     memset(&opened, 0, sizeof opened);
     if (stat(path, &st) != 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
     if (S_ISDIR(st.st_mode)) LORASYNCI_TRY(lorasynci_open_peft(path, &a, &opened, err));
@@ -18833,9 +18850,8 @@ LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, cons
     lorasync_delivery d;
     lorasync_status   status;
     int               kept;
-    if (!engine || !delivery)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_engine_offer: %s is NULL",
-                              engine ? "delivery" : "engine");
+    LORASYNCI_GIVEN(engine);
+    LORASYNCI_GIVEN(delivery);
     d      = *delivery;
     d.mark = 0;
     status = lorasynci_accept(engine, &d, NULL, 1, &kept, &why);
@@ -18959,7 +18975,8 @@ LORASYNCI_FN void lorasynci_engine_rest(lorasync_engine *e, uint64_t left_ns, ui
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err)
 {
     uint64_t deadline, now, rest_ns = 50000; /* between looks; doubles up to 5 ms */
-    if (!engine) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_engine_poll: engine is NULL");
+    LORASYNCI_GIVEN(engine);
+    LORASYNCI_TRY(lorasynci_check_timeout("timeout_ms", timeout_ms, err));
     if (!engine->source.look)
         return lorasynci_fail(err, LORASYNC_E_STATE,
                               "this engine was opened with offers_only: its versions come from lorasync_engine_offer");
@@ -19072,10 +19089,10 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
     lorasync_allocator a;
     lorasync_engine   *e;
     lorasync_status    status;
-    if (!desc || !out)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_engine_open: %s is NULL", desc ? "out" : "desc");
-    if (!lorasynci_take_allocator(desc->allocator, &a))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "allocator: give both alloc and free");
+    if (out) *out = NULL;
+    LORASYNCI_GIVEN(desc);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(desc->allocator, &a, err));
     e = (lorasync_engine *)lorasynci_alloc_array(&a, 1, sizeof *e);
     if (!e) return lorasynci_fail_memory(err, sizeof *e);
     e->a   = a;
@@ -19220,8 +19237,8 @@ LORASYNC_API lorasync_status lorasync_policy_decide(const lorasync_policy_state 
     lorasync_decision d;
     unsigned          resume;
     int               hold, flush;
-    if (!state || !out)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_policy_decide: %s is NULL", state ? "out" : "state");
+    LORASYNCI_GIVEN(state);
+    LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_policy_check(state, err));
     memset(&d, 0, sizeof d);
     d.base_reason    = lorasynci_why_base(state);
@@ -19250,8 +19267,8 @@ LORASYNC_API lorasync_status lorasync_policy_verl(const lorasync_verl_knobs *kno
                                                   lorasync_error *err)
 {
     lorasync_policy_state s;
-    if (!knobs || !out)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_policy_verl: %s is NULL", knobs ? "out" : "knobs");
+    LORASYNCI_GIVEN(knobs);
+    LORASYNCI_GIVEN(out);
     if (knobs->sleep_level != 1 && knobs->sleep_level != 2)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "sleep_level is %d, expected 1 or 2", knobs->sleep_level);
     memset(&s, 0, sizeof s);
@@ -19287,8 +19304,8 @@ LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *k
                                                    lorasync_error *err)
 {
     lorasync_policy_state s;
-    if (!knobs || !out)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_policy_miles: %s is NULL", knobs ? "out" : "knobs");
+    LORASYNCI_GIVEN(knobs);
+    LORASYNCI_GIVEN(out);
     memset(&s, 0, sizeof s);
     LORASYNCI_TRY(lorasynci_offload_tags(knobs->offload_rollout_level, &s.released, err));
     s.tags = LORASYNC_MEMORY_WEIGHTS | LORASYNC_MEMORY_KV_CACHE;
@@ -19462,7 +19479,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_copy(lorasync_session *s, lorasyn
 {
     const char *adapter = s->desc.adapter ? s->desc.adapter : "default", *config = s->desc.config_json,
                *base      = s->desc.base_model;
-    s->publish_timeout_ms = s->desc.publish_timeout_ms > 0 ? s->desc.publish_timeout_ms : 600000;
+    s->publish_timeout_ms = s->desc.publish_timeout_ms ? s->desc.publish_timeout_ms : 600000;
     s->adapter            = lorasynci_copy_text(&s->a, adapter, strlen(adapter));
     if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
     if (base) s->base_model = lorasynci_copy_text(&s->a, base, strlen(base));
@@ -19486,9 +19503,11 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
     lorasync_allocator a;
     lorasync_session  *s;
     lorasync_status    status;
-    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_open: desc or out is NULL");
-    *out = NULL;
-    LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, &a, err));
+    if (out) *out = NULL;
+    LORASYNCI_GIVEN(desc);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, desc->timeout_ms, &a, err));
+    LORASYNCI_TRY(lorasynci_check_timeout("publish_timeout_ms", desc->publish_timeout_ms, err));
     s = (lorasync_session *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a    = a;
@@ -19569,7 +19588,7 @@ LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const loras
 {
     lorasync_error why;
     if (!err) err = &why;
-    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
+    LORASYNCI_GIVEN(session);
     if (lorasynci_add_piece(session, piece, err) == LORASYNC_OK) return LORASYNC_OK;
     return lorasynci_remember(&session->add_error, err);
 }
@@ -19592,7 +19611,7 @@ LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lo
 {
     lorasync_error why;
     if (!err) err = &why;
-    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: session is NULL");
+    LORASYNCI_GIVEN(session);
     if (lorasynci_session_attach(session, transport, err) == LORASYNC_OK) return LORASYNC_OK;
     return lorasynci_remember(&session->add_error, err);
 }
@@ -19605,7 +19624,7 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
     lorasync_status         status;
     lorasync_error          why;
     if (!err) err = &why;
-    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
+    LORASYNCI_GIVEN(session);
     memset(&d, 0, sizeof d);
     d.directory = directory;
     d.allocator = &session->a;
@@ -20135,7 +20154,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     lorasync_status   status;
     lorasynci_outcome outcome;
     if (!err) err = &why;
-    if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "session is NULL");
+    LORASYNCI_GIVEN(session);
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_compile was called already");
     if (session->talk.lost) return lorasynci_lost_before(err);
     memset(&mine, 0, sizeof mine);
@@ -20830,9 +20849,10 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
     lorasync_allocator a;
     lorasync_stream   *s;
     lorasync_status    status;
-    if (!desc || !out) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_open: desc or out is NULL");
-    *out = NULL;
-    LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, &a, err));
+    if (out) *out = NULL;
+    LORASYNCI_GIVEN(desc);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, desc->timeout_ms, &a, err));
     s = (lorasync_stream *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a    = a;
@@ -20881,7 +20901,7 @@ LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const 
 {
     lorasync_error why;
     if (!err) err = &why;
-    if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
+    LORASYNCI_GIVEN(stream);
     if (lorasynci_stream_add_piece(stream, piece, err) == LORASYNC_OK) return LORASYNC_OK;
     return lorasynci_remember(&stream->add_error, err);
 }
@@ -20905,7 +20925,7 @@ LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, con
 {
     lorasync_error why;
     if (!err) err = &why;
-    if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: stream is NULL");
+    LORASYNCI_GIVEN(stream);
     if (lorasynci_stream_attach(stream, transport, err) == LORASYNC_OK) return LORASYNC_OK;
     return lorasynci_remember(&stream->add_error, err);
 }
@@ -21339,7 +21359,7 @@ LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lo
     lorasync_error     why;
     lorasync_status    status;
     if (!err) err = &why;
-    if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
+    LORASYNCI_GIVEN(stream);
     if (stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_compile was called already");
     if (stream->talk.lost) return lorasynci_lost_before(err);
     memset(&division, 0, sizeof division);
@@ -21437,7 +21457,7 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     lorasync_status       status;
     uint64_t              start = lorasynci_now_ns();
     if (!err) err = &why;
-    if (!stream) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "stream is NULL");
+    LORASYNCI_GIVEN(stream);
     if (!stream->plans)
         return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
     if (stream->talk.lost) return lorasynci_lost_before(err);
@@ -21886,6 +21906,8 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 #undef LORASYNCI_PRINTF
 #undef LORASYNCI_FN
 #undef LORASYNCI_TRY
+#undef LORASYNCI_GIVEN
+#undef LORASYNCI_GIVEN_IF
 #undef LORASYNCI_COUNT
 #undef LORASYNCI_AT
 #undef LORASYNCI_NUM

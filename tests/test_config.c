@@ -17,7 +17,7 @@ static unsigned long long seed = 1;
 static lorasync_allocator plain_allocator(void)
 {
     lorasync_allocator a;
-    lorasynci_take_allocator(NULL, &a);
+    lorasynci_take_allocator(NULL, &a, NULL);
     return a;
 }
 

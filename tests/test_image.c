@@ -211,7 +211,7 @@ static void many_overlapping(void)
     lorasynci_buffer   b;
     lorasync_allocator a;
     int                i;
-    lorasynci_take_allocator(NULL, &a);
+    lorasynci_take_allocator(NULL, &a, NULL);
     lorasynci_buffer_init(&b, &a);
     lorasynci_put_text(&b, "{");
     for (i = 0; i < 200000; i++)

@@ -826,14 +826,17 @@ static void refused_rank(rank_context *c)
     memset(&d, 0, sizeof d), memset(&p, 0, sizeof p), memset(&half, 0, sizeof half);
     p.name = "t", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 4, p.box = lorasync_whole(p.shape, 1), p.data = data;
     d.comm = &c->comm, d.have = &p, d.num_have = 1, d.timeout_ms = 20000;
-    for (what = 0; what < 2; what++) {
-        half.free   = test_memory_free;
-        d.allocator = what && c->rank == 1 ? &half : NULL;
+    for (what = 0; what < 3; what++) {
+        static const char *const texts[] = {"rank 1: lorasync_plan_create: out is NULL",
+                                            "rank 1: allocator: alloc is NULL; give both alloc and free, or neither",
+                                            "rank 1: timeout_ms is -1, must not be negative"};
+        half.free                        = test_memory_free;
+        d.allocator                      = what == 1 && c->rank == 1 ? &half : NULL;
+        d.timeout_ms                     = what == 2 && c->rank == 1 ? -1 : 20000;
         CHECK_EQ(lorasync_plan_create(&d, !what && c->rank == 1 ? NULL : &plan, &err), LORASYNC_E_ARGUMENT);
-        CHECK_HAS(err.text,
-                  what ? "rank 1: the allocator has one function" : "rank 1: lorasync_plan_create: out is NULL");
+        CHECK_HAS(err.text, texts[what]);
     }
-    d.allocator = NULL;
+    d.allocator = NULL, d.timeout_ms = 20000;
     CHECK_EQ(lorasync_plan_create(&d, &plan, &err), LORASYNC_OK);
     lorasync_plan_free(plan);
 }
