@@ -81,7 +81,7 @@
        >>layout     boxes, flat intervals, the layouts of trainers
                     -- what planning needs
        >>gpu        a GPU: waiting, memory, the kernel; windows onto memory of others
-                    -- windows; a GPU; waiting for a GPU; opening a GPU, and the kernel; its memory
+                    -- windows; a GPU; waiting for a GPU; opening a GPU, and the kernel; work on its stream; its memory
        >>comm       solo, local (shared memory), NCCL
                     -- ranks of one host; messages of local ranks; local exchange and all_gather; ranks joined by NCCL;
                        messages over NCCL; host memory over NCCL; opening and closing NCCL
@@ -3833,6 +3833,9 @@ LORASYNCI_FN uint32_t lorasynci_widen_scale(uint32_t code)
     return code == 0xffu ? 0x7fc00000u : code << 23;
 }
 
+/* Of types whose elements are whole bytes; pieces of others are refused. */
+LORASYNCI_FN int64_t lorasynci_element_bytes(lorasync_dtype dtype) { return lorasync_dtype_bits(dtype) / 8; }
+
 /* -- one tile. What lies in it behind the n-th element is computed along and ignored. */
 
 #define LORASYNCI_EACH(n, i, statement)                                                                                \
@@ -5858,6 +5861,7 @@ LORASYNCI_FN void lorasynci_window_close(lorasynci_window *w)
 typedef struct lorasynci_gpu {
     int                 ordinal;
     pid_t               pid;     /* of the process that opened it: a fork cannot use its parent's */
+    char                pci[24]; /* the GPU for all processes: its PCI address */
     int                 is_busy; /* launches may still run at the end: what they use is not freed */
     struct CUstream_st *caller;  /* whose work ours must wait for */
 #ifdef LORASYNC_CUDA
@@ -6014,19 +6018,45 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_load(lorasynci_gpu *g, const lorasync
     return LORASYNC_OK;
 }
 
+/* Whether every `unit` elements of an op lie in one row, and begin at multiples of `in` and `out` bytes. */
+LORASYNCI_FN int lorasynci_in_units(const lorasyncd_op *o, long long unit, long long in, long long out)
+{
+    long long from = lorasynci_element_bytes((lorasync_dtype)o->src_dtype),
+              to   = lorasynci_element_bytes((lorasync_dtype)o->dst_dtype);
+    if (o->s1 != 1 || o->d1 != 1 || (long long)(o->src % 16) % in || (long long)(o->dst % 16) % out) return 0;
+    return o->num == o->n1 || (o->n1 % unit == 0 && o->s0 * from % in == 0 && o->d0 * to % out == 0);
+}
+
+/* What is digested 8 at a time must not straddle blocks of 256 bytes of its tensor; pairs are not digested. */
+LORASYNCI_FN int lorasynci_unit(const lorasyncd_op *o)
+{
+    long long from = lorasynci_element_bytes((lorasync_dtype)o->src_dtype),
+              to   = lorasynci_element_bytes((lorasync_dtype)o->dst_dtype);
+    int narrows    = o->src_dtype == LORASYNC_F32 && (o->dst_dtype == LORASYNC_BF16 || o->dst_dtype == LORASYNC_F16);
+    int copies     = o->src_dtype == o->dst_dtype && o->scale == 1.0f && (from == 2 || o->src_dtype == LORASYNC_F32);
+    if ((!narrows && !copies) || o->via) return 1;
+    if (lorasynci_in_units(o, 8, 16, 16) && (!o->sum || (o->pos % 8 == 0 && (o->num == o->n1 || o->row % 8 == 0))))
+        return 8;
+    return !o->sum && o->num % 2 == 0 && lorasynci_in_units(o, 2, 2 * from, 2 * to) ? 2 : 1;
+}
+
 /* Launches the kernel: `num` tiles, a block of `threads` each, over operations; all tables in device memory. *bad gets
    the smallest element that is not finite. What an operation marks as in the image lies image_shift bytes further. */
-LORASYNCI_FN CUresult lorasynci_gpu_launch(const lorasynci_gpu *g, const void *ops, const void *tiles, unsigned num,
-                                           unsigned threads, void *bad, unsigned long long image_shift,
-                                           cudaStream_t stream)
+LORASYNCI_FN lorasync_status lorasynci_gpu_launch(const lorasynci_gpu *g, const void *ops, const void *tiles,
+                                                  unsigned num, unsigned threads, void *bad,
+                                                  unsigned long long image_shift, cudaStream_t stream, const char *what,
+                                                  lorasync_error *err)
 {
-    void *parameters[4];
+    void    *parameters[4];
+    CUresult r;
     LORASYNC_ASSERT(g->module && num > 0);
     parameters[0] = &ops;
     parameters[1] = &tiles;
     parameters[2] = &bad;
     parameters[3] = &image_shift;
-    return g->launch(g->kernel, num, 1, 1, threads, 1, 1, 0, stream, parameters, NULL);
+    r             = g->launch(g->kernel, num, 1, 1, threads, 1, 1, 0, stream, parameters, NULL);
+    if (r == CUDA_SUCCESS) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: %s was not launched (CUresult %d)", what, (int)r);
 }
 
 /* Waits for nothing. NULL is allowed. */
@@ -6051,6 +6081,7 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_fill(lorasynci_gpu *g, const lorasync
 {
     LORASYNCI_CUDA(cudaGetDevice(&g->ordinal), "no usable GPU");
     LORASYNCI_CUDA(cudaFree(NULL), "no usable GPU"); /* makes the context current */
+    LORASYNCI_CUDA(cudaDeviceGetPCIBusId(g->pci, (int)sizeof g->pci, g->ordinal), "cudaDeviceGetPCIBusId");
     if (with_kernel) LORASYNCI_TRY(lorasynci_gpu_load(g, a, err));
     LORASYNCI_CUDA(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking), "cudaStreamCreate");
     LORASYNCI_TRY(lorasynci_gpu_event(&g->ready, err));
@@ -6086,6 +6117,31 @@ LORASYNCI_FN int lorasynci_gpu_is_captured(const lorasynci_gpu *g)
     return g && cudaStreamIsCapturing(g->caller, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusActive;
 }
 
+/* -- work on its stream */
+
+/* What comes next on it comes behind what the caller has enqueued. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_follow(const lorasynci_gpu *g, lorasync_error *err)
+{
+    LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
+    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
+    return LORASYNC_OK;
+}
+
+/* Memory of any kind. `what`: "copying .." */
+LORASYNCI_FN lorasync_status lorasynci_gpu_copy(const lorasynci_gpu *g, void *dst, const void *src, size_t num_bytes,
+                                                const char *what, lorasync_error *err)
+{
+    if (num_bytes) LORASYNCI_CUDA(cudaMemcpyAsync(dst, src, num_bytes, cudaMemcpyDefault, g->stream), what);
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_gpu_fill_bytes(const lorasynci_gpu *g, void *memory, int byte, size_t num_bytes,
+                                                      lorasync_error *err)
+{
+    if (num_bytes) LORASYNCI_CUDA(cudaMemsetAsync(memory, byte, num_bytes, g->stream), "cudaMemsetAsync");
+    return LORASYNC_OK;
+}
+
 /* -- its memory */
 
 /* num_bytes of device memory, or of pinned host memory; of 0 bytes none (*out is NULL then). */
@@ -6107,21 +6163,16 @@ LORASYNCI_FN void lorasynci_gpu_free(int pinned, char *memory)
     (void)cudaGetLastError();
 }
 
-enum {
-    LORASYNCI_OFFER_LEAST = 2 << 20 /* bytes: what is smaller may share its block with memory that is not offered */
-};
-
-/* Device memory that others can open: of other processes, where there is IPC. */
-LORASYNCI_FN lorasync_status lorasynci_gpu_share(const lorasynci_gpu *g, size_t num_bytes, char **out,
-                                                 lorasynci_device_offer *offer, const char *what, lorasync_error *err)
+/* What others need to open device memory, which others lie in the block of when it is small: LORASYNCI_OFFER_LEAST. A
+   failure means that only this process can. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_describe(const lorasynci_gpu *g, char *memory, lorasynci_device_offer *out,
+                                                    lorasync_error *err)
 {
-    if (num_bytes < LORASYNCI_OFFER_LEAST) num_bytes = LORASYNCI_OFFER_LEAST;
-    LORASYNCI_TRY(lorasynci_gpu_alloc(0, num_bytes, out, what, err));
-    offer->process = lorasynci_process_self();
-    offer->pointer = (uint64_t)(uintptr_t)*out;
-    offer->ordinal = g->ordinal;
-    if (cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)offer->handle, *out) != cudaSuccess)
-        (void)cudaGetLastError(); /* other processes will not open it, and another way is taken */
+    out->process = lorasynci_process_self();
+    out->pointer = (uint64_t)(uintptr_t)memory;
+    out->ordinal = g->ordinal;
+    LORASYNCI_CUDA(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)out->handle, memory),
+                   "this GPU's memory cannot be shared over CUDA IPC");
     return LORASYNC_OK;
 }
 
@@ -6189,26 +6240,51 @@ LORASYNCI_FN int             lorasynci_gpu_enter(int ordinal) { return ordinal; 
 LORASYNCI_FN void            lorasynci_gpu_leave(int ordinal, int old) { (void)ordinal, (void)old; }
 LORASYNCI_FN int             lorasynci_gpu_is_captured(const lorasynci_gpu *g) { return g != NULL; }
 LORASYNCI_FN void            lorasynci_gpu_free(int pinned, char *memory) { (void)pinned, (void)memory; }
+LORASYNCI_FN lorasync_status lorasynci_gpu_follow(const lorasynci_gpu *g, lorasync_error *err)
+{
+    return (void)g, (void)err, LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_gpu_copy(const lorasynci_gpu *g, void *dst, const void *src, size_t num_bytes,
+                                                const char *what, lorasync_error *err)
+{
+    return (void)g, (void)dst, (void)src, (void)num_bytes, (void)what, (void)err, LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_gpu_drain(const lorasynci_gpu *g, const char *what, lorasync_error *err)
+{
+    return (void)g, (void)what, (void)err, LORASYNC_E_UNSUPPORTED;
+}
 LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, char **out, const char *what,
                                                  lorasync_error *err)
 {
-    (void)pinned, (void)num_bytes, (void)out, (void)what, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
+    return (void)pinned, (void)num_bytes, (void)out, (void)what, (void)err, LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_gpu_share(const lorasynci_gpu *g, size_t num_bytes, char **out,
-                                                 lorasynci_device_offer *offer, const char *what, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_gpu_describe(const lorasynci_gpu *g, char *memory, lorasynci_device_offer *out,
+                                                    lorasync_error *err)
 {
-    (void)g, (void)num_bytes, (void)out, (void)offer, (void)what, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
+    return (void)g, (void)memory, (void)out, (void)err, LORASYNC_E_UNSUPPORTED;
 }
 LORASYNCI_FN lorasync_status lorasynci_window_device(lorasynci_window *w, const lorasynci_gpu *g,
                                                      const lorasynci_device_offer *offer, lorasync_error *err)
 {
-    (void)w, (void)g, (void)offer, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
+    return (void)w, (void)g, (void)offer, (void)err, LORASYNC_E_UNSUPPORTED;
 }
 
 #endif
+
+enum {
+    LORASYNCI_OFFER_LEAST = 2 << 20 /* bytes: what is smaller may share its block with memory that is not offered */
+};
+
+
+/* Device memory that others can open: of other processes, where there is IPC. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_share(const lorasynci_gpu *g, size_t num_bytes, char **out,
+                                                 lorasynci_device_offer *offer, const char *what, lorasync_error *err)
+{
+    if (num_bytes < LORASYNCI_OFFER_LEAST) num_bytes = LORASYNCI_OFFER_LEAST;
+    LORASYNCI_TRY(lorasynci_gpu_alloc(0, num_bytes, out, what, err));
+    lorasynci_gpu_describe(g, *out, offer, NULL); /* else other processes will not open it, and another way is taken */
+    return LORASYNC_OK;
+}
 
 
 /* -------------------------------------------------------------------------------------------------------- >>comm -- */
@@ -7063,18 +7139,13 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_borrow(lorasynci_nccl *n, const lora
 /* The own stream, its event and the scratch. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_allocate(lorasynci_nccl *n, lorasync_error *err)
 {
-    cudaError_t e;
-    char        what[96];
     if (!lorasynci_checked_mul((size_t)n->world, LORASYNCI_NCCL_PER_RANK, &n->scratch_bytes))
         return lorasynci_fail_memory(err, SIZE_MAX);
     if (n->scratch_bytes < LORASYNCI_NCCL_SCRATCH) n->scratch_bytes = LORASYNCI_NCCL_SCRATCH;
-    e = cudaStreamCreateWithFlags(&n->stream, cudaStreamNonBlocking);
-    if (e == cudaSuccess) e = cudaEventCreateWithFlags(&n->done, cudaEventDisableTiming);
-    if (e == cudaSuccess) e = cudaMalloc((void **)&n->scratch, n->scratch_bytes);
-    if (e == cudaSuccess) e = cudaHostAlloc((void **)&n->host, n->scratch_bytes, cudaHostAllocDefault);
-    if (e == cudaSuccess) return LORASYNC_OK;
-    snprintf(what, sizeof what, "NCCL scratch of %zu bytes, on the device and pinned", n->scratch_bytes);
-    return lorasynci_cuda_fail(err, e, what);
+    LORASYNCI_CUDA(cudaStreamCreateWithFlags(&n->stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    LORASYNCI_TRY(lorasynci_gpu_event(&n->done, err));
+    LORASYNCI_TRY(lorasynci_gpu_alloc(0, n->scratch_bytes, &n->scratch, "device memory", err));
+    return lorasynci_gpu_alloc(1, n->scratch_bytes, &n->host, "pinned memory", err);
 }
 
 /* Destroying waits for what is under way; what cannot end is aborted. */
@@ -7098,9 +7169,8 @@ LORASYNCI_FN void lorasynci_nccl_free(lorasynci_nccl *n)
     if (n->comm && n->own) lorasynci_nccl_destroy(n);
     if (n->done) cudaEventDestroy(n->done);
     if (n->stream) cudaStreamDestroy(n->stream);
-    if (n->scratch) cudaFree(n->scratch);
-    if (n->host) cudaFreeHost(n->host);
-    (void)cudaGetLastError();
+    lorasynci_gpu_free(0, n->scratch);
+    lorasynci_gpu_free(1, n->host);
     lorasynci_gpu_leave(n->device, old);
     free(n);
 }
@@ -7144,7 +7214,10 @@ LORASYNC_API lorasync_status lorasync_nccl_open(const lorasync_nccl_desc *desc, 
         return lorasynci_cuda_fail(err, e, "no usable GPU");
     }
     status = desc->comm ? lorasynci_nccl_borrow(n, desc, deadline, err) : lorasynci_nccl_join(n, desc, deadline, err);
-    if (status == LORASYNC_OK) status = lorasynci_nccl_allocate(n, err);
+    if (status == LORASYNC_OK) {
+        status = lorasynci_nccl_allocate(n, err);
+        if (status < 0) lorasynci_prefix(err, "NCCL scratch of %zu bytes, on the device and pinned", n->scratch_bytes);
+    }
     if (status < 0) {
         if (n->own) n->lost = 1; /* the others may be waiting for it: not the time for an orderly end */
         lorasynci_nccl_free(n);
@@ -9123,9 +9196,6 @@ typedef struct lorasynci_end {
     int64_t         off[LORASYNC_MAX_DIMS];
     int64_t         stride[LORASYNC_MAX_DIMS];
 } lorasynci_end;
-
-/* Of types whose elements are whole bytes; pieces of others are refused. */
-LORASYNCI_FN int64_t lorasynci_element_bytes(lorasync_dtype dtype) { return lorasync_dtype_bits(dtype) / 8; }
 
 /* Elements from `base` (NULL: the origin) to `off` under these strides. */
 LORASYNCI_FN int64_t lorasynci_distance(const int64_t *off, const int64_t *base, const int64_t *stride, int ndim)
@@ -12312,28 +12382,6 @@ LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64
            lorasynci_mesh_starts(plan, to)[plan->talk->comm.rank] + at - plan->sends[to].base;
 }
 
-/* Whether every `unit` elements of an op lie in one row, and begin at multiples of `in` and `out` bytes. */
-LORASYNCI_FN int lorasynci_in_units(const lorasyncd_op *o, long long unit, long long in, long long out)
-{
-    long long from = lorasynci_element_bytes((lorasync_dtype)o->src_dtype),
-              to   = lorasynci_element_bytes((lorasync_dtype)o->dst_dtype);
-    if (o->s1 != 1 || o->d1 != 1 || (long long)(o->src % 16) % in || (long long)(o->dst % 16) % out) return 0;
-    return o->num == o->n1 || (o->n1 % unit == 0 && o->s0 * from % in == 0 && o->d0 * to % out == 0);
-}
-
-/* What is digested 8 at a time must not straddle blocks of 256 bytes of its tensor; pairs are not digested. */
-LORASYNCI_FN int lorasynci_unit(const lorasyncd_op *o)
-{
-    long long from = lorasynci_element_bytes((lorasync_dtype)o->src_dtype),
-              to   = lorasynci_element_bytes((lorasync_dtype)o->dst_dtype);
-    int narrows    = o->src_dtype == LORASYNC_F32 && (o->dst_dtype == LORASYNC_BF16 || o->dst_dtype == LORASYNC_F16);
-    int copies     = o->src_dtype == o->dst_dtype && o->scale == 1.0f && (from == 2 || o->src_dtype == LORASYNC_F32);
-    if ((!narrows && !copies) || o->via) return 1;
-    if (lorasynci_in_units(o, 8, 16, 16) && (!o->sum || (o->pos % 8 == 0 && (o->num == o->n1 || o->row % 8 == 0))))
-        return 8;
-    return !o->sum && o->num % 2 == 0 && lorasynci_in_units(o, 2, 2 * from, 2 * to) ? 2 : 1;
-}
-
 LORASYNCI_FN lorasyncd_op lorasynci_device_op_of(const lorasync_plan *plan, const lorasynci_op *op,
                                                  const lorasynci_grid *g, uint64_t sum)
 {
@@ -12616,12 +12664,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, con
 {
     const lorasynci_device *g     = plan->device;
     unsigned long long      shift = (unsigned long long)((uintptr_t)plan->memory[LORASYNCI_IMAGE] - (uintptr_t)g->home);
-    CUresult                r;
     if (!launch->num) return LORASYNC_OK;
-    r = lorasynci_gpu_launch(plan->gpu, launch->ops, launch->tiles, launch->num, launch->threads,
-                             &g->ballots[plan->talk->comm.rank].bad, shift, stream);
-    if (r == CUDA_SUCCESS) return LORASYNC_OK;
-    return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the copy kernel was not launched (CUresult %d)", (int)r);
+    return lorasynci_gpu_launch(plan->gpu, launch->ops, launch->tiles, launch->num, launch->threads,
+                                &g->ballots[plan->talk->comm.rank].bad, shift, stream, "the copy kernel", err);
 }
 
 /* What all ranks must have in their ballots. A mesh that is captured votes once more than one that is not: all ranks
@@ -12685,11 +12730,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_no_capture(lorasync_plan *plan, lo
 LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, lorasync_error *err)
 {
     const lorasynci_device *g = plan->device;
-    LORASYNCI_CUDA(
-        cudaMemsetAsync(&g->ballots[plan->talk->comm.rank].bad, 0xff, sizeof g->ballots->bad, plan->gpu->stream),
-        "cudaMemsetAsync");
-    if (g->num_sums) LORASYNCI_CUDA(cudaMemsetAsync(g->sums, 0, g->num_sums * 8, plan->gpu->stream), "cudaMemsetAsync");
-    return LORASYNC_OK;
+    LORASYNCI_TRY(
+        lorasynci_gpu_fill_bytes(plan->gpu, &g->ballots[plan->talk->comm.rank].bad, 0xff, sizeof g->ballots->bad, err));
+    return lorasynci_gpu_fill_bytes(plan->gpu, g->sums, 0, g->num_sums * 8, err);
 }
 
 /* What this rank does comes behind what the caller has enqueued. Own ballot and sums are mostly as the run before left
@@ -12698,18 +12741,15 @@ LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, l
 LORASYNCI_FN lorasync_status lorasynci_device_join(lorasync_plan *plan, cudaStream_t voting, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    LORASYNCI_CUDA(cudaEventRecord(plan->gpu->ready, plan->gpu->caller), "cudaEventRecord");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->stream, plan->gpu->ready, 0), "cudaStreamWaitEvent");
+    LORASYNCI_TRY(lorasynci_gpu_follow(plan->gpu, err));
     if (g->sums_are != LORASYNCI_SUMS_RESET) LORASYNCI_TRY(lorasynci_device_reset(plan, err));
     else g->sums_are = LORASYNCI_SUMS_USED;
     if (voting || plan->captured)
         LORASYNCI_TRY(lorasynci_device_fill_tag(plan, lorasynci_device_tag(plan), plan->captured,
                                                 plan->captured ? plan->gpu->stream : voting, err));
-    if (plan->source && plan->source->payload_bytes)
-        LORASYNCI_CUDA(cudaMemcpyAsync(plan->image_memory, plan->source->payload, plan->source->payload_bytes,
-                                       cudaMemcpyDefault, plan->gpu->stream),
-                       "copying the image to the GPU");
-    return LORASYNC_OK;
+    if (!plan->source) return LORASYNC_OK;
+    return lorasynci_gpu_copy(plan->gpu, plan->image_memory, plan->source->payload, plan->source->payload_bytes,
+                              "copying the image to the GPU", err);
 }
 
 /* All is packed: the caller goes on behind that. */
@@ -12809,10 +12849,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_close_run(lorasync_plan *plan, int
     for (i = 0; i < plan->talk->comm.world; i++) lorasynci_device_ballots(plan->device)[i].tag = 0;
     plan->device->num_sent = 0;
     if (!taken || !plan->image || !plan->has_image || plan->image->on_device) return LORASYNC_OK;
-    if (plan->image->payload_bytes)
-        LORASYNCI_CUDA(cudaMemcpyAsync((char *)(uintptr_t)plan->image->payload, plan->memory[LORASYNCI_IMAGE],
-                                       plan->image->payload_bytes, cudaMemcpyDefault, plan->gpu->stream),
-                       "copying the image to the host");
+    LORASYNCI_TRY(lorasynci_gpu_copy(plan->gpu, (void *)(uintptr_t)plan->image->payload, plan->memory[LORASYNCI_IMAGE],
+                                     plan->image->payload_bytes, "copying the image to the host", err));
     LORASYNCI_CUDA(cudaEventRecord(plan->gpu->done, plan->gpu->stream), "cudaEventRecord");
     return lorasynci_device_poll(plan, plan->gpu->done, lorasynci_deadline_ns(plan->talk->timeout_ms), 0, err);
 }
@@ -12988,9 +13026,9 @@ LORASYNCI_FN lorasync_status lorasynci_device_add_digests(const lorasync_plan *p
     for (i = 0; i < plan->talk->comm.world; i++) {
         const lorasynci_link *link = &plan->sends[i];
         if (!link->num_digests || lorasynci_link_rounds(link) != round + 1) continue;
-        LORASYNCI_CUDA(cudaMemcpyAsync(plan->memory[LORASYNCI_SEND] + lorasynci_link_staged_digests_at(link), g->sums,
-                                       link->num_digests * 8, cudaMemcpyDefault, plan->gpu->stream),
-                       "copying digests");
+        LORASYNCI_TRY(lorasynci_gpu_copy(plan->gpu,
+                                         plan->memory[LORASYNCI_SEND] + lorasynci_link_staged_digests_at(link), g->sums,
+                                         link->num_digests * 8, "copying digests", err));
     }
     return LORASYNC_OK;
 }
@@ -16686,22 +16724,24 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
 
 /* -- payloads in device memory, the publisher's side */
 
-#ifdef LORASYNC_CUDA
-
 /* Writes the head's `memory` when all of it is there; the caller frees it after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_shm_allocate(lorasynci_shm *s, int slot, size_t num_bytes, lorasync_error *err)
 {
-    lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
-    void                 *p = NULL;
+    lorasynci_shm_memory  *m = &lorasynci_shm_head_of(s, slot)->memory;
+    lorasynci_device_offer offer;
+    lorasync_status        status;
     LORASYNC_ASSERT(!s->payloads[slot]);
-    LORASYNCI_CUDA(cudaMalloc(&p, num_bytes), "memory for a slot");
-    s->payloads[slot] = (char *)p;
-    LORASYNCI_CUDA(cudaIpcGetMemHandle((cudaIpcMemHandle_t *)(void *)m->handle, p),
-                   "this GPU's memory cannot be shared over CUDA IPC; publish in host memory");
-    LORASYNCI_CUDA(cudaDeviceGetPCIBusId(m->gpu, (int)sizeof m->gpu, s->device->ordinal), "cudaDeviceGetPCIBusId");
+    LORASYNCI_TRY(lorasynci_gpu_alloc(0, num_bytes, &s->payloads[slot], "memory for a slot", err));
+    status = lorasynci_gpu_describe(s->device, s->payloads[slot], &offer, err);
+    if (status < 0) {
+        lorasynci_prefix(err, "publish in host memory");
+        return status;
+    }
+    memcpy(m->handle, offer.handle, sizeof m->handle);
+    memcpy(m->gpu, s->device->pci, sizeof m->gpu);
     m->owner     = s->mine;
-    m->pointer   = (uint64_t)(uintptr_t)p;
-    m->ordinal   = s->device->ordinal;
+    m->pointer   = offer.pointer;
+    m->ordinal   = offer.ordinal;
     m->num_bytes = num_bytes;
     return LORASYNC_OK;
 }
@@ -16728,9 +16768,8 @@ LORASYNCI_FN void lorasynci_shm_free_payload(lorasynci_shm *s, int slot)
     if (!s->payloads[slot]) return;
     lorasynci_shm_head_of(s, slot)->memory.pointer = 0;
     old                                            = lorasynci_gpu_enter(s->device->ordinal);
-    if (!s->stuck) cudaFree(s->payloads[slot]); /* would wait for the copy */
+    if (!s->stuck) lorasynci_gpu_free(0, s->payloads[slot]); /* would wait for the copy */
     lorasynci_gpu_leave(s->device->ordinal, old);
-    (void)cudaGetLastError();
     s->payloads[slot] = NULL;
 }
 
@@ -16746,28 +16785,15 @@ LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
     return s->payloads[slot];
 }
 
-/* The copy begins when what the caller has on its stream has ended. */
-LORASYNCI_FN lorasync_status lorasynci_shm_enqueue(lorasynci_shm *s, int slot, const lorasync_image *image,
-                                                   lorasync_error *err)
-{
-    lorasynci_gpu *g = s->device;
-    LORASYNCI_CUDA(cudaEventRecord(g->ready, g->caller), "cudaEventRecord");
-    LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), "cudaStreamWaitEvent");
-    if (!image->payload_bytes) return LORASYNC_OK;
-    LORASYNCI_CUDA(
-        cudaMemcpyAsync(s->payloads[slot], image->payload, image->payload_bytes, cudaMemcpyDefault, g->stream),
-        "copying the payload into a slot");
-    return LORASYNC_OK;
-}
-
-/* Starts the copy of the payload. */
+/* Starts the copy of the payload. It begins when what the caller has on its stream has ended. */
 LORASYNCI_FN lorasync_status lorasynci_shm_copy_begin(lorasynci_shm *s, int slot, const lorasync_image *image,
                                                       lorasync_error *err)
 {
-    lorasync_status status;
-    int             old;
-    old    = lorasynci_gpu_enter(s->device->ordinal);
-    status = lorasynci_shm_enqueue(s, slot, image, err);
+    const int       old    = lorasynci_gpu_enter(s->device->ordinal);
+    lorasync_status status = lorasynci_gpu_follow(s->device, err);
+    if (status == LORASYNC_OK)
+        status = lorasynci_gpu_copy(s->device, s->payloads[slot], image->payload, image->payload_bytes,
+                                    "copying the payload into a slot", err);
     lorasynci_gpu_leave(s->device->ordinal, old);
     return status;
 }
@@ -16783,33 +16809,6 @@ LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_e
     lorasynci_gpu_leave(s->device->ordinal, old);
     return status;
 }
-
-#else
-
-LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int slot, lorasync_error *err)
-{
-    (void)s, (void)slot, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN void  lorasynci_shm_free_payload(lorasynci_shm *s, int slot) { (void)s, (void)slot; }
-LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
-{
-    (void)s, (void)slot;
-    return NULL;
-}
-LORASYNCI_FN lorasync_status lorasynci_shm_copy_begin(lorasynci_shm *s, int slot, const lorasync_image *image,
-                                                      lorasync_error *err)
-{
-    (void)s, (void)slot, (void)image, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-LORASYNCI_FN lorasync_status lorasynci_shm_copy_end(lorasynci_shm *s, lorasync_error *err)
-{
-    (void)s, (void)err;
-    return LORASYNC_E_UNSUPPORTED;
-}
-
-#endif
 
 /* As lorasynci_shm_fits, for the device memory; a slot without serves a transport without. */
 LORASYNCI_FN int lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g)
@@ -17308,17 +17307,16 @@ typedef struct lorasynci_mapped {
     uint64_t                 serial; /* of the slot */
     dev_t                    device; /* of the segment; while it is mapped its inode is no other's */
     ino_t                    inode;
-    int                      slot, num_users;
-    void                    *map;
-    size_t                   num_bytes;
+    int                      slot;
+    lorasynci_window         window;
 } lorasynci_mapped;
 
 /* No version that is held lies in it. */
 LORASYNCI_FN void lorasynci_mapped_close(lorasynci_mapped *m)
 {
     lorasync_allocator a = m->view->a;
-    LORASYNC_ASSERT(m->num_users == 0);
-    if (m->map) munmap(m->map, m->num_bytes);
+    LORASYNC_ASSERT(m->window.num_users == 0);
+    lorasynci_window_close(&m->window);
     lorasynci_shm_view_drop(m->view);
     lorasynci_dealloc(&a, m);
 }
@@ -17328,7 +17326,7 @@ LORASYNCI_FN void lorasynci_mapped_sweep(lorasynci_mapped **first, const lorasyn
 {
     while (*first) {
         lorasynci_mapped *m = *first;
-        if (m->num_users || (m->view == now && now->map.control->slots[m->slot].serial == m->serial)) {
+        if (m->window.num_users || (m->view == now && now->map.control->slots[m->slot].serial == m->serial)) {
             first = &m->next;
             continue;
         }
@@ -17359,14 +17357,13 @@ LORASYNCI_FN lorasync_status lorasynci_mapped_add(lorasynci_mapped **first, lora
     int               reason;
     if (!m) return lorasynci_fail_memory(err, sizeof *m);
     v->num_users++;
-    m->view      = v;
-    m->slot      = slot;
-    m->serial    = v->map.control->slots[slot].serial;
-    m->device    = st->st_dev;
-    m->inode     = st->st_ino;
-    m->num_bytes = (size_t)st->st_size;
-    m->map       = lorasynci_shm_map_fd(fd, m->num_bytes, 0, &reason);
-    if (!m->map) {
+    m->view   = v;
+    m->slot   = slot;
+    m->serial = v->map.control->slots[slot].serial;
+    m->device = st->st_dev;
+    m->inode  = st->st_ino;
+    reason    = lorasynci_window_map(&m->window, fd, (size_t)st->st_size, PROT_READ, LORASYNCI_POPULATE);
+    if (reason) {
         lorasynci_mapped_close(m);
         return lorasynci_shm_fail(err, "map", path, reason);
     }
@@ -17380,16 +17377,16 @@ LORASYNCI_FN lorasync_status lorasynci_mapped_add(lorasynci_mapped **first, lora
 LORASYNCI_FN lorasync_status lorasynci_mapped_check_head(const lorasynci_mapped *m, const char *path,
                                                          lorasync_error *err)
 {
-    const lorasynci_shm_head *h    = (const lorasynci_shm_head *)m->map;
-    const uint64_t            room = m->num_bytes - LORASYNCI_SHM_HEAD;
+    const lorasynci_shm_head *h    = (const lorasynci_shm_head *)(const void *)m->window.address;
+    const uint64_t            room = m->window.num_bytes - LORASYNCI_SHM_HEAD;
     if (h->magic == lorasynci_shm_magic && h->image_bytes <= room && h->config_bytes != 0 &&
         h->config_bytes <= room - h->image_bytes &&
-        strnlen((const char *)m->map + LORASYNCI_SHM_HEAD + h->image_bytes, (size_t)h->config_bytes) ==
+        strnlen(m->window.address + LORASYNCI_SHM_HEAD + h->image_bytes, (size_t)h->config_bytes) ==
             h->config_bytes - 1)
         return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_FORMAT,
                           "shared memory %s is damaged: its head does not fit its %llu bytes; publish again", path,
-                          (unsigned long long)m->num_bytes);
+                          (unsigned long long)m->window.num_bytes);
 }
 
 /* A pinned slot, mapped now or before, with a head that fits. */
@@ -17571,7 +17568,7 @@ LORASYNCI_FN void lorasynci_shm_release(void *user)
     lorasynci_shm_held *h = (lorasynci_shm_held *)user;
     lorasync_allocator  a = h->a;
     if (h->import) h->import->window.num_users--;
-    if (h->mapped) h->mapped->num_users--;
+    if (h->mapped) h->mapped->window.num_users--;
     if (h->slot >= 0) lorasynci_shm_unpin(h->view, h->slot);
     lorasynci_shm_view_drop(h->view);
     lorasynci_dealloc(&a, h);
@@ -17628,8 +17625,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_look_for(void *user, size_t index, lo
 LORASYNCI_FN lorasync_status lorasynci_shm_find_bytes(lorasynci_shm_source *s, lorasynci_shm_held *held,
                                                       lorasync_delivery *out, lorasync_error *err)
 {
-    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)held->mapped->map;
-    const char               *memory = (const char *)held->mapped->map + LORASYNCI_SHM_HEAD;
+    const lorasynci_shm_head *h      = (const lorasynci_shm_head *)(const void *)held->mapped->window.address;
+    const char               *memory = held->mapped->window.address + LORASYNCI_SHM_HEAD;
     out->version                     = h->version;
     out->bytes                       = memory;
     out->num_bytes                   = (size_t)h->image_bytes;
@@ -17670,7 +17667,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_hand_over(lorasynci_shm_source *s, in
     }
     LORASYNCI_TRY(lorasynci_mapped_get(&s->mapped, s->view, s->name, held->slot, &mapped, err));
     held->mapped = mapped;
-    mapped->num_users++;
+    mapped->window.num_users++;
     out->mark = lorasynci_shm_mark_of(s, word);
     status    = lorasynci_shm_find_bytes(s, held, out, err);
     if (status < 0) lorasynci_prefix(err, "%s", held->where);
@@ -18046,9 +18043,8 @@ enum {
 /* The device is current. */
 LORASYNCI_FN void lorasynci_checker_drop(lorasynci_checker *c)
 {
-    cudaFree(c->table);
-    cudaFreeHost(c->host);
-    (void)cudaGetLastError();
+    lorasynci_gpu_free(0, c->table);
+    lorasynci_gpu_free(1, c->host);
     memset(c, 0, sizeof *c);
 }
 
@@ -18126,8 +18122,8 @@ LORASYNCI_FN lorasync_status lorasynci_checker_reserve(lorasynci_checker *c, con
                                                        lorasync_error *err)
 {
     size_t i;
-    cudaFree(c->table);
-    cudaFreeHost(c->host);
+    lorasynci_gpu_free(0, c->table);
+    lorasynci_gpu_free(1, c->host);
     c->table = c->host = NULL;
     c->num_ops         = image->num_tensors;
     for (c->num_tiles = i = 0; i < c->num_ops; i++) c->num_tiles += lorasynci_checker_tiles(&image->tensors[i]);
@@ -18136,11 +18132,9 @@ LORASYNCI_FN lorasync_status lorasynci_checker_reserve(lorasynci_checker *c, con
     c->tiles_at = c->num_ops * sizeof(lorasyncd_op);
     c->sums_at  = c->tiles_at + c->num_tiles * sizeof(lorasyncd_tile);
     c->terms_at = c->sums_at + c->num_ops * 8;
-    LORASYNCI_CUDA(cudaMalloc((void **)&c->table, c->terms_at + 8), "memory for the digest's tables");
-    LORASYNCI_CUDA(
-        cudaHostAlloc((void **)&c->host, c->terms_at + c->num_ops * sizeof(lorasynci_term) + 8, cudaHostAllocDefault),
-        "pinned memory for the digest's tables");
-    return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_gpu_alloc(0, c->terms_at + 8, &c->table, "memory for the digest's tables", err));
+    return lorasynci_gpu_alloc(1, c->terms_at + c->num_ops * sizeof(lorasynci_term) + 8, &c->host,
+                               "pinned memory for the digest's tables", err);
 }
 
 /* Makes the tables and copies them to the device. */
@@ -18164,25 +18158,19 @@ LORASYNCI_FN lorasync_status lorasynci_checker_tabulate(const lorasynci_gpu *g, 
     }
     num        = c->num_ops;
     c->num_ops = SIZE_MAX; /* fits nothing, until they are there */
-    LORASYNCI_CUDA(cudaMemcpyAsync(c->table, c->host, c->sums_at, cudaMemcpyDefault, g->stream),
-                   "copying the digest's tables");
+    LORASYNCI_TRY(lorasynci_gpu_copy(g, c->table, c->host, c->sums_at, "copying the digest's tables", err));
     c->num_ops = num;
     return LORASYNC_OK;
 }
 
 LORASYNCI_FN lorasync_status lorasynci_checker_launch(const lorasynci_gpu *g, lorasynci_checker *c, lorasync_error *err)
 {
-    CUresult r = CUDA_SUCCESS;
-    LORASYNCI_CUDA(cudaMemsetAsync(c->table + c->sums_at, 0, c->num_ops * 8, g->stream), "cudaMemsetAsync");
+    char *sums = c->table + c->sums_at;
+    LORASYNCI_TRY(lorasynci_gpu_fill_bytes(g, sums, 0, c->num_ops * 8, err));
     if (c->num_tiles) /* integers are not checked: bad is never written */
-        r = lorasynci_gpu_launch(g, c->table, c->table + c->tiles_at, (unsigned)c->num_tiles, LORASYNCD_THREADS,
-                                 c->table + c->sums_at, 0, g->stream);
-    if (r != CUDA_SUCCESS)
-        return lorasynci_fail(err, LORASYNC_E_CUDA, "CUDA: the digest's kernel was not launched (CUresult %d)", (int)r);
-    LORASYNCI_CUDA(
-        cudaMemcpyAsync(c->host + c->sums_at, c->table + c->sums_at, c->num_ops * 8, cudaMemcpyDefault, g->stream),
-        "copying digests");
-    return LORASYNC_OK;
+        LORASYNCI_TRY(lorasynci_gpu_launch(g, c->table, c->table + c->tiles_at, (unsigned)c->num_tiles,
+                                           LORASYNCD_THREADS, sums, 0, g->stream, "the digest's kernel", err));
+    return lorasynci_gpu_copy(g, c->host + c->sums_at, sums, c->num_ops * 8, "copying digests", err);
 }
 
 /* Starts digesting with the tables that there are, while the header is read: as a rule the next version has the same
