@@ -971,8 +971,8 @@ typedef struct lorasync_plan_desc {
     const lorasync_comm *comm; /* NULL: solo. Copied; its user pointer is borrowed until the plan is freed */
     lorasync_plan_kind   kind;
     int                  root; /* GATHER: who gets the image. SCATTER: who has it. Other kinds: who does the planning */
-    /* Tensors of value types (lorasync_dtype) travel, and lie in the image, as this one of them; NONE: as the type of
-       their pieces. Not used by SCATTER, where they travel as the image has them. */
+    /* The type that tensors of value types (lorasync_dtype) have in the image and on the way to it; NONE: that of their
+       pieces. Not used by SCATTER, where they have the type that the image gives them. */
     lorasync_dtype wire_dtype;
     /* GATHER, GATHER_ALL, RESHARD: what this rank has. Borrowed until return; their data until the plan is freed. */
     const lorasync_piece *have;
@@ -1030,7 +1030,7 @@ typedef struct lorasync_plan lorasync_plan;
        LORASYNC_E_DISAGREE     ranks disagree on a shape, a dtype or the desc
        LORASYNC_E_NOT_FOUND    a wanted tensor that nobody has
        LORASYNC_E_UNSUPPORTED  a conversion that does not exist; a piece of F4 or an F6 type; a scale of a wanted piece,
-                               or of a type that is no value type (lorasync_dtype)
+                               or of a type that is not a value type (lorasync_dtype)
        LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of the comm */
 LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out,
                                                   lorasync_error *err);
@@ -1083,10 +1083,14 @@ typedef struct lorasync_plan_stats {
     uint64_t pack_ns;    /* of the last run */
     uint64_t exchange_ns;
     uint64_t place_ns;
-    /* How the bytes go: "host messages" over the comm; "host direct", every rank writes into the image; "gpu alone",
-       nothing travels; "gpu direct", every rank writes into the root's image; "gpu over host", over the comm through
-       pinned memory; "gpu stream", over the comm's exchange_stream; "gpu mesh", every rank writes into the memory of
-       those who want it. Errors that cost the communicator begin with it. A constant. */
+    /* How the bytes travel. Errors that cost the communicator begin with this name. A constant:
+       "host messages"  over the comm
+       "host direct"    every rank writes into the image, in shared memory
+       "gpu alone"      nothing travels
+       "gpu direct"     every rank writes into the root's image
+       "gpu mesh"       every rank writes into the memory of those who want it
+       "gpu stream"     over the comm's exchange_stream
+       "gpu over host"  over the comm, through pinned host memory */
     const char *mover;
 } lorasync_plan_stats;
 
