@@ -19317,7 +19317,20 @@ LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *k
 
 /* ----------------------------------------------------------------------------------------------------- >>session -- */
 
-/* The easy path: names decide what is taken, a gather plan moves it, the publisher hands it on. */
+/* The easy path: names decide what is taken, a gather plan moves it, the publisher hands it on.
+
+   The way of one box, from lorasync_add to the engine's pointer:
+
+       lorasync_piece     a box of a named tensor, at an address                        the caller
+       lorasynci_added    the same with its key and role; taken by the filter or droppedhere
+       record, part       the tensor's name and shape; the box, by the tensor's number  >>plan, every rank
+       region             a part of some rank; cut with what is wanted                  >>plan, the planner
+       route              which part, to or from which rank, where on the link          >>plan, every rank
+       leg                a route with both of its ends: staging, image or part         >>plan, every rank
+       op, grid           rows from here to there, converted; on a GPU cut into tiles   >>plan, run by >>move
+       lorasync_image     packed, exchanged, placed: a safetensors file in memory       >>move
+       lorasync_delivery  staged and committed by a transport, opened by a source       >>publish, >>shm, >>engine
+       lorasync_tensor    checked, served, pinned: data is the engine's pointer         >>engine */
 
 /* One piece that was added and may be taken. Its name is the canonical key; the texts lie in `texts` and are offsets
    until compile. */
