@@ -1,0 +1,415 @@
+#!/usr/bin/env python3
+"""Mutations: changes lorasync.h in one place at a time and looks whether the tests notice.
+
+    tests/mutate.py [-j JOBS] [--list] [ROOM | NUMBER | WORD]...      from the repository root
+
+A mutant is a room, a function, a text that stands once in that function, and what stands there instead. White space
+does not count, so that formatting changes nothing; a text that is not there (any more) is reported and left out. Each
+mutant is built against the programs that are about its room, one after the other until one fails. A program that waits
+for deadlines may fail because the machine is busy: its verdict counts when it fails three times, and the original
+passes as often in between.
+
+The end is a table of the rooms and a list of the mutants that nothing noticed. Exit status 1 when less than 95 % of all
+were noticed. Takes half an hour on two cores; not part of any other target.
+"""
+
+import concurrent.futures
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+# The programs that are about a room, the quickest first.
+PROGRAMS = {
+    "support": "test_config test_plan test_plan_errors",
+    "json": "test_config test_image",
+    "dtype": "test_dtype",
+    "names": "test_names",
+    "layout": "test_layout",
+    "gpu": "test_shm_cuda test_nccl test_plans_cuda test_cuda_fake",
+    "comm": "test_comm test_session test_nccl",
+    "talk": "test_plan_errors test_session test_base",
+    "image": "test_image test_delta",
+    "plan": "test_plan test_plan_errors test_session",
+    "move": "test_plan test_plan_errors test_session test_plans_cuda test_cuda_fake",
+    "config": "test_config",
+    "publish": "test_publish test_directory",
+    "shm": "test_shm test_in_place test_shm_cuda test_in_place_cuda",
+    "engine": "test_directory test_shm test_doors test_shm_cuda",
+    "policy": "test_policy",
+    "session": "test_session test_in_place test_in_place_cuda",
+    "base": "test_base test_base_cuda",
+    "device": "test_plans_cuda test_cuda_fake",
+}
+
+# Programs with deadlines or races, in which a single failure may be the machine's.
+TIMED = set("""test_comm test_nccl test_session test_plan_errors test_plans_cuda test_cuda_fake test_shm test_directory
+test_in_place test_in_place_cuda test_base test_doors""".split())
+
+# room, function, old text, new text
+MUTANTS = [
+    # -- support
+    ("support", "lorasynci_buffer_reserve", "need <= b->capacity", "need <= b->capacity + 1"),
+    ("support", "lorasynci_put_format", "if (n < 0 || (size_t)n >= sizeof text) b->failed = 1;", "if (n < 0) b->failed = 1;"),
+    ("support", "lorasynci_arena_array", "n ? n : 1", "n"),
+    ("support", "lorasynci_hash", "if (num_bytes) h =", "if (0) h ="),
+    ("support", "lorasynci_process_ended", "then != now", "0"),
+    # -- json
+    ("json", "lorasynci_json_plain", "(unsigned char)*p >= 0x20", "(unsigned char)*p >= 0x1f"),
+    ("json", "lorasynci_json_string", "(unsigned char)*p < 0x20", "(unsigned char)*p < 0x1f"),
+    ("json", "lorasynci_utf8", "low = 0xA0", "low = 0x80"),
+    ("json", "lorasynci_utf8", "high = 0x8F", "high = 0xBF"),
+    ("json", "lorasynci_json_unicode", "low < 0xDC00 || low > 0xDFFF", "low < 0xDC00"),
+    ("json", "lorasynci_json_bracket", "j->depth == LORASYNCI_JSON_DEPTH", "j->depth == LORASYNCI_JSON_DEPTH + 1"),
+    ("json", "lorasynci_json_more", "*j->at != ','", "*j->at == bracket"),
+    ("json", "lorasynci_json_end", "j->at == j->end ?", "1 ?"),
+    ("json", "lorasynci_json_fail", "line = p + 1", "line = p"),
+    # -- dtype
+    ("dtype", "lorasynci_convert", "lorasynci_float_to_bits(scale) != 0x3f800000u", "scale != 1.0f && scale < 2"),
+    ("dtype", "lorasynci_round_short", "+ ((u >> shift) & 1u)", ""),
+    ("dtype", "lorasynci_round_short", "u & 0x7fffffffu", "u"),
+    ("dtype", "lorasynci_widen_scale", "0x00400000u", "0x00800000u"),
+    ("dtype", "lorasynci_find_nonfinite", "if (!rule.sign) return lorasynci_find_ones(p, n);", ""),
+    ("dtype", "lorasynci_finite_rule_of", "(inf) ? UINT64_C(1) << (mantissa) : 1", "UINT64_C(1) << (mantissa)"),
+    ("dtype", "lorasync_convert", "num_elements % 8 * (size_t)lorasync_dtype_bits(src_dtype) % 8 != 0", "0"),
+    ("dtype", "lorasynci_dtype_bytes", "+ n % 8 * bits / 8", ""),
+    ("dtype", "lorasynci_finite_bytes_avx2", "lorasynci_finite_add_avx2(p + i + 96, mask, unit)", "lorasynci_finite_add_avx2(p + i + 64, mask, unit)"),
+    # -- names
+    ("names", "lorasynci_path_unwrap", "p->num > 1 && lorasynci_segment_is(p->seg[0], \"module\")", "0"),
+    ("names", "lorasynci_is_wrapper", "|| lorasynci_segment_is(s, \"to_wrap\")", ""),
+    ("names", "lorasynci_find_tail", "if (behind == 2 && !parameter) continue;", ""),
+    ("names", "lorasynci_name_from_tail", "n->role != LORASYNC_ROLE_LORA_B", "0"),
+    ("names", "lorasynci_tail_module", "i + 1 == to &&", ""),
+    ("names", "lorasynci_unknown_leaf", "s.text[s.size - 2] == '_' &&", ""),
+    ("names", "lorasynci_is_megatron", "n > 3 &&", "0 &&"),
+    ("names", "lorasync_drop_adapter", "end > m &&", ""),
+    ("names", "lorasync_matcher_takes", "LORASYNC_ROLE_TRAINABLE_TOKENS", "LORASYNC_ROLE_BASE"),
+    ("names", "lorasynci_path_split", "if (to == at)", "if (0)"),
+    # -- layout
+    ("layout", "lorasynci_chunk", "(length % world != 0)", "(length % world > 1)"),
+    ("layout", "lorasync_even", "box.len[d] % world != 0", "0"),
+    ("layout", "lorasync_range", "len > box.len[d] - off", "len > box.len[d]"),
+    ("layout", "lorasync_fsdp1_layout", "use_orig_params ? world : 1", "1"),
+    ("layout", "lorasync_fsdp1_layout", "use_orig_params ? 16 / itemsize : 1", "1"),
+    ("layout", "lorasync_megatron_layout", "world / a * unit", "world * unit"),
+    ("layout", "lorasync_flat_part", "p.in_shard = first - off;", "p.in_shard = 0;"),
+    ("layout", "lorasynci_numel", "n > INT64_MAX / shape[d]", "0"),
+    ("layout", "lorasynci_box_check", "b->len[d] > extent - b->off[d]", "b->len[d] > extent"),
+    ("layout", "lorasynci_flat_boxes", "at % (inner * shape[k]) == 0 &&", ""),
+    # -- comm
+    ("comm", "lorasynci_local_check", "lorasynci_process_ended(r->process, l->ranks[seat->rank].process)", "0"),
+    ("comm", "lorasynci_local_check_sender", "if (moved) return LORASYNC_OK;", ""),
+    ("comm", "lorasynci_flow_receive", "size != f->num_bytes ||", ""),
+    ("comm", "lorasynci_flow_receive", "|| c->sizes[place] != n", ""),
+    ("comm", "lorasynci_local_healthy", "if (now - seat->looked_ns < 10000000)", "if (1)"),
+    ("comm", "lorasynci_local_given_up", "!= 2", "< 3"),
+    ("comm", "lorasynci_flow_send", "< LORASYNCI_RING", "< LORASYNCI_RING + 1"),
+    ("comm", "lorasynci_solo_exchange", "if (num_sends || num_receives)", "if (0)"),
+    ("comm", "lorasynci_comm_ok", "&& c->rank < c->world", ""),
+    ("comm", "lorasynci_nccl_fail", "r == ncclRemoteError ? LORASYNC_E_PEER : LORASYNC_E_COMM", "LORASYNC_E_COMM"),
+    ("comm", "lorasynci_nccl_late", "n->lost = 1;", ""),
+    # -- gpu
+    ("gpu", "lorasynci_gpu_wait", "e == cudaSuccess && check ? check(user, err) : LORASYNC_OK", "LORASYNC_OK"),
+    ("gpu", "lorasynci_gpu_wait", "check && (turns % 4096 == 0 || idle > LORASYNCI_YIELDS)", "0"),
+    # -- talk
+    ("talk", "lorasynci_count_votes", "i = world - 1; i >= 0; i--", "i = 0; i < world; i++"),
+    ("talk", "lorasynci_count_votes", "votes[i].plan != votes[0].plan", "0"),
+    ("talk", "lorasynci_count_votes", "votes[i].tag != votes[0].tag", "0"),
+    ("talk", "lorasynci_count_votes", "!votes[i].flag", "0"),
+    ("talk", "lorasynci_talk_lose", "t->comm.abort(t->comm.user, err->text)", "(void)err"),
+    ("talk", "lorasynci_talk_lose", "t->lost = status;", ""),
+    ("talk", "lorasynci_talk_over", "timeout_ms > 0 ? timeout_ms : 60000", "60000"),
+    # -- image
+    ("image", "lorasynci_check_payload", "if (running == payload_bytes) return LORASYNC_OK;", "return LORASYNC_OK;"),
+    ("image", "lorasynci_check_payload", "t->offset != running", "t->offset < running"),
+    ("image", "lorasynci_check_payload", "size != t->num_bytes", "size < t->num_bytes"),
+    ("image", "lorasynci_index_names", "lorasynci_tensor_name, m->tensors) != i", "lorasynci_tensor_name, m->tensors) > i"),
+    ("image", "lorasynci_read_hex16", "strlen(text) != 16", "0"),
+    ("image", "lorasynci_delta_metadata", "if (lorasync_image_metadata(image, keys[i])) continue;", "continue;"),
+    ("image", "lorasynci_check_tensor", "strcmp(t->name, \"__metadata__\") == 0", "0"),
+    ("image", "lorasynci_check_delta_base", "|| base->digest != d->base_digest", ""),
+    ("image", "lorasynci_check_delta_base", "if (!base->has_digest)", "if (0)"),
+    ("image", "lorasynci_merge_delta", "t->dtype != target->dtype ||", ""),
+    ("image", "lorasync_image_apply", "status = lorasync_image_verify(delta, err);", "status = LORASYNC_OK;"),
+    ("image", "lorasynci_fill_result", "status = lorasync_image_verify(full, err);", "status = LORASYNC_OK;"),
+    ("image", "lorasynci_check_delta_source", "image->version <= base_version", "image->version < base_version"),
+    ("image", "lorasynci_overlaps", "y - x < num_bytes", "y == x"),
+    ("image", "lorasync_digest", "position % 256", "position % 128"),
+    ("image", "lorasynci_parse", "n > num_bytes - 8", "n > num_bytes"),
+    # -- plan
+    ("plan", "lorasynci_check_overlap", "j = i + 1;", "j = i + 2;"),
+    ("plan", "lorasynci_check_coverage", "sum != numel &&", "sum > numel &&"),
+    ("plan", "lorasynci_choose_owner", "if (r[i].rank == dst) return &r[i];", ""),
+    ("plan", "lorasynci_choose_owner", "if (p->load[r[i].rank] < p->load[r[best].rank]) best = i;", ""),
+    ("plan", "lorasynci_intersect", "if (first >= end) return 0;", "if (first > end) return 0;"),
+    ("plan", None, "if (p->stride[d] == 0 && p->box.len[d] > 1)", "if (p->stride[d] == 0 && p->box.len[d] > 2)"),
+    ("plan", None, "v[3] = (uint64_t)d->allow_nan;", "v[3] = 0;"),
+    ("plan", "lorasynci_note_digest", "if (last.image_tensor == image_tensor) return LORASYNC_OK;", ""),
+    ("plan", "lorasynci_route_owned", "x.digests = 0;", "x.digests = 1;"),
+    ("plan", "lorasynci_route_wanted", "got != lorasynci_box_numel(want->box + ndim, ndim)", "0"),
+    ("plan", "lorasynci_route_image_tensor", "if (r == end &&", "if (0 &&"),
+    ("plan", None, "if (size > 3.4028234663852886e38 || (float)size == 0)", "if (size > 3.4028234663852886e38)"),
+    ("plan", None, "if (p->scale != p->scale || p->scale - p->scale != 0)", "if (p->scale != p->scale)"),
+    ("plan", None, "if (q.scale == 0) q.scale = 1;", ""),
+    ("plan", None, "if (leg->wire != far.dtype && (leg->wire != leg->near.dtype || leg->scale != 1)) leg->via = leg->wire;", ""),
+    ("plan", None, "if (!r->wanted && m->dtype != r->dtype)", "if (0)"),
+    ("plan", None, "if (briefing->mapping_bytes && lorasynci_is_planner(m->plan)) shm_unlink(briefing->name);", ""),
+    ("plan", None, "if (d->root < 0 || d->root >= plan->talk->comm.world)", "if (d->root < 0)"),
+    # -- move
+    ("move", "lorasynci_await_readers", "rank != plan->root", "rank == plan->root"),
+    ("move", "lorasynci_run_op", "if (check && bad < 0)", "if (0)"),
+    ("move", "lorasynci_run_op", "bad = at + (int64_t)hit", "bad = at"),
+    ("move", None, "if (plan->sums) memset(plan->sums, 0, plan->catalogue.num * sizeof *plan->sums);", ""),
+    ("move", None, "if (plan->image) plan->image->has_digest = 0;", ""),
+    ("move", None, "if (round >= 2) LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->placed[round % 2], 0), \"cudaStreamWaitEvent\");", ""),
+    ("move", None, "LORASYNCI_CUDA(cudaStreamWaitEvent(plan->gpu->caller, g->packed, 0), \"cudaStreamWaitEvent\");", ""),
+    ("move", None, "(plan->id ^ lorasynci_mix(plan->tag))", "(plan->id)"),
+    ("move", None, "(ballots[i].bad != UINT64_MAX && !plan->allow_nan)", "0"),
+    ("move", None, "if (plan->objection && plan->objection->status < 0 && plan->begin_error.status == LORASYNC_OK)", "if (0)"),
+    ("move", None, "if (plan->begin_error.status < 0 && err) *err = plan->begin_error;", ""),
+    # -- config
+    ("config", "lorasynci_excluded", "if (lorasynci_ends_in(module, c->exclude.at[i])) return 1;", ""),
+    ("config", "lorasync_config_scale", "config->info.use_rslora ? sqrt(rank) : rank", "rank"),
+    ("config", "lorasynci_pair_check", "pair->a->shape[0] != pair->b->shape[1]", "0"),
+    ("config", None, "if (c->info.use_dora != (pair->magnitude != NULL))", "if (0)"),
+    ("config", None, "if (c->info.lora_bias != (pair->bias != NULL) && !pair->embedding_a)", "if (0)"),
+    ("config", None, "if (found == expected ||", "if (found >= expected ||"),
+    ("config", None, "if (rank < 1 || rank > INT32_MAX)", "if (rank < 0 || rank > INT32_MAX)"),
+    ("config", None, "if (lorasynci_ends_in(name->module, names[i])) return 1;", ""),
+    ("config", None, "return a->order < b->order ? -1 : 1;", "return a->order > b->order ? -1 : 1;"),
+    ("config", None, "if (fold && w->desc->config->info.use_rslora) lorasynci_writer_field(w, \"use_rslora\", \"false\");", ""),
+    ("config", None, "if (bias) lorasynci_writer_field(w, \"lora_bias\", \"true\");", ""),
+    # -- publish
+    ("publish", "lorasynci_write_file", "if (!failed && !no_fsync) failed = lorasynci_sync_fd(fd);", ""),
+    ("publish", None, "if (!failed && !d->no_fsync) failed = lorasynci_sync_fd(fd);", ""),
+    ("publish", "lorasynci_commit_at", "if (!failed && !d->no_fsync) failed = lorasynci_sync_fd(adapter_fd);", ""),
+    ("publish", "lorasynci_swing_latest", "d->no_fsync ? 0 : lorasynci_sync_fd(adapter_fd)", "0"),
+    ("publish", "lorasynci_check_next", "if (version == held && same_bytes)", "if (version == held)"),
+    ("publish", "lorasynci_may_commit", "if (lorasynci_now_ns() - p->start_ns < LORASYNCI_QUICK_NS) return 1;", "return 1;"),
+    ("publish", None, "if (p->num_possible < p->need || p->lost.status < 0) return 0;", "if (p->lost.status < 0) return 0;"),
+    ("publish", "lorasynci_remove_stale", "if (lorasynci_is_stale(entry->d_name))", "if (0)"),
+    ("publish", "lorasynci_is_stale", "if (pid <= 0 || pid > 0x7fffffffL) return 0;", "return 1;"),
+    ("publish", None, "(size_t)d->keep_versions && oldest < latest", "(size_t)d->keep_versions + 1 && oldest < latest"),
+    ("publish", None, "memcmp(d->chunk, p, step) != 0", "0"),
+    ("publish", None, "p->outcomes[i].state != LORASYNC_ENGINE_STAGED", "0"),
+    ("publish", None, "if (text[0] != 'v' || text[1] < '1' || text[1] > '9') return 0;", "if (text[0] != 'v') return 0;"),
+    ("publish", None, "if (failed != EEXIST && failed != ENOTEMPTY) return failed;", "return failed;"),
+    ("publish", "lorasynci_check_carries", "(t->carries & what) == what", "1"),
+    # -- shm
+    ("shm", "lorasynci_shm_commit", "((*word >> LORASYNCI_SHM_SLOT_BITS) + 1) << LORASYNCI_SHM_SLOT_BITS", "((uint64_t)1) << LORASYNCI_SHM_SLOT_BITS"),
+    ("shm", "lorasynci_shm_commit", "|| p->version != version", ""),
+    ("shm", "lorasynci_shm_look", "owner && bury && !lorasynci_shm_lives(s->map.fd, i, owner, s->mine)", "owner && bury"),
+    ("shm", "lorasynci_shm_look", "lorasynci_shm_mark(s->used, s->places[i].next);", ""),
+    ("shm", "lorasynci_shm_trim", "if (!lorasynci_shm_retire(s, i)) continue;", ""),
+    ("shm", "lorasynci_shm_trim", "lorasynci_shm_is_marked(s->kept, i)", "0"),
+    ("shm", "lorasynci_shm_take", "if (!other && !lorasynci_shm_is_removed(out)) return LORASYNC_OK;", "if (!other) return LORASYNC_OK;"),
+    ("shm", "lorasynci_shm_take_back", "if (!s->device && slot >= 0) lorasynci_shm_drop_slot(s, slot);", ""),
+    ("shm", "lorasynci_shm_check_mine", "lorasynci_process_pid(s->mine) != (long)getpid()", "0"),
+    ("shm", "lorasynci_shm_same", "|| memory[h->image_bytes + config - 1]", ""),
+    ("shm", "lorasynci_shm_is_lost", "!h->memory.pointer ||", ""),
+    ("shm", "lorasynci_shm_is_open", "if (lorasynci_shm_lives(s->map.fd, i, owner, s->mine)) return 1;", ""),
+    ("shm", "lorasynci_shm_have_payload", "__atomic_store_n(&g->retired, (uint64_t)0, __ATOMIC_SEQ_CST);", ""),
+    ("shm", "lorasynci_shm_admit", "c->session != session)", "0)"),
+    ("shm", "lorasynci_shm_abort", "s->places[i].version == version", "1"),
+    ("shm", "lorasynci_shm_unused", "lorasynci_shm_is_marked(s->used, i)", "0"),
+    ("shm", "lorasynci_shm_enqueue", "LORASYNCI_CUDA(cudaStreamWaitEvent(g->stream, g->ready, 0), \"cudaStreamWaitEvent\");", ""),
+    ("shm", "lorasynci_shm_clear", "!lorasynci_shm_is_marked(s->used, i)", "0"),
+    # -- engine
+    ("engine", "lorasynci_check_arrival", "!r->e->no_verify && !is_applied && image->has_digest", "0"),
+    ("engine", "lorasynci_receive", "if (r->now && r->version < r->now->seen.version) return", "if (0) return"),
+    ("engine", "lorasynci_receive", "if (lorasynci_is_applied(r)) return LORASYNC_NOTHING_NEW;", ""),
+    ("engine", "lorasync_acquire", "if (__atomic_load_n(&s->current, __ATOMIC_SEQ_CST) == i) return", "return"),
+    ("engine", "lorasynci_check_names", "image->version && image->version != version", "0"),
+    ("engine", "lorasynci_check_names", "image->adapter[0] && strcmp(image->adapter, adapter) != 0", "0"),
+    ("engine", "lorasynci_is_checked", "|| strcmp(x->name, y->name) != 0", ""),
+    ("engine", "lorasynci_is_checked", "|| strcmp(a->config_json, b->config_json) != 0", ""),
+    ("engine", "lorasynci_hold_files", "memchr(h->config_json, 0, num_bytes)", "0"),
+    ("engine", "lorasynci_check_delivery", "lorasynci_load_le64((const unsigned char *)d->bytes, 8) == d->num_bytes - 8", "1"),
+    ("engine", "lorasynci_place_arrival", "if (e->adapter && strcmp(e->adapter, adapter) != 0)", "if (0)"),
+    ("engine", "lorasynci_open_latest", "if (version == tried) break;", "if (version) break;"),
+    ("engine", "lorasync_engine_offer", "if (status == LORASYNC_OK && !kept && d.release) d.release(d.user);", ""),
+    # -- policy
+    ("policy", "lorasynci_weights_lost", "if (s->keeps_memory || s->weights_backed_up) return 0;", "if (s->keeps_memory) return 0;"),
+    ("policy", None, "if (s->held_digest != s->digest) return LORASYNC_ADAPTER_CHANGED;", ""),
+    ("policy", None, "if (s->base_changed) return LORASYNC_BASE_CHANGED;", ""),
+    ("policy", None, "s->ask_adapter || s->verify ? LORASYNC_ADAPTER_ASKED", "s->ask_adapter ? LORASYNC_ADAPTER_ASKED"),
+    ("policy", "lorasync_policy_miles", "if (knobs->has_cuda_graph_tag) s.tags |= LORASYNC_MEMORY_CUDA_GRAPH;", ""),
+    # -- session
+    ("session", "lorasynci_fold", "&& add->role != LORASYNC_ROLE_LORA_B_BIAS", ""),
+    ("session", "lorasynci_fold", "&& add->role != LORASYNC_ROLE_EMBEDDING_B", ""),
+    ("session", "lorasynci_session_tag", "v[0] = (uint64_t)s->desc.fold_scale;", "v[0] = 0;"),
+    ("session", "lorasynci_session_tag", "v[1] = lorasynci_hash_text(s->desc.config_json, 1);", "v[1] = 0;"),
+    ("session", "lorasynci_session_pieces", "scale *= pieces[i].scale == 0 ? 1 : pieces[i].scale;", ""),
+    ("session", None, "session->plan->tag ^= aimed_at", "(void)aimed_at"),
+    ("session", None, "if (!s->desc.skip_unchanged || !s->last_version || image->digest != s->last_digest) return 0;", "if (!s->desc.skip_unchanged || !s->last_version) return 0;"),
+    ("session", None, "if (lorasynci_num_serving(lorasynci_outcomes(s), num, s->last_version) < num) return 0;", ""),
+    ("session", None, "if (!outcome.skipped) session->last_version = session->version;", ""),
+    ("session", None, "if (at % (want->on_device ? 256 : 8))", "if (0)"),
+    ("session", None, "if (!loan->id) return \"has no id\";", ""),
+    ("session", None, "if (p->shape[d] != q->shape[d]) return 0;", ""),
+    ("session", None, "if (name.role != LORASYNC_ROLE_LORA_B && name.role != LORASYNC_ROLE_EMBEDDING_B) continue;", "continue;"),
+    ("session", None, "if (!behind_only) p.comm = &s->talk.comm;", ""),
+    ("session", "lorasync_republish", "return lorasynci_talk_lose(&session->talk, status, err)", "return status"),
+    # -- base
+    ("base", None, "if (used && (used >= limit || g->list[i].num_bytes > limit - used))", "if (used && used >= limit)"),
+    ("base", None, "if (c->num > known) *first = (uint32_t)i;", "*first = (uint32_t)i;"),
+    ("base", None, "if (used > h->largest[bucket % 2]) h->largest[bucket % 2] = used;", "h->largest[bucket % 2] = used;"),
+    ("base", None, "if (s->loans[0].payload) s->loans[1].payload = s->loans[0].payload + first;", "s->loans[1].payload = s->loans[0].payload;"),
+    ("base", None, "if (n > 1) lorasynci_put_index(", "if (0) lorasynci_put_index("),
+    ("base", None, "v[5] = (uint64_t)s->desc.allow_nan;", "v[5] = 0;"),
+    # -- device
+    ("device", "lorasyncd_round_small", "m < over ? m : over", "m"),
+    ("device", "lorasyncd_round_small", "if (e < -mantissa) return sign;", "if (e <= -mantissa) return sign;"),
+    ("device", "lorasyncd_widen_small", "h >= over", "h > over"),
+    ("device", "lorasyncd_widen_scale", "code == 0 ? 0x00400000u :", ""),
+    ("device", "lorasyncd_convert", "if (scale != 1.0f) u =", "if (scale > 1.0f) u ="),
+    ("device", "lorasyncd_factor", "(x ^ (x >> 31)) | 1u", "(x ^ (x >> 31))"),
+    ("device", "lorasyncd_run", "|| (!wide && (w[i] >> 16 & mask) == mask)", ""),
+    ("device", "lorasyncd_run", "lorasyncd_factor((lorasyncd_u64)at >> 8)", "lorasyncd_factor((lorasyncd_u64)at >> 9)"),
+    ("device", "lorasyncd_advance", "if (*i1 >= o->n1) ++*i0, *i1 -= o->n1;", "if (*i1 > o->n1) ++*i0, *i1 -= o->n1;"),
+]
+
+CC = os.environ.get("CC", "cc")
+FLAGS = "-std=gnu99 -O1 -w -DLORASYNC_STATIC= -DLORASYNC_IMPLEMENTATION=".split()
+CUDA = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "include")
+LIBS = "-lm -lpthread -lrt".split()
+TIMEOUT = 300
+
+
+def loosely(text):
+    """A pattern for the text, whatever the white space between its words and signs."""
+    return r"\s*".join(re.escape(part) for part in re.findall(r"\w+|[^\w\s]", text))
+
+
+def span_of(header, function):
+    """Where the definition of a function stands, or None."""
+    for m in re.finditer(r"^(?:LORASYNC|static)[^\n;{}]*\b%s\([^;{}]*\)\s*\{" % re.escape(function), header, re.M):
+        end = header.find("\n}\n", m.end())
+        return m.start(), end + 2
+    return None
+
+
+def apply(header, mutant):
+    """The header with the mutant in it, or None and why not."""
+    room, function, old, new = mutant
+    begin, end = 0, len(header)
+    if function:
+        span = span_of(header, function)
+        if not span:
+            return None, "no function " + function
+        begin, end = span
+    found = list(re.finditer(loosely(old), header[begin:end]))
+    if len(found) != 1:
+        return None, "its text is there %d times" % len(found)
+    return header[: begin + found[0].start()] + new + header[begin + found[0].end():], None
+
+
+class Bench:
+    """A folder with one header, and the programs built from it."""
+
+    def __init__(self, header):
+        self.path = tempfile.mkdtemp(prefix="lorasync-mutant-")
+        with open(os.path.join(self.path, "lorasync.h"), "w") as f:
+            f.write(header)
+
+    def build(self, program):
+        out = os.path.join(self.path, program)
+        cuda = ["-isystem", CUDA] if os.path.isdir(CUDA) else []
+        command = [CC, *FLAGS, "-I" + self.path, "-Itests", *cuda, "-o", out, "tests/%s.c" % program, *LIBS]
+        return None if subprocess.run(command, stderr=subprocess.DEVNULL).returncode else out
+
+    def fails(self, built):
+        """What a run says that failed, or an empty list."""
+        try:
+            r = subprocess.run([built], stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT, text=True,
+                               errors="replace")
+        except subprocess.TimeoutExpired:
+            return ["timeout"]
+        failed = re.findall(r"^FAIL (\S+)", r.stdout, re.M)
+        return failed or (["exit status %d" % r.returncode] if r.returncode else [])
+
+    def remove(self):
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def judge(header, mutant, original):
+    """(verdict, by what): killed, survived, does not apply, does not compile."""
+    mutated, why = apply(header, mutant)
+    if mutated is None:
+        return "not applied", why
+    bench = Bench(mutated)
+    try:
+        for program in PROGRAMS[mutant[0]].split():
+            if not os.path.exists("tests/%s.c" % program):
+                continue
+            built = bench.build(program)
+            if not built:
+                return "not applied", program + " does not compile with it"
+            failed = bench.fails(built)
+            if not failed:
+                continue
+            if program not in TIMED:
+                return "killed", "%s: %s" % (program, failed[0])
+            again = [(bench.fails(built), original.fails(original.build(program))) for _ in range(2)]
+            if all(mutant_fails for mutant_fails, _ in again) and not any(clean for _, clean in again):
+                return "killed", "%s: %s" % (program, failed[0])
+            if sum(bool(m) for m, _ in again) > sum(bool(c) for _, c in again):
+                return "killed", "%s, not in every run: %s" % (program, failed[0])
+        return "survived", ""
+    finally:
+        bench.remove()
+
+
+def chosen(words):
+    def fits(number, m):
+        return not words or any(w == m[0] or w == str(number) or (w in (m[1] or "") and len(w) > 3) for w in words)
+    return [(n, m) for n, m in enumerate(MUTANTS, 1) if fits(n, m)]
+
+
+def main():
+    args = sys.argv[1:]
+    jobs = os.cpu_count() or 1
+    if "-j" in args:
+        at = args.index("-j")
+        jobs = int(args[at + 1])
+        del args[at: at + 2]
+    header = open("lorasync.h").read()
+    listing = "--list" in args
+    todo = chosen([a for a in args if a != "--list"])
+    if listing:
+        for number, m in todo:
+            why = apply(header, m)[1]
+            print("%3d %-8s %s%s" % (number, m[0], m[1] or m[2], ": " + why if why else ""))
+        return 0
+    score = {room: [0, 0, 0] for room in PROGRAMS}
+    survivors, missing = [], []
+    original = Bench(header)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        verdicts = {pool.submit(judge, header, m, original): (n, m) for n, m in todo}
+        for done in concurrent.futures.as_completed(verdicts):
+            (number, m), (verdict, by) = verdicts[done], done.result()
+            score[m[0]][("killed", "survived", "not applied").index(verdict)] += 1
+            if verdict == "survived":
+                survivors.append((number, m))
+            if verdict == "not applied":
+                missing.append((number, m, by))
+            print("%3d %-8s %-11s %s: `%s` -> `%s`%s"
+                  % (number, m[0], verdict, m[1] or "", m[2], m[3], " (%s)" % by if by else ""), flush=True)
+    original.remove()
+    print("\n%-10s %6s %8s %11s" % ("room", "killed", "survived", "not applied"))
+    for room, (killed, survived, absent) in score.items():
+        if killed + survived + absent:
+            print("%-10s %6d %8d %11d" % (room, killed, survived, absent))
+    for title, list_ in (("survived", [(n, m, "") for n, m in survivors]), ("not applied", missing)):
+        for number, m, why in sorted(list_, key=lambda x: x[0]):
+            print("%s: %d %s %s: `%s` -> `%s` %s" % (title, number, m[0], m[1] or "", m[2], m[3], why))
+    killed, survived = sum(s[0] for s in score.values()), len(survivors)
+    print("%d of %d killed (%.0f %%), %d not applied"
+          % (killed, killed + survived, 100 * killed / max(killed + survived, 1), len(missing)))
+    return 0 if killed >= 0.95 * (killed + survived) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
