@@ -45,6 +45,7 @@ EXAMPLES     := $(filter-out $(MPI_EXAMPLES),$(patsubst %.c,$(BUILD)/%,$(wildcar
 # One folder per flavour of the tests: test, asan-gcc, tsan-gcc, ...
 B       = $(BUILD)/test
 COMPILE = $(CC) $(STD) $(OPT) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) $(LDFLAGS)
+CHECKED = $(COMPILE) -include tests/asserts.h # the library's invariants are looked at in tests
 DEPENDS = -MMD -MP -MF $@.d -MT $@ # the headers that a file includes
 MAKEFLAGS += --no-print-directory
 
@@ -77,14 +78,14 @@ programs: $(addprefix $(B)/,$(TESTS))
 
 $(B)/%: tests/%.c $(B)/flags
 	@rm -f $@
-	$(COMPILE) $(DEPENDS) -o $@ $< $(filter %.o,$^) $(LDLIBS)
+	$(CHECKED) $(DEPENDS) -o $@ $< $(filter %.o,$^) $(LDLIBS)
 
 -include $(wildcard $(B)/*.d)
 
 # Programs that define no LORASYNC_IMPLEMENTATION share one. The others look at what is private, or stand in for system
 # calls, and have their own: with LORASYNC_STATIC only as much of it as they use is compiled.
 $(B)/lorasync.o: lorasync.h $(B)/flags
-	$(COMPILE) -DLORASYNC_IMPLEMENTATION -x c -c -o $@ $<
+	$(CHECKED) $(DEPENDS) -DLORASYNC_IMPLEMENTATION -x c -c -o $@ $<
 
 LINKED := $(shell grep -L LORASYNC_IMPLEMENTATION $$(grep -l '^.include "lorasync.h"' tests/test_*.c tests/slow_*.c))
 $(patsubst tests/%.c,$(B)/%,$(LINKED)): $(B)/lorasync.o
@@ -95,7 +96,7 @@ $(FAKED): private CPPFLAGS += -isystem $(CUDA_HOME)/include
 
 # Changes only when the command does: other flags, new programs.
 $(B)/flags: FORCE
-	@mkdir -p $(@D); command='$(subst ','\'',$(COMPILE) $(LDLIBS))'; [ "$$command" = "$$(cat $@ 2>/dev/null)" ] || echo "$$command" >$@
+	@mkdir -p $(@D); command='$(subst ','\'',$(CHECKED) $(LDLIBS))'; [ "$$command" = "$$(cat $@ 2>/dev/null)" ] || echo "$$command" >$@
 
 # $(call sanitized,name,flags,tests). Sanitizers want fixed addresses on kernels that randomise many bits.
 define sanitized
@@ -170,15 +171,15 @@ gpu-build: ## builds the GPU demo without running it, and checks the PTX text
 
 $(BUILD)/gpu_plan: tests/gpu_plan.c tests/test.h tests/ranks.h tests/random_case.h tests/device_case.h lorasync.h
 	@mkdir -p $(@D)
-	$(COMPILE) -isystem $(CUDA_HOME)/include $(if $(NCCL_HOME),-isystem $(NCCL_HOME)/include) -o $@ $< $(NCCL_LIBS) $(CUDA_LIBS) $(LDLIBS)
+	$(CHECKED) -isystem $(CUDA_HOME)/include $(if $(NCCL_HOME),-isystem $(NCCL_HOME)/include) -o $@ $< $(NCCL_LIBS) $(CUDA_LIBS) $(LDLIBS)
 
 $(BUILD)/gpu_shm: tests/gpu_shm.c tests/test.h lorasync.h
 	@mkdir -p $(@D)
-	$(COMPILE) -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
+	$(CHECKED) -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
 
 $(BUILD)/gpu_in_place: tests/test_in_place_cuda.c tests/test_in_place.c tests/in_place_cuda.h tests/test.h tests/ranks.h lorasync.h
 	@mkdir -p $(@D)
-	$(COMPILE) -DIN_PLACE_GPU -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
+	$(CHECKED) -DIN_PLACE_GPU -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
 
 test-gpu: ## tests on the GPUs of this machine
 	@if ! [ -e $(CUDA_HOME)/include/cuda_runtime_api.h ]; then echo "skip test-gpu: no CUDA in CUDA_HOME"; else \

@@ -5933,8 +5933,9 @@ enum {
 
 /* Waits for an event, or, where that is NULL, for all that is on a stream; a NULL stream has nothing. Never blocks
    inside CUDA. Then *out is cudaSuccess; or cudaErrorNotReady when the deadline came first; or what the work failed
-   with. `check` (or NULL) is called with `user` now and then, and once when the work has ended: what ended because a
-   communicator broke is no success. Only its failure is this function's. */
+   with. `check` (or NULL) is called with `user` now and then, and once when the work has ended or the deadline has
+   come: what ended because a communicator broke is no success, and no lack of time. Only its failure is this
+   function's. */
 LORASYNCI_FN lorasync_status lorasynci_gpu_wait(cudaEvent_t event, cudaStream_t stream, uint64_t deadline_ns,
                                                 lorasync_status (*check)(void *user, lorasync_error *err), void *user,
                                                 cudaError_t *out, lorasync_error *err)
@@ -5952,7 +5953,7 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_wait(cudaEvent_t event, cudaStream_t 
         if (check && (turns % 4096 == 0 || idle > LORASYNCI_YIELDS)) LORASYNCI_TRY(check(user, err));
         if (lorasynci_now_ns() >= deadline_ns) {
             *out = e;
-            return LORASYNC_OK;
+            return check ? check(user, err) : LORASYNC_OK; /* on a busy machine this may be the first look */
         }
         if (turns > LORASYNCI_GPU_SPINS) lorasynci_pause(&idle); /* others, NCCL's threads too, want the CPU */
     }

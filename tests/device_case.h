@@ -101,13 +101,14 @@ TEST_UNUSED static lorasync_status device_comm(device_rank *d)
     d->comm = d->context->comm;
     if (device_options.way != WAY_NCCL && device_options.way != WAY_NCCL_DIRECT) return LORASYNC_OK;
     if (d->context->rank == 0 && lorasync_nccl_unique_id(id, &d->err) < 0) return d->err.status;
-    if (d->context->comm.all_gather(d->context->comm.user, id, ids, sizeof id, device_patience_ms, &d->err) < 0)
+    if (d->context->comm.all_gather(d->context->comm.user, id, ids, sizeof id, test_ms(device_patience_ms), &d->err) <
+        0)
         return d->err.status;
     memset(&n, 0, sizeof n);
     n.unique_id  = ids;
     n.rank       = d->context->rank;
     n.world      = d->context->world;
-    n.timeout_ms = device_patience_ms;
+    n.timeout_ms = test_ms(device_patience_ms);
     return lorasync_nccl_open(&n, &d->comm, &d->err);
 }
 
@@ -116,7 +117,8 @@ TEST_UNUSED static void device_barrier(const device_rank *d)
 {
     char           in = 0, out[8];
     lorasync_error err;
-    CHECK_EQ(d->context->comm.all_gather(d->context->comm.user, &in, out, 1, device_patience_ms, &err), LORASYNC_OK);
+    CHECK_EQ(d->context->comm.all_gather(d->context->comm.user, &in, out, 1, test_ms(device_patience_ms), &err),
+             LORASYNC_OK);
 }
 
 TEST_UNUSED static lorasync_status device_plan(device_rank *d)
@@ -132,7 +134,7 @@ TEST_UNUSED static lorasync_status device_plan(device_rank *d)
     desc.have           = d->have;
     desc.want           = d->want;
     desc.no_direct      = device_options.way == WAY_NCCL || device_options.way == WAY_HOST;
-    desc.timeout_ms     = device_options.timeout_ms ? device_options.timeout_ms : device_patience_ms;
+    desc.timeout_ms     = device_options.timeout_ms ? device_options.timeout_ms : test_ms(device_patience_ms);
     desc.allocator      = device_options.allocator;
     if (device_options.watch_votes == 2) d->comm.all_gather_stream = NULL; /* the ranks vote over the host */
     return lorasync_plan_create(&desc, &d->plan, &d->err);

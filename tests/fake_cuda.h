@@ -427,7 +427,7 @@ static void fake_enqueue(cudaStream_t stream, const fake_item *item) /* locked *
 
 static int fake_drain(struct CUstream_st *s) /* locked; waits for other threads */
 {
-    time_t end = time(NULL) + FAKE_STUCK_S;
+    time_t end = time(NULL) + test_ms(FAKE_STUCK_S);
     while (s->head) {
         fake_progress(s);
         if (!s->head) break;
@@ -446,7 +446,7 @@ static int fake_drain_device(void)
 {
     struct CUstream_st *s;
     int                 device = fake_device % FAKE_DEVICES;
-    time_t              end    = time(NULL) + FAKE_STUCK_S;
+    time_t              end    = time(NULL) + test_ms(FAKE_STUCK_S);
     for (;;) {
         int left = 0;
         for (s = fake_cuda.streams; s; s = s->next) {

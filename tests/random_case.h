@@ -356,7 +356,7 @@ TEST_UNUSED static void fill_desc(lorasync_plan_desc *d, random_case *c, const r
     d->image        = c->kind == LORASYNC_SCATTER && x->rank == c->root ? c->expected : NULL;
     d->bucket_bytes = c->bucket;
     d->no_direct    = c->no_direct;
-    d->timeout_ms   = 20000;
+    d->timeout_ms   = test_ms(20000);
 }
 
 /* 0, or what is wrong with an image whose payload, as the host sees it, is at `payload`. */

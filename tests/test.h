@@ -153,6 +153,28 @@ TEST_UNUSED static unsigned long long test_random(unsigned long long *state)
     return x ^ (x >> 31);
 }
 
+/* -- time
+
+   LORASYNC_TEST_SLOWNESS says how many times slower than usual the machine may be; 1 without it. Every deadline, pause
+   and bound of a test is multiplied by it, so that correct code also passes on a machine that has much else to do. */
+TEST_UNUSED static int test_ms(int ms)
+{
+    const char *given  = getenv("LORASYNC_TEST_SLOWNESS");
+    int         factor = given ? atoi(given) : 1;
+    return factor > 1 ? ms * factor : ms;
+}
+
+/* The longest that a call with a deadline of a moment may take, in ns: on a busy machine it ends late, not never. */
+TEST_UNUSED static long long test_no_hang_ns(void) { return test_ms(10000) * 1000000ll; }
+
+TEST_UNUSED static void test_sleep_ms(int ms)
+{
+    struct timespec t;
+    t.tv_sec  = test_ms(ms) / 1000;
+    t.tv_nsec = test_ms(ms) % 1000 * 1000000l;
+    nanosleep(&t, NULL);
+}
+
 TEST_UNUSED static unsigned long long test_now_ns(void)
 {
     struct timespec t;

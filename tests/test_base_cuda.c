@@ -85,7 +85,7 @@ static lorasync_status join_nccl(rank_context *c, lorasync_comm *out, lorasync_e
     if (c->rank == 0 && lorasync_nccl_unique_id(id, err) < 0) return err->status;
     if (c->comm.all_gather(c->comm.user, id, ids, sizeof id, 20000, err) < 0) return err->status;
     memset(&n, 0, sizeof n);
-    n.unique_id = ids, n.rank = c->rank, n.world = c->world, n.timeout_ms = 20000;
+    n.unique_id = ids, n.rank = c->rank, n.world = c->world, n.timeout_ms = test_ms(20000);
     return lorasync_nccl_open(&n, out, err);
 }
 
@@ -108,7 +108,7 @@ static void device_rank(rank_context *c)
     if (u.nccl) status = join_nccl(c, &comm, &err);
     cudaStreamCreateWithFlags(&cuda.stream, cudaStreamNonBlocking);
     cuda.keep_on_device = u.keep_on_device;
-    d.comm = &comm, d.cuda = &cuda, d.bucket_bytes = 5 * sizeof u.truth[0], d.timeout_ms = 20000;
+    d.comm = &comm, d.cuda = &cuda, d.bucket_bytes = 5 * sizeof u.truth[0], d.timeout_ms = test_ms(20000);
     if (status == LORASYNC_OK) status = lorasync_stream_open(&d, &s, &err);
     for (i = 0; i < TENSORS; i++) {
         lorasync_piece p;

@@ -6,9 +6,6 @@
 #include "ranks.h"
 #include "traffic.h"
 
-static const long long no_hang = 10000000000ll; /* ns. On a busy machine a deadline of a moment is kept late, not
-                                                   never */
-
 #include <sys/mman.h>
 
 /* What process ranks leave for the test: shared between them. */
@@ -130,15 +127,12 @@ static void mismatched(rank_context *x)
     lorasync_error   err;
     uint64_t         start = test_now_ns();
     lorasync_status  status;
-    s.peer = r.peer = 1 - x->rank, s.data = a, r.data = b, s.num_bytes = 10, r.num_bytes = x->rank ? 20 : 10; /* rank 1
-                                                                                                                 expects
-                                                                                                                 20 of
-                                                                                                                 10 */
-    status = x->comm.exchange(x->comm.user, &s, 1, &r, 1, 300, &err);
+    s.peer = r.peer = 1 - x->rank, s.data = a, r.data = b;
+    s.num_bytes = 10, r.num_bytes = x->rank ? 20 : 10; /* rank 1 expects 20 of 10 */
+    status = x->comm.exchange(x->comm.user, &s, 1, &r, 1, test_ms(300), &err);
+    /* whoever had luck learns of it in the next call */
     if (status < 0) x->comm.abort(x->comm.user, err.text);
-    else
-        status = x->comm.all_gather(x->comm.user, a, b, 8, 300, &err); /* whoever had luck learns of it in the next
-                                                                           call */
+    else status = x->comm.all_gather(x->comm.user, a, b, 8, test_ms(300), &err);
     note(x, status, start, &err);
 }
 
@@ -149,7 +143,7 @@ static void mismatched_sizes(void)
     run_threads(2, mismatched, NULL);
     for (r = 0; r < 2; r++) {
         CHECK(lorasync_is_lost((lorasync_status)outcomes[r].status));
-        CHECK(outcomes[r].ns < no_hang);
+        CHECK(outcomes[r].ns < test_no_hang_ns());
     }
     CHECK_EQ(outcomes[1].status, LORASYNC_E_COMM);
     CHECK_HAS(outcomes[1].text, "rank 1 expected 20 bytes from rank 0, which sends 10");
@@ -160,7 +154,7 @@ static void mismatched_gather(rank_context *x)
     char            a[64] = {0}, b[4 * 64];
     lorasync_error  err;
     uint64_t        start  = test_now_ns();
-    lorasync_status status = x->comm.all_gather(x->comm.user, a, b, x->rank == 2 ? 32 : 16, 300, &err);
+    lorasync_status status = x->comm.all_gather(x->comm.user, a, b, x->rank == 2 ? 32 : 16, test_ms(300), &err);
     note(x, status, start, &err);
     if (status < 0) x->comm.abort(x->comm.user, err.text);
 }
@@ -170,7 +164,8 @@ static void mismatched_all_gather(void)
     int r;
     reset_outcomes();
     run_threads(4, mismatched_gather, NULL);
-    for (r = 0; r < 4; r++) CHECK(lorasync_is_lost((lorasync_status)outcomes[r].status) && outcomes[r].ns < no_hang);
+    for (r = 0; r < 4; r++)
+        CHECK(lorasync_is_lost((lorasync_status)outcomes[r].status) && outcomes[r].ns < test_no_hang_ns());
 }
 
 static void one_stays_away(rank_context *x)
@@ -179,7 +174,7 @@ static void one_stays_away(rank_context *x)
     lorasync_error err;
     uint64_t       start = test_now_ns();
     if (x->rank == 1) return;
-    note(x, x->comm.all_gather(x->comm.user, a, b, 16, 250, &err), start, &err);
+    note(x, x->comm.all_gather(x->comm.user, a, b, 16, test_ms(250), &err), start, &err);
 }
 
 static void rank_stays_away(void)
@@ -191,7 +186,7 @@ static void rank_stays_away(void)
         for (r = 0; r < world; r++) {
             if (r == 1) continue;
             CHECK_EQ(outcomes[r].status, LORASYNC_E_TIMEOUT);
-            CHECK(outcomes[r].ns >= 249000000 && outcomes[r].ns < no_hang);
+            CHECK(outcomes[r].ns >= test_ms(250) * 1000000ll - 1000000 && outcomes[r].ns < test_no_hang_ns());
             CHECK_HAS(outcomes[r].text, "did not answer"); /* rank 1, or one that waits for it itself */
         }
     }
@@ -207,8 +202,8 @@ static void rank_never_joins(void)
     REQUIRE(lorasync_local_open(2, &l, &err) == LORASYNC_OK);
     REQUIRE(lorasync_local_join(l, 0, &c, &err) == LORASYNC_OK);
     start = test_now_ns();
-    CHECK_EQ(c.all_gather(c.user, a, b, 16, 100, &err), LORASYNC_E_TIMEOUT);
-    CHECK(test_now_ns() - start < (uint64_t)no_hang);
+    CHECK_EQ(c.all_gather(c.user, a, b, 16, test_ms(100), &err), LORASYNC_E_TIMEOUT);
+    CHECK(test_now_ns() - start < (uint64_t)test_no_hang_ns());
     CHECK_HAS(err.text, "rank 1");
     CHECK_HAS(err.text, "never joined");
     CHECK_EQ(c.all_gather(c.user, a, b, 16, 0, &err), LORASYNC_E_TIMEOUT); /* no time at all is no hang */
@@ -221,13 +216,11 @@ static void aborting(rank_context *x)
     lorasync_error err;
     uint64_t       start = test_now_ns();
     if (x->rank == 3) {
-        struct timespec t;
-        t.tv_sec = 0, t.tv_nsec = 30000000;
-        nanosleep(&t, NULL);
+        test_sleep_ms(30);
         x->comm.abort(x->comm.user, "the reason");
         x->comm.abort(x->comm.user, "another");
     }
-    note(x, x->comm.all_gather(x->comm.user, a, b, 16, 20000, &err), start, &err);
+    note(x, x->comm.all_gather(x->comm.user, a, b, 16, test_ms(20000), &err), start, &err);
 }
 
 static void abort_wakes(void)
@@ -239,7 +232,7 @@ static void abort_wakes(void)
         else run_threads(5, aborting, NULL);
         for (r = 0; r < 5; r++) {
             CHECK_EQ(outcomes[r].status, LORASYNC_E_COMM);
-            CHECK(outcomes[r].ns < no_hang);
+            CHECK(outcomes[r].ns < test_no_hang_ns());
             CHECK_HAS(outcomes[r].text, "rank 3: the reason");
         }
     }
@@ -279,9 +272,9 @@ static void dying(rank_context *x)
     }
     for (i = 0; i < 200 && status == LORASYNC_OK && kill_when == 2; i++) {
         if (x->rank == 1 && i == 100) kill(getpid(), SIGKILL);
-        status = x->comm.all_gather(x->comm.user, a, b, 16, 10000, &err);
+        status = x->comm.all_gather(x->comm.user, a, b, 16, test_ms(10000), &err);
     }
-    if (kill_when != 2) status = x->comm.exchange(x->comm.user, s, k, r, k, 10000, &err);
+    if (kill_when != 2) status = x->comm.exchange(x->comm.user, s, k, r, k, test_ms(10000), &err);
     note(x, status, start, &err);
 }
 
@@ -332,18 +325,17 @@ static void sends_and_exits(rank_context *x)
     m.data = data, m.num_bytes = sizeof data;
     memset(data, x->rank, sizeof data);
     if (x->rank == 0) {
-        struct timespec t;
-        int             r;
-        t.tv_sec = 0, t.tv_nsec = 20000000;
-        nanosleep(&t, NULL); /* the others are gone by now */
+        int r;
+        test_sleep_ms(20); /* the others are gone by now */
         for (r = 1; r < x->world; r++) {
             m.peer = r;
-            if (x->comm.exchange(x->comm.user, NULL, 0, &m, 1, 5000, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+            if (x->comm.exchange(x->comm.user, NULL, 0, &m, 1, test_ms(5000), &err) < 0)
+                test_fail(__FILE__, __LINE__, err.text);
             CHECK(data[0] == r && data[sizeof data - 1] == r);
         }
     } else {
         m.peer = 0;
-        CHECK_EQ(x->comm.exchange(x->comm.user, &m, 1, NULL, 0, 5000, &err), LORASYNC_OK);
+        CHECK_EQ(x->comm.exchange(x->comm.user, &m, 1, NULL, 0, test_ms(5000), &err), LORASYNC_OK);
     }
 }
 
@@ -367,7 +359,7 @@ static void exit_behind_the_back(void)
     if (pid == 0) {
         memset(data, 5, sizeof data);
         m.peer = 0, m.data = data, m.num_bytes = sizeof data;
-        _exit(lorasync_local_join(l, 1, &c, &err) < 0 || c.exchange(c.user, &m, 1, NULL, 0, 1000, &err) < 0);
+        _exit(lorasync_local_join(l, 1, &c, &err) < 0 || c.exchange(c.user, &m, 1, NULL, 0, test_ms(1000), &err) < 0);
     }
     CHECK(waitpid(pid, &status, 0) == pid && WEXITSTATUS(status) == 0);
     m.peer = 1, m.data = data, m.num_bytes = sizeof data;
@@ -396,7 +388,8 @@ static void timed(rank_context *x)
     int            i;
     gather_round(&x->comm, 1, 16);
     start = test_now_ns();
-    for (i = 0; i < TIMED; i++) CHECK_EQ(x->comm.all_gather(x->comm.user, in, out, 16, 10000, &err), LORASYNC_OK);
+    for (i = 0; i < TIMED; i++)
+        CHECK_EQ(x->comm.all_gather(x->comm.user, in, out, 16, test_ms(10000), &err), LORASYNC_OK);
     note(x, LORASYNC_OK, start, &err);
 }
 

@@ -261,7 +261,7 @@ static lorasync_session *open_session(const rank_context *x, const scene *s, oth
     d.lora_alpha     = 16;
     d.no_direct      = s->no_direct;
     d.skip_unchanged = s->skip_unchanged;
-    d.timeout_ms     = 20000;
+    d.timeout_ms     = test_ms(20000);
     CHECK_EQ(lorasync_open(&d, &session, &err), LORASYNC_OK);
     add_parts(session, part, x->rank, x->world);
     if (x->rank == 0) {

@@ -27,9 +27,6 @@ int main(void)
 #include "ranks.h"
 #include "traffic.h"
 
-static const long long no_hang = 10000000000ll; /* ns. On a busy machine a deadline of a moment is kept late, not
-                                                   never */
-
 /* What the threads of a test share. */
 typedef struct party {
     char            id[128];
@@ -50,7 +47,7 @@ static void start_party(party *p, int world)
     fake_nccl_reset();
     fake_cuda.devices = world;
     memset(p, 0, sizeof *p);
-    p->timeout_ms = 5000;
+    p->timeout_ms = test_ms(5000);
     CHECK_EQ(lorasync_nccl_unique_id(p->id, &err), LORASYNC_OK);
 }
 
@@ -363,7 +360,7 @@ static void rank_that_cannot_join(void)
     party p;
     int   r;
     start_party(&p, 3);
-    p.timeout_ms                = 200;
+    p.timeout_ms                = test_ms(200);
     fake_nccl.rank[1].fail_init = ncclSystemError;
     run_threads(3, open_only, &p);
     CHECK_EQ(p.status[1], LORASYNC_E_COMM);
@@ -371,7 +368,7 @@ static void rank_that_cannot_join(void)
     for (r = 0; r < 3; r += 2) {
         CHECK_EQ(p.status[r], LORASYNC_E_TIMEOUT);
         CHECK_HAS(p.text[r], "making a communicator");
-        CHECK(p.ns[r] >= 199000000 && p.ns[r] < no_hang);
+        CHECK(p.ns[r] >= test_ms(200) * 1000000ll - 1000000 && p.ns[r] < test_no_hang_ns());
     }
     CHECK_EQ(fake_nccl.aborts, 2);
     end_party();
@@ -382,10 +379,10 @@ static void rank_that_hangs_joining(void)
     party p;
     int   r;
     start_party(&p, 2);
-    p.timeout_ms                = 150;
+    p.timeout_ms                = test_ms(150);
     fake_nccl.rank[1].hang_init = 1;
     run_threads(2, open_only, &p);
-    for (r = 0; r < 2; r++) CHECK(p.status[r] == LORASYNC_E_TIMEOUT && p.ns[r] < no_hang);
+    for (r = 0; r < 2; r++) CHECK(p.status[r] == LORASYNC_E_TIMEOUT && p.ns[r] < test_no_hang_ns());
     CHECK_EQ(fake_nccl.aborts, 2);
     end_party();
 }
@@ -420,13 +417,13 @@ static void hanging_close(void)
     party    p;
     uint64_t start = test_now_ns();
     start_party(&p, 1);
-    p.timeout_ms                    = 100;
+    p.timeout_ms                    = test_ms(100);
     fake_nccl.rank[0].hang_finalize = 1;
     run_threads(1, open_only, &p);
     CHECK_EQ(p.status[0], LORASYNC_OK);
     CHECK_EQ(fake_nccl.aborts, 1);
     CHECK_EQ(fake_nccl.destroys, 0);
-    CHECK(test_now_ns() - start < (uint64_t)no_hang);
+    CHECK(test_now_ns() - start < (uint64_t)test_no_hang_ns());
     end_party();
 }
 
@@ -491,15 +488,15 @@ static void async_error(void)
         for (borrowed = 0; borrowed < 3; borrowed++) {
             party p;
             start_party(&p, 3);
-            p.timeout_ms = 100, p.victim = 1, p.borrowed = borrowed, p.stream = at % 2;
+            p.timeout_ms = test_ms(100), p.victim = 1, p.borrowed = borrowed, p.stream = at % 2;
             fake_nccl.rank[1].broken_at = at;
             fake_nccl.rank[1].broken    = ncclSystemError;
             run_troubled(&p, 3);
             CHECK_EQ(p.status[1], LORASYNC_E_COMM);
             CHECK_HAS(p.text[1], "unhandled system error (the fake broke it)");
             CHECK_HAS(p.text[1], "make a new communicator");
-            CHECK(p.ns[1] < no_hang);
-            for (r = 0; r < 3; r += 2) CHECK(p.status[r] == LORASYNC_E_TIMEOUT && p.ns[r] < no_hang);
+            CHECK(p.ns[1] < test_no_hang_ns());
+            for (r = 0; r < 3; r += 2) CHECK(p.status[r] == LORASYNC_E_TIMEOUT && p.ns[r] < test_no_hang_ns());
         }
 }
 
@@ -508,7 +505,7 @@ static void peers_notice(void)
     party p;
     int   r;
     start_party(&p, 4);
-    p.timeout_ms = 20000, p.victim = 2;
+    p.timeout_ms = test_ms(20000), p.victim = 2;
     fake_nccl.peers_notice      = 1;
     fake_nccl.rank[2].broken_at = 3;
     fake_nccl.rank[2].broken    = ncclInternalError;
@@ -516,7 +513,7 @@ static void peers_notice(void)
     CHECK_EQ(p.status[2], LORASYNC_E_COMM);
     for (r = 0; r < 4; r++) {
         if (r != 2) CHECK_EQ(p.status[r], LORASYNC_E_PEER);
-        CHECK(p.ns[r] < no_hang);
+        CHECK(p.ns[r] < test_no_hang_ns());
     }
 }
 
@@ -526,14 +523,14 @@ static void hang(void)
     for (at = 1; at <= 4; at++) {
         party p;
         start_party(&p, 3);
-        p.timeout_ms = 150, p.victim = 0, p.borrowed = at % 3;
+        p.timeout_ms = test_ms(150), p.victim = 0, p.borrowed = at % 3;
         fake_nccl.rank[0].hang_at     = at;
         fake_nccl.rank[0].in_progress = at;
         run_troubled(&p, 3);
         for (r = 0; r < 3; r++) {
             CHECK_EQ(p.status[r], LORASYNC_E_TIMEOUT);
             CHECK_HAS(p.text[r], at % 2 ? "all_gather" : "exchange");
-            CHECK(p.ns[r] >= 149000000 && p.ns[r] < no_hang);
+            CHECK(p.ns[r] >= test_ms(150) * 1000000ll - 1000000 && p.ns[r] < test_no_hang_ns());
         }
     }
 }
@@ -543,7 +540,7 @@ static void never_settles(void)
 {
     party p;
     start_party(&p, 1);
-    p.timeout_ms = 100;
+    p.timeout_ms = test_ms(100);
     {
         lorasync_comm  c;
         lorasync_error err;
@@ -553,8 +550,8 @@ static void never_settles(void)
         REQUIRE(open_rank(&p, 0, 1, &borrowed, &c, &err) == LORASYNC_OK);
         fake_nccl.rank[0].in_progress = 1 << 30;
         start                         = test_now_ns();
-        CHECK_EQ(c.all_gather(c.user, in, out, 16, 100, &err), LORASYNC_E_TIMEOUT);
-        CHECK(test_now_ns() - start < (uint64_t)no_hang);
+        CHECK_EQ(c.all_gather(c.user, in, out, 16, test_ms(100), &err), LORASYNC_E_TIMEOUT);
+        CHECK(test_now_ns() - start < (uint64_t)test_no_hang_ns());
         lorasync_nccl_close(&c); /* without an abort by the caller */
     }
     CHECK_EQ(fake_nccl.aborts, 1);
@@ -568,11 +565,11 @@ static void refused_calls(void)
         party p;
         int   r;
         start_party(&p, 2);
-        p.timeout_ms = 150, p.victim = 1;
+        p.timeout_ms = test_ms(150), p.victim = 1;
         fake_nccl.rank[1].fail_call = ncclInvalidUsage;
         run_troubled(&p, 2);
         CHECK_EQ(p.status[1], LORASYNC_E_COMM);
-        for (r = 0; r < 2; r++) CHECK(p.ns[r] < no_hang);
+        for (r = 0; r < 2; r++) CHECK(p.ns[r] < test_no_hang_ns());
     }
 }
 
@@ -589,7 +586,7 @@ static void group_is_closed(void)
     REQUIRE(open_rank(&p, 0, 1, &borrowed, &c, &err) == LORASYNC_OK);
     fake_nccl.rank[0].fail_call = ncclInvalidUsage;
     m.peer = 0, m.data = data, m.num_bytes = 16;
-    CHECK_EQ(c.exchange_stream(c.user, &m, 1, NULL, 0, NULL, 100, &err), LORASYNC_E_COMM);
+    CHECK_EQ(c.exchange_stream(c.user, &m, 1, NULL, 0, NULL, test_ms(100), &err), LORASYNC_E_COMM);
     CHECK_EQ(fake_depth, 0);
     lorasync_nccl_close(&c);
     fake_nccl.misuses = 0; /* the message to itself was meant */
@@ -606,7 +603,7 @@ static void cuda_error(void)
     start_party(&p, 1);
     REQUIRE(open_rank(&p, 0, 1, &borrowed, &c, &err) == LORASYNC_OK);
     fake_cuda.query_fails_at = 1;
-    CHECK_EQ(c.all_gather(c.user, in, out, 16, 1000, &err), LORASYNC_E_COMM);
+    CHECK_EQ(c.all_gather(c.user, in, out, 16, test_ms(1000), &err), LORASYNC_E_COMM);
     CHECK_HAS(err.text, "cudaErrorIllegalAddress");
     CHECK_EQ(cudaPeekAtLastError(), cudaSuccess);
     lorasync_nccl_close(&c);
@@ -624,12 +621,12 @@ static void empty_messages(void)
     start_party(&p, 1);
     REQUIRE(open_rank(&p, 0, 1, &borrowed, &c, &err) == LORASYNC_OK);
     memset(m, 0, sizeof m);
-    CHECK_EQ(c.exchange(c.user, NULL, 0, NULL, 0, 100, &err), LORASYNC_OK);
-    CHECK_EQ(c.exchange(c.user, m, 1, m, 1, 100, &err), LORASYNC_OK);
-    CHECK_EQ(c.exchange_stream(c.user, m, 1, m, 1, NULL, 100, &err), LORASYNC_OK);
+    CHECK_EQ(c.exchange(c.user, NULL, 0, NULL, 0, test_ms(100), &err), LORASYNC_OK);
+    CHECK_EQ(c.exchange(c.user, m, 1, m, 1, test_ms(100), &err), LORASYNC_OK);
+    CHECK_EQ(c.exchange_stream(c.user, m, 1, m, 1, NULL, test_ms(100), &err), LORASYNC_OK);
     CHECK_EQ(c.check(c.user, &err), LORASYNC_OK);
     CHECK_EQ(fake_nccl.calls, 0);
-    CHECK_EQ(c.exchange(c.user, m, 2, m, 1, 100, &err), LORASYNC_E_COMM);
+    CHECK_EQ(c.exchange(c.user, m, 2, m, 1, test_ms(100), &err), LORASYNC_E_COMM);
     CHECK_HAS(err.text, "2 sends");
     lorasync_nccl_close(&c);
     end_party();

@@ -318,7 +318,7 @@ static lorasync_desc plain(void)
 {
     lorasync_desc d;
     memset(&d, 0, sizeof d);
-    d.lora_alpha = 8, d.timeout_ms = 20000;
+    d.lora_alpha = 8, d.timeout_ms = test_ms(20000);
     return d;
 }
 

@@ -150,18 +150,11 @@ typedef struct engine {
     char          config[4096], adapter[64];
 } engine;
 
-static void sleep_ms(int ms)
-{
-    struct timespec t;
-    t.tv_sec = ms / 1000, t.tv_nsec = ms % 1000 * 1000000L;
-    nanosleep(&t, NULL);
-}
-
 static lorasync_status engine_stage(void *user, const lorasync_image *image, lorasync_error *err)
 {
     engine *e = (engine *)user;
     e->stages++;
-    if (e->slow_ms) sleep_ms(e->slow_ms);
+    if (e->slow_ms) test_sleep_ms(e->slow_ms);
     if (e->fail_stage) return test_refuse(err, LORASYNC_E_IO, "the engine has no room");
     memcpy(e->staged_file, image->header, image->header_bytes);
     memcpy(e->staged_file + image->header_bytes, image->payload, image->payload_bytes);
@@ -176,7 +169,7 @@ static lorasync_status engine_commit(void *user, const char *adapter, uint64_t v
 {
     engine *e = (engine *)user;
     e->commits++;
-    if (e->slow_commit_ms) sleep_ms(e->slow_commit_ms);
+    if (e->slow_commit_ms) test_sleep_ms(e->slow_commit_ms);
     if (e->fail_commit) return test_refuse(err, LORASYNC_E_IO, "the engine will not commit");
     if (version != e->staged || strcmp(adapter, e->adapter) != 0)
         return test_refuse(err, LORASYNC_E_STATE, "commit of what was not staged");
@@ -205,7 +198,7 @@ static lorasync_desc plain_desc(const lorasync_comm *comm)
 {
     lorasync_desc d;
     memset(&d, 0, sizeof d);
-    d.comm = comm, d.lora_alpha = 16, d.timeout_ms = 10000;
+    d.comm = comm, d.lora_alpha = 16, d.timeout_ms = test_ms(10000);
     return d;
 }
 
@@ -1574,7 +1567,7 @@ static void lost_story(rank_context *c)
     rank_model       *m = &shared.models[c->rank];
     lorasync_session *s = NULL;
     lorasync_error    err;
-    d.timeout_ms = 300;
+    d.timeout_ms = test_ms(300);
     make_model(m, model, MODEL, FSDP2, c->rank, c->world, 1);
     if (stories_no_direct && c->rank == 1) return; /* never compiles */
     if (stories_no_direct) {
@@ -1609,7 +1602,7 @@ static void slow_story(rank_context *c)
     lorasync_session *s = NULL;
     lorasync_report   report;
     lorasync_error    err;
-    d.timeout_ms = 300, d.no_direct = stories_no_direct, d.root = 1;
+    d.timeout_ms = test_ms(300), d.no_direct = stories_no_direct, d.root = 1;
     make_model(m, model, MODEL, FSDP2, c->rank, c->world, 1);
     MUST(open_session(&d, m, c->rank == 1 ? e : NULL, &s, &err), LORASYNC_OK);
     if (c->rank == 1) e->slow_ms = e->slow_commit_ms = 700;
@@ -1637,7 +1630,7 @@ static void too_slow_story(rank_context *c)
     lorasync_session *s = NULL;
     lorasync_status   status;
     lorasync_error    err;
-    d.publish_timeout_ms = 200, d.no_direct = stories_no_direct;
+    d.publish_timeout_ms = test_ms(200), d.no_direct = stories_no_direct;
     make_model(m, model, MODEL, FSDP2, c->rank, c->world, 1);
     MUST(open_session(&d, m, c->rank == 0 ? e : NULL, &s, &err), LORASYNC_OK);
     MUST(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
@@ -1671,7 +1664,7 @@ static void killed_story(rank_context *c)
     CHECK_EQ(open_session(&d, &m, c->rank == 0 ? &e : NULL, &s, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
     if (c->rank == 0) e.slow_ms = 600;
-    if (c->rank == 2 && fork() == 0) sleep_ms(250), kill(getppid(), SIGKILL), _exit(0);
+    if (c->rank == 2 && fork() == 0) test_sleep_ms(250), kill(getppid(), SIGKILL), _exit(0);
     status = lorasync_sync(s, 2, NULL, &err);
     CHECK(lorasync_is_lost(status));
     if (c->rank == 0) CHECK(e.served == 1 && e.commits == 1 && e.aborts == 1);
