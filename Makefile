@@ -91,7 +91,7 @@ LINKED := $(shell grep -L LORASYNC_IMPLEMENTATION $$(grep -l '^.include "lorasyn
 $(patsubst tests/%.c,$(B)/%,$(LINKED)): $(B)/lorasync.o
 
 # Tests of the GPU and NCCL code, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
-FAKED = $(addprefix $(B)/,test_nccl test_cuda_fake test_plans_cuda test_base_cuda test_shm_cuda test_in_place_cuda)
+FAKED = $(addprefix $(B)/,test_nccl test_cuda_fake test_plans_cuda test_base_cuda test_shm_cuda test_in_place_cuda test_lend_cuda)
 $(FAKED): private CPPFLAGS += -isystem $(CUDA_HOME)/include
 
 # Changes only when the command does: other flags, new programs.
@@ -181,9 +181,14 @@ $(BUILD)/gpu_in_place: tests/test_in_place_cuda.c tests/test_in_place.c tests/in
 	@mkdir -p $(@D)
 	$(CHECKED) -DIN_PLACE_GPU -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
 
+$(BUILD)/gpu_lend: tests/test_lend_cuda.c tests/test_lend.c tests/in_place_cuda.h tests/test.h tests/ranks.h lorasync.h
+	@mkdir -p $(@D)
+	$(COMPILE) -DIN_PLACE_GPU -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
+
 test-gpu: ## tests on the GPUs of this machine
 	@if ! [ -e $(CUDA_HOME)/include/cuda_runtime_api.h ]; then echo "skip test-gpu: no CUDA in CUDA_HOME"; else \
-	    $(MAKE) $(BUILD)/gpu_shm $(BUILD)/gpu_in_place $(BUILD)/gpu_plan && $(BUILD)/gpu_shm && $(BUILD)/gpu_in_place && $(BUILD)/gpu_plan; fi
+	    $(MAKE) $(BUILD)/gpu_shm $(BUILD)/gpu_in_place $(BUILD)/gpu_lend $(BUILD)/gpu_plan && \
+	    $(BUILD)/gpu_shm && $(BUILD)/gpu_in_place && $(BUILD)/gpu_lend && $(BUILD)/gpu_plan; fi
 
 # Calls that fail and are handled (NCCL makes some at its start; peer access may be on already) are not errors. initcheck does not see what other
 # processes write into memory that they have opened, so it looks at ranks that are threads.

@@ -1,4 +1,4 @@
-/* What test_in_place.c needs of CUDA. */
+/* What test_in_place.c and test_lend.c need of CUDA. */
 #ifdef IN_PLACE_GPU
 
 #include <cuda_runtime_api.h>
@@ -17,7 +17,7 @@ static int can_run(void)
     pid_t pid = fork();
     if (pid == 0) _exit(cudaGetDeviceCount(&num) == cudaSuccess && num > 0 ? 0 : 1);
     if (pid > 0 && waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0) return 1;
-    printf("skip test_in_place_cuda: no GPU here\n");
+    printf("skip: no GPU here\n");
     return 0;
 }
 
@@ -34,7 +34,7 @@ static void choose_gpu(int rank)
 static int can_run(void)
 {
     if (!FAKE_MALLOC) return 1;
-    printf("skip test_in_place_cuda: the address sanitizer's device memory is not shared between processes\n");
+    printf("skip: the address sanitizer's device memory is not shared between processes\n");
     return 0;
 }
 

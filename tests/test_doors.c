@@ -1,7 +1,6 @@
 /* The doors of the library, used by an outsider: a transport and its engine side in one process, in this one file, with
    nothing but the public part of the header. A session publishes into the hub; an engine is offered what comes out, or
    polls the hub as a source. And what arrives damaged, late, twice or out of order. */
-#define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
 #include <pthread.h>
