@@ -63,7 +63,7 @@ expect readme-published 0 'q_proj$' "$E/inspect" "$T/adapters/default/latest"
 
 # ---- transports of one's own: what they print is what their first comment says
 
-for p in transport_minimal transport_full; do
+for p in transport_minimal transport_lend transport_full; do
     if [ ! -x "$E/$p" ]; then bad "$p" "$E/$p was not built"; continue; fi
     sed -n '/^   output /,/^$/p' "examples/$p.c" | sed 's/^.\{13\}//;/^$/d' >"$T/$p.expected"
     TMPDIR=$T timeout 60 "$E/$p" >"$T/out" 2>&1
