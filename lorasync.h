@@ -120,6 +120,8 @@
                        engine; the directory as a source; arrivals; polling; readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
+       >>host       what a session and a base stream have in common
+                    -- adding and attaching; versions
        >>session    the easy path through all of it
                     -- adding; compiling; what the root hands to all; lent memory; running; resuming; tensors that share
                        memory
@@ -14969,14 +14971,6 @@ LORASYNCI_FN void lorasynci_close_engines(const lorasynci_buffer *transports, co
     }
 }
 
-/* The first failure of a call that only compile repeats: a parameter or an engine that is missing is not left out in
-   silence. */
-LORASYNCI_FN lorasync_status lorasynci_remember(lorasync_error *first, const lorasync_error *err)
-{
-    if (first->status == LORASYNC_OK) *first = *err;
-    return err->status;
-}
-
 /* -- one run of publishing */
 
 /* One run of publishing. Transport i is as transport_copy left it; outcome i goes on from the run before.
@@ -19316,6 +19310,236 @@ LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *k
     return LORASYNC_OK;
 }
 
+/* -------------------------------------------------------------------------------------------------------- >>host -- */
+
+/* What a session and a base stream have in common: what the trainer declares and attaches, how its ranks talk, and what
+   is said of a version in the end. Uses >>support, >>names, >>comm, >>talk, >>plan, >>move and >>publish. */
+
+/* What is said of a piece beside the piece. Texts are offsets in the host's `texts`, which move until compile. */
+typedef struct lorasynci_added {
+    uint64_t      raw, key;        /* its name, as given and as published */
+    uint64_t      module, adapter; /* in the name; session */
+    lorasync_role role;            /* session */
+    double        scale;           /* as given */
+} lorasynci_added;
+
+/* What the root found when publishing; equal on all ranks afterwards. */
+typedef struct lorasynci_outcome {
+    uint64_t digest, publish_ns;
+    int32_t  num_engines, num_behind, skipped, in_place;
+} lorasynci_outcome;
+
+typedef struct lorasynci_host {
+    lorasync_allocator a;
+    lorasynci_talk     talk;
+    const void        *handle;      /* the session or stream, as transports know it */
+    const char        *calls;       /* how its functions begin, for error texts: "lorasync_", "lorasync_stream_" */
+    lorasync_plan_desc plan_desc;   /* of all its plans, but for the pieces; points to what is here */
+    char              *name;        /* under which it publishes */
+    char              *config_json; /* or NULL */
+    lorasync_cuda      cuda;        /* with desc.cuda */
+    lorasynci_buffer   texts;
+    lorasynci_buffer   pieces;               /* lorasync_piece, named from compile on; a list for a plan */
+    lorasynci_buffer   added;                /* lorasynci_added of each */
+    lorasynci_buffer   transports, outcomes; /* lorasync_transport; lorasync_engine_outcome of each */
+    lorasync_error     first_error;          /* of adding and attaching: compile fails with it */
+    uint64_t           last_version;         /* published */
+} lorasynci_host;
+
+/* d: the desc of its plans, with the caller's pointers. After a failure lorasynci_host_close frees what there is. */
+LORASYNCI_FN lorasync_status lorasynci_host_open(lorasynci_host *h, const void *handle, const char *calls,
+                                                 const lorasync_plan_desc *d, const char *config_json,
+                                                 lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_take_allocator(d->allocator, &h->a, err)); /* has been looked at by lorasynci_check_host */
+    lorasynci_buffer_init(&h->texts, &h->a);
+    lorasynci_buffer_init(&h->pieces, &h->a);
+    lorasynci_buffer_init(&h->added, &h->a);
+    lorasynci_buffer_init(&h->transports, &h->a);
+    lorasynci_buffer_init(&h->outcomes, &h->a);
+    h->handle = handle;
+    h->calls  = calls;
+    h->name   = lorasynci_copy_text(&h->a, d->adapter, strlen(d->adapter));
+    if (config_json) h->config_json = lorasynci_copy_text(&h->a, config_json, strlen(config_json));
+    if (!h->name || (config_json && !h->config_json)) return lorasynci_fail_memory(err, strlen(d->adapter));
+    LORASYNCI_TRY(lorasynci_talk_init(&h->talk, d->comm, d->timeout_ms, &h->a, err));
+    if (d->cuda) h->cuda = *d->cuda;
+    h->plan_desc           = *d;
+    h->plan_desc.comm      = &h->talk.comm;
+    h->plan_desc.allocator = &h->a;
+    h->plan_desc.adapter   = h->name;
+    h->plan_desc.cuda      = d->cuda ? &h->cuda : NULL;
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN int lorasynci_host_is_root(const lorasynci_host *h) { return h->talk.comm.rank == h->plan_desc.root; }
+
+/* What its transports are told that it publishes: nothing on other ranks than the root. */
+LORASYNCI_FN const char *lorasynci_host_publishes(const lorasynci_host *h)
+{
+    return lorasynci_host_is_root(h) ? h->name : NULL;
+}
+
+LORASYNCI_FN size_t lorasynci_num_engines(const lorasynci_host *h)
+{
+    return LORASYNCI_NUM(lorasync_transport, h->transports);
+}
+
+/* Before the plans are freed. left_behind: see lorasync_transport.detach. */
+LORASYNCI_FN void lorasynci_host_close_engines(const lorasynci_host *h, int left_behind)
+{
+    lorasynci_close_engines(&h->transports, h->handle, lorasynci_host_publishes(h), left_behind);
+}
+
+/* What was declared, which a stream does not need any more once its plans are made. */
+LORASYNCI_FN void lorasynci_host_forget_pieces(lorasynci_host *h)
+{
+    lorasynci_buffer_free(&h->texts);
+    lorasynci_buffer_free(&h->pieces);
+    lorasynci_buffer_free(&h->added);
+}
+
+/* After the plans, which talk through it. */
+LORASYNCI_FN void lorasynci_host_close(lorasynci_host *h)
+{
+    lorasynci_host_forget_pieces(h);
+    lorasynci_buffer_free(&h->transports);
+    lorasynci_buffer_free(&h->outcomes);
+    lorasynci_talk_free(&h->talk, &h->a);
+    lorasynci_dealloc(&h->a, h->name);
+    lorasynci_dealloc(&h->a, h->config_json);
+}
+
+/* -- adding and attaching */
+
+LORASYNCI_FN uint64_t lorasynci_host_keep(lorasynci_host *h, const char *text)
+{
+    uint64_t at = h->texts.size;
+    lorasynci_put(&h->texts, text, strlen(text) + 1);
+    return at;
+}
+
+LORASYNCI_FN const char *lorasynci_host_text(const lorasynci_host *h, uint64_t at) { return h->texts.data + at; }
+
+/* A piece that lorasynci_piece_check has passed. name: what its name says; NULL where it is published as it is. */
+LORASYNCI_FN lorasync_status lorasynci_host_add(lorasynci_host *h, const lorasync_piece *piece,
+                                                const lorasync_name *name, lorasync_error *err)
+{
+    lorasync_piece  unnamed = *piece;
+    lorasynci_added add;
+    memset(&add, 0, sizeof add);
+    add.scale = piece->scale;
+    add.raw = add.key = lorasynci_host_keep(h, piece->name);
+    if (name) {
+        add.role    = name->role;
+        add.key     = lorasynci_host_keep(h, name->key);
+        add.module  = lorasynci_host_keep(h, name->module);
+        add.adapter = lorasynci_host_keep(h, name->adapter);
+    }
+    unnamed.name = NULL; /* the caller's text may go */
+    lorasynci_put(&h->pieces, &unnamed, sizeof unnamed);
+    if (!h->pieces.failed) lorasynci_put(&h->added, &add, sizeof add);
+    return h->texts.failed || h->pieces.failed || h->added.failed ? lorasynci_fail_memory(err, h->texts.size)
+                                                                  : LORASYNC_OK;
+}
+
+/* A failure on one rank is remembered for compile, where it becomes everybody's. */
+LORASYNCI_FN lorasync_status lorasynci_host_remember(lorasynci_host *h, lorasync_status status,
+                                                     const lorasync_error *err)
+{
+    if (status < 0 && h->first_error.status == LORASYNC_OK) h->first_error = *err;
+    return status;
+}
+
+/* One more engine. carries: what it must be able to carry, or 0. */
+LORASYNCI_FN lorasync_status lorasynci_host_attach(lorasynci_host *h, const lorasync_transport *transport,
+                                                   int is_compiled, unsigned carries, lorasync_error *err)
+{
+    lorasync_transport t;
+    if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%sattach: transport is NULL", h->calls);
+    if (is_compiled)
+        return lorasynci_fail(err, LORASYNC_E_STATE, "%sattach after %scompile: attach every engine before", h->calls,
+                              h->calls);
+    LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
+    if (carries) LORASYNCI_TRY(lorasynci_check_carries(&t, carries, err));
+    return lorasynci_attach_engine(&h->transports, &h->outcomes, &t, h->handle, lorasynci_host_publishes(h), err);
+}
+
+/* -- versions */
+
+LORASYNCI_FN uint64_t lorasynci_hash_text(const char *text, uint64_t seed)
+{
+    return text ? lorasynci_hash(text, strlen(text), seed) : seed;
+}
+
+/* What must be equal on all ranks, beside what the plans compare themselves: root, name, and num values of its own. */
+LORASYNCI_FN uint64_t lorasynci_host_tag(const lorasynci_host *h, const uint64_t *values, size_t num)
+{
+    uint64_t tag = lorasynci_hash(values, num * sizeof *values, 5);
+    tag          = lorasynci_hash(&h->plan_desc.root, sizeof h->plan_desc.root, tag);
+    return lorasynci_hash_text(h->name, tag);
+}
+
+/* Begins a run for a version; or lets it fail, when that is not newer than the last one, or when the begin is being
+   captured in a CUDA graph, which would publish every launch as the same version. aimed_at: which memory the run writes
+   to, as a number; ranks that write to different memory must not agree. */
+LORASYNCI_FN lorasync_status lorasynci_host_begin(const lorasynci_host *h, lorasync_plan *plan, uint64_t version,
+                                                  uint64_t aimed_at, lorasync_error *err)
+{
+    lorasync_error refusal;
+    refusal.status = LORASYNC_OK;
+    if (lorasynci_gpu_is_captured(plan->gpu))
+        lorasynci_fail(&refusal, LORASYNC_E_UNSUPPORTED,
+                       "a session cannot be captured in a CUDA graph; capture lorasync_plan_begin of a plan");
+    else if (version <= h->last_version)
+        lorasynci_fail(&refusal, LORASYNC_E_VERSION,
+                       "version %llu is not newer than %llu, the last one published; count versions up from 1",
+                       (unsigned long long)version, (unsigned long long)h->last_version);
+    return lorasynci_run_begin(plan, version ^ aimed_at, refusal.status < 0 ? &refusal : NULL, err);
+}
+
+/* A run of publishing, to all engines. */
+LORASYNCI_FN lorasynci_publication lorasynci_host_publication(const lorasynci_host *h)
+{
+    lorasynci_publication p;
+    memset(&p, 0, sizeof p);
+    p.transports = LORASYNCI_AT(lorasync_transport, h->transports, 0);
+    p.outcomes   = LORASYNCI_AT(lorasync_engine_outcome, h->outcomes, 0);
+    p.num        = lorasynci_num_engines(h);
+    return p;
+}
+
+/* How many engines serve a version, and how many do not. */
+LORASYNCI_FN void lorasynci_host_count(const lorasynci_host *h, uint64_t version, lorasynci_outcome *out)
+{
+    size_t num       = lorasynci_num_engines(h);
+    size_t serving   = lorasynci_num_serving(LORASYNCI_AT(lorasync_engine_outcome, h->outcomes, 0), num, version);
+    out->num_engines = (int32_t)serving;
+    out->num_behind  = (int32_t)(num - serving);
+}
+
+/* The outcomes on the root; NULL, and 0, elsewhere. */
+LORASYNCI_FN const lorasync_engine_outcome *lorasynci_host_outcomes(const lorasynci_host *h, size_t *out_num)
+{
+    size_t num = h && lorasynci_host_is_root(h) ? lorasynci_num_engines(h) : 0;
+    if (out_num) *out_num = num;
+    return num ? LORASYNCI_AT(lorasync_engine_outcome, h->outcomes, 0) : NULL;
+}
+
+/* What a report says of a version that was published; the rest is about the plans. */
+LORASYNCI_FN void lorasynci_host_report(const lorasynci_host *h, const lorasynci_outcome *outcome, uint64_t begin_ns,
+                                        lorasync_report *out)
+{
+    out->version     = h->last_version;
+    out->digest      = outcome->digest;
+    out->num_engines = outcome->num_engines;
+    out->num_behind  = outcome->num_behind;
+    out->skipped     = outcome->skipped;
+    out->in_place    = outcome->in_place;
+    out->publish_ns  = outcome->publish_ns;
+    out->total_ns    = lorasynci_now_ns() - begin_ns;
+}
+
 /* ----------------------------------------------------------------------------------------------------- >>session -- */
 
 /* The easy path: names decide what is taken, a gather plan moves it, the publisher hands it on.
@@ -19332,14 +19556,6 @@ LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *k
        lorasync_image     packed, exchanged, placed: a safetensors file in memory       >>move
        lorasync_delivery  staged and committed by a transport, opened by a source       >>publish, >>shm, >>engine
        lorasync_tensor    checked, served, pinned: data is the engine's pointer         >>engine */
-
-/* One piece that was added and may be taken. Its name is the canonical key; the texts lie in `texts` and are offsets
-   until compile. */
-typedef struct lorasynci_added {
-    lorasync_piece piece;
-    lorasync_role  role;
-    uint64_t       raw, key, module, adapter;
-} lorasynci_added;
 
 /* Where the next run makes the image: in the plan's own memory, or straight in memory that a transport lends.
 
@@ -19379,53 +19595,28 @@ typedef struct lorasynci_aim {
 } lorasynci_aim;
 
 struct lorasync_session {
-    lorasync_allocator a;
-    lorasynci_talk     talk;
-    lorasync_desc      desc; /* adapter, config_json and base_model replaced by the copies below */
-    char              *adapter, *config_json, *base_model;
-    lorasync_cuda      cuda;   /* the copy of desc.cuda, if there is one */
-    lorasync_config   *config; /* parsed config_json, or NULL */
-    lorasynci_buffer   texts;
-    lorasynci_buffer   added;   /* lorasynci_added; after compile only those taken */
-    lorasynci_buffer   modules; /* uint64_t offsets of names of linear base modules, for "all-linear" */
-    lorasynci_buffer   transports;
-    lorasynci_buffer   outcomes; /* lorasync_engine_outcome, one per transport */
-    size_t             num_added, num_dropped;
-    char               dropped_example[128];
-    lorasync_error     add_error; /* the first of them */
-    lorasync_plan     *plan;
-    char              *published_config;
-    uint64_t           version;      /* asked for by the last begin */
-    uint64_t           last_version; /* published */
-    uint64_t           last_digest;  /* of it, on the root */
-    int                published;    /* the plan's image is last_version */
-    int                publish_timeout_ms;
-    char               engines[80]; /* names of the root's transports */
-    uint64_t           begin_ns;
-    lorasynci_aim      aim;
+    lorasynci_host   host; /* it publishes under the name of its adapter; after compile the pieces are those taken */
+    lorasync_desc    desc; /* its texts are copies; comm, allocator, adapter and cuda: see host */
+    char            *base_model;
+    lorasync_config *config;  /* parsed config_json, or NULL */
+    lorasynci_buffer modules; /* uint64_t offsets of names of linear base modules, for "all-linear" */
+    size_t           num_added, num_dropped;
+    char             dropped_example[128];
+    lorasync_plan   *plan;
+    char            *published_config;
+    uint64_t         version;     /* asked for by the last begin */
+    uint64_t         last_digest; /* of the version that was published last, on the root */
+    int              published;   /* the plan's image is that version */
+    int              publish_timeout_ms;
+    char             engines[80]; /* names of the root's transports */
+    uint64_t         begin_ns;
+    lorasynci_aim    aim;
 };
 
-LORASYNCI_FN const lorasync_transport *lorasynci_transports(const lorasync_session *s)
+LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s)
 {
-    return (const lorasync_transport *)(const void *)s->transports.data;
+    return LORASYNCI_NUM(lorasync_piece, s->host.pieces);
 }
-
-LORASYNCI_FN size_t lorasynci_num_transports(const lorasync_session *s)
-{
-    return s->transports.size / sizeof(lorasync_transport);
-}
-
-LORASYNCI_FN lorasync_engine_outcome *lorasynci_outcomes(const lorasync_session *s)
-{
-    return (lorasync_engine_outcome *)(void *)s->outcomes.data;
-}
-
-LORASYNCI_FN lorasynci_added *lorasynci_added_at(const lorasync_session *s, size_t i)
-{
-    return (lorasynci_added *)(void *)s->added.data + i;
-}
-
-LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s) { return s->added.size / sizeof(lorasynci_added); }
 
 /* Closes it, on the plan's GPU where it has one. */
 LORASYNCI_FN void lorasynci_aimed_drop(const lorasync_session *s, lorasynci_aimed *entry)
@@ -19445,62 +19636,58 @@ LORASYNCI_FN int lorasynci_session_drop_aims(lorasync_session *s)
     int                  i;
     for (i = 0; i < LORASYNCI_AIMS; i++) lorasynci_aimed_drop(s, &s->aim.opened[i]);
     if (plan && plan->gpu && plan->direct) return s->aim.clock && !lorasynci_plan_await_holders(s->plan);
-    if (s->talk.lost) return 1;
-    return plan && plan->direct && s->talk.comm.world > 1 && (lorasynci_run_is_open(plan) || !plan->run);
+    if (s->host.talk.lost) return 1;
+    return plan && plan->direct && s->host.talk.comm.world > 1 && (lorasynci_run_is_open(plan) || !plan->run);
 }
 
-LORASYNCI_FN int lorasynci_session_is_root(const lorasync_session *s) { return s->talk.comm.rank == s->desc.root; }
-
-/* What its transports are told that it publishes. */
-LORASYNCI_FN const char *lorasynci_session_publishes(const lorasync_session *s)
-{
-    return lorasynci_session_is_root(s) ? s->adapter : NULL;
-}
+LORASYNCI_FN int lorasynci_session_is_root(const lorasync_session *s) { return lorasynci_host_is_root(&s->host); }
 
 LORASYNC_API void lorasync_close(lorasync_session *session)
 {
     lorasync_allocator a;
-    int                left_behind;
     if (!session) return;
-    a = session->a;
+    a = session->host.a;
     lorasynci_plan_settle(session->plan);
-    left_behind = lorasynci_session_drop_aims(session);
-    lorasynci_close_engines(&session->transports, session, lorasynci_session_publishes(session), left_behind);
+    lorasynci_host_close_engines(&session->host, lorasynci_session_drop_aims(session));
     lorasync_plan_free(session->plan);
     lorasync_config_free(session->config);
-    lorasynci_buffer_free(&session->texts);
-    lorasynci_buffer_free(&session->added);
     lorasynci_buffer_free(&session->modules);
-    lorasynci_buffer_free(&session->transports);
-    lorasynci_buffer_free(&session->outcomes);
-    lorasynci_dealloc(&a, session->adapter), lorasynci_dealloc(&a, session->config_json),
-        lorasynci_dealloc(&a, session->base_model);
-    lorasynci_talk_free(&session->talk, &a);
+    lorasynci_dealloc(&a, session->base_model);
     lorasynci_dealloc(&a, session->published_config);
+    lorasynci_host_close(&session->host);
     lorasynci_dealloc(&a, session);
 }
 
 /* Copies what the desc points to. */
-LORASYNCI_FN lorasync_status lorasynci_session_copy(lorasync_session *s, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasync_error *err)
 {
-    const char *adapter = s->desc.adapter ? s->desc.adapter : "default", *config = s->desc.config_json,
-               *base      = s->desc.base_model;
-    s->publish_timeout_ms = s->desc.publish_timeout_ms ? s->desc.publish_timeout_ms : 600000;
-    s->adapter            = lorasynci_copy_text(&s->a, adapter, strlen(adapter));
-    if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
-    if (base) s->base_model = lorasynci_copy_text(&s->a, base, strlen(base));
-    s->desc.adapter     = s->adapter;
-    s->desc.config_json = s->config_json;
+    const lorasync_desc *given = &s->desc;
+    const char          *base  = given->base_model;
+    lorasynci_host      *h     = &s->host;
+    lorasync_plan_desc   d;
+    memset(&d, 0, sizeof d);
+    d.comm         = given->comm;
+    d.kind         = LORASYNC_GATHER;
+    d.root         = given->root;
+    d.wire_dtype   = given->wire_dtype;
+    d.adapter      = given->adapter ? given->adapter : "default";
+    d.bucket_bytes = given->bucket_bytes;
+    d.allow_nan    = given->allow_nan;
+    d.no_direct    = given->no_direct;
+    d.cuda         = given->cuda;
+    d.timeout_ms   = given->timeout_ms;
+    d.allocator    = given->allocator;
+    LORASYNCI_TRY(lorasynci_host_open(h, s, "lorasync_", &d, given->config_json, err));
+    lorasynci_buffer_init(&s->modules, &h->a);
+    s->publish_timeout_ms = given->publish_timeout_ms ? given->publish_timeout_ms : 600000;
+    if (base) s->base_model = lorasynci_copy_text(&h->a, base, strlen(base));
+    if (base && !s->base_model) return lorasynci_fail_memory(err, strlen(base));
     s->desc.base_model  = s->base_model;
-    s->desc.comm        = &s->talk.comm;
-    s->desc.allocator   = &s->a;
-    if (s->desc.cuda) {
-        s->cuda      = *s->desc.cuda;
-        s->desc.cuda = &s->cuda;
-    }
-    if (!s->adapter || (config && !s->config_json) || (base && !s->base_model))
-        return lorasynci_fail_memory(err, sizeof *s);
-    if (config) return lorasync_config_parse(config, strlen(config), &s->a, &s->config, err);
+    s->desc.config_json = h->config_json;
+    if (h->config_json) return lorasync_config_parse(h->config_json, strlen(h->config_json), &h->a, &s->config, err);
+    if (!(given->lora_alpha >= 0 && given->lora_alpha < 1e30))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lora_alpha is %g; give the value the trainer uses",
+                              given->lora_alpha);
     return LORASYNC_OK;
 }
 
@@ -19516,18 +19703,8 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
     LORASYNCI_TRY(lorasynci_check_timeout("publish_timeout_ms", desc->publish_timeout_ms, err));
     s = (lorasync_session *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
-    s->a    = a;
     s->desc = *desc;
-    status  = lorasynci_talk_init(&s->talk, desc->comm, desc->timeout_ms, &s->a, err);
-    lorasynci_buffer_init(&s->texts, &s->a);
-    lorasynci_buffer_init(&s->added, &s->a);
-    lorasynci_buffer_init(&s->modules, &s->a);
-    lorasynci_buffer_init(&s->transports, &s->a);
-    lorasynci_buffer_init(&s->outcomes, &s->a);
-    if (status == LORASYNC_OK) status = lorasynci_session_copy(s, err);
-    if (status == LORASYNC_OK && !s->config && !(desc->lora_alpha >= 0 && desc->lora_alpha < 1e30))
-        status = lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lora_alpha is %g; give the value the trainer uses",
-                                desc->lora_alpha);
+    status  = lorasynci_session_start(s, err);
     if (status < 0) {
         lorasync_close(s);
         return status;
@@ -19538,33 +19715,25 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
 
 /* -- adding */
 
-LORASYNCI_FN uint64_t lorasynci_keep_text(lorasync_session *s, const char *text)
-{
-    uint64_t at = s->texts.size;
-    lorasynci_put(&s->texts, text, strlen(text) + 1);
-    return at;
-}
-
 LORASYNCI_FN int lorasynci_wants_base(const lorasync_session *s) { return s->desc.filter && s->desc.filter->base; }
 
 /* A base parameter that is not asked for: counted, and its module noted where it may be a linear one. */
 LORASYNCI_FN void lorasynci_drop(lorasync_session *s, const lorasync_piece *p, const lorasync_name *name)
 {
+    const size_t n = strlen(p->name);
+    uint64_t     at;
     s->num_dropped++;
     if (!s->dropped_example[0]) snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", p->name);
-    if (name->role == LORASYNC_ROLE_BASE && p->ndim == 2 && s->desc.filter && s->desc.filter->target_pattern) {
-        size_t n = strlen(p->name);
-        if (n > 7 && strcmp(p->name + n - 7, ".weight") == 0) {
-            uint64_t at = lorasynci_keep_text(s, name->module);
-            lorasynci_put(&s->modules, &at, sizeof at);
-        }
-    }
+    if (name->role != LORASYNC_ROLE_BASE || p->ndim != 2 || !s->desc.filter || !s->desc.filter->target_pattern) return;
+    if (n <= 7 || strcmp(p->name + n - 7, ".weight") != 0) return;
+    at = lorasynci_host_keep(&s->host, name->module);
+    lorasynci_put(&s->modules, &at, sizeof at);
 }
 
-LORASYNCI_FN lorasync_status lorasynci_add_piece(lorasync_session *s, const lorasync_piece *piece, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_add(lorasync_session *s, const lorasync_piece *piece,
+                                                   lorasync_error *err)
 {
-    lorasynci_added add;
-    lorasync_name   name;
+    lorasync_name name;
     if (!piece) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_add: piece is NULL");
     if (s->plan)
         return lorasynci_fail(err, LORASYNC_E_STATE,
@@ -19572,22 +19741,12 @@ LORASYNCI_FN lorasync_status lorasynci_add_piece(lorasync_session *s, const lora
     if (!piece->name) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a piece has no name");
     LORASYNCI_TRY(lorasync_parse_name(piece->name, &name, err));
     s->num_added++;
-    if (name.role == LORASYNC_ROLE_BASE && !lorasynci_wants_base(s)) {
-        lorasynci_drop(s, piece, &name);
-    } else {
+    if (name.role != LORASYNC_ROLE_BASE || lorasynci_wants_base(s)) {
         LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
-        memset(&add, 0, sizeof add);
-        add.piece      = *piece;
-        add.piece.name = NULL;
-        add.role       = name.role;
-        add.raw        = lorasynci_keep_text(s, piece->name);
-        add.key        = lorasynci_keep_text(s, name.key);
-        add.module     = lorasynci_keep_text(s, name.module);
-        add.adapter    = lorasynci_keep_text(s, name.adapter);
-        lorasynci_put(&s->added, &add, sizeof add);
+        return lorasynci_host_add(&s->host, piece, &name, err);
     }
-    return s->texts.failed || s->added.failed || s->modules.failed ? lorasynci_fail_memory(err, s->texts.size)
-                                                                   : LORASYNC_OK;
+    lorasynci_drop(s, piece, &name);
+    return s->host.texts.failed || s->modules.failed ? lorasynci_fail_memory(err, s->host.texts.size) : LORASYNC_OK;
 }
 
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err)
@@ -19595,31 +19754,18 @@ LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const loras
     lorasync_error why;
     if (!err) err = &why;
     LORASYNCI_GIVEN(session);
-    if (lorasynci_add_piece(session, piece, err) == LORASYNC_OK) return LORASYNC_OK;
-    return lorasynci_remember(&session->add_error, err);
-}
-
-LORASYNCI_FN lorasync_status lorasynci_session_attach(lorasync_session *session, const lorasync_transport *transport,
-                                                      lorasync_error *err)
-{
-    lorasync_transport t;
-    if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_attach: transport is NULL");
-    if (session->plan)
-        return lorasynci_fail(err, LORASYNC_E_STATE,
-                              "lorasync_attach after lorasync_compile: attach every engine before");
-    LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
-    return lorasynci_attach_engine(&session->transports, &session->outcomes, &t, session,
-                                   lorasynci_session_publishes(session), err);
+    return lorasynci_host_remember(&session->host, lorasynci_session_add(session, piece, err), err);
 }
 
 LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lorasync_transport *transport,
                                              lorasync_error *err)
 {
-    lorasync_error why;
+    lorasync_error  why;
+    lorasync_status status;
     if (!err) err = &why;
     LORASYNCI_GIVEN(session);
-    if (lorasynci_session_attach(session, transport, err) == LORASYNC_OK) return LORASYNC_OK;
-    return lorasynci_remember(&session->add_error, err);
+    status = lorasynci_host_attach(&session->host, transport, session->plan != NULL, 0, err);
+    return lorasynci_host_remember(&session->host, status, err);
 }
 
 LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session, const char *directory,
@@ -19633,8 +19779,9 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
     LORASYNCI_GIVEN(session);
     memset(&d, 0, sizeof d);
     d.directory = directory;
-    d.allocator = &session->a;
-    if (lorasync_directory_open(&d, &t, err) < 0) return lorasynci_remember(&session->add_error, err);
+    d.allocator = &session->host.a;
+    status      = lorasync_directory_open(&d, &t, err);
+    if (status < 0) return lorasynci_host_remember(&session->host, status, err);
     status = lorasync_attach(session, &t, err);
     if (status < 0) t.close(t.user);
     return status;
@@ -19659,84 +19806,97 @@ LORASYNCI_FN int lorasynci_is_table_name(const char *module)
 LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lorasync_matcher **out, lorasync_error *err)
 {
     lorasync_filter  everything;
-    size_t           num_base = s->modules.size / sizeof(uint64_t), num_lora = lorasynci_num_taken(s), i, n = 0;
-    lorasync_module *modules = (lorasync_module *)lorasynci_alloc_array(&s->a, num_base + num_lora, sizeof *modules);
-    lorasync_status  status;
-    lorasync_error   why;
+    size_t           num_base = LORASYNCI_NUM(uint64_t, s->modules), num_lora = lorasynci_num_taken(s), i, n = 0;
+    lorasync_module *modules =
+        (lorasync_module *)lorasynci_alloc_array(&s->host.a, num_base + num_lora, sizeof *modules);
+    lorasync_status status;
+    lorasync_error  why;
     if (!modules) return lorasynci_fail_memory(err, (num_base + num_lora) * sizeof *modules);
     memset(&everything, 0, sizeof everything);
     for (i = 0; i < num_base; i++) {
-        modules[n].name      = s->texts.data + ((const uint64_t *)(const void *)s->modules.data)[i];
+        modules[n].name      = lorasynci_host_text(&s->host, *LORASYNCI_AT(uint64_t, s->modules, i));
         modules[n].is_linear = !lorasynci_is_table_name(modules[n].name);
         n++;
     }
     for (i = 0; i < num_lora; i++) {
-        const lorasynci_added *add = lorasynci_added_at(s, i);
+        const lorasynci_added *add = LORASYNCI_AT(lorasynci_added, s->host.added, i);
         if (add->role != LORASYNC_ROLE_LORA_A && add->role != LORASYNC_ROLE_LORA_B) continue;
-        modules[n].name        = s->texts.data + add->module;
+        modules[n].name        = lorasynci_host_text(&s->host, add->module);
         modules[n++].is_linear = 1;
     }
-    status = lorasync_matcher_create(s->desc.filter ? s->desc.filter : &everything, modules, n, &s->a, out, &why);
-    lorasynci_dealloc(&s->a, modules);
+    status = lorasync_matcher_create(s->desc.filter ? s->desc.filter : &everything, modules, n, &s->host.a, out, &why);
+    lorasynci_dealloc(&s->host.a, modules);
     if (status == LORASYNC_E_EMPTY) { /* none of the linear modules is on this rank; whether there are any is seen when
                                          all ranks plan */
         lorasync_module nobody;
         nobody.name      = "(elsewhere)";
         nobody.is_linear = 1;
-        status           = lorasync_matcher_create(s->desc.filter, &nobody, 1, &s->a, out, &why);
+        status           = lorasync_matcher_create(s->desc.filter, &nobody, 1, &s->host.a, out, &why);
     }
     if (status < 0) *err = why;
     return status;
 }
 
-/* Keeps the pieces that the filter takes, in place. */
+/* Counts a piece that the filter does not take, and keeps the first as an example. */
+LORASYNCI_FN void lorasynci_session_note_dropped(lorasync_session *s, const char *name)
+{
+    s->num_dropped++;
+    if (!s->dropped_example[0]) snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", name);
+}
+
+/* Keeps the pieces that the filter takes, in place, under the names by which they are published. */
 LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, lorasync_error *err)
 {
+    lorasynci_host   *h      = &s->host;
+    lorasync_piece   *pieces = LORASYNCI_AT(lorasync_piece, h->pieces, 0);
+    lorasynci_added  *added  = LORASYNCI_AT(lorasynci_added, h->added, 0);
     lorasync_matcher *matcher;
     lorasync_name     name;
     size_t            i, kept = 0, num = lorasynci_num_taken(s);
     LORASYNCI_TRY(lorasynci_session_matcher(s, &matcher, err));
     for (i = 0; i < num; i++) {
-        lorasynci_added add = *lorasynci_added_at(s, i);
-        name.role           = add.role;
-        snprintf(name.key, sizeof name.key, "%s", s->texts.data + add.key);
-        snprintf(name.module, sizeof name.module, "%s", s->texts.data + add.module);
-        snprintf(name.adapter, sizeof name.adapter, "%s", s->texts.data + add.adapter);
-        add.piece.name = s->texts.data + add.key; /* texts no longer grow */
-        if (lorasync_matcher_takes(matcher, &name, s->adapter)) {
-            *lorasynci_added_at(s, kept++) = add;
-        } else {
-            s->num_dropped++;
-            if (!s->dropped_example[0])
-                snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", s->texts.data + add.raw);
+        name.role = added[i].role;
+        snprintf(name.key, sizeof name.key, "%s", lorasynci_host_text(h, added[i].key));
+        snprintf(name.module, sizeof name.module, "%s", lorasynci_host_text(h, added[i].module));
+        snprintf(name.adapter, sizeof name.adapter, "%s", lorasynci_host_text(h, added[i].adapter));
+        if (!lorasync_matcher_takes(matcher, &name, h->name)) {
+            lorasynci_session_note_dropped(s, lorasynci_host_text(h, added[i].raw));
+            continue;
         }
+        pieces[kept]      = pieces[i];
+        pieces[kept].name = lorasynci_host_text(h, added[i].key); /* texts no longer grow */
+        added[kept++]     = added[i];
     }
-    s->added.size = kept * sizeof(lorasynci_added);
+    h->pieces.size = kept * sizeof *pieces;
+    h->added.size  = kept * sizeof *added;
     lorasync_matcher_free(matcher);
     return LORASYNC_OK;
 }
 
 LORASYNCI_FN const char *lorasynci_added_key(const void *user, size_t i)
 {
-    return lorasynci_added_at((const lorasync_session *)user, i)->piece.name;
+    return LORASYNCI_AT(lorasync_piece, ((const lorasynci_host *)user)->pieces, i)->name;
 }
 
 /* Two parameters of this rank with one key: a wrapper that hides a difference. Pieces of one parameter have one raw
    name. */
 LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, lorasync_error *err)
 {
-    lorasynci_table table;
-    lorasync_status status = LORASYNC_OK;
-    size_t          i, first, num = lorasynci_num_taken(s);
-    if (!lorasynci_table_init(&table, &s->a, num)) return lorasynci_fail_memory(err, num * 8);
+    const lorasynci_host  *h      = &s->host;
+    const lorasync_piece  *pieces = LORASYNCI_AT(lorasync_piece, h->pieces, 0);
+    const lorasynci_added *added  = LORASYNCI_AT(lorasynci_added, h->added, 0);
+    lorasynci_table        table;
+    lorasync_status        status = LORASYNC_OK;
+    size_t                 i, num = lorasynci_num_taken(s);
+    if (!lorasynci_table_init(&table, &h->a, num)) return lorasynci_fail_memory(err, num * 8);
     for (i = 0; i < num && status == LORASYNC_OK; i++) {
-        const char *raw = s->texts.data + lorasynci_added_at(s, i)->raw;
-        first = lorasynci_table_insert(&table, lorasynci_added_at(s, i)->piece.name, i, lorasynci_added_key, s);
-        if (strcmp(s->texts.data + lorasynci_added_at(s, first)->raw, raw) != 0)
+        size_t      first = lorasynci_table_insert(&table, pieces[i].name, i, lorasynci_added_key, h);
+        const char *other = lorasynci_host_text(h, added[first].raw), *raw = lorasynci_host_text(h, added[i].raw);
+        if (strcmp(other, raw) != 0)
             status = lorasynci_fail(
                 err, LORASYNC_E_NAME,
-                "%.150s and %.150s are both %.150s in a PEFT file; leave one out with filter.exclude_modules",
-                s->texts.data + lorasynci_added_at(s, first)->raw, raw, lorasynci_added_at(s, i)->piece.name);
+                "%.150s and %.150s are both %.150s in a PEFT file; leave one out with filter.exclude_modules", other,
+                raw, pieces[i].name);
     }
     lorasynci_table_free(&table);
     return status;
@@ -19744,79 +19904,64 @@ LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, l
 
 /* The factor that fold_scale multiplies into one piece: on lora_B (and its bias, which PEFT scales with it) alpha / r,
    else 1. */
-LORASYNCI_FN lorasync_status lorasynci_fold(const lorasync_session *s, const lorasynci_added *add, double *scale,
-                                            lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_fold(const lorasync_session *s, const lorasynci_added *add,
+                                            const lorasync_piece *piece, double *scale, lorasync_error *err)
 {
-    int64_t r = add->piece.ndim >= 2 ? add->piece.shape[1] : 0;
+    int64_t r = piece->ndim >= 2 ? piece->shape[1] : 0;
+    *scale    = 1;
     if (add->role != LORASYNC_ROLE_LORA_B && add->role != LORASYNC_ROLE_EMBEDDING_B &&
         add->role != LORASYNC_ROLE_LORA_B_BIAS)
         return LORASYNC_OK;
-    if (s->config) *scale = lorasync_config_scale(s->config, s->texts.data + add->module);
+    if (s->config) *scale = lorasync_config_scale(s->config, lorasynci_host_text(&s->host, add->module));
     else if (r > 0) *scale = s->desc.lora_alpha / (double)r;
     else
         return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
-                              "%.200s: fold_scale needs config_json to know the rank of this module", add->piece.name);
+                              "%.200s: fold_scale needs config_json to know the rank of this module", piece->name);
     return LORASYNC_OK;
-}
-
-LORASYNCI_FN uint64_t lorasynci_hash_text(const char *text, uint64_t seed)
-{
-    return text ? lorasynci_hash(text, strlen(text), seed) : seed;
 }
 
 /* What must be equal on all ranks, beside what the plan compares itself. */
 LORASYNCI_FN uint64_t lorasynci_session_tag(const lorasync_session *s)
 {
-    uint64_t v[6];
+    uint64_t v[4];
     v[0] = (uint64_t)s->desc.fold_scale;
     v[1] = lorasynci_hash_text(s->desc.config_json, 1);
     v[2] = lorasynci_hash_text(s->desc.base_model, 2);
-    v[3] = lorasynci_hash_text(s->adapter, 3);
-    v[4] = lorasynci_hash(&s->desc.lora_alpha, sizeof s->desc.lora_alpha, 4);
-    v[5] = (uint64_t)s->desc.root;
-    return lorasynci_hash(v, sizeof v, 5);
+    v[3] = lorasynci_hash(&s->desc.lora_alpha, sizeof s->desc.lora_alpha, 4);
+    return lorasynci_host_tag(&s->host, v, LORASYNCI_COUNT(v));
 }
 
-/* The pieces as a list for a plan: in the buffer they are part of larger records. NULL after a failure. */
-LORASYNCI_FN lorasync_piece *lorasynci_session_pieces(const lorasync_session *s, lorasync_error *err)
+/* With fold_scale: the scales of the pieces, from those that were given. */
+LORASYNCI_FN lorasync_status lorasynci_session_scale(lorasync_session *s, lorasync_error *err)
 {
-    size_t          i, num = lorasynci_num_taken(s);
-    lorasync_piece *pieces = (lorasync_piece *)lorasynci_alloc_array(&s->a, num, sizeof *pieces);
-    if (!pieces) lorasynci_fail_memory(err, num * sizeof *pieces);
-    for (i = 0; pieces && i < num; i++) {
-        double scale = 1;
-        pieces[i]    = lorasynci_added_at(s, i)->piece;
-        if (!s->desc.fold_scale) continue;
-        if (lorasynci_fold(s, lorasynci_added_at(s, i), &scale, err) < 0) {
-            lorasynci_dealloc(&s->a, pieces);
-            return NULL;
-        }
-        scale *= pieces[i].scale == 0 ? 1 : pieces[i].scale;
-        pieces[i].scale = scale;
-        if ((float)scale != 0) continue; /* a piece's 0 would stand for 1 */
-        lorasynci_fail(
-            err, LORASYNC_E_CONFIG,
-            "%.200s: fold_scale would multiply it by 0, since its lora_alpha or alpha_pattern is 0; give it an alpha, "
-            "or leave it out",
-            pieces[i].name);
-        lorasynci_dealloc(&s->a, pieces);
-        return NULL;
+    size_t i;
+    for (i = 0; s->desc.fold_scale && i < lorasynci_num_taken(s); i++) {
+        const lorasynci_added *add   = LORASYNCI_AT(lorasynci_added, s->host.added, i);
+        lorasync_piece        *piece = LORASYNCI_AT(lorasync_piece, s->host.pieces, i);
+        LORASYNCI_TRY(lorasynci_fold(s, add, piece, &piece->scale, err));
+        piece->scale *= add->scale == 0 ? 1 : add->scale;
+        if ((float)piece->scale == 0) /* a piece's 0 would stand for 1 */
+            return lorasynci_fail(
+                err, LORASYNC_E_CONFIG,
+                "%.200s: fold_scale would multiply it by 0, since its lora_alpha or alpha_pattern is 0; give it an "
+                "alpha, or leave it out",
+                piece->name);
     }
-    return pieces;
+    return LORASYNC_OK;
 }
 
 /* This rank's part of compiling; what fails here is put to the vote. */
 LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lorasync_error *err)
 {
-    if (s->add_error.status < 0) {
-        *err = s->add_error;
+    const size_t num_engines = lorasynci_num_engines(&s->host);
+    if (s->host.first_error.status < 0) {
+        *err = s->host.first_error;
         return err->status;
     }
-    if (s->talk.comm.rank == s->desc.root &&
-        (s->desc.quorum < 0 || (size_t)s->desc.quorum > lorasynci_num_transports(s)))
+    if (lorasynci_session_is_root(s) && (s->desc.quorum < 0 || (size_t)s->desc.quorum > num_engines))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "quorum is %d with %zu engines attached; give 0 (all of them) to %zu", s->desc.quorum,
-                              lorasynci_num_transports(s), lorasynci_num_transports(s));
+                              num_engines, num_engines);
     if (!s->config && s->desc.lora_alpha == 0)
         return lorasynci_fail(
             err, LORASYNC_E_CONFIG,
@@ -19829,34 +19974,24 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
             "agree",
             s->desc.lora_alpha, s->config->info.lora_alpha);
     LORASYNCI_TRY(lorasynci_session_filter(s, err));
-    return lorasynci_session_collisions(s, err);
+    LORASYNCI_TRY(lorasynci_session_collisions(s, err));
+    return lorasynci_session_scale(s, err);
 }
 
-LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasync_piece *pieces, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasync_error *err)
 {
-    lorasync_plan_desc d;
+    lorasync_plan_desc d = s->host.plan_desc;
     lorasync_status    status;
-    memset(&d, 0, sizeof d);
-    d.comm         = &s->talk.comm;
-    d.kind         = LORASYNC_GATHER;
-    d.root         = s->desc.root;
-    d.wire_dtype   = s->desc.wire_dtype;
-    d.have         = pieces;
-    d.num_have     = lorasynci_num_taken(s);
-    d.adapter      = s->adapter;
-    d.bucket_bytes = s->desc.bucket_bytes;
-    d.allow_nan    = s->desc.allow_nan;
-    d.no_direct    = s->desc.no_direct;
-    d.cuda         = s->desc.cuda;
-    d.timeout_ms   = s->desc.timeout_ms;
-    d.allocator    = &s->a;
-    status         = lorasynci_plan_create(&d, &s->talk, 0, &s->plan, err);
+    d.have     = LORASYNCI_AT(lorasync_piece, s->host.pieces, 0);
+    d.num_have = lorasynci_num_taken(s);
+    status     = lorasynci_plan_create(&d, &s->host.talk, 0, &s->plan, err);
     if (status == LORASYNC_E_EMPTY)
         return lorasynci_fail(
             err, status,
             "no LoRA parameter of adapter \"%.100s\" on any rank; of %zu declared here %zu were dropped%s%s. "
             "Check desc.adapter, the filter, and that LoRA modules are passed to lorasync_add",
-            s->adapter, s->num_added, s->num_dropped, s->dropped_example[0] ? ", the first: " : "", s->dropped_example);
+            s->host.name, s->num_added, s->num_dropped, s->dropped_example[0] ? ", the first: " : "",
+            s->dropped_example);
     return status;
 }
 
@@ -19867,7 +20002,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_check_base(lorasync_session *s, l
     lorasynci_pairs       pairs;
     lorasync_error        why;
     lorasync_status       status;
-    status = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &s->a, &why);
+    status = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &s->host.a, &why);
     lorasynci_pairs_free(&pairs);
     if (status >= 0 || status == LORASYNC_E_EMPTY) return LORASYNC_OK; /* base weights alone */
     *err = why;
@@ -19882,15 +20017,15 @@ LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, loras
     const unsigned             what = lorasynci_wants_base(s) ? LORASYNC_CARRIES_PLAIN : LORASYNC_CARRIES_ADAPTER;
     size_t                     i;
     if (!s->plan->has_image) return LORASYNC_OK;
-    for (i = 0; i < lorasynci_num_transports(s); i++)
-        LORASYNCI_TRY(lorasynci_check_carries(&lorasynci_transports(s)[i], what, err));
+    for (i = 0; i < lorasynci_num_engines(&s->host); i++)
+        LORASYNCI_TRY(lorasynci_check_carries(LORASYNCI_AT(lorasync_transport, s->host.transports, i), what, err));
     if (lorasynci_wants_base(s)) return lorasynci_session_check_base(s, err);
     memset(&w, 0, sizeof w);
     w.config     = s->config;
     w.lora_alpha = s->desc.lora_alpha;
     w.base_model = s->base_model;
     w.fold_scale = s->desc.fold_scale;
-    LORASYNCI_TRY(lorasync_config_write(&w, s->plan->image->tensors, s->plan->image->num_tensors, &s->a,
+    LORASYNCI_TRY(lorasync_config_write(&w, s->plan->image->tensors, s->plan->image->num_tensors, &s->host.a,
                                         &s->published_config, err));
     s->plan->image->config_json = s->published_config;
     return LORASYNC_OK;
@@ -19905,26 +20040,19 @@ typedef struct lorasynci_lent {
     int32_t       lender, ordinal;
 } lorasynci_lent;
 
-/* What the root found when publishing, and where the next run makes its image; equal on all ranks afterwards. */
-typedef struct lorasynci_outcome {
-    uint64_t       digest, publish_ns;
-    int32_t        num_engines, num_behind, skipped, in_place;
-    lorasynci_lent target;
-} lorasynci_outcome;
-
 /* One message from the root to each other rank. They wait for nobody else: only the root has anything to say. */
 typedef struct lorasynci_notice {
     lorasync_error    verdict;
     lorasynci_outcome outcome;
+    lorasynci_lent    target;      /* where the next run makes its image */
     char              engines[80]; /* the transports' names, for errors on the other ranks */
 } lorasynci_notice;
-
 
 /* The communicator went while the root was publishing, or telling of it: what is known of that. */
 LORASYNCI_FN void lorasynci_session_explain(const lorasync_session *s, const lorasync_error *verdict,
                                             lorasync_error *err)
 {
-    unsigned long long version = s->published ? s->last_version : s->version;
+    unsigned long long version = s->published ? s->host.last_version : s->version;
     if (lorasynci_session_is_root(s) && verdict->status < 0)
         lorasynci_prefix(err, "publishing version %llu failed (%.200s), and not all other ranks know", version,
                          verdict->text);
@@ -19944,40 +20072,36 @@ LORASYNCI_FN void lorasynci_session_explain(const lorasync_session *s, const lor
             s->desc.root, version, s->engines);
 }
 
-/* Hands the root's verdict and outcome to all. When it has `published` before, the others may have to wait for that:
-   their deadline is another. */
-LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, const lorasync_error *mine,
-                                                     lorasynci_outcome *outcome, int published, lorasync_error *err)
+/* Hands what the root found to all. When it has `published` before, the others may have to wait for that: their
+   deadline is another. */
+LORASYNCI_FN lorasync_status lorasynci_session_share(lorasync_session *s, lorasynci_notice *n, int published,
+                                                     lorasync_error *err)
 {
-    lorasynci_notice notice;
-    lorasync_status  status = mine->status;
-    int timeout_ms          = published && !lorasynci_session_is_root(s) ? s->publish_timeout_ms : s->talk.timeout_ms;
-    if (lorasync_is_lost(status)) {
-        *err = *mine;
-        return lorasynci_talk_lose(&s->talk, status, err);
+    lorasynci_talk *talk       = &s->host.talk;
+    int             timeout_ms = published && !lorasynci_session_is_root(s) ? s->publish_timeout_ms : talk->timeout_ms;
+    lorasync_status status;
+    if (lorasync_is_lost(n->verdict.status)) {
+        *err = n->verdict;
+        return lorasynci_talk_lose(talk, err->status, err);
     }
-    memset(&notice, 0, sizeof notice);
-    notice.verdict = *mine;
-    notice.outcome = *outcome;
-    memcpy(notice.engines, s->engines, sizeof notice.engines);
-    status = lorasynci_talk_tell(&s->talk, s->desc.root, &notice, sizeof notice, timeout_ms, err);
-    if (status < 0 && published) lorasynci_session_explain(s, mine, err);
-    if (status < 0) return lorasynci_talk_lose(&s->talk, status, err);
-    notice.verdict.text[sizeof notice.verdict.text - 1] = 0;
-    memcpy(s->engines, notice.engines, sizeof s->engines);
-    *outcome = notice.outcome;
-    status   = notice.verdict.status;
-    if (status >= 0) return LORASYNC_OK;
-    if (s->talk.comm.world == 1) return lorasynci_fail(err, status, "%s", notice.verdict.text);
-    return lorasynci_fail(err, status, "rank %d: %.480s", s->desc.root, notice.verdict.text);
+    memcpy(n->engines, s->engines, sizeof n->engines);
+    status = lorasynci_talk_tell(talk, s->desc.root, n, sizeof *n, timeout_ms, err);
+    if (status < 0 && published) lorasynci_session_explain(s, &n->verdict, err);
+    if (status < 0) return lorasynci_talk_lose(talk, status, err);
+    n->verdict.text[sizeof n->verdict.text - 1] = 0;
+    memcpy(s->engines, n->engines, sizeof s->engines);
+    if (n->verdict.status >= 0) return LORASYNC_OK;
+    if (talk->comm.world == 1) return lorasynci_fail(err, n->verdict.status, "%s", n->verdict.text);
+    return lorasynci_fail(err, n->verdict.status, "rank %d: %.480s", s->desc.root, n->verdict.text);
 }
 
 /* The root's transports, as its errors and those of the other ranks call them. */
 LORASYNCI_FN void lorasynci_session_list_engines(lorasync_session *s)
 {
-    size_t i, num = lorasynci_session_is_root(s) ? lorasynci_num_transports(s) : 0;
+    const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, s->host.transports, 0);
+    size_t                    i, num = lorasynci_session_is_root(s) ? lorasynci_num_engines(&s->host) : 0;
     s->engines[0] = 0;
-    for (i = 0; i < num; i++) lorasynci_list_name(s->engines, sizeof s->engines, lorasynci_transports(s)[i].name);
+    for (i = 0; i < num; i++) lorasynci_list_name(s->engines, sizeof s->engines, t[i].name);
     if (num == 0) snprintf(s->engines, sizeof s->engines, "no engine");
 }
 
@@ -19986,8 +20110,8 @@ LORASYNCI_FN void lorasynci_session_list_engines(lorasync_session *s)
 /* Ends the loan without its being used. On the root, and only when no rank writes there any more. */
 LORASYNCI_FN void lorasynci_session_withdraw(lorasync_session *s)
 {
-    const lorasync_transport *t = lorasynci_transports(s) + s->aim.lender;
-    if (s->aim.loan.payload && t->withdraw) t->withdraw(t->user, s->adapter, &s->aim.loan);
+    const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, s->host.transports, s->aim.lender);
+    if (s->aim.loan.payload && t->withdraw) t->withdraw(t->user, s->host.name, &s->aim.loan);
     memset(&s->aim.loan, 0, sizeof s->aim.loan);
     s->aim.spent = 0;
 }
@@ -20009,8 +20133,8 @@ LORASYNCI_FN const char *lorasynci_loan_defect(const lorasync_loan *loan, const 
 /* Asks one transport; 1 if it lends. What speaks against it stands in its outcome. */
 LORASYNCI_FN int lorasynci_session_ask_one(lorasync_session *s, int lender, const lorasync_loan_request *want)
 {
-    const lorasync_transport *t = &lorasynci_transports(s)[lender];
-    lorasync_error            inner, *why = &lorasynci_outcomes(s)[lender].error;
+    const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, s->host.transports, lender);
+    lorasync_error            inner, *why = &LORASYNCI_AT(lorasync_engine_outcome, s->host.outcomes, lender)->error;
     lorasync_status           status;
     const char               *defect;
     memset(&inner, 0, sizeof inner);
@@ -20040,9 +20164,9 @@ LORASYNCI_FN void lorasynci_session_borrow(lorasync_session *s)
     want.image        = s->plan->image;
     want.on_device    = s->plan->gpu != NULL;
     want.ordinal      = lorasynci_gpu_ordinal(s->plan->gpu);
-    want.others_write = s->plan->direct && s->talk.comm.world > 1;
+    want.others_write = s->plan->direct && s->host.talk.comm.world > 1;
     want.open_ids     = ids;
-    for (lender = 0; lender < (int)lorasynci_num_transports(s); lender++) {
+    for (lender = 0; lender < (int)lorasynci_num_engines(&s->host); lender++) {
         want.num_open = 0;
         for (i = 0; i < LORASYNCI_AIMS; i++)
             if (s->aim.opened[i].id && s->aim.opened[i].lender == lender) ids[want.num_open++] = s->aim.opened[i].id;
@@ -20134,8 +20258,8 @@ LORASYNCI_FN void lorasynci_session_aim(lorasync_session *s, const lorasynci_len
     entry = lorasynci_session_entry(s, t);
     if (!entry->id) {
         if (!s->plan->has_image) opened = lorasynci_aimed_open(s, t, entry);
-        status = lorasynci_talk_vote_flag(&s->talk, NULL, &opened, &err);
-        lorasynci_talk_lose(&s->talk, status, &err); /* what was published is; the next call will say it */
+        status = lorasynci_talk_vote_flag(&s->host.talk, NULL, &opened, &err);
+        lorasynci_talk_lose(&s->host.talk, status, &err); /* what was published is; the next call will say it */
         if (status < 0 || !opened) s->aim.blind = 1;
     }
     entry->id     = t->loan.id;
@@ -20153,38 +20277,41 @@ LORASYNCI_FN void lorasynci_session_aim_home(lorasync_session *s)
     s->aim.mark = 0;
 }
 
+/* What a failed compile has made. */
+LORASYNCI_FN void lorasynci_session_undo(lorasync_session *s)
+{
+    if (!s->host.talk.lost) lorasynci_session_withdraw(s);
+    lorasync_plan_free(s->plan);
+    s->plan = NULL;
+    lorasynci_dealloc(&s->host.a, s->published_config);
+    s->published_config = NULL;
+}
+
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err)
 {
-    lorasync_error    mine, why;
-    lorasync_piece   *pieces = NULL;
-    lorasync_status   status;
-    lorasynci_outcome outcome;
+    lorasynci_notice notice;
+    lorasync_error   mine, why;
+    lorasync_status  status;
     if (!err) err = &why;
     LORASYNCI_GIVEN(session);
     if (session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_compile was called already");
-    if (session->talk.lost) return lorasynci_lost_before(err);
+    if (session->host.talk.lost) return lorasynci_lost_before(err);
     memset(&mine, 0, sizeof mine);
-    if (lorasynci_session_prepare(session, &mine) == LORASYNC_OK) pieces = lorasynci_session_pieces(session, &mine);
-    status = lorasynci_talk_vote_tag(&session->talk, &mine, lorasynci_session_tag(session),
+    memset(&notice, 0, sizeof notice);
+    lorasynci_session_prepare(session, &mine);
+    status = lorasynci_talk_vote_tag(&session->host.talk, &mine, lorasynci_session_tag(session),
                                      "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", err);
-    if (status == LORASYNC_OK) status = lorasynci_session_plan(session, pieces, err);
-    lorasynci_dealloc(&session->a, pieces);
-    if (status < 0) return lorasynci_talk_lose(&session->talk, status, err);
-    memset(&outcome, 0, sizeof outcome);
+    if (status == LORASYNC_OK) status = lorasynci_session_plan(session, err);
+    if (status < 0) return lorasynci_talk_lose(&session->host.talk, status, err);
     if (!session->plan->gpu || !session->plan->has_image || session->plan->keep_on_device)
         session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
     lorasynci_session_aim_home(session);
     lorasynci_session_list_engines(session);
-    if (lorasynci_session_config(session, &mine) == LORASYNC_OK) lorasynci_session_ask(session, &outcome.target);
-    status = lorasynci_session_share(session, &mine, &outcome, 0, err);
-    if (status == LORASYNC_OK) lorasynci_session_aim(session, &outcome.target);
-    if (status < 0) {
-        if (!session->talk.lost) lorasynci_session_withdraw(session);
-        lorasync_plan_free(session->plan);
-        session->plan = NULL;
-        lorasynci_dealloc(&session->a, session->published_config);
-        session->published_config = NULL;
-    }
+    if (lorasynci_session_config(session, &notice.verdict) == LORASYNC_OK)
+        lorasynci_session_ask(session, &notice.target);
+    status = lorasynci_session_share(session, &notice, 0, err);
+    if (status == LORASYNC_OK) lorasynci_session_aim(session, &notice.target);
+    else lorasynci_session_undo(session);
     return status;
 }
 
@@ -20196,23 +20323,6 @@ LORASYNCI_FN lorasync_status lorasynci_session_ready(const lorasync_session *ses
     if (!session) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%s: session is NULL", what);
     if (!session->plan) return lorasynci_fail(err, LORASYNC_E_STATE, "%s before lorasync_compile succeeded", what);
     return LORASYNC_OK;
-}
-
-/* Begins a run for a version; or lets it fail, when that is not newer than the last one, or when the begin is being
-   captured in a CUDA graph, which would publish every launch as the same version. */
-LORASYNCI_FN lorasync_status lorasynci_begin_version(lorasync_plan *plan, uint64_t version, uint64_t last_version,
-                                                     uint64_t aimed_at, lorasync_error *err)
-{
-    lorasync_error refusal;
-    refusal.status = LORASYNC_OK;
-    if (lorasynci_gpu_is_captured(plan->gpu))
-        lorasynci_fail(&refusal, LORASYNC_E_UNSUPPORTED,
-                       "a session cannot be captured in a CUDA graph; capture lorasync_plan_begin of a plan");
-    else if (version <= last_version)
-        lorasynci_fail(&refusal, LORASYNC_E_VERSION,
-                       "version %llu is not newer than %llu, the last one published; count versions up from 1",
-                       (unsigned long long)version, (unsigned long long)last_version);
-    return lorasynci_run_begin(plan, version ^ aimed_at, refusal.status < 0 ? &refusal : NULL, err);
 }
 
 /* What the run about to begin writes to, as a number that is equal on all ranks. What was lent for something else goes
@@ -20229,28 +20339,28 @@ LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t 
 {
     uint64_t aimed_at = 0;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_begin", err));
-    if (lorasynci_run_is_open(session->plan) || session->talk.lost)
+    if (lorasynci_run_is_open(session->plan) || session->host.talk.lost)
         return lorasync_plan_begin(session->plan, err); /* says why not */
     session->begin_ns  = lorasynci_now_ns();
     session->version   = version;
     session->published = 0;
-    if (version > session->last_version) aimed_at = lorasynci_session_take_aim(session);
-    return lorasynci_begin_version(session->plan, version, session->last_version, aimed_at, err);
+    if (version > session->host.last_version) aimed_at = lorasynci_session_take_aim(session);
+    return lorasynci_host_begin(&session->host, session->plan, version, aimed_at, err);
 }
 
 
 /* 1 when every engine has exactly this image, but for its version: then the image becomes that version again. */
 LORASYNCI_FN int lorasynci_session_skips(lorasync_session *s, lorasync_image *image)
 {
-    size_t i, num = lorasynci_num_transports(s);
-    if (!s->desc.skip_unchanged || !s->last_version || image->digest != s->last_digest) return 0;
-    if (lorasynci_num_serving(lorasynci_outcomes(s), num, s->last_version) < num) return 0;
+    lorasync_engine_outcome *o = LORASYNCI_AT(lorasync_engine_outcome, s->host.outcomes, 0);
+    size_t                   i, num = lorasynci_num_engines(&s->host);
+    if (!s->desc.skip_unchanged || !s->host.last_version || image->digest != s->last_digest) return 0;
+    if (lorasynci_num_serving(o, num, s->host.last_version) < num) return 0;
     for (i = 0; i < num; i++) {
-        lorasync_engine_outcome *o = &lorasynci_outcomes(s)[i];
-        o->state                   = LORASYNC_ENGINE_COMMITTED;
-        memset(&o->error, 0, sizeof o->error);
+        o[i].state = LORASYNC_ENGINE_COMMITTED;
+        memset(&o[i].error, 0, sizeof o[i].error);
     }
-    lorasync_image_stamp(image, s->last_version, image->digest);
+    lorasync_image_stamp(image, s->host.last_version, image->digest);
     return 1;
 }
 
@@ -20258,15 +20368,11 @@ LORASYNCI_FN int lorasynci_session_skips(lorasync_session *s, lorasync_image *im
 LORASYNCI_FN lorasync_status lorasynci_session_to_engines(lorasync_session *s, const lorasync_image *image,
                                                           int behind_only, lorasync_error *err)
 {
-    lorasynci_publication p;
-    memset(&p, 0, sizeof p);
-    p.transports  = lorasynci_transports(s);
-    p.outcomes    = lorasynci_outcomes(s);
-    p.num         = lorasynci_num_transports(s);
-    p.need        = behind_only ? 0 : s->desc.quorum ? (size_t)s->desc.quorum : p.num;
-    p.behind_only = behind_only;
-    p.image       = image;
-    if (!behind_only) p.comm = &s->talk.comm; /* else others serve it already */
+    lorasynci_publication p = lorasynci_host_publication(&s->host);
+    p.need                  = behind_only ? 0 : s->desc.quorum ? (size_t)s->desc.quorum : p.num;
+    p.behind_only           = behind_only;
+    p.image                 = image;
+    if (!behind_only) p.comm = &s->host.talk.comm; /* else others serve it already */
     return lorasynci_publish(&p, err);
 }
 
@@ -20275,10 +20381,11 @@ LORASYNCI_FN lorasync_status lorasynci_session_to_engines(lorasync_session *s, c
 LORASYNCI_FN lorasync_status lorasynci_session_send(lorasync_session *s, const lorasync_image *image, int behind_only,
                                                     lorasync_error *err)
 {
-    const int                      is_lent   = s->aim.loan.payload && image->payload == s->aim.loan.payload;
-    const lorasync_engine_outcome *lender    = is_lent ? &lorasynci_outcomes(s)[s->aim.lender] : NULL;
-    const int                      is_behind = lender && lender->version != image->version;
-    lorasync_status                status    = lorasynci_session_to_engines(s, image, behind_only, err);
+    const int                      is_lent = s->aim.loan.payload && image->payload == s->aim.loan.payload;
+    const lorasync_engine_outcome *lender =
+        is_lent ? LORASYNCI_AT(lorasync_engine_outcome, s->host.outcomes, s->aim.lender) : NULL;
+    const int       is_behind = lender && lender->version != image->version;
+    lorasync_status status    = lorasynci_session_to_engines(s, image, behind_only, err);
     if (is_behind && lender->version == image->version) memset(&s->aim.loan, 0, sizeof s->aim.loan);
     s->aim.spent = is_lent && s->aim.loan.payload;
     return status;
@@ -20297,9 +20404,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lora
     }
     out->digest   = image->digest;
     out->in_place = !out->skipped && s->aim.own && image->payload != s->aim.own;
-    out->num_engines =
-        (int32_t)lorasynci_num_serving(lorasynci_outcomes(s), lorasynci_num_transports(s), image->version);
-    out->num_behind = (int32_t)lorasynci_num_transports(s) - out->num_engines;
+    lorasynci_host_count(&s->host, image->version, out);
     out->publish_ns = lorasynci_now_ns() - start;
     return status;
 }
@@ -20310,83 +20415,75 @@ LORASYNCI_FN void lorasynci_session_report(const lorasync_session *s, const lora
     const lorasync_plan_stats *p     = &s->plan->stats;
     const lorasync_image      *image = lorasync_plan_image(s->plan);
     memset(out, 0, sizeof *out);
-    out->version       = s->last_version;
-    out->digest        = outcome->digest;
+    lorasynci_host_report(&s->host, outcome, s->begin_ns, out);
     out->num_tensors   = p->num_tensors;
     out->payload_bytes = image ? image->payload_bytes : 0;
-    out->num_engines   = outcome->num_engines;
-    out->num_behind    = outcome->num_behind;
-    out->skipped       = outcome->skipped;
     out->direct        = p->direct;
-    out->in_place      = outcome->in_place;
     out->pack_ns       = p->pack_ns;
     out->exchange_ns   = p->exchange_ns;
     out->place_ns      = p->place_ns;
-    out->publish_ns    = outcome->publish_ns;
-    out->total_ns      = lorasynci_now_ns() - s->begin_ns;
 }
 
 LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err)
 {
-    lorasynci_outcome outcome;
-    lorasync_error    mine, why;
+    lorasynci_notice n;
+    lorasync_error   why;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_wait", err));
     LORASYNCI_TRY(lorasync_plan_wait(session->plan, err));
-    memset(&mine, 0, sizeof mine);
-    memset(&outcome, 0, sizeof outcome);
+    memset(&n, 0, sizeof n);
     lorasynci_session_aim_home(session); /* what was lent may be served from here on, whatever comes of the rest */
-    if (lorasynci_session_publish(session, &outcome, &mine) == LORASYNC_OK)
-        lorasynci_session_ask(session, &outcome.target);
-    LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, 1, err));
-    lorasynci_session_aim(session, &outcome.target);
-    if (!outcome.skipped) session->last_version = session->version;
-    session->last_digest = outcome.digest;
+    if (lorasynci_session_publish(session, &n.outcome, &n.verdict) == LORASYNC_OK)
+        lorasynci_session_ask(session, &n.target);
+    LORASYNCI_TRY(lorasynci_session_share(session, &n, 1, err));
+    lorasynci_session_aim(session, &n.target);
+    if (!n.outcome.skipped) session->host.last_version = session->version;
+    session->last_digest = n.outcome.digest;
     session->published   = 1;
-    if (out_report) lorasynci_session_report(session, &outcome, out_report);
+    if (out_report) lorasynci_session_report(session, &n.outcome, out_report);
     return LORASYNC_OK;
 }
 
 /* The engines that stayed behind decide the verdict; those that could be brought up serve it in any case. */
 LORASYNCI_FN void lorasynci_session_republish(lorasync_session *s, lorasynci_outcome *out, lorasync_error *err)
 {
-    const lorasync_image *image = lorasync_plan_image(s->plan);
-    size_t                i, num = lorasynci_num_transports(s);
+    const lorasync_image          *image = lorasync_plan_image(s->plan);
+    const lorasync_engine_outcome *o     = LORASYNCI_AT(lorasync_engine_outcome, s->host.outcomes, 0);
+    size_t                         i;
     if (!image) return;
-    out->num_behind = (int32_t)(num - lorasynci_num_serving(lorasynci_outcomes(s), num, image->version));
+    lorasynci_host_count(&s->host, image->version, out);
     lorasynci_session_send(s, image, 1, err);
-    for (i = num; i-- > 0;)
-        if (lorasynci_outcomes(s)[i].version != image->version) *err = lorasynci_outcomes(s)[i].error;
+    for (i = lorasynci_num_engines(&s->host); i-- > 0;)
+        if (o[i].version != image->version) *err = o[i].error;
 }
 
 LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, lorasync_error *err)
 {
-    lorasynci_outcome outcome;
-    lorasync_error    mine, why;
-    lorasync_status   status;
+    lorasynci_notice n;
+    lorasync_error   mine, why;
+    lorasync_status  status;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_republish", err));
-    if (session->talk.lost) return lorasynci_lost_before(err);
+    if (session->host.talk.lost) return lorasynci_lost_before(err);
     memset(&mine, 0, sizeof mine);
-    memset(&outcome, 0, sizeof outcome);
+    memset(&n, 0, sizeof n);
     if (!session->published)
         lorasynci_fail(&mine, LORASYNC_E_STATE,
                        "lorasync_republish: nothing was published since the last begin; call lorasync_sync");
-    status = lorasynci_talk_vote_tag(&session->talk, &mine, session->last_version, "version to republish", err);
-    if (status < 0) return lorasynci_talk_lose(&session->talk, status, err);
+    status =
+        lorasynci_talk_vote_tag(&session->host.talk, &mine, session->host.last_version, "version to republish", err);
+    if (status < 0) return lorasynci_talk_lose(&session->host.talk, status, err);
     lorasynci_session_aim_home(session);
-    lorasynci_session_republish(session, &outcome, &mine);
-    if (mine.status == LORASYNC_OK) lorasynci_session_ask(session, &outcome.target);
-    LORASYNCI_TRY(lorasynci_session_share(session, &mine, &outcome, 1, err));
-    lorasynci_session_aim(session, &outcome.target);
-    return outcome.num_behind ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
+    lorasynci_session_republish(session, &n.outcome, &n.verdict);
+    if (n.verdict.status == LORASYNC_OK) lorasynci_session_ask(session, &n.target);
+    LORASYNCI_TRY(lorasynci_session_share(session, &n, 1, err));
+    lorasynci_session_aim(session, &n.target);
+    return n.outcome.num_behind ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
 }
 
 LORASYNC_API const lorasync_engine_outcome *lorasync_get_outcomes(const lorasync_session *session, size_t *out_num)
 {
-    size_t num = session && session->talk.comm.rank == session->desc.root ? lorasynci_num_transports(session) : 0;
-    if (out_num) *out_num = num;
-    return num ? lorasynci_outcomes(session) : NULL;
+    return lorasynci_host_outcomes(session ? &session->host : NULL, out_num);
 }
 
 LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t version, lorasync_report *out_report,
@@ -20402,23 +20499,17 @@ LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t v
 /* -- resuming */
 
 LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, const lorasync_image *image,
-                                                       lorasync_piece *pieces, lorasync_error *err)
+                                                       lorasync_error *err)
 {
-    lorasync_plan_desc d;
+    lorasync_plan_desc d = s->host.plan_desc;
     lorasync_plan     *plan;
     lorasync_status    status;
-    memset(&d, 0, sizeof d);
-    d.comm         = &s->talk.comm;
-    d.kind         = LORASYNC_SCATTER;
-    d.root         = s->desc.root;
-    d.want         = pieces;
-    d.num_want     = lorasynci_num_taken(s);
-    d.image        = image;
-    d.cuda         = s->desc.cuda;
-    d.bucket_bytes = s->desc.bucket_bytes;
-    d.timeout_ms   = s->desc.timeout_ms;
-    d.allocator    = &s->a;
-    LORASYNCI_TRY(lorasynci_plan_create(&d, &s->talk, 0, &plan, err));
+    d.kind       = LORASYNC_SCATTER;
+    d.wire_dtype = LORASYNC_DTYPE_NONE;
+    d.want       = LORASYNCI_AT(lorasync_piece, s->host.pieces, 0);
+    d.num_want   = lorasynci_num_taken(s);
+    d.image      = image;
+    LORASYNCI_TRY(lorasynci_plan_create(&d, &s->host.talk, 0, &plan, err));
     lorasync_plan_begin(plan, NULL);
     status = lorasync_plan_wait(plan, err);
     if (status < 0) lorasynci_prefix(err, "parameters may be partly written; load again before training on");
@@ -20454,8 +20545,9 @@ LORASYNCI_FN lorasync_status lorasynci_session_open_file(const lorasync_session 
 {
     lorasync_config *file = NULL, *own = NULL;
     const char      *text   = s->published_config;
-    lorasync_status  status = lorasync_open_adapter(path, &s->a, out, &file, err);
-    if (status == LORASYNC_OK && file && text) status = lorasync_config_parse(text, strlen(text), &s->a, &own, err);
+    lorasync_status  status = lorasync_open_adapter(path, &s->host.a, out, &file, err);
+    if (status == LORASYNC_OK && file && text)
+        status = lorasync_config_parse(text, strlen(text), &s->host.a, &own, err);
     if (status == LORASYNC_OK && own) status = lorasynci_compare_scales(file, own, *out, err);
     lorasync_config_free(own);
     lorasync_config_free(file);
@@ -20475,7 +20567,6 @@ typedef struct lorasynci_alias {
 
 typedef struct lorasynci_loading {
     lorasync_image  *image; /* on the root */
-    lorasync_piece  *pieces;
     lorasynci_alias *aliases;
     size_t           num_aliases;
 } lorasynci_loading;
@@ -20561,19 +20652,20 @@ LORASYNCI_FN lorasync_status lorasynci_find_aliases(const lorasync_piece *const 
 LORASYNCI_FN lorasync_status lorasynci_session_aliases(const lorasync_session *s, lorasynci_loading *l,
                                                        lorasync_error *err)
 {
+    const lorasync_piece  *pieces = LORASYNCI_AT(lorasync_piece, s->host.pieces, 0);
     size_t                 i, n = 0, num = lorasynci_num_taken(s);
-    const lorasync_piece **order = (const lorasync_piece **)lorasynci_alloc_array(&s->a, num, sizeof *order);
+    const lorasync_piece **order = (const lorasync_piece **)lorasynci_alloc_array(&s->host.a, num, sizeof *order);
     lorasync_status        status;
-    l->aliases = (lorasynci_alias *)lorasynci_alloc_array(&s->a, num, sizeof *l->aliases);
+    l->aliases = (lorasynci_alias *)lorasynci_alloc_array(&s->host.a, num, sizeof *l->aliases);
     if (!order || !l->aliases) {
-        lorasynci_dealloc(&s->a, order);
+        lorasynci_dealloc(&s->host.a, order);
         return lorasynci_fail_memory(err, num * sizeof *l->aliases);
     }
     for (i = 0; i < num; i++)
-        if (lorasynci_piece_bytes(&l->pieces[i])) order[n++] = &l->pieces[i];
+        if (lorasynci_piece_bytes(&pieces[i])) order[n++] = &pieces[i];
     if (n) qsort(order, n, sizeof *order, lorasynci_piece_order);
     status = lorasynci_find_aliases((const lorasync_piece *const *)order, n, l, err);
-    lorasynci_dealloc(&s->a, order);
+    lorasynci_dealloc(&s->host.a, order);
     return status;
 }
 
@@ -20621,7 +20713,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_compare_aliases(lorasync_session 
     memset(&mine, 0, sizeof mine);
     do {
         if (lorasynci_session_is_root(s)) lorasynci_fill_page(l->image, from, &page);
-        LORASYNCI_TRY(lorasynci_talk_tell(&s->talk, s->desc.root, &page, sizeof page, s->talk.timeout_ms, err));
+        LORASYNCI_TRY(
+            lorasynci_talk_tell(&s->host.talk, s->desc.root, &page, sizeof page, s->host.talk.timeout_ms, err));
         lorasynci_read_page(&page, l);
         from += (size_t)page.num;
     } while (page.more);
@@ -20634,14 +20727,15 @@ LORASYNCI_FN lorasync_status lorasynci_session_compare_aliases(lorasync_session 
             "its own",
             alias->names[0], alias->names[1]);
     }
-    return lorasynci_talk_vote(&s->talk, &mine, err);
+    return lorasynci_talk_vote(&s->host.talk, &mine, err);
 }
 
 /* This rank's part of loading; what fails here is put to the vote. */
 LORASYNCI_FN lorasync_status lorasynci_session_prepare_load(const lorasync_session *s, const char *path,
                                                             lorasynci_loading *l, lorasync_error *err)
 {
-    size_t i;
+    const lorasync_piece *pieces = LORASYNCI_AT(lorasync_piece, s->host.pieces, 0);
+    size_t                i;
     if (!path) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "path is NULL");
     if (lorasynci_run_is_open(s->plan))
         return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_load between begin and wait: call wait first");
@@ -20650,15 +20744,13 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare_load(const lorasync_sessi
             err, LORASYNC_E_UNSUPPORTED,
             "a session with fold_scale cannot load: what it publishes is not what it trains; load with fold_scale 0");
     if (lorasynci_session_is_root(s)) LORASYNCI_TRY(lorasynci_session_open_file(s, path, &l->image, err));
-    l->pieces = lorasynci_session_pieces(s, err);
-    if (!l->pieces) return err->status;
     for (i = 0; i < lorasynci_num_taken(s); i++)
-        if (l->pieces[i].scale != 0 && l->pieces[i].scale != 1)
+        if (pieces[i].scale != 0 && pieces[i].scale != 1)
             return lorasynci_fail(
                 err, LORASYNC_E_UNSUPPORTED,
                 "%.200s: a session with piece.scale cannot load: what it publishes is not what it trains; load with "
                 "scale 0",
-                l->pieces[i].name);
+                pieces[i].name);
     return lorasynci_session_aliases(s, l, err);
 }
 
@@ -20670,19 +20762,18 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
     lorasync_status   status;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_load", err));
-    if (session->talk.lost) return lorasynci_lost_before(err);
+    if (session->host.talk.lost) return lorasynci_lost_before(err);
     memset(&mine, 0, sizeof mine);
     memset(&l, 0, sizeof l);
     lorasynci_session_prepare_load(session, path, &l, &mine);
     vote.flag = l.num_aliases == 0;
     vote.tag  = lorasynci_hash_text(path, 1);
-    status    = lorasynci_talk_agree(&session->talk, &mine, &vote, "path, hashed", err);
+    status    = lorasynci_talk_agree(&session->host.talk, &mine, &vote, "path, hashed", err);
     if (status == LORASYNC_OK && !vote.flag) status = lorasynci_session_compare_aliases(session, &l, err);
-    if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, l.image, l.pieces, err);
-    lorasynci_talk_lose(&session->talk, status, err);
+    if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, l.image, err);
+    lorasynci_talk_lose(&session->host.talk, status, err);
     lorasync_image_free(l.image);
-    lorasynci_dealloc(&session->a, l.pieces);
-    lorasynci_dealloc(&session->a, l.aliases);
+    lorasynci_dealloc(&session->host.a, l.aliases);
     return status;
 }
 
@@ -20718,22 +20809,9 @@ LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session
 
    A transport's failure on bucket k is the root's vote on bucket k + 1, so that every rank stops at the same bucket. */
 
-typedef struct lorasynci_base_piece {
-    lorasync_piece piece;
-    uint64_t       raw, key; /* offsets in `texts` */
-} lorasynci_base_piece;
-
 struct lorasync_stream {
-    lorasync_allocator    a;
-    lorasynci_talk        talk;
-    lorasync_stream_desc  desc; /* name, config_json and cuda replaced by the copies below */
-    lorasync_plan_desc    plan_desc;
-    char                 *name, *config_json;
-    lorasync_cuda         cuda;
-    lorasynci_buffer      texts;
-    lorasynci_buffer      added; /* lorasynci_base_piece; both until compile has succeeded */
-    lorasynci_buffer      transports, outcomes;
-    lorasync_error        add_error;
+    lorasynci_host        host;  /* what was added is there until compile has succeeded */
+    lorasync_stream_desc  desc;  /* comm, allocator, name, config_json and cuda: see host */
     lorasync_plan       **plans; /* num_buckets; NULL before compile */
     size_t                num_buckets;
     lorasynci_plan_memory loans[2];
@@ -20742,45 +20820,24 @@ struct lorasync_stream {
     char                 *payload_memory;
     lorasynci_buffer      index;       /* on the root: model.safetensors.index.json */
     lorasync_error        stage_error; /* the root's, of the sync that runs; an objection of all plans */
-    uint64_t              last_version;
     lorasync_stream_info  info;
 };
 
-LORASYNCI_FN lorasynci_base_piece *lorasynci_base_at(const lorasync_stream *s, size_t i)
-{
-    return (lorasynci_base_piece *)(void *)s->added.data + i;
-}
-
-LORASYNCI_FN size_t lorasynci_base_num(const lorasync_stream *s)
-{
-    return s->added.size / sizeof(lorasynci_base_piece);
-}
-
-LORASYNCI_FN lorasync_transport *lorasynci_stream_transports(const lorasync_stream *s)
-{
-    return (lorasync_transport *)(void *)s->transports.data;
-}
-
-LORASYNCI_FN size_t lorasynci_stream_num_transports(const lorasync_stream *s)
-{
-    return s->transports.size / sizeof(lorasync_transport);
-}
-
-LORASYNCI_FN int lorasynci_is_root(const lorasync_stream *s) { return s->talk.comm.rank == s->desc.root; }
+LORASYNCI_FN int lorasynci_is_root(const lorasync_stream *s) { return lorasynci_host_is_root(&s->host); }
 
 /* Gives the lent memory back. */
 LORASYNCI_FN void lorasynci_stream_unlend(lorasync_stream *s)
 {
     int i;
     if (s->desc.cuda) {
-        lorasynci_gpu_free(!s->talk.comm.exchange_stream, s->loans[0].send);
-        lorasynci_gpu_free(!s->talk.comm.exchange_stream, s->loans[0].receive);
+        lorasynci_gpu_free(!s->host.talk.comm.exchange_stream, s->loans[0].send);
+        lorasynci_gpu_free(!s->host.talk.comm.exchange_stream, s->loans[0].receive);
         for (i = 0; i < 2; i++)
             lorasynci_gpu_free(0, s->loans[i].payload), lorasynci_gpu_free(1, s->loans[i].host_payload);
     } else {
-        lorasynci_dealloc(&s->a, s->loans[0].send);
-        lorasynci_dealloc(&s->a, s->loans[0].receive);
-        lorasynci_dealloc(&s->a, s->payload_memory);
+        lorasynci_dealloc(&s->host.a, s->loans[0].send);
+        lorasynci_dealloc(&s->host.a, s->loans[0].receive);
+        lorasynci_dealloc(&s->host.a, s->payload_memory);
     }
     lorasynci_window_close(&s->shared);
     if (s->mapping_name[0]) shm_unlink(s->mapping_name);
@@ -20794,7 +20851,7 @@ LORASYNCI_FN void lorasynci_stream_reset(lorasync_stream *s)
 {
     size_t b;
     for (b = 0; s->plans && b < s->num_buckets; b++) lorasync_plan_free(s->plans[b]);
-    lorasynci_dealloc(&s->a, s->plans);
+    lorasynci_dealloc(&s->host.a, s->plans);
     lorasynci_stream_unlend(s);
     lorasynci_buffer_free(&s->index);
     s->plans       = NULL;
@@ -20802,50 +20859,38 @@ LORASYNCI_FN void lorasynci_stream_reset(lorasync_stream *s)
     memset(&s->info, 0, sizeof s->info);
 }
 
-/* What its transports are told that it publishes. */
-LORASYNCI_FN const char *lorasynci_stream_publishes(const lorasync_stream *s)
-{
-    return s->talk.comm.rank == s->desc.root ? s->name : NULL;
-}
-
 LORASYNC_API void lorasync_stream_close(lorasync_stream *stream)
 {
     lorasync_allocator a;
     if (!stream) return;
-    a = stream->a;
-    lorasynci_close_engines(&stream->transports, stream, lorasynci_stream_publishes(stream), 0);
+    a = stream->host.a;
+    lorasynci_host_close_engines(&stream->host, 0);
     lorasynci_stream_reset(stream);
-    lorasynci_talk_free(&stream->talk, &a);
-    lorasynci_buffer_free(&stream->texts);
-    lorasynci_buffer_free(&stream->added);
-    lorasynci_buffer_free(&stream->transports);
-    lorasynci_buffer_free(&stream->outcomes);
-    lorasynci_dealloc(&a, stream->name), lorasynci_dealloc(&a, stream->config_json);
+    lorasynci_host_close(&stream->host);
     lorasynci_dealloc(&a, stream);
 }
 
-/* Copies what the desc points to, and makes the desc of all plans. */
-LORASYNCI_FN lorasync_status lorasynci_stream_copy(lorasync_stream *s, lorasync_error *err)
+/* Copies what the desc points to. */
+LORASYNCI_FN lorasync_status lorasynci_stream_start(lorasync_stream *s, lorasync_error *err)
 {
-    const char         *name = s->desc.name ? s->desc.name : "base", *config = s->desc.config_json;
-    lorasync_plan_desc *d = &s->plan_desc;
-    s->name               = lorasynci_copy_text(&s->a, name, strlen(name));
-    if (config) s->config_json = lorasynci_copy_text(&s->a, config, strlen(config));
-    if (!s->name || (config && !s->config_json)) return lorasynci_fail_memory(err, strlen(name));
-    if (!s->name[0])
+    const lorasync_stream_desc *given = &s->desc;
+    lorasync_plan_desc          d;
+    memset(&d, 0, sizeof d);
+    d.comm       = given->comm;
+    d.kind       = LORASYNC_GATHER;
+    d.root       = given->root;
+    d.wire_dtype = given->wire_dtype;
+    d.adapter    = given->name ? given->name : "base";
+    d.allow_nan  = given->allow_nan;
+    d.cuda       = given->cuda;
+    d.timeout_ms = given->timeout_ms;
+    d.allocator  = given->allocator;
+    LORASYNCI_TRY(lorasynci_host_open(&s->host, s, "lorasync_stream_", &d, given->config_json, err));
+    lorasynci_buffer_init(&s->index, &s->host.a);
+    if (!s->desc.bucket_bytes) s->desc.bucket_bytes = (size_t)1 << 30;
+    if (!s->host.name[0])
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "desc.name is empty; leave it NULL or give the name to publish under");
-    if (s->desc.cuda) s->cuda = *s->desc.cuda, s->desc.cuda = &s->cuda;
-    if (!s->desc.bucket_bytes) s->desc.bucket_bytes = (size_t)1 << 30;
-    d->comm       = &s->talk.comm;
-    d->kind       = LORASYNC_GATHER;
-    d->root       = s->desc.root;
-    d->wire_dtype = s->desc.wire_dtype;
-    d->adapter    = s->name;
-    d->allow_nan  = s->desc.allow_nan;
-    d->cuda       = s->desc.cuda;
-    d->timeout_ms = s->desc.timeout_ms;
-    d->allocator  = &s->a;
     return LORASYNC_OK;
 }
 
@@ -20861,15 +20906,8 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
     LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, desc->timeout_ms, &a, err));
     s = (lorasync_stream *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
-    s->a    = a;
     s->desc = *desc;
-    status  = lorasynci_talk_init(&s->talk, desc->comm, desc->timeout_ms, &s->a, err);
-    lorasynci_buffer_init(&s->texts, &s->a);
-    lorasynci_buffer_init(&s->added, &s->a);
-    lorasynci_buffer_init(&s->transports, &s->a);
-    lorasynci_buffer_init(&s->outcomes, &s->a);
-    lorasynci_buffer_init(&s->index, &s->a);
-    if (status == LORASYNC_OK) status = lorasynci_stream_copy(s, err);
+    status  = lorasynci_stream_start(s, err);
     if (status < 0) {
         lorasync_stream_close(s);
         return status;
@@ -20878,11 +20916,9 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_stream_add_piece(lorasync_stream *s, const lorasync_piece *piece,
-                                                        lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_stream_add(lorasync_stream *s, const lorasync_piece *piece, lorasync_error *err)
 {
-    lorasynci_base_piece add;
-    lorasync_name        name;
+    lorasync_name name;
     if (!piece) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_add: piece is NULL");
     if (s->plans)
         return lorasynci_fail(
@@ -20890,16 +20926,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_add_piece(lorasync_stream *s, cons
             "lorasync_stream_add after lorasync_stream_compile: open a new stream for another set of parameters");
     LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
     if (!s->desc.keep_names) LORASYNCI_TRY(lorasync_parse_name(piece->name, &name, err));
-    memset(&add, 0, sizeof add);
-    add.piece = *piece;
-    add.raw = add.key = s->texts.size;
-    lorasynci_put(&s->texts, piece->name, strlen(piece->name) + 1);
-    if (!s->desc.keep_names) {
-        add.key = s->texts.size;
-        lorasynci_put(&s->texts, name.key, strlen(name.key) + 1);
-    }
-    if (!s->texts.failed) lorasynci_put(&s->added, &add, sizeof add);
-    return s->texts.failed || s->added.failed ? lorasynci_fail_memory(err, s->texts.size) : LORASYNC_OK;
+    return lorasynci_host_add(&s->host, piece, s->desc.keep_names ? NULL : &name, err);
 }
 
 LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const lorasync_piece *piece,
@@ -20908,32 +20935,18 @@ LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const 
     lorasync_error why;
     if (!err) err = &why;
     LORASYNCI_GIVEN(stream);
-    if (lorasynci_stream_add_piece(stream, piece, err) == LORASYNC_OK) return LORASYNC_OK;
-    return lorasynci_remember(&stream->add_error, err);
-}
-
-LORASYNCI_FN lorasync_status lorasynci_stream_attach(lorasync_stream *stream, const lorasync_transport *transport,
-                                                     lorasync_error *err)
-{
-    lorasync_transport t;
-    if (!transport) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_attach: transport is NULL");
-    if (stream->plans)
-        return lorasynci_fail(err, LORASYNC_E_STATE,
-                              "lorasync_stream_attach after lorasync_stream_compile: attach every engine before");
-    LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
-    LORASYNCI_TRY(lorasynci_check_carries(&t, LORASYNC_CARRIES_BASE, err));
-    return lorasynci_attach_engine(&stream->transports, &stream->outcomes, &t, stream,
-                                   lorasynci_stream_publishes(stream), err);
+    return lorasynci_host_remember(&stream->host, lorasynci_stream_add(stream, piece, err), err);
 }
 
 LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport,
                                                     lorasync_error *err)
 {
-    lorasync_error why;
+    lorasync_error  why;
+    lorasync_status status;
     if (!err) err = &why;
     LORASYNCI_GIVEN(stream);
-    if (lorasynci_stream_attach(stream, transport, err) == LORASYNC_OK) return LORASYNC_OK;
-    return lorasynci_remember(&stream->add_error, err);
+    status = lorasynci_host_attach(&stream->host, transport, stream->plans != NULL, LORASYNC_CARRIES_BASE, err);
+    return lorasynci_host_remember(&stream->host, status, err);
 }
 
 /* -- dividing into buckets */
@@ -20960,10 +20973,11 @@ typedef struct lorasynci_groups {
     uint32_t        *of; /* per merged tensor: its group */
 } lorasynci_groups;
 
-/* What dividing works with, freed at the end of compile. */
+/* What dividing works with. Its arena is closed at the end of compile, the planner's when the ranks have talked. */
 typedef struct lorasynci_division {
+    lorasynci_arena         arena;
+    lorasynci_meter         meter; /* of both arenas; nobody asks */
     lorasynci_planner       planner;
-    lorasynci_meter         meter; /* of its memory; nobody asks */
     lorasynci_parts         parts; /* none: boxes are the plans' business */
     lorasynci_groups        groups;
     lorasynci_catalogue     catalogue; /* of this rank, all buckets */
@@ -20974,58 +20988,66 @@ typedef struct lorasynci_division {
     lorasynci_division_head head;
 } lorasynci_division;
 
-LORASYNCI_FN void lorasynci_division_free(lorasync_stream *s, lorasynci_division *v)
+LORASYNCI_FN void lorasynci_division_open(lorasynci_division *v, const lorasync_allocator *a)
+{
+    memset(v, 0, sizeof *v);
+    lorasynci_arena_open(&v->arena, a, &v->meter);
+    lorasynci_buffer_init(&v->parts.list, &v->arena.a);
+    lorasynci_buffer_init(&v->parts.geometry, &v->arena.a);
+    lorasynci_buffer_init(&v->groups.texts, &v->arena.a);
+    lorasynci_catalogue_init(&v->catalogue, &v->arena.a);
+}
+
+LORASYNCI_FN void lorasynci_division_close(lorasynci_division *v)
 {
     lorasynci_arena_close(&v->planner.arena);
-    lorasynci_buffer_free(&v->groups.texts);
-    lorasynci_dealloc(&s->a, v->groups.list), lorasynci_dealloc(&s->a, v->groups.of);
-    lorasynci_catalogue_free(&v->catalogue);
-    lorasynci_dealloc(&s->a, v->tensors), lorasynci_dealloc(&s->a, v->buckets), lorasynci_dealloc(&s->a, v->starts),
-        lorasynci_dealloc(&s->a, v->pieces);
+    lorasynci_arena_close(&v->arena);
 }
 
 /* The catalogue of this rank, of all buckets. Two parameters that would be published under one name are refused. */
 LORASYNCI_FN lorasync_status lorasynci_stream_describe(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
-    lorasynci_catalogue *c   = &v->catalogue;
-    size_t               num = lorasynci_base_num(s), i, known;
-    lorasynci_table      names;
-    lorasync_status      status = LORASYNC_OK;
-    v->tensors                  = (uint32_t *)lorasynci_alloc_array(&s->a, num, 2 * sizeof(uint32_t));
-    if (!v->tensors || !lorasynci_table_init(&names, &s->a, num)) return lorasynci_fail_memory(err, num * 8);
-    for (i = 0; i < num && status == LORASYNC_OK; i++) {
-        lorasynci_base_piece *p = lorasynci_base_at(s, i);
-        uint32_t             *t = &v->tensors[i], *first;
-        known                   = c->num;
-        p->piece.name           = s->texts.data + p->key; /* texts do not grow while this runs */
-        status                  = lorasynci_describe_tensor(&p->piece, 0, &names, c, t, err);
-        if (status < 0) break;
+    const lorasynci_host  *h      = &s->host;
+    lorasync_piece        *pieces = LORASYNCI_AT(lorasync_piece, h->pieces, 0);
+    const lorasynci_added *added  = LORASYNCI_AT(lorasynci_added, h->added, 0);
+    lorasynci_catalogue   *c      = &v->catalogue;
+    size_t                 num    = LORASYNCI_NUM(lorasync_piece, h->pieces), i, known;
+    lorasynci_table        names;
+    v->tensors = (uint32_t *)lorasynci_arena_array(&v->arena, num, 2 * sizeof(uint32_t));
+    if (!v->tensors || !lorasynci_table_init(&names, &v->arena.a, num)) return lorasynci_fail_memory(err, num * 8);
+    for (i = 0; i < num; i++) {
+        uint32_t   *t = &v->tensors[i], *first;
+        const char *raw, *other;
+        known          = c->num;
+        pieces[i].name = lorasynci_host_text(h, added[i].key); /* texts do not grow while this runs */
+        LORASYNCI_TRY(lorasynci_describe_tensor(&pieces[i], 0, &names, c, t, err));
         first = &v->tensors[num + *t];
         if (c->num > known) *first = (uint32_t)i;
-        if (strcmp(s->texts.data + lorasynci_base_at(s, *first)->raw, s->texts.data + p->raw) != 0)
-            status = lorasynci_fail(
+        raw   = lorasynci_host_text(h, added[i].raw);
+        other = lorasynci_host_text(h, added[*first].raw);
+        if (strcmp(other, raw) != 0)
+            return lorasynci_fail(
                 err, LORASYNC_E_NAME,
-                "%.150s and %.150s would both be published as %.150s; leave one out, or set keep_names",
-                s->texts.data + lorasynci_base_at(s, *first)->raw, s->texts.data + p->raw, p->piece.name);
+                "%.150s and %.150s would both be published as %.150s; leave one out, or set keep_names", other, raw,
+                pieces[i].name);
     }
-    lorasynci_table_free(&names);
-    return status;
+    return LORASYNC_OK;
 }
 
 /* This rank's part before the ranks talk. */
 LORASYNCI_FN lorasync_status lorasynci_stream_prepare(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
-    if (s->add_error.status < 0) {
-        *err = s->add_error;
+    if (s->host.first_error.status < 0) {
+        *err = s->host.first_error;
         return err->status;
     }
-    if (s->desc.root < 0 || s->desc.root >= s->talk.comm.world)
+    if (s->desc.root < 0 || s->desc.root >= s->host.talk.comm.world)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", s->desc.root,
-                              s->talk.comm.world - 1);
+                              s->host.talk.comm.world - 1);
     LORASYNCI_TRY(lorasynci_stream_describe(s, v, err));
-    v->buckets = (uint32_t *)lorasynci_alloc_array(&s->a, v->catalogue.num, sizeof *v->buckets);
+    v->buckets = (uint32_t *)lorasynci_arena_array(&v->arena, v->catalogue.num, sizeof *v->buckets);
     if (!v->buckets) return lorasynci_fail_memory(err, v->catalogue.num * 4);
-    return lorasynci_planner_init(&v->planner, &s->talk, &s->plan_desc, &s->a, &v->meter, err);
+    return lorasynci_planner_init(&v->planner, &s->host.talk, &s->host.plan_desc, &s->host.a, &v->meter, err);
 }
 
 LORASYNCI_FN const char *lorasynci_group_key(const void *user, size_t i)
@@ -21042,43 +21064,47 @@ LORASYNCI_FN size_t lorasynci_group_length(const char *name)
     return last ? (size_t)(last - name) : strlen(name);
 }
 
+/* Bytes of a tensor on the wire; with all before it they must not pass 2^63. */
+LORASYNCI_FN int lorasynci_group_add(const lorasync_stream *s, const lorasynci_record *r, lorasynci_group *group,
+                                     size_t *total)
+{
+    const lorasync_dtype wire = lorasynci_wire_dtype(&s->host.plan_desc, (lorasync_dtype)r->dtype);
+    const size_t         num  = (size_t)lorasynci_box_numel(lorasynci_record_shape(r), r->ndim);
+    size_t               bytes;
+    if (!lorasynci_checked_mul(num, (size_t)lorasynci_element_bytes(wire), &bytes) ||
+        !lorasynci_checked_add(*total, bytes, total) || *total > SIZE_MAX / 2)
+        return 0;
+    group->num_bytes += bytes;
+    return 1;
+}
+
 /* On the root: groups of the merged tensors and their sizes on the wire. */
 LORASYNCI_FN lorasync_status lorasynci_make_groups(const lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
     lorasynci_groups *g   = &v->groups;
-    size_t            num = v->planner.merged.num, t, bytes, at, total = 0;
+    size_t            num = v->planner.merged.num, t, at, total = 0;
     lorasynci_table   names;
-    lorasync_status   status = LORASYNC_OK;
-    lorasynci_buffer_init(&g->texts, &s->a);
-    g->list = (lorasynci_group *)lorasynci_alloc_array(&s->a, num, sizeof *g->list);
-    g->of   = (uint32_t *)lorasynci_alloc_array(&s->a, num, sizeof *g->of);
-    if (!g->list || !g->of || !lorasynci_table_init(&names, &s->a, num))
+    g->list = (lorasynci_group *)lorasynci_arena_array(&v->arena, num, sizeof *g->list);
+    g->of   = (uint32_t *)lorasynci_arena_array(&v->arena, num, sizeof *g->of);
+    if (!g->list || !g->of || !lorasynci_table_init(&names, &v->arena.a, num))
         return lorasynci_fail_memory(err, num * sizeof *g->list);
-    for (t = 0; t < num && status == LORASYNC_OK; t++) {
+    for (t = 0; t < num; t++) {
         const lorasynci_record *r    = lorasynci_record_at(&v->planner.merged, t);
         const char             *name = lorasynci_record_name(r);
         at                           = g->texts.size;
         lorasynci_put(&g->texts, name, lorasynci_group_length(name));
         lorasynci_put(&g->texts, "", 1);
-        if (g->texts.failed) status = lorasynci_fail_memory(err, at);
-        if (status < 0) break;
+        if (g->texts.failed) return lorasynci_fail_memory(err, at);
         g->list[g->num].text = at; /* in case it is new */
         g->of[t] = (uint32_t)lorasynci_table_insert(&names, g->texts.data + at, g->num, lorasynci_group_key, g);
         if (g->of[t] == g->num) g->num++;
         else g->texts.size = at;
-        if (!lorasynci_checked_mul(
-                (size_t)lorasynci_box_numel(lorasynci_record_shape(r), r->ndim),
-                (size_t)lorasynci_element_bytes(lorasynci_wire_dtype(&s->plan_desc, (lorasync_dtype)r->dtype)),
-                &bytes) ||
-            !lorasynci_checked_add(total, bytes, &total) || total > SIZE_MAX / 2)
-            status =
-                lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensors up to this one pass 2^63 bytes", name);
-        else g->list[g->of[t]].num_bytes += bytes;
+        if (!lorasynci_group_add(s, r, &g->list[g->of[t]], &total))
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%.200s: the tensors up to this one pass 2^63 bytes", name);
     }
     v->head.num_tensors   = num;
     v->head.payload_bytes = total;
-    lorasynci_table_free(&names);
-    return status;
+    return LORASYNC_OK;
 }
 
 enum {
@@ -21113,27 +21139,46 @@ LORASYNCI_FN lorasync_status lorasynci_fill_buckets(const lorasync_stream *s, lo
 LORASYNCI_FN void lorasynci_stream_offer(lorasync_stream *s, lorasynci_division_head *h)
 {
     size_t num_bytes = lorasynci_align64((size_t)h->largest[0]) + (size_t)h->largest[1];
-    if (s->talk.comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
+    if (s->host.talk.comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
     lorasynci_mapping_name(h->name, lorasynci_unique(s));
     if (!lorasynci_window_name(&s->shared, h->name, num_bytes, 1)) return;
     memcpy(s->mapping_name, h->name, sizeof h->name);
     h->mapping_bytes = num_bytes;
 }
 
+/* On the root: what each rank is told, the bucket of each tensor in its catalogue. */
+LORASYNCI_FN lorasync_status lorasynci_answer_buckets(lorasynci_division *v, lorasync_error *err)
+{
+    lorasynci_planner *p = &v->planner;
+    int                rank;
+    size_t             i;
+    for (rank = 0; rank < p->world; rank++) {
+        const int    from = p->same_as[rank];
+        const size_t num  = p->catalogues[from].num;
+        uint32_t    *list = (uint32_t *)p->blocks[from].data;
+        if (from == rank) {
+            list = (uint32_t *)lorasynci_arena_array(&p->arena, num, sizeof *list);
+            if (!list) return lorasynci_arena_check(&p->arena, err);
+            for (i = 0; i < num; i++) list[i] = v->groups.list[v->groups.of[p->numbers[from][i]]].bucket;
+        }
+        p->blocks[rank].data      = list;
+        p->blocks[rank].num_bytes = num * sizeof *list;
+    }
+    return LORASYNC_OK;
+}
+
 /* On the root: the whole division, from what all ranks have sent. */
 LORASYNCI_FN lorasync_status lorasynci_stream_decide(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
-    lorasynci_planner *p = &v->planner;
-    size_t             i, k, num = lorasynci_stream_num_transports(s);
-    LORASYNCI_TRY(lorasynci_planner_unpack(p, err));
-    LORASYNCI_TRY(lorasynci_merge(p, err));
+    const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, s->host.transports, 0);
+    size_t                    i;
+    LORASYNCI_TRY(lorasynci_planner_unpack(&v->planner, err));
+    LORASYNCI_TRY(lorasynci_merge(&v->planner, err));
     LORASYNCI_TRY(lorasynci_make_groups(s, v, err));
     LORASYNCI_TRY(lorasynci_fill_buckets(s, v, err));
-    for (i = 0; i < num; i++)
-        LORASYNCI_TRY(lorasynci_check_buckets(&lorasynci_stream_transports(s)[i], (size_t)v->head.num_buckets, err));
-    for (i = 0; i < (size_t)s->talk.comm.world; i++) /* from merged numbers to buckets */
-        for (k = 0; k < p->catalogues[i].num; k++)
-            p->numbers[i][k] = v->groups.list[v->groups.of[p->numbers[i][k]]].bucket;
+    for (i = 0; i < lorasynci_num_engines(&s->host); i++)
+        LORASYNCI_TRY(lorasynci_check_buckets(&t[i], (size_t)v->head.num_buckets, err));
+    LORASYNCI_TRY(lorasynci_answer_buckets(v, err));
     lorasynci_stream_offer(s, &v->head);
     return LORASYNC_OK;
 }
@@ -21141,15 +21186,13 @@ LORASYNCI_FN lorasync_status lorasynci_stream_decide(lorasync_stream *s, lorasyn
 /* What must be equal on all ranks. */
 LORASYNCI_FN uint64_t lorasynci_stream_tag(const lorasync_stream *s)
 {
-    uint64_t v[7];
-    v[0] = (uint64_t)s->desc.root;
-    v[1] = (uint64_t)s->desc.wire_dtype;
-    v[2] = (uint64_t)s->desc.bucket_bytes;
-    v[3] = lorasynci_hash_text(s->name, 1);
-    v[4] = (uint64_t)s->desc.keep_names;
-    v[5] = (uint64_t)s->desc.allow_nan;
-    v[6] = s->desc.cuda != NULL;
-    return lorasynci_hash(v, sizeof v, 6);
+    uint64_t v[5];
+    v[0] = (uint64_t)s->desc.wire_dtype;
+    v[1] = (uint64_t)s->desc.bucket_bytes;
+    v[2] = (uint64_t)s->desc.keep_names;
+    v[3] = (uint64_t)s->desc.allow_nan;
+    v[4] = s->desc.cuda != NULL;
+    return lorasynci_host_tag(&s->host, v, LORASYNCI_COUNT(v));
 }
 
 /* Names to the root, buckets back. */
@@ -21157,23 +21200,17 @@ LORASYNCI_FN lorasync_status lorasynci_stream_divide(lorasync_stream *s, lorasyn
                                                      lorasync_error *err)
 {
     lorasynci_planner *p    = &v->planner;
-    const size_t       num  = v->catalogue.num * sizeof *v->buckets;
-    const int          root = s->desc.root;
-    lorasynci_block    block;
-    int                rank;
+    lorasynci_talk    *talk = &s->host.talk;
+    const int          root = s->desc.root, here = lorasynci_is_root(s);
+    lorasynci_block    own;
     LORASYNCI_TRY(lorasynci_planner_collect(p, &v->catalogue, &v->parts, err));
-    if (lorasynci_is_root(s)) lorasynci_stream_decide(s, v, mine);
-    LORASYNCI_TRY(lorasynci_talk_vote(&s->talk, mine, err));
-    LORASYNCI_TRY(lorasynci_talk_tell(&s->talk, root, &v->head, sizeof v->head, s->talk.timeout_ms, err));
-    for (rank = 0; lorasynci_is_root(s) && rank < p->world; rank++) {
-        int from                  = p->same_as[rank];
-        p->blocks[rank].data      = p->numbers[from];
-        p->blocks[rank].num_bytes = p->catalogues[from].num * sizeof(uint32_t);
-    }
-    block.data      = v->buckets;
-    block.num_bytes = num;
-    LORASYNCI_TRY(lorasynci_talk_deal(&s->talk, root, lorasynci_is_root(s) ? p->blocks : &block, err));
-    if (lorasynci_is_root(s) && num) memcpy(v->buckets, p->blocks[root].data, num);
+    if (here) lorasynci_stream_decide(s, v, mine);
+    LORASYNCI_TRY(lorasynci_talk_vote(talk, mine, err));
+    LORASYNCI_TRY(lorasynci_talk_tell(talk, root, &v->head, sizeof v->head, talk->timeout_ms, err));
+    own.data      = v->buckets;
+    own.num_bytes = v->catalogue.num * sizeof *v->buckets;
+    LORASYNCI_TRY(lorasynci_talk_deal(talk, root, here ? p->blocks : &own, err));
+    if (here && own.num_bytes) memcpy(own.data, p->blocks[root].data, own.num_bytes);
     lorasynci_arena_close(&p->arena);
     return LORASYNC_OK;
 }
@@ -21181,10 +21218,11 @@ LORASYNCI_FN lorasync_status lorasynci_stream_divide(lorasync_stream *s, lorasyn
 /* This rank's pieces by bucket, in order of declaration in each; and room for the plans. */
 LORASYNCI_FN lorasync_status lorasynci_stream_sort(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
-    size_t num = lorasynci_base_num(s), n = (size_t)v->head.num_buckets, i, b;
-    v->starts = (size_t *)lorasynci_alloc_array(&s->a, n + 2, sizeof *v->starts);
-    v->pieces = (lorasync_piece *)lorasynci_alloc_array(&s->a, num, sizeof *v->pieces);
-    s->plans  = (lorasync_plan **)lorasynci_alloc_array(&s->a, n, sizeof *s->plans);
+    const lorasync_piece *pieces = LORASYNCI_AT(lorasync_piece, s->host.pieces, 0);
+    size_t                num = LORASYNCI_NUM(lorasync_piece, s->host.pieces), n = (size_t)v->head.num_buckets, i, b;
+    v->starts = (size_t *)lorasynci_arena_array(&v->arena, n + 2, sizeof *v->starts);
+    v->pieces = (lorasync_piece *)lorasynci_arena_array(&v->arena, num, sizeof *v->pieces);
+    s->plans  = (lorasync_plan **)lorasynci_alloc_array(&s->host.a, n, sizeof *s->plans);
     if (!v->starts || !v->pieces || !s->plans) return lorasynci_fail_memory(err, num * sizeof *v->pieces);
     s->num_buckets = n;
     for (i = 0; i < num; i++) {
@@ -21196,9 +21234,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_sort(lorasync_stream *s, lorasynci
         v->starts[b + 2]++;
     }
     for (b = 2; b < n + 2; b++) v->starts[b] += v->starts[b - 1];
-    for (i = 0; i < num; i++)
-        v->pieces[v->starts[v->buckets[v->tensors[i]] + 1]++] = lorasynci_base_at(s, i)->piece; /* moves each start to
-                                                                                                   its place */
+    for (i = 0; i < num; i++) v->pieces[v->starts[v->buckets[v->tensors[i]] + 1]++] = pieces[i]; /* moves the start */
     return LORASYNC_OK;
 }
 
@@ -21212,7 +21248,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_map(lorasync_stream *s, lorasynci_
     if (v->head.mapping_bytes && !s->shared.address && !s->desc.no_direct)
         lorasynci_window_name(&s->shared, v->head.name, (size_t)v->head.mapping_bytes, 0);
     mapped = s->shared.address != NULL;
-    status = lorasynci_talk_vote_flag(&s->talk, mine, &mapped, err);
+    status = lorasynci_talk_vote_flag(&s->host.talk, mine, &mapped, err);
     if (s->mapping_name[0]) shm_unlink(s->mapping_name);
     s->mapping_name[0] = 0;
     if (status == LORASYNC_OK && !mapped) lorasynci_window_close(&s->shared);
@@ -21226,7 +21262,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_lend(lorasync_stream *s, const lor
 {
     size_t send = 0, receive = 0, first = lorasynci_align64((size_t)v->head.largest[0]),
            both = first + (size_t)v->head.largest[1], b;
-    int pinned  = !s->talk.comm.exchange_stream, i;
+    int pinned  = !s->host.talk.comm.exchange_stream, i;
     for (b = 0; b < s->num_buckets; b++) {
         const size_t *staging = s->plans[b]->staging_bytes;
         if (staging[LORASYNCI_SEND] > send) send = staging[LORASYNCI_SEND];
@@ -21240,14 +21276,14 @@ LORASYNCI_FN lorasync_status lorasynci_stream_lend(lorasync_stream *s, const lor
         for (i = 0; i < 2 && lorasynci_is_root(s); i++) {
             LORASYNCI_TRY(
                 lorasynci_gpu_alloc(0, (size_t)v->head.largest[i], &s->loans[i].payload, "memory for buckets", err));
-            if (!s->cuda.keep_on_device)
+            if (!s->host.cuda.keep_on_device)
                 LORASYNCI_TRY(lorasynci_gpu_alloc(1, (size_t)v->head.largest[i], &s->loans[i].host_payload,
                                                   "memory for buckets", err));
         }
     } else {
-        s->loans[0].send    = (char *)lorasynci_alloc(&s->a, send);
-        s->loans[0].receive = (char *)lorasynci_alloc(&s->a, receive);
-        if (!s->shared.address && lorasynci_is_root(s)) s->payload_memory = (char *)lorasynci_alloc(&s->a, both);
+        s->loans[0].send    = (char *)lorasynci_alloc(&s->host.a, send);
+        s->loans[0].receive = (char *)lorasynci_alloc(&s->host.a, receive);
+        if (!s->shared.address && lorasynci_is_root(s)) s->payload_memory = (char *)lorasynci_alloc(&s->host.a, both);
         s->loans[0].payload = s->shared.address ? s->shared.address : s->payload_memory;
         if (!s->loans[0].send || !s->loans[0].receive || (!s->loans[0].payload && lorasynci_is_root(s)))
             return lorasynci_fail_memory(err, send + receive + both);
@@ -21293,7 +21329,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_label(lorasync_stream *s, lorasync
 {
     size_t                 n = s->num_buckets, b, i, num = 0;
     lorasynci_index_entry *list =
-        (lorasynci_index_entry *)lorasynci_alloc_array(&s->a, s->info.num_tensors, sizeof *list);
+        (lorasynci_index_entry *)lorasynci_alloc_array(&s->host.a, s->info.num_tensors, sizeof *list);
     if (!list) return lorasynci_fail_memory(err, s->info.num_tensors * sizeof *list);
     for (b = 0; b < n; b++)
         for (i = 0; i < s->plans[b]->image->num_tensors; i++) {
@@ -21302,14 +21338,14 @@ LORASYNCI_FN lorasync_status lorasynci_stream_label(lorasync_stream *s, lorasync
         }
     qsort(list, num, sizeof *list, lorasynci_index_order);
     if (n > 1) lorasynci_put_index(&s->index, list, num, n, s->info.payload_bytes);
-    lorasynci_dealloc(&s->a, list);
+    lorasynci_dealloc(&s->host.a, list);
     if (s->index.failed) return lorasynci_fail_memory(err, s->index.size);
     for (b = 0; b < n; b++) {
         lorasync_image *image = s->plans[b]->image;
         image->bucket         = b;
         image->num_buckets    = n;
         image->index_json     = n > 1 ? s->index.data : "";
-        image->config_json    = s->config_json ? s->config_json : "";
+        image->config_json    = s->host.config_json ? s->host.config_json : "";
     }
     return LORASYNC_OK;
 }
@@ -21335,14 +21371,14 @@ LORASYNCI_FN lorasync_status lorasynci_stream_finish(lorasync_stream *s, const l
 /* All of compile. */
 LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci_division *v, lorasync_error *err)
 {
-    lorasync_plan_desc d = s->plan_desc;
+    lorasync_plan_desc d = s->host.plan_desc;
     lorasync_error     mine;
     lorasync_status    status;
     size_t             b;
     memset(&mine, 0, sizeof mine);
     lorasynci_stream_prepare(s, v, &mine);
     status = lorasynci_talk_vote_tag(
-        &s->talk, &mine, lorasynci_stream_tag(s),
+        &s->host.talk, &mine, lorasynci_stream_tag(s),
         "the stream's root, wire_dtype, bucket_bytes, name, keep_names, allow_nan or cuda, hashed", err);
     if (status == LORASYNC_OK) status = lorasynci_stream_divide(s, v, &mine, err);
     if (status == LORASYNC_OK) status = lorasynci_stream_map(s, v, &mine, err);
@@ -21350,13 +21386,13 @@ LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci
     for (b = 0; b < s->num_buckets && status == LORASYNC_OK; b++) {
         d.have     = v->pieces + v->starts[b];
         d.num_have = v->starts[b + 1] - v->starts[b];
-        status     = lorasynci_plan_create(&d, &s->talk, 1, &s->plans[b], err);
+        status     = lorasynci_plan_create(&d, &s->host.talk, 1, &s->plans[b], err);
     }
     if (status == LORASYNC_OK) {
         lorasynci_stream_finish(s, v, &mine);
-        status = lorasynci_talk_vote(&s->talk, &mine, err);
+        status = lorasynci_talk_vote(&s->host.talk, &mine, err);
     }
-    return lorasynci_talk_lose(&s->talk, status, err);
+    return lorasynci_talk_lose(&s->host.talk, status, err);
 }
 
 LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lorasync_error *err)
@@ -21367,20 +21403,15 @@ LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lo
     if (!err) err = &why;
     LORASYNCI_GIVEN(stream);
     if (stream->plans) return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_compile was called already");
-    if (stream->talk.lost) return lorasynci_lost_before(err);
-    memset(&division, 0, sizeof division);
-    lorasynci_buffer_init(&division.parts.list, &stream->a);
-    lorasynci_buffer_init(&division.parts.geometry, &stream->a);
-    lorasynci_buffer_init(&division.groups.texts, &stream->a);
-    lorasynci_catalogue_init(&division.catalogue, &stream->a);
+    if (stream->host.talk.lost) return lorasynci_lost_before(err);
+    lorasynci_division_open(&division, &stream->host.a);
     status = lorasynci_stream_make(stream, &division, err);
-    lorasynci_division_free(stream, &division);
+    lorasynci_division_close(&division);
     if (status < 0) {
         lorasynci_stream_reset(stream);
         return status;
     }
-    lorasynci_buffer_free(&stream->added); /* the plans know it all */
-    lorasynci_buffer_free(&stream->texts);
+    lorasynci_host_forget_pieces(&stream->host); /* the plans know it all */
     return LORASYNC_OK;
 }
 
@@ -21405,7 +21436,7 @@ LORASYNCI_FN void lorasynci_stream_stage(lorasync_stream *s, size_t b, uint64_t 
 LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t version, lorasynci_publication *p,
                                                   lorasynci_outcome *out, lorasync_report *times, lorasync_error *err)
 {
-    lorasync_status status = lorasynci_begin_version(s->plans[0], version, s->last_version, 0, err);
+    lorasync_status status = lorasynci_host_begin(&s->host, s->plans[0], version, 0, err);
     size_t          b;
     for (b = 0; b < s->num_buckets; b++) {
         lorasync_plan *plan = s->plans[b];
@@ -21430,27 +21461,21 @@ LORASYNCI_FN lorasync_status lorasynci_stream_commit(lorasync_stream *s, uint64_
     uint64_t        start = lorasynci_now_ns();
     lorasync_status status;
     if (s->stage_error.status == LORASYNC_OK && p->image) lorasynci_publish_end(p, &s->stage_error);
-    out->num_engines = (int32_t)lorasynci_num_serving(p->outcomes, p->num, version);
-    out->num_behind  = (int32_t)p->num - out->num_engines;
+    if (lorasynci_is_root(s)) lorasynci_host_count(&s->host, version, out);
     out->publish_ns += lorasynci_now_ns() - start;
-    status = lorasynci_talk_vote(&s->talk, &s->stage_error, err);
+    status = lorasynci_talk_vote(&s->host.talk, &s->stage_error, err);
     if (status == LORASYNC_OK)
-        status = lorasynci_talk_tell(&s->talk, s->desc.root, out, sizeof *out, s->talk.timeout_ms, err);
-    return lorasynci_talk_lose(&s->talk, status, err);
+        status = lorasynci_talk_tell(&s->host.talk, s->desc.root, out, sizeof *out, s->host.talk.timeout_ms, err);
+    return lorasynci_talk_lose(&s->host.talk, status, err);
 }
 
 LORASYNCI_FN void lorasynci_stream_report(const lorasync_stream *s, const lorasynci_outcome *outcome, uint64_t start,
                                           lorasync_report *out)
 {
-    out->version       = s->last_version;
-    out->digest        = outcome->digest;
+    lorasynci_host_report(&s->host, outcome, start, out);
     out->num_tensors   = s->info.num_tensors;
     out->payload_bytes = s->info.payload_bytes;
-    out->num_engines   = outcome->num_engines;
-    out->num_behind    = outcome->num_behind;
     out->direct        = s->info.direct;
-    out->publish_ns    = outcome->publish_ns;
-    out->total_ns      = lorasynci_now_ns() - start;
 }
 
 LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version,
@@ -21466,16 +21491,15 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     LORASYNCI_GIVEN(stream);
     if (!stream->plans)
         return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
-    if (stream->talk.lost) return lorasynci_lost_before(err);
+    if (stream->host.talk.lost) return lorasynci_lost_before(err);
     memset(&p, 0, sizeof p);
     memset(&outcome, 0, sizeof outcome);
     memset(&report, 0, sizeof report);
     memset(&stream->stage_error, 0, sizeof stream->stage_error);
     if (lorasynci_is_root(stream)) {
-        p.transports = lorasynci_stream_transports(stream);
-        p.outcomes   = (lorasync_engine_outcome *)(void *)stream->outcomes.data;
-        p.num = p.need = p.num_possible = lorasynci_stream_num_transports(stream);
-        p.comm                          = &stream->talk.comm;
+        p      = lorasynci_host_publication(&stream->host);
+        p.need = p.num_possible = p.num;
+        p.comm                  = &stream->host.talk.comm;
     }
     status = lorasynci_stream_run(stream, version, &p, &outcome, &report, err);
     if (status == LORASYNC_OK) status = lorasynci_stream_commit(stream, version, &p, &outcome, err);
@@ -21483,7 +21507,7 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
         lorasynci_abort_all(&p);
         return status;
     }
-    stream->last_version = version;
+    stream->host.last_version = version;
     lorasynci_stream_report(stream, &outcome, start, &report);
     if (out_report) *out_report = report;
     return LORASYNC_OK;
@@ -21498,9 +21522,7 @@ LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasy
 
 LORASYNC_API const lorasync_engine_outcome *lorasync_stream_outcomes(const lorasync_stream *stream, size_t *out_num)
 {
-    size_t num = stream && lorasynci_is_root(stream) ? lorasynci_stream_num_transports(stream) : 0;
-    if (out_num) *out_num = num;
-    return num ? (const lorasync_engine_outcome *)(const void *)stream->outcomes.data : NULL;
+    return lorasynci_host_outcomes(stream ? &stream->host : NULL, out_num);
 }
 #ifdef LORASYNC_CUDA
 
