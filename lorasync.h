@@ -6142,6 +6142,7 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_copy(const lorasynci_gpu *g, void *ds
     return LORASYNC_OK;
 }
 
+/* The same byte everywhere. */
 LORASYNCI_FN lorasync_status lorasynci_gpu_fill_bytes(const lorasynci_gpu *g, void *memory, int byte, size_t num_bytes,
                                                       lorasync_error *err)
 {
@@ -11698,14 +11699,15 @@ LORASYNCI_FN void lorasynci_run_check(const lorasync_plan *plan)
 LORASYNCI_FN void lorasynci_run_to(lorasync_plan *plan, lorasynci_run_state to)
 {
 #define LORASYNCI_FROM(state) (1u << (unsigned)LORASYNCI_RUN_##state)
-    static const unsigned edges[] = {/* to IDLE */ LORASYNCI_FROM(MOVED) | LORASYNCI_FROM(VOTED) |
-                                         LORASYNCI_FROM(REFUSED) | LORASYNCI_FROM(VETOED),
-                                     /* BEGUN */ LORASYNCI_FROM(IDLE),
-                                     /* REFUSED */ LORASYNCI_FROM(IDLE) | LORASYNCI_FROM(BEGUN) | LORASYNCI_FROM(MOVED),
-                                     /* VETOED */ LORASYNCI_FROM(REFUSED),
-                                     /* MOVED */ LORASYNCI_FROM(BEGUN),
-                                     /* VOTED */ LORASYNCI_FROM(MOVED),
-                                     /* LOST */ ~0u};
+    static const unsigned edges[] = {
+        LORASYNCI_FROM(MOVED) | LORASYNCI_FROM(VOTED) | LORASYNCI_FROM(REFUSED) | LORASYNCI_FROM(VETOED), /* to IDLE */
+        LORASYNCI_FROM(IDLE),                                                                             /* BEGUN */
+        LORASYNCI_FROM(IDLE) | LORASYNCI_FROM(BEGUN) | LORASYNCI_FROM(MOVED),                             /* REFUSED */
+        LORASYNCI_FROM(REFUSED),                                                                          /* VETOED */
+        LORASYNCI_FROM(BEGUN),                                                                            /* MOVED */
+        LORASYNCI_FROM(MOVED),                                                                            /* VOTED */
+        ~0u                                                                                               /* LOST */
+    };
 #undef LORASYNCI_FROM
     (void)edges;
     LORASYNC_ASSERT(edges[to] >> (unsigned)plan->state & 1u);
@@ -11717,7 +11719,7 @@ LORASYNCI_FN void lorasynci_run_to(lorasync_plan *plan, lorasynci_run_state to)
 /* This rank is against the run, for the first reason that it has: its vote will say so. */
 LORASYNCI_FN void lorasynci_run_refuse(lorasync_plan *plan, const lorasync_error *why)
 {
-    LORASYNC_ASSERT(why->status < 0 && !lorasync_is_lost(why->status));
+    LORASYNC_ASSERT(why->status < 0);
     if (lorasynci_run_is_refused(plan)) return;
     plan->refusal = *why;
     lorasynci_run_to(plan, LORASYNCI_RUN_REFUSED);
@@ -12071,6 +12073,7 @@ LORASYNCI_FN void lorasynci_round_messages(lorasync_plan *plan, uint32_t round, 
     *out_num_receives = num_receives;
 }
 
+/* Over a comm for host memory. It returns when all has arrived. */
 LORASYNCI_FN lorasync_status lorasynci_exchange_round(lorasync_plan *plan, uint32_t round, lorasync_error *err)
 {
     const lorasync_comm    *c        = &plan->talk->comm;
@@ -12080,6 +12083,7 @@ LORASYNCI_FN lorasync_status lorasynci_exchange_round(lorasync_plan *plan, uint3
     return c->exchange(c->user, messages, num_sends, messages + c->world, num_receives, plan->talk->timeout_ms, err);
 }
 
+/* What a round brought, to where it goes; behind the last round of a link come digests. */
 LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
 {
     int    rank;
@@ -12118,6 +12122,7 @@ LORASYNCI_FN lorasync_status lorasynci_messages_move(lorasync_plan *plan, lorasy
     return LORASYNC_OK;
 }
 
+/* The image has been complete since the last round. */
 LORASYNCI_FN lorasync_status lorasynci_messages_finish(lorasync_plan *plan, int taken, lorasync_error *err)
 {
     (void)err;
@@ -12238,6 +12243,7 @@ LORASYNCI_FN lorasync_status lorasynci_vote_in_memory(lorasync_plan *plan, int *
 
 /* -- host direct: every rank packs straight into the image, which lies in shared memory; nothing is exchanged */
 
+/* Behind it this rank has done all that it does for the image. */
 LORASYNCI_FN lorasync_status lorasynci_direct_begin(lorasync_plan *plan, lorasync_error *err)
 {
     lorasync_status status;
@@ -12249,6 +12255,7 @@ LORASYNCI_FN lorasync_status lorasynci_direct_begin(lorasync_plan *plan, lorasyn
     return status;
 }
 
+/* Nothing is left to move. */
 LORASYNCI_FN lorasync_status lorasynci_direct_move(lorasync_plan *plan, lorasync_error *err)
 {
     (void)err;
@@ -12256,6 +12263,7 @@ LORASYNCI_FN lorasync_status lorasynci_direct_move(lorasync_plan *plan, lorasync
     return LORASYNC_OK;
 }
 
+/* All ranks have voted, so all have packed and shared their sums. */
 LORASYNCI_FN lorasync_status lorasynci_direct_finish(lorasync_plan *plan, int taken, lorasync_error *err)
 {
     (void)err;
@@ -12335,6 +12343,7 @@ struct lorasynci_device {
     char  *host_image; /* pinned copy, unless the image stays on the device */
 };
 
+/* Empty: lorasynci_device_close takes it in any state of being filled. */
 LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, lorasync_error *err)
 {
     plan->device = (lorasynci_device *)lorasynci_alloc_array(&plan->a, 1, sizeof *plan->device);
@@ -12342,6 +12351,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_open(lorasync_plan *plan, lorasync
     return lorasynci_gpu_event(&plan->device->packed, err);
 }
 
+/* What lorasynci_wire_open has made, as far as it came. */
 LORASYNCI_FN void lorasynci_device_close_wire(lorasync_plan *plan)
 {
     lorasynci_device *g = plan->device;
@@ -12389,6 +12399,7 @@ LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64
            lorasynci_mesh_starts(plan, to)[plan->talk->comm.rank] + at - plan->sends[to].base;
 }
 
+/* An operation as the kernel has it: addresses instead of spaces and offsets. `sum`: where its digest is added up. */
 LORASYNCI_FN lorasyncd_op lorasynci_device_op_of(const lorasync_plan *plan, const lorasynci_op *op,
                                                  const lorasynci_grid *g, uint64_t sum)
 {
@@ -12424,6 +12435,7 @@ LORASYNCI_FN uint64_t lorasynci_device_sum(const lorasync_plan *plan, const uint
            8 * (uint64_t)(plan->num_sent_sums ? sum_of[op->tensor] : op->tensor);
 }
 
+/* Launches that pack: one per round, and one for what travels nowhere. */
 LORASYNCI_FN uint32_t lorasynci_device_packs(const lorasync_plan *plan) { return plan->num_rounds + 1; }
 
 /* The launch of which an operation is part: packs first, then places. What a rank packs for itself has its own, so that
@@ -12442,6 +12454,7 @@ LORASYNCI_FN uint32_t lorasynci_device_launches(const lorasync_plan *plan)
     return lorasynci_device_packs(plan) + plan->num_rounds + 1;
 }
 
+/* By the number that lorasynci_device_launch_of gives. */
 LORASYNCI_FN lorasynci_launch *lorasynci_device_launch_at(const lorasync_plan *plan, uint32_t launch)
 {
     lorasynci_device *g     = plan->device;
@@ -12603,6 +12616,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
     return LORASYNC_OK;
 }
 
+/* The tables, and the memory on both sides in which a run reports. All addresses but the image's are final here. */
 LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
@@ -12666,6 +12680,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate(lorasync_plan *plan, lora
 
 /* -- what all ways of the GPU share: a run's beginning and end */
 
+/* Enqueues one launch; an empty one is none. The image may lie elsewhere than the tables say. */
 LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, const lorasynci_launch *launch,
                                                   cudaStream_t stream, lorasync_error *err)
 {
@@ -12862,6 +12877,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_close_run(lorasync_plan *plan, int
     return lorasynci_device_poll(plan, plan->gpu->done, lorasynci_deadline_ns(plan->talk->timeout_ms), 0, err);
 }
 
+/* Of ways in which digests travel with the bytes, or not at all. */
 LORASYNCI_FN lorasync_status lorasynci_device_finish(lorasync_plan *plan, int taken, lorasync_error *err)
 {
     LORASYNCI_TRY(lorasynci_device_close_run(plan, taken, err));
@@ -12914,6 +12930,7 @@ LORASYNCI_FN void lorasynci_device_settle(lorasync_plan *plan)
 
 /* -- GPU alone: nothing travels. What one launch packs is where it goes. */
 
+/* The whole run. */
 LORASYNCI_FN lorasync_status lorasynci_alone_enqueue(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
@@ -12931,6 +12948,7 @@ LORASYNCI_FN lorasync_status lorasynci_alone_begin(lorasync_plan *plan, lorasync
     return lorasynci_alone_enqueue(plan, err);
 }
 
+/* Waits for what begin, or a graph, has enqueued. */
 LORASYNCI_FN lorasync_status lorasynci_alone_move(lorasync_plan *plan, lorasync_error *err)
 {
     if (lorasynci_run_is_refused(plan)) return LORASYNC_OK; /* the vote tells the others */
@@ -12976,6 +12994,7 @@ LORASYNCI_FN lorasync_status lorasynci_peers_begin(lorasync_plan *plan, lorasync
     return lorasynci_alone_enqueue(plan, err);
 }
 
+/* The same; behind it the sums of this rank are there for all. */
 LORASYNCI_FN lorasync_status lorasynci_peers_move(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_mark_begun(plan); /* where begin did not */
@@ -12984,6 +13003,7 @@ LORASYNCI_FN lorasync_status lorasynci_peers_move(lorasync_plan *plan, lorasync_
     return LORASYNC_OK;
 }
 
+/* All ranks have voted, so all have packed and shared their sums. */
 LORASYNCI_FN lorasync_status lorasynci_peers_finish(lorasync_plan *plan, int taken, lorasync_error *err)
 {
     LORASYNCI_TRY(lorasynci_device_close_run(plan, taken, err));
@@ -13040,6 +13060,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_add_digests(const lorasync_plan *p
     return LORASYNC_OK;
 }
 
+/* All rounds: there is staging for all of them. */
 LORASYNCI_FN lorasync_status lorasynci_pinned_begin(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
@@ -13198,8 +13219,9 @@ LORASYNCI_FN lorasync_status lorasynci_wire_send_rest(lorasync_plan *plan, loras
     return status == LORASYNC_OK ? status : lorasynci_wire_give_up(plan, err);
 }
 
-LORASYNCI_FN lorasync_status lorasynci_wire_finish_move(lorasync_plan *plan, lorasynci_wire_rest rest,
-                                                        lorasync_error *err)
+/* Waits for all that was enqueued, or, of a refused run, enqueues the rest. A graph that was not launched is refused
+   here. */
+LORASYNCI_FN lorasync_status lorasynci_wire_move(lorasync_plan *plan, lorasynci_wire_rest rest, lorasync_error *err)
 {
     const uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms);
     if (!lorasynci_run_is_refused(plan)) {
@@ -13212,6 +13234,7 @@ LORASYNCI_FN lorasync_status lorasynci_wire_finish_move(lorasync_plan *plan, lor
 
 /* -- GPU stream: rounds over a comm that takes device memory, in the order of a stream */
 
+/* Enqueues the messages of a round. */
 LORASYNCI_FN lorasync_status lorasynci_streamed_exchange(lorasync_plan *plan, uint32_t round, lorasync_error *err)
 {
     const lorasync_comm    *c        = &plan->talk->comm;
@@ -13293,6 +13316,7 @@ LORASYNCI_FN lorasync_status lorasynci_streamed_begin(lorasync_plan *plan, loras
     return LORASYNC_OK;
 }
 
+/* The exchanges that are missing, and a vote against it. */
 LORASYNCI_FN lorasync_status lorasynci_streamed_rest(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
@@ -13307,7 +13331,7 @@ LORASYNCI_FN void lorasynci_streamed_refuse(lorasync_plan *plan)
 
 LORASYNCI_FN lorasync_status lorasynci_streamed_move(lorasync_plan *plan, lorasync_error *err)
 {
-    return lorasynci_wire_finish_move(plan, lorasynci_streamed_rest, err);
+    return lorasynci_wire_move(plan, lorasynci_streamed_rest, err);
 }
 
 static const lorasynci_mover lorasynci_gpu_stream = {
@@ -13373,6 +13397,7 @@ LORASYNCI_FN lorasync_status lorasynci_mesh_begin(lorasync_plan *plan, lorasync_
     return LORASYNC_OK;
 }
 
+/* The votes are the exchange; a captured run has two. */
 LORASYNCI_FN lorasync_status lorasynci_mesh_rest(lorasync_plan *plan, lorasync_error *err)
 {
     LORASYNCI_TRY(lorasynci_wire_cast_no(plan, err));
@@ -13388,7 +13413,7 @@ LORASYNCI_FN void lorasynci_mesh_refuse(lorasync_plan *plan)
 LORASYNCI_FN lorasync_status lorasynci_mesh_move(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_mark_begun(plan); /* where begin did not */
-    return lorasynci_wire_finish_move(plan, lorasynci_mesh_rest, err);
+    return lorasynci_wire_move(plan, lorasynci_mesh_rest, err);
 }
 
 static const lorasynci_mover lorasynci_gpu_mesh = {
@@ -13405,6 +13430,7 @@ static const lorasynci_mover lorasynci_gpu_mesh = {
 
 /* -- GPU mesh over a comm for host memory: begin packs, wait votes, then places */
 
+/* As a mesh whose votes travel on a stream, up to the vote. */
 LORASYNCI_FN lorasync_status lorasynci_hosted_mesh_begin(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
@@ -13450,6 +13476,7 @@ static const lorasynci_mover lorasynci_gpu_mesh_hosted = {
     lorasynci_device_close,      /* close */
 };
 
+/* Every rank comes to the same: num_rounds, direct and lent are equal everywhere, as is what the comm can. */
 LORASYNCI_FN const lorasynci_mover *lorasynci_choose_gpu_mover(const lorasync_plan *plan)
 {
     const lorasync_comm *c = &plan->talk->comm;
@@ -13463,6 +13490,7 @@ LORASYNCI_FN const lorasynci_mover *lorasynci_choose_gpu_mover(const lorasync_pl
 
 /* -- choosing the way: at the end of planning, when it is known what travels and what is mapped */
 
+/* Called once, before memory is allocated. */
 LORASYNCI_FN const lorasynci_mover *lorasynci_choose_mover(const lorasync_plan *plan)
 {
 #ifdef LORASYNC_CUDA

@@ -226,6 +226,14 @@ TEST_UNUSED static int device_wrong(const device_rank *d)
     return wrong + check_wanted(c, &c->want[rank]);
 }
 
+/* What a plan must say of how its bytes go. */
+TEST_UNUSED static const char *device_mover(const device_rank *d, int direct)
+{
+    if (!d->plan->num_rounds) return direct ? "gpu direct" : "gpu alone";
+    if (direct) return "gpu mesh";
+    return d->comm.exchange_stream ? "gpu stream" : "gpu over host";
+}
+
 TEST_UNUSED static int device_stats_wrong(const device_rank *d)
 {
     lorasync_plan_stats stats;
@@ -237,6 +245,7 @@ TEST_UNUSED static int device_stats_wrong(const device_rank *d)
     lorasync_plan_get_stats(d->plan, &stats);
     if (may && can && !device_options.fail_at && d->context->world > 1 && !stats.direct) return 50;
     if (stats.direct && stats.num_rounds) return 52;
+    if (strcmp(stats.mover, device_mover(d, stats.direct)) != 0) return 53;
     return (device_options.way == WAY_NCCL || device_options.way == WAY_HOST) && stats.direct ? 51 : 0;
 }
 

@@ -964,7 +964,8 @@ static void rank_dies(void)
             CHECK(deaths->ns[r] < (uint64_t)test_no_hang_ns() / 5);
             CHECK_EQ(deaths->second[r], LORASYNC_E_LOST);
             CHECK_EQ(deaths->third[r], LORASYNC_E_LOST);
-            CHECK(strlen(deaths->text[r]) > 10);
+            CHECK(strstr(deaths->text[r], die_direct ? "host direct: " : "host messages: ") == deaths->text[r]);
+            CHECK(strlen(deaths->text[r]) > 30);
         }
     }
     CHECK_EQ(shared_memory_left(), 0);
