@@ -1,4 +1,5 @@
-/* A transport of one's own with all four functions: it has a server load every version over HTTP, as vLLM does.
+/* A transport of one's own with all four functions, and its engine side: it has a server load every version over HTTP,
+   as vLLM does.
 
    compile   cc -I. -o transport_full examples/transport_full.c -lm -lpthread    (from the folder that holds lorasync.h)
              cc -DUSE_CURL ... -lcurl     the same requests through libcurl, where TLS or a proxy is needed
@@ -67,6 +68,7 @@ static lorasync_status
 fail(lorasync_error *err, lorasync_status status, const char *format, ...)
 {
     va_list args;
+    if (!err) return status;
     err->status = status;
     va_start(args, format);
     vsnprintf(err->text, sizeof err->text, format, args);
@@ -359,11 +361,15 @@ static void http_close(void *user)
 
 /* -- a server for the demonstration: one request per connection, three calls, three slots, and once it has no room */
 
+/* Its engine is lorasync's: that checks what comes, applies deltas, and lets requests pin the versions that they use. A
+   version that is loaded is one that the server has pinned. */
 typedef struct fake_server {
-    int             listener, port;
-    pthread_mutex_t lock;      /* the rest: the trainer's thread looks, and restarts it */
-    lorasync_image *loaded[3]; /* NULL: empty */
-    int             refuse;    /* 1: the next policy-v3 is refused */
+    int                     listener, port;
+    pthread_mutex_t         lock; /* the rest: the trainer's thread looks, and restarts it */
+    lorasync_engine        *engine;
+    const lorasync_adapter *loaded[3]; /* pinned; NULL: empty */
+    char                    paths[3][800];
+    int                     refuse; /* 1: the next policy-v3 is refused */
 } fake_server;
 
 /* The text between the quotes of "key": "...". */
@@ -375,41 +381,63 @@ static void json_text(const char *json, const char *key, char *out, size_t size)
     if (at) snprintf(out, size, "%.*s", (int)strcspn(at + 1, "\""), at + 1);
 }
 
-/* The whole file; NULL when it cannot be read. */
-static char *read_file(const char *path, size_t *num_bytes)
+/* The whole file, and a NUL; NULL when it cannot be read. */
+static char *read_file(const char *folder, const char *name, size_t *num_bytes)
 {
+    char        path[900];
     struct stat st;
-    FILE       *f     = fopen(path, "rb");
-    char       *bytes = f && fstat(fileno(f), &st) == 0 ? (char *)malloc((size_t)st.st_size + 1) : NULL;
-    *num_bytes        = bytes ? fread(bytes, 1, (size_t)st.st_size, f) : 0;
+    FILE       *f;
+    char       *bytes;
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    f          = fopen(path, "rb");
+    bytes      = f && fstat(fileno(f), &st) == 0 ? (char *)malloc((size_t)st.st_size + 1) : NULL;
+    *num_bytes = bytes ? fread(bytes, 1, (size_t)st.st_size, f) : 0;
+    if (bytes) bytes[*num_bytes] = 0;
     if (f) fclose(f);
     return bytes;
 }
 
-static const lorasync_image *newest(const fake_server *s)
+static const lorasync_adapter *newest(const fake_server *s)
 {
-    const lorasync_image *found = NULL;
-    int                   i;
+    const lorasync_adapter *found = NULL;
+    int                     i;
     for (i = 0; i < 3; i++)
         if (s->loaded[i] && (!found || s->loaded[i]->version > found->version)) found = s->loaded[i];
     return found;
 }
 
-/* Makes the full image of the delta in a folder and of the newest one that is held. */
-static lorasync_status apply_delta(const fake_server *s, const char *folder, lorasync_image **out, lorasync_error *err)
+/* What was read of one version: the engine's until it calls release. */
+typedef struct version_files {
+    char *bytes, *config;
+} version_files;
+
+static void release_files(void *user)
 {
-    char            path[900];
-    lorasync_image *delta = NULL;
-    size_t          num_bytes;
-    char           *bytes;
-    lorasync_status status;
-    snprintf(path, sizeof path, "%s/" DELTA_FILE, folder);
-    bytes = read_file(path, &num_bytes);
-    if (!bytes) return fail(err, LORASYNC_E_IO, "cannot read %s", path);
-    status = lorasync_image_parse(bytes, num_bytes, NULL, &delta, err);
-    if (status == LORASYNC_OK) status = lorasync_image_apply(newest(s), delta, NULL, NULL, out, err);
-    lorasync_image_free(delta);
-    free(bytes);
+    version_files *f = (version_files *)user;
+    free(f->bytes);
+    free(f->config);
+    free(f);
+}
+
+/* Offers the engine what is in a folder, a full image or a delta: it makes the full image of a delta and of what it
+   serves. */
+static lorasync_status offer_folder(fake_server *s, const char *folder, const char *file, lorasync_error *err)
+{
+    version_files    *f = (version_files *)calloc(1, sizeof *f);
+    lorasync_delivery d;
+    lorasync_status   status;
+    size_t            config_bytes;
+    if (!f) return fail(err, LORASYNC_E_MEMORY, "no memory");
+    memset(&d, 0, sizeof d);
+    d.size  = sizeof d;
+    d.bytes = f->bytes = read_file(folder, file, &d.num_bytes);
+    d.config_json = f->config = read_file(folder, "adapter_config.json", &config_bytes);
+    d.where                   = folder;
+    d.release                 = release_files;
+    d.user                    = f;
+    status                    = f->bytes && f->config ? lorasync_engine_offer(s->engine, &d, err)
+                                                      : fail(err, LORASYNC_E_IO, "cannot read %.400s", folder);
+    if (status != LORASYNC_OK) release_files(f); /* it was not taken */
     return status;
 }
 
@@ -422,16 +450,17 @@ static int fake_load(fake_server *s, const char *body, int is_delta, char *said)
     int             i;
     json_text(body, "lora_name", name, sizeof name);
     json_text(body, "lora_path", path, sizeof path);
-    for (i = 0; i < 3 && s->loaded[i];) i++;
+    for (i = 0; i < 3 && s->loaded[i];) i++; /* an empty slot */
     if (i == 3 || (s->refuse && strcmp(name, "policy-v3") == 0)) {
         s->refuse = 0;
         printf("server: has no room for %s\n", name);
         snprintf(said, REPLY, "no room");
         return 507;
     }
-    if (is_delta) status = apply_delta(s, path, &s->loaded[i], &err);
-    else status = lorasync_open_adapter(path, NULL, &s->loaded[i], NULL, &err);
-    if (status == LORASYNC_OK) {
+    status = offer_folder(s, path, is_delta ? DELTA_FILE : FULL_FILE, &err);
+    if (status >= 0) { /* served now, or already */
+        s->loaded[i] = lorasync_acquire(s->engine, "policy");
+        snprintf(s->paths[i], sizeof s->paths[i], "%s", path);
         printf("server: loads %s%s\n", name, is_delta ? " from a delta" : "");
         return 200;
     }
@@ -449,7 +478,7 @@ static int fake_unload(fake_server *s, const char *body)
         if (!s->loaded[i]) continue;
         name_of(loaded, s->loaded[i]->version);
         if (strcmp(loaded, name) != 0) continue;
-        lorasync_image_free(s->loaded[i]);
+        lorasync_release(s->loaded[i]);
         s->loaded[i] = NULL;
         printf("server: unloads %s\n", name);
         return 200;
@@ -468,7 +497,7 @@ static int fake_answer(fake_server *s, const char *request, const char *body, ch
     else if (strncmp(request, "POST /v1/unload_lora_adapter ", 29) == 0) http = fake_unload(s, body);
     if (http == 200 && newest(s)) {
         snprintf(said, REPLY, "holds policy-v%llu %016llx", (unsigned long long)newest(s)->version,
-                 (unsigned long long)newest(s)->digest);
+                 (unsigned long long)newest(s)->image->digest);
     } else if (http == 200) {
         snprintf(said, REPLY, "holds nothing");
     }
@@ -476,17 +505,39 @@ static int fake_answer(fake_server *s, const char *request, const char *body, ch
     return http;
 }
 
-/* The server is gone and comes back with one version, or with none (0), as after a crash. */
-static void fake_restart(fake_server *s, uint64_t version)
+static void stop_engine(fake_server *s)
 {
     int i;
-    pthread_mutex_lock(&s->lock);
     for (i = 0; i < 3; i++) {
-        if (!s->loaded[i] || s->loaded[i]->version == version) continue;
-        lorasync_image_free(s->loaded[i]);
+        lorasync_release(s->loaded[i]);
         s->loaded[i] = NULL;
     }
-    if (version) printf("server: restarts with policy-v%d\n", (int)version);
+    lorasync_engine_close(s->engine);
+    s->engine = NULL;
+}
+
+static int start_engine(fake_server *s)
+{
+    lorasync_engine_desc d;
+    memset(&d, 0, sizeof d);
+    d.offers_only = 1;
+    return lorasync_engine_open(&d, &s->engine, NULL) == LORASYNC_OK;
+}
+
+/* The server is gone and comes back with one version, which it reads again, or with none (0), as after a crash. */
+static void fake_restart(fake_server *s, uint64_t version)
+{
+    char path[800] = "";
+    int  i, good;
+    pthread_mutex_lock(&s->lock);
+    for (i = 0; i < 3; i++)
+        if (s->loaded[i] && s->loaded[i]->version == version) snprintf(path, sizeof path, "%s", s->paths[i]);
+    stop_engine(s);
+    good = start_engine(s);
+    if (good && version) good = offer_folder(s, path, FULL_FILE, NULL) == LORASYNC_OK;
+    if (good && version) s->loaded[0] = lorasync_acquire(s->engine, "policy");
+    if (!good) printf("server: does not start again\n");
+    else if (version) printf("server: restarts with policy-v%d\n", (int)version);
     else printf("server: restarts with nothing\n");
     pthread_mutex_unlock(&s->lock);
 }
@@ -497,7 +548,7 @@ static int same_bytes(fake_server *s, const lorasync_image *image)
     const lorasync_image *got;
     int                   same;
     pthread_mutex_lock(&s->lock);
-    got  = newest(s);
+    got  = newest(s) ? newest(s)->image : NULL;
     same = got && got->header_bytes == image->header_bytes && got->payload_bytes == image->payload_bytes &&
            memcmp(got->header, image->header, image->header_bytes) == 0 &&
            memcmp(got->payload, image->payload, image->payload_bytes) == 0;
@@ -549,6 +600,7 @@ static int fake_open(fake_server *s)
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     s->refuse               = 1;
     pthread_mutex_init(&s->lock, NULL);
+    if (!start_engine(s)) return 0;
     s->listener = socket(AF_INET, SOCK_STREAM, 0);
     if (s->listener < 0 || bind(s->listener, (struct sockaddr *)&address, size) != 0 || listen(s->listener, 8) != 0)
         return 0;
@@ -664,6 +716,7 @@ int main(int argc, char **argv)
         shutdown(server.listener, SHUT_RDWR);
         pthread_join(thread, NULL);
         close(server.listener);
+        stop_engine(&server);
         pthread_mutex_destroy(&server.lock);
     }
     return failed;
