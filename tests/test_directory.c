@@ -308,7 +308,7 @@ static void read_link(const char *path, char out[100])
 
 /* -- the directory transport */
 
-static void test_files(void)
+static void files(void)
 {
     lorasync_transport t;
     lorasync_image    *image;
@@ -355,7 +355,7 @@ static void test_files(void)
     t.close(t.user);
 }
 
-static void test_large_file(void)
+static void large_file(void)
 {
     lorasync_transport t;
     lorasync_image    *image;
@@ -375,7 +375,7 @@ static void test_large_file(void)
     t.close(t.user);
 }
 
-static void test_abort(void)
+static void aborted_stage(void)
 {
     lorasync_transport t;
     lorasync_image    *image;
@@ -396,7 +396,7 @@ static void test_abort(void)
     t.close(t.user);
 }
 
-static void test_bad_names(void)
+static void bad_names(void)
 {
     static const char *const names[] = {"", ".", "..", "latest", "../x", "a/b", "/etc", ".hidden", "x/"};
     char                     longer[300];
@@ -428,7 +428,7 @@ static void test_bad_names(void)
     t.close(t.user);
 }
 
-static void test_bad_arguments(void)
+static void bad_arguments(void)
 {
     lorasync_directory_desc desc;
     lorasync_allocator      half;
@@ -491,7 +491,7 @@ static void test_bad_arguments(void)
     CHECK(lorasync_find(NULL, "x") == NULL);
 }
 
-static void test_versions(void)
+static void versions(void)
 {
     lorasync_transport t;
     lorasync_error     err;
@@ -524,7 +524,7 @@ static void test_versions(void)
     t.close(t.user);
 }
 
-static void test_parse_version(void)
+static void parse_version(void)
 {
     static const char *const bad[] = {
         "", "v", "v0", "v01", "12", "v-1", "v1 ", "v1x", "V1", "v18446744073709551616", "v99999999999999999999", "v1/"};
@@ -545,7 +545,7 @@ static void test_parse_version(void)
     }
 }
 
-static void test_leftovers(void)
+static void leftovers(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -597,7 +597,7 @@ static void test_leftovers(void)
     t.close(t.user);
 }
 
-static void test_foreign_latest(void)
+static void foreign_latest(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -619,7 +619,7 @@ static void test_foreign_latest(void)
     t.close(t.user);
 }
 
-static void test_prune(void)
+static void prune(void)
 {
     int keep;
     for (keep = 1; keep <= 4; keep++) {
@@ -640,7 +640,7 @@ static void test_prune(void)
     }
 }
 
-static void test_unwritable(void)
+static void unwritable(void)
 {
     lorasync_transport      t;
     lorasync_directory_desc desc;
@@ -747,7 +747,7 @@ static void fake_abort(void *user, const char *adapter, uint64_t version)
 }
 
 /* Every mix of 4 transports: with and without commit, failing at stage or at commit. */
-static void test_two_phases(void)
+static void two_phases(void)
 {
     lorasync_image *image = make_image("default", 5, 0, 8);
     int             mix, i;
@@ -808,7 +808,7 @@ static void test_two_phases(void)
     drop_image(image);
 }
 
-static void test_transport_struct(void)
+static void transport_struct(void)
 {
     lorasync_image    *image = make_image("default", 5, 0, 8);
     lorasync_transport t[3];
@@ -859,7 +859,7 @@ static void test_transport_struct(void)
 }
 
 /* A commit that fails on the second of two directories is mended by publishing the same version again. */
-static void test_retry_after_half(void)
+static void retry_after_half(void)
 {
     lorasync_transport t[2];
     lorasync_error     err;
@@ -894,7 +894,7 @@ static void test_retry_after_half(void)
 
 /* -- the engine */
 
-static void test_serve(void)
+static void serve(void)
 {
     lorasync_transport      t;
     lorasync_engine        *one, *all;
@@ -952,7 +952,7 @@ static void test_serve(void)
     t.close(t.user);
 }
 
-static void test_wait(void)
+static void poll_waits(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -1018,7 +1018,7 @@ static void break_two(int how)
     }
 }
 
-static void test_broken(void)
+static void broken(void)
 {
     static const struct {
         lorasync_status status;
@@ -1064,7 +1064,7 @@ static void test_broken(void)
     }
 }
 
-static void test_no_verify(void)
+static void unverified_engine(void)
 {
     lorasync_transport   t;
     lorasync_engine_desc desc;
@@ -1084,7 +1084,7 @@ static void test_no_verify(void)
 }
 
 /* One adapter that fails does not hold up another. */
-static void test_one_fails(void)
+static void one_fails(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -1117,7 +1117,7 @@ static void test_one_fails(void)
 }
 
 /* A PEFT directory that somebody else wrote: no metadata, the version is the directory's. */
-static void test_plain(void)
+static void plain(void)
 {
     lorasync_image  *image = make_image(NULL, 6, 0, 64);
     lorasync_engine *e;
@@ -1139,7 +1139,7 @@ static void test_plain(void)
     drop_image(image);
 }
 
-static void test_same_version(void)
+static void same_version(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -1178,7 +1178,7 @@ static void test_same_version(void)
     t.close(t.user);
 }
 
-static void test_pins(void)
+static void pins(void)
 {
     lorasync_transport      t;
     lorasync_engine        *e;
@@ -1232,7 +1232,7 @@ static lorasync_allocator counting(test_memory *m)
     return a;
 }
 
-static void test_no_allocation(void)
+static void no_allocation(void)
 {
     lorasync_directory_desc desc;
     lorasync_transport      t;
@@ -1262,7 +1262,7 @@ static void test_no_allocation(void)
     CHECK_EQ(m.live, 0);
 }
 
-static void test_memory_fails(void)
+static void memory_fails(void)
 {
     lorasync_transport   t;
     lorasync_engine_desc desc;
@@ -1326,7 +1326,7 @@ static void test_memory_fails(void)
 
 /* -- one adapter outside an engine */
 
-static void test_open(void)
+static void opening(void)
 {
     static const struct {
         const char     *name, *bytes;
@@ -1400,7 +1400,7 @@ static void test_open(void)
     t.close(t.user);
 }
 
-static void test_real(void)
+static void real_adapters(void)
 {
     static const char *const good[] = {"opt-125m-bf16-r16",        "open-calm-f16-r1",   "gpt2-fan-in-fan-out-r8",
                                        "distilbert-classifier-r8", "minilm-run-step100", "minilm-run-step700"};
@@ -1451,7 +1451,7 @@ static void *read_on(void *user)
     return NULL;
 }
 
-static void test_reader_threads(void)
+static void reader_threads(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -1532,7 +1532,7 @@ static void publish_until_killed(int no_fsync)
     }
 }
 
-static void test_kill(void)
+static void killed_publisher(void)
 {
     pid_t              readers[2], child;
     lorasync_transport t;
@@ -1660,14 +1660,14 @@ static void every_step(int ends, int leftover)
     CHECK(num_old > 10 && num_new > 3);
 }
 
-static void test_every_step_fails(void)
+static void every_step_fails(void)
 {
     every_step(0, 0);
     every_step(0, 1);
     every_step(0, 2);
 }
 
-static void test_every_step_ends(void)
+static void every_step_ends(void)
 {
     every_step(1, 0);
     every_step(1, 1);
@@ -1675,7 +1675,7 @@ static void test_every_step_ends(void)
 }
 
 /* A poll with any step failing keeps the old version, or serves the new one; the next poll has it. */
-static void test_poll_steps(void)
+static void poll_steps(void)
 {
     long k;
     int  more = 1, all;
@@ -1779,37 +1779,37 @@ static void durable_in_order(void)
 
 int main(void)
 {
-    RUN(test_parse_version);
-    RUN(test_files);
-    RUN(test_large_file);
-    RUN(test_abort);
-    RUN(test_bad_names);
-    RUN(test_bad_arguments);
-    RUN(test_versions);
-    RUN(test_leftovers);
-    RUN(test_foreign_latest);
-    RUN(test_prune);
-    RUN(test_unwritable);
-    RUN(test_two_phases);
-    RUN(test_transport_struct);
-    RUN(test_retry_after_half);
-    RUN(test_serve);
-    RUN(test_wait);
-    RUN(test_broken);
-    RUN(test_no_verify);
-    RUN(test_one_fails);
-    RUN(test_plain);
-    RUN(test_same_version);
-    RUN(test_pins);
-    RUN(test_no_allocation);
-    RUN(test_memory_fails);
-    RUN(test_open);
-    RUN(test_real);
-    RUN(test_every_step_fails);
-    RUN(test_every_step_ends);
-    RUN(test_poll_steps);
-    RUN(test_reader_threads);
-    RUN(test_kill);
+    RUN(parse_version);
+    RUN(files);
+    RUN(large_file);
+    RUN(aborted_stage);
+    RUN(bad_names);
+    RUN(bad_arguments);
+    RUN(versions);
+    RUN(leftovers);
+    RUN(foreign_latest);
+    RUN(prune);
+    RUN(unwritable);
+    RUN(two_phases);
+    RUN(transport_struct);
+    RUN(retry_after_half);
+    RUN(serve);
+    RUN(poll_waits);
+    RUN(broken);
+    RUN(unverified_engine);
+    RUN(one_fails);
+    RUN(plain);
+    RUN(same_version);
+    RUN(pins);
+    RUN(no_allocation);
+    RUN(memory_fails);
+    RUN(opening);
+    RUN(real_adapters);
+    RUN(every_step_fails);
+    RUN(every_step_ends);
+    RUN(poll_steps);
+    RUN(reader_threads);
+    RUN(killed_publisher);
     RUN(durable_in_order);
     remove_tree(root);
     return test_summary("test_directory");

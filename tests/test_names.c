@@ -161,7 +161,7 @@ static void check_name(const char *raw, const name_case *want)
     CHECK_TEXT(n.adapter, want->adapter);
 }
 
-static void test_name_table(void)
+static void name_table(void)
 {
     size_t i;
     for (i = 0; i < sizeof names / sizeof names[0]; i++) check_name(names[i].raw, &names[i]);
@@ -169,7 +169,7 @@ static void test_name_table(void)
 
 /* The key of a LoRA parameter is a name again: of the same parameter, with no adapter. With base_model.model. in front
    nothing changes. */
-static void test_name_round_trip(void)
+static void name_round_trip(void)
 {
     size_t i;
     char   raw[LORASYNC_MAX_NAME];
@@ -211,7 +211,7 @@ static void insert_wrappers(const char *raw, char *out, size_t capacity, u64 *st
     if (test_random(state) % 4 == 0) snprintf(out + used, capacity - used, "._orig_mod");
 }
 
-static void test_name_wrappers(void)
+static void name_wrappers(void)
 {
     u64    state = 7;
     size_t i;
@@ -226,7 +226,7 @@ static void test_name_wrappers(void)
     }
 }
 
-static void test_name_errors(void)
+static void name_errors(void)
 {
     lorasync_error err;
     lorasync_name  n, before;
@@ -251,7 +251,7 @@ static void test_name_errors(void)
 }
 
 /* Lengths around the limit, of the name and of the key, which may be 17 bytes longer. */
-static void test_name_lengths(void)
+static void name_lengths(void)
 {
     size_t n;
     for (n = 1; n < 600; n++) {
@@ -275,7 +275,7 @@ static void test_name_lengths(void)
     }
 }
 
-static void test_role_text(void)
+static void role_text(void)
 {
     CHECK_TEXT(lorasync_role_text(ROLE(BASE)), "base");
     CHECK_TEXT(lorasync_role_text(ROLE(LORA_A)), "lora_A");
@@ -313,7 +313,7 @@ static void drop_adapter_reference(const char *key, const char *adapter, char *o
     *out = 0;
 }
 
-static void test_drop_adapter(void)
+static void drop_adapter(void)
 {
     static const char *const table[][3] = {
         {"m.q_proj.lora_A.default.weight", "default", "m.q_proj.lora_A.weight"},
@@ -792,7 +792,7 @@ static int full_match(const char *pattern, const char *text)
     return yes;
 }
 
-static void test_pattern_python(void)
+static void pattern_python(void)
 {
     size_t i;
     for (i = 0; i < sizeof fullmatch / sizeof fullmatch[0]; i++) {
@@ -802,7 +802,7 @@ static void test_pattern_python(void)
     }
 }
 
-static void test_pattern_errors(void)
+static void pattern_errors(void)
 {
     static const struct {
         const char     *pattern;
@@ -874,7 +874,7 @@ static void test_pattern_errors(void)
     lorasync_pattern_free(NULL);
 }
 
-static void test_pattern_limits(void)
+static void pattern_limits(void)
 {
     static char text[70000];
     char        deep[200];
@@ -904,7 +904,7 @@ static void test_pattern_limits(void)
 }
 
 /* None of these may take long: a backtracking matcher needs years for most of them. */
-static void test_pattern_catastrophes(void)
+static void pattern_catastrophes(void)
 {
     static const char *const patterns[] = {"(a*)*b",
                                            "(a|a)*b",
@@ -1062,7 +1062,7 @@ static u64 ends(const tree *t, u64 begin, const char *text, size_t n)
     return out;
 }
 
-static void test_pattern_random(void)
+static void pattern_random(void)
 {
     u64    state = 11;
     int    round, k;
@@ -1095,7 +1095,7 @@ static void test_pattern_random(void)
 }
 
 /* Marks belong to a turn; when the count of turns wraps they are cleared. */
-static void test_pattern_turn_wraps(void)
+static void pattern_turn_wraps(void)
 {
     uint32_t i;
     for (i = 0; i < 20; i++) {
@@ -1131,7 +1131,7 @@ static int takes(const lorasync_filter *filter, const char *raw, const char *ada
     return yes;
 }
 
-static void test_matcher_roles(void)
+static void matcher_roles(void)
 {
     static const char *const list[]    = {"proj", "self_attn.v_proj"};
     static const char *const exclude[] = {"layers.1.proj", "head"};
@@ -1203,7 +1203,7 @@ static int all_linear_takes(const lorasync_filter *f, const lorasync_module *mod
     return yes;
 }
 
-static void test_matcher_all_linear(void)
+static void matcher_all_linear(void)
 {
     lorasync_module   causal[] = {{"model.embed", 0}, {"model.q", 1},   {"model.q", 1},
                                   {"model.score", 1}, {"x.lm_head", 1}, {"score", 1}};
@@ -1240,7 +1240,7 @@ static void test_matcher_all_linear(void)
     CHECK_EQ(all_linear_takes(&f, sorter, 4, "all-linea"), 1);
 }
 
-static void test_matcher_errors(void)
+static void matcher_errors(void)
 {
     static const char *const list[] = {"q", "", NULL};
     lorasync_filter          f;
@@ -1307,7 +1307,7 @@ static void random_module(char *out, size_t capacity, u64 *state)
         used += (size_t)snprintf(out + used, capacity - used, "%s%s", used ? "." : "", word[test_random(state) % 7]);
 }
 
-static void test_matcher_random_lists(void)
+static void matcher_random_lists(void)
 {
     u64 state = 13;
     int round, k;
@@ -1342,7 +1342,7 @@ static void test_matcher_random_lists(void)
 
 /* ---- memory */
 
-static void test_memory_failures(void)
+static void memory_failures(void)
 {
     static const char *const list[]    = {"a", "b.c", "a", "d"};
     lorasync_module          modules[] = {{"a", 1}, {"b", 1}, {"lm_head", 1}};
@@ -1398,7 +1398,7 @@ static void test_memory_failures(void)
 
 /* ---- size: every LoRA parameter of a model with 48 layers of 128 experts */
 
-static void test_many_names(void)
+static void many_names(void)
 {
     static const char *const attention[] = {"q_proj", "k_proj", "v_proj", "o_proj"};
     static const char *const expert[]    = {"gate_proj", "up_proj", "down_proj"};
@@ -1498,7 +1498,7 @@ static int compile_targets(const char *path, const char *text, size_t size)
     return num;
 }
 
-static void test_real_targets(void)
+static void real_targets(void)
 {
     int num = for_each_file(test_path("adapter_configs"), ".json", compile_targets);
     num += for_each_file(test_path("adapters"), ".json", compile_targets);
@@ -1542,7 +1542,7 @@ static int parse_keys(const char *path, const char *text, size_t size)
     return num;
 }
 
-static void test_real_keys(void)
+static void real_keys(void)
 {
     int num = for_each_file(test_path("adapters"), ".safetensors", parse_keys);
     if (!num) SKIP("no data");
@@ -1551,26 +1551,26 @@ static void test_real_keys(void)
 
 int main(void)
 {
-    RUN(test_role_text);
-    RUN(test_name_table);
-    RUN(test_name_round_trip);
-    RUN(test_name_wrappers);
-    RUN(test_name_errors);
-    RUN(test_name_lengths);
-    RUN(test_drop_adapter);
-    RUN(test_pattern_python);
-    RUN(test_pattern_errors);
-    RUN(test_pattern_limits);
-    RUN(test_pattern_catastrophes);
-    RUN(test_pattern_random);
-    RUN(test_pattern_turn_wraps);
-    RUN(test_matcher_roles);
-    RUN(test_matcher_all_linear);
-    RUN(test_matcher_errors);
-    RUN(test_matcher_random_lists);
-    RUN(test_memory_failures);
-    RUN(test_many_names);
-    RUN(test_real_targets);
-    RUN(test_real_keys);
-    return test_summary("names");
+    RUN(role_text);
+    RUN(name_table);
+    RUN(name_round_trip);
+    RUN(name_wrappers);
+    RUN(name_errors);
+    RUN(name_lengths);
+    RUN(drop_adapter);
+    RUN(pattern_python);
+    RUN(pattern_errors);
+    RUN(pattern_limits);
+    RUN(pattern_catastrophes);
+    RUN(pattern_random);
+    RUN(pattern_turn_wraps);
+    RUN(matcher_roles);
+    RUN(matcher_all_linear);
+    RUN(matcher_errors);
+    RUN(matcher_random_lists);
+    RUN(memory_failures);
+    RUN(many_names);
+    RUN(real_targets);
+    RUN(real_keys);
+    return test_summary("test_names");
 }

@@ -77,7 +77,7 @@ static void reference(const lorasync_policy_state *s, char *out)
     *out = 0;
 }
 
-static void test_all_states(void)
+static void all_states(void)
 {
     long     num = 0, longest = 0;
     unsigned bits, tags, released;
@@ -122,7 +122,7 @@ static void test_all_states(void)
 
 /* -- the reasons, one by one, and what comes first when several hold */
 
-static void test_reasons(void)
+static void reasons(void)
 {
     lorasync_policy_state s, one;
     memset(&s, 0, sizeof s);
@@ -189,7 +189,7 @@ static const verl_row verl_table[] = {
     {"dummy_dtensor", 1, 2, 1, 1, "pwBAkfc"},
 };
 
-static void test_verl(void)
+static void verl(void)
 {
     lorasync_verl_knobs   k;
     lorasync_policy_state s;
@@ -244,7 +244,7 @@ static const miles_row miles_table[] = {
     {" weight,\tkv_cache, ", {1, 1, 0, 1, 1, 1, 0, 1}, "w", "k", "kg"},
 };
 
-static void test_miles(void)
+static void miles(void)
 {
     lorasync_miles_knobs  k;
     lorasync_policy_state s;
@@ -285,7 +285,7 @@ static void test_miles(void)
 
 /* -- errors and texts */
 
-static void test_bad_states(void)
+static void bad_states(void)
 {
     lorasync_policy_state s, bad;
     lorasync_decision     d;
@@ -315,7 +315,7 @@ static void test_bad_states(void)
 }
 
 #define X(name, text) CHECK_TEXT(TEXT_OF(name), text);
-static void test_texts(void)
+static void texts(void)
 {
     int steps = 0;
 #define TEXT_OF lorasync_step_text
@@ -349,11 +349,11 @@ static void test_texts(void)
 
 int main(void)
 {
-    RUN(test_all_states);
-    RUN(test_reasons);
-    RUN(test_verl);
-    RUN(test_miles);
-    RUN(test_bad_states);
-    RUN(test_texts);
-    return test_summary("policy");
+    RUN(all_states);
+    RUN(reasons);
+    RUN(verl);
+    RUN(miles);
+    RUN(bad_states);
+    RUN(texts);
+    return test_summary("test_policy");
 }

@@ -249,7 +249,7 @@ static void run_one(bench *b, int mix, int quorum, int mask)
     }
 }
 
-static void test_all_outcomes(void)
+static void all_outcomes(void)
 {
     static const int masks[] = {0, 4, 3};
     bench            b;
@@ -264,7 +264,7 @@ static void test_all_outcomes(void)
 
 /* The text of a failure says how many could, how many must, whose fault it is, and who has the new version all the
    same. */
-static void test_error_texts(void)
+static void error_texts(void)
 {
     bench          b;
     lorasync_error err;
@@ -330,7 +330,7 @@ static lorasync_desc plain(void)
     } while (0)
 
 /* Death and recovery of one engine of three. */
-static void test_death(void)
+static void death(void)
 {
     static trainer                 t;
     engine                         e[NUM];
@@ -406,7 +406,7 @@ static void test_death(void)
     CHECK_EQ(mem.live, 0);
 }
 
-static void test_bad_quorum(void)
+static void bad_quorum(void)
 {
     static trainer t;
     engine         e[NUM];
@@ -432,7 +432,7 @@ static void test_bad_quorum(void)
     CHECK_EQ(lorasync_republish(NULL, &err), LORASYNC_E_ARGUMENT);
 }
 
-static void test_out_of_memory(void)
+static void out_of_memory(void)
 {
     static trainer     t;
     test_memory        mem;
@@ -456,7 +456,7 @@ static void test_out_of_memory(void)
 
 /* -- unchanged adapters */
 
-static void test_skip(void)
+static void skip(void)
 {
     static trainer  t;
     engine          e[NUM];
@@ -564,7 +564,7 @@ static void rank_publishes(rank_context *c)
     free(t);
 }
 
-static void test_ranks(void)
+static void ranks(void)
 {
     static shared_state shared;
     int                 r, i;
@@ -590,7 +590,7 @@ static void test_ranks(void)
 
 /* -- which tensors changed */
 
-static void test_changes(void)
+static void changes(void)
 {
     static trainer        t;
     lorasync_desc         d = plain();
@@ -646,13 +646,13 @@ static void test_changes(void)
 
 int main(void)
 {
-    RUN(test_all_outcomes);
-    RUN(test_error_texts);
-    RUN(test_death);
-    RUN(test_bad_quorum);
-    RUN(test_out_of_memory);
-    RUN(test_skip);
-    RUN(test_ranks);
-    RUN(test_changes);
-    return test_summary("publish");
+    RUN(all_outcomes);
+    RUN(error_texts);
+    RUN(death);
+    RUN(bad_quorum);
+    RUN(out_of_memory);
+    RUN(skip);
+    RUN(ranks);
+    RUN(changes);
+    return test_summary("test_publish");
 }

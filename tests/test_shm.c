@@ -239,7 +239,7 @@ static int wait_for(pid_t child)
 
 /* -- the plain way */
 
-static void test_publish(void)
+static void publishing(void)
 {
     lorasync_transport t;
     lorasync_engine   *e, *late;
@@ -289,7 +289,7 @@ static void test_publish(void)
     lorasync_engine_close(late);
 }
 
-static void test_abort(void)
+static void aborted_stage(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -318,7 +318,7 @@ static void test_abort(void)
     t.close(t.user);
 }
 
-static void test_versions(void)
+static void versions(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -368,7 +368,7 @@ static void test_versions(void)
     t.close(t.user);
 }
 
-static void test_two_adapters(void)
+static void two_adapters(void)
 {
     lorasync_transport t;
     lorasync_engine   *all, *one;
@@ -407,7 +407,7 @@ static void test_two_adapters(void)
 
 /* -- many readers on old versions */
 
-static void test_growth(void)
+static void growth(void)
 {
     enum {
         ENGINES = 6,
@@ -467,7 +467,7 @@ static int count_mapped(void)
 
 /* Versions that come to lie in the same slots are not mapped anew; slots that are gone are unmapped by the next
    poll. */
-static void test_stays_mapped(void)
+static void stays_mapped(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -505,7 +505,7 @@ static void test_stays_mapped(void)
 }
 
 /* What was cut short after it was mapped is refused as well. */
-static void test_cut_while_mapped(void)
+static void cut_while_mapped(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -551,7 +551,7 @@ static void publish_some(void)
 }
 
 /* The version that an engine has found is replaced, and its slot taken again, before the engine has pinned it. */
-static void test_replaced_before_pin(void)
+static void replaced_before_pin(void)
 {
     lorasync_engine *e;
     lorasync_error   err;
@@ -575,7 +575,7 @@ static void test_replaced_before_pin(void)
     hurried.close(hurried.user);
 }
 
-static void test_sizes(void)
+static void sizes(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -596,7 +596,7 @@ static void test_sizes(void)
     t.close(t.user);
 }
 
-static void test_all_slots_taken(void)
+static void all_slots_taken(void)
 {
     lorasync_transport     t;
     lorasync_error         err;
@@ -629,7 +629,7 @@ static lorasync_status lend(const lorasync_transport *t, const lorasync_image *i
     return t->lend(t->user, &want, out, err);
 }
 
-static void test_direct(void)
+static void direct(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -705,7 +705,7 @@ static void test_direct(void)
 
 /* What was lent to a session that closes is removed: a rank of it that was left behind keeps a mapping of its own, and
    the session after it gets other memory. */
-static void test_taken_back(void)
+static void taken_back(void)
 {
     lorasync_transport t;
     lorasync_image    *image;
@@ -730,7 +730,7 @@ static void test_taken_back(void)
     t.close(t.user), t.close(t.user); /* by each session */
 }
 
-static void test_bad_names(void)
+static void bad_names(void)
 {
     static const char *const names[] = {"",        "../x", "a/b", "/x",  ".",        "..",
                                         ".hidden", "a b",  "a@1", "a\n", "\xc3\xa4", "%s"};
@@ -774,7 +774,7 @@ static void test_bad_names(void)
     CHECK_EQ(lorasync_shm_remove(desc.name, &err), 0);
 }
 
-static void test_bad_arguments(void)
+static void bad_arguments(void)
 {
     lorasync_shm_desc    desc;
     lorasync_engine_desc ed;
@@ -829,7 +829,7 @@ static void test_bad_arguments(void)
 
 /* A control that is not what it should be: both sides refuse it, and it can be removed. */
 /* Device memory in a library that was compiled without it. */
-static void test_no_cuda(void)
+static void no_cuda(void)
 {
     lorasync_transport   t;
     lorasync_shm_desc    desc;
@@ -869,7 +869,7 @@ static void expect_refused(lorasync_status status, const char *text)
     CHECK(err.status == 0 && !err.text[0]); /* a success leaves it alone */
 }
 
-static void test_bad_control(void)
+static void bad_control(void)
 {
     lorasync_transport t;
     uint64_t           magic;
@@ -916,7 +916,7 @@ static void test_bad_control(void)
 }
 
 /* Another user. */
-static void test_stranger(void)
+static void stranger(void)
 {
     lorasync_transport t;
     lorasync_error     err;
@@ -947,7 +947,7 @@ static void test_stranger(void)
 
 /* What stands in the control and in slots is checked: an engine says what is wrong, goes on serving, and takes the next
    version. */
-static void test_damage(void)
+static void damage(void)
 {
     int how;
     for (how = 0; how < 9; how++) {
@@ -1003,7 +1003,7 @@ static void test_damage(void)
 }
 
 /* Somebody cleans up /dev/shm. */
-static void test_removed_by_hand(void)
+static void removed_by_hand(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -1041,7 +1041,7 @@ static void test_removed_by_hand(void)
     CHECK(count_slots() <= 0);
 }
 
-static void test_full(void)
+static void full(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -1080,7 +1080,7 @@ static void test_full(void)
 
 /* -- who lives */
 
-static void test_one_publisher(void)
+static void one_publisher(void)
 {
     lorasync_transport t, second;
     lorasync_error     err;
@@ -1156,7 +1156,7 @@ static void session_publishes(lorasync_session *s, lorasync_engine *e, const cha
     CHECK_EQ(report.in_place, 1);
 }
 
-static void test_sessions_share(void)
+static void sessions_share(void)
 {
     lorasync_transport t;
     lorasync_session  *a, *b, *c;
@@ -1193,7 +1193,7 @@ static void test_sessions_share(void)
     lorasync_engine_close(e);
 }
 
-static void test_fork_engine(void)
+static void fork_engine(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -1243,7 +1243,7 @@ static pid_t start_reader(void)
     return child;
 }
 
-static void test_dead_reader(void)
+static void dead_reader(void)
 {
     lorasync_transport    t;
     lorasync_error        err;
@@ -1290,7 +1290,7 @@ static void test_dead_reader(void)
 }
 
 /* Every engine that is killed leaves a record and a pin; the records are used again, and slots do not pile up. */
-static void test_many_dead_readers(void)
+static void many_dead_readers(void)
 {
     lorasync_transport t;
     lorasync_error     err;
@@ -1315,7 +1315,7 @@ static void test_many_dead_readers(void)
     t.close(t.user);
 }
 
-static void test_all_readers_taken(void)
+static void all_readers_taken(void)
 {
     lorasync_transport t;
     lorasync_engine   *e;
@@ -1340,7 +1340,7 @@ static void test_all_readers_taken(void)
 
 /* -- one segment, 64 engine processes */
 
-static void test_many_engines(void)
+static void many_engines(void)
 {
     enum {
         ENGINES = 64
@@ -1459,7 +1459,7 @@ static pid_t start(arena *shared, int is_publisher, unsigned long long random)
     _exit(1);
 }
 
-static void test_kill(void)
+static void killed_publisher(void)
 {
     enum {
         READERS = 3
@@ -1527,7 +1527,7 @@ static void *run_thread(void *user)
     return NULL;
 }
 
-static void test_threads(void)
+static void many_threads(void)
 {
     lorasync_transport t;
     lorasync_error     err;
@@ -1554,7 +1554,7 @@ static void test_threads(void)
     t.close(t.user);
 }
 
-static void test_wait(void)
+static void poll_waits(void)
 {
     lorasync_engine *e;
     lorasync_error   err;
@@ -1581,7 +1581,7 @@ static void test_wait(void)
 
 /* -- memory */
 
-static void test_memory_fails(void)
+static void memory_fails(void)
 {
     lorasync_shm_desc    desc;
     lorasync_engine_desc ed;
@@ -1639,7 +1639,7 @@ static void test_memory_fails(void)
 }
 
 /* A rank that was left behind writes into the slot that it was lent, when there is a new transport already. */
-static void test_left_behind(void)
+static void left_behind(void)
 {
     lorasync_loan      loan;
     lorasync_transport t;
@@ -1678,7 +1678,7 @@ static void test_left_behind(void)
 }
 
 /* Each version's config is held against its tensors, also when only one of both is new. */
-static void test_config_of_each_version(void)
+static void config_of_each_version(void)
 {
     static const char  other[] = "{\"peft_type\":\"LORA\",\"r\":5,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}";
     lorasync_transport t;
@@ -1704,39 +1704,39 @@ static void test_config_of_each_version(void)
 
 int main(void)
 {
-    RUN(test_publish);
-    RUN(test_abort);
-    RUN(test_config_of_each_version);
-    RUN(test_left_behind);
-    RUN(test_versions);
-    RUN(test_two_adapters);
-    RUN(test_growth);
-    RUN(test_stays_mapped);
-    RUN(test_cut_while_mapped);
-    RUN(test_replaced_before_pin);
-    RUN(test_sizes);
-    RUN(test_all_slots_taken);
-    RUN(test_direct);
-    RUN(test_taken_back);
-    RUN(test_bad_names);
-    RUN(test_bad_arguments);
-    RUN(test_no_cuda);
-    RUN(test_bad_control);
-    RUN(test_stranger);
-    RUN(test_damage);
-    RUN(test_removed_by_hand);
-    RUN(test_full);
-    RUN(test_one_publisher);
-    RUN(test_sessions_share);
-    RUN(test_fork_engine);
-    RUN(test_dead_reader);
-    RUN(test_many_dead_readers);
-    RUN(test_all_readers_taken);
-    RUN(test_many_engines);
-    RUN(test_wait);
-    RUN(test_kill);
-    RUN(test_threads);
-    RUN(test_memory_fails);
+    RUN(publishing);
+    RUN(aborted_stage);
+    RUN(config_of_each_version);
+    RUN(left_behind);
+    RUN(versions);
+    RUN(two_adapters);
+    RUN(growth);
+    RUN(stays_mapped);
+    RUN(cut_while_mapped);
+    RUN(replaced_before_pin);
+    RUN(sizes);
+    RUN(all_slots_taken);
+    RUN(direct);
+    RUN(taken_back);
+    RUN(bad_names);
+    RUN(bad_arguments);
+    RUN(no_cuda);
+    RUN(bad_control);
+    RUN(stranger);
+    RUN(damage);
+    RUN(removed_by_hand);
+    RUN(full);
+    RUN(one_publisher);
+    RUN(sessions_share);
+    RUN(fork_engine);
+    RUN(dead_reader);
+    RUN(many_dead_readers);
+    RUN(all_readers_taken);
+    RUN(many_engines);
+    RUN(poll_waits);
+    RUN(killed_publisher);
+    RUN(many_threads);
+    RUN(memory_fails);
     drop_name();
-    return test_summary("shm");
+    return test_summary("test_shm");
 }
