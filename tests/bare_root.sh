@@ -1,6 +1,7 @@
 #!/bin/sh
-# README's two commands, `make demo` and `make test`, where there is nothing but gcc, make and the C library's headers: no
-# C++, CUDA, Python, git or clang. The root is made by debootstrap from the mirror that apt uses here, and thrown away.
+# README's two commands, `make demo` and `make test`, where there is nothing but gcc, make and the C library's headers:
+# no C++, CUDA, Python, git or clang. The root is made by debootstrap from the mirror that apt uses here, and thrown
+# away.
 #
 #     tests/bare_root.sh      from the repository root, as root
 #
