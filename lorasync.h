@@ -2260,16 +2260,16 @@ LORASYNC_API void lorasync_stream_close(lorasync_stream *stream);
 
        ops    [ op 0 | op 1 | ... ]   tiles  [ op 0, 0 .. 16384 | op 0, 16384 .. 17000 | op 1, 0 .. 512 | ... ]       */
 typedef struct lorasyncd_op {
-    unsigned long long src, dst; /* dst 0: digested only. Then both dtypes are the same integer type, which the NaN
-                                    check leaves alone */
-    unsigned long long sum;      /* address of the tensor's digest, or 0: not digested, not checked */
+    /* dst 0: digested only. Then both dtypes are the same integer type, which the NaN check leaves alone */
+    unsigned long long src, dst;
+    unsigned long long sum; /* address of the tensor's digest, or 0: not digested, not checked */
     long long          num, n1, s0, s1, d0, d1, pos, row;
     unsigned           tensor;
     float              scale;
     unsigned char      src_dtype, dst_dtype, via;
-    unsigned char      unit;     /* elements that a thread moves at a time: 8, read and written 16 bytes at a time, 2,
-                                    or 1 */
-    unsigned           in_image; /* 1: dst is where the image lay at first; a launch says how far off it lies now */
+    /* elements that a thread moves at a time: 8, read and written 16 bytes at a time, 2, or 1 */
+    unsigned char unit;
+    unsigned      in_image; /* 1: dst is where the image lay at first; a launch says how far off it lies now */
 } lorasyncd_op;
 
 typedef struct lorasyncd_tile {
@@ -3426,8 +3426,8 @@ LORASYNCI_FN int lorasynci_shortest(double x, char *digits, int *point)
         *point    = (int)strtol(p + 1, NULL, 10) + 1;
         if (lorasynci_reads_back(digits, *point, x)) break;
         if (digits[n - 1] == '9') continue;
-        digits[n - 1]++; /* the doubles above a power of two lie twice as far apart as those below: the next number up
-                            may do */
+        /* the doubles above a power of two lie twice as far apart as those below: the next number up may do */
+        digits[n - 1]++;
         if (lorasynci_reads_back(digits, *point, x)) break;
     }
     LORASYNC_ASSERT(n > 0 && n <= 17);
@@ -4547,8 +4547,8 @@ LORASYNC_API void lorasync_drop_adapter(const char *key, const char *adapter, ch
 {
     size_t n = key ? strlen(key) : 0, m = adapter ? strlen(adapter) : 0, end = n;
     if (!key || !adapter || !out) return;
-    if (!(n > m && key[n - m - 1] == '.' && memcmp(key + n - m, adapter, m) == 0)) { /* not the last: then the last but
-                                                                                        one */
+    /* If it is not the last component: the second to last. */
+    if (!(n > m && key[n - m - 1] == '.' && memcmp(key + n - m, adapter, m) == 0)) {
         while (end > 0 && key[end - 1] != '.') end--;
         if (end > 0) end--; /* the dot before the last component */
     }
@@ -4823,9 +4823,8 @@ LORASYNCI_FN int lorasynci_re_quantifier(lorasynci_re *r, uint32_t *min, uint32_
         c = lorasynci_re_peek(r, i);
         if (c >= '0' && c <= '9') {
             digits[part]++;
-            if (value[part] < LORASYNCI_RE_MAX_WORK * 2)
-                value[part] = value[part] * 10 + (c - '0'); /* more is refused
-                                                                                                        later anyhow */
+            if (value[part] < LORASYNCI_RE_MAX_WORK * 2) /* more is refused later anyhow */
+                value[part] = value[part] * 10 + (c - '0');
         } else if (c == ',' && part == 0) {
             part = 1;
         } else {
@@ -9230,8 +9229,9 @@ typedef struct lorasynci_link {
     lorasynci_buffer ends;  /* uint64_t per round */
     uint64_t         base;  /* where it begins in staging */
     int              whole; /* sending: all of it lies in staging at once: the snapshot */
-    uint64_t  half; /* else: odd rounds lie this much further, so that one is packed or placed while the other travels;
-                      0: all lie at base */
+    /* else: odd rounds lie this much further, so that one is packed or placed while the other travels; 0: all lie at
+       base */
+    uint64_t  half;
     uint32_t *digests; /* receiving: the image tensor of each */
     size_t    num_digests;
 } lorasynci_link;
@@ -9275,43 +9275,44 @@ typedef struct lorasynci_mover {
 LORASYNCI_FN const lorasynci_mover *lorasynci_choose_mover(const lorasync_plan *plan); /* >>move */
 
 struct lorasync_plan {
-    lorasynci_arena        arena;    /* all that the plan allocates, but for staging and the image */
-    lorasync_allocator     a;        /* goes through the arena */
-    lorasynci_meter        meter;    /* of the arena; while planning, of the planner's, too */
-    lorasynci_talk         own_talk; /* without scratch in a plan that belongs to a session or stream */
-    lorasynci_talk        *talk;     /* own_talk, or theirs */
-    lorasync_plan_kind     kind;
-    int                    root, allow_nan;
-    int                    has_image; /* this rank's end is an image: root of a gather or scatter, everybody of a
-                                        gather-all */
-    int                    direct;    /* the image is mapped by every rank; reshard: see lorasynci_is_meshed */
-    int                    lent;      /* staging and payload are not its own: lorasynci_plan_lend gives them before the
-                                        first run */
-    const lorasynci_mover *mover;     /* NULL while it is planned */
+    lorasynci_arena    arena;    /* all that the plan allocates, but for staging and the image */
+    lorasync_allocator a;        /* goes through the arena */
+    lorasynci_meter    meter;    /* of the arena; while planning, of the planner's, too */
+    lorasynci_talk     own_talk; /* without scratch in a plan that belongs to a session or stream */
+    lorasynci_talk    *talk;     /* own_talk, or theirs */
+    lorasync_plan_kind kind;
+    int                root, allow_nan;
+    /* this rank's end is an image: root of a gather or scatter, everybody of a gather-all */
+    int has_image;
+    int direct; /* the image is mapped by every rank; reshard: see lorasynci_is_meshed */
+    /* staging and payload are not its own: lorasynci_plan_lend gives them before the first run */
+    int                    lent;
+    const lorasynci_mover *mover; /* NULL while it is planned */
     lorasynci_run_state    state;
     lorasync_error         refusal;   /* why this rank is against the run that is under way; else its status is 0 */
     uint64_t               begin_ns;  /* when packing began */
     const lorasync_error  *objection; /* a failure in it is this rank's vote on a run, too; or NULL */
     uint64_t               id;        /* the same on all ranks, and no other plan's */
-    uint64_t               tag;       /* what all ranks must agree on at each run: of a session its
-                                                           version, and what it writes to */
-    uint64_t               run;       /* counts waits: equal on all ranks, whoever did not begin */
-    lorasynci_catalogue    catalogue; /* this rank's tensors */
-    lorasynci_ops          pack;      /* out of the caller's memory (or the image) */
-    lorasynci_ops          place;     /* out of receive staging, rounds in order */
-    lorasynci_link        *sends, *receives;             /* world each; a gather-all has one link to all: sends[0] */
-    char                  *memory[LORASYNCI_NUM_SPACES]; /* base of each space; LORASYNCI_MEMORY stays NULL */
-    size_t                 staging_bytes[LORASYNCI_NUM_SPACES];
-    uint32_t               num_rounds;
-    uint64_t              *sums;      /* digest of each catalogue tensor, as far as this rank packs it */
-    uint32_t              *index;     /* per catalogue tensor: its place in the image of a gather */
-    uint32_t              *sent_sums; /* catalogue tensors whose sums are sent, in the order of the link */
-    size_t                 num_sent_sums;
+    /* what all ranks must agree on at each run: of a session its version, and what it writes to */
+    uint64_t            tag;
+    uint64_t            run;                          /* counts waits: equal on all ranks, whoever did not begin */
+    lorasynci_catalogue catalogue;                    /* this rank's tensors */
+    lorasynci_ops       pack;                         /* out of the caller's memory (or the image) */
+    lorasynci_ops       place;                        /* out of receive staging, rounds in order */
+    lorasynci_link     *sends, *receives;             /* world each; a gather-all has one link to all: sends[0] */
+    char               *memory[LORASYNCI_NUM_SPACES]; /* base of each space; LORASYNCI_MEMORY stays NULL */
+    size_t              staging_bytes[LORASYNCI_NUM_SPACES];
+    uint32_t            num_rounds;
+    uint64_t           *sums;      /* digest of each catalogue tensor, as far as this rank packs it */
+    uint32_t           *index;     /* per catalogue tensor: its place in the image of a gather */
+    uint32_t           *sent_sums; /* catalogue tensors whose sums are sent, in the order of the link */
+    size_t              num_sent_sums;
     /* the image of a gather */
     lorasync_image *image;
-    char     *image_memory; /* made here, | header | payload |; on a GPU the payload in device memory. Direct: NULL
-                                     on a host, where it lies in `shared`, and on ranks that have opened it */
-    uint64_t *tensor_digests;
+    /* made here, | header | payload |; on a GPU the payload in device memory. Direct: NULL on a host, where it lies
+       in `shared`, and on ranks that have opened it */
+    char           *image_memory;
+    uint64_t       *tensor_digests;
     lorasynci_term *terms; /* per image tensor: its part in the image's digest */
     /* direct: what the ranks share,
        | header | payload | to 64 | sums of runs 0, 2, .. | sums of runs 1, 3, .. | to 64 | line of rank 0: 64 | line of
@@ -9464,16 +9465,16 @@ typedef struct lorasynci_planner {
     uint32_t                 *image_index;  /* per merged tensor: its place in the image */
     uint32_t                 *merged_index; /* the inverse */
     lorasynci_link_layout    *layouts;
-    uint64_t                 *load;      /* per rank: bytes it sends */
-    uint64_t                  pair_cap;  /* bytes of one link in one round */
-    uint64_t                  first_cap; /* the same of round 0; each further round may have twice as much, until
-                                            pair_cap */
-    uint32_t                  num_rounds;
-    lorasynci_buffer         *sends, *receives; /* per rank: lorasynci_route ... */
-    lorasynci_buffer         *digests;          /* per rank: lorasynci_summand, in the order of the image */
-    lorasynci_answer         *heads;            /* per rank */
-    lorasynci_buffer         *bodies;           /* per rank: what follows its head */
-    lorasynci_block          *blocks;           /* per rank: the one that it is sent next */
+    uint64_t                 *load;     /* per rank: bytes it sends */
+    uint64_t                  pair_cap; /* bytes of one link in one round */
+    /* the same of round 0; each further round may have twice as much, until pair_cap */
+    uint64_t          first_cap;
+    uint32_t          num_rounds;
+    lorasynci_buffer *sends, *receives; /* per rank: lorasynci_route ... */
+    lorasynci_buffer *digests;          /* per rank: lorasynci_summand, in the order of the image */
+    lorasynci_answer *heads;            /* per rank */
+    lorasynci_buffer *bodies;           /* per rank: what follows its head */
+    lorasynci_block  *blocks;           /* per rank: the one that it is sent next */
 } lorasynci_planner;
 
 /* -- merging names */
@@ -9748,8 +9749,8 @@ LORASYNCI_FN int lorasynci_find_gap(const int64_t *box, int ndim, const lorasync
         return 1;
     }
     memcpy(rest, box, (size_t)ndim * 16);
-    for (d = 0; d < ndim; d++) { /* slabs of the box before and behind the cut along d; then go on inside the cut's
-                                    extent of d */
+    /* Slabs of the box before and behind the cut along d; then inside the cut's extent of d. */
+    for (d = 0; d < ndim; d++) {
         memcpy(side, rest, (size_t)ndim * 16);
         side[ndim + d] = cut[d] - rest[d];
         if (side[ndim + d] > 0 && lorasynci_find_gap(side, ndim, r, n, from + 1, out)) return 1;
@@ -10176,9 +10177,8 @@ LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_briefin
     size_t num_bytes = before + world * 64; /* lines last */
     if (image && plan->gpu &&
         lorasynci_gpu_share(plan->gpu, image->payload_bytes, &plan->image_memory, &briefing->device, "", NULL) < 0)
-        return; /* said again
-                                                                                                            when it is
-                                                                                                            needed */
+        /* said again when it is needed */
+        return;
     lorasynci_mapping_name(briefing->name, briefing->id);
     if (!lorasynci_window_name(&plan->shared, briefing->name, num_bytes, 1)) return;
     briefing->mapping_bytes = num_bytes;
@@ -10192,9 +10192,9 @@ LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_briefin
 LORASYNCI_FN int lorasynci_is_planner(const lorasync_plan *plan) { return plan->talk->comm.rank == plan->root; }
 
 enum {
-    LORASYNCI_FIRST_ROUND   = 16 << 20,
-    LORASYNCI_FIRST_RESHARD = 64 << 20 /* every rank packs, sends and places at once: fewer rounds disturb each other
-                                          less */
+    LORASYNCI_FIRST_ROUND = 16 << 20,
+    /* Every rank packs, sends and places at once: fewer rounds disturb each other less. */
+    LORASYNCI_FIRST_RESHARD = 64 << 20
 };
 
 /* The caller's, or the default. */
@@ -11817,8 +11817,8 @@ LORASYNCI_FN lorasync_status lorasynci_run_end(lorasync_plan *plan, lorasync_err
     plan->stats.exchange_ns += lorasynci_now_ns() - start;
     if (lorasync_is_lost(status)) return lorasynci_run_lose(plan, status, err);
     if (status == LORASYNC_OK) lorasynci_run_to(plan, LORASYNCI_RUN_VOTED);
-    if (plan->mover->finish(plan, status == LORASYNC_OK, &why) < 0) { /* the others have voted, and go on: only giving
-                                                                         up the communicator tells them */
+    if (plan->mover->finish(plan, status == LORASYNC_OK, &why) < 0) {
+        /* The others have voted, and go on: only giving up the communicator tells them. */
         status = lorasynci_fail(err, LORASYNC_E_COMM, "%.500s", why.text);
         return lorasynci_run_lose(plan, status, err);
     }
@@ -12331,16 +12331,16 @@ struct lorasynci_device {
     lorasynci_launch  report;   /* what the host needs to see, to where it sees it */
     char             *table;    /* one allocation: all operations, tiles, ballots and sums */
     lorasynci_ballot *ballots;  /* one per rank */
-    char             *sums;     /* this rank's digests, behind the ballots; copied to send staging when they travel with
-                                  the data */
-    size_t            num_sums;
+    /* this rank's digests, behind the ballots; copied to send staging when they travel with the data */
+    char                *sums;
+    size_t               num_sums;
     lorasynci_sums_state sums_are;
-    char  *host; /* pinned: | tag to cast | tag that graphs cast | ballots | sums | digests that arrive, link
-                               after link | */
+    /* pinned: | tag to cast | tag that graphs cast | ballots | sums | digests that arrive, link after link | */
+    char  *host;
     size_t host_bytes;
-    char  *home;       /* where the tables have the image; a multiple of 256 bytes off where it lies in a
-                                     run */
-    char  *host_image; /* pinned copy, unless the image stays on the device */
+    /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
+    char *home;
+    char *host_image; /* pinned copy, unless the image stays on the device */
 };
 
 /* Empty: lorasynci_device_close takes it in any state of being filled. */
@@ -13583,13 +13583,13 @@ LORASYNCI_FN lorasync_status lorasynci_list_read(lorasynci_json *j, int integers
 
 /* A key and its value. A module takes the value of the first key (in the file's order) that matches `(.*\.)?(key)$`. */
 typedef struct lorasynci_rule {
-    const char       *key; /* without its ^ */
-    size_t            size;
-    size_t            order;
-    int               whole; /* the key begins with ^: it must match the whole name */
-    double            value;
-    lorasync_pattern *pattern; /* NULL: the key holds no special character but points, which stand for any one
-                                  character */
+    const char *key; /* without its ^ */
+    size_t      size;
+    size_t      order;
+    int         whole; /* the key begins with ^: it must match the whole name */
+    double      value;
+    /* NULL: the key holds no special character but points, which stand for any one character */
+    lorasync_pattern *pattern;
 } lorasynci_rule;
 
 /*     at [ literal keys, sorted by their text read backwards | patterns ]
@@ -13754,13 +13754,13 @@ struct lorasync_config {
     lorasync_allocator   a;
     char                *text; /* the whole file in Python's form, NUL-terminated */
     char                *task_type, *base_model, *target_text, *exclude_text;
-    lorasynci_list       target, exclude, saved, parameters, layers; /* layers: the integers of layers_to_transform as
-                                                                        text */
-    lorasynci_table      target_table;                               /* over target */
-    lorasync_pattern    *target_pattern, *exclude_pattern;
-    lorasynci_rules      ranks, alphas;
-    int                  all_linear; /* target_modules is "all-linear" */
-    int                  tokens;     /* trainable_token_indices is set */
+    /* layers: the integers of layers_to_transform as text */
+    lorasynci_list    target, exclude, saved, parameters, layers;
+    lorasynci_table   target_table; /* over target */
+    lorasync_pattern *target_pattern, *exclude_pattern;
+    lorasynci_rules   ranks, alphas;
+    int               all_linear; /* target_modules is "all-linear" */
+    int               tokens;     /* trainable_token_indices is set */
 };
 
 LORASYNC_API void lorasync_config_free(lorasync_config *c)
@@ -14298,8 +14298,8 @@ LORASYNCI_FN int lorasynci_targeted(const lorasync_config *c, const char *module
     if (lorasynci_excluded(c, module)) return 0;
     if (lorasynci_has_parameter(c, module)) return 1;
     if (c->target_pattern) return lorasync_pattern_matches(c->target_pattern, module);
-    return listed || c->all_linear || !c->target.at; /* without any target_modules PEFT knows them by the model's type,
-                                                        we do not */
+    /* without any target_modules PEFT knows them by the model's type, we do not */
+    return listed || c->all_linear || !c->target.at;
 }
 
 /* The rank the config gives a pair, against the one it has. An expert parameter has all its experts' ranks side by
@@ -15017,16 +15017,16 @@ typedef struct lorasynci_publication {
     size_t                    need;        /* so many engines must take the image, or none shall */
     int                       behind_only; /* 1: leave those alone that serve this version */
     const lorasync_image     *image;
-    const lorasync_comm      *comm;          /* the trainer's, asked before the first commit; NULL: nobody waits for
-                                                this */
-    uint64_t                  start_ns;      /* when its ranks were known to be there */
-    lorasync_error            lost;          /* why they are not any more */
-    size_t                    num_possible;  /* tried without failure, or not tried yet */
-    size_t                    end[2];        /* of those without and with commit */
-    int                       num_new;       /* serve the image's version now */
-    const lorasync_error     *first_failure; /* an outcome's */
-    char                      serve_new[80]; /* names of those that do */
-    char                      in_doubt[80];  /* names of those whose commit failed */
+    /* the trainer's, asked before the first commit; NULL: nobody waits for this */
+    const lorasync_comm  *comm;
+    uint64_t              start_ns;      /* when its ranks were known to be there */
+    lorasync_error        lost;          /* why they are not any more */
+    size_t                num_possible;  /* tried without failure, or not tried yet */
+    size_t                end[2];        /* of those without and with commit */
+    int                   num_new;       /* serve the image's version now */
+    const lorasync_error *first_failure; /* an outcome's */
+    char                  serve_new[80]; /* names of those that do */
+    char                  in_doubt[80];  /* names of those whose commit failed */
 } lorasynci_publication;
 
 /* -- one run */
@@ -16014,14 +16014,14 @@ typedef struct lorasynci_shm_adapter {
 typedef struct lorasynci_shm_segment {
     uint64_t serial, num_bytes, adapter; /* for which adapter it was made */
     uint64_t device_bytes;               /* 0: the payload lies in the segment, else in this much device memory */
-    uint64_t retired;                    /* atomic. 1: the device memory is to be freed; who has it open and needs it no
-                                            more closes it */
+    /* atomic. 1: the device memory is to be freed; who has it open and needs it no more closes it */
+    uint64_t retired;
 } lorasynci_shm_segment;
 
 typedef struct lorasynci_shm_reader {
-    uint64_t owner;                      /* atomic */
-    uint64_t pins[LORASYNCI_SHM_PINS];   /* atomic. Only the owner's engine writes; without an owner they mean
-                                            nothing */
+    uint64_t owner; /* atomic */
+    /* atomic. Only the owner's engine writes; without an owner they mean nothing */
+    uint64_t pins[LORASYNCI_SHM_PINS];
     uint64_t opened[LORASYNCI_SHM_PINS]; /* the same, for slots whose device memory it has open, pinned or not */
 } lorasynci_shm_reader;
 
@@ -16046,8 +16046,8 @@ typedef struct lorasynci_shm_memory {
 /* The first bytes of a slot. */
 typedef struct lorasynci_shm_head {
     uint64_t magic, version, image_bytes,
-        config_bytes;                   /* in the segment: of a payload in device memory the image's header only; with
-                                           the NUL */
+        /* in the segment: of a payload in device memory the image's header only; with the NUL */
+        config_bytes;
     uint64_t             payload_bytes; /* in device memory */
     lorasynci_shm_memory memory;
 } lorasynci_shm_head;
@@ -16424,12 +16424,12 @@ typedef struct lorasynci_shm {
     uint64_t            kept[LORASYNCI_SHM_PINS]; /* the same, of ranks that were left behind: for ever */
     void  *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
     size_t sizes[LORASYNCI_SHM_SLOTS];
-    lorasynci_gpu *device;                        /* NULL: payloads in the segments */
-    size_t         payload_bytes;                 /* of the image that is being staged to the device */
-    char          *payloads[LORASYNCI_SHM_SLOTS]; /* device memory that is this process's; NULL: not, or not looked
-                                                        at yet */
-    int            stuck;                         /* the last copy to the device did not end well: freeing memory
-                                                        could wait for ever */
+    lorasynci_gpu *device;        /* NULL: payloads in the segments */
+    size_t         payload_bytes; /* of the image that is being staged to the device */
+    /* device memory that is this process's; NULL: not, or not looked at yet */
+    char *payloads[LORASYNCI_SHM_SLOTS];
+    /* the last copy to the device did not end well: freeing memory could wait for ever */
+    int stuck;
 } lorasynci_shm;
 
 /* Of a mapped slot. */
@@ -17878,9 +17878,8 @@ LORASYNCI_FN lorasync_status lorasynci_open_model(int at, const char *name, cons
     return status;
 }
 
-#define LORASYNCI_MAX_CONFIG                                                                                           \
-    ((size_t)64 << 20) /* far above any real one; bounds what a hostile file makes us
-                                                   allocate */
+/* Far above any real config; bounds what a hostile file makes us allocate. */
+#define LORASYNCI_MAX_CONFIG ((size_t)64 << 20)
 
 /* The text of a config file, NUL-terminated. */
 LORASYNCI_FN lorasync_status lorasynci_read_config(int at, const char *label, const lorasync_allocator *a, char **out,
@@ -19028,8 +19027,8 @@ LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapte
 
 LORASYNC_API void lorasync_release(const lorasync_adapter *adapter)
 {
-    lorasynci_slot *slot = (lorasynci_slot *)(uintptr_t)adapter; /* the pin count is the engine's, though the reader's
-                                                                    view is const */
+    /* the pin count is the engine's, though the reader's view is const */
+    lorasynci_slot *slot = (lorasynci_slot *)(uintptr_t)adapter;
     if (slot) __atomic_fetch_sub(&slot->pins, 1, __ATOMIC_SEQ_CST);
 }
 
@@ -19327,14 +19326,14 @@ LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *k
     if (knobs->has_cuda_graph_tag) s.tags |= LORASYNC_MEMORY_CUDA_GRAPH;
     s.released &= s.tags;
     s.weights_backed_up = knobs->cpu_backup != 0;
-    s.base_synced       = knobs->base_sent || knobs->cpu_backup; /* the copy is of the checkpoint that the engine
-                                                                    loaded */
-    s.base_changed      = !knobs->lora;
-    s.no_adapter        = !knobs->lora;
-    s.verify            = knobs->check_equal != 0;
-    s.one_slot          = 1;
-    s.cache_key         = LORASYNC_CACHE_BY_NAME;
-    *out                = s;
+    /* the copy is of the checkpoint that the engine loaded */
+    s.base_synced  = knobs->base_sent || knobs->cpu_backup;
+    s.base_changed = !knobs->lora;
+    s.no_adapter   = !knobs->lora;
+    s.verify       = knobs->check_equal != 0;
+    s.one_slot     = 1;
+    s.cache_key    = LORASYNC_CACHE_BY_NAME;
+    *out           = s;
     return LORASYNC_OK;
 }
 
@@ -19575,7 +19574,7 @@ LORASYNCI_FN void lorasynci_host_report(const lorasynci_host *h, const lorasynci
    The way of one box, from lorasync_add to the engine's pointer:
 
        lorasync_piece     a box of a named tensor, at an address                        the caller
-       lorasynci_added    the same with its key and role; taken by the filter or droppedhere
+       lorasynci_added    the same with its key and role, unless filtered out           here
        record, part       the tensor's name and shape; the box, by the tensor's number  >>plan, every rank
        region             a part of some rank; cut with what is wanted                  >>plan, the planner
        route              which part, to or from which rank, where on the link          >>plan, every rank
@@ -19854,8 +19853,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lora
     }
     status = lorasync_matcher_create(s->desc.filter ? s->desc.filter : &everything, modules, n, &s->host.a, out, &why);
     lorasynci_dealloc(&s->host.a, modules);
-    if (status == LORASYNC_E_EMPTY) { /* none of the linear modules is on this rank; whether there are any is seen when
-                                         all ranks plan */
+    if (status == LORASYNC_E_EMPTY) {
+        /* None of the linear modules is on this rank; whether there are any is seen when all ranks plan. */
         lorasync_module nobody;
         nobody.name      = "(elsewhere)";
         nobody.is_linear = 1;
@@ -20519,8 +20518,8 @@ LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t v
 {
     lorasync_status status = lorasync_begin(session, version, err);
     if (!session || status == LORASYNC_E_STATE || lorasync_is_lost(status))
-        return status; /* not begun: there is
-                                                                                              nothing to wait for */
+        /* not begun: there is nothing to wait for */
+        return status;
     return lorasync_wait(session, out_report, err);
 }
 
