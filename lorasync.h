@@ -144,10 +144,31 @@
        LORASYNC_ASSERT(condition) implementation file      checks the library's own invariants, for example with
                                                            assert; never what callers or other ranks do. Default:
                                                            nothing is checked
+       LORASYNC_API               every file               what stands before every public function; default: extern,
+                                                           with LORASYNC_STATIC static
        LORASYNC_DEVICE_CODE       `make ptx` only          exposes the kernel's source to nvcc
 
-   The public part does not depend on any of them: calls that need what was left out return LORASYNC_E_UNSUPPORTED and
-   say what to define.
+   The declarations do not depend on any other of them: calls that need what was left out return LORASYNC_E_UNSUPPORTED
+   and say what to define. lorasync_features says what was compiled in.
+
+   As a shared library, with only the public functions visible (and -DLORASYNC_CUDA and the like as above):
+
+       cc -O2 -shared -fPIC -fvisibility=hidden -x c lorasync.h -DLORASYNC_IMPLEMENTATION \
+          -DLORASYNC_API='__attribute__((visibility("default")))' -o liblorasync.so -lm
+
+   Programs include lorasync.h without any macro and link with -llorasync. They set the size of each desc (below), and
+   compare lorasync_version() with their header's LORASYNC_VERSION_NUMBER.
+
+
+   DESCS
+
+   A lorasync_..._desc says what a function shall do. Fill it with zeros, then set fields: zero is each field's default.
+   Its first field is its size in bytes, as the caller's header has it. 0 means the size that the library knows, which
+   is right where program and library are compiled from the same header. Programs that use a shared library set size to
+   sizeof the desc, so that the two may be of different versions: a newer library takes what an older header lacks as
+   zero; an older one takes what it does not know if that is zero, and otherwise returns LORASYNC_E_ARGUMENT.
+   Other structs have no size and change only with the first two numbers of the version; but a lorasync_comm, a
+   lorasync_transport and a lorasync_source may be shorter than the library's, which then does without the rest.
 
 
    ERRORS
@@ -156,6 +177,10 @@
    Its last argument is a lorasync_error, or NULL; it receives the status and a text that says what, where, expected,
    found, and what to do. Passing NULL where it is not documented as allowed returns LORASYNC_E_ARGUMENT. Functions
    without a status return NULL or 0 (boxes and sizes: -1), zero their output, or do nothing.
+
+   A function that makes something sets *out to NULL when it fails (a struct: to zeros), so that its close or free
+   function may always be called. Timeouts below 0 are LORASYNC_E_ARGUMENT. These functions fail without a status:
+   lorasync_fsdp1_layout and lorasync_megatron_layout return -1, boxes get a len of -1 (see >>api: layout).
 
    A failed call has no effect: the old version stays served and the call may be retried. (With several engines, some
    may already serve the new version when a later commit fails; see >>api: transport.) A status of -100 or below says
@@ -195,6 +220,7 @@
 #define LORASYNC_VERSION_MINOR 1
 #define LORASYNC_VERSION_PATCH 0
 #define LORASYNC_VERSION "0.1.0"
+#define LORASYNC_VERSION_NUMBER (LORASYNC_VERSION_MAJOR * 10000 + LORASYNC_VERSION_MINOR * 100 + LORASYNC_VERSION_PATCH)
 
 #ifndef LORASYNC_API
 #if defined(LORASYNC_STATIC) && defined(__GNUC__)
@@ -214,6 +240,19 @@ struct CUstream_st; /* cudaStream_t is a pointer to this */
 struct ncclComm;    /* ncclComm_t is a pointer to this */
 
 /* ------------------------------------------------------------------------------------------------------- >>types -- */
+
+/* LORASYNC_VERSION_NUMBER of the header that the library was compiled from: 100 is 0.1.0. Where it differs in more than
+   the last two digits from that of the program's header, structs other than descs may differ. */
+LORASYNC_API int lorasync_version(void);
+
+/* What the library was compiled with. */
+typedef enum lorasync_feature {
+    LORASYNC_FEATURE_CUDA = 1, /* LORASYNC_CUDA */
+    LORASYNC_FEATURE_NCCL = 2  /* LORASYNC_NCCL */
+} lorasync_feature;
+
+/* Its features, added up. */
+LORASYNC_API unsigned lorasync_features(void);
 
 /* The enum and lorasync_status_text are both made from this list. */
 #define LORASYNC_STATUS_LIST(X)                                                                                        \
@@ -715,6 +754,7 @@ typedef struct lorasync_cuda {
    thread (NCCL, src/group.cc), which costs 15 to 30 microseconds. A borrowed blocking communicator avoids that cost,
    but only NCCL itself can then end a call that hangs. */
 typedef struct lorasync_nccl_desc {
+    size_t size; /* sizeof this struct, or 0: see DESCS at the top */
     /* Borrowed until lorasync_nccl_close; rank and world are its own. Deadlines are kept only if it is non-blocking: a
        call on a blocking communicator returns when NCCL returns. NULL: made from the fields below. */
     struct ncclComm *comm;
@@ -801,6 +841,7 @@ typedef struct lorasync_image {
 
 /* What to write. */
 typedef struct lorasync_image_desc {
+    size_t                 size;    /* sizeof this struct, or 0: see DESCS at the top */
     const lorasync_tensor *tensors; /* name, dtype, ndim and shape are read; the rest is ignored */
     size_t                 num_tensors;
     /* NULL: no adapter, version and digest in the metadata, which makes exactly what the reference library writes. */
@@ -970,6 +1011,7 @@ typedef enum lorasync_plan_kind {
 } lorasync_plan_kind;
 
 typedef struct lorasync_plan_desc {
+    size_t               size; /* sizeof this struct, or 0: see DESCS at the top */
     const lorasync_comm *comm; /* NULL: solo. Copied; its user pointer is borrowed until the plan is freed */
     lorasync_plan_kind   kind;
     int                  root; /* GATHER: who gets the image. SCATTER: who has it. Other kinds: who does the planning */
@@ -1188,6 +1230,7 @@ LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config
 
 /* How to make the config that is published with an image. */
 typedef struct lorasync_config_write_desc {
+    size_t                 size;       /* sizeof this struct, or 0: see DESCS at the top */
     const lorasync_config *config;     /* the trainer's; NULL: made from the fields below */
     double                 lora_alpha; /* without config: required, above 0; written as an integer when it is one */
     const char            *base_model; /* without config: base_model_name_or_path; NULL: null */
@@ -1400,6 +1443,7 @@ typedef struct lorasync_engine_outcome {
    succeeds without effect. A commit that fails leaves the new version visible only if the last fsync failed: it may
    then not survive a power cut. */
 typedef struct lorasync_directory_desc {
+    size_t      size;      /* sizeof this struct, or 0: see DESCS at the top */
     const char *directory; /* made if absent (its parent must exist); at most 3000 bytes. Copied */
     /* Versions to keep; 0: 3. Older ones are deleted at commit; a reader that has one open or mapped keeps it. */
     int keep_versions;
@@ -1435,6 +1479,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    the image is made there, by all ranks at once with direct placement. After a failed publication the next one is
    copied. */
 typedef struct lorasync_shm_desc {
+    size_t      size; /* sizeof this struct, or 0: see DESCS at the top */
     const char *name; /* up to 100 letters, digits, ".", "_" and "-"; does not begin with ".". Copied */
     /* Slots of each adapter to keep when they are free, so that publishing touches no fresh memory; at least 2. 0: 3
        (the served one, the next one, and one that engines are leaving). More are made when needed, up to 1,024 in
@@ -1592,6 +1637,7 @@ typedef struct lorasync_source {
 /* Exactly one of directory, shm, source and offers_only is set. The engine maps the files or the shared memory:
    replace a published file with another; never modify or truncate it in place. */
 typedef struct lorasync_engine_desc {
+    size_t                    size;      /* sizeof this struct, or 0: see DESCS at the top */
     const char               *directory; /* where a directory transport publishes. Copied */
     const char               *shm;       /* the name of a shared-memory transport of this host. Copied */
     const char               *adapter;   /* NULL: every adapter found there. Copied */
@@ -1890,6 +1936,7 @@ LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *k
 
 /* All zero, with a comm, is a working default for training with PEFT's adapter called "default". */
 typedef struct lorasync_desc {
+    size_t               size; /* sizeof this struct, or 0: see DESCS at the top */
     const lorasync_comm *comm; /* NULL: one rank. Copied; its user pointer is borrowed until close */
     int                  root; /* the rank that publishes */
     /* The adapter's name, in parameter names and as published; NULL: "default". Copied. */
@@ -2097,6 +2144,7 @@ LORASYNC_API void lorasync_close(lorasync_session *session);
 
    lorasync_policy_decide says when the base must be sent (LORASYNC_STEP_SEND_BASE), and when it may stay. */
 typedef struct lorasync_stream_desc {
+    size_t               size;       /* sizeof this struct, or 0: see DESCS at the top */
     const lorasync_comm *comm;       /* NULL: one rank. Copied; its user pointer is borrowed until close */
     int                  root;       /* the rank that publishes */
     lorasync_dtype       wire_dtype; /* float tensors except F64 travel as this; NONE: each in its own type */
@@ -2331,6 +2379,16 @@ typedef struct lorasyncd_tile {
         if (lorasynci_try_ < 0) return lorasynci_try_;                                                                 \
     } while (0)
 
+#define LORASYNCI_MAX_DESC 4096 /* more is not the size of a desc */
+
+/* In a public function: its argument `desc` becomes a pointer to `own`, a copy that is as long as this header's. */
+#define LORASYNCI_TAKE_DESC(own)                                                                                       \
+    do {                                                                                                               \
+        LORASYNCI_GIVEN(desc);                                                                                         \
+        LORASYNCI_TRY(lorasynci_take_desc(&(own), sizeof(own), desc, __func__, err));                                  \
+        desc = &(own);                                                                                                 \
+    } while (0)
+
 /* In a public function: its pointer `argument` must be given; or only if there are some of what it points to. */
 #define LORASYNCI_GIVEN(argument)                                                                                      \
     do {                                                                                                               \
@@ -2350,6 +2408,20 @@ typedef struct lorasyncd_tile {
 #define LORASYNC_ASSERT(condition) ((void)0)
 #define LORASYNCI_ASSERTS_NOTHING
 #endif
+
+LORASYNC_API int lorasync_version(void) { return LORASYNC_VERSION_NUMBER; }
+
+LORASYNC_API unsigned lorasync_features(void)
+{
+    unsigned features = 0;
+#if defined(LORASYNC_CUDA)
+    features |= (unsigned)LORASYNC_FEATURE_CUDA;
+#endif
+#if defined(LORASYNC_NCCL)
+    features |= (unsigned)LORASYNC_FEATURE_NCCL;
+#endif
+    return features;
+}
 
 LORASYNC_API int lorasync_is_lost(lorasync_status status) { return (int)status <= -100; }
 
@@ -2400,6 +2472,35 @@ LORASYNCI_PRINTF(2, 3) LORASYNCI_FN void lorasynci_prefix(lorasync_error *err, c
     va_end(args);
     if (n < 0 || (size_t)n >= sizeof err->text) n = 0;
     snprintf(err->text + n, sizeof err->text - (size_t)n, "%s%.440s", n ? ": " : "", inner.text);
+}
+
+/* -- descs */
+
+/* What an older header lacks is zero; of a newer one, what is not known here must be:
+
+       given   | size | fields of both | more |          own   | size | fields of both | 0 0 0 |                       */
+LORASYNCI_FN lorasync_status lorasynci_take_desc(void *own, size_t size, const void *given, const char *function,
+                                                 lorasync_error *err)
+{
+    const unsigned char *bytes = (const unsigned char *)given;
+    size_t               n, i;
+    memcpy(&n, given, sizeof n);
+    if (n == 0) n = size;
+    if (n < sizeof n || n > LORASYNCI_MAX_DESC)
+        return lorasynci_fail(
+            err, LORASYNC_E_ARGUMENT,
+            "%s: desc.size is %zu; fill the desc with zeros, then set size to its sizeof or leave it 0", function, n);
+    for (i = size; i < n; i++)
+        if (bytes[i])
+            return lorasynci_fail(
+                err, LORASYNC_E_ARGUMENT,
+                "%s: the desc has %zu bytes and sets one behind the %zu that this library (%s) knows; "
+                "use a library as new as the header, or leave that field 0",
+                function, n, size, LORASYNC_VERSION);
+    memset(own, 0, size);
+    memcpy(own, given, n < size ? n : size);
+    memcpy(own, &size, sizeof size);
+    return LORASYNC_OK;
 }
 
 /* -- memory */
@@ -7201,13 +7302,14 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_valid(const lorasync_nccl_desc *desc
 
 LORASYNC_API lorasync_status lorasync_nccl_open(const lorasync_nccl_desc *desc, lorasync_comm *out, lorasync_error *err)
 {
-    lorasynci_nccl *n;
-    lorasync_status status;
-    cudaError_t     e;
-    uint64_t        deadline;
-    int             timeout_ms;
+    lorasync_nccl_desc own;
+    lorasynci_nccl    *n;
+    lorasync_status    status;
+    cudaError_t        e;
+    uint64_t           deadline;
+    int                timeout_ms;
     if (out) memset(out, 0, sizeof *out);
-    LORASYNCI_GIVEN(desc);
+    LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_nccl_valid(desc, err));
     timeout_ms = desc->timeout_ms ? desc->timeout_ms : 60000;
@@ -8241,8 +8343,9 @@ LORASYNCI_FN lorasync_status lorasynci_layout(const lorasync_image_desc *desc, c
 LORASYNC_API lorasync_status lorasync_image_layout(const lorasync_image_desc *desc, const lorasync_allocator *allocator,
                                                    lorasync_image **out, lorasync_error *err)
 {
+    lorasync_image_desc own;
     if (out) *out = NULL;
-    LORASYNCI_GIVEN(desc);
+    LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN_IF(desc->num_tensors, desc->tensors);
     LORASYNCI_GIVEN(out);
     return lorasynci_layout(desc, NULL, allocator, out, err);
@@ -8533,6 +8636,7 @@ LORASYNCI_FN lorasync_status lorasynci_layout_again(const lorasync_image *image,
 {
     lorasync_image_desc desc;
     lorasync_status     status;
+    desc.size        = sizeof desc;
     desc.tensors     = image->tensors;
     desc.num_tensors = image->num_tensors;
     desc.adapter     = image->adapter;
@@ -8652,6 +8756,7 @@ LORASYNC_API lorasync_status lorasync_image_delta(const lorasync_image *image, u
     delta.base_version = base_version;
     delta.base_digest  = lorasync_digest_image(image->tensors, base_digests, image->num_tensors);
     delta.full_digest  = image->digest;
+    desc.size          = sizeof desc;
     desc.tensors       = c.tensors;
     desc.num_tensors   = c.num;
     desc.adapter       = image->adapter;
@@ -11561,6 +11666,9 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
 LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc, lorasync_plan **out,
                                                   lorasync_error *err)
 {
+    lorasync_plan_desc own;
+    if (out) *out = NULL;
+    LORASYNCI_TAKE_DESC(own); /* what is wrong with it cannot be told to the others: its comm may be what is wrong */
     return lorasynci_plan_create(desc, NULL, 0, out, err);
 }
 
@@ -14842,12 +14950,13 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
                                                    const lorasync_tensor *tensors, size_t num_tensors,
                                                    const lorasync_allocator *allocator, char **out, lorasync_error *err)
 {
-    lorasynci_config_writer w;
-    lorasynci_buffer        text;
-    lorasync_status         status;
+    lorasync_config_write_desc own;
+    lorasynci_config_writer    w;
+    lorasynci_buffer           text;
+    lorasync_status            status;
     if (out) *out = NULL;
     memset(&w, 0, sizeof w);
-    LORASYNCI_GIVEN(desc);
+    LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN_IF(num_tensors, tensors);
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_take_allocator(allocator, &w.a, err));
@@ -15927,11 +16036,12 @@ LORASYNCI_FN lorasync_status lorasynci_copy_directory(const lorasync_allocator *
 LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_desc *desc, lorasync_transport *out,
                                                      lorasync_error *err)
 {
-    lorasync_allocator   a;
-    lorasynci_directory *d;
-    char                *path;
+    lorasync_directory_desc own;
+    lorasync_allocator      a;
+    lorasynci_directory    *d;
+    char                   *path;
     if (out) memset(out, 0, sizeof *out);
-    LORASYNCI_GIVEN(desc);
+    LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_take_allocator(desc->allocator, &a, err));
     if (desc->keep_versions < 0) {
@@ -17190,12 +17300,13 @@ LORASYNCI_FN void lorasynci_shm_clear(lorasynci_shm *s)
 LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lorasync_transport *out,
                                                lorasync_error *err)
 {
+    lorasync_shm_desc  own;
     lorasync_allocator a;
     lorasynci_shm     *s;
     lorasync_status    status;
     int                i;
     if (out) memset(out, 0, sizeof *out);
-    LORASYNCI_GIVEN(desc);
+    LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_take_allocator(desc->allocator, &a, err));
     LORASYNCI_TRY(lorasynci_shm_check_name(desc->name, err));
@@ -19100,11 +19211,12 @@ LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lor
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out,
                                                   lorasync_error *err)
 {
-    lorasync_allocator a;
-    lorasync_engine   *e;
-    lorasync_status    status;
+    lorasync_engine_desc own;
+    lorasync_allocator   a;
+    lorasync_engine     *e;
+    lorasync_status      status;
     if (out) *out = NULL;
-    LORASYNCI_GIVEN(desc);
+    LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_take_allocator(desc->allocator, &a, err));
     e = (lorasync_engine *)lorasynci_alloc_array(&a, 1, sizeof *e);
@@ -19720,11 +19832,12 @@ LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasy
 
 LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_session **out, lorasync_error *err)
 {
+    lorasync_desc      own;
     lorasync_allocator a;
     lorasync_session  *s;
     lorasync_status    status;
     if (out) *out = NULL;
-    LORASYNCI_GIVEN(desc);
+    LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, desc->timeout_ms, &a, err));
     LORASYNCI_TRY(lorasynci_check_timeout("publish_timeout_ms", desc->publish_timeout_ms, err));
@@ -20924,11 +21037,12 @@ LORASYNCI_FN lorasync_status lorasynci_stream_start(lorasync_stream *s, lorasync
 LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *desc, lorasync_stream **out,
                                                   lorasync_error *err)
 {
-    lorasync_allocator a;
-    lorasync_stream   *s;
-    lorasync_status    status;
+    lorasync_stream_desc own;
+    lorasync_allocator   a;
+    lorasync_stream     *s;
+    lorasync_status      status;
     if (out) *out = NULL;
-    LORASYNCI_GIVEN(desc);
+    LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, desc->timeout_ms, &a, err));
     s = (lorasync_stream *)lorasynci_alloc_array(&a, 1, sizeof *s);
@@ -21961,6 +22075,8 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 #undef LORASYNCI_PRINTF
 #undef LORASYNCI_FN
 #undef LORASYNCI_TRY
+#undef LORASYNCI_MAX_DESC
+#undef LORASYNCI_TAKE_DESC
 #undef LORASYNCI_GIVEN
 #undef LORASYNCI_GIVEN_IF
 #undef LORASYNCI_COUNT

@@ -710,6 +710,7 @@ static double run_layout(void *user)
     lorasync_image     *image;
     lorasync_error      err;
     double              start, end;
+    memset(&d, 0, sizeof d);
     d.tensors     = list->at;
     d.num_tensors = list->num;
     d.adapter     = "default";
@@ -774,6 +775,7 @@ static void bench_image(void)
     lookup              find;
     samples             s;
     char                name[NAME];
+    memset(&d, 0, sizeof d);
     d.tensors     = list.at;
     d.num_tensors = list.num;
     d.adapter     = "default";
@@ -886,6 +888,7 @@ static void bench_shm(void)
     memset(&b, 0, sizeof b);
     memset(&sd, 0, sizeof sd);
     snprintf(shm, sizeof shm, "bench-%ld", (long)getpid());
+    memset(&d, 0, sizeof d);
     d.tensors     = list.at;
     d.num_tensors = list.num;
     d.adapter     = "default";

@@ -97,6 +97,7 @@ static int write_file(unsigned long long seed, const char *path)
     lorasync_error      err;
     unsigned char      *payload;
     int                 rc;
+    memset(&desc, 0, sizeof desc);
     desc.tensors     = tensors;
     desc.num_tensors = random_tensors(&seed, tensors, names);
     desc.adapter     = NULL;

@@ -21,6 +21,23 @@ T=${BUILD:-build}/matrix-${MATRIX:-full}
 rm -rf "$T"
 mkdir -p "$T" || exit 2
 
+cat >"$T/shared_user.c" <<'END'
+#include "lorasync.h"
+#include <string.h>
+int main(void)
+{
+    lorasync_desc     d;
+    lorasync_session *session;
+    memset(&d, 0, sizeof d);
+    d.size       = sizeof d;
+    d.lora_alpha = 16;
+    if (lorasync_version() != LORASYNC_VERSION_NUMBER || lorasync_features() != 0) return 1;
+    if (lorasync_open(&d, &session, NULL) != LORASYNC_OK) return 2;
+    lorasync_close(session);
+    return 0;
+}
+END
+
 # ---- running cases: up to JOBS at a time; a case is a command (or function), its log $T/N.log, its result $T/N.rc
 
 num=0 passed=0 failed=0 skipped=0
@@ -208,6 +225,16 @@ no_macro_left() # COMPILER SOURCE
         sed 's/^#define \([A-Za-z0-9_]*\).*/\1/' | nothing "still defined"
 }
 
+# The header's own recipe. The program that uses the library includes the header without macros.
+shared_library() # NAME COMPILER
+{
+    $2 -O0 -shared -fPIC -fvisibility=hidden -I. -x c lorasync.h -DLORASYNC_IMPLEMENTATION \
+        -DLORASYNC_API='__attribute__((visibility("default")))' -o "$T/$1.so" $LIBS &&
+        $2 $plain "$T/shared_user.c" "$T/$1.so" -o "$T/$1" && "$T/$1" || return 1
+    $NM --version >/dev/null 2>&1 || return 0
+    $NM -D --defined-only "$T/$1.so" | awk '{ print $3 }' | grep -v '^lorasync_[a-z]' | nothing "visible, not public"
+}
+
 # Strict C99 with a system header first hides POSIX: that must be said, not end in a page of errors.
 hidden_posix_is_said() # COMPILER
 {
@@ -282,6 +309,7 @@ set -- $compilers_cxx
 for cc in $compilers_c; do
     n=$(basename $cc)
     cxx=$1
+    check "$cc shared library" shared_library "shared-$n" $cc
     check "$cc two files" link_two "cc-$n" $cc implementation.c $cc user.c $cc
     check "$cc static in two files" link_two "static-$n" $cc static_main.c $cc static_other.c $cc
     if [ -n "$cxx" ]; then

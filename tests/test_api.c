@@ -4,7 +4,9 @@
 
 #include "test.h"
 
+#include <stddef.h>
 #include <stdint.h>
+#include <unistd.h>
 
 #define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
 
@@ -13,15 +15,23 @@ typedef struct arguments {
     lorasync_allocator         allocator;
     lorasync_comm              comm;
     lorasync_desc              session;
+    unsigned char              behind_session[16];
     lorasync_stream_desc       stream;
+    unsigned char              behind_stream[16];
     lorasync_plan_desc         plan;
+    unsigned char              behind_plan[16];
     lorasync_engine_desc       engine;
+    unsigned char              behind_engine[16];
     lorasync_directory_desc    directory;
+    unsigned char              behind_directory[16];
     lorasync_shm_desc          shm;
+    unsigned char              behind_shm[16];
     lorasync_nccl_desc         nccl;
     lorasync_image_desc        image;
+    unsigned char              behind_image[16];
     lorasync_config_write_desc write;
-    lorasync_tensor            tensor;
+    unsigned char              behind_write[16];
+    lorasync_tensor            tensor, pair[2];
     float                      data[4];
     lorasync_piece             piece;
     void                      *handle;   /* what pointers become */
@@ -45,7 +55,7 @@ static void fill(arguments *a)
 {
     static char name[60];
     memset(a, 0, sizeof *a);
-    snprintf(name, sizeof name, "test-api-%ld", (long)(intptr_t)&name % 100000);
+    snprintf(name, sizeof name, "test-api-%ld", (long)getpid());
     a->allocator.alloc = give, a->allocator.free = take;
     a->comm         = lorasync_solo();
     a->session.comm = a->stream.comm = a->plan.comm = &a->comm;
@@ -57,6 +67,9 @@ static void fill(arguments *a)
     a->shm.name                                  = name;
     a->tensor.name = "base_model.model.q_proj.lora_A.weight", a->tensor.dtype = LORASYNC_F32, a->tensor.ndim = 2;
     a->tensor.shape[0] = 4, a->tensor.shape[1] = 2;
+    a->pair[0] = a->pair[1] = a->tensor;
+    a->pair[1].name         = "base_model.model.q_proj.lora_B.weight";
+    a->pair[1].shape[0] = 2, a->pair[1].shape[1] = 4;
     a->image.tensors = &a->tensor, a->image.num_tensors = 1;
     a->write.lora_alpha  = 8;
     a->session.allocator = a->stream.allocator = a->plan.allocator = a->engine.allocator = a->directory.allocator =
@@ -209,10 +222,117 @@ static void nothing_is_left(void)
     CHECK(a.handle == NULL);
 }
 
+/* -- sizes: a desc of this header, of an older and of a newer one, and what is no size */
+
+typedef struct described {
+    const char *name;
+    size_t      at, num_bytes, last; /* where the desc is in the arguments, its size, and where its last field is */
+    lorasync_status (*call)(arguments *a, void *out, lorasync_error *err);
+    void (*end)(void *out);
+} described;
+
+#define END(name, type, call)                                                                                          \
+    static void name(void *out)                                                                                        \
+    {                                                                                                                  \
+        type *it = (type *)out;                                                                                        \
+        call;                                                                                                          \
+    }
+END(end_layout, lorasync_image *, lorasync_image_free(*it))
+END(end_plan, lorasync_plan *, lorasync_plan_free(*it))
+END(end_write, char *, lorasync_free(NULL, *it)) /* the allocator is malloc's, too */
+END(end_transport, lorasync_transport, it->close(it->user))
+END(end_engine, lorasync_engine *, lorasync_engine_close(*it))
+END(end_session, lorasync_session *, lorasync_close(*it))
+END(end_stream, lorasync_stream *, lorasync_stream_close(*it))
+CALL(call_write_one, lorasync_config_write(&a->write, a->pair, 2, &a->allocator, (char **)out, err))
+
+/* The desc is followed by another of which the call knows nothing. */
+#define DESCRIBED(field, type, last, call, end)                                                                        \
+    {                                                                                                                  \
+#type, offsetof(arguments, field), sizeof(type), offsetof(type, last), call, end                               \
+    }
+static const described descs[] = {
+    DESCRIBED(image, lorasync_image_desc, adapter, call_layout, end_layout),
+    DESCRIBED(plan, lorasync_plan_desc, allocator, call_plan, end_plan),
+    DESCRIBED(write, lorasync_config_write_desc, fold_scale, call_write_one, end_write),
+    DESCRIBED(directory, lorasync_directory_desc, allocator, call_directory, end_transport),
+    DESCRIBED(shm, lorasync_shm_desc, cuda, call_shm, end_transport),
+    DESCRIBED(engine, lorasync_engine_desc, offers_only, call_engine, end_engine),
+    DESCRIBED(session, lorasync_desc, allocator, call_session, end_session),
+    DESCRIBED(stream, lorasync_stream_desc, allocator, call_stream, end_stream),
+};
+enum {
+    NUM_DESCS = (int)(sizeof descs / sizeof descs[0])
+};
+
+/* Calls with a desc of `size`, of whose bytes those from `spoilt` on are rubbish. */
+static lorasync_status sized(const described *d, size_t size, size_t spoilt, lorasync_error *err)
+{
+    static arguments a;
+    unsigned char    out[sizeof(lorasync_transport)], *desc;
+    size_t           i;
+    lorasync_status  status;
+    fill(&a);
+    desc = (unsigned char *)&a + d->at;
+    if (spoilt) memset(desc + spoilt, 0xa5, d->num_bytes + sizeof a.behind_image - spoilt);
+    memcpy(desc, &size, sizeof size);
+    memset(err, 0, sizeof *err);
+    memset(out, 0xa5, sizeof out);
+    status = d->call(&a, out, err);
+    if (status >= 0) d->end(out);
+    else
+        for (i = 0; i < sizeof(void *); i++) CHECK_EQ(out[i], 0);
+    return status;
+}
+
+static void sizes(void)
+{
+    int            i;
+    arguments      a;
+    lorasync_error err;
+    for (i = 0; i < NUM_DESCS; i++) {
+        const described *d = &descs[i];
+        size_t           n = d->num_bytes;
+        if (sized(d, 0, 0, &err) != LORASYNC_OK) fprintf(stderr, "%s: %s\n", d->name, err.text);
+        CHECK_EQ(sized(d, 0, 0, &err), LORASYNC_OK);
+        CHECK_EQ(sized(d, n, 0, &err), LORASYNC_OK);
+        CHECK_EQ(sized(d, n, n, &err), LORASYNC_OK); /* what is behind it is nobody's */
+        CHECK_EQ(sized(d, 0, n, &err), LORASYNC_OK);
+        CHECK_EQ(sized(d, d->last, d->last, &err), LORASYNC_OK); /* an older header, without the last field */
+        CHECK_EQ(sized(d, n + 8, 0, &err), LORASYNC_OK);         /* a newer one, with fields left zero */
+        CHECK_EQ(sized(d, n + 8, n, &err), LORASYNC_E_ARGUMENT); /* .. and set */
+        CHECK_HAS(err.text, "use a library as new as the header");
+        CHECK_EQ(sized(d, n + 1, n, &err), LORASYNC_E_ARGUMENT);
+        CHECK_EQ(sized(d, 3, 0, &err), LORASYNC_E_ARGUMENT);
+        CHECK_HAS(err.text, "desc.size is 3; fill the desc with zeros");
+        CHECK_EQ(sized(d, SIZE_MAX, 0, &err), LORASYNC_E_ARGUMENT);
+        CHECK_EQ(sized(d, (size_t)0xa5a5a5a5u, 0, &err), LORASYNC_E_ARGUMENT); /* never filled in */
+    }
+    fill(&a);
+    lorasync_shm_remove(a.shm.name, NULL);
+}
+
+/* The library that is linked is the one of this header, and says what it can do. */
+static void version_and_features(void)
+{
+    unsigned       features = lorasync_features();
+    lorasync_comm  comm;
+    lorasync_error err;
+    arguments      a;
+    CHECK_EQ(lorasync_version(), LORASYNC_VERSION_NUMBER);
+    CHECK_EQ(LORASYNC_VERSION_NUMBER, 100);
+    CHECK_EQ(features & ~(unsigned)(LORASYNC_FEATURE_CUDA | LORASYNC_FEATURE_NCCL), 0);
+    fill(&a);
+    CHECK_EQ(lorasync_nccl_open(&a.nccl, &comm, &err),
+             features & LORASYNC_FEATURE_NCCL ? LORASYNC_E_ARGUMENT : LORASYNC_E_UNSUPPORTED);
+}
+
 int main(void)
 {
     RUN(half_an_allocator);
     RUN(negative_timeouts);
     RUN(nothing_is_left);
+    RUN(sizes);
+    RUN(version_and_features);
     return test_summary("test_api");
 }

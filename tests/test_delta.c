@@ -36,6 +36,7 @@ static int version_open(version *v, const lorasync_tensor *tensors, size_t num, 
     lorasync_image_desc d;
     lorasync_error      err;
     memset(v, 0, sizeof *v);
+    memset(&d, 0, sizeof d);
     d.tensors     = tensors;
     d.num_tensors = num;
     d.adapter     = adapter;
@@ -96,6 +97,7 @@ static lorasync_image *forge(const lorasync_tensor *tensors, size_t num, const c
     lorasync_image     *layout = NULL, *read = NULL;
     lorasync_error      err;
     size_t              n;
+    memset(&d, 0, sizeof d);
     d.tensors     = tensors;
     d.num_tensors = num;
     d.adapter     = adapter;

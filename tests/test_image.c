@@ -308,6 +308,7 @@ static lorasync_status layout(const lorasync_tensor *tensors, size_t num, const 
                               lorasync_error *err)
 {
     lorasync_image_desc d;
+    memset(&d, 0, sizeof d);
     d.tensors     = tensors;
     d.num_tensors = num;
     d.adapter     = adapter;
@@ -445,6 +446,7 @@ static void layout_errors(void)
             snprintf(names[i], sizeof names[i], "n%d", i);
             big[i] = tensor(names[i], LORASYNC_U8, 1, (INT64_C(1) << 61) - 1, 0);
         }
+        memset(&d, 0, sizeof d);
         d.tensors     = big;
         d.num_tensors = 10;
         d.adapter     = NULL;
@@ -591,11 +593,12 @@ static void allocation_failures(void)
     lorasync_error      err;
     long                n;
     int                 done;
-    a.alloc       = test_memory_alloc;
-    a.free        = test_memory_free;
-    a.user        = &memory;
-    tensors[0]    = tensor("b", LORASYNC_BF16, 2, 2, 1);
-    tensors[1]    = tensor("a", LORASYNC_F32, 2, 1, 2);
+    a.alloc    = test_memory_alloc;
+    a.free     = test_memory_free;
+    a.user     = &memory;
+    tensors[0] = tensor("b", LORASYNC_BF16, 2, 2, 1);
+    tensors[1] = tensor("a", LORASYNC_F32, 2, 1, 2);
+    memset(&d, 0, sizeof d);
     d.tensors     = tensors;
     d.num_tensors = 2;
     d.adapter     = "x";
