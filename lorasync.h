@@ -19686,7 +19686,7 @@ LORASYNCI_FN void lorasynci_host_report(const lorasynci_host *h, const lorasynci
    The way of one box, from lorasync_add to the engine's pointer:
 
        lorasync_piece     a box of a named tensor, at an address                        the caller
-       lorasynci_added    the same with its key and role, unless filtered out           here
+       lorasynci_added    the same with its key and role, unless filtered out           >>host
        record, part       the tensor's name and shape; the box, by the tensor's number  >>plan, every rank
        region             a part of some rank; cut with what is wanted                  >>plan, the planner
        route              which part, to or from which rank, where on the link          >>plan, every rank
