@@ -401,6 +401,44 @@ static void all_gather_cost(void)
 }
 
 /* A chunk whose message has the right size, but which has another size itself: damaged, and not taken. */
+/* Of two long messages the first chunks are equally long: only the size in front tells them apart. */
+static void long_message_of_another_size(void)
+{
+    lorasynci_channel *c     = (lorasynci_channel *)calloc(1, sizeof *c);
+    char              *data  = (char *)calloc(1, 3 * LORASYNCI_CHUNK);
+    uint64_t           size  = 3 * LORASYNCI_CHUNK;
+    int                moved = 0;
+    lorasync_message   m;
+    lorasynci_flow     f;
+    lorasync_error     err;
+    REQUIRE(c && data);
+    m.peer = 1, m.data = data, m.num_bytes = 2 * LORASYNCI_CHUNK;
+    memcpy(c->chunks[0], &size, 8);
+    c->sent = 1, c->sizes[0] = LORASYNCI_CHUNK;
+    f = lorasynci_flow_start(c, &m);
+    CHECK_EQ(lorasynci_flow_receive(&f, 0, &moved, &err), LORASYNC_E_COMM);
+    CHECK_HAS(err.text, "rank 0 expected 131072 bytes from rank 1, which sends 196608");
+    CHECK(!moved && c->taken == 0);
+    free(c), free(data);
+}
+
+/* A comm says who is asking, and of how many. */
+static void comm_that_is_not_filled_in(void)
+{
+    lorasync_comm c = lorasync_solo();
+    CHECK(lorasynci_comm_ok(&c) && lorasynci_comm_ok(NULL));
+    c.rank = 1;
+    CHECK(!lorasynci_comm_ok(&c));
+    c.rank = -1;
+    CHECK(!lorasynci_comm_ok(&c));
+    c.rank = 0, c.world = 0;
+    CHECK(!lorasynci_comm_ok(&c));
+    c.world = 1, c.exchange = NULL;
+    CHECK(!lorasynci_comm_ok(&c));
+    c = lorasync_solo(), c.size = 8;
+    CHECK(!lorasynci_comm_ok(&c));
+}
+
 static void damaged_chunk(void)
 {
     lorasynci_channel *c = (lorasynci_channel *)calloc(1, sizeof *c);
@@ -440,6 +478,8 @@ int main(void)
     RUN(open_and_join);
     RUN(mismatched_sizes);
     RUN(damaged_chunk);
+    RUN(long_message_of_another_size);
+    RUN(comm_that_is_not_filled_in);
     RUN(mismatched_all_gather);
     RUN(rank_stays_away);
     RUN(rank_never_joins);

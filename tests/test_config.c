@@ -136,6 +136,7 @@ static void json_refuses(void)
                {"\"\\udc00\"", "surrogate", 3},
                {"\"\\ude00\\ud83d\"", "surrogate", 3},
                {"\"\\ud83d\\udbff\"", "surrogate", 3},
+               {"\"\\ud83d\\ue000\"", "surrogate", 3},
                {"\"\\u0000\"", "\\u0000 is not accepted", 3},
                {"\"\x80\"", "not valid UTF-8", 1},
                {"\"\xc0\x80\"", "not valid UTF-8", 1},

@@ -334,6 +334,31 @@ static void impossible_requests(void)
     CHECK(is_impossible(lorasync_flat_part(0, 1, 1, 1, 1).box));
 }
 
+/* Boxes that reach over the end of their tensor, and tensors of more elements than can be counted. */
+static void beyond_the_end(void)
+{
+    lorasync_piece p;
+    lorasync_error err;
+    float          x[64] = {0};
+    memset(&p, 0, sizeof p);
+    p.name = "t", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 64, p.data = x;
+    p.box        = lorasync_whole(p.shape, 1);
+    p.box.off[0] = 60, p.box.len[0] = 4;
+    CHECK_EQ(lorasynci_box_check(&p, &err), LORASYNC_OK);
+    p.box.len[0] = 5;
+    CHECK_EQ(lorasynci_box_check(&p, &err), LORASYNC_E_LAYOUT);
+    CHECK_HAS(err.text, "t: box [60:65] does not lie in shape [64]");
+    p.box = lorasync_flat(60, 5);
+    CHECK_EQ(lorasynci_box_check(&p, &err), LORASYNC_E_LAYOUT);
+    CHECK_HAS(err.text, "t: flat interval [60:65] does not lie in shape [64]");
+    p.ndim = 2, p.shape[0] = INT64_MAX / 2, p.shape[1] = 2;
+    p.box = lorasync_none(2);
+    CHECK_EQ(lorasynci_box_check(&p, &err), LORASYNC_OK);
+    p.shape[1] = 3;
+    CHECK_EQ(lorasynci_box_check(&p, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "its product passes 2^63");
+}
+
 /* A scalar is held whole, or not at all: both must be sayable. */
 static void scalars(void)
 {
@@ -552,6 +577,7 @@ int main(void)
     RUN(megatron_vectors);
     RUN(flat_parts_brute);
     RUN(impossible_requests);
+    RUN(beyond_the_end);
     RUN(scalars);
     RUN(flat_to_boxes);
     RUN(fused_tensors);

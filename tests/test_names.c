@@ -49,6 +49,8 @@ static const name_case names[] = {
     {P "classifier.modules_to_save.p.bias", ROLE(MODULES_TO_SAVE), P "classifier.bias", "classifier", "p"},
     {"m.emb.token_adapter.trainable_tokens_delta.default", ROLE(TRAINABLE_TOKENS),
      P "m.emb.token_adapter.trainable_tokens_delta", "m.emb", "default"},
+    {"m.token_adapter.q.lora_A.default.weight", ROLE(LORA_A), P "m.token_adapter.q.lora_A.weight", "m.token_adapter.q",
+     "default"},
     {"m.emb.token_adapter.trainable_tokens_delta", ROLE(TRAINABLE_TOKENS),
      P "m.emb.token_adapter.trainable_tokens_delta", "m.emb", ""},
     {"m.emb.trainable_tokens_delta.a", ROLE(TRAINABLE_TOKENS), P "m.emb.trainable_tokens_delta", "m.emb", "a"},
@@ -1162,6 +1164,7 @@ static void matcher_roles(void)
     CHECK_EQ(takes(&f, "m.layers.11.proj.lora_B.default.weight", "default"), 1);
     CHECK_EQ(takes(&f, "m.layers.2.proj.base_layer.lora_B.default.weight", "default"), 1);
     CHECK_EQ(takes(&f, "m.head.modules_to_save.default.weight", "default"), 1); /* neither list restricts these */
+    CHECK_EQ(takes(&f, "m.e.token_adapter.trainable_tokens_delta.default", "default"), 1);
     CHECK_EQ(takes(&f, "m.proj.base_layer.weight", "default"), 0);
     f.base = 1;
     CHECK_EQ(takes(&f, "m.proj.base_layer.weight", "default"), 1);
