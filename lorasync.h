@@ -173,14 +173,14 @@
 
    ERRORS
 
-   Every function that can fail returns a lorasync_status: 0 is success, above 0 is not an error, below 0 is a failure.
-   Its last argument is a lorasync_error, or NULL; it receives the status and a text that says what, where, expected,
-   found, and what to do. Passing NULL where it is not documented as allowed returns LORASYNC_E_ARGUMENT. Functions
-   without a status return NULL or 0 (boxes and sizes: -1), zero their output, or do nothing.
-
-   A function that makes something sets *out to NULL when it fails (a struct: to zeros), so that its close or free
-   function may always be called. Timeouts below 0 are LORASYNC_E_ARGUMENT. These functions fail without a status:
-   lorasync_fsdp1_layout and lorasync_megatron_layout return -1, boxes get a len of -1 (see >>api: layout).
+   Functions that can fail return a lorasync_status: 0 is success, above 0 is not an error, below 0 is a failure. Their
+   last argument is a lorasync_error, or NULL; it receives the status and a text that says what, where, expected,
+   found, and what to do. Passing NULL where it is not documented as allowed returns LORASYNC_E_ARGUMENT, and so does a
+   timeout below 0. A function that makes something sets *out to NULL when it fails (a struct: to zeros); closing or
+   freeing NULL does nothing.
+   Functions without a status return NULL or 0, zero their output, or do nothing. Two of them fail with -1:
+   lorasync_fsdp1_layout and lorasync_megatron_layout. Those that make a box give it a len of -1, which the function
+   that receives the box reports.
 
    A failed call has no effect: the old version stays served and the call may be retried. (With several engines, some
    may already serve the new version when a later commit fails; see >>api: transport.) A status of -100 or below says
@@ -2147,7 +2147,7 @@ typedef struct lorasync_stream_desc {
     size_t               size;       /* sizeof this struct, or 0: see DESCS at the top */
     const lorasync_comm *comm;       /* NULL: one rank. Copied; its user pointer is borrowed until close */
     int                  root;       /* the rank that publishes */
-    lorasync_dtype       wire_dtype; /* float tensors except F64 travel as this; NONE: each in its own type */
+    lorasync_dtype       wire_dtype; /* value types (lorasync_dtype) travel as this; NONE: each in its own type */
     /* Bytes of payload; 0: 1 GiB. A tensor, or a lora_A with its lora_B, that is larger travels alone. */
     size_t      bucket_bytes;
     const char *name; /* what it is published as: image->adapter; NULL: "base". Copied */
@@ -2476,7 +2476,8 @@ LORASYNCI_PRINTF(2, 3) LORASYNCI_FN void lorasynci_prefix(lorasync_error *err, c
 
 /* -- descs */
 
-/* What an older header lacks is zero; of a newer one, what is not known here must be:
+/* What an older header lacks is zero; of a newer one, what is not known here must be. After a failure *own is what could
+   be read:
 
        given   | size | fields of both | more |          own   | size | fields of both | 0 0 0 |                       */
 LORASYNCI_FN lorasync_status lorasynci_take_desc(void *own, size_t size, const void *given, const char *function,
@@ -2485,11 +2486,14 @@ LORASYNCI_FN lorasync_status lorasynci_take_desc(void *own, size_t size, const v
     const unsigned char *bytes = (const unsigned char *)given;
     size_t               n, i;
     memcpy(&n, given, sizeof n);
+    memset(own, 0, size);
     if (n == 0) n = size;
     if (n < sizeof n || n > LORASYNCI_MAX_DESC)
         return lorasynci_fail(
             err, LORASYNC_E_ARGUMENT,
             "%s: desc.size is %zu; fill the desc with zeros, then set size to its sizeof or leave it 0", function, n);
+    memcpy(own, given, n < size ? n : size);
+    memcpy(own, &size, sizeof size);
     for (i = size; i < n; i++)
         if (bytes[i])
             return lorasynci_fail(
@@ -2497,9 +2501,6 @@ LORASYNCI_FN lorasync_status lorasynci_take_desc(void *own, size_t size, const v
                 "%s: the desc has %zu bytes and sets one behind the %zu that this library (%s) knows; "
                 "use a library as new as the header, or leave that field 0",
                 function, n, size, LORASYNC_VERSION);
-    memset(own, 0, size);
-    memcpy(own, given, n < size ? n : size);
-    memcpy(own, &size, sizeof size);
     return LORASYNC_OK;
 }
 
@@ -11639,7 +11640,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *des
     size_t           num_parts;
     if (!err) err = &why;
     if (out) *out = NULL;
-    if (!desc) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_plan_create: desc is NULL");
+    LORASYNC_ASSERT(desc);
     LORASYNCI_TRY(lorasynci_plan_start(desc, talk, out != NULL, &plan, err));
     memset(&m, 0, sizeof m);
     m.plan     = plan;
@@ -11667,9 +11668,15 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
                                                   lorasync_error *err)
 {
     lorasync_plan_desc own;
+    lorasync_error     why, mine;
+    if (!err) err = &why;
     if (out) *out = NULL;
-    LORASYNCI_TAKE_DESC(own); /* what is wrong with it cannot be told to the others: its comm may be what is wrong */
-    return lorasynci_plan_create(desc, NULL, 0, out, err);
+    LORASYNCI_GIVEN(desc);
+    if (lorasynci_take_desc(&own, sizeof own, desc, __func__, &mine) == LORASYNC_OK)
+        return lorasynci_plan_create(&own, NULL, 0, out, err);
+    if (lorasynci_comm_ok(own.comm)) return lorasynci_plan_refuse(&own, NULL, &mine, err);
+    *err = mine; /* nobody to tell */
+    return err->status;
 }
 
 /* Memory in which several plans run in turns: staging as large as the largest of them needs, and the payload of one

@@ -826,14 +826,21 @@ static void refused_rank(rank_context *c)
     memset(&d, 0, sizeof d), memset(&p, 0, sizeof p), memset(&half, 0, sizeof half);
     p.name = "t", p.dtype = LORASYNC_F32, p.ndim = 1, p.shape[0] = 4, p.box = lorasync_whole(p.shape, 1), p.data = data;
     d.comm = &c->comm, d.have = &p, d.num_have = 1, d.timeout_ms = test_ms(20000);
-    for (what = 0; what < 3; what++) {
+    for (what = 0; what < 4; what++) {
         static const char *const texts[] = {"rank 1: lorasync_plan_create: out is NULL",
                                             "rank 1: allocator: alloc is NULL; give both alloc and free, or neither",
-                                            "rank 1: timeout_ms is -1, must not be negative"};
-        half.free                        = test_memory_free;
-        d.allocator                      = what == 1 && c->rank == 1 ? &half : NULL;
-        d.timeout_ms                     = what == 2 && c->rank == 1 ? -1 : test_ms(20000);
-        CHECK_EQ(lorasync_plan_create(&d, !what && c->rank == 1 ? NULL : &plan, &err), LORASYNC_E_ARGUMENT);
+                                            "rank 1: timeout_ms is -1, must not be negative",
+                                            "rank 1: lorasync_plan_create: the desc has "};
+        struct {
+            lorasync_plan_desc d;
+            size_t             later; /* a field of a newer header */
+        } newer;
+        half.free    = test_memory_free;
+        d.allocator  = what == 1 && c->rank == 1 ? &half : NULL;
+        d.timeout_ms = what == 2 && c->rank == 1 ? -1 : test_ms(20000);
+        newer.d = d, newer.later = what == 3 && c->rank == 1;
+        newer.d.size = sizeof newer;
+        CHECK_EQ(lorasync_plan_create(&newer.d, !what && c->rank == 1 ? NULL : &plan, &err), LORASYNC_E_ARGUMENT);
         CHECK_HAS(err.text, texts[what]);
     }
     d.allocator = NULL, d.timeout_ms = test_ms(20000);
