@@ -2599,6 +2599,7 @@ typedef struct lorasynci_arena {
     size_t                refused; /* bytes of an array that there was no memory for, or 0 */
 } lorasynci_arena;
 
+/* The allocator's two functions: `user` is the arena. */
 LORASYNCI_FN void *lorasynci_arena_alloc(void *user, size_t num_bytes)
 {
     lorasynci_arena      *m = (lorasynci_arena *)user;
@@ -8922,7 +8923,8 @@ LORASYNC_API lorasync_status lorasync_image_apply(const lorasync_image *base, co
        routes     (part, peer, offset)      <---  one list per rank
        operations (rows from here to there)                                             what runs every step
 
-   Votes between the steps make every rank return the same verdict. Uses >>support, >>dtype, >>layout, >>gpu, >>comm,
+   Votes between the steps make every rank return the same verdict. The head of >>session shows where these forms of a
+   box come from and where they go. Uses >>support, >>dtype, >>layout, >>gpu, >>comm,
    >>talk and >>image. Calls ahead into >>move. */
 
 enum {
@@ -19558,6 +19560,7 @@ LORASYNCI_FN void lorasynci_host_close(lorasynci_host *h)
 
 /* -- adding and attaching */
 
+/* Copies a text; it is found again by what is returned. */
 LORASYNCI_FN uint64_t lorasynci_host_keep(lorasynci_host *h, const char *text)
 {
     uint64_t at = h->texts.size;
@@ -19565,7 +19568,12 @@ LORASYNCI_FN uint64_t lorasynci_host_keep(lorasynci_host *h, const char *text)
     return at;
 }
 
-LORASYNCI_FN const char *lorasynci_host_text(const lorasynci_host *h, uint64_t at) { return h->texts.data + at; }
+/* It stays where it is until the next one is kept. */
+LORASYNCI_FN const char *lorasynci_host_text(const lorasynci_host *h, uint64_t at)
+{
+    LORASYNC_ASSERT(at < h->texts.size);
+    return h->texts.data + at;
+}
 
 /* A piece that lorasynci_piece_check has passed. name: what its name says; NULL where it is published as it is. */
 LORASYNCI_FN lorasync_status lorasynci_host_add(lorasynci_host *h, const lorasync_piece *piece,
@@ -19613,6 +19621,7 @@ LORASYNCI_FN lorasync_status lorasynci_host_attach(lorasynci_host *h, const lora
 
 /* -- versions */
 
+/* NULL is a text of its own. */
 LORASYNCI_FN uint64_t lorasynci_hash_text(const char *text, uint64_t seed)
 {
     return text ? lorasynci_hash(text, strlen(text), seed) : seed;
@@ -19693,7 +19702,7 @@ LORASYNCI_FN void lorasynci_host_report(const lorasynci_host *h, const lorasynci
    The way of one box, from lorasync_add to the engine's pointer:
 
        lorasync_piece     a box of a named tensor, at an address                        the caller
-       lorasynci_added    the same with its key and role, unless filtered out           >>host
+       lorasynci_added    beside it: its names and role, by which it is filtered        >>host
        record, part       the tensor's name and shape; the box, by the tensor's number  >>plan, every rank
        region             a part of some rank; cut with what is wanted                  >>plan, the planner
        route              which part, to or from which rank, where on the link          >>plan, every rank
@@ -19877,6 +19886,7 @@ LORASYNCI_FN void lorasynci_drop(lorasync_session *s, const lorasync_piece *p, c
     lorasynci_put(&s->modules, &at, sizeof at);
 }
 
+/* A LoRA parameter, or with filter.base any, is kept for the filter; every other is counted. */
 LORASYNCI_FN lorasync_status lorasynci_session_add(lorasync_session *s, const lorasync_piece *piece,
                                                    lorasync_error *err)
 {
@@ -20000,6 +20010,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, loras
     lorasync_matcher *matcher;
     lorasync_name     name;
     size_t            i, kept = 0, num = lorasynci_num_taken(s);
+    LORASYNC_ASSERT(num == LORASYNCI_NUM(lorasynci_added, h->added));
     LORASYNCI_TRY(lorasynci_session_matcher(s, &matcher, err));
     for (i = 0; i < num; i++) {
         name.role = added[i].role;
@@ -20125,6 +20136,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
     return lorasynci_session_scale(s, err);
 }
 
+/* The plan of all runs. Without a LoRA parameter anywhere it says what became of those that were declared. */
 LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasync_error *err)
 {
     lorasync_plan_desc d = s->host.plan_desc;
@@ -20464,6 +20476,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
 
 /* -- running */
 
+/* `what` is the public call, for the text. */
 LORASYNCI_FN lorasync_status lorasynci_session_ready(const lorasync_session *session, const char *what,
                                                      lorasync_error *err)
 {
@@ -20538,6 +20551,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_send(lorasync_session *s, const l
     return status;
 }
 
+/* On the root: the image of the run to all engines, and what came of it; elsewhere nothing. */
 LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lorasynci_outcome *out, lorasync_error *err)
 {
     lorasync_image *image  = lorasync_plan_image(s->plan);
@@ -20556,6 +20570,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lora
     return status;
 }
 
+/* After success, on every rank. */
 LORASYNCI_FN void lorasynci_session_report(const lorasync_session *s, const lorasynci_outcome *outcome,
                                            lorasync_report *out)
 {
@@ -20645,6 +20660,7 @@ LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t v
 
 /* -- resuming */
 
+/* An image of the root into the parameters of all ranks, by a plan of its own. */
 LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, const lorasync_image *image,
                                                        lorasync_error *err)
 {
@@ -20718,6 +20734,7 @@ typedef struct lorasynci_loading {
     size_t           num_aliases;
 } lorasynci_loading;
 
+/* For qsort: by address, then by order of declaration. */
 LORASYNCI_FN int lorasynci_piece_order(const void *a, const void *b)
 {
     const lorasync_piece *p = *(const lorasync_piece *const *)a, *q = *(const lorasync_piece *const *)b;
@@ -20796,6 +20813,7 @@ LORASYNCI_FN lorasync_status lorasynci_find_aliases(const lorasync_piece *const 
     return LORASYNC_OK;
 }
 
+/* Pieces of this rank that are one memory. */
 LORASYNCI_FN lorasync_status lorasynci_session_aliases(const lorasync_session *s, lorasynci_loading *l,
                                                        lorasync_error *err)
 {
@@ -20822,6 +20840,7 @@ typedef struct lorasynci_page {
     uint64_t keys[32], contents[32];
 } lorasynci_page;
 
+/* On the root: the next tensors, from number `from` on. */
 LORASYNCI_FN void lorasynci_fill_page(const lorasync_image *image, size_t from, lorasynci_page *page)
 {
     size_t i;
@@ -20839,6 +20858,7 @@ LORASYNCI_FN void lorasynci_fill_page(const lorasync_image *image, size_t from, 
     page->more = i < image->num_tensors;
 }
 
+/* Whoever has an alias of one of these tensors notes what the file has for it. */
 LORASYNCI_FN void lorasynci_read_page(const lorasynci_page *page, lorasynci_loading *l)
 {
     size_t i, k;
@@ -21064,6 +21084,7 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
     return LORASYNC_OK;
 }
 
+/* Everything that is added is published, under the key of its name or, with keep_names, the name itself. */
 LORASYNCI_FN lorasync_status lorasynci_stream_add(lorasync_stream *s, const lorasync_piece *piece, lorasync_error *err)
 {
     lorasync_name name;
@@ -21136,6 +21157,7 @@ typedef struct lorasynci_division {
     lorasynci_division_head head;
 } lorasynci_division;
 
+/* lorasynci_planner_init opens the planner's arena. */
 LORASYNCI_FN void lorasynci_division_open(lorasynci_division *v, const lorasync_allocator *a)
 {
     memset(v, 0, sizeof *v);
@@ -21198,6 +21220,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_prepare(lorasync_stream *s, lorasy
     return lorasynci_planner_init(&v->planner, &s->host.talk, &s->host.plan_desc, &s->host.a, &v->meter, err);
 }
 
+/* For the table of group names. */
 LORASYNCI_FN const char *lorasynci_group_key(const void *user, size_t i)
 {
     const lorasynci_groups *g = (const lorasynci_groups *)user;
@@ -21617,6 +21640,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_commit(lorasync_stream *s, uint64_
     return lorasynci_talk_lose(&s->host.talk, status, err);
 }
 
+/* The times of the plans are in `out` already. */
 LORASYNCI_FN void lorasynci_stream_report(const lorasync_stream *s, const lorasynci_outcome *outcome, uint64_t start,
                                           lorasync_report *out)
 {

@@ -1591,6 +1591,117 @@ static void lost_story(rank_context *c)
 
 static void rank_is_lost(void) { tell(lost_story, 3); }
 
+/* A communicator that fails at one call, and counts those of abort. */
+typedef struct failing_comm {
+    int calls, fails_at, aborts, calls_after;
+} failing_comm;
+
+static lorasync_status failing_call(failing_comm *f, lorasync_error *err)
+{
+    if (f->aborts) f->calls_after++;
+    if (f->calls++ != f->fails_at) return LORASYNC_OK;
+    return test_refuse(err, LORASYNC_E_PEER, "the line is cut");
+}
+
+static lorasync_status failing_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                          lorasync_error *err)
+{
+    (void)timeout_ms;
+    memcpy(out, in, num_bytes);
+    return failing_call((failing_comm *)user, err);
+}
+
+static lorasync_status failing_exchange(void *user, const lorasync_message *sends, size_t num_sends,
+                                        const lorasync_message *receives, size_t num_receives, int timeout_ms,
+                                        lorasync_error *err)
+{
+    (void)sends, (void)num_sends, (void)receives, (void)num_receives, (void)timeout_ms;
+    return failing_call((failing_comm *)user, err);
+}
+
+static void failing_abort(void *user, const char *why)
+{
+    CHECK_HAS(why, "the line is cut");
+    ((failing_comm *)user)->aborts++;
+}
+
+static lorasync_comm failing(failing_comm *f, int fails_at)
+{
+    lorasync_comm c = lorasync_solo();
+    memset(f, 0, sizeof *f);
+    f->fails_at  = fails_at;
+    c.user       = f;
+    c.all_gather = failing_all_gather;
+    c.exchange   = failing_exchange;
+    c.abort      = failing_abort;
+    return c;
+}
+
+/* Whatever call of the communicator fails: it is given up once, used no more, and every later call says that it is
+   lost. */
+static int session_on(const lorasync_comm *c)
+{
+    static rank_model m;
+    lorasync_desc     d = plain_desc(c);
+    lorasync_session *s = NULL;
+    lorasync_error    err;
+    lorasync_status   status;
+    make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
+    status = open_session(&d, &m, NULL, &s, &err);
+    if (status == LORASYNC_OK) status = lorasync_sync(s, 1, NULL, &err);
+    if (status < 0) {
+        CHECK_EQ(status, LORASYNC_E_PEER);
+        CHECK_HAS(err.text, "the line is cut");
+        status = lorasync_compile(s, &err);
+        CHECK(status == LORASYNC_E_LOST || status == LORASYNC_E_STATE);
+        status = lorasync_sync(s, 2, NULL, &err);
+        CHECK(status == LORASYNC_E_LOST || status == LORASYNC_E_STATE);
+    }
+    lorasync_close(s);
+    return status >= 0;
+}
+
+static int stream_on(const lorasync_comm *c)
+{
+    static rank_model    m;
+    lorasync_stream_desc d;
+    lorasync_stream     *s = NULL;
+    lorasync_error       err;
+    lorasync_status      status;
+    size_t               i;
+    memset(&d, 0, sizeof d);
+    d.comm = c, d.bucket_bytes = 1024, d.keep_names = 1; /* several plans */
+    make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
+    status = lorasync_stream_open(&d, &s, &err);
+    for (i = 0; i < m.num && status == LORASYNC_OK; i++) status = lorasync_stream_add(s, &m.pieces[i], &err);
+    if (status == LORASYNC_OK) status = lorasync_stream_compile(s, &err);
+    if (status == LORASYNC_OK) status = lorasync_stream_sync(s, 1, NULL, &err);
+    if (status < 0) {
+        CHECK_EQ(status, LORASYNC_E_PEER);
+        CHECK_HAS(err.text, "the line is cut");
+        status = lorasync_stream_compile(s, &err);
+        CHECK(status == LORASYNC_E_LOST || status == LORASYNC_E_STATE);
+        status = lorasync_stream_sync(s, 2, NULL, &err);
+        CHECK(status == LORASYNC_E_LOST || status == LORASYNC_E_STATE);
+    }
+    lorasync_stream_close(s);
+    return status >= 0;
+}
+
+static void lost_once(void)
+{
+    failing_comm f;
+    int          stream, k, done;
+    for (stream = 0; stream < 2; stream++)
+        for (k = 0, done = 0; !done && k < 1000; k++) {
+            lorasync_comm c = failing(&f, k);
+            done            = stream ? stream_on(&c) : session_on(&c);
+            CHECK_EQ(f.aborts, !done);
+            CHECK_EQ(f.calls_after, 0);
+        }
+    CHECK(done);
+}
+
 /* -- transports that are slower than a deadline */
 
 /* Publishing is not held against the ranks that wait for it. */
@@ -1855,6 +1966,7 @@ int main(void)
     RUN(no_allocation_per_sync);
     RUN(no_memory_anywhere);
     RUN(rank_is_lost);
+    RUN(lost_once);
     RUN(slow_engine);
     RUN(too_slow_engine);
     RUN(killed_while_staging);
