@@ -1072,7 +1072,7 @@ typedef struct lorasync_plan lorasync_plan;
        LORASYNC_E_EMPTY        no tensor at all
        LORASYNC_E_LAYOUT       a gap, an overlap, a box out of bounds
        LORASYNC_E_DISAGREE     ranks disagree on a shape, a dtype or the desc
-       LORASYNC_E_NOT_FOUND    a wanted tensor that nobody has
+       LORASYNC_E_NOT_FOUND    a wanted tensor that nobody has; SCATTER: a tensor of the image that nobody wants
        LORASYNC_E_UNSUPPORTED  a conversion that does not exist; a piece of F4 or an F6 type; a scale of a wanted piece,
                                or of a type that is not a value type (lorasync_dtype)
        LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of the comm */
