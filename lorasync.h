@@ -144,43 +144,44 @@
        LORASYNC_ASSERT(condition) implementation file      checks the library's own invariants, for example with
                                                            assert; never what callers or other ranks do. Default:
                                                            nothing is checked
-       LORASYNC_API               every file               what stands before every public function; default: extern,
-                                                           with LORASYNC_STATIC static
+       LORASYNC_API               every file               precedes every public function; default: extern, or static
+                                                           with LORASYNC_STATIC
        LORASYNC_DEVICE_CODE       `make ptx` only          exposes the kernel's source to nvcc
 
-   The declarations do not depend on any other of them: calls that need what was left out return LORASYNC_E_UNSUPPORTED
-   and say what to define. lorasync_features says what was compiled in.
+   Apart from LORASYNC_API and LORASYNC_STATIC, no macro changes the declarations: calls that need what was left out
+   return LORASYNC_E_UNSUPPORTED and say what to define. lorasync_features says what was compiled in.
 
-   As a shared library, with only the public functions visible (and -DLORASYNC_CUDA and the like as above):
+   To build a shared library in which only the public functions are visible (with -DLORASYNC_CUDA and so on as needed):
 
        cc -O2 -shared -fPIC -fvisibility=hidden -x c lorasync.h -DLORASYNC_IMPLEMENTATION \
           -DLORASYNC_API='__attribute__((visibility("default")))' -o liblorasync.so -lm
 
-   Programs include lorasync.h without any macro and link with -llorasync. They set the size of each desc (below), and
-   compare lorasync_version() with their header's LORASYNC_VERSION_NUMBER.
+   Programs include lorasync.h without any macro and link with -llorasync. They set the size of each desc (see below),
+   and compare lorasync_version() with their header's LORASYNC_VERSION_NUMBER.
 
 
    DESCS
 
-   A lorasync_..._desc says what a function shall do. Fill it with zeros, then set fields: zero is each field's default.
-   Its first field is its size in bytes, as the caller's header has it. 0 means the size that the library knows, which
-   is right where program and library are compiled from the same header. Programs that use a shared library set size to
-   sizeof the desc, so that the two may be of different versions: a newer library takes what an older header lacks as
-   zero; an older one takes what it does not know if that is zero, and otherwise returns LORASYNC_E_ARGUMENT.
-   Other structs have no size and change only with the first two numbers of the version; but a lorasync_comm, a
-   lorasync_transport and a lorasync_source may be shorter than the library's, which then does without the rest.
+   A lorasync_..._desc tells a function what to do. Zero it, then set fields: zero is the default of every field. Its
+   first field is its size in bytes, as the caller's header has it. A size of 0 stands for the library's own, which is
+   right if program and library are compiled from the same header. Programs that use a shared library set it to sizeof
+   the desc, so that the versions of the two may differ: a newer library takes fields that an older header lacks as
+   zero; an older library accepts fields that it does not know if they are zero, and otherwise returns
+   LORASYNC_E_ARGUMENT. A lorasync_comm, lorasync_transport or lorasync_source may be shorter than the library's, which
+   then does without the rest. Structs without a size change only with the first two numbers of the version.
 
 
    ERRORS
 
    Functions that can fail return a lorasync_status: 0 is success, above 0 is not an error, below 0 is a failure. Their
-   last argument is a lorasync_error, or NULL; it receives the status and a text that says what, where, expected,
-   found, and what to do. Passing NULL where it is not documented as allowed returns LORASYNC_E_ARGUMENT, and so does a
-   timeout below 0. A function that makes something sets *out to NULL when it fails (a struct: to zeros); closing or
-   freeing NULL does nothing.
-   Functions without a status return NULL or 0, zero their output, or do nothing. Two of them fail with -1:
-   lorasync_fsdp1_layout and lorasync_megatron_layout. Those that make a box give it a len of -1, which the function
-   that receives the box reports.
+   last argument is a lorasync_error, or NULL; it receives the status and a text that says what, where, expected, found,
+   and what to do. Passing NULL where it is not documented as allowed returns LORASYNC_E_ARGUMENT, and so does a timeout
+   below 0. A function that makes something sets *out to NULL when it fails (a struct: to zeros); closing or freeing
+   NULL does nothing.
+
+   Functions without a status return NULL or 0, zero their output, or do nothing. Exceptions: lorasync_fsdp1_layout and
+   lorasync_megatron_layout return -1 on failure, and functions that make a box return one with a len of -1, which the
+   function that receives the box reports.
 
    A failed call has no effect: the old version stays served and the call may be retried. (With several engines, some
    may already serve the new version when a later commit fails; see >>api: transport.) A status of -100 or below says
@@ -241,17 +242,17 @@ struct ncclComm;    /* ncclComm_t is a pointer to this */
 
 /* ------------------------------------------------------------------------------------------------------- >>types -- */
 
-/* LORASYNC_VERSION_NUMBER of the header that the library was compiled from: 100 is 0.1.0. Where it differs in more than
-   the last two digits from that of the program's header, structs other than descs may differ. */
+/* The LORASYNC_VERSION_NUMBER of the header that the library was compiled from: 100 is 0.1.0. If it differs from
+   that of the program's header in more than the last two digits, structs other than descs may differ. */
 LORASYNC_API int lorasync_version(void);
 
-/* What the library was compiled with. */
+/* What the library was compiled with, as bits. */
 typedef enum lorasync_feature {
     LORASYNC_FEATURE_CUDA = 1, /* LORASYNC_CUDA */
     LORASYNC_FEATURE_NCCL = 2  /* LORASYNC_NCCL */
 } lorasync_feature;
 
-/* Its features, added up. */
+/* The lorasync_feature bits of this library. */
 LORASYNC_API unsigned lorasync_features(void);
 
 /* The enum and lorasync_status_text are both made from this list. */
@@ -2476,10 +2477,10 @@ LORASYNCI_PRINTF(2, 3) LORASYNCI_FN void lorasynci_prefix(lorasync_error *err, c
 
 /* -- descs */
 
-/* What an older header lacks is zero; of a newer one, what is not known here must be. After a failure *own is what could
-   be read:
+/* What an older header lacks is zero; of a newer one, what is not known here must be. After a failure *own is what
+   could be read:
 
-       given   | size | fields of both | more |          own   | size | fields of both | 0 0 0 |                       */
+       given   | size | fields of both | more |          own   | size | fields of both | 0 0 0 | */
 LORASYNCI_FN lorasync_status lorasynci_take_desc(void *own, size_t size, const void *given, const char *function,
                                                  lorasync_error *err)
 {
