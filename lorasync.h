@@ -16083,7 +16083,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 /* --------------------------------------------------------------------------------------------------------- >>shm -- */
 
 /* The shared-memory transport: one publisher and any number of engines of one host and user. The publisher's side, and
-   what the engine section needs to look at a published version. Uses >>support, >>gpu, >>image, >>move and >>publish.
+   the source from which an engine takes what is published. Uses >>support, >>gpu and >>publish.
 
        /lorasync-<name>            control   | magic | publisher | last serial | adapters | slots | readers |
        /lorasync-<name>@<serial>   a slot    | head, one page | header, payload | config_json, NUL | spare |
@@ -17197,6 +17197,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_lend(void *user, const lorasync_loan_
     lorasynci_shm_note_open(s, i, want->open_ids, want->num_open);
     s->payload_bytes = image->payload_bytes;
     LORASYNCI_TRY(lorasynci_shm_pick(s, i, need, err));
+    LORASYNC_ASSERT(s->places[i].next >= 0);
     lorasynci_shm_describe(s, s->places[i].next, image->header_bytes, out);
     return LORASYNC_OK;
 }
@@ -17246,6 +17247,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_admit(void *user, const void *session
 LORASYNCI_FN void lorasynci_shm_abandon(lorasynci_shm *s, int adapter, int slot)
 {
     int i;
+    LORASYNC_ASSERT(s->device && s->places[adapter].next < 0);
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
         if (s->map.control->slots[i].adapter == (uint64_t)adapter && lorasynci_shm_is_marked(s->lent, i))
             lorasynci_shm_mark(s->kept, i);
@@ -17557,6 +17559,7 @@ LORASYNCI_FN lorasync_status lorasynci_mapped_get(lorasynci_mapped **first, lora
     *out = m;
     return lorasynci_mapped_check_head(m, path, err);
 }
+
 /* -- payloads in device memory, the engine's side.
 
    An engine opens the device memory of a slot once and keeps it open, whatever versions the slot holds, until the slot
@@ -17573,6 +17576,7 @@ typedef struct lorasynci_import {
     lorasynci_window         window;
 } lorasynci_import;
 
+/* Publishers look at the mark before they free: it is set before opening, and cleared after closing. */
 LORASYNCI_FN void lorasynci_shm_mark_opened(lorasynci_shm_view *v, int slot, int opened)
 {
     uint64_t bit = (uint64_t)1 << (slot % 64), *word = &v->reader->opened[slot / 64];
@@ -17746,6 +17750,7 @@ LORASYNCI_FN uint64_t lorasynci_shm_mark_of(const lorasynci_shm_source *s, uint6
     return lorasynci_hash(v, sizeof v, 7) | 1;
 }
 
+/* What the control names. A look begins by giving back what the publisher wants and nobody uses. */
 LORASYNCI_FN lorasync_status lorasynci_shm_look_for(void *user, size_t index, lorasync_published *out,
                                                     lorasync_error *err)
 {
@@ -17822,6 +17827,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_hand_over(lorasynci_shm_source *s, in
     return status;
 }
 
+/* Hands over the version that is served now, which may be newer than the one that the look has seen. */
 LORASYNCI_FN lorasync_status lorasynci_shm_open_version(void *user, const lorasync_published *what,
                                                         const lorasync_image *served, lorasync_delivery *out,
                                                         lorasync_error *err)
@@ -17853,6 +17859,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_open_version(void *user, const lorasy
     return LORASYNC_OK;
 }
 
+/* The engine has released all versions. */
 LORASYNCI_FN void lorasynci_shm_source_close(void *user)
 {
     lorasynci_shm_source *s = (lorasynci_shm_source *)user;
@@ -17886,8 +17893,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_source_open(const char *name, const l
 
 /* ------------------------------------------------------------------------------------------------------ >>engine -- */
 
-/* Opens published adapters, checks them, and serves them to threads that come and go. Relies on image, config, the
-   names of publish, and shm. */
+/* Takes versions from a source, or as an offer, checks them, and serves them to threads that come and go. Uses
+   >>support, >>gpu, >>image, >>config, >>publish and >>shm. */
 
 /* A version that was opened and checked. */
 typedef struct lorasynci_opened {
@@ -17897,6 +17904,7 @@ typedef struct lorasynci_opened {
     void *user;
 } lorasynci_opened;
 
+/* Afterwards it is empty; does nothing for one that is. The bytes go last: image and config point into them. */
 LORASYNCI_FN void lorasynci_opened_free(lorasynci_opened *o)
 {
     lorasync_image_free(o->image);
@@ -18195,6 +18203,7 @@ LORASYNCI_FN void lorasynci_checker_drop(lorasynci_checker *c)
     memset(c, 0, sizeof *c);
 }
 
+/* Frees all tables. In a fork they are the parent's. */
 LORASYNCI_FN void lorasynci_checkers_close(const lorasynci_gpu *g, lorasynci_checker *all)
 {
     int i, old;
@@ -18246,6 +18255,7 @@ LORASYNCI_FN lorasyncd_op lorasynci_checker_op(const lorasynci_checker *c, const
     return o;
 }
 
+/* How many tiles the operation of a tensor is cut into. */
 LORASYNCI_FN size_t lorasynci_checker_tiles(const lorasync_tensor *t)
 {
     size_t n = t->offset % 2 == 0 && t->num_bytes % 2 == 0 ? t->num_bytes / 2 : t->num_bytes;
@@ -18265,6 +18275,7 @@ LORASYNCI_FN int lorasynci_checker_fits(const lorasynci_checker *c, const lorasy
     return 1;
 }
 
+/* Memory for the tables of an image, in place of those that there are. */
 LORASYNCI_FN lorasync_status lorasynci_checker_reserve(lorasynci_checker *c, const lorasync_image *image,
                                                        lorasync_error *err)
 {
@@ -18310,6 +18321,7 @@ LORASYNCI_FN lorasync_status lorasynci_checker_tabulate(const lorasynci_gpu *g, 
     return LORASYNC_OK;
 }
 
+/* Digests with the tables as they are; the sums are on the host when the stream has ended. */
 LORASYNCI_FN lorasync_status lorasynci_checker_launch(const lorasynci_gpu *g, lorasynci_checker *c, lorasync_error *err)
 {
     char *sums = c->table + c->sums_at;
@@ -18502,6 +18514,7 @@ typedef struct lorasynci_held_files {
     char               where[300], config_where[300]; /* paths */
 } lorasynci_held_files;
 
+/* The engine has done with a version. */
 LORASYNCI_FN void lorasynci_release_files(void *user)
 {
     lorasynci_held_files *h = (lorasynci_held_files *)user;
@@ -18511,6 +18524,7 @@ LORASYNCI_FN void lorasynci_release_files(void *user)
     lorasynci_dealloc(&a, h);
 }
 
+/* Tells a file from any other without reading it. */
 LORASYNCI_FN uint64_t lorasynci_file_mark(const struct stat *st)
 {
     uint64_t v[3];
@@ -18566,6 +18580,7 @@ LORASYNCI_FN int lorasynci_look_at(const lorasynci_directory_source *s, const ch
     return 1;
 }
 
+/* The next adapter of the look. A directory that holds versions is told at its end, after what else there may be. */
 LORASYNCI_FN lorasync_status lorasynci_directory_look(void *user, size_t index, lorasync_published *out,
                                                       lorasync_error *err)
 {
@@ -18666,6 +18681,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_latest(const lorasynci_directory_sou
     return status;
 }
 
+/* Hands over what `latest` names now, which may be newer than what the look has seen. */
 LORASYNCI_FN lorasync_status lorasynci_directory_open_version(void *user, const lorasync_published *what,
                                                               const lorasync_image *served, lorasync_delivery *out,
                                                               lorasync_error *err)
@@ -18684,6 +18700,7 @@ LORASYNCI_FN lorasync_status lorasynci_directory_open_version(void *user, const 
     return status;
 }
 
+/* The engine has released all versions. */
 LORASYNCI_FN void lorasynci_directory_source_close(void *user)
 {
     lorasynci_directory_source *s = (lorasynci_directory_source *)user;
@@ -18855,6 +18872,7 @@ LORASYNCI_FN lorasync_status lorasynci_apply_arrival(lorasynci_arrival *r, loras
     return LORASYNC_OK;
 }
 
+/* Passes a status on, and puts in front of an error where it was. */
 LORASYNCI_FN lorasync_status lorasynci_prefixed(lorasync_status status, const char *where, lorasync_error *err)
 {
     if (status < 0) lorasynci_prefix(err, "%s", where);
@@ -18950,6 +18968,7 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
         if (status == LORASYNC_NOTHING_NEW) r->served->mark = r->d->mark;
         return status;
     }
+    LORASYNC_ASSERT(slot && !slot->held.image && (!r->now || r->version > r->now->seen.version));
     if (!is_delta) r->opened.release = r->d->release, r->opened.user = r->d->user;
     *out_kept = !is_delta;
     lorasynci_serve(r->served, slot, r->version, &r->opened);
@@ -19008,6 +19027,7 @@ LORASYNCI_FN lorasync_status lorasynci_source_failed(const lorasync_engine *e, c
     return err->status = status;
 }
 
+/* Asks the source for a version; after LORASYNC_OK the delivery is to be released once. */
 LORASYNCI_FN lorasync_status lorasynci_source_open(lorasync_engine *e, const lorasync_published *what,
                                                    const lorasync_image *served, lorasync_delivery *out,
                                                    lorasync_error *err)
@@ -19042,6 +19062,8 @@ LORASYNCI_FN lorasync_status lorasynci_fetch(lorasync_engine *e, const lorasync_
     return status;
 }
 
+/* What is to be done about one adapter that is published: nothing, where that is what is served; else it is fetched.
+   What is older is refused unopened, and so is what there is no room for. */
 LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lorasync_published *what,
                                                     lorasync_error *err)
 {
@@ -20271,6 +20293,7 @@ LORASYNCI_FN void lorasynci_session_list_engines(lorasync_session *s)
 LORASYNCI_FN void lorasynci_session_withdraw(lorasync_session *s)
 {
     const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, s->host.transports, s->aim.lender);
+    LORASYNC_ASSERT(!s->aim.loan.payload || lorasynci_session_is_root(s));
     if (s->aim.loan.payload && t->withdraw) t->withdraw(t->user, s->host.name, &s->aim.loan);
     memset(&s->aim.loan, 0, sizeof s->aim.loan);
     s->aim.spent = 0;

@@ -1156,6 +1156,31 @@ static void session_publishes(lorasync_session *s, lorasync_engine *e, const cha
     CHECK_EQ(report.in_place, 1);
 }
 
+/* What was lent to a session that closes goes to nobody else: its slot is removed, and the transport lives on. */
+static void lent_slot_goes(void)
+{
+    lorasync_transport t;
+    lorasync_session  *a, *b;
+    lorasync_error     err;
+    int                i, slot;
+    uint64_t           serial;
+    fresh_name();
+    t = open_transport();
+    a = open_adapter_session("a");
+    b = open_adapter_session("b");
+    CHECK_EQ(lorasync_attach(a, &t, &err), 0);
+    CHECK_EQ(lorasync_attach(b, &t, &err), 0);
+    CHECK_EQ(lorasync_compile(a, &err), 0);
+    CHECK_EQ(lorasync_sync(a, 1, NULL, &err), 0);
+    slot = inside(&t)->places[0].next;
+    REQUIRE(slot >= 0);
+    serial = inside(&t)->map.control->slots[slot].serial;
+    lorasync_close(a);
+    CHECK_EQ(inside(&t)->places[0].next, -1);
+    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) CHECK(inside(&t)->map.control->slots[i].serial != serial);
+    lorasync_close(b);
+}
+
 static void sessions_share(void)
 {
     lorasync_transport t;
@@ -1728,6 +1753,7 @@ int main(void)
     RUN(full);
     RUN(one_publisher);
     RUN(sessions_share);
+    RUN(lent_slot_goes);
     RUN(fork_engine);
     RUN(dead_reader);
     RUN(many_dead_readers);

@@ -936,6 +936,138 @@ static void two_gpus(void)
     CHECK_EQ(fake_cuda_left(), 0);
 }
 
+/* -- offers of payloads in device memory, and slots that are lent */
+
+static lorasync_delivery deliver(const picture *p)
+{
+    lorasync_delivery d;
+    memset(&d, 0, sizeof d);
+    d.size        = sizeof d;
+    d.bytes       = p->image->header;
+    d.num_bytes   = p->image->header_bytes;
+    d.payload     = p->device;
+    d.on_device   = 1;
+    d.config_json = CONFIG;
+
+    d.payload_bytes = p->image->payload_bytes;
+    return d;
+}
+
+/* Each at an address of its own, more of them than there are tables; damaged ones between. */
+static void offered(void)
+{
+    lorasync_engine_desc desc;
+    lorasync_engine     *e = NULL;
+    lorasync_error       err;
+    picture              p[40];
+    uint64_t             v;
+    fresh_name();
+    memset(&desc, 0, sizeof desc);
+    desc.offers_only = desc.accept_device = 1;
+    REQUIRE(lorasync_engine_open(&desc, &e, &err) == 0);
+    for (v = 0; v < 40; v++) p[v] = make_picture(v + 1, 0, v % 3 ? 64 : 200, 1);
+    for (v = 0; v < 40; v++) {
+        lorasync_delivery d        = deliver(&p[v]);
+        const long        launches = fake_cuda.launches;
+        unsigned char     right, wrong;
+        CHECK_EQ(cudaMemcpy(&right, p[v].device, 1, cudaMemcpyDefault), cudaSuccess);
+        wrong = (unsigned char)(right ^ 1);
+        cudaMemcpy(p[v].device, &wrong, 1, cudaMemcpyDefault);
+        CHECK_EQ(lorasync_engine_offer(e, &d, &err), LORASYNC_E_DIGEST);
+        cudaMemcpy(p[v].device, &right, 1, cudaMemcpyDefault);
+        d.config_json = "{"; /* fails while the digest is under way */
+        CHECK(lorasync_engine_offer(e, &d, &err) < 0);
+        d.config_json = CONFIG;
+        CHECK_EQ(lorasync_engine_offer(e, &d, &err), 0);
+        CHECK_EQ(lorasync_engine_offer(e, &d, &err), LORASYNC_NOTHING_NEW);
+        CHECK_EQ(served(e, 1), v + 1);
+        CHECK_EQ(fake_cuda.launches, launches + 4); /* one for each */
+    }
+    CHECK(fake_cuda.live_memory <= 40 + LORASYNCI_CHECKERS);
+    { /* of the device nothing is applied */
+        lorasync_image   *delta = NULL;
+        uint64_t          digests[4];
+        lorasync_delivery d;
+        picture           next = make_picture(41, 0, 64, 0);
+        memset(digests, 0, sizeof digests);
+        REQUIRE(lorasync_image_delta(next.image, 40, digests, NULL, &delta, &err) == 0);
+        memset(&d, 0, sizeof d);
+        d.size = sizeof d, d.bytes = delta->header, d.num_bytes = delta->header_bytes;
+        d.payload = next.bytes, d.payload_bytes = delta->payload_bytes;
+        CHECK(lorasync_engine_offer(e, &d, &err) < 0);
+        CHECK_EQ(served(e, 1), 40);
+        lorasync_image_free(delta);
+        drop_picture(&next);
+    }
+    lorasync_engine_close(e);
+    for (v = 0; v < 40; v++) drop_picture(&p[v]);
+    CHECK_EQ(fake_cuda_left(), 0);
+}
+
+static lorasync_status lend(const lorasync_transport *t, const lorasync_image *image, const uint64_t *open, size_t num,
+                            lorasync_loan *out, lorasync_error *err)
+{
+    lorasync_loan_request want;
+    memset(&want, 0, sizeof want);
+    memset(out, 0, sizeof *out);
+    want.size = sizeof want, want.image = image, want.on_device = 1;
+    want.open_ids = open, want.num_open = num;
+    return t->lend(t->user, &want, out, err);
+}
+
+static int has_id(const lorasync_transport *t, uint64_t id)
+{
+    int i, found = 0;
+    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) found += inside(t)->map.control->slots[i].serial == id;
+    return found;
+}
+
+/* Memory that ranks have open is not freed while the session says so; nor ever, when they were left behind. */
+static void lent_slots(void)
+{
+    int                left_behind;
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    for (left_behind = 0; left_behind < 2; left_behind++) {
+        const int     session = 1;
+        lorasync_loan loan, other;
+        picture       p = make_picture(1, 0, 64, 0), large = make_picture(1, 0, 30000, 0);
+        uint64_t      id;
+        fresh_name();
+        e = open_engine(1, 0);
+        t = open_transport(1);
+        CHECK_EQ(t.attach(t.user, &session, "default", &err), 0);
+        CHECK_EQ(t.attach(t.user, &err, "default", &err), LORASYNC_E_BUSY);
+        CHECK_EQ(lend(&t, p.image, NULL, 0, &loan, &err), 0);
+        id = loan.id;
+        CHECK(loan.reach == LORASYNC_REACH_IPC && id != 0 && (uintptr_t)loan.payload % 256 == 0);
+        CHECK_EQ(publish(&t, 1, &err), 0); /* into that slot: it was the next one */
+        CHECK_EQ(publish(&t, 2, &err), 0);
+        CHECK_EQ(lend(&t, large.image, &id, 1, &other, &err), 0); /* nothing of the old size fits any more */
+        CHECK_EQ(has_id(&t, id), 1);
+        CHECK_EQ(publish_as(&t, 3, 0, 30000, 0, &err), 0);
+        CHECK_EQ(lend(&t, large.image, &id, 1, &other, &err), 0);
+        CHECK_EQ(publish_as(&t, 4, 0, 30000, 0, &err), 0);
+        CHECK_EQ(has_id(&t, id), 1); /* it is still open */
+        CHECK_EQ(lend(&t, large.image, left_behind ? &id : NULL, left_behind ? 1 : 0, &other, &err), 0);
+        t.detach(t.user, &session, "default", left_behind);
+        CHECK_EQ(has_id(&t, other.id), !left_behind); /* what was lent last may still be written to */
+        CHECK_EQ(publish_as(&t, 5, 0, 20000, 0, &err), 0);
+        CHECK_EQ(publish_as(&t, 6, 0, 80000, 0, &err), 0);
+        CHECK_EQ(has_id(&t, id), left_behind);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, 1), 6);
+        lorasync_engine_close(e);
+        t.close(t.user);
+        CHECK_EQ(fake_cuda.live_memory, left_behind ? 2 : 0); /* both stay, as long as the process */
+        while (fake_cuda.num_memory) cudaFree(fake_cuda.memory[0].data);
+        drop_picture(&p);
+        drop_picture(&large);
+        CHECK_EQ(fake_cuda_left(), 0);
+    }
+}
+
 int main(void)
 {
     RUN(same_process);
@@ -954,6 +1086,8 @@ int main(void)
     RUN(killed_anywhere);
     RUN(marks);
     RUN(two_gpus);
+    RUN(offered);
+    RUN(lent_slots);
     lorasync_shm_remove(name, NULL);
     return test_summary("test_shm_cuda");
 }
