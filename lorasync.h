@@ -68,7 +68,7 @@
        >>api        the functions, each documented where it is declared; ends at "END OF THE PUBLIC PART"
                     -- names; layout; comm; cuda; image; plan; config; transport; engine; policy; session; base
        >>support    errors, allocation, checked arithmetic, buffers, hashing, clock, process identity
-                    -- memory; hashing; time; processes
+                    -- descs; memory; hashing; time; processes
        >>json       a small strict reader and writer
                     -- strings; objects and arrays; numbers and words; writing; objects as a whole; rewriting in
                        Python's form

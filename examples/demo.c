@@ -1,15 +1,17 @@
-/* The main job on real shapes: a trainer of N ranks publishes every version of a LoRA adapter, an engine takes each and
-   proves every byte.
+/* The main job on real shapes: a trainer of N ranks publishes every version of a LoRA adapter, and an engine takes each
+   one and verifies every byte.
 
-   compile   cc -O2 -I. -o demo examples/demo.c -lm                  (from the folder that holds lorasync.h; `make demo`
-                                                                     does it and runs it)
-   run       ./demo            ./demo --help            ./demo --layout mixed --ranks 5            ./demo --adapter
-   my_peft_directory
+   compile   cc -O2 -I. -o demo examples/demo.c -lm      (from the folder that holds lorasync.h; `make demo` also runs
+             it)
+   run       ./demo
+             ./demo --help
+             ./demo --layout mixed --ranks 5
+             ./demo --adapter my_peft_directory
    output    Qwen3-0.6B, LoRA rank 32: 392 tensors, fsdp2 over 4 ranks, F32 parameters, BF16 published
              a line per version with its size, times and verdict; the last line is
              demo: 392 tensors, 40370176 bytes, verified 5/5 versions
 
-   Who is who. Every box is a process; nothing is shared between trainer and engine but the directory.
+   Every name below is a process. Trainer and engine share nothing but the directory.
 
        rank 0 .. N-1  --pieces-->  rank 0  --files-->  directory  --files-->  engine
             ^                        |                                          |
@@ -17,10 +19,10 @@
 
    The content of version v is a function of v, tensor and element (see truth). A rank knows only its own pieces; the
    engine computes the whole unsharded tensors, converts them to the published type, and compares. Right after
-   lorasync_begin the ranks already write the next version into their parameters: what begin took must not change by it.
+   lorasync_begin the ranks write the next version into their parameters, which must not change what begin read.
 
    With -DDEMO_CUDA (`make demo CUDA=1`) the parameters are in device memory, rank r on GPU r; with -DDEMO_NCCL as well
-   (NCCL=1) the ranks are joined by NCCL. The engine is the same: it knows nothing of it. */
+   (NCCL=1) NCCL joins the ranks. The engine stays the same. */
 #if defined(DEMO_CUDA)
 #define LORASYNC_CUDA
 #if defined(DEMO_NCCL)

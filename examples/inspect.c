@@ -3,14 +3,14 @@
    compile   cc -I. -o inspect examples/inspect.c -lm                (from the folder that holds lorasync.h)
    run       ./inspect PATH...         ./inspect --json PATH... | python3 -m json.tool
    output    adapters/policy/latest/adapter_model.safetensors
-             key                                                      role    dtype  shape        rank      size  digest
-             base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight lora_A  BF16   [8, 64]         8    1.0 KiB
-             05a0c4...
+             key                                  role    dtype  shape    rank     size  digest
+             base_model..q_proj.lora_A.weight     lora_A  BF16   [8, 64]     8  1.0 KiB  05a0c4...
              ...
-             exit status 1 when a path is no valid adapter or file (the reason is on stderr), 2 for wrong options
+             exit status 1 if a path is not a valid adapter or file (stderr says why), 2 for wrong options
 
-   A directory whose config is no PEFT LoRA config (another method, another framework) is still printed, with a note, as
-   long as its tensors do not claim to be LoRA. A delta, which is no adapter, is printed with what it is against. */
+   A directory whose config is not a PEFT LoRA config (another method or framework) is still printed, with a note, as
+   long as its tensors do not claim to be LoRA. A delta, which is not an adapter, is printed with the version it
+   applies to. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 

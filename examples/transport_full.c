@@ -1,13 +1,12 @@
-/* A transport of one's own with all four functions, and its engine side: it has a server load every version over HTTP,
+/* A transport of your own with all four functions, and its engine side: it has a server load every version over HTTP,
    as vLLM does.
 
    compile   cc -I. -o transport_full examples/transport_full.c -lm -lpthread    (from the folder that holds lorasync.h)
              cc -DUSE_CURL ... -lcurl     the same requests through libcurl, where TLS or a proxy is needed
    run       ./transport_full             against a small server inside this program
-             ./transport_full HOST PORT   against a real one: vllm serve MODEL --enable-lora --max-loras 3 and
-                                          VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
-                                          in its environment. It must see the same files; and put your model's
-                                          parameters in place of the toy ones below, or it will refuse them
+             ./transport_full HOST PORT   against a real one: vllm serve MODEL --enable-lora --max-loras 3, with
+                                          VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment. It must see the same
+                                          files. Replace the toy parameters below with your model's, or it refuses them
    output    server: loads policy-v1
              version 1: full image of 4736 bytes, requests go to policy-v1
              server: loads policy-v2 from a delta
@@ -34,16 +33,15 @@
    Every version is loaded under a name of its own, so nothing that runs is disturbed, no cache goes stale, and loading
    early is harmless:
 
-       stage    write <folder>/policy-v7/, POST /v1/load_lora_adapter        loaded, and nobody asks for it
-       commit   from now on requests name policy-v7; unload the one before the last      one slot for requests that are
-                                                                                         still running
+       stage    write <folder>/policy-v7/, POST /v1/load_lora_adapter: loaded, and nobody asks for it yet
+       commit   requests name policy-v7 from now on; unload the one before the last: running requests go on
        abort    POST /v1/unload_lora_adapter, remove the files
        close    unload and remove what is left
 
-   And only what changed is sent, where the engine can make the rest of what it holds. It says so in its answers: "holds
-   policy-v6 <digest>". If that is what was sent last, stage writes a delta instead, and POSTs /v1/load_lora_delta. The
-   full image follows when the engine refuses (it was restarted, it holds something else, it has no such call); it is
-   sent at once when the engine says nothing, as vLLM does, or when nearly all has changed. */
+   Only what changed is sent, if the engine has the rest. It says so in its answers: "holds policy-v6 <digest>". If that
+   is what was sent last, stage writes a delta instead, and POSTs /v1/load_lora_delta. The full image follows if the
+   engine refuses (it was restarted, holds something else, or has no such call); it is sent at once if the engine says
+   nothing, as vLLM does, or if nearly everything has changed. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 

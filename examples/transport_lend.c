@@ -1,4 +1,4 @@
-/* A transport of one's own that lends its memory: all ranks write the new version straight into it, and nothing is
+/* A transport of your own that lends its memory: all ranks write the new version straight into it, and nothing is
    copied on the way to the engine.
 
    compile   cc -I. -o transport_lend examples/transport_lend.c -lm -lpthread    (from the folder that holds lorasync.h)

@@ -1,4 +1,4 @@
-/* A transport of one's own in one function: it puts the adapter's bytes into a file.
+/* A transport of your own in one function: it writes the adapter's bytes to a file.
 
    compile   cc -I. -o transport_minimal examples/transport_minimal.c -lm        (from the folder that holds lorasync.h)
    run       ./transport_minimal [FILE]          writes FILE, or adapter.safetensors in a new folder below TMPDIR that
@@ -7,9 +7,9 @@
              published version 2: 4096 bytes, read back and verified
              published version 3: 4096 bytes, read back and verified
 
-   An image is a whole safetensors file: header, then payload. What `stage` does with it is up to it; here a new file
-   takes the place of the old one by rename, so a reader sees the old version or the new one. Without a `commit` the
-   stage is all: it must be undivided by itself. */
+   An image is a whole safetensors file: header, then payload. What `stage` does with it is up to you. Here a new
+   file replaces the old one by rename, so a reader sees the old version or the new one. Without a `commit`, stage
+   must itself be all or nothing. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
