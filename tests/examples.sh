@@ -195,9 +195,7 @@ data=
 for d in "$LORASYNC_TEST_DATA" ../shared/data shared/data; do
     [ -z "$data" ] && [ -n "$d" ] && [ -d "$d/adapters" ] && data=$d/adapters
 done
-if [ -z "$data" ]; then
-    skip adapters "no shared/data/adapters here"
-else
+if [ -n "$data" ]; then
     for a in "$data"/*/; do
         name=$(basename "$a")
         "$E/inspect" "$a" >"$T/out" 2>&1 && ok "inspect-$name" || bad "inspect-$name" "exit status is not 0"

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 static int         test_passed, test_failed, test_skipped;
 static int         test_errors; /* failed checks of the running test */
@@ -105,7 +106,8 @@ TEST_UNUSED static int test_summary(const char *program)
     return test_failed != 0;
 }
 
-/* Real adapters, configs and model shapes; tests that want them skip where the folder is absent. */
+/* Real adapters, configs and model shapes. They are not part of the repository: where the folder is absent, the tests
+   of them are not run, and nobody is told to get what cannot be had. */
 TEST_UNUSED static const char *test_data(void)
 {
     const char *given = getenv("LORASYNC_TEST_DATA");
@@ -121,6 +123,12 @@ TEST_UNUSED static const char *test_path(const char *below)
     snprintf(paths[next], sizeof paths[next], "%s/%s", test_data(), below);
     return paths[next];
 }
+
+/* RUN, where there is real data of that kind. */
+#define RUN_ON_DATA(below, function)                                                                                   \
+    do {                                                                                                               \
+        if (access(test_path(below), R_OK) == 0) RUN(function);                                                        \
+    } while (0)
 
 /* The whole file, with a NUL behind it; NULL when it cannot be read. free() it. */
 TEST_UNUSED static char *test_read(const char *path, size_t *num_bytes)

@@ -1405,7 +1405,6 @@ static void real_adapters(void)
     static const char *const good[] = {"opt-125m-bf16-r16",        "open-calm-f16-r1",   "gpt2-fan-in-fan-out-r8",
                                        "distilbert-classifier-r8", "minilm-run-step100", "minilm-run-step700"};
     size_t                   i;
-    if (!there(test_path("adapters"))) SKIP("no shared data");
     for (i = 0; i < COUNT(good); i++) {
         lorasync_image  *image  = NULL;
         lorasync_config *config = NULL;
@@ -1804,7 +1803,7 @@ int main(void)
     RUN(no_allocation);
     RUN(memory_fails);
     RUN(opening);
-    RUN(real_adapters);
+    RUN_ON_DATA("adapters", real_adapters);
     RUN(every_step_fails);
     RUN(every_step_ends);
     RUN(poll_steps);

@@ -1505,7 +1505,6 @@ static void real_targets(void)
 {
     int num = for_each_file(test_path("adapter_configs"), ".json", compile_targets);
     num += for_each_file(test_path("adapters"), ".json", compile_targets);
-    if (!num) SKIP("no data");
     CHECK(num > 100);
 }
 
@@ -1548,7 +1547,6 @@ static int parse_keys(const char *path, const char *text, size_t size)
 static void real_keys(void)
 {
     int num = for_each_file(test_path("adapters"), ".safetensors", parse_keys);
-    if (!num) SKIP("no data");
     CHECK(num > 500);
 }
 
@@ -1573,7 +1571,7 @@ int main(void)
     RUN(matcher_random_lists);
     RUN(memory_failures);
     RUN(many_names);
-    RUN(real_targets);
-    RUN(real_keys);
+    RUN_ON_DATA("adapter_configs", real_targets);
+    RUN_ON_DATA("adapters", real_keys);
     return test_summary("test_names");
 }

@@ -971,8 +971,9 @@ static void damage(void)
         CHECK_EQ(publish(&t, "default", how == 8 ? 3 : 2, &err), 0);
         word = c->adapters[0].word;
         slot = lorasynci_shm_slot_of(word);
-        g    = c->slots[slot];
-        h    = lorasynci_shm_head_of(inside(&t), slot);
+        REQUIRE(slot >= 0);
+        g = c->slots[slot];
+        h = lorasynci_shm_head_of(inside(&t), slot);
         switch (how) {
         case 0: c->adapters[0].word = word | 4000; break;
         case 1: c->slots[slot].serial = 77; break;
