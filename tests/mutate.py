@@ -195,7 +195,7 @@ MUTANTS = [
     ("config", None, "return a->order < b->order ? -1 : 1;", "return a->order > b->order ? -1 : 1;"),
     ("config", None,
      "if (fold && w->desc->config->info.use_rslora) lorasynci_writer_field(w, \"use_rslora\", \"false\");",
-     ""),
+     "if (0) lorasynci_writer_field(w, \"use_rslora\", \"false\");"),
     ("config", None, "if (bias) lorasynci_writer_field(w, \"lora_bias\", \"true\");", ""),
     # -- publish
     ("publish", "lorasynci_write_file", "if (!failed && !no_fsync) failed = lorasynci_sync_fd(fd);", ""),

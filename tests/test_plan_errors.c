@@ -386,7 +386,7 @@ static const wrong_case wrong[] = {
     {spoil_scale_int, LORASYNC_E_UNSUPPORTED, {"rank 2", "c: I64", "scale"}},
     {spoil_scale_block, LORASYNC_E_UNSUPPORTED, {"rank 2", "c: F8_E8M0 cannot be scaled, only F32", ""}},
     {spoil_scale_nan, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale", ""}},
-    {spoil_scale_inf, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale", ""}},
+    {spoil_scale_inf, LORASYNC_E_ARGUMENT, {"rank 2", "A: scale is not a finite number", ""}},
     {spoil_list, LORASYNC_E_ARGUMENT, {"rank 1", "list is NULL", ""}},
     {spoil_gather_want, LORASYNC_E_ARGUMENT, {"rank 1", "wanted", ""}},
     {spoil_flat_stride, LORASYNC_E_ARGUMENT, {"rank 1", "A: a flat interval has no strides", ""}},
@@ -1209,6 +1209,29 @@ static void replica_rank(rank_context *c)
 
 static void own_replica_first(void) { run_threads(2, replica_rank, NULL); }
 
+/* Ranks 1 and 2 both hold all of A and B, which rank 0 gathers: each sends one of them. */
+static void sharing_rank(rank_context *c)
+{
+    static float        values[3][2][100];
+    lorasync_piece      have[2];
+    lorasync_plan_desc  d;
+    lorasync_plan      *plan;
+    lorasync_plan_stats stats;
+    lorasync_error      err;
+    memset(&d, 0, sizeof d);
+    declare(&have[0], "A", LORASYNC_F32, 1, 100, 0, values[c->rank][0]);
+    declare(&have[1], "B", LORASYNC_F32, 1, 100, 0, values[c->rank][1]);
+    d.size = sizeof d, d.comm = &c->comm, d.no_direct = 1, d.timeout_ms = test_ms(10000);
+    d.have = have, d.num_have = c->rank ? 2 : 0;
+    REQUIRE(lorasync_plan_create(&d, &plan, &err) == LORASYNC_OK);
+    lorasync_plan_get_stats(plan, &stats);
+    CHECK(c->rank ? stats.send_bytes >= sizeof values[0][0] && stats.send_bytes < sizeof values[0]
+                  : stats.send_bytes == 0);
+    lorasync_plan_free(plan);
+}
+
+static void replicas_share_the_sending(void) { run_threads(3, sharing_rank, NULL); }
+
 int main(int argc, char **argv)
 {
     if (argc > 2) { /* by hand: ranks tensors */
@@ -1230,5 +1253,6 @@ int main(int argc, char **argv)
     RUN(plan_memory);
     RUN(many_ranks);
     RUN(own_replica_first);
+    RUN(replicas_share_the_sending);
     return test_summary("test_plan_errors");
 }
