@@ -1365,14 +1365,15 @@ typedef struct lorasync_transport {
        or LORASYNC_OK with out->payload NULL: none this time, so stage will copy. A failure counts as none and is shown
        by lorasync_get_outcomes. NULL: never lends. The first of several transports that lends is used. Called on the
        root at the end of lorasync_compile, lorasync_wait and lorasync_republish, and only while nothing is lent to that
-       session.  Lent memory belongs to the session, which may write there at any time, until - the version made there
-       is served: stage and commit (without a commit: stage) have succeeded with an image that is there. Then it is the
-       transport's; the session may read it until its next begin; - or withdraw or detach is called. An abort or a
-       failed gather does not end it: the next try is made in the same place. */
+       session. Lent memory belongs to the session, which may write there at any time, until
+       - the version made there is served: stage and commit (without a commit: stage) have succeeded with an image that
+         is there. Then it is the transport's; the session may read it until its next begin;
+       - or withdraw or detach is called.
+       An abort does not end it: withdraw follows. Nor does a failed gather: the next try is made in the same place. */
     lorasync_status (*lend)(void *user, const lorasync_loan_request *want, lorasync_loan *out, lorasync_error *err);
     /* The session will not use what it was lent: publishing that version failed, or other ranks cannot reach the
-       memory. The next version is made elsewhere, and no rank writes there any more. Called by the next begin. NULL:
-       nothing to do. */
+       memory. The next version is made elsewhere, and no rank writes there any more. Called by the next begin, since
+       the session may read an image there until then; at once for a loan that cannot be used. NULL: nothing to do. */
     void (*withdraw)(void *user, const char *adapter, const lorasync_loan *loan);
     /* A session or stream wants to use this transport. `session` distinguishes it from others, `adapter` is what it
        will publish (for a stream its name), or NULL on a rank that does not publish; both are valid until detach. A
