@@ -1,8 +1,7 @@
 /* The main job on real shapes: a trainer of N ranks publishes every version of a LoRA adapter, and an engine takes each
    one and verifies every byte.
 
-   compile   cc -O2 -I. -o demo examples/demo.c -lm      (from the folder that holds lorasync.h; `make demo` also runs
-             it)
+   compile   cc -O2 -I. -o demo examples/demo.c -lm      (from the folder that holds lorasync.h; or `make demo`)
    run       ./demo
              ./demo --help
              ./demo --layout mixed --ranks 5
