@@ -68,7 +68,7 @@
        >>api        the functions, each documented where it is declared; ends at "END OF THE PUBLIC PART"
                     -- names; layout; comm; cuda; image; plan; config; transport; engine; policy; session; base
        >>support    errors, allocation, checked arithmetic, buffers, hashing, clock, process identity
-                    -- descs; memory; hashing; time; processes
+                    -- descs; memory; arenas and buffers; hashing; time; processes
        >>json       a small strict reader and writer
                     -- strings; objects and arrays; numbers and words; writing; objects as a whole; rewriting in
                        Python's form
@@ -97,10 +97,11 @@
                        operations; making operations; links; reading the planner's answer; creating; collecting; memory
                        of other ranks on GPUs; what the planner tells all; memory of a plan; a new plan
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
-                    -- a run; copying on the host; what several ways share; host messages; what the direct ways share;
-                       host direct; on the GPU (LORASYNC_CUDA); tables; what all ways of the GPU share; GPU alone; GPU
-                       direct; GPU over host; what GPU stream and GPU mesh share; GPU stream; GPU mesh; GPU mesh over a
-                       comm for host memory; choosing the way
+                    -- a run; beginning, voting and ending a run; copying on the host; what several ways share; host
+                       messages; what the direct ways share; host direct; on the GPU (LORASYNC_CUDA); operations on the
+                       GPU; tables in device memory; what all ways of the GPU share; a run's work on the GPU; GPU alone;
+                       GPU direct; GPU over host; what GPU stream and GPU mesh share; GPU stream; GPU mesh; GPU mesh
+                       over a comm for host memory; choosing the way
        >>config     adapter_config.json: read, check, write
                     -- lists of strings; rank_pattern and alpha_pattern; reading; reading the fields; rank and scale;
                        the tensors of an adapter, by module; checking pairs; checking against the tensors; checking
@@ -114,10 +115,13 @@
                     -- names of shared memory; who lives; segments; the control; removing; the publisher; slots;
                        adapters; payloads in device memory, the publisher's side; the shared-memory transport; lending
                        the slot of the next version; the sessions that it is attached to; what an engine does with it;
-                       payloads in device memory, the engine's side; the source
+                       slots that an engine has mapped; payloads in device memory, the engine's side; the source;
+                       handing a version over
        >>engine     poll, validate, pin, find, release
-                    -- reading; one adapter outside any engine; serving; digests of payloads in device memory; an
-                       engine; the directory as a source; arrivals; polling; readers; opening and closing
+                    -- reading; one adapter outside any engine; serving; digests of payloads in device memory; digesting
+                       while the header is read; an engine; the directory as a source; opening versions of a directory;
+                       arrivals; reading and checking an arrival; serving an arrival; polling; readers; opening and
+                       closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
@@ -128,6 +132,7 @@
        >>base       base weights in buckets through the same plans, images and transports
                     -- dividing into buckets; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
+                    -- digest on the GPU; elements, pairs and runs of eight
 
 
    CONFIGURATION MACROS (all optional)
@@ -2579,6 +2584,8 @@ LORASYNCI_FN void *lorasynci_alloc_array(const lorasync_allocator *a, size_t num
     return p;
 }
 
+/* -- arenas and buffers */
+
 /* An arena: blocks of the caller's allocator that die together. Single ones may be freed before, as by a buffer that
    grows.
 
@@ -2619,6 +2626,7 @@ LORASYNCI_FN void *lorasynci_arena_alloc(void *user, size_t num_bytes)
     return h + 1;
 }
 
+/* As `free` of an allocator: takes a block out of the list, wherever it is. */
 LORASYNCI_FN void lorasynci_arena_free(void *user, void *memory)
 {
     lorasynci_arena      *m = (lorasynci_arena *)user;
@@ -2631,6 +2639,7 @@ LORASYNCI_FN void lorasynci_arena_free(void *user, void *memory)
     lorasynci_dealloc(&m->below, h);
 }
 
+/* The arena has its own address in `a`: it must stay where it is. */
 LORASYNCI_FN void lorasynci_arena_open(lorasynci_arena *m, const lorasync_allocator *below, lorasynci_meter *meter)
 {
     memset(m, 0, sizeof *m);
@@ -3788,7 +3797,7 @@ LORASYNCI_FN lorasync_status lorasynci_json_put_python(lorasynci_buffer *b, lora
    The loops have a fixed length and no branch, so that compilers vectorise them at plain -O2; rounding and packing are
    separate loops because gcc makes poor code of both in one. Tiles with a value that overflows or is NaN take a slower
    loop. Rounding to F16 and F8 uses one float addition, whose result is rounded to nearest even: the mode that C
-   programs start in. */
+   programs start in. Uses >>support. */
 
 #define LORASYNCI_TILE 64
 #define LORASYNCI_SHORT 16   /* runs of up to this many elements use loops of this length */
@@ -3860,6 +3869,7 @@ LORASYNCI_FN int lorasynci_is_widened(lorasync_dtype dtype)
     }
 }
 
+/* Equal types are copied, whatever they are. */
 LORASYNCI_FN int lorasynci_can_convert(lorasync_dtype src, lorasync_dtype dst)
 {
     return (src == dst && lorasync_dtype_bits(src) != 0) || (lorasynci_is_widened(src) && lorasynci_is_value(dst));
@@ -4034,6 +4044,8 @@ LORASYNCI_FN void lorasynci_load_tile(uint32_t *tile, const unsigned char *src, 
 {
     uint16_t half[LORASYNCI_TILE];
     uint8_t  byte[LORASYNCI_TILE];
+    LORASYNC_ASSERT(n > 0 && n <= LORASYNCI_TILE);
+    LORASYNC_ASSERT(lorasynci_is_widened(dtype));
     switch (size) {
     case 4:
         if (n < LORASYNCI_TILE) memset(tile, 0, LORASYNCI_TILE * 4);
@@ -4063,6 +4075,7 @@ LORASYNCI_FN void lorasynci_store_tile(unsigned char *dst, uint32_t *tile, loras
 {
     uint16_t half[LORASYNCI_TILE];
     uint8_t  byte[LORASYNCI_TILE];
+    LORASYNC_ASSERT(n > 0 && n <= LORASYNCI_TILE && lorasynci_is_value(dtype));
     switch ((int)dtype) {
 #define LORASYNCI_X(name, exponent, mantissa, sign, inf, nan, how)                                                     \
     case LORASYNC_##name: lorasynci_round_##name(tile, n); break;
@@ -4082,6 +4095,7 @@ LORASYNCI_FN void lorasynci_store_tile(unsigned char *dst, uint32_t *tile, loras
     }
 }
 
+/* In F32, before the only rounding. A factor of 1 is not applied: it would change the bits of a NaN. */
 LORASYNCI_FN void lorasynci_scale_tile(uint32_t *tile, size_t n, float scale)
 {
     LORASYNCI_EACH(n, i, tile[i] = lorasynci_float_to_bits(lorasynci_bits_to_float(tile[i]) * scale));
@@ -4093,6 +4107,7 @@ LORASYNCI_FN void lorasynci_scale_tile(uint32_t *tile, size_t n, float scale)
 LORASYNCI_FN size_t lorasynci_dtype_bytes(lorasync_dtype dtype, size_t n)
 {
     size_t bits = (size_t)lorasync_dtype_bits(dtype);
+    LORASYNC_ASSERT(bits != 0);
     return n / 8 * bits + n % 8 * bits / 8;
 }
 
@@ -4229,6 +4244,8 @@ LORASYNCI_FN int lorasynci_finite_rule_of(lorasync_dtype dtype, lorasynci_finite
 }
 
 #if defined(LORASYNCI_AVX2)
+
+/* What lorasynci_finite_rule says, of 32 bytes: the sign bits are set where an element is not finite. */
 LORASYNCI_AVX2 LORASYNCI_FN __m256i lorasynci_finite_add_avx2(const unsigned char *p, __m256i without_sign,
                                                               __m256i unit)
 {
@@ -4290,6 +4307,7 @@ LORASYNCI_FN size_t lorasynci_find_nonfinite(const void *data, lorasync_dtype dt
         for (i = 0, any = 0; i < LORASYNCI_COUNT(words); i++) any |= (words[i] & rule.without_sign) + rule.unit;
         if (any & rule.sign) break;
     }
+    LORASYNC_ASSERT(left % size == 0);
     for (; left > 0; left -= size, p += size) { /* the words before p are clean */
         words[0] = 0;
         memcpy(words, p, size);
@@ -5885,8 +5903,8 @@ LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim
 
 /* Memory that somebody else has made, opened here; and, with LORASYNC_CUDA, a GPU: its stream, events and kernel, one
    way to wait for it, its memory. Comm, move, shm, engine and session have their part of CUDA from here. Without
-   LORASYNC_CUDA there are windows onto host memory, and a GPU cannot be opened. Uses >>support. Calls ahead into
-   >>device. */
+   LORASYNC_CUDA there are windows onto host memory, and a GPU cannot be opened. Uses >>support and >>dtype. Calls ahead
+   into >>device. */
 
 #ifdef LORASYNC_CUDA
 #include <cuda.h>
@@ -6410,6 +6428,7 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_share(const lorasynci_gpu *g, size_t 
 #define LORASYNCI_NORESERVE 0
 #endif
 
+/* What this rank gives is all there is. */
 LORASYNCI_FN lorasync_status lorasynci_solo_all_gather(void *user, const void *in, void *out, size_t num_bytes,
                                                        int timeout_ms, lorasync_error *err)
 {
@@ -7358,6 +7377,7 @@ LORASYNC_API void lorasync_nccl_close(lorasync_comm *comm)
 
 #else
 
+/* The one text for calls that need what was left out. */
 LORASYNCI_FN lorasync_status lorasynci_nccl_absent(lorasync_error *err)
 {
     return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
@@ -9706,6 +9726,7 @@ typedef struct lorasynci_reader {
     const char *at, *end;
 } lorasynci_reader;
 
+/* `bytes` may be NULL when there are none. */
 LORASYNCI_FN lorasynci_reader lorasynci_read_from(const void *bytes, size_t num_bytes)
 {
     lorasynci_reader r;
@@ -10473,6 +10494,7 @@ LORASYNCI_FN void lorasynci_put_list(lorasynci_buffer *out, const lorasynci_buff
     lorasynci_put(out, zeros, (size_t)(num % 2) * sizeof(uint32_t));
 }
 
+/* How long lorasynci_put_list's list is. */
 LORASYNCI_FN size_t lorasynci_list_bytes(const lorasynci_buffer *summands)
 {
     size_t num = summands ? LORASYNCI_NUM(lorasynci_summand, *summands) : 0;
@@ -11766,7 +11788,8 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
        gpu stream      send staging              over the comm, on a stream   on the GPU, where the comm can
        gpu mesh        the others' staging       nothing                      on the GPU, or in shared memory
 
-   Each can be read alone, behind what all share: the states of a run, copying on the host, tables on the GPU. */
+   Each can be read alone, behind what all share: the states of a run, copying on the host, tables on the GPU. Uses
+   >>support, >>dtype, >>layout, >>gpu, >>talk, >>image and >>plan. */
 
 /* -- a run: how its state changes
 
@@ -11852,6 +11875,8 @@ LORASYNCI_FN lorasync_status lorasynci_run_lose(lorasync_plan *plan, lorasync_st
     lorasynci_run_to(plan, LORASYNCI_RUN_LOST);
     return status;
 }
+
+/* -- beginning, voting and ending a run */
 
 /* Begins a run. tag: what the ranks must agree on when they vote; it is complete here. refusal: NULL, or why this rank
    is against the run beforehand: then nothing is packed, but the others wait for its vote, and what they count on. */
@@ -12007,6 +12032,7 @@ LORASYNCI_FN void lorasynci_gather_row(char *dst, const char *src, int64_t num, 
                                        int64_t element_bytes)
 {
     int64_t i;
+    LORASYNC_ASSERT(element_bytes > 0);
     for (i = 0; i < num; i++)
         memcpy(dst + i * dst_step * element_bytes, src + i * src_step * element_bytes, (size_t)element_bytes);
 }
@@ -12020,6 +12046,7 @@ LORASYNCI_FN void lorasynci_convert_row(const lorasynci_op *op, const lorasynci_
                    via = (lorasync_dtype)op->via;
     float scale        = g->scale;
     char *into         = g->d1 != 1 && num > 1 ? block + 2 * LORASYNCI_BLOCK : dst;
+    LORASYNC_ASSERT(num > 0);
     if (g->s1 != 1 && num > 1) {
         lorasynci_gather_row(block, src, num, g->s1, 1, lorasynci_element_bytes(from));
         src = block;
@@ -12049,6 +12076,7 @@ LORASYNCI_FN int64_t lorasynci_run_op(const lorasynci_op *op, const lorasynci_gr
                          : op->digest                        ? LORASYNCI_BLOCK / to_bytes
                                                              : op->n1;
     int64_t bad        = -1, i0, i1;
+    LORASYNC_ASSERT(memory[op->src_space] || op->src_space == LORASYNCI_MEMORY);
     if (step < 1) step = 1;
     for (i0 = 0; i0 < g->n0; i0++) {
         for (i1 = 0; i1 < op->n1; i1 += step) {
@@ -12077,6 +12105,7 @@ LORASYNCI_FN lorasync_status lorasynci_nan_error(const lorasync_plan *plan, uint
     int64_t                 index[LORASYNC_MAX_DIMS];
     char                    text[160];
     int                     d;
+    LORASYNC_ASSERT(element >= 0);
     for (d = r->ndim - 1; d >= 0; d--) {
         index[d] = element % shape[d];
         element /= shape[d];
@@ -12111,6 +12140,7 @@ LORASYNCI_FN lorasync_status lorasynci_pack(lorasync_plan *plan, lorasync_error 
 /* The digest of the image from those of its tensors. */
 LORASYNCI_FN void lorasynci_digest_image(lorasync_plan *plan)
 {
+    LORASYNC_ASSERT(plan->terms && plan->tensor_digests);
     plan->image->digest     = lorasynci_digest_terms(plan->terms, plan->tensor_digests, plan->image->num_tensors);
     plan->image->has_digest = 1;
 }
@@ -12207,6 +12237,7 @@ LORASYNCI_FN void lorasynci_place_round(lorasync_plan *plan, uint32_t round)
 {
     int    rank;
     size_t i, num = LORASYNCI_NUM(lorasynci_op, plan->place.list);
+    LORASYNC_ASSERT(round < plan->num_rounds);
     for (i = 0; i < num; i++) {
         const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, plan->place.list, i);
         if (op->round == round)
@@ -12269,6 +12300,7 @@ static const lorasynci_mover lorasynci_host_messages = {
 LORASYNCI_FN uint64_t *lorasynci_sums_of(const lorasync_plan *plan, int rank)
 {
     size_t world = (size_t)plan->talk->comm.world;
+    LORASYNC_ASSERT(plan->shared_sums && rank >= 0 && rank < (int)world);
     return plan->shared_sums + ((size_t)(plan->run % 2) * world + (size_t)rank) * plan->num_image_tensors;
 }
 
@@ -12308,6 +12340,7 @@ LORASYNCI_FN lorasync_status lorasynci_await_rank(lorasync_plan *plan, int rank,
     unsigned        turns  = 0;
     lorasync_status status = LORASYNC_OK;
     lorasync_error  why;
+    LORASYNC_ASSERT(rank >= 0 && rank < plan->talk->comm.world);
     while (__atomic_load_n(at, __ATOMIC_ACQUIRE) <= plan->run && status == LORASYNC_OK) {
         lorasynci_pause(&turns);
         if (turns % 256 != 0) continue;
@@ -12506,7 +12539,7 @@ LORASYNCI_FN void lorasynci_device_close(lorasync_plan *plan)
     (void)cudaGetLastError();
 }
 
-/* -- tables */
+/* -- operations on the GPU */
 
 /* Where a byte of send staging, of which a meshed plan has none, lies at its receiver. */
 LORASYNCI_FN uint64_t lorasynci_device_at_peer(const lorasync_plan *plan, uint64_t at)
@@ -12527,15 +12560,16 @@ LORASYNCI_FN lorasyncd_op lorasynci_device_op_of(const lorasync_plan *plan, cons
     o.src = (uint64_t)(uintptr_t)plan->memory[op->src_space] + op->src;
     o.dst = (uint64_t)(uintptr_t)plan->memory[op->dst_space] + op->dst;
     if (lorasynci_is_meshed(plan) && op->dst_space == LORASYNCI_SEND) o.dst = lorasynci_device_at_peer(plan, op->dst);
-    o.sum       = op->digest ? sum : 0;
-    o.num       = g->n0 * op->n1;
-    o.n1        = op->n1;
-    o.s0        = g->s0;
-    o.s1        = g->s1;
-    o.d0        = g->d0;
-    o.d1        = g->d1;
-    o.pos       = op->pos;
-    o.row       = g->row;
+    o.sum = op->digest ? sum : 0;
+    o.num = g->n0 * op->n1;
+    o.n1  = op->n1;
+    o.s0  = g->s0;
+    o.s1  = g->s1;
+    o.d0  = g->d0;
+    o.d1  = g->d1;
+    o.pos = op->pos;
+    o.row = g->row;
+    LORASYNC_ASSERT(o.num > 0);
     o.tensor    = op->tensor;
     o.scale     = g->scale;
     o.src_dtype = op->src_dtype;
@@ -12546,7 +12580,7 @@ LORASYNCI_FN lorasyncd_op lorasynci_device_op_of(const lorasync_plan *plan, cons
     return o;
 }
 
-/* The slot of a tensor's digest in `sums`: its place among those sent, or in the catalogue. */
+/* Where a tensor's digest is in `sums`: its place among those sent, or in the catalogue. */
 LORASYNCI_FN uint64_t lorasynci_device_sum(const lorasync_plan *plan, const uint32_t *sum_of, const lorasynci_op *op)
 {
     if (!op->digest) return 0;
@@ -12578,6 +12612,7 @@ LORASYNCI_FN lorasynci_launch *lorasynci_device_launch_at(const lorasync_plan *p
 {
     lorasynci_device *g     = plan->device;
     uint32_t          packs = lorasynci_device_packs(plan);
+    LORASYNC_ASSERT(launch < lorasynci_device_launches(plan));
     if (launch + 1 == lorasynci_device_launches(plan)) return &g->report;
     return launch < packs ? &g->pack[launch] : &g->place[launch - packs];
 }
@@ -12587,6 +12622,7 @@ LORASYNCI_FN void lorasynci_device_put_op(const lorasyncd_op *o, unsigned most, 
                                           lorasynci_buffer *tiles)
 {
     lorasyncd_tile tile;
+    LORASYNC_ASSERT(most > 0 && o->num > 0);
     tile.op = (unsigned)(ops->size / sizeof *o);
     lorasynci_put(ops, o, sizeof *o);
     for (tile.first = 0; tile.first < o->num; tile.first += most) {
@@ -12653,6 +12689,8 @@ LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t la
         lorasynci_device_put_op(&o, LORASYNCD_TILE, ops, tiles);
     }
 }
+
+/* -- tables in device memory */
 
 #ifndef LORASYNCI_FULL            /* tests make it small */
 #define LORASYNCI_FULL (1u << 18) /* threads: about as many as an H100 runs at once */
@@ -12743,6 +12781,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
     lorasync_status   status;
     uint32_t         *sum_of = (uint32_t *)lorasynci_alloc_array(&plan->a, plan->catalogue.num, sizeof *sum_of);
     size_t            i;
+    LORASYNC_ASSERT(!g->pack && !g->place && !g->table);
     g->home  = plan->memory[LORASYNCI_IMAGE];
     g->pack  = (lorasynci_launch *)lorasynci_alloc_array(&plan->a, lorasynci_device_packs(plan), sizeof *g->pack);
     g->place = (lorasynci_launch *)lorasynci_alloc_array(&plan->a, plan->num_rounds, sizeof *g->place);
@@ -12875,6 +12914,8 @@ LORASYNCI_FN lorasync_status lorasynci_device_reset(const lorasync_plan *plan, l
         lorasynci_gpu_fill_bytes(plan->gpu, &g->ballots[plan->talk->comm.rank].bad, 0xff, sizeof g->ballots->bad, err));
     return lorasynci_gpu_fill_bytes(plan->gpu, g->sums, 0, g->num_sums * 8, err);
 }
+
+/* -- a run's work on the GPU */
 
 /* What this rank does comes behind what the caller has enqueued. Own ballot and sums are mostly as the run before left
    them (lorasynci_device_end), so that packing starts at once. voting: the stream on which ballots travel, or NULL; the
@@ -13061,6 +13102,7 @@ LORASYNCI_FN lorasync_status lorasynci_alone_enqueue(lorasync_plan *plan, lorasy
     return lorasynci_device_end(plan, 1, err);
 }
 
+/* With nobody to wait for, a begin is what it enqueues. */
 LORASYNCI_FN lorasync_status lorasynci_alone_begin(lorasync_plan *plan, lorasync_error *err)
 {
     LORASYNCI_TRY(lorasynci_device_capture(plan, err));
@@ -13252,6 +13294,7 @@ LORASYNCI_FN lorasync_status lorasynci_wire_open(lorasync_plan *plan, lorasync_e
     return LORASYNC_OK;
 }
 
+/* What all GPU ways have, and the streams and events of rounds that overlap. */
 LORASYNCI_FN lorasync_status lorasynci_wire_allocate(lorasync_plan *plan, lorasync_error *err)
 {
     LORASYNCI_TRY(lorasynci_device_allocate(plan, err));
@@ -13359,6 +13402,7 @@ LORASYNCI_FN lorasync_status lorasynci_streamed_exchange(lorasync_plan *plan, ui
     const lorasync_comm    *c        = &plan->talk->comm;
     const lorasync_message *messages = lorasynci_talk_messages(plan->talk);
     size_t                  num_sends, num_receives;
+    LORASYNC_ASSERT(round == plan->device->num_sent);
     lorasynci_round_messages(plan, round, &num_sends, &num_receives);
     LORASYNCI_TRY(c->exchange_stream(c->user, messages, num_sends, messages + c->world, num_receives,
                                      plan->device->wire, plan->talk->timeout_ms, err));
@@ -13443,11 +13487,13 @@ LORASYNCI_FN lorasync_status lorasynci_streamed_rest(lorasync_plan *plan, lorasy
     return plan->mover->vote == lorasynci_wire_vote ? lorasynci_wire_cast_no(plan, err) : LORASYNC_OK;
 }
 
+/* begin failed: what is owed goes at once, while the others are at it, too. */
 LORASYNCI_FN void lorasynci_streamed_refuse(lorasync_plan *plan)
 {
     lorasynci_wire_refuse_now(plan, lorasynci_streamed_rest);
 }
 
+/* See lorasynci_wire_move. */
 LORASYNCI_FN lorasync_status lorasynci_streamed_move(lorasync_plan *plan, lorasync_error *err)
 {
     return lorasynci_wire_move(plan, lorasynci_streamed_rest, err);
@@ -13523,12 +13569,14 @@ LORASYNCI_FN lorasync_status lorasynci_mesh_rest(lorasync_plan *plan, lorasync_e
     return plan->captured ? lorasynci_wire_cast(plan, err) : LORASYNC_OK;
 }
 
+/* The others also wait for this rank to have begun. */
 LORASYNCI_FN void lorasynci_mesh_refuse(lorasync_plan *plan)
 {
     lorasynci_mark_begun(plan);
     lorasynci_wire_refuse_now(plan, lorasynci_mesh_rest);
 }
 
+/* See lorasynci_wire_move. */
 LORASYNCI_FN lorasync_status lorasynci_mesh_move(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_mark_begun(plan); /* where begin did not */
@@ -17439,6 +17487,7 @@ LORASYNCI_FN void lorasynci_shm_unpin(lorasynci_shm_view *v, int slot)
 LORASYNCI_FN int lorasynci_shm_pin(lorasynci_shm_view *v, int adapter, uint64_t *out_word)
 {
     const uint64_t *place = &v->map.control->adapters[adapter].word;
+    LORASYNC_ASSERT(adapter >= 0 && adapter < LORASYNCI_SHM_ADAPTERS);
     for (;;) {
         uint64_t word = __atomic_load_n(place, __ATOMIC_SEQ_CST);
         int      slot = lorasynci_shm_slot_of(word);
@@ -17449,6 +17498,8 @@ LORASYNCI_FN int lorasynci_shm_pin(lorasynci_shm_view *v, int adapter, uint64_t 
         lorasynci_shm_unpin(v, slot);
     }
 }
+
+/* -- slots that an engine has mapped */
 
 /* A slot's segment, mapped for reading. It stays mapped while the slot is the same: the next version that comes to lie
    there costs no page fault. */
@@ -17720,6 +17771,7 @@ LORASYNCI_FN void lorasynci_shm_release(void *user)
 {
     lorasynci_shm_held *h = (lorasynci_shm_held *)user;
     lorasync_allocator  a = h->a;
+    LORASYNC_ASSERT(!h->mapped || h->mapped->window.num_users > 0);
     if (h->import) h->import->window.num_users--;
     if (h->mapped) h->mapped->window.num_users--;
     if (h->slot >= 0) lorasynci_shm_unpin(h->view, h->slot);
@@ -17804,6 +17856,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_find_bytes(lorasynci_shm_source *s, l
     out->on_device     = 1;
     return LORASYNC_OK;
 }
+
+/* -- handing a version over */
 
 /* Pins, maps and opens what an adapter's place in the control names. */
 LORASYNCI_FN lorasync_status lorasynci_shm_hand_over(lorasynci_shm_source *s, int place, lorasynci_shm_held *held,
@@ -17917,6 +17971,7 @@ LORASYNCI_FN void lorasynci_opened_free(lorasynci_opened *o)
 /* -- reading: `label` is the path for messages. A missing file is LORASYNC_E_NOT_FOUND, so that a caller can look
    again. */
 
+/* "cannot <what> <label>: <reason>" */
 LORASYNCI_FN lorasync_status lorasynci_fail_open(lorasync_error *err, const char *what, const char *label, int reason)
 {
     return lorasynci_fail(err, reason == ENOENT ? LORASYNC_E_NOT_FOUND : LORASYNC_E_IO, "cannot %s %s: %s", what, label,
@@ -17956,6 +18011,7 @@ LORASYNCI_FN lorasync_status lorasynci_map_file(int at, const char *name, const 
     return LORASYNC_OK;
 }
 
+/* 1 if a name ends in `end` and has something before it. */
 LORASYNCI_FN int lorasynci_name_ends(const char *name, const char *end)
 {
     size_t n = strlen(name), k = strlen(end);
@@ -18111,6 +18167,7 @@ LORASYNCI_FN lorasync_status lorasynci_find_model(int fd, const char *where, cha
     return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "%s has no " LORASYNCI_MODEL_FILE, where);
 }
 
+/* A PEFT directory: its model file and its config. */
 LORASYNCI_FN lorasync_status lorasynci_open_peft(const char *path, const lorasync_allocator *a, lorasynci_opened *out,
                                                  lorasync_error *err)
 {
@@ -18315,6 +18372,7 @@ LORASYNCI_FN lorasync_status lorasynci_checker_tabulate(const lorasynci_gpu *g, 
             tiles[num].count = ops[i].num - first < LORASYNCD_TILE ? (unsigned)(ops[i].num - first) : LORASYNCD_TILE;
         }
     }
+    LORASYNC_ASSERT(num == c->num_tiles);
     num        = c->num_ops;
     c->num_ops = SIZE_MAX; /* fits nothing, until they are there */
     LORASYNCI_TRY(lorasynci_gpu_copy(g, c->table, c->host, c->sums_at, "copying the digest's tables", err));
@@ -18327,11 +18385,14 @@ LORASYNCI_FN lorasync_status lorasynci_checker_launch(const lorasynci_gpu *g, lo
 {
     char *sums = c->table + c->sums_at;
     LORASYNCI_TRY(lorasynci_gpu_fill_bytes(g, sums, 0, c->num_ops * 8, err));
+    LORASYNC_ASSERT(c->table && c->host && c->num_ops != SIZE_MAX);
     if (c->num_tiles) /* integers are not checked: bad is never written */
         LORASYNCI_TRY(lorasynci_gpu_launch(g, c->table, c->table + c->tiles_at, (unsigned)c->num_tiles,
                                            LORASYNCD_THREADS, sums, 0, g->stream, "the digest's kernel", err));
     return lorasynci_gpu_copy(g, c->host + c->sums_at, sums, c->num_ops * 8, "copying digests", err);
 }
+
+/* -- digesting while the header is read */
 
 /* Starts digesting with the tables that there are, while the header is read: as a rule the next version has the same
    tensors. */
@@ -18377,6 +18438,7 @@ LORASYNCI_FN lorasync_status lorasynci_checker_end(const lorasynci_gpu *g, loras
     lorasync_status status;
     size_t          i;
     int             old;
+    LORASYNC_ASSERT(c->num_ops == image->num_tensors);
     for (i = 0; i < c->num_ops; i++) terms[i] = lorasynci_digest_term(&image->tensors[i]); /* while the GPU is at it */
     old    = lorasynci_gpu_enter(g->ordinal);
     status = lorasynci_gpu_drain(g, "digesting the payload", err);
@@ -18428,6 +18490,7 @@ struct lorasync_engine {
     lorasynci_served  *first; /* atomic */
 };
 
+/* Any thread may look: names are never taken out while the engine is open. */
 LORASYNCI_FN lorasynci_served *lorasynci_find_served(lorasync_engine *e, const char *name)
 {
     lorasynci_served *s = __atomic_load_n(&e->first, __ATOMIC_SEQ_CST);
@@ -18435,6 +18498,7 @@ LORASYNCI_FN lorasynci_served *lorasynci_find_served(lorasync_engine *e, const c
     return s;
 }
 
+/* No reader is left: the engine closes. */
 LORASYNCI_FN void lorasynci_served_free(lorasync_engine *e, lorasynci_served *s)
 {
     size_t i;
@@ -18478,6 +18542,7 @@ LORASYNCI_FN lorasynci_slot *lorasynci_empty_slot(lorasynci_served *s)
 /* The version that is served, or NULL. */
 LORASYNCI_FN lorasynci_slot *lorasynci_now_served(lorasynci_served *s)
 {
+    LORASYNC_ASSERT(s->current < LORASYNCI_VERSIONS);
     return s->current >= 0 ? &s->slots[s->current] : NULL;
 }
 
@@ -18485,6 +18550,8 @@ LORASYNCI_FN lorasynci_slot *lorasynci_now_served(lorasynci_served *s)
 LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_slot *slot, uint64_t version,
                                   const lorasynci_opened *opened)
 {
+    LORASYNC_ASSERT(!slot->held.image && slot != lorasynci_now_served(s));
+    LORASYNC_ASSERT(opened->image);
     slot->held         = *opened;
     slot->seen.name    = s->name;
     slot->seen.version = version;
@@ -18599,6 +18666,8 @@ LORASYNCI_FN lorasync_status lorasynci_directory_look(void *user, size_t index, 
                           "%s holds versions, not adapters; open the engine on the directory above it",
                           lorasynci_end_of(s->path));
 }
+
+/* -- opening versions of a directory */
 
 /* The error of a version without adapter_config.json, which says so; a delta is called one. */
 LORASYNCI_FN lorasync_status lorasynci_no_config(const lorasynci_held_files *h, lorasync_error *err)
@@ -18810,6 +18879,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_delivery(const lorasynci_arrival *r
                           d->num_bytes);
 }
 
+/* -- reading and checking an arrival */
+
 /* Reads the header. Of a payload in device memory the digest is begun at once. */
 LORASYNCI_FN lorasync_status lorasynci_read_delivery(lorasynci_arrival *r, lorasync_error *err)
 {
@@ -18904,6 +18975,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_arrival(lorasynci_arrival *r, int i
     const lorasync_image *image  = r->opened.image;
     const int             verify = !r->e->no_verify && !is_applied && image->has_digest;
     lorasync_status       status = LORASYNC_OK;
+    LORASYNC_ASSERT(!r->checker || r->d->on_device);
     if (verify)
         status =
             r->checker ? lorasynci_checker_begin(r->e->gpu, r->checker, image, err) : lorasync_image_verify(image, err);
@@ -18914,6 +18986,8 @@ LORASYNCI_FN lorasync_status lorasynci_check_arrival(lorasynci_arrival *r, int i
     r->checker = NULL;
     return lorasynci_prefixed(status, r->where, err);
 }
+
+/* -- serving an arrival */
 
 /* What a version is to the one that is served: see lorasynci_check_next. */
 LORASYNCI_FN lorasync_status lorasynci_follow(const char *where, const lorasynci_slot *now, uint64_t version,
@@ -18960,6 +19034,7 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
     slot = lorasynci_empty_slot(r->served);
     if (!slot && !(r->now && r->version == r->now->seen.version))
         return lorasynci_fail_held(err, r->served->name, r->version);
+    LORASYNC_ASSERT(slot || (r->now && r->version == r->now->seen.version));
     is_delta = r->opened.image->delta != NULL;
     if (is_delta) LORASYNCI_TRY(lorasynci_prefixed(lorasynci_apply_arrival(r, err), r->where, err));
     LORASYNCI_TRY(lorasynci_check_arrival(r, is_delta, err));
@@ -22200,7 +22275,7 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 
 /* The kernel, in the part of C that is also CUDA. `make ptx` compiles this block to the text above it; tests also run
    it on the CPU, thread by thread, with the macros of tests/fake_cuda.h. Rounding is in integers, so that every GPU
-   gives the bytes that the CPU gives. */
+   gives the bytes that the CPU gives. Uses >>support. */
 
 #ifndef LORASYNC_DEVICE_EMULATED
 #define LORASYNCD_FN static __device__ __forceinline__
@@ -22222,6 +22297,7 @@ LORASYNCD_FN unsigned lorasyncd_round_short(unsigned u, int drop, unsigned nan)
     return (u & 0x7fffffffu) > 0x7f800000u ? nan : (u + (1u << (drop - 1)) - 1u + ((u >> drop) & 1u)) >> drop;
 }
 
+/* By far the most common rounding. */
 LORASYNCD_FN unsigned lorasyncd_round_bf16(unsigned u) { return lorasyncd_round_short(u, 16, 0x7fc0u); }
 
 /* F32 bits to the code of a SMALL row: nearest, ties to even, subnormals kept. `over` is the row's first code that is
@@ -22244,6 +22320,7 @@ LORASYNCD_CALL unsigned lorasyncd_round_small(unsigned u, int exponent, int mant
     return sign | (m < over ? m : over);
 }
 
+/* One instruction; emulated by the same bits. */
 LORASYNCD_FN unsigned lorasyncd_round_f16(unsigned u)
 {
 #ifdef LORASYNC_DEVICE_EMULATED
@@ -22276,26 +22353,28 @@ LORASYNCD_FN unsigned lorasyncd_widen_scale(unsigned code)
 }
 
 /* Bytes of an element: two bits for each dtype make one word of them. */
-LORASYNCD_FN int lorasyncd_item(int dtype)
+LORASYNCD_FN int lorasyncd_element_bytes(int dtype)
 {
 #define LORASYNCD_X(name, value, text, bits) +((lorasyncd_u64)((bits) / 16 - (bits) / 64) << 2 * (value))
     return 1 << (((0 LORASYNC_DTYPE_LIST(LORASYNCD_X)) >> 2 * dtype) & 3);
 #undef LORASYNCD_X
 }
 
-LORASYNCD_FN lorasyncd_u64 lorasyncd_load(const unsigned char *p, int item)
+/* An element of 1, 2, 4 or 8 bytes, aligned to its size: planning refuses others in device memory. */
+LORASYNCD_FN lorasyncd_u64 lorasyncd_load(const unsigned char *p, int num_bytes)
 {
-    if (item == 1) return *p;
-    if (item == 2) return *(const unsigned short *)(const void *)p;
-    if (item == 4) return *(const unsigned *)(const void *)p;
+    if (num_bytes == 1) return *p;
+    if (num_bytes == 2) return *(const unsigned short *)(const void *)p;
+    if (num_bytes == 4) return *(const unsigned *)(const void *)p;
     return *(const lorasyncd_u64 *)(const void *)p;
 }
 
-LORASYNCD_FN void lorasyncd_store(unsigned char *p, int item, lorasyncd_u64 v)
+/* The way back. */
+LORASYNCD_FN void lorasyncd_store(unsigned char *p, int num_bytes, lorasyncd_u64 v)
 {
-    if (item == 1) *p = (unsigned char)v;
-    else if (item == 2) *(unsigned short *)(void *)p = (unsigned short)v;
-    else if (item == 4) *(unsigned *)(void *)p = (unsigned)v;
+    if (num_bytes == 1) *p = (unsigned char)v;
+    else if (num_bytes == 2) *(unsigned short *)(void *)p = (unsigned short)v;
+    else if (num_bytes == 4) *(unsigned *)(void *)p = (unsigned)v;
     else *(lorasyncd_u64 *)(void *)p = v;
 }
 
@@ -22314,6 +22393,7 @@ LORASYNCD_FN void lorasyncd_store(unsigned char *p, int item, lorasyncd_u64 v)
         ? lorasyncd_round_f16(u)                                                                                       \
         : lorasyncd_round_small(u, exponent, mantissa, LORASYNCD_OVER(exponent, mantissa, inf), nan)
 
+/* A code to F32 bits. */
 LORASYNCD_FN unsigned lorasyncd_widen(lorasyncd_u64 v, int dtype)
 {
     switch (dtype) {
@@ -22325,6 +22405,7 @@ LORASYNCD_FN unsigned lorasyncd_widen(lorasyncd_u64 v, int dtype)
     }
 }
 
+/* F32 bits to a code. */
 LORASYNCD_FN lorasyncd_u64 lorasyncd_round(unsigned u, int dtype)
 {
     switch (dtype) {
@@ -22336,6 +22417,7 @@ LORASYNCD_FN lorasyncd_u64 lorasyncd_round(unsigned u, int dtype)
     }
 }
 
+/* Any pair of types; a value that is only moved keeps its bits. */
 LORASYNCD_CALL lorasyncd_u64 lorasyncd_convert(lorasyncd_u64 v, int from, int to, float scale)
 {
     unsigned u;
@@ -22357,6 +22439,8 @@ LORASYNCD_FN lorasyncd_u64 lorasyncd_special(int dtype)
     }
 }
 
+/* -- digest on the GPU */
+
 /* lorasync_digest's keys and block factor. */
 LORASYNCD_TABLE const unsigned lorasyncd_keys[64] = {
     0xe220a839u, 0x6e789e6bu, 0x06c45d19u, 0xf88bb8a9u, 0x1b39896bu, 0x53cb9f0du, 0x2c829abfu, 0xc584133bu,
@@ -22368,6 +22452,7 @@ LORASYNCD_TABLE const unsigned lorasyncd_keys[64] = {
     0x774615d7u, 0x22b353f1u, 0xe3ddd86bu, 0xdf268adfu, 0x2098eb73u, 0x03d68453u, 0xc952c563u, 0x9b196bcbu,
     0x30260345u, 0xcf448a59u, 0xf4a578ddu, 0xbfdeaed9u, 0xed79402du, 0x55f070abu, 0x3e00a349u, 0xe255b237u};
 
+/* lorasynci_digest_factor. */
 LORASYNCD_FN lorasyncd_u64 lorasyncd_factor(lorasyncd_u64 block)
 {
     lorasyncd_u64 x = block + 0x9e3779b97f4a7c15ull;
@@ -22378,11 +22463,11 @@ LORASYNCD_FN lorasyncd_u64 lorasyncd_factor(lorasyncd_u64 block)
     return (x ^ (x >> 31)) | 1u;
 }
 
-/* One element of `item` bytes at byte `at` of its tensor. */
-LORASYNCD_FN lorasyncd_u64 lorasyncd_digest(lorasyncd_u64 v, int item, lorasyncd_u64 at)
+/* One element of `num_bytes` bytes at byte `at` of its tensor. */
+LORASYNCD_FN lorasyncd_u64 lorasyncd_digest(lorasyncd_u64 v, int num_bytes, lorasyncd_u64 at)
 {
     lorasyncd_u64 sum;
-    if (item == 8)
+    if (num_bytes == 8)
         sum = (v & 0xffffffffu) * lorasyncd_keys[(at >> 2) & 63u] + (v >> 32) * lorasyncd_keys[((at >> 2) + 1) & 63u];
     else sum = ((v << (8u * (unsigned)(at & 3u))) & 0xffffffffu) * lorasyncd_keys[(at >> 2) & 63u];
     return sum * lorasyncd_factor(at >> 8);
@@ -22394,27 +22479,30 @@ LORASYNCD_CALL long long lorasyncd_divide(long long e, long long n)
     return (e | n) >> 32 ? e / n : (long long)((unsigned)e / (unsigned)n); /* the latter is much faster */
 }
 
+/* Mostly an operation is one row, and nothing is divided. */
 LORASYNCD_FN long long lorasyncd_row(const lorasyncd_op *o, long long e)
 {
     return o->num == o->n1 ? 0 : lorasyncd_divide(e, o->n1);
 }
 
+/* -- elements, pairs and runs of eight */
+
 /* Element i1 of row i0. */
 LORASYNCD_FN void lorasyncd_element(const lorasyncd_op *o, lorasyncd_u64 special, long long i0, long long i1,
                                     lorasyncd_u64 *sum, lorasyncd_u64 *bad)
 {
-    int           from = o->src_dtype, to = o->dst_dtype, item = lorasyncd_item(to);
+    int           from = o->src_dtype, to = o->dst_dtype, num_bytes = lorasyncd_element_bytes(to);
     lorasyncd_u64 v, e;
-    v = lorasyncd_load((const unsigned char *)(o->src) + (i0 * o->s0 + i1 * o->s1) * lorasyncd_item(from),
-                       lorasyncd_item(from));
+    v = lorasyncd_load((const unsigned char *)(o->src) + (i0 * o->s0 + i1 * o->s1) * lorasyncd_element_bytes(from),
+                       lorasyncd_element_bytes(from));
     if (o->via) v = lorasyncd_convert(lorasyncd_convert(v, from, o->via, o->scale), o->via, to, 1.0f);
     else if (from == LORASYNC_F32 && to == LORASYNC_BF16)
         v = lorasyncd_round_bf16(LORASYNCD_BITS(LORASYNCD_FLOAT((unsigned)v) * o->scale));
     else if (from != to || o->scale != 1.0f) v = lorasyncd_convert(v, from, to, o->scale);
-    if (o->dst) lorasyncd_store((unsigned char *)(o->dst) + (i0 * o->d0 + i1 * o->d1) * item, item, v);
+    if (o->dst) lorasyncd_store((unsigned char *)(o->dst) + (i0 * o->d0 + i1 * o->d1) * num_bytes, num_bytes, v);
     if (!o->sum) return;
     e = (lorasyncd_u64)(o->pos + i0 * o->row + i1);
-    *sum += lorasyncd_digest(v, item, e * (unsigned)item);
+    *sum += lorasyncd_digest(v, num_bytes, e * (unsigned)num_bytes);
     if (special && (v & special) == special && *bad > e) *bad = e;
 }
 
@@ -22443,6 +22531,7 @@ typedef struct lorasyncd_step {
     unsigned by, rows, rest;
 } lorasyncd_step;
 
+/* The only division of a thread, before its loop. */
 LORASYNCD_FN lorasyncd_step lorasyncd_step_of(const lorasyncd_op *o, unsigned by)
 {
     lorasyncd_step s;
@@ -22452,6 +22541,7 @@ LORASYNCD_FN lorasyncd_step lorasyncd_step_of(const lorasyncd_op *o, unsigned by
     return s;
 }
 
+/* At most one row more than s.rows, since the rest is less than a row. */
 LORASYNCD_FN void lorasyncd_advance(const lorasyncd_op *o, lorasyncd_step s, long long *i0, long long *i1)
 {
     *i0 += s.rows;
@@ -22524,8 +22614,8 @@ LORASYNCD_FN void lorasyncd_run(const lorasyncd_op *o, unsigned mask, long long 
     if (!hit) return;
     LORASYNCD_ROLLED
     for (i = 7; i >= 0; i--) { /* which of the 8: rare, so it is read back */
-        int item = wide ? 4 : 2;
-        if (((unsigned)lorasyncd_load((unsigned char *)out + i * item, item) & mask) == mask &&
+        int num_bytes = wide ? 4 : 2;
+        if (((unsigned)lorasyncd_load((unsigned char *)out + i * num_bytes, num_bytes) & mask) == mask &&
             *bad > (lorasyncd_u64)(at + i))
             *bad = (lorasyncd_u64)(at + i);
     }
