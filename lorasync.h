@@ -127,10 +127,11 @@
        >>host       what a session and a base stream have in common
                     -- adding and attaching; versions
        >>session    the easy path through all of it
-                    -- adding; compiling; what the root hands to all; lent memory; running; resuming; tensors that share
-                       memory
+                    -- opening a session; adding; compiling; scaling, planning and the config; what the root hands to
+                       all; lent memory; opening lent memory; running; resuming; tensors that share memory; finding and
+                       comparing them
        >>base       base weights in buckets through the same plans, images and transports
-                    -- dividing into buckets; making the plans; running
+                    -- dividing into buckets; groups and buckets; dividing among all ranks; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
                     -- digest on the GPU; elements, pairs and runs of eight
 
@@ -19560,7 +19561,7 @@ LORASYNC_API lorasync_status lorasync_policy_miles(const lorasync_miles_knobs *k
 /* -------------------------------------------------------------------------------------------------------- >>host -- */
 
 /* What a session and a base stream have in common: what the trainer declares and attaches, how its ranks talk, and what
-   is said of a version in the end. Uses >>support, >>names, >>comm, >>talk, >>plan, >>move and >>publish. */
+   is said of a version in the end. Uses >>support, >>gpu, >>talk, >>move and >>publish. */
 
 /* What is said of a piece beside the piece. Texts are offsets in the host's `texts`, which move until compile. */
 typedef struct lorasynci_added {
@@ -19604,6 +19605,7 @@ LORASYNCI_FN lorasync_status lorasynci_host_open(lorasynci_host *h, const void *
     lorasynci_buffer_init(&h->added, &h->a);
     lorasynci_buffer_init(&h->transports, &h->a);
     lorasynci_buffer_init(&h->outcomes, &h->a);
+    LORASYNC_ASSERT(d->adapter);
     h->handle = handle;
     h->calls  = calls;
     h->name   = lorasynci_copy_text(&h->a, d->adapter, strlen(d->adapter));
@@ -19680,6 +19682,8 @@ LORASYNCI_FN lorasync_status lorasynci_host_add(lorasynci_host *h, const lorasyn
 {
     lorasync_piece  unnamed = *piece;
     lorasynci_added add;
+    LORASYNC_ASSERT(h->pieces.size / sizeof(lorasync_piece) == h->added.size / sizeof(lorasynci_added) ||
+                    h->added.failed || h->pieces.failed);
     memset(&add, 0, sizeof add);
     add.scale = piece->scale;
     add.raw = add.key = lorasynci_host_keep(h, piece->name);
@@ -19796,7 +19800,8 @@ LORASYNCI_FN void lorasynci_host_report(const lorasynci_host *h, const lorasynci
 
 /* ----------------------------------------------------------------------------------------------------- >>session -- */
 
-/* The easy path: names decide what is taken, a gather plan moves it, the publisher hands it on.
+/* The easy path: names decide what is taken, a gather plan moves it, the publisher hands it on. Uses >>support,
+   >>dtype, >>names, >>gpu, >>comm, >>talk, >>image, >>plan, >>move, >>config, >>publish, >>shm, >>engine and >>host.
 
    The way of one box, from lorasync_add to the engine's pointer:
 
@@ -19876,6 +19881,7 @@ LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s)
 LORASYNCI_FN void lorasynci_aimed_drop(const lorasync_session *s, lorasynci_aimed *entry)
 {
     int ordinal = s->plan ? lorasynci_gpu_ordinal(s->plan->gpu) : -1, old = -1;
+    LORASYNC_ASSERT(entry >= s->aim.opened && entry < s->aim.opened + LORASYNCI_AIMS);
     if (ordinal >= 0) old = lorasynci_gpu_enter(ordinal);
     lorasynci_window_close(&entry->window);
     if (ordinal >= 0) lorasynci_gpu_leave(ordinal, old);
@@ -19911,6 +19917,8 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     lorasynci_host_close(&session->host);
     lorasynci_dealloc(&a, session);
 }
+
+/* -- opening a session */
 
 /* Copies what the desc points to. */
 LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasync_error *err)
@@ -20158,6 +20166,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, l
     lorasynci_table_free(&table);
     return status;
 }
+
+/* -- scaling, planning and the config */
 
 /* The factor that fold_scale multiplies into one piece: on lora_B (and its bias, which PEFT scales with it) alpha / r,
    else 1. */
@@ -20445,6 +20455,8 @@ LORASYNCI_FN void lorasynci_session_ask(lorasync_session *s, lorasynci_lent *out
     out->ordinal       = lorasynci_gpu_ordinal(s->plan->gpu);
 }
 
+/* -- opening lent memory */
+
 /* The entry of lent memory, new or not; the one that was not aimed at for longest makes room. */
 LORASYNCI_FN lorasynci_aimed *lorasynci_session_entry(lorasync_session *s, const lorasynci_lent *t)
 {
@@ -20515,6 +20527,7 @@ LORASYNCI_FN void lorasynci_session_aim(lorasync_session *s, const lorasynci_len
         return;
     }
     entry = lorasynci_session_entry(s, t);
+    LORASYNC_ASSERT(!entry->id || entry->id == t->loan.id);
     if (!entry->id) {
         if (!s->plan->has_image) opened = lorasynci_aimed_open(s, t, entry);
         status = lorasynci_talk_vote_flag(&s->host.talk, NULL, &opened, &err);
@@ -20614,6 +20627,7 @@ LORASYNCI_FN int lorasynci_session_skips(lorasync_session *s, lorasync_image *im
 {
     lorasync_engine_outcome *o = LORASYNCI_AT(lorasync_engine_outcome, s->host.outcomes, 0);
     size_t                   i, num = lorasynci_num_engines(&s->host);
+    LORASYNC_ASSERT(image->has_digest);
     if (!s->desc.skip_unchanged || !s->host.last_version || image->digest != s->last_digest) return 0;
     if (lorasynci_num_serving(o, num, s->host.last_version) < num) return 0;
     for (i = 0; i < num; i++) {
@@ -20881,6 +20895,8 @@ LORASYNCI_FN int lorasynci_same_layout(const lorasync_piece *p, const lorasync_p
     return 1;
 }
 
+/* -- finding and comparing them */
+
 /* Notes the aliases among pieces in the order of their addresses. Pieces with gaps that begin at different addresses
    may interleave without sharing an element, and are taken to. */
 LORASYNCI_FN lorasync_status lorasynci_find_aliases(const lorasync_piece *const *order, size_t num,
@@ -20905,6 +20921,7 @@ LORASYNCI_FN lorasync_status lorasynci_find_aliases(const lorasync_piece *const 
                 q->name, p->name);
         if (one_address) {
             lorasynci_alias *alias = &l->aliases[l->num_aliases++];
+            LORASYNC_ASSERT(l->num_aliases < num);
             alias->names[0] = q->name, alias->names[1] = p->name;
             alias->keys[0] = lorasynci_hash_text(q->name, 1), alias->keys[1] = lorasynci_hash_text(p->name, 1);
         }
@@ -20955,6 +20972,7 @@ LORASYNCI_FN void lorasynci_fill_page(const lorasync_image *image, size_t from, 
         page->keys[page->num]     = lorasynci_hash_text(t->name, 1);
         page->contents[page->num] = lorasynci_hash(v, sizeof v, 6) | 1;
     }
+    LORASYNC_ASSERT(page->num <= LORASYNCI_COUNT(page->keys));
     page->more = i < image->num_tensors;
 }
 
@@ -21067,7 +21085,8 @@ LORASYNC_API const lorasync_image *lorasync_session_image(const lorasync_session
 
 /* Base weights: a session without filter and config, over many plans. The planner's own tools merge the names; then
    each bucket is a gather plan that runs in lent memory, two payloads and one staging for all of them. It needs no
-   second staging: a bucket is packed when the exchange of the one before is over.
+   second staging: a bucket is packed when the exchange of the one before is over. Uses >>support, >>json, >>dtype,
+   >>names, >>layout, >>gpu, >>comm, >>talk, >>image, >>plan, >>move, >>publish and >>host.
 
        plans      | 0 | 1 | 2 | 3 | ..
        payloads   [ 0, 2, 4 .. ][ 1, 3 .. ]   even and odd: others write bucket k + 1 (direct) while the root stages
@@ -21096,6 +21115,7 @@ LORASYNCI_FN int lorasynci_is_root(const lorasync_stream *s) { return lorasynci_
 LORASYNCI_FN void lorasynci_stream_unlend(lorasync_stream *s)
 {
     int i;
+    LORASYNC_ASSERT(!s->shared.address || !s->payload_memory);
     if (s->desc.cuda) {
         lorasynci_gpu_free(!s->host.talk.comm.exchange_stream, s->loans[0].send);
         lorasynci_gpu_free(!s->host.talk.comm.exchange_stream, s->loans[0].receive);
@@ -21320,6 +21340,8 @@ LORASYNCI_FN lorasync_status lorasynci_stream_prepare(lorasync_stream *s, lorasy
     return lorasynci_planner_init(&v->planner, &s->host.talk, &s->host.plan_desc, &s->host.a, &v->meter, err);
 }
 
+/* -- groups and buckets */
+
 /* For the table of group names. */
 LORASYNCI_FN const char *lorasynci_group_key(const void *user, size_t i)
 {
@@ -21390,6 +21412,7 @@ LORASYNCI_FN lorasync_status lorasynci_fill_buckets(const lorasync_stream *s, lo
     lorasynci_division_head *h    = &v->head;
     size_t                   used = 0, limit = s->desc.bucket_bytes, i;
     uint32_t                 bucket = 0;
+    LORASYNC_ASSERT(g->num > 0);
     for (i = 0; i < g->num; i++) {
         if (used && (used >= limit || g->list[i].num_bytes > limit - used)) {
             used = 0;
@@ -21427,6 +21450,7 @@ LORASYNCI_FN lorasync_status lorasynci_answer_buckets(lorasynci_division *v, lor
         const int    from = p->same_as[rank];
         const size_t num  = p->catalogues[from].num;
         uint32_t    *list = (uint32_t *)p->blocks[from].data;
+        LORASYNC_ASSERT(from <= rank);
         if (from == rank) {
             list = (uint32_t *)lorasynci_arena_array(&p->arena, num, sizeof *list);
             if (!list) return lorasynci_arena_check(&p->arena, err);
@@ -21453,6 +21477,8 @@ LORASYNCI_FN lorasync_status lorasynci_stream_decide(lorasync_stream *s, lorasyn
     lorasynci_stream_offer(s, &v->head);
     return LORASYNC_OK;
 }
+
+/* -- dividing among all ranks */
 
 /* What must be equal on all ranks. */
 LORASYNCI_FN uint64_t lorasynci_stream_tag(const lorasync_stream *s)
@@ -21505,6 +21531,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_sort(lorasync_stream *s, lorasynci
         v->starts[b + 2]++;
     }
     for (b = 2; b < n + 2; b++) v->starts[b] += v->starts[b - 1];
+    LORASYNC_ASSERT(v->starts[n + 1] == num);
     for (i = 0; i < num; i++) v->pieces[v->starts[v->buckets[v->tensors[i]] + 1]++] = pieces[i]; /* moves the start */
     return LORASYNC_OK;
 }
@@ -21607,6 +21634,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_label(lorasync_stream *s, lorasync
             list[num].name     = s->plans[b]->image->tensors[i].name;
             list[num++].bucket = b;
         }
+    LORASYNC_ASSERT(num == s->info.num_tensors);
     qsort(list, num, sizeof *list, lorasynci_index_order);
     if (n > 1) lorasynci_put_index(&s->index, list, num, n, s->info.payload_bytes);
     lorasynci_dealloc(&s->host.a, list);
@@ -21694,6 +21722,7 @@ LORASYNCI_FN void lorasynci_stream_stage(lorasync_stream *s, size_t b, uint64_t 
 {
     lorasync_image *image = lorasync_plan_image(s->plans[b]);
     uint64_t        start = lorasynci_now_ns();
+    LORASYNC_ASSERT(b < s->num_buckets && p->num_possible <= p->num);
     if (!image) return;
     lorasync_image_stamp(image, version, image->digest);
     out->digest = lorasynci_hash(&image->digest, sizeof image->digest, out->digest);
