@@ -61,7 +61,8 @@ help: ## lists the targets
 # ---- tests: a program that does not compile is missing, and tests/run.sh counts that
 
 test: ## builds and runs all tests, the examples and the short compile matrix (two minutes on two cores)
-	@MATRIX=quick STD='$(STD)' $(MAKE) run ALSO='$(EXAMPLES)' EXTRA='tests/examples.sh tests/matrix.sh tests/contents.sh'
+	@MATRIX=quick STD='$(STD)' $(MAKE) run ALSO='$(EXAMPLES)' \
+	    EXTRA='tests/examples.sh tests/matrix.sh tests/contents.sh tests/sections.sh'
 
 check: ## only the test programs, for the impatient (a minute on two cores)
 	@$(MAKE) run B=$(BUILD)/check OPT=-O1
