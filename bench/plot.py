@@ -10,13 +10,14 @@ import sys
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
 SECTION = "=== 2 GPUs: bench/run_gpu.sh 2"
-# column of the results, name, colour, marker
+# column of the results, name in the figure, colour, marker
 SERIES = [
     ("full_tensor", "torch, full_tensor() per parameter", "#b04a3f", "s"),
     ("flattened", "torch, one flattened all-gather", "#d99a3d", "D"),
     ("ours NCCL", "lorasync over NCCL", "#4f86b8", "o"),
     ("ours direct", "lorasync direct", "#1b4f8a", "o"),
 ]
+HEADS = ["torch `full_tensor()`", "torch flattened", "lorasync NCCL", "lorasync direct", "floor"]  # in the table
 FLOOR = ("fused", "floor: one kernel, one flat tensor", "#222222", "|")
 
 
@@ -49,12 +50,11 @@ def shown(x):
 
 
 def print_table(rows):
-    columns = SERIES + [FLOOR]
-    print("| model | tensors | MiB | " + " | ".join(name for _, name, _, _ in columns) + " |")
-    print("|---|" + "--:|" * (2 + len(columns)))
+    print("| adapter | " + " | ".join(HEADS) + " |")
+    print("|---|" + "--:|" * len(HEADS))
     for row in rows:
-        cells = [shown(value(row, column)) for column, _, _, _ in columns]
-        print(f"| {row['model']} | {row['tensors']} | {row['MiB']} | " + " | ".join(cells) + " |")
+        cells = [shown(value(row, column)) for column, _, _, _ in SERIES + [FLOOR]]
+        print(f"| {row['model']} | " + " | ".join(cells) + " |")
 
 
 def draw(rows, path):
