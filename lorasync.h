@@ -5960,14 +5960,16 @@ LORASYNCI_FN int lorasynci_window_map(lorasynci_window *w, int fd, size_t num_by
 }
 
 /* Shared memory of one name, to read and write; `create` makes it. 0 when it cannot be had, which only means that
-   another way is taken. The memory is reserved at once, so that a small /dev/shm refuses here and not by a bus error
-   later. */
+   another way is taken. What is made is reserved at once, and what is opened must be as long as it is said to be: a small
+   /dev/shm, or a segment cut short, refuses here and not by a bus error later. */
 LORASYNCI_FN int lorasynci_window_name(lorasynci_window *w, const char *name, size_t num_bytes, int create)
 {
-    int fd     = shm_open(name, create ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
-    int opened = 0;
+    int         fd     = shm_open(name, create ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
+    int         opened = 0;
+    struct stat st;
     if (fd < 0) return 0;
-    if (num_bytes <= (size_t)INT64_MAX && (!create || posix_fallocate(fd, 0, (off_t)num_bytes) == 0))
+    if (num_bytes <= (size_t)INT64_MAX && (create ? posix_fallocate(fd, 0, (off_t)num_bytes) == 0
+                                                  : fstat(fd, &st) == 0 && st.st_size >= (off_t)num_bytes))
         opened = lorasynci_window_map(w, fd, num_bytes, PROT_READ | PROT_WRITE, 0) == 0;
     close(fd);
     if (!opened && create) shm_unlink(name);
