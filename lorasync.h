@@ -4161,8 +4161,8 @@ LORASYNCI_AVX2 LORASYNCI_FN size_t lorasynci_f32_to_bf16_avx2(unsigned char *dst
 
 /* n contiguous elements, any alignment, no overlap. The pair of types has passed lorasynci_can_convert; a scale other
    than 1 needs value types. The scale is applied in F32, before the only rounding. */
-LORASYNCI_FN void lorasynci_convert(void *dst, lorasync_dtype dst_dtype, const void *src, lorasync_dtype src_dtype,
-                                    size_t n, float scale)
+LORASYNCI_FN void lorasynci_convert_scaled(void *dst, lorasync_dtype dst_dtype, const void *src,
+                                           lorasync_dtype src_dtype, size_t n, float scale)
 {
     uint32_t             tile[LORASYNCI_TILE];
     unsigned char       *to   = (unsigned char *)dst;
@@ -4208,7 +4208,7 @@ LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtyp
     if ((!dst || !src) && num_elements)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_convert: %s is NULL with %zu elements to convert",
                               dst ? "src" : "dst", num_elements);
-    lorasynci_convert(dst, dst_dtype, src, src_dtype, num_elements, 1.0f);
+    lorasynci_convert_scaled(dst, dst_dtype, src, src_dtype, num_elements, 1.0f);
     return LORASYNC_OK;
 }
 
@@ -5913,20 +5913,20 @@ LORASYNCI_FN lorasync_status lorasynci_flat_boxes(const int64_t *shape, int ndim
 #endif
 
 /* Device memory, as another rank or process needs to know it to open it. Sent as it is. */
-typedef struct lorasynci_device_offer {
+typedef struct lorasynci_device_share {
     uint64_t process; /* whose it is: lorasynci_process_self */
     uint64_t pointer; /* its address there */
     int32_t  ordinal; /* its GPU there */
     int32_t  unused;
     char     handle[64]; /* for CUDA IPC */
-} lorasynci_device_offer;
+} lorasynci_device_share;
 
 /* -- windows: the one way in which memory of another rank, process or transport is open here
 
        who made it               what is offered            opened by                   kind       close
        any process of the host   a name, or its file        lorasynci_window_name, map  MAPPED     munmap
-       a thread of this process  lorasynci_device_offer     lorasynci_window_device     OWN        nothing
-       another process           lorasynci_device_offer     lorasynci_window_device     IMPORTED   cudaIpcCloseMemHandle
+       a thread of this process  lorasynci_device_share     lorasynci_window_device     OWN        nothing
+       another process           lorasynci_device_share     lorasynci_window_device     IMPORTED   cudaIpcCloseMemHandle
 
    A window is all zero while it is closed. Whoever shares one among several counts them in num_users, and closes it
    when that is 0. Device memory must not be freed by its maker while a window onto it is open: those who make it and
@@ -6298,7 +6298,7 @@ LORASYNCI_FN void lorasynci_gpu_free(int pinned, char *memory)
 
 /* What others need to open device memory, which others lie in the block of when it is small: LORASYNCI_OFFER_LEAST. A
    failure means that only this process can. */
-LORASYNCI_FN lorasync_status lorasynci_gpu_describe(const lorasynci_gpu *g, char *memory, lorasynci_device_offer *out,
+LORASYNCI_FN lorasync_status lorasynci_gpu_describe(const lorasynci_gpu *g, char *memory, lorasynci_device_share *out,
                                                     lorasync_error *err)
 {
     out->process = lorasynci_process_self();
@@ -6311,21 +6311,21 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_describe(const lorasynci_gpu *g, char
 
 /* Memory of this process, on this GPU or on another one that it can access. */
 LORASYNCI_FN lorasync_status lorasynci_window_own(lorasynci_window *w, const lorasynci_gpu *g,
-                                                  const lorasynci_device_offer *offer, lorasync_error *err)
+                                                  const lorasynci_device_share *share, lorasync_error *err)
 {
     int         can = 1;
     cudaError_t e   = cudaSuccess;
-    LORASYNC_ASSERT(offer->process == lorasynci_process_self());
-    if (offer->ordinal != g->ordinal) {
-        e = cudaDeviceCanAccessPeer(&can, g->ordinal, offer->ordinal);
-        if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(offer->ordinal, 0);
+    LORASYNC_ASSERT(share->process == lorasynci_process_self());
+    if (share->ordinal != g->ordinal) {
+        e = cudaDeviceCanAccessPeer(&can, g->ordinal, share->ordinal);
+        if (e == cudaSuccess && can) e = cudaDeviceEnablePeerAccess(share->ordinal, 0);
         (void)cudaGetLastError();
         if (e == cudaErrorPeerAccessAlreadyEnabled) e = cudaSuccess;
     }
     if (!can || e != cudaSuccess)
         return lorasynci_fail(err, LORASYNC_E_CUDA, "it is on GPU %d, which GPU %d cannot access; use GPU %d",
-                              (int)offer->ordinal, g->ordinal, (int)offer->ordinal);
-    w->address = (char *)(uintptr_t)offer->pointer;
+                              (int)share->ordinal, g->ordinal, (int)share->ordinal);
+    w->address = (char *)(uintptr_t)share->pointer;
     w->kind    = LORASYNCI_WINDOW_OWN;
     return LORASYNC_OK;
 }
@@ -6333,13 +6333,13 @@ LORASYNCI_FN lorasync_status lorasynci_window_own(lorasynci_window *w, const lor
 /* Opens device memory for a GPU, which must be current. A failure says what stands in the way, not whose memory it
    is. */
 LORASYNCI_FN lorasync_status lorasynci_window_device(lorasynci_window *w, const lorasynci_gpu *g,
-                                                     const lorasynci_device_offer *offer, lorasync_error *err)
+                                                     const lorasynci_device_share *share, lorasync_error *err)
 {
     void       *p = NULL;
     cudaError_t e;
     LORASYNC_ASSERT(w->kind == LORASYNCI_WINDOW_CLOSED);
-    if (offer->process == lorasynci_process_self()) return lorasynci_window_own(w, g, offer, err);
-    e = cudaIpcOpenMemHandle(&p, *(const cudaIpcMemHandle_t *)(const void *)offer->handle,
+    if (share->process == lorasynci_process_self()) return lorasynci_window_own(w, g, share, err);
+    e = cudaIpcOpenMemHandle(&p, *(const cudaIpcMemHandle_t *)(const void *)share->handle,
                              cudaIpcMemLazyEnablePeerAccess);
     if (e != cudaSuccess) {
         (void)cudaGetLastError();
@@ -6391,15 +6391,15 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, c
 {
     return (void)pinned, (void)num_bytes, (void)out, (void)what, (void)err, LORASYNC_E_UNSUPPORTED;
 }
-LORASYNCI_FN lorasync_status lorasynci_gpu_describe(const lorasynci_gpu *g, char *memory, lorasynci_device_offer *out,
+LORASYNCI_FN lorasync_status lorasynci_gpu_describe(const lorasynci_gpu *g, char *memory, lorasynci_device_share *out,
                                                     lorasync_error *err)
 {
     return (void)g, (void)memory, (void)out, (void)err, LORASYNC_E_UNSUPPORTED;
 }
 LORASYNCI_FN lorasync_status lorasynci_window_device(lorasynci_window *w, const lorasynci_gpu *g,
-                                                     const lorasynci_device_offer *offer, lorasync_error *err)
+                                                     const lorasynci_device_share *share, lorasync_error *err)
 {
-    return (void)w, (void)g, (void)offer, (void)err, LORASYNC_E_UNSUPPORTED;
+    return (void)w, (void)g, (void)share, (void)err, LORASYNC_E_UNSUPPORTED;
 }
 
 #endif
@@ -6411,11 +6411,11 @@ enum {
 
 /* Device memory that others can open: of other processes, where there is IPC. */
 LORASYNCI_FN lorasync_status lorasynci_gpu_share(const lorasynci_gpu *g, size_t num_bytes, char **out,
-                                                 lorasynci_device_offer *offer, const char *what, lorasync_error *err)
+                                                 lorasynci_device_share *share, const char *what, lorasync_error *err)
 {
     if (num_bytes < LORASYNCI_OFFER_LEAST) num_bytes = LORASYNCI_OFFER_LEAST;
     LORASYNCI_TRY(lorasynci_gpu_alloc(0, num_bytes, out, what, err));
-    lorasynci_gpu_describe(g, *out, offer, NULL); /* else other processes will not open it, and another way is taken */
+    lorasynci_gpu_describe(g, *out, share, NULL); /* else other processes will not open it, and another way is taken */
     return LORASYNC_OK;
 }
 
@@ -7252,8 +7252,8 @@ LORASYNCI_FN lorasync_status lorasynci_nccl_join(lorasynci_nccl *n, const lorasy
 }
 
 /* Takes the caller's communicator, which may still be on its way. */
-LORASYNCI_FN lorasync_status lorasynci_nccl_borrow(lorasynci_nccl *n, const lorasync_nccl_desc *desc,
-                                                   uint64_t deadline_ns, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_nccl_take(lorasynci_nccl *n, const lorasync_nccl_desc *desc,
+                                                 uint64_t deadline_ns, lorasync_error *err)
 {
     int          device = n->device;
     ncclResult_t r;
@@ -7348,7 +7348,7 @@ LORASYNC_API lorasync_status lorasync_nccl_open(const lorasync_nccl_desc *desc, 
         free(n);
         return lorasynci_cuda_fail(err, e, "no usable GPU");
     }
-    status = desc->comm ? lorasynci_nccl_borrow(n, desc, deadline, err) : lorasynci_nccl_join(n, desc, deadline, err);
+    status = desc->comm ? lorasynci_nccl_take(n, desc, deadline, err) : lorasynci_nccl_join(n, desc, deadline, err);
     if (status == LORASYNC_OK) {
         status = lorasynci_nccl_allocate(n, err);
         if (status < 0) lorasynci_prefix(err, "NCCL scratch of %zu bytes, on the device and pinned", n->scratch_bytes);
@@ -9494,13 +9494,13 @@ LORASYNCI_FN int lorasynci_is_meshed(const lorasync_plan *plan)
    | to 64 */
 LORASYNCI_FN size_t lorasynci_mesh_entry_bytes(int world)
 {
-    return (sizeof(lorasynci_device_offer) + (size_t)world * sizeof(uint64_t) + 63) / 64 * 64;
+    return (sizeof(lorasynci_device_share) + (size_t)world * sizeof(uint64_t) + 63) / 64 * 64;
 }
 
 /* A rank's entry in the shared mapping of a mesh. */
-LORASYNCI_FN lorasynci_device_offer *lorasynci_mesh_entry(const lorasync_plan *plan, int rank)
+LORASYNCI_FN lorasynci_device_share *lorasynci_mesh_entry(const lorasync_plan *plan, int rank)
 {
-    return (lorasynci_device_offer *)(void *)(plan->shared.address +
+    return (lorasynci_device_share *)(void *)(plan->shared.address +
                                               (size_t)rank * lorasynci_mesh_entry_bytes(plan->talk->comm.world));
 }
 
@@ -10282,7 +10282,7 @@ typedef struct lorasynci_briefing {
     uint64_t               header_bytes;
     uint64_t               num_tensors; /* of the image */
     uint64_t               id;          /* of the plan, never 0 */
-    lorasynci_device_offer device;
+    lorasynci_device_share device;
     char                   name[64];
 } lorasynci_briefing;
 
@@ -10300,7 +10300,7 @@ LORASYNCI_FN void lorasynci_mapping_name(char out[64], uint64_t id)
 
 /* Makes what all ranks of a host will share and writes into the briefing how to open it; nothing is offered when it
    cannot be made: then the bytes travel as messages. */
-LORASYNCI_FN void lorasynci_offer_mapping(lorasync_plan *plan, lorasynci_briefing *briefing)
+LORASYNCI_FN void lorasynci_share_mapping(lorasync_plan *plan, lorasynci_briefing *briefing)
 {
     const lorasync_image *image = plan->image;
     const size_t          world = (size_t)plan->talk->comm.world;
@@ -11258,16 +11258,16 @@ LORASYNCI_FN int lorasynci_plan_await_holders(const lorasync_plan *plan)
 }
 
 /* Opens the image that the root has made; 1 if this rank can write to it. */
-LORASYNCI_FN int lorasynci_plan_open_image(lorasync_plan *plan, const lorasynci_device_offer *offer)
+LORASYNCI_FN int lorasynci_plan_open_image(lorasync_plan *plan, const lorasynci_device_share *share)
 {
     if (lorasynci_is_planner(plan)) return 1;
-    if (lorasynci_window_device(&plan->peer_image, plan->gpu, offer, NULL) < 0) return 0;
+    if (lorasynci_window_device(&plan->peer_image, plan->gpu, share, NULL) < 0) return 0;
     lorasynci_plan_hold(plan, 1);
     return 1;
 }
 
 /* Makes this rank's receive staging of a mesh, and says in its slot how to open it; 1 if that went well. */
-LORASYNCI_FN int lorasynci_plan_offer_staging(lorasync_plan *plan, size_t num_bytes)
+LORASYNCI_FN int lorasynci_plan_share_staging(lorasync_plan *plan, size_t num_bytes)
 {
     return !num_bytes ||
            lorasynci_gpu_share(plan->gpu, num_bytes, &plan->memory[LORASYNCI_RECEIVE],
@@ -11364,7 +11364,7 @@ LORASYNCI_FN void lorasynci_make_briefing(lorasynci_making *m)
     if (lorasynci_planner_check(&m->planner, &briefing->verdict) < 0) return;
     if (plan->kind == LORASYNC_GATHER_ALL) briefing->catalogue_bytes = m->planner.merged.bytes.size;
     if ((plan->image || (plan->gpu && plan->kind == LORASYNC_RESHARD)) && m->planner.world > 1 && !m->desc->no_direct)
-        lorasynci_offer_mapping(plan, briefing);
+        lorasynci_share_mapping(plan, briefing);
 }
 
 /* The planner's verdict to all; and the memory that the ranks share, if they can, whose name is gone afterwards. */
@@ -11505,7 +11505,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_mesh(lorasync_plan *plan, size_t buc
         lorasynci_place_link(&plan->receives[i], 1, 0, &staging);
         starts[i] = plan->receives[i].base;
     }
-    can    = can && staging <= bucket_bytes && lorasynci_plan_offer_staging(plan, staging);
+    can    = can && staging <= bucket_bytes && lorasynci_plan_share_staging(plan, staging);
     status = lorasynci_talk_vote_flag(plan->talk, mine, &can, err);
     if (status == LORASYNC_OK && can) {
         can    = lorasynci_plan_open_staging(plan);
@@ -11585,7 +11585,7 @@ LORASYNCI_FN void lorasynci_plan_count(lorasync_plan *plan, size_t num_parts)
 
 /* -- a new plan */
 
-/* The plan itself, empty. talk: see lorasynci_plan_create. */
+/* The plan itself, empty. talk: see lorasynci_make_plan. */
 LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, lorasynci_talk *talk,
                                                const lorasync_allocator *a)
 {
@@ -11659,8 +11659,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_start(const lorasync_plan_desc *desc
 
 /* talk: that of the session or stream that the plan belongs to, made over desc->comm, and valid as long as the plan;
    NULL: its own. lent: the plan comes without staging and payload. */
-LORASYNCI_FN lorasync_status lorasynci_plan_create(const lorasync_plan_desc *desc, lorasynci_talk *talk, int lent,
-                                                   lorasync_plan **out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_make_plan(const lorasync_plan_desc *desc, lorasynci_talk *talk, int lent,
+                                                 lorasync_plan **out, lorasync_error *err)
 {
     lorasynci_making m;
     lorasync_error   why;
@@ -11702,7 +11702,7 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
     if (out) *out = NULL;
     LORASYNCI_GIVEN(desc);
     if (lorasynci_take_desc(&own, sizeof own, desc, __func__, &mine) == LORASYNC_OK)
-        return lorasynci_plan_create(&own, NULL, 0, out, err);
+        return lorasynci_make_plan(&own, NULL, 0, out, err);
     if (lorasynci_comm_ok(own.comm)) return lorasynci_plan_refuse(&own, NULL, &mine, err);
     *err = mine; /* nobody to tell */
     return err->status;
@@ -12055,12 +12055,12 @@ LORASYNCI_FN void lorasynci_convert_row(const lorasynci_op *op, const lorasynci_
         src = block;
     }
     if (via) {
-        lorasynci_convert(block + LORASYNCI_BLOCK, via, src, from, (size_t)num, scale);
+        lorasynci_convert_scaled(block + LORASYNCI_BLOCK, via, src, from, (size_t)num, scale);
         src   = block + LORASYNCI_BLOCK;
         from  = via;
         scale = 1;
     }
-    lorasynci_convert(into, to, src, from, (size_t)num, scale);
+    lorasynci_convert_scaled(into, to, src, from, (size_t)num, scale);
     if (into != dst) lorasynci_gather_row(dst, into, num, 1, g->d1, lorasynci_element_bytes(to));
 }
 
@@ -12141,7 +12141,7 @@ LORASYNCI_FN lorasync_status lorasynci_pack(lorasync_plan *plan, lorasync_error 
 }
 
 /* The digest of the image from those of its tensors. */
-LORASYNCI_FN void lorasynci_digest_image(lorasync_plan *plan)
+LORASYNCI_FN void lorasynci_stamp_digest(lorasync_plan *plan)
 {
     LORASYNC_ASSERT(plan->terms && plan->tensor_digests);
     plan->image->digest     = lorasynci_digest_terms(plan->terms, plan->tensor_digests, plan->image->num_tensors);
@@ -12154,7 +12154,7 @@ LORASYNCI_FN void lorasynci_digest_own(lorasync_plan *plan)
     size_t i;
     if (!plan->image || !plan->has_image) return;
     for (i = 0; i < plan->catalogue.num; i++) plan->tensor_digests[plan->index[i]] += plan->sums[i];
-    lorasynci_digest_image(plan);
+    lorasynci_stamp_digest(plan);
 }
 
 /* Memory of both ways on the host: staging, and the image of a gather, which lies in `shared` when it is direct. */
@@ -12326,7 +12326,7 @@ LORASYNCI_FN void lorasynci_digest_shared(lorasync_plan *plan)
         const uint64_t *shared = lorasynci_sums_of(plan, rank);
         for (i = 0; i < plan->image->num_tensors; i++) plan->tensor_digests[i] += shared[i];
     }
-    lorasynci_digest_image(plan);
+    lorasynci_stamp_digest(plan);
 }
 
 /* This rank has begun, or waits, so it has done with the image of the run before. Doing it twice does no harm. */
@@ -16577,23 +16577,23 @@ typedef struct lorasynci_shm_place {
 } lorasynci_shm_place;
 
 /* A session that publishes an adapter here: two would gather into one slot. */
-typedef struct lorasynci_shm_lease {
+typedef struct lorasynci_shm_session {
     const void *session; /* NULL: nobody's */
     const char *adapter; /* the session's text */
-} lorasynci_shm_lease;
+} lorasynci_shm_session;
 
 typedef struct lorasynci_shm {
-    lorasync_allocator  a;
-    int                 num_users; /* atomic. Sessions that it is attached to: each closes it */
-    lorasynci_shm_lease leases[LORASYNCI_SHM_ADAPTERS];
-    lorasynci_shm_map   map;
-    char                name[104];
-    uint64_t            mine; /* as it stands in the control */
-    int                 num_slots;
-    lorasynci_shm_place places[LORASYNCI_SHM_ADAPTERS];
-    uint64_t            used[LORASYNCI_SHM_PINS]; /* a bit per slot, by lorasynci_shm_look */
-    uint64_t            lent[LORASYNCI_SHM_PINS]; /* slots whose device memory ranks of a session have open */
-    uint64_t            kept[LORASYNCI_SHM_PINS]; /* the same, of ranks that were left behind: for ever */
+    lorasync_allocator    a;
+    int                   num_users; /* atomic. Sessions that it is attached to: each closes it */
+    lorasynci_shm_session sessions[LORASYNCI_SHM_ADAPTERS];
+    lorasynci_shm_map     map;
+    char                  name[104];
+    uint64_t              mine; /* as it stands in the control */
+    int                   num_slots;
+    lorasynci_shm_place   places[LORASYNCI_SHM_ADAPTERS];
+    uint64_t              used[LORASYNCI_SHM_PINS]; /* a bit per slot, by lorasynci_shm_look */
+    uint64_t              lent[LORASYNCI_SHM_PINS]; /* slots whose device memory ranks of a session have open */
+    uint64_t              kept[LORASYNCI_SHM_PINS]; /* the same, of ranks that were left behind: for ever */
     void  *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
     size_t sizes[LORASYNCI_SHM_SLOTS];
     lorasynci_gpu *device;        /* NULL: payloads in the segments */
@@ -16678,8 +16678,8 @@ LORASYNCI_FN void lorasynci_shm_drop_slot(lorasynci_shm *s, int slot)
 }
 
 /* Maps an open slot. */
-LORASYNCI_FN lorasync_status lorasynci_shm_enter_slot(lorasynci_shm *s, int slot, int fd, const char *path,
-                                                      lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(lorasynci_shm *s, int slot, int fd, const char *path,
+                                                    lorasync_error *err)
 {
     lorasynci_shm_segment *g      = &s->map.control->slots[slot];
     int                    failed = lorasynci_shm_reserve(fd, (size_t)g->num_bytes);
@@ -16705,7 +16705,7 @@ LORASYNCI_FN int lorasynci_shm_have_slot(lorasynci_shm *s, int slot)
     lorasynci_shm_path(path, s->name, g->serial);
     if (g->num_bytes < LORASYNCI_SHM_HEAD || g->num_bytes > SIZE_MAX) return 0;
     if (lorasynci_shm_open_segment(path, O_RDWR, &fd, &st, NULL) < 0) return 0;
-    if ((uintmax_t)st.st_size == g->num_bytes) lorasynci_shm_enter_slot(s, slot, fd, path, NULL);
+    if ((uintmax_t)st.st_size == g->num_bytes) lorasynci_shm_map_slot(s, slot, fd, path, NULL);
     close(fd);
     return s->memory[slot] != NULL;
 }
@@ -16738,7 +16738,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot,
     lorasynci_shm_path(path, s->name, g->serial);
     status = lorasynci_shm_open_segment(path, O_RDWR | O_CREAT | O_EXCL, &fd, &st, err);
     if (status >= 0) {
-        status = lorasynci_shm_enter_slot(s, slot, fd, path, err);
+        status = lorasynci_shm_map_slot(s, slot, fd, path, err);
         close(fd);
     }
     if (status >= 0 && s->device) status = lorasynci_shm_make_payload(s, slot, err);
@@ -16853,7 +16853,8 @@ LORASYNCI_FN int lorasynci_shm_find(const lorasynci_shm *s, const char *adapter)
 }
 
 /* The same, and enters a new name. Engines do not look at it before its first commit. */
-LORASYNCI_FN lorasync_status lorasynci_shm_enter(lorasynci_shm *s, const char *adapter, int *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_find_or_add(lorasynci_shm *s, const char *adapter, int *out,
+                                                       lorasync_error *err)
 {
     int i;
     LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
@@ -16927,20 +16928,20 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
 LORASYNCI_FN lorasync_status lorasynci_shm_allocate(lorasynci_shm *s, int slot, size_t num_bytes, lorasync_error *err)
 {
     lorasynci_shm_memory  *m = &lorasynci_shm_head_of(s, slot)->memory;
-    lorasynci_device_offer offer;
+    lorasynci_device_share share;
     lorasync_status        status;
     LORASYNC_ASSERT(!s->payloads[slot]);
     LORASYNCI_TRY(lorasynci_gpu_alloc(0, num_bytes, &s->payloads[slot], "memory for a slot", err));
-    status = lorasynci_gpu_describe(s->device, s->payloads[slot], &offer, err);
+    status = lorasynci_gpu_describe(s->device, s->payloads[slot], &share, err);
     if (status < 0) {
         lorasynci_prefix(err, "publish in host memory");
         return status;
     }
-    memcpy(m->handle, offer.handle, sizeof m->handle);
+    memcpy(m->handle, share.handle, sizeof m->handle);
     memcpy(m->gpu, s->device->pci, sizeof m->gpu);
     m->owner     = s->mine;
-    m->pointer   = offer.pointer;
-    m->ordinal   = offer.ordinal;
+    m->pointer   = share.pointer;
+    m->ordinal   = share.ordinal;
     m->num_bytes = num_bytes;
     return LORASYNC_OK;
 }
@@ -17054,7 +17055,7 @@ LORASYNCI_FN int lorasynci_shm_retire(lorasynci_shm *s, int slot)
 }
 
 /* 1 if the slot holds this very version, but in device memory that nobody can open any more. */
-LORASYNCI_FN int lorasynci_shm_is_lost(const lorasynci_shm *s, int slot, const lorasync_image *image)
+LORASYNCI_FN int lorasynci_shm_is_gone(const lorasynci_shm *s, int slot, const lorasync_image *image)
 {
     const lorasynci_shm_head *h = lorasynci_shm_head_of(s, slot);
     if (!h->memory.num_bytes || h->version != image->version || !lorasynci_shm_same(s, slot, image)) return 0;
@@ -17138,10 +17139,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     int            adapter = -1, served, copies;
     LORASYNCI_TRY(lorasynci_shm_check_image(s, image, err));
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
-    LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &adapter, err));
+    LORASYNCI_TRY(lorasynci_shm_find_or_add(s, image->adapter, &adapter, err));
     lorasynci_shm_unstage(&s->places[adapter]);
     LORASYNCI_TRY(lorasynci_shm_find_served(s, adapter, &served, err));
-    if (served >= 0 && !lorasynci_shm_is_lost(s, served, image)) {
+    if (served >= 0 && !lorasynci_shm_is_gone(s, served, image)) {
         const lorasync_status next = lorasynci_shm_check_next(s, served, image, err);
         if (next != LORASYNC_OK) return next < 0 ? next : LORASYNC_OK;
     }
@@ -17245,7 +17246,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_lend(void *user, const lorasync_loan_
         need = lorasynci_shm_need(bytes, image->config_json ? strlen(image->config_json) + 1 : 1);
     if (!need) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%zu bytes do not fit in memory", image->payload_bytes);
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
-    LORASYNCI_TRY(lorasynci_shm_enter(s, image->adapter, &i, err));
+    LORASYNCI_TRY(lorasynci_shm_find_or_add(s, image->adapter, &i, err));
     lorasynci_shm_note_open(s, i, want->open_ids, want->num_open);
     s->payload_bytes = image->payload_bytes;
     LORASYNCI_TRY(lorasynci_shm_pick(s, i, need, err));
@@ -17257,12 +17258,12 @@ LORASYNCI_FN lorasync_status lorasynci_shm_lend(void *user, const lorasync_loan_
 /* -- the sessions that it is attached to */
 
 /* The lease of an adapter, or a free one; NULL when all are taken. */
-LORASYNCI_FN lorasynci_shm_lease *lorasynci_shm_lease_of(lorasynci_shm *s, const char *adapter)
+LORASYNCI_FN lorasynci_shm_session *lorasynci_shm_session_of(lorasynci_shm *s, const char *adapter)
 {
-    lorasynci_shm_lease *empty = NULL;
-    int                  i;
+    lorasynci_shm_session *empty = NULL;
+    int                    i;
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
-        lorasynci_shm_lease *c = &s->leases[i];
+        lorasynci_shm_session *c = &s->sessions[i];
         if (c->session && strcmp(c->adapter, adapter) == 0) return c;
         if (!c->session && !empty) empty = c;
     }
@@ -17273,8 +17274,8 @@ LORASYNCI_FN lorasynci_shm_lease *lorasynci_shm_lease_of(lorasynci_shm *s, const
 LORASYNCI_FN lorasync_status lorasynci_shm_admit(void *user, const void *session, const char *adapter,
                                                  lorasync_error *err)
 {
-    lorasynci_shm       *s = (lorasynci_shm *)user;
-    lorasynci_shm_lease *c = adapter ? lorasynci_shm_lease_of(s, adapter) : NULL;
+    lorasynci_shm         *s = (lorasynci_shm *)user;
+    lorasynci_shm_session *c = adapter ? lorasynci_shm_session_of(s, adapter) : NULL;
     if (adapter && !c) {
         return lorasynci_fail(err, LORASYNC_E_BUSY,
                               "shared memory '%s' is attached to %d sessions already; use another name", s->name,
@@ -17326,8 +17327,8 @@ LORASYNCI_FN void lorasynci_shm_take_back(lorasynci_shm *s, const char *adapter,
 /* A session closes. */
 LORASYNCI_FN void lorasynci_shm_dismiss(void *user, const void *session, const char *adapter, int left_behind)
 {
-    lorasynci_shm       *s = (lorasynci_shm *)user;
-    lorasynci_shm_lease *c = adapter ? lorasynci_shm_lease_of(s, adapter) : NULL;
+    lorasynci_shm         *s = (lorasynci_shm *)user;
+    lorasynci_shm_session *c = adapter ? lorasynci_shm_session_of(s, adapter) : NULL;
     if (!c || c->session != session) return;
     if (lorasynci_shm_check_mine(s, NULL) == LORASYNC_OK) lorasynci_shm_take_back(s, adapter, left_behind);
     c->session = NULL;
@@ -17438,7 +17439,7 @@ LORASYNCI_FN void lorasynci_shm_view_drop(lorasynci_shm_view *v)
 }
 
 /* Takes a reader's place and clears what the reader before has left there. */
-LORASYNCI_FN lorasync_status lorasynci_shm_view_enter(lorasynci_shm_view *v, const char *name, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_view_claim(lorasynci_shm_view *v, const char *name, lorasync_error *err)
 {
     uint64_t self = lorasynci_process_self();
     int      i, k;
@@ -17472,7 +17473,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_open(const char *name, const lor
     v->a         = *a;
     v->map       = map;
     v->num_users = 1;
-    status       = lorasynci_shm_view_enter(v, name, err);
+    status       = lorasynci_shm_view_claim(v, name, err);
     if (status < 0) lorasynci_shm_view_drop(v);
     else *out = v;
     return status;
@@ -17674,14 +17675,14 @@ LORASYNCI_FN void lorasynci_imports_sweep(const lorasynci_gpu *g, lorasynci_impo
 /* Opens the memory, which is marked as opened already. The device is current. */
 LORASYNCI_FN lorasync_status lorasynci_import_map(const lorasynci_gpu *g, lorasynci_import *m, lorasync_error *err)
 {
-    lorasynci_device_offer offer;
+    lorasynci_device_share share;
     lorasync_status        status;
-    memset(&offer, 0, sizeof offer);
-    offer.process = m->memory.owner & ~lorasynci_shm_locked;
-    offer.pointer = m->memory.pointer;
-    offer.ordinal = (int32_t)m->memory.ordinal;
-    memcpy(offer.handle, m->memory.handle, sizeof offer.handle);
-    status = lorasynci_window_device(&m->window, g, &offer, err);
+    memset(&share, 0, sizeof share);
+    share.process = m->memory.owner & ~lorasynci_shm_locked;
+    share.pointer = m->memory.pointer;
+    share.ordinal = (int32_t)m->memory.ordinal;
+    memcpy(share.handle, m->memory.handle, sizeof share.handle);
+    status = lorasynci_window_device(&m->window, g, &share, err);
     if (status < 0)
         lorasynci_prefix(err,
                          "the payload is in device memory of process %ld on GPU %.23s; publish in host memory, or:",
@@ -18210,30 +18211,30 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
 
        engine.first -> served -> served -> NULL        grows at the head only, freed at close: any thread may walk it
                        | current = 2
-                       | slots   [ v5 1 pin | v6 | v7 | empty ... ]
+                       | versions  [ v5 1 pin | v6 | v7 | empty ... ]     places 0, 1, ..
 
-   A reader:  i = current;  pins[i] += 1;  if current is still i, slot i is pinned;  else pins[i] -= 1 and again.
-   The poll:  fill an empty slot j;  current = j;  then empty every slot i != current with pins[i] == 0.
+   A reader:  i = current;  pins[i] += 1;  if current is still i, place i is pinned;  else pins[i] -= 1 and again.
+   The poll:  fill an empty place j;  current = j;  then empty every place i != current with pins[i] == 0.
 
    Why it is right: all of these are sequentially consistent. If the reader still sees current == i after its pin, then
    a poll that moves current away from i does so later, and looks at pins[i] later still: it sees the pin and leaves the
-   slot. If the poll looked at pins[i] before the pin, then it had moved current before, and the reader sees that and
-   takes its pin back without having touched the slot. If slot i was emptied, filled again and made current in between,
-   the reader pins that newer version, whole: it was filled before it became current. */
+   place. If the poll looked at pins[i] before the pin, then it had moved current before, and the reader sees that and
+   takes its pin back without having touched the place. If place i was emptied, filled again and made current in
+   between, the reader pins that newer version, whole: it was filled before it became current. */
 #define LORASYNCI_VERSIONS 8
 
-typedef struct lorasynci_slot {
-    lorasync_adapter seen; /* what readers get; first, so that its address is the slot's */
+typedef struct lorasynci_version {
+    lorasync_adapter seen; /* what readers get; first, so that its address is this struct's */
     int              pins; /* atomic */
     lorasynci_opened held; /* image NULL: empty. The poll's alone */
-} lorasynci_slot;
+} lorasynci_version;
 
 typedef struct lorasynci_served {
     struct lorasynci_served *next;
     char                    *name;
     uint64_t                 mark;    /* the source's, of what is served; 0: none */
-    int                      current; /* slot; -1 while nothing is served. Atomic, written by the poll alone */
-    lorasynci_slot           slots[LORASYNCI_VERSIONS];
+    int                      current; /* place; -1 while nothing is served. Atomic, written by the poll alone */
+    lorasynci_version        versions[LORASYNCI_VERSIONS];
 } lorasynci_served;
 
 /* -- digests of payloads in device memory
@@ -18505,13 +18506,13 @@ LORASYNCI_FN lorasynci_served *lorasynci_find_served(lorasync_engine *e, const c
 LORASYNCI_FN void lorasynci_served_free(lorasync_engine *e, lorasynci_served *s)
 {
     size_t i;
-    for (i = 0; i < LORASYNCI_VERSIONS; i++) lorasynci_opened_free(&s->slots[i].held);
+    for (i = 0; i < LORASYNCI_VERSIONS; i++) lorasynci_opened_free(&s->versions[i].held);
     lorasynci_dealloc(&e->a, s->name);
     lorasynci_dealloc(&e->a, s);
 }
 
 /* The adapter of that name; a new one serves nothing yet. NULL when there is no memory. */
-LORASYNCI_FN lorasynci_served *lorasynci_enter_served(lorasync_engine *e, const char *name)
+LORASYNCI_FN lorasynci_served *lorasynci_served_of(lorasync_engine *e, const char *name)
 {
     lorasynci_served *s = lorasynci_find_served(e, name);
     if (s) return s;
@@ -18528,40 +18529,41 @@ LORASYNCI_FN lorasynci_served *lorasynci_enter_served(lorasync_engine *e, const 
     return s;
 }
 
-/* Empties the slots that nobody can see any more and returns an empty one, or NULL. */
-LORASYNCI_FN lorasynci_slot *lorasynci_empty_slot(lorasynci_served *s)
+/* Empties the versions that nobody can see any more and returns an empty one, or NULL. */
+LORASYNCI_FN lorasynci_version *lorasynci_empty_version(lorasynci_served *s)
 {
-    lorasynci_slot *empty   = NULL;
-    int             current = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST), i;
+    lorasynci_version *empty   = NULL;
+    int                current = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST), i;
     for (i = 0; i < LORASYNCI_VERSIONS; i++) {
-        lorasynci_slot *slot = &s->slots[i];
+        lorasynci_version *place = &s->versions[i];
         if (i == current) continue;
-        if (slot->held.image && __atomic_load_n(&slot->pins, __ATOMIC_SEQ_CST) == 0) lorasynci_opened_free(&slot->held);
-        if (!slot->held.image) empty = slot;
+        if (place->held.image && __atomic_load_n(&place->pins, __ATOMIC_SEQ_CST) == 0)
+            lorasynci_opened_free(&place->held);
+        if (!place->held.image) empty = place;
     }
     return empty;
 }
 
 /* The version that is served, or NULL. */
-LORASYNCI_FN lorasynci_slot *lorasynci_now_served(lorasynci_served *s)
+LORASYNCI_FN lorasynci_version *lorasynci_now_served(lorasynci_served *s)
 {
     LORASYNC_ASSERT(s->current < LORASYNCI_VERSIONS);
-    return s->current >= 0 ? &s->slots[s->current] : NULL;
+    return s->current >= 0 ? &s->versions[s->current] : NULL;
 }
 
 /* Makes an opened version the served one. */
-LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_slot *slot, uint64_t version,
+LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_version *place, uint64_t version,
                                   const lorasynci_opened *opened)
 {
-    LORASYNC_ASSERT(!slot->held.image && slot != lorasynci_now_served(s));
+    LORASYNC_ASSERT(!place->held.image && place != lorasynci_now_served(s));
     LORASYNC_ASSERT(opened->image);
-    slot->held         = *opened;
-    slot->seen.name    = s->name;
-    slot->seen.version = version;
-    slot->seen.image   = opened->image;
-    slot->seen.config  = opened->config;
-    __atomic_store_n(&s->current, (int)(slot - s->slots), __ATOMIC_SEQ_CST);
-    lorasynci_empty_slot(s);
+    place->held         = *opened;
+    place->seen.name    = s->name;
+    place->seen.version = version;
+    place->seen.image   = opened->image;
+    place->seen.config  = opened->config;
+    __atomic_store_n(&s->current, (int)(place - s->versions), __ATOMIC_SEQ_CST);
+    lorasynci_empty_version(s);
 }
 
 /* -- the directory as a source
@@ -18820,7 +18822,7 @@ typedef struct lorasynci_arrival {
     lorasynci_opened         opened;  /* without release until it is served */
     lorasynci_checker       *checker; /* with a digest under way on the GPU, or NULL */
     lorasynci_served        *served;
-    lorasynci_slot          *now; /* what is served, or NULL */
+    lorasynci_version       *now; /* what is served, or NULL */
     uint64_t                 version;
     char                     where[300];
 } lorasynci_arrival;
@@ -18917,7 +18919,7 @@ LORASYNCI_FN lorasync_status lorasynci_place_arrival(lorasynci_arrival *r, const
     if (e->adapter && strcmp(e->adapter, adapter) != 0)
         return lorasynci_fail(err, LORASYNC_E_NAME, "'%.100s' is offered, and this engine serves '%.100s' only",
                               adapter, e->adapter);
-    r->served = lorasynci_enter_served(e, adapter);
+    r->served = lorasynci_served_of(e, adapter);
     if (!r->served) return lorasynci_fail_memory(err, sizeof *r->served);
     r->now = lorasynci_now_served(r->served);
     return LORASYNC_OK;
@@ -18993,7 +18995,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_arrival(lorasynci_arrival *r, int i
 /* -- serving an arrival */
 
 /* What a version is to the one that is served: see lorasynci_check_next. */
-LORASYNCI_FN lorasync_status lorasynci_follow(const char *where, const lorasynci_slot *now, uint64_t version,
+LORASYNCI_FN lorasync_status lorasynci_follow(const char *where, const lorasynci_version *now, uint64_t version,
                                               int same_bytes, lorasync_error *err)
 {
     const unsigned long long served = now ? (unsigned long long)now->seen.version : 0;
@@ -19028,16 +19030,16 @@ LORASYNCI_FN lorasync_status lorasynci_fail_held(lorasync_error *err, const char
 LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char *adapter, int *out_kept,
                                                lorasync_error *err)
 {
-    lorasynci_slot *slot;
-    int             is_delta;
+    lorasynci_version *place;
+    int                is_delta;
     LORASYNCI_TRY(lorasynci_prefixed(lorasynci_read_delivery(r, err), r->where, err));
     LORASYNCI_TRY(lorasynci_place_arrival(r, adapter, err));
     if (r->now && r->version < r->now->seen.version) return lorasynci_follow(r->where, r->now, r->version, 0, err);
     if (lorasynci_is_applied(r)) return LORASYNC_NOTHING_NEW;
-    slot = lorasynci_empty_slot(r->served);
-    if (!slot && !(r->now && r->version == r->now->seen.version))
+    place = lorasynci_empty_version(r->served);
+    if (!place && !(r->now && r->version == r->now->seen.version))
         return lorasynci_fail_held(err, r->served->name, r->version);
-    LORASYNC_ASSERT(slot || (r->now && r->version == r->now->seen.version));
+    LORASYNC_ASSERT(place || (r->now && r->version == r->now->seen.version));
     is_delta = r->opened.image->delta != NULL;
     if (is_delta) LORASYNCI_TRY(lorasynci_prefixed(lorasynci_apply_arrival(r, err), r->where, err));
     LORASYNCI_TRY(lorasynci_check_arrival(r, is_delta, err));
@@ -19047,10 +19049,10 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
         if (status == LORASYNC_NOTHING_NEW) r->served->mark = r->d->mark;
         return status;
     }
-    LORASYNC_ASSERT(slot && !slot->held.image && (!r->now || r->version > r->now->seen.version));
+    LORASYNC_ASSERT(place && !place->held.image && (!r->now || r->version > r->now->seen.version));
     if (!is_delta) r->opened.release = r->d->release, r->opened.user = r->d->user;
     *out_kept = !is_delta;
-    lorasynci_serve(r->served, slot, r->version, &r->opened);
+    lorasynci_serve(r->served, place, r->version, &r->opened);
     r->served->mark = r->d->mark;
     memset(&r->opened, 0, sizeof r->opened);
     return LORASYNC_OK;
@@ -19120,7 +19122,7 @@ LORASYNCI_FN lorasync_status lorasynci_source_open(lorasync_engine *e, const lor
 }
 
 /* 1 if what a source finds is what is served. */
-LORASYNCI_FN int lorasynci_is_known(const lorasynci_served *s, const lorasynci_slot *now,
+LORASYNCI_FN int lorasynci_is_known(const lorasynci_served *s, const lorasynci_version *now,
                                     const lorasync_published *what)
 {
     if (!now || (what->version && what->version != now->seen.version)) return 0;
@@ -19146,19 +19148,19 @@ LORASYNCI_FN lorasync_status lorasynci_fetch(lorasync_engine *e, const lorasync_
 LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lorasync_published *what,
                                                     lorasync_error *err)
 {
-    lorasynci_served *s;
-    lorasynci_slot   *now;
-    lorasync_status   status;
-    char              where[300];
+    lorasynci_served  *s;
+    lorasynci_version *now;
+    lorasync_status    status;
+    char               where[300];
     LORASYNCI_TRY(lorasynci_check_adapter_name(what->adapter, err));
-    s = lorasynci_enter_served(e, what->adapter);
+    s = lorasynci_served_of(e, what->adapter);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     now = lorasynci_now_served(s);
     if (lorasynci_is_known(s, now, what)) return LORASYNC_NOTHING_NEW;
     snprintf(where, sizeof where, "'%.60s' in %.160s", what->adapter, e->source.name);
     if (now && what->version && what->version < now->seen.version)
         return lorasynci_follow(where, now, what->version, 0, err);
-    if (!lorasynci_empty_slot(s) && !(now && what->version == now->seen.version))
+    if (!lorasynci_empty_version(s) && !(now && what->version == now->seen.version))
         return lorasynci_fail_held(err, what->adapter, what->version);
     status = lorasynci_fetch(e, what, e->source.sends_deltas && now ? now->held.image : NULL, err);
     if (status < 0 && e->source.sends_deltas && now) status = lorasynci_fetch(e, what, NULL, err);
@@ -19177,7 +19179,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_er
     lorasynci_served  *s;
     size_t             i;
     int                done;
-    for (s = e->first; s; s = s->next) lorasynci_empty_slot(s);
+    for (s = e->first; s; s = s->next) lorasynci_empty_version(s);
     for (i = 0, done = 0; !done; i++) {
         memset(&what, 0, sizeof what);
         memset(&why, 0, sizeof why);
@@ -19234,10 +19236,10 @@ LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, c
     int               i;
     if (!s) return NULL;
     while ((i = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST)) >= 0) {
-        lorasynci_slot *slot = &s->slots[i];
-        __atomic_fetch_add(&slot->pins, 1, __ATOMIC_SEQ_CST);
-        if (__atomic_load_n(&s->current, __ATOMIC_SEQ_CST) == i) return &slot->seen;
-        __atomic_fetch_sub(&slot->pins, 1, __ATOMIC_SEQ_CST);
+        lorasynci_version *place = &s->versions[i];
+        __atomic_fetch_add(&place->pins, 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&s->current, __ATOMIC_SEQ_CST) == i) return &place->seen;
+        __atomic_fetch_sub(&place->pins, 1, __ATOMIC_SEQ_CST);
     }
     return NULL;
 }
@@ -19250,8 +19252,8 @@ LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapte
 LORASYNC_API void lorasync_release(const lorasync_adapter *adapter)
 {
     /* the pin count is the engine's, though the reader's view is const */
-    lorasynci_slot *slot = (lorasynci_slot *)(uintptr_t)adapter;
-    if (slot) __atomic_fetch_sub(&slot->pins, 1, __ATOMIC_SEQ_CST);
+    lorasynci_version *place = (lorasynci_version *)(uintptr_t)adapter;
+    if (place) __atomic_fetch_sub(&place->pins, 1, __ATOMIC_SEQ_CST);
 }
 
 /* -- opening and closing */
@@ -20254,7 +20256,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasyn
     lorasync_status    status;
     d.have     = LORASYNCI_AT(lorasync_piece, s->host.pieces, 0);
     d.num_have = lorasynci_num_taken(s);
-    status     = lorasynci_plan_create(&d, &s->host.talk, 0, &s->plan, err);
+    status     = lorasynci_make_plan(&d, &s->host.talk, 0, &s->plan, err);
     if (status == LORASYNC_E_EMPTY)
         return lorasynci_fail(
             err, status,
@@ -20314,7 +20316,7 @@ typedef struct lorasynci_lent {
 typedef struct lorasynci_notice {
     lorasync_error    verdict;
     lorasynci_outcome outcome;
-    lorasynci_lent    target;      /* where the next run makes its image */
+    lorasynci_lent    lent;        /* where the next run makes its image */
     char              engines[80]; /* the transports' names, for errors on the other ranks */
 } lorasynci_notice;
 
@@ -20425,7 +20427,7 @@ LORASYNCI_FN int lorasynci_session_ask_one(lorasync_session *s, int lender, cons
 }
 
 /* On the root: borrows memory for the next version from the first transport that lends. */
-LORASYNCI_FN void lorasynci_session_borrow(lorasync_session *s)
+LORASYNCI_FN void lorasynci_session_ask_all(lorasync_session *s)
 {
     lorasync_loan_request want;
     uint64_t              ids[LORASYNCI_AIMS];
@@ -20449,7 +20451,7 @@ LORASYNCI_FN void lorasynci_session_borrow(lorasync_session *s)
 LORASYNCI_FN void lorasynci_session_ask(lorasync_session *s, lorasynci_lent *out)
 {
     if (!s->plan->has_image || !s->aim.own || s->aim.blind || s->aim.spent) return;
-    if (!s->aim.loan.payload) lorasynci_session_borrow(s);
+    if (!s->aim.loan.payload) lorasynci_session_ask_all(s);
     out->loan          = s->aim.loan;
     out->process       = lorasynci_process_self();
     out->payload_bytes = s->plan->image->payload_bytes;
@@ -20476,15 +20478,15 @@ LORASYNCI_FN lorasynci_aimed *lorasynci_session_entry(lorasync_session *s, const
 /* Device memory, over CUDA IPC or, in the root's process, by its address. 0 when it cannot be had. */
 LORASYNCI_FN int lorasynci_aimed_open_device(const lorasynci_gpu *g, const lorasynci_lent *t, lorasynci_aimed *entry)
 {
-    lorasynci_device_offer offer;
+    lorasynci_device_share share;
     lorasync_status        status;
     int                    old = lorasynci_gpu_enter(lorasynci_gpu_ordinal(g));
-    memset(&offer, 0, sizeof offer);
-    offer.process = t->process;
-    offer.pointer = (uint64_t)(uintptr_t)t->loan.payload;
-    offer.ordinal = t->ordinal;
-    memcpy(offer.handle, t->loan.ipc_handle, sizeof offer.handle);
-    status = lorasynci_window_device(&entry->window, g, &offer, NULL);
+    memset(&share, 0, sizeof share);
+    share.process = t->process;
+    share.pointer = (uint64_t)(uintptr_t)t->loan.payload;
+    share.ordinal = t->ordinal;
+    memcpy(share.handle, t->loan.ipc_handle, sizeof share.handle);
+    status = lorasynci_window_device(&entry->window, g, &share, NULL);
     lorasynci_gpu_leave(lorasynci_gpu_ordinal(g), old);
     if (status < 0) return 0;
     entry->payload = entry->window.address;
@@ -20581,10 +20583,9 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
         session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
     lorasynci_session_aim_home(session);
     lorasynci_session_list_engines(session);
-    if (lorasynci_session_config(session, &notice.verdict) == LORASYNC_OK)
-        lorasynci_session_ask(session, &notice.target);
+    if (lorasynci_session_config(session, &notice.verdict) == LORASYNC_OK) lorasynci_session_ask(session, &notice.lent);
     status = lorasynci_session_share(session, &notice, 0, err);
-    if (status == LORASYNC_OK) lorasynci_session_aim(session, &notice.target);
+    if (status == LORASYNC_OK) lorasynci_session_aim(session, &notice.lent);
     else lorasynci_session_undo(session);
     return status;
 }
@@ -20712,9 +20713,9 @@ LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_r
     memset(&n, 0, sizeof n);
     lorasynci_session_aim_home(session); /* what was lent may be served from here on, whatever comes of the rest */
     if (lorasynci_session_publish(session, &n.outcome, &n.verdict) == LORASYNC_OK)
-        lorasynci_session_ask(session, &n.target);
+        lorasynci_session_ask(session, &n.lent);
     LORASYNCI_TRY(lorasynci_session_share(session, &n, 1, err));
-    lorasynci_session_aim(session, &n.target);
+    lorasynci_session_aim(session, &n.lent);
     if (!n.outcome.skipped) session->host.last_version = session->version;
     session->last_digest = n.outcome.digest;
     session->published   = 1;
@@ -20753,9 +20754,9 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
     if (status < 0) return lorasynci_talk_lose(&session->host.talk, status, err);
     lorasynci_session_aim_home(session);
     lorasynci_session_republish(session, &n.outcome, &n.verdict);
-    if (n.verdict.status == LORASYNC_OK) lorasynci_session_ask(session, &n.target);
+    if (n.verdict.status == LORASYNC_OK) lorasynci_session_ask(session, &n.lent);
     LORASYNCI_TRY(lorasynci_session_share(session, &n, 1, err));
-    lorasynci_session_aim(session, &n.target);
+    lorasynci_session_aim(session, &n.lent);
     return n.outcome.num_behind ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
 }
 
@@ -20788,7 +20789,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, cons
     d.want       = LORASYNCI_AT(lorasync_piece, s->host.pieces, 0);
     d.num_want   = lorasynci_num_taken(s);
     d.image      = image;
-    LORASYNCI_TRY(lorasynci_plan_create(&d, &s->host.talk, 0, &plan, err));
+    LORASYNCI_TRY(lorasynci_make_plan(&d, &s->host.talk, 0, &plan, err));
     lorasync_plan_begin(plan, NULL);
     status = lorasync_plan_wait(plan, err);
     if (status < 0) lorasynci_prefix(err, "parameters may be partly written; load again before training on");
@@ -21102,7 +21103,7 @@ struct lorasync_stream {
     lorasync_stream_desc  desc;  /* comm, allocator, name, config_json and cuda: see host */
     lorasync_plan       **plans; /* num_buckets; NULL before compile */
     size_t                num_buckets;
-    lorasynci_plan_memory loans[2];
+    lorasynci_plan_memory memory[2];
     lorasynci_window      shared;           /* direct: both payloads; else on the root payload_memory is */
     char                  mapping_name[64]; /* while it has one */
     char                 *payload_memory;
@@ -21119,20 +21120,20 @@ LORASYNCI_FN void lorasynci_stream_unlend(lorasync_stream *s)
     int i;
     LORASYNC_ASSERT(!s->shared.address || !s->payload_memory);
     if (s->desc.cuda) {
-        lorasynci_gpu_free(!s->host.talk.comm.exchange_stream, s->loans[0].send);
-        lorasynci_gpu_free(!s->host.talk.comm.exchange_stream, s->loans[0].receive);
+        lorasynci_gpu_free(!s->host.talk.comm.exchange_stream, s->memory[0].send);
+        lorasynci_gpu_free(!s->host.talk.comm.exchange_stream, s->memory[0].receive);
         for (i = 0; i < 2; i++)
-            lorasynci_gpu_free(0, s->loans[i].payload), lorasynci_gpu_free(1, s->loans[i].host_payload);
+            lorasynci_gpu_free(0, s->memory[i].payload), lorasynci_gpu_free(1, s->memory[i].host_payload);
     } else {
-        lorasynci_dealloc(&s->host.a, s->loans[0].send);
-        lorasynci_dealloc(&s->host.a, s->loans[0].receive);
+        lorasynci_dealloc(&s->host.a, s->memory[0].send);
+        lorasynci_dealloc(&s->host.a, s->memory[0].receive);
         lorasynci_dealloc(&s->host.a, s->payload_memory);
     }
     lorasynci_window_close(&s->shared);
     if (s->mapping_name[0]) shm_unlink(s->mapping_name);
     s->payload_memory  = NULL;
     s->mapping_name[0] = 0;
-    memset(s->loans, 0, sizeof s->loans);
+    memset(s->memory, 0, sizeof s->memory);
 }
 
 /* Back to before compile. */
@@ -21207,7 +21208,8 @@ LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *de
 }
 
 /* Everything that is added is published, under the key of its name or, with keep_names, the name itself. */
-LORASYNCI_FN lorasync_status lorasynci_stream_add(lorasync_stream *s, const lorasync_piece *piece, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_stream_declare(lorasync_stream *s, const lorasync_piece *piece,
+                                                      lorasync_error *err)
 {
     lorasync_name name;
     if (!piece) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_stream_add: piece is NULL");
@@ -21226,7 +21228,7 @@ LORASYNC_API lorasync_status lorasync_stream_add(lorasync_stream *stream, const 
     lorasync_error why;
     if (!err) err = &why;
     LORASYNCI_GIVEN(stream);
-    return lorasynci_host_remember(&stream->host, lorasynci_stream_add(stream, piece, err), err);
+    return lorasynci_host_remember(&stream->host, lorasynci_stream_declare(stream, piece, err), err);
 }
 
 LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, const lorasync_transport *transport,
@@ -21432,7 +21434,7 @@ LORASYNCI_FN lorasync_status lorasynci_fill_buckets(const lorasync_stream *s, lo
 }
 
 /* On the root: shared memory for both payloads. Without it pieces travel as messages. */
-LORASYNCI_FN void lorasynci_stream_offer(lorasync_stream *s, lorasynci_division_head *h)
+LORASYNCI_FN void lorasynci_stream_share(lorasync_stream *s, lorasynci_division_head *h)
 {
     size_t num_bytes = lorasynci_align64((size_t)h->largest[0]) + (size_t)h->largest[1];
     if (s->host.talk.comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
@@ -21476,7 +21478,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_decide(lorasync_stream *s, lorasyn
     for (i = 0; i < lorasynci_num_engines(&s->host); i++)
         LORASYNCI_TRY(lorasynci_check_buckets(&t[i], (size_t)v->head.num_buckets, err));
     LORASYNCI_TRY(lorasynci_answer_buckets(v, err));
-    lorasynci_stream_offer(s, &v->head);
+    lorasynci_stream_share(s, &v->head);
     return LORASYNC_OK;
 }
 
@@ -21571,27 +21573,27 @@ LORASYNCI_FN lorasync_status lorasynci_stream_lend(lorasync_stream *s, const lor
     s->info.staging_bytes = send + receive;
     if (s->shared.address || lorasynci_is_root(s)) s->info.image_bytes = both;
     if (s->desc.cuda) {
-        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, send, &s->loans[0].send, "memory for buckets", err));
-        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, receive, &s->loans[0].receive, "memory for buckets", err));
+        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, send, &s->memory[0].send, "memory for buckets", err));
+        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, receive, &s->memory[0].receive, "memory for buckets", err));
         for (i = 0; i < 2 && lorasynci_is_root(s); i++) {
             LORASYNCI_TRY(
-                lorasynci_gpu_alloc(0, (size_t)v->head.largest[i], &s->loans[i].payload, "memory for buckets", err));
+                lorasynci_gpu_alloc(0, (size_t)v->head.largest[i], &s->memory[i].payload, "memory for buckets", err));
             if (!s->host.cuda.keep_on_device)
-                LORASYNCI_TRY(lorasynci_gpu_alloc(1, (size_t)v->head.largest[i], &s->loans[i].host_payload,
+                LORASYNCI_TRY(lorasynci_gpu_alloc(1, (size_t)v->head.largest[i], &s->memory[i].host_payload,
                                                   "memory for buckets", err));
         }
     } else {
-        s->loans[0].send    = (char *)lorasynci_alloc(&s->host.a, send);
-        s->loans[0].receive = (char *)lorasynci_alloc(&s->host.a, receive);
+        s->memory[0].send    = (char *)lorasynci_alloc(&s->host.a, send);
+        s->memory[0].receive = (char *)lorasynci_alloc(&s->host.a, receive);
         if (!s->shared.address && lorasynci_is_root(s)) s->payload_memory = (char *)lorasynci_alloc(&s->host.a, both);
-        s->loans[0].payload = s->shared.address ? s->shared.address : s->payload_memory;
-        if (!s->loans[0].send || !s->loans[0].receive || (!s->loans[0].payload && lorasynci_is_root(s)))
+        s->memory[0].payload = s->shared.address ? s->shared.address : s->payload_memory;
+        if (!s->memory[0].send || !s->memory[0].receive || (!s->memory[0].payload && lorasynci_is_root(s)))
             return lorasynci_fail_memory(err, send + receive + both);
-        if (s->loans[0].payload) s->loans[1].payload = s->loans[0].payload + first;
+        if (s->memory[0].payload) s->memory[1].payload = s->memory[0].payload + first;
     }
-    s->loans[1].send    = s->loans[0].send;
-    s->loans[1].receive = s->loans[0].receive;
-    for (b = 0; b < s->num_buckets; b++) LORASYNCI_TRY(lorasynci_plan_lend(s->plans[b], &s->loans[b % 2], err));
+    s->memory[1].send    = s->memory[0].send;
+    s->memory[1].receive = s->memory[0].receive;
+    for (b = 0; b < s->num_buckets; b++) LORASYNCI_TRY(lorasynci_plan_lend(s->plans[b], &s->memory[b % 2], err));
     return LORASYNC_OK;
 }
 
@@ -21687,7 +21689,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci
     for (b = 0; b < s->num_buckets && status == LORASYNC_OK; b++) {
         d.have     = v->pieces + v->starts[b];
         d.num_have = v->starts[b + 1] - v->starts[b];
-        status     = lorasynci_plan_create(&d, &s->host.talk, 1, &s->plans[b], err);
+        status     = lorasynci_make_plan(&d, &s->host.talk, 1, &s->plans[b], err);
     }
     if (status == LORASYNC_OK) {
         lorasynci_stream_finish(s, v, &mine);

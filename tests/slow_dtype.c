@@ -49,7 +49,7 @@ static void sweep(const ref_type *t, uint32_t first, uint32_t last)
         }
         for (s = 0; s < 2; s++) {
             for (i = 0; i < BLOCK; i++) in[i] = (u + i) | s << 31;
-            lorasynci_convert(out, t->dtype, in, LORASYNC_F32, BLOCK, 1.0f);
+            lorasynci_convert_scaled(out, t->dtype, in, LORASYNC_F32, BLOCK, 1.0f);
             for (i = 0; i < BLOCK; i++) check(t, in[i], expected[i] | s << (bits - 1), code_at(i, bits));
         }
     }

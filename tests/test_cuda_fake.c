@@ -565,7 +565,7 @@ static void no_peer_access(void)
 static void offer_of_a_namesake(void)
 {
     lorasynci_gpu          g;
-    lorasynci_device_offer offer;
+    lorasynci_device_share offer;
     lorasynci_window       w;
     lorasync_error         err;
     char                  *memory;
@@ -876,7 +876,7 @@ static void device_widens_as_the_host(void)
             for (to = 0; to < 5; to++) {
                 uint32_t host = 0;
                 if (value_types[to] == from[t]) continue;
-                lorasynci_convert(&host, value_types[to], &code, from[t], 1, 1.0f);
+                lorasynci_convert_scaled(&host, value_types[to], &code, from[t], 1, 1.0f);
                 CHECK_EQ(lorasyncd_convert(code, (int)from[t], (int)value_types[to], 1.0f), host);
             }
         }
@@ -889,7 +889,7 @@ static size_t device_rounds_wrongly(const uint32_t *in, size_t num)
     size_t        t, i, bad = 0;
     for (t = 1; t < 5; t++) {
         size_t size = (size_t)lorasync_dtype_bits(value_types[t]) / 8;
-        lorasynci_convert(out, value_types[t], in, LORASYNC_F32, num, 1.0f);
+        lorasynci_convert_scaled(out, value_types[t], in, LORASYNC_F32, num, 1.0f);
         for (i = 0; i < num; i++) {
             uint32_t host = 0;
             memcpy(&host, out + i * size, size);
@@ -922,7 +922,7 @@ static void device_knows_the_types(void)
     unsigned code;
     for (t = 1; t <= 22; t++) {
         int bits = lorasync_dtype_bits((lorasync_dtype)t);
-        CHECK_EQ(lorasyncd_item(t), bits < 8 ? 1 : bits / 8);
+        CHECK_EQ(lorasyncd_element_bytes(t), bits < 8 ? 1 : bits / 8);
         for (code = 0; code < (bits == 16 ? 65536u : 256u); code++) {
             uint64_t value = bits > 16 ? (uint64_t)code << (bits - 8) : code, special = lorasyncd_special(t);
             int      found = special && (value & special) == special;

@@ -192,7 +192,7 @@ static void block_scales(void)
     }
     for (i = 0; i < 256; i++) {
         uint32_t one;
-        lorasynci_convert(&one, LORASYNC_F32, codes + i, LORASYNC_F8_E8M0, 1, 3.0f);
+        lorasynci_convert_scaled(&one, LORASYNC_F32, codes + i, LORASYNC_F8_E8M0, 1, 3.0f);
         if (i < 254) CHECK((double)ref_float(one) == ldexp(3.0, (int)i - 127));
         else CHECK((one & 0x7fffffffu) >= 0x7f800000u); /* 3 x 2^127 is Inf */
         CHECK_EQ(lorasynci_find_nonfinite(codes + i, LORASYNC_F8_E8M0, 1), i == 255 ? 0 : SIZE_MAX);
@@ -253,7 +253,7 @@ static void one_by_one(unsigned char *dst, lorasync_dtype dt, const unsigned cha
                        float scale)
 {
     size_t i, ds = (size_t)lorasync_dtype_bits(dt) / 8, ss = (size_t)lorasync_dtype_bits(st) / 8;
-    for (i = 0; i < n; i++) lorasynci_convert(dst + i * ds, dt, src + i * ss, st, 1, scale);
+    for (i = 0; i < n; i++) lorasynci_convert_scaled(dst + i * ds, dt, src + i * ss, st, 1, scale);
 }
 
 static void tails_and_alignment(void)
@@ -270,7 +270,7 @@ static void tails_and_alignment(void)
                 for (i = 0; i < sizeof in; i++) in[i] = (unsigned char)test_random(&state);
                 memset(out, 0xa5, sizeof out);
                 memset(expected, 0xa5, sizeof expected);
-                lorasynci_convert(out + out_at, float_types[d], in + in_at, float_types[s], n, 1.0f);
+                lorasynci_convert_scaled(out + out_at, float_types[d], in + in_at, float_types[s], n, 1.0f);
                 one_by_one(expected + out_at, float_types[d], in + in_at, float_types[s], n, 1.0f);
                 CHECK(memcmp(out, expected, sizeof out) == 0);
                 CHECK_EQ(out[out_at + n * size], 0xa5);
@@ -281,7 +281,7 @@ static void tails_and_alignment(void)
         for (out_at = 0; out_at < 8; out_at++) {
             memset(out, 0, sizeof out);
             memset(expected, 0, sizeof expected);
-            lorasynci_convert(out + out_at, LORASYNC_BF16, in + in_at, LORASYNC_F32, 333, 1.0f);
+            lorasynci_convert_scaled(out + out_at, LORASYNC_BF16, in + in_at, LORASYNC_F32, 333, 1.0f);
             one_by_one(expected + out_at, LORASYNC_BF16, in + in_at, LORASYNC_F32, 333, 1.0f);
             CHECK(memcmp(out, expected, sizeof out) == 0);
         }
@@ -303,7 +303,7 @@ static void long_runs(void)
     for (s = 0; s < 5; s++) {
         for (d = 0; d < 5; d++) {
             size_t size = (size_t)lorasync_dtype_bits(float_types[d]) / 8;
-            lorasynci_convert(out, float_types[d], in, float_types[s], NUM, 1.0f);
+            lorasynci_convert_scaled(out, float_types[d], in, float_types[s], NUM, 1.0f);
             one_by_one(expected, float_types[d], in, float_types[s], NUM, 1.0f);
             CHECK(memcmp(out, expected, NUM * size) == 0);
         }
@@ -330,8 +330,8 @@ static void scaling(void)
         for (d = 0; d < 5; d++) {
             size_t size = (size_t)lorasync_dtype_bits(float_types[d]) / 8;
             for (n = 1; n <= 200; n++) {
-                lorasynci_convert(out, float_types[d], in, LORASYNC_F32, n, scales[k]);
-                lorasynci_convert(expected, float_types[d], product, LORASYNC_F32, n, 1.0f);
+                lorasynci_convert_scaled(out, float_types[d], in, LORASYNC_F32, n, scales[k]);
+                lorasynci_convert_scaled(expected, float_types[d], product, LORASYNC_F32, n, 1.0f);
                 CHECK(memcmp(out, expected, n * size) == 0);
             }
         }
@@ -339,12 +339,12 @@ static void scaling(void)
     { /* rounded once, after the product: 1.00390625 * 3 in F32, not of a value rounded before */
         uint32_t one_and = 0x3f808000u, found;
         uint16_t half;
-        lorasynci_convert(&half, LORASYNC_BF16, &one_and, LORASYNC_F32, 1, 3.0f);
+        lorasynci_convert_scaled(&half, LORASYNC_BF16, &one_and, LORASYNC_F32, 1, 3.0f);
         CHECK_EQ(half, 0x4041); /* 3.01171875 is between 0x4040 and 0x4041; rounding 1.00390625 first gives 0x4040 */
         half = 0x3f80;
-        lorasynci_convert(&half, LORASYNC_BF16, &one_and, LORASYNC_F32, 1, 1.0f);
+        lorasynci_convert_scaled(&half, LORASYNC_BF16, &one_and, LORASYNC_F32, 1, 1.0f);
         CHECK_EQ(half, 0x3f80);
-        lorasynci_convert(&found, LORASYNC_F32, &one_and, LORASYNC_F32, 1, 2.0f);
+        lorasynci_convert_scaled(&found, LORASYNC_F32, &one_and, LORASYNC_F32, 1, 2.0f);
         CHECK_EQ(found, 0x40008000u);
     }
 }
