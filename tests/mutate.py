@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Mutations: changes lorasync.h in one place at a time and looks whether the tests notice.
 
-    tests/mutate.py [-j JOBS] [--list] [ROOM | NUMBER | WORD]...      from the repository root
+    tests/mutate.py [-j JOBS] [--list] [ROOM | NUMBER | FUNCTION]...      from the repository root
 
 A mutant is a room, a function, a text that stands once in that function, and what stands there instead. White space
 does not count, so that formatting changes nothing; a text that is not there (any more) is reported and left out. Each
@@ -35,7 +35,7 @@ PROGRAMS = {
     "plan": "test_plan test_plan_errors test_session",
     "move": "test_plan test_plan_errors test_session test_plans_cuda test_cuda_fake",
     "config": "test_config",
-    "publish": "test_publish test_directory",
+    "publish": "test_publish test_directory test_session",
     "shm": "test_shm test_in_place test_shm_cuda test_in_place_cuda",
     "engine": "test_directory test_shm test_doors test_shm_cuda",
     "policy": "test_policy",
@@ -413,7 +413,7 @@ def judge(header, mutant, original):
 
 def chosen(words):
     def fits(number, m):
-        return not words or any(w == m[0] or w == str(number) or (w in (m[1] or "") and len(w) > 3) for w in words)
+        return not words or any(w in (m[0], str(number), m[1]) for w in words)
     return [(n, m) for n, m in enumerate(MUTANTS, 1) if fits(n, m)]
 
 
