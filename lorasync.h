@@ -4456,6 +4456,7 @@ typedef struct lorasynci_leaf {
     int           keeps_parameter; /* the file key ends in .weight or .bias, else in the leaf itself */
 } lorasynci_leaf;
 
+/* NULL for any other segment. */
 LORASYNCI_FN const lorasynci_leaf *lorasynci_leaf_of(lorasynci_segment s)
 {
     static const lorasynci_leaf leaves[] = {
@@ -5960,8 +5961,8 @@ LORASYNCI_FN int lorasynci_window_map(lorasynci_window *w, int fd, size_t num_by
 }
 
 /* Shared memory of one name, to read and write; `create` makes it. 0 when it cannot be had, which only means that
-   another way is taken. What is made is reserved at once, and what is opened must be as long as it is said to be: a small
-   /dev/shm, or a segment cut short, refuses here and not by a bus error later. */
+   another way is taken. What is made is reserved at once, and what is opened must be as long as it is said to be: a
+   small /dev/shm, or a segment cut short, refuses here and not by a bus error later. */
 LORASYNCI_FN int lorasynci_window_name(lorasynci_window *w, const char *name, size_t num_bytes, int create)
 {
     int         fd     = shm_open(name, create ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
@@ -6440,6 +6441,7 @@ LORASYNCI_FN lorasync_status lorasynci_solo_all_gather(void *user, const void *i
     return LORASYNC_OK;
 }
 
+/* There is nobody to exchange with: an empty exchange succeeds. */
 LORASYNCI_FN lorasync_status lorasynci_solo_exchange(void *user, const lorasync_message *sends, size_t num_sends,
                                                      const lorasync_message *receives, size_t num_receives,
                                                      int timeout_ms, lorasync_error *err)
@@ -11214,6 +11216,7 @@ LORASYNCI_FN int lorasynci_plan_enter(const lorasync_plan *plan)
     return plan->gpu ? lorasynci_gpu_enter(plan->gpu->ordinal) : 0;
 }
 
+/* `old` is what lorasynci_plan_enter returned. */
 LORASYNCI_FN void lorasynci_plan_leave(const lorasync_plan *plan, int old)
 {
     if (plan->gpu) lorasynci_gpu_leave(plan->gpu->ordinal, old);
@@ -15601,6 +15604,7 @@ LORASYNCI_FN lorasynci_content lorasynci_model_content(const lorasync_image *ima
     return c;
 }
 
+/* A text as a file, without its NUL. */
 LORASYNCI_FN lorasynci_content lorasynci_text_content(const char *text)
 {
     lorasynci_content c;
@@ -16513,6 +16517,7 @@ LORASYNCI_FN void lorasynci_shm_mark(uint64_t *bits, int slot)
     if (slot >= 0) bits[slot / 64] |= (uint64_t)1 << (slot % 64);
 }
 
+/* Of a slot that there is. */
 LORASYNCI_FN int lorasynci_shm_is_marked(const uint64_t *bits, int slot)
 {
     LORASYNC_ASSERT(slot >= 0 && slot < LORASYNCI_SHM_SLOTS);
@@ -18223,18 +18228,18 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
    between, the reader pins that newer version, whole: it was filled before it became current. */
 #define LORASYNCI_VERSIONS 8
 
-typedef struct lorasynci_version {
+typedef struct lorasynci_kept_version {
     lorasync_adapter seen; /* what readers get; first, so that its address is this struct's */
     int              pins; /* atomic */
     lorasynci_opened held; /* image NULL: empty. The poll's alone */
-} lorasynci_version;
+} lorasynci_kept_version;
 
 typedef struct lorasynci_served {
     struct lorasynci_served *next;
     char                    *name;
     uint64_t                 mark;    /* the source's, of what is served; 0: none */
     int                      current; /* place; -1 while nothing is served. Atomic, written by the poll alone */
-    lorasynci_version        versions[LORASYNCI_VERSIONS];
+    lorasynci_kept_version   versions[LORASYNCI_VERSIONS];
 } lorasynci_served;
 
 /* -- digests of payloads in device memory
@@ -18530,12 +18535,12 @@ LORASYNCI_FN lorasynci_served *lorasynci_served_of(lorasync_engine *e, const cha
 }
 
 /* Empties the versions that nobody can see any more and returns an empty one, or NULL. */
-LORASYNCI_FN lorasynci_version *lorasynci_empty_version(lorasynci_served *s)
+LORASYNCI_FN lorasynci_kept_version *lorasynci_empty_version(lorasynci_served *s)
 {
-    lorasynci_version *empty   = NULL;
-    int                current = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST), i;
+    lorasynci_kept_version *empty   = NULL;
+    int                     current = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST), i;
     for (i = 0; i < LORASYNCI_VERSIONS; i++) {
-        lorasynci_version *place = &s->versions[i];
+        lorasynci_kept_version *place = &s->versions[i];
         if (i == current) continue;
         if (place->held.image && __atomic_load_n(&place->pins, __ATOMIC_SEQ_CST) == 0)
             lorasynci_opened_free(&place->held);
@@ -18545,14 +18550,14 @@ LORASYNCI_FN lorasynci_version *lorasynci_empty_version(lorasynci_served *s)
 }
 
 /* The version that is served, or NULL. */
-LORASYNCI_FN lorasynci_version *lorasynci_now_served(lorasynci_served *s)
+LORASYNCI_FN lorasynci_kept_version *lorasynci_now_served(lorasynci_served *s)
 {
     LORASYNC_ASSERT(s->current < LORASYNCI_VERSIONS);
     return s->current >= 0 ? &s->versions[s->current] : NULL;
 }
 
 /* Makes an opened version the served one. */
-LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_version *place, uint64_t version,
+LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_kept_version *place, uint64_t version,
                                   const lorasynci_opened *opened)
 {
     LORASYNC_ASSERT(!place->held.image && place != lorasynci_now_served(s));
@@ -18822,7 +18827,7 @@ typedef struct lorasynci_arrival {
     lorasynci_opened         opened;  /* without release until it is served */
     lorasynci_checker       *checker; /* with a digest under way on the GPU, or NULL */
     lorasynci_served        *served;
-    lorasynci_version       *now; /* what is served, or NULL */
+    lorasynci_kept_version  *now; /* what is served, or NULL */
     uint64_t                 version;
     char                     where[300];
 } lorasynci_arrival;
@@ -18995,7 +19000,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_arrival(lorasynci_arrival *r, int i
 /* -- serving an arrival */
 
 /* What a version is to the one that is served: see lorasynci_check_next. */
-LORASYNCI_FN lorasync_status lorasynci_follow(const char *where, const lorasynci_version *now, uint64_t version,
+LORASYNCI_FN lorasync_status lorasynci_follow(const char *where, const lorasynci_kept_version *now, uint64_t version,
                                               int same_bytes, lorasync_error *err)
 {
     const unsigned long long served = now ? (unsigned long long)now->seen.version : 0;
@@ -19030,8 +19035,8 @@ LORASYNCI_FN lorasync_status lorasynci_fail_held(lorasync_error *err, const char
 LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char *adapter, int *out_kept,
                                                lorasync_error *err)
 {
-    lorasynci_version *place;
-    int                is_delta;
+    lorasynci_kept_version *place;
+    int                     is_delta;
     LORASYNCI_TRY(lorasynci_prefixed(lorasynci_read_delivery(r, err), r->where, err));
     LORASYNCI_TRY(lorasynci_place_arrival(r, adapter, err));
     if (r->now && r->version < r->now->seen.version) return lorasynci_follow(r->where, r->now, r->version, 0, err);
@@ -19122,7 +19127,7 @@ LORASYNCI_FN lorasync_status lorasynci_source_open(lorasync_engine *e, const lor
 }
 
 /* 1 if what a source finds is what is served. */
-LORASYNCI_FN int lorasynci_is_known(const lorasynci_served *s, const lorasynci_version *now,
+LORASYNCI_FN int lorasynci_is_known(const lorasynci_served *s, const lorasynci_kept_version *now,
                                     const lorasync_published *what)
 {
     if (!now || (what->version && what->version != now->seen.version)) return 0;
@@ -19148,10 +19153,10 @@ LORASYNCI_FN lorasync_status lorasynci_fetch(lorasync_engine *e, const lorasync_
 LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lorasync_published *what,
                                                     lorasync_error *err)
 {
-    lorasynci_served  *s;
-    lorasynci_version *now;
-    lorasync_status    status;
-    char               where[300];
+    lorasynci_served       *s;
+    lorasynci_kept_version *now;
+    lorasync_status         status;
+    char                    where[300];
     LORASYNCI_TRY(lorasynci_check_adapter_name(what->adapter, err));
     s = lorasynci_served_of(e, what->adapter);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
@@ -19236,7 +19241,7 @@ LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, c
     int               i;
     if (!s) return NULL;
     while ((i = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST)) >= 0) {
-        lorasynci_version *place = &s->versions[i];
+        lorasynci_kept_version *place = &s->versions[i];
         __atomic_fetch_add(&place->pins, 1, __ATOMIC_SEQ_CST);
         if (__atomic_load_n(&s->current, __ATOMIC_SEQ_CST) == i) return &place->seen;
         __atomic_fetch_sub(&place->pins, 1, __ATOMIC_SEQ_CST);
@@ -19252,7 +19257,7 @@ LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapte
 LORASYNC_API void lorasync_release(const lorasync_adapter *adapter)
 {
     /* the pin count is the engine's, though the reader's view is const */
-    lorasynci_version *place = (lorasynci_version *)(uintptr_t)adapter;
+    lorasynci_kept_version *place = (lorasynci_kept_version *)(uintptr_t)adapter;
     if (place) __atomic_fetch_sub(&place->pins, 1, __ATOMIC_SEQ_CST);
 }
 
@@ -20057,6 +20062,8 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
 
 /* -- compiling */
 
+/* 1 for a module that is called as embeddings are: "all-linear" leaves them out, though their weights have two
+   dimensions, too. */
 LORASYNCI_FN int lorasynci_is_table_name(const char *module)
 {
     static const char *const tables[] = {
@@ -20142,6 +20149,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, loras
     return LORASYNC_OK;
 }
 
+/* For tables over the pieces that were taken. */
 LORASYNCI_FN const char *lorasynci_added_key(const void *user, size_t i)
 {
     return LORASYNCI_AT(lorasync_piece, ((const lorasynci_host *)user)->pieces, i)->name;
@@ -20874,6 +20882,7 @@ LORASYNCI_FN int lorasynci_piece_strides(const lorasync_piece *p, int64_t *strid
     return in_a_row;
 }
 
+/* Of the box, without gaps; it was checked, so the product fits. */
 LORASYNCI_FN size_t lorasynci_piece_bytes(const lorasync_piece *p)
 {
     int64_t n = lorasync_dtype_bits(p->dtype);
@@ -21292,6 +21301,7 @@ LORASYNCI_FN void lorasynci_division_open(lorasynci_division *v, const lorasync_
     lorasynci_catalogue_init(&v->catalogue, &v->arena.a);
 }
 
+/* The planner's arena is closed already when the ranks have talked: closing it again does nothing. */
 LORASYNCI_FN void lorasynci_division_close(lorasynci_division *v)
 {
     lorasynci_arena_close(&v->planner.arena);
@@ -21603,6 +21613,7 @@ typedef struct lorasynci_index_entry {
     size_t      bucket;
 } lorasynci_index_entry;
 
+/* As json.dumps sorts keys. */
 LORASYNCI_FN int lorasynci_index_order(const void *a, const void *b)
 {
     return strcmp(((const lorasynci_index_entry *)a)->name, ((const lorasynci_index_entry *)b)->name);
