@@ -1135,6 +1135,11 @@ static void plain(void)
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     CHECK_EQ(served(e, "a"), 6);
     lorasync_engine_close(e);
+    write_text(at("a/v6/adapter_config.json"), CONFIG, sizeof CONFIG); /* and the NUL that ends the text here */
+    e = open_engine(NULL);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_FORMAT);
+    CHECK_HAS(err.text, "adapter_config.json has a NUL byte");
+    lorasync_engine_close(e);
     free(bytes);
     drop_image(image);
 }
