@@ -1,5 +1,5 @@
-/* Included before everything else in tests: the library states its invariants, and one that does not hold ends the test.
-   It includes nothing itself, so that lorasync.h still comes first. */
+/* Included before everything else in tests: the library states its invariants, and one that does not hold ends the
+   test. It includes nothing itself, so that lorasync.h still comes first. */
 #ifndef LORASYNC_TEST_ASSERTS_H
 #define LORASYNC_TEST_ASSERTS_H
 

@@ -4,8 +4,8 @@
 #     tests/contents.sh          from the repository root: prints what differs and fails
 #     tests/contents.sh --fix    writes the lists of marks into the table; its descriptions are kept
 #
-# A section begins with a line `/* --- >>name -- */` (or `>>api: name`), a part of it with `/* -- what it is: more */`. In
-# the table each section is a line `>>name  description`, and the parts, where there are any, follow as `-- a; b; c`.
+# A section begins with a line `/* --- >>name -- */` (or `>>api: name`), a part of it with `/* -- what it is: more */`.
+# In the table each section is a line `>>name  description`, and the parts, where there are any, follow as `-- a; b; c`.
 
 HEADER=${HEADER:-lorasync.h}
 new=${TMPDIR:-/tmp}/contents-$$
@@ -73,7 +73,8 @@ END {
         print "the table lists" listed ", the marks are" order >"/dev/stderr"
         exit 1
     }
-}' "$HEADER" "$HEADER" >"$new" || { echo "FAIL contents: other sections"; echo 'contents: 0 passed, 1 failed, 0 skipped'; exit 1; }
+}' "$HEADER" "$HEADER" >"$new" ||
+    { echo "FAIL contents: other sections"; echo 'contents: 0 passed, 1 failed, 0 skipped'; exit 1; }
 
 if [ "$1" = --fix ]; then
     cat "$new" >"$HEADER"

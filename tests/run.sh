@@ -10,7 +10,7 @@
 # V=1      also prints the tests that passed
 #
 # A crash, a timeout, a program that was not built and a nonzero exit without a failed test count as one failure each. A
-# script (.py) without a summary is one test: exit 0 passed, 77 skipped, otherwise failed. The very last line is the sum.
+# script (.py) without a summary is one test: exit 0 passed, 77 skipped, otherwise failed. The last line is the sum.
 
 LOGS=${LOGS:-build/logs}
 TIMEOUT=${TIMEOUT:-300}

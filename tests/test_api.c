@@ -1,5 +1,5 @@
-/* Rules that hold for every function of the API: a creator that fails leaves NULL (a struct: zeros) behind, and one mistake
-   has one text. */
+/* Rules that hold for every function of the API: a creator that fails leaves NULL (a struct: zeros) behind, and one
+   mistake has one text. */
 #include "lorasync.h"
 
 #include "test.h"

@@ -27,8 +27,8 @@ static int test_step(void)
     return 1;
 }
 
-/* What makes a version durable, in order: each line "write FILE" (once for all bytes of a file), "fsync FILE" or "rename
-   FROM TO", if a test asks for it. */
+/* What makes a version durable, in order: each line "write FILE" (once for all bytes of a file), "fsync FILE" or
+   "rename FROM TO", if a test asks for it. */
 static char   durable[4096];
 static size_t num_durable;
 static int    notes_durable;
