@@ -6289,6 +6289,17 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, c
     return LORASYNC_OK;
 }
 
+/* Staging that a rank sends from. The gaps between its parts travel, too: device memory is zeroed once, so that nothing
+   leaves that lay there before. */
+LORASYNCI_FN lorasync_status lorasynci_gpu_alloc_sent(const lorasynci_gpu *g, int pinned, size_t num_bytes, char **out,
+                                                      const char *what, lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, num_bytes, out, what, err));
+    if (pinned || !num_bytes) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_gpu_fill_bytes(g, *out, 0, num_bytes, err));
+    return lorasynci_gpu_drain(g, what, err);
+}
+
 /* NULL is allowed. */
 LORASYNCI_FN void lorasynci_gpu_free(int pinned, char *memory)
 {
@@ -6391,6 +6402,11 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_alloc(int pinned, size_t num_bytes, c
                                                  lorasync_error *err)
 {
     return (void)pinned, (void)num_bytes, (void)out, (void)what, (void)err, LORASYNC_E_UNSUPPORTED;
+}
+LORASYNCI_FN lorasync_status lorasynci_gpu_alloc_sent(const lorasynci_gpu *g, int pinned, size_t num_bytes, char **out,
+                                                      const char *what, lorasync_error *err)
+{
+    return (void)g, lorasynci_gpu_alloc(pinned, num_bytes, out, what, err);
 }
 LORASYNCI_FN lorasync_status lorasynci_gpu_describe(const lorasynci_gpu *g, char *memory, lorasynci_device_share *out,
                                                     lorasync_error *err)
@@ -12813,11 +12829,13 @@ LORASYNCI_FN lorasync_status lorasynci_device_allocate_own(lorasync_plan *plan, 
     const lorasync_image *image  = plan->source ? plan->source : plan->has_image ? plan->image : NULL;
     const int             pinned = !plan->talk->comm.exchange_stream;
     lorasynci_device     *g      = plan->device;
-    int                   space;
-    for (space = LORASYNCI_SEND; space <= LORASYNCI_RECEIVE; space++)
-        if (!plan->memory[space])
-            LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, plan->staging_bytes[space], &plan->memory[space],
-                                              pinned ? "pinned memory for staging" : "memory for staging", err));
+    const char           *what   = pinned ? "pinned memory for staging" : "memory for staging";
+    char                **send = &plan->memory[LORASYNCI_SEND], **receive = &plan->memory[LORASYNCI_RECEIVE];
+    if (!*send)
+        LORASYNCI_TRY(
+            lorasynci_gpu_alloc_sent(plan->gpu, pinned, plan->staging_bytes[LORASYNCI_SEND], send, what, err));
+    if (!*receive)
+        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, plan->staging_bytes[LORASYNCI_RECEIVE], receive, what, err));
     if (image && !plan->image_memory && !plan->peer_image.address)
         LORASYNCI_TRY(lorasynci_gpu_alloc(0, image->payload_bytes ? image->payload_bytes : 1, &plan->image_memory,
                                           "memory for the image", err));
@@ -21583,7 +21601,8 @@ LORASYNCI_FN lorasync_status lorasynci_stream_lend(lorasync_stream *s, const lor
     s->info.staging_bytes = send + receive;
     if (s->shared.address || lorasynci_is_root(s)) s->info.image_bytes = both;
     if (s->desc.cuda) {
-        LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, send, &s->memory[0].send, "memory for buckets", err));
+        LORASYNCI_TRY(
+            lorasynci_gpu_alloc_sent(s->plans[0]->gpu, pinned, send, &s->memory[0].send, "memory for buckets", err));
         LORASYNCI_TRY(lorasynci_gpu_alloc(pinned, receive, &s->memory[0].receive, "memory for buckets", err));
         for (i = 0; i < 2 && lorasynci_is_root(s); i++) {
             LORASYNCI_TRY(
