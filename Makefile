@@ -38,7 +38,7 @@ PARALLEL = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 TESTS          ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/test_*.c)))
 SLOW_TESTS     ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/slow_*.c)))
 THREAD_TESTS   ?= test_doors test_comm test_session test_directory test_nccl test_publish test_shm test_base
-VALGRIND_TESTS ?= test_doors test_names test_config test_image test_delta test_layout test_plan test_directory test_session test_policy test_publish test_shm test_base
+VALGRIND_TESTS ?= test_doors test_names test_config test_declare test_image test_delta test_layout test_plan test_directory test_session test_policy test_publish test_shm test_base
 INTEROP        ?= $(sort $(wildcard tests/interop_*.py))
 
 MPI_EXAMPLES := $(patsubst %.c,$(BUILD)/%,$(wildcard examples/mpi*.c))

@@ -75,9 +75,9 @@
        >>dtype      sizes, exact rounding
                     -- one element; one tile; any number of elements; NaN and Inf
        >>names      parameter names, PEFT keys, filters and patterns
-                    -- segments of a name; what a name says; names that are no LoRA; patterns; sets of bytes in a
-                       pattern; parsing a pattern; parsing groups; states of a pattern; matching a pattern; lists of
-                       modules; "all-linear"; matcher
+                    -- segments of a name; what a name says; names that look like LoRA; hints; one name, whole;
+                       patterns; sets of bytes in a pattern; parsing a pattern; parsing groups; states of a pattern;
+                       matching a pattern; lists of modules; "all-linear"; matcher
        >>layout     boxes, flat intervals, the layouts of trainers
                     -- what planning needs
        >>gpu        a GPU: waiting, memory, the kernel; windows onto memory of others
@@ -103,10 +103,11 @@
                        GPU direct; GPU over host; what GPU stream and GPU mesh share; GPU stream; GPU mesh; GPU mesh
                        over a comm for host memory; choosing the way
        >>config     adapter_config.json: read, check, write
-                    -- lists of strings; rank_pattern and alpha_pattern; reading; reading the fields; rank and scale;
-                       the tensors of an adapter, by module; checking pairs; checking against the tensors; checking
-                       tensors that are no LoRA; writing a config; writing from a config; writing without a config;
-                       verifying what was written
+                    -- lists of strings; rank_pattern and alpha_pattern; reading; reading the fields; tokens and layers;
+                       fields of which an engine must know; rank and scale; the tensors of an adapter, by module;
+                       checking pairs; checking against the tensors; checking tensors that are no LoRA; what ranks must
+                       agree on; writing a config; writing from a config; writing without a config; verifying what was
+                       written
        >>publish    the directory transport; staging and commit over any number of engines
                     -- one run of publishing; one run; the end of a run; names in a published directory; the same
                        version again; files; the directory transport; cleaning up a directory; staging in a directory;
@@ -118,18 +119,19 @@
                        slots that an engine has mapped; payloads in device memory, the engine's side; the source;
                        handing a version over
        >>engine     poll, validate, pin, find, release
-                    -- reading; one adapter outside any engine; serving; digests of payloads in device memory; digesting
-                       while the header is read; an engine; the directory as a source; opening versions of a directory;
-                       arrivals; reading and checking an arrival; serving an arrival; polling; readers; opening and
-                       closing
+                    -- reading; names of a file's tensors; one adapter outside any engine; serving; digests of payloads
+                       in device memory; digesting while the header is read; an engine; the directory as a source;
+                       opening versions of a directory; arrivals; reading and checking an arrival; serving an arrival;
+                       polling; readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
                     -- adding and attaching; versions
        >>session    the easy path through all of it
-                    -- opening a session; adding; compiling; scaling, planning and the config; what the root hands to
-                       all; lent memory; opening lent memory; running; resuming; tensors that share memory; finding and
-                       comparing them
+                    -- opening a session; adding; compiling; which pieces are taken; pieces that are in each other's
+                       way; scaling, planning and the config; what other ranks know of the model; the config that is
+                       published; what the root hands to all; lent memory; opening lent memory; running; resuming;
+                       tensors that share memory; finding and comparing them
        >>base       base weights in buckets through the same plans, images and transports
                     -- dividing into buckets; groups and buckets; dividing among all ranks; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
@@ -394,9 +396,11 @@ LORASYNC_API lorasync_status lorasync_convert(void *dst, lorasync_dtype dst_dtyp
 
 /* What a parameter is to PEFT (peft/tuners/tuners_utils.py, utils/save_and_load.py), and the shape it has. */
 typedef enum lorasync_role {
-    LORASYNC_ROLE_BASE = 0,        /* a parameter of the base model */
+    LORASYNC_ROLE_NONE = 0,        /* in a lorasync_piece: what its name says. No parsed name has it */
+    LORASYNC_ROLE_BASE,            /* a parameter of the base model */
+    LORASYNC_ROLE_BIAS,            /* a bias of the base model that is trained with the adapter (config: bias) */
     LORASYNC_ROLE_LORA_A,          /* [r, in]; convolution [r, in, *k] */
-    LORASYNC_ROLE_LORA_B,          /* [out, r]; convolution [out, r, 1, ...] */
+    LORASYNC_ROLE_LORA_B,          /* [out, r]; convolution [out, r / groups, 1, ...] */
     LORASYNC_ROLE_LORA_B_BIAS,     /* [out] */
     LORASYNC_ROLE_EMBEDDING_A,     /* [r, num_embeddings] */
     LORASYNC_ROLE_EMBEDDING_B,     /* [embedding_dim, r] */
@@ -411,7 +415,7 @@ LORASYNC_API const char *lorasync_role_text(lorasync_role role);
 /* A parsed parameter name. The examples are for
        "_fsdp_wrapped_module.model.layers.0.q_proj._orig_mod.lora_A.policy.weight" */
 typedef struct lorasync_name {
-    lorasync_role role;
+    lorasync_role role; /* never NONE; BIAS only where a config or a piece says so (lorasync_add) */
     /* The key in a PEFT file: "base_model.model.model.layers.0.q_proj.lora_A.weight". For a base parameter, the name
        that the base model itself uses, without "base_model.model." and without the levels that PEFT inserts. */
     char key[LORASYNC_MAX_NAME];
@@ -424,29 +428,47 @@ typedef struct lorasync_name {
 
 /* Parses a raw parameter name. Compares whole segments between dots, never substrings. Allocates nothing.
 
-   Wrappers         `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`, `_orig_mod` and `to_wrap` anywhere, and
-                    leading `module` segments (FSDP, checkpointing, torch.compile, Megatron-Bridge, DDP) are dropped.
-                    Then a leading `base_model.model` is dropped.
+   Wrappers         `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`, `_orig_mod`, `_forward_module` and `to_wrap`
+                    anywhere, and leading `module` segments (FSDP, checkpointing, torch.compile, Lightning,
+                    Megatron-Bridge, DDP) are dropped. Then the first `base_model.model` is dropped with everything
+                    before it (`pretrained_model.base_model.model.lm_head.weight` is that of lm_head), if a name is
+                    left.
    LoRA             One of the leaves lora_A, lora_B, lora_embedding_A, lora_embedding_B, lora_magnitude_vector and
                     trainable_tokens_delta, followed by nothing, `<adapter>`, `weight` or `<adapter>.weight`; after
                     lora_B also `bias` or `<adapter>.bias`. A `weight` or `bias` that directly follows the leaf and ends
-                    the name is never an adapter name. An adapter name contains no dot.
-                    key:    base_model.model.<path>.<leaf>, then .weight or .bias if lora_A or lora_B had it. The other
-                            leaves never have it, as in PEFT files.
+                    the name is never an adapter name, and neither is `base_layer` or `original_module`. An adapter name
+                    contains no dot.
+                    key:    base_model.model.<path>.<leaf>, then for lora_A and lora_B .weight, or .bias if that is what
+                            it is. The other leaves have neither, as in PEFT files.
                     module: <path> without `base_layer` and without a final `token_adapter`.
    modules_to_save  `<module>.modules_to_save.<adapter>.<rest>` has the key base_model.model.<module>.<rest>. In a file
                     that key looks like a base parameter, and it parses as one.
-   Base             Everything else. `base_layer`, `original_module` and `token_adapter.base_layer` are dropped from its
-                    path.
+   Base             Everything else that does not look like LoRA. `base_layer`, `original_module` and
+                    `token_adapter.base_layer` are dropped from its path. What stands before one of these is a module
+                    that PEFT has wrapped, whatever it looks like.
+
+   A name that looks like LoRA (lorasync_looks_like_lora) and is none of the above is an error and never a base
+   parameter: it would be left out in silence. Where a module of the base model only looks so, calls that know more say
+   it: see lorasync_filter, lorasync_piece.role and modules_to_save of lorasync_config_check.
 
    Errors, each naming what was found:
        LORASYNC_E_NAME      an empty segment; a name or key of LORASYNC_MAX_NAME bytes or more; lora_A.bias; a leaf
                             without a module; modules_to_save without an adapter and a parameter; a name that looks like
-                            LoRA but has no known leaf: a last or second to last segment that begins with `lora_`
-                            (AdaLoRA's lora_E, MLX's lora_a), lora_<...>_<letter>.<adapter>.weight, a known leaf
-                            followed by anything else, Megatron's adapter.linear_in.weight
+                            LoRA without being it: no known leaf (AdaLoRA's lora_E, MLX's lora_a, experts.w1_lora_A.0,
+                            dora_scale), a known leaf followed by anything else, Megatron's adapter.linear_in.weight
        LORASYNC_E_ARGUMENT  NULL */
 LORASYNC_API lorasync_status lorasync_parse_name(const char *raw_name, lorasync_name *out, lorasync_error *err);
+
+/* Returns 1 if some segment of a name looks like part of an adapter, else 0, also for NULL. That is so when one of its
+   words is, in any case of letters, one of
+
+       lora  adalora  dora  loha  lokr  hada  magnitude
+
+   A word begins where letters begin, or at a capital behind a small letter; it ends where letters end, or before a
+   capital: w1_lora_A.0, lora2, LoRA_A, toLoraDown, weight_magnitude. So unilora, xlora and exploration are other words.
+   Besides, a segment `adapter` followed by linear_in.weight or linear_out.weight, with or without an adapter_<part>
+   between, is Megatron's LoRA. Names of PEFT's own parameters look like LoRA, too. */
+LORASYNC_API int lorasync_looks_like_lora(const char *name);
 
 /* Removes a known adapter name from a key by PEFT's rule (BaseTuner's key clean-up, tuners_utils.py): the segment equal
    to `adapter` is removed if it is the last one, or else the second to last one and not the first; at most once. Only
@@ -491,7 +513,16 @@ LORASYNC_API int lorasync_pattern_matches(lorasync_pattern *pattern, const char 
    the whole module name. Give a pattern or a list, not both. exclude_* overrides target_*.
 
    target_* restricts modules with LoRA only. exclude_* applies to base parameters too. Neither restricts
-   modules_to_save or trainable tokens.
+   modules_to_save, biases or trainable tokens.
+
+   Names that look like LoRA: an entry says what it names. A module that target_modules or exclude_* names is a module
+   of the base model even if it is called lora_router, and its parameters are base parameters. (LoRA on such a module is
+   LoRA.) So is what lies directly in a module that exclude_* names: excluding q_proj leaves out q_proj.lora_E. A module
+   that is called like one of PEFT's leaves, as lora_A, can be named by list entries only, and with its parent:
+   "encoder.lora_A". A target pattern says nothing about this.
+
+   Segments that wrappers add (lorasync_parse_name; a list made by "all-linear" after torch.compile or checkpointing has
+   them) are dropped from list entries.
 
    All pointers are borrowed until the call that takes the filter returns. */
 typedef struct lorasync_filter {
@@ -641,6 +672,18 @@ typedef struct lorasync_piece {
     /* The values are multiplied by it in F32 before they are rounded; 0 means 1. Only for pieces that a rank has, and
        only for value types (lorasync_dtype). */
     double scale;
+    /* What the parameter is; the host's last word, whatever the name looks like. NONE: what its name says, or a config.
+       Read by lorasync_add and lorasync_stream_add only.
+           BASE             a parameter of the base model, even if it looks like LoRA
+           MODULES_TO_SAVE  trained and published whole. The name may have PEFT's modules_to_save.<adapter>, or not
+           BIAS             a bias of the base model, trained and published (its name ends in bias)
+           the others       LoRA. The name is PEFT's for that role, or else the name of the module that it belongs to:
+                            "model.layers.0.q_proj" with LORA_A has the key ..q_proj.lora_A.weight */
+    lorasync_role role;
+    /* 1: the optimizer changes it (torch: requires_grad). lorasync_compile then fails if this parameter would not be
+       published, unless it belongs to another adapter, or the filter leaves it out by name (exclude_*,
+       skip_modules_to_save). 0: nothing is said. Read by lorasync_add only. */
+    int trained;
 } lorasync_piece;
 
 /* -------------------------------------------------------------------------------------------------- >>api: comm -- */
@@ -1180,9 +1223,23 @@ typedef struct lorasync_config_info {
     size_t             num_modules_to_save;
     size_t             num_rank_patterns;
     size_t             num_alpha_patterns;
+    /* Fields that are set, that change what must be computed, and that nothing above shows, by name and sorted; an
+       engine that does not know one of them must refuse the adapter:
+           alora_invocation_tokens, arrow_config, ensure_weight_tying, init_lora_weights (where it changes the base
+           weights: pissa.., olora, corda, lora_ga, loftq), kasa_config, layer_replication, monteclora_config,
+           target_parameters, trainable_token_indices, use_bdlora, use_qalora */
+    const char *const *variants;
+    size_t             num_variants;
+    /* Fields that this library does not know and that say something (not null, false, {} or []), by name and sorted:
+       those of a newer PEFT, or anybody's. Carried through. */
+    const char *const *unknown;
+    size_t             num_unknown;
 } lorasync_config_info;
 
 /* Reads a config. Only peft_type is required (as in PEFT); null means the default. Free it with lorasync_config_free.
+
+   Segments that wrappers add (lorasync_parse_name) are dropped from the entries of target_modules, exclude_modules and
+   modules_to_save: PEFT writes them there when it met the model already compiled or wrapped.
 
    json  num_bytes bytes; need not outlive the call
 
@@ -1190,7 +1247,10 @@ typedef struct lorasync_config_info {
        LORASYNC_E_FORMAT       malformed JSON, a duplicate key in an object, NaN or Infinity (which Python would write),
                                a wrong type, a rank below 1, no peft_type; names byte, line, column and the keys that
                                lead there
-       LORASYNC_E_UNSUPPORTED  a peft_type other than LORA, which it names
+       LORASYNC_E_CONFIG       what PEFT refuses: layers_to_transform or layers_pattern beside a target_modules that is
+                               a string, layers_pattern without layers_to_transform
+       LORASYNC_E_UNSUPPORTED  a peft_type other than LORA, which it names; a layers_pattern with special characters
+                               other than points; a wrapper's segment in a key of rank_pattern or alpha_pattern
        LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_pattern_compile for target_modules,
        exclude_modules, rank_pattern and alpha_pattern */
 LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_bytes,
@@ -1211,26 +1271,35 @@ LORASYNC_API int64_t lorasync_config_rank(const lorasync_config *config, const c
 LORASYNC_API double  lorasync_config_scale(const lorasync_config *config, const char *module);
 
 /* Checks a config against the tensors of an adapter, whose names are keys (lorasync_parse_name). It requires that
-   - every A has its B and every B its A, with the same rank (rows of A, columns of B); a lora_B.bias, and the magnitude
-     of a linear or convolution layer, have as many elements as B has rows;
+   - every A has its B and every B its A, with the same rank (rows of A, columns of B; the B of a convolution with g
+     groups has a g-th of them, and g divides its rows); a lora_B.bias, and the magnitude of a linear or convolution
+     layer, have as many elements as B has rows; none of them is of integers or BOOL;
    - every LoRA module is targeted: target_modules lists it, or lists an end of it that follows a dot, or is a pattern
      that matches all of it (null and "all-linear" allow any module), or target_parameters names a parameter of it;
-     exclude_modules does not name it; and, with layers_to_transform and a list, one of the numbers in its name is a
-     listed layer (layers_pattern is ignored);
-   - every entry of a target_modules list matches the module of some tensor (not required if there are exclude_modules);
+     exclude_modules does not name it; and, with layers_to_transform and a list that does not hold its whole name, its
+     layer is listed. The layer is the first segment of digits from the third segment on that others follow
+     (model.layers.001.mlp is of layer 1), or, with layers_pattern, the first behind a name of that, of the first that
+     has one. Or, with ensure_weight_tying, it is an embedding or output layer (names below) and target_modules has
+     another;
    - the rank is the config's for that module; for target_parameters (experts), a multiple of it;
    - lora_magnitude_vector is present exactly if use_dora is set, and lora_B.bias exactly if lora_bias is (embeddings
      have none);
    - every other tensor is allowed by modules_to_save (PEFT's rule: a module on its path ends in the text of an entry,
      so `classifier` saves pre_classifier too; the task types SEQ_CLS and TOKEN_CLS add classifier and score,
      QUESTION_ANS adds qa_outputs); or by bias ("all": any .bias, "lora_only": that of a LoRA module); or by
-     trainable_token_indices; or is the weight of an embedding or output layer (embed_tokens, lm_head, wte,
-     word_embeddings, embed_in, embed_out, shared, or a module with embedding LoRA).
+     trainable_token_indices, and then has as many rows as indices are given for its module; or is the weight of an
+     embedding or output layer (embed_tokens, lm_head, wte, word_embeddings, embed_in, embed_out, shared,
+     tok_embeddings, output_layer, or a module with embedding LoRA).
+   Entries of target_modules that match no tensor are legal, as in PEFT.
+
+   Names that look like LoRA: what target_modules, exclude_modules and modules_to_save name are modules, as entries of a
+   lorasync_filter; modules_to_save counts by its own rule above.
 
    Errors, naming the tensor, what was expected and what was found:
-       LORASYNC_E_PAIR    A and B do not pair
-       LORASYNC_E_CONFIG  any other rule above is broken
-       LORASYNC_E_EMPTY   no LoRA tensor
+       LORASYNC_E_PAIR         A and B do not pair
+       LORASYNC_E_CONFIG       any other rule above is broken
+       LORASYNC_E_UNSUPPORTED  integers as LoRA
+       LORASYNC_E_EMPTY        no LoRA tensor
        LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_parse_name */
 LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config, const lorasync_tensor *tensors,
                                                    size_t num_tensors, lorasync_error *err);
@@ -1244,6 +1313,11 @@ typedef struct lorasync_config_write_desc {
     /* 1: every scale has been folded into B. Publishes lora_alpha == r, use_rslora false, and, if ranks differ, equal
        rank_pattern and alpha_pattern: a scale of 1 for engines that honour the patterns and for those that do not. */
     int fold_scale;
+    /* Other modules of the model (lorasync_name.module), with or without LoRA, in any order and number: a
+       target_modules that is made here will not match one that has none. NULL and 0: nothing is known of them. Borrowed
+       until the call returns. */
+    const char *const *modules;
+    size_t             num_modules;
 } lorasync_config_write_desc;
 
 /* Writes an adapter_config.json for these tensors, as PEFT does (Python's json.dumps with indent 2 and sorted keys).
@@ -1258,8 +1332,9 @@ typedef struct lorasync_config_write_desc {
    (LORASYNC_E_CONFIG).
 
    A derived target_modules is sorted. It holds, of each LoRA module, the last segment that is not a number and what
-   follows it ("q_proj", "to_out.0"). Modules of the same name without LoRA are not known here: if only some layers have
-   LoRA, give a config that says so. The result is read back and checked: if sorting made another pattern match first
+   follows it ("q_proj", "to_out.0"); or the whole names of all modules that end so, if a module without LoRA ends so,
+   too. Such modules are those of desc.modules and what they and the LoRA modules lie in, but for what exclude_modules
+   and modules_to_save name. The result is read back and checked: if sorting made another pattern match first
    and so changed a module's rank or scale, the call fails with LORASYNC_E_CONFIG.
 
    out  receives NUL-terminated text from the allocator; free it with lorasync_free
@@ -1751,7 +1826,8 @@ LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, cons
    a poll swaps versions in between; no system call, no allocation. Any thread, also while another one polls. */
 LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, const char *adapter);
 
-/* The tensor with that key ("base_model.model....lora_A.weight"), or NULL. Any thread. */
+/* The tensor with that key ("base_model.model....lora_A.weight"), or NULL; however the file spelled it
+   (lorasync_open_adapter). Any thread. */
 LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapter, const char *key);
 
 /* Unpins a version; once per lorasync_acquire. NULL is allowed. Any thread. */
@@ -1765,10 +1841,16 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine);
    fits it. The digest is verified if the file carries one. The image maps the file: free it with lorasync_image_free,
    the config with lorasync_config_free.
 
+   The image's tensors are called by their PEFT keys (lorasync_name), even if the file spells them otherwise: with the
+   adapter's name (..lora_A.default.weight), without .weight, behind a wrapper, or all of them without
+   base_model.model.; engines do the same. Names that are no adapter's stay in a file where others have the prefix, and
+   in one without LoRA. Files that carry this library's digest have keys already, and are left as they are.
+
    out_config  of a directory its config, of a file NULL; may be NULL
 
    Errors, all with the path:
        LORASYNC_E_UNSUPPORTED  pickled files, deltas
+       LORASYNC_E_NAME         two names of one key
        LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_ARGUMENT, and those of lorasync_image_parse,
        lorasync_image_verify, lorasync_config_parse and lorasync_config_check */
 LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator,
@@ -2001,18 +2083,32 @@ typedef struct lorasync_report {
    version greater than the served one: in a directory, that is what <adapter>/latest points to; in shared memory, an
    engine's lorasync_acquire(..)->version. Or sync version 1: if a newer one is served, LORASYNC_E_VERSION names it.
 
-   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_config_parse. */
+   Errors: LORASYNC_E_NAME for an adapter name that no transport can publish (empty, control characters, not UTF-8),
+   LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_config_parse. */
 LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_session **out, lorasync_error *err);
 
 /* Declares one piece that this rank has. Call it for every parameter of the model, LoRA or not, and once for each piece
    of a tensor. A rank that has nothing of a tensor may leave it out or pass an empty box. Not collective. Copies what
    it needs; borrows data until the session is closed.
 
+   What a parameter is, is said by piece.role; else by its name and by the entries of the filter and the config that
+   name its module (lorasync_filter, "Names that look like LoRA"). Of the base model, what desc.config_json says is
+   trained is published, too:
+       modules_to_save  the parameters of the modules that it names (PEFT's rule, lorasync_config_check), but for PEFT's
+                        original_module
+       bias             "all": every parameter whose name ends in .bias. "lora_only": that of a module with LoRA, which
+                        has PEFT's level base_layer, or has LoRA on this rank. Its key has base_layer if the module has
+                        LoRA on this rank, as in PEFT's files
+   The rest of the base model is left out and counted. Still pass it: published configs are made so that they do not
+   match modules without LoRA (lorasync_config_write), and those are known from it.
+
    Errors, which are also remembered (lorasync_compile then fails on every rank, each time, and the session can only be
    closed):
-       LORASYNC_E_NAME         those of lorasync_parse_name
+       LORASYNC_E_NAME         those of lorasync_parse_name; a name that is not that of its role
+       LORASYNC_E_CONFIG       a bias to publish without a config_json; a module to save that is called like a leaf of
+                               PEFT's, as lora_A, and that no config_json names
        LORASYNC_E_LAYOUT       a box out of bounds
-       LORASYNC_E_UNSUPPORTED  F4 or F6; a scale of a dtype that is not a value type (lorasync_dtype)
+       LORASYNC_E_UNSUPPORTED  F4 or F6; a scale of a dtype that is not a value type (lorasync_dtype); LoRA of integers
        LORASYNC_E_STATE        called after compile
        LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY */
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err);
@@ -2042,12 +2138,18 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
        LORASYNC_E_EMPTY        no LoRA parameter on any rank
        LORASYNC_E_PAIR         A without B, or B without A
        LORASYNC_E_NAME         two parameters with one key
+       LORASYNC_E_LAYOUT       one parameter added twice on a rank, with the same box
        LORASYNC_E_ARGUMENT     a quorum greater than the number of engines
        LORASYNC_E_CONFIG       a rank that contradicts the config, no alpha, two different alphas, fold_scale with alpha
-                               0
+                               0; a parameter that is trained and would not be published (piece.trained); an entry of
+                               target_modules, the filter's or the config's, that matches nothing while LoRA of the
+                               adapter is left out for its module's name (it names the nearest; where nothing is left
+                               out so, lorasync_session_info lists the entry); modules that no target_modules can tell
+                               apart
        LORASYNC_E_UNSUPPORTED  a transport that does not carry what this session publishes, such as filter.base with a
                                directory or shared memory, which need an adapter_config.json
-       LORASYNC_E_DISAGREE     descs differ between ranks
+       LORASYNC_E_DISAGREE     descs differ between ranks; names the field and both values. Configs are equal whatever
+                               the order of their keys, of target_modules and the like, and of rank_pattern
        those remembered by lorasync_add and lorasync_attach, and those of lorasync_plan_create */
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err);
 
@@ -2099,9 +2201,10 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
    converted to their dtypes. Collective, after compile. If it fails before anything moved, the pieces are untouched;
    the error text says if any were written.
 
-   The file has exactly the session's tensors, with the same shapes; the adapter's name in it may be another. Each
-   module's scale (alpha / rank) in the directory's adapter_config.json equals the session's; a single file has no
-   config to compare.
+   The file has exactly the session's tensors, with the same shapes; the adapter's name in it may be another, and names
+   may be spelled otherwise (lorasync_open_adapter). An embedding's own weights, which PEFT saves beside its LoRA as
+   ..base_layer.weight, are skipped if the session does not publish them. Each module's scale (alpha / rank) in the
+   directory's adapter_config.json equals the session's; a single file has no config to compare.
 
    path  the same on all ranks; read on the root
 
@@ -2117,9 +2220,14 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
 
 /* What compile found. */
 typedef struct lorasync_session_info {
-    size_t              num_added;     /* pieces declared on this rank */
-    size_t              num_taken;     /* of them, those that passed the filter */
-    size_t              num_dropped;   /* and those that did not */
+    size_t num_added;   /* pieces declared on this rank */
+    size_t num_taken;   /* of them, those that passed the filter */
+    size_t num_dropped; /* and those that did not */
+    /* On the root, after compile: entries of the filter's and the config's target_modules that match no module with
+       LoRA, nor a module that the root has declared. As in PEFT they are legal, since one list may serve many models.
+       Lives as long as the session. */
+    const char *const  *unused_targets;
+    size_t              num_unused_targets;
     size_t              num_tensors;   /* of the adapter, on the root; elsewhere those that this rank has */
     size_t              payload_bytes; /* on the root */
     lorasync_plan_stats plan;
@@ -2181,7 +2289,8 @@ typedef struct lorasync_stream lorasync_stream;
 LORASYNC_API lorasync_status lorasync_stream_open(const lorasync_stream_desc *desc, lorasync_stream **out,
                                                   lorasync_error *err);
 
-/* Declares one piece that this rank has, as lorasync_add does, but nothing is filtered: what is added is sent.
+/* Declares one piece that this rank has, as lorasync_add does, but nothing is filtered: what is added is sent. Without
+   keep_names a name that looks like LoRA and is none needs piece.role (LORASYNC_ROLE_BASE).
 
    Errors, also remembered for compile: LORASYNC_E_ARGUMENT, LORASYNC_E_NAME, LORASYNC_E_LAYOUT, LORASYNC_E_UNSUPPORTED,
    LORASYNC_E_STATE after compile, LORASYNC_E_MEMORY. */
@@ -4330,7 +4439,9 @@ LORASYNCI_FN size_t lorasynci_find_nonfinite(const void *data, lorasync_dtype dt
 LORASYNC_API const char *lorasync_role_text(lorasync_role role)
 {
     switch ((int)role) {
+    case LORASYNC_ROLE_NONE: return "none";
     case LORASYNC_ROLE_BASE: return "base";
+    case LORASYNC_ROLE_BIAS: return "bias";
     case LORASYNC_ROLE_LORA_A: return "lora_A";
     case LORASYNC_ROLE_LORA_B: return "lora_B";
     case LORASYNC_ROLE_LORA_B_BIAS: return "lora_B.bias";
@@ -4404,7 +4515,8 @@ LORASYNCI_FN void lorasynci_path_cut(lorasynci_path *p, size_t at, size_t num)
 LORASYNCI_FN int lorasynci_is_wrapper(lorasynci_segment s)
 {
     return lorasynci_segment_is(s, "_fsdp_wrapped_module") || lorasynci_segment_is(s, "_checkpoint_wrapped_module") ||
-           lorasynci_segment_is(s, "_orig_mod") || lorasynci_segment_is(s, "to_wrap");
+           lorasynci_segment_is(s, "_orig_mod") || lorasynci_segment_is(s, "_forward_module") ||
+           lorasynci_segment_is(s, "to_wrap");
 }
 
 /* Takes out what trainers and PEFT put around the model's own names, so that all of them give the same key. At least
@@ -4418,33 +4530,48 @@ LORASYNCI_FN lorasync_status lorasynci_path_unwrap(lorasynci_path *p, lorasync_e
         else i++;
     }
     while (p->num > 1 && lorasynci_segment_is(p->seg[0], "module")) lorasynci_path_cut(p, 0, 1);
-    if (p->num > 2 && lorasynci_segment_is(p->seg[0], "base_model") && lorasynci_segment_is(p->seg[1], "model"))
-        lorasynci_path_cut(p, 0, 2);
+    for (i = 0; i + 2 < p->num; i++) {
+        if (!lorasynci_segment_is(p->seg[i], "base_model") || !lorasynci_segment_is(p->seg[i + 1], "model")) continue;
+        lorasynci_path_cut(p, 0, i + 2);
+        break;
+    }
     if (p->num == 0)
         return lorasynci_fail(err, LORASYNC_E_NAME,
                               "parameter name \"%.300s\" has only wrapper segments: pass the whole name", p->raw);
     return LORASYNC_OK;
 }
 
-/* Appends segments from..to-1 to `out`, which has LORASYNC_MAX_NAME bytes, with dots. */
+/* Appends text to `out`, which has LORASYNC_MAX_NAME bytes, with a dot between. */
+LORASYNCI_FN lorasync_status lorasynci_key_put(const lorasynci_path *p, const char *text, size_t size, char *out,
+                                               lorasync_error *err)
+{
+    size_t used = strlen(out), dot = used ? 1 : 0;
+    if (size >= LORASYNC_MAX_NAME - used - dot)
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "the key of parameter name \"%.120s...\" would have %d bytes or more: shorten it", p->raw,
+                              LORASYNC_MAX_NAME);
+    if (dot) out[used++] = '.';
+    memcpy(out + used, text, size);
+    LORASYNC_ASSERT(used + size < LORASYNC_MAX_NAME);
+    out[used + size] = 0;
+    return LORASYNC_OK;
+}
+
+/* Appends segments from..to-1. */
 LORASYNCI_FN lorasync_status lorasynci_path_join(const lorasynci_path *p, size_t from, size_t to, char *out,
                                                  lorasync_error *err)
 {
-    size_t used = strlen(out), i;
+    size_t i;
     LORASYNC_ASSERT(from <= to && to <= p->num);
-    for (i = from; i < to; i++) {
-        size_t dot = used ? 1 : 0;
-        if (p->seg[i].size >= LORASYNC_MAX_NAME - used - dot)
-            return lorasynci_fail(err, LORASYNC_E_NAME,
-                                  "the key of parameter name \"%.120s...\" would have %d bytes or more: shorten it",
-                                  p->raw, LORASYNC_MAX_NAME);
-        if (dot) out[used++] = '.';
-        memcpy(out + used, p->seg[i].text, p->seg[i].size);
-        used += p->seg[i].size;
-        LORASYNC_ASSERT(used < LORASYNC_MAX_NAME);
-        out[used] = 0;
-    }
+    for (i = from; i < to; i++) LORASYNCI_TRY(lorasynci_key_put(p, p->seg[i].text, p->seg[i].size, out, err));
     return LORASYNC_OK;
+}
+
+/* A key begins as PEFT's do, and goes on with the first num segments. */
+LORASYNCI_FN lorasync_status lorasynci_key_begin(const lorasynci_path *p, size_t num, char *key, lorasync_error *err)
+{
+    memcpy(key, "base_model.model", sizeof "base_model.model");
+    return lorasynci_path_join(p, 0, num, key, err);
 }
 
 /* -- what a name says */
@@ -4456,8 +4583,8 @@ typedef struct lorasynci_leaf {
     int           keeps_parameter; /* the file key ends in .weight or .bias, else in the leaf itself */
 } lorasynci_leaf;
 
-/* NULL for any other segment. */
-LORASYNCI_FN const lorasynci_leaf *lorasynci_leaf_of(lorasynci_segment s)
+/* The leaves, one by one; NULL at the end. */
+LORASYNCI_FN const lorasynci_leaf *lorasynci_leaf_at(size_t i)
 {
     static const lorasynci_leaf leaves[] = {
         {"lora_A", LORASYNC_ROLE_LORA_A, 1},
@@ -4467,10 +4594,26 @@ LORASYNCI_FN const lorasynci_leaf *lorasynci_leaf_of(lorasynci_segment s)
         {"lora_magnitude_vector", LORASYNC_ROLE_MAGNITUDE, 0},
         {"trainable_tokens_delta", LORASYNC_ROLE_TRAINABLE_TOKENS, 0},
     };
-    size_t i;
-    for (i = 0; i < LORASYNCI_COUNT(leaves); i++)
-        if (lorasynci_segment_is(s, leaves[i].text)) return &leaves[i];
-    return NULL;
+    return i < LORASYNCI_COUNT(leaves) ? &leaves[i] : NULL;
+}
+
+/* NULL for any other segment. */
+LORASYNCI_FN const lorasynci_leaf *lorasynci_leaf_of(lorasynci_segment s)
+{
+    const lorasynci_leaf *leaf;
+    size_t                i;
+    for (i = 0; (leaf = lorasynci_leaf_at(i)) != NULL && !lorasynci_segment_is(s, leaf->text);) i++;
+    return leaf;
+}
+
+/* The leaf of a role, or NULL for one that has none. */
+LORASYNCI_FN const lorasynci_leaf *lorasynci_leaf_of_role(lorasync_role role)
+{
+    const lorasynci_leaf *leaf;
+    size_t                i;
+    if (role == LORASYNC_ROLE_LORA_B_BIAS) role = LORASYNC_ROLE_LORA_B;
+    for (i = 0; (leaf = lorasynci_leaf_at(i)) != NULL && leaf->role != role;) i++;
+    return leaf;
 }
 
 LORASYNCI_FN int lorasynci_is_parameter(lorasynci_segment s)
@@ -4486,6 +4629,12 @@ typedef struct lorasynci_tail {
     size_t                parameter; /* segment, or 0: none */
 } lorasynci_tail;
 
+/* 1 for a level that PEFT puts between a module that it wraps and the base model's own parameters. */
+LORASYNCI_FN int lorasynci_is_level(lorasynci_segment s)
+{
+    return lorasynci_segment_is(s, "base_layer") || lorasynci_segment_is(s, "original_module");
+}
+
 /* Finds the leaf; 0 if there is none. The outermost place wins, so that an adapter may be called like a leaf. */
 LORASYNCI_FN int lorasynci_find_tail(const lorasynci_path *p, lorasynci_tail *t)
 {
@@ -4499,6 +4648,7 @@ LORASYNCI_FN int lorasynci_find_tail(const lorasynci_path *p, lorasynci_tail *t)
         if (!t->leaf) continue;
         parameter = lorasynci_is_parameter(p->seg[last]);
         if (behind == 2 && !parameter) continue;
+        if (behind > 0 && lorasynci_is_level(p->seg[t->at + 1])) continue; /* the base of a module called like a leaf */
         t->adapter   = behind == 2 ? last - 1 : behind == 1 && !parameter ? last : 0;
         t->parameter = behind > 0 && parameter ? last : 0;
         return 1;
@@ -4524,6 +4674,15 @@ LORASYNCI_FN lorasync_status lorasynci_tail_module(const lorasynci_path *p, size
     return out[0] ? LORASYNC_OK : lorasynci_fail_no_module(p, err);
 }
 
+/* Ends a key as files do: lora_A and lora_B are modules there, whose parameter is weight or bias. */
+LORASYNCI_FN lorasync_status lorasynci_key_parameter(const lorasynci_path *p, const lorasynci_leaf *leaf,
+                                                     lorasync_name *n, lorasync_error *err)
+{
+    if (!leaf->keeps_parameter) return LORASYNC_OK;
+    if (n->role == LORASYNC_ROLE_LORA_B_BIAS) return lorasynci_key_put(p, "bias", 4, n->key, err);
+    return lorasynci_key_put(p, "weight", 6, n->key, err);
+}
+
 /* A LoRA parameter. The key is PEFT's, without the adapter's name: files hold one adapter and do not say which. */
 LORASYNCI_FN lorasync_status lorasynci_name_from_tail(const lorasynci_path *p, const lorasynci_tail *t,
                                                       lorasync_name *n, lorasync_error *err)
@@ -4539,11 +4698,8 @@ LORASYNCI_FN lorasync_status lorasynci_name_from_tail(const lorasynci_path *p, c
     }
     LORASYNCI_TRY(lorasynci_tail_module(p, t->at, n->module, err));
     if (t->adapter) LORASYNCI_TRY(lorasynci_path_join(p, t->adapter, t->adapter + 1, n->adapter, err));
-    memcpy(n->key, "base_model.model", sizeof "base_model.model");
-    LORASYNCI_TRY(lorasynci_path_join(p, 0, t->at + 1, n->key, err));
-    if (t->parameter && t->leaf->keeps_parameter)
-        return lorasynci_path_join(p, t->parameter, t->parameter + 1, n->key, err);
-    return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_key_begin(p, t->at + 1, n->key, err));
+    return lorasynci_key_parameter(p, t->leaf, n, err);
 }
 
 /* `at` is the segment modules_to_save:  module.modules_to_save.adapter.rest -> module.rest */
@@ -4558,67 +4714,257 @@ LORASYNCI_FN lorasync_status lorasynci_name_from_saved(const lorasynci_path *p, 
     n->role = LORASYNC_ROLE_MODULES_TO_SAVE;
     LORASYNCI_TRY(lorasynci_path_join(p, 0, at, n->module, err));
     LORASYNCI_TRY(lorasynci_path_join(p, at + 1, at + 2, n->adapter, err));
-    memcpy(n->key, "base_model.model", sizeof "base_model.model");
-    LORASYNCI_TRY(lorasynci_path_join(p, 0, at, n->key, err));
+    LORASYNCI_TRY(lorasynci_key_begin(p, at, n->key, err));
     return lorasynci_path_join(p, at + 2, p->num, n->key, err);
 }
 
-LORASYNCI_FN int lorasynci_is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
-
-/* -- names that are no LoRA */
-
-/* The segment that looks like an adapter leaf in a name that has no known tail; p->num if there is none. */
-LORASYNCI_FN size_t lorasynci_unknown_leaf(const lorasynci_path *p)
+/* 1 if `module` is `name` or ends in "." and it. */
+LORASYNCI_FN int lorasynci_ends_in(const char *module, const char *name)
 {
-    size_t i, n = p->num;
-    for (i = 0; i < n; i++) {
-        lorasynci_segment s      = p->seg[i];
-        size_t            behind = n - 1 - i;
-        if (lorasynci_leaf_of(s)) return i;
-        if (!lorasynci_segment_begins(s, "lora_")) continue;
-        LORASYNC_ASSERT(s.size >= 5);
-        if (behind <= 1) return i;
-        /* lora_C.default.weight, but not lora_router.gate.weight */
-        if (behind == 2 && lorasynci_is_parameter(p->seg[n - 1]) && s.text[s.size - 2] == '_' &&
-            lorasynci_is_letter(s.text[s.size - 1]))
-            return i;
+    size_t n = strlen(module), k = strlen(name);
+    return n >= k && strcmp(module + n - k, name) == 0 && (n == k || module[n - k - 1] == '.');
+}
+
+/* -- names that look like LoRA */
+
+LORASYNCI_FN int lorasynci_is_capital(char c) { return c >= 'A' && c <= 'Z'; }
+LORASYNCI_FN int lorasynci_is_letter(char c) { return (c >= 'a' && c <= 'z') || lorasynci_is_capital(c); }
+
+/* 1 if n letters are those of a word in small letters. */
+LORASYNCI_FN int lorasynci_same_letters(const char *text, const char *word, size_t n)
+{
+    size_t i;
+    for (i = 0; i < n && (lorasynci_is_capital(text[i]) ? text[i] - 'A' + 'a' : text[i]) == word[i]; i++) {}
+    return i == n;
+}
+
+/* 1 if the segment has a word of adapters (lorasync_looks_like_lora says what a word is). */
+LORASYNCI_FN int lorasynci_has_lora_word(lorasynci_segment s)
+{
+    static const char *const words[] = {"lora", "adalora", "dora", "loha", "lokr", "hada", "magnitude"};
+    size_t                   at, i;
+    for (at = 0; at < s.size; at++) {
+        char before = at ? s.text[at - 1] : '_';
+        if (lorasynci_is_letter(before) && (lorasynci_is_capital(before) || !lorasynci_is_capital(s.text[at])))
+            continue;
+        for (i = 0; i < LORASYNCI_COUNT(words); i++) {
+            size_t n     = strlen(words[i]);
+            char   after = s.size > at + n ? s.text[at + n] : '_';
+            if (s.size - at < n || !lorasynci_same_letters(s.text + at, words[i], n)) continue;
+            if (!lorasynci_is_letter(after) || lorasynci_is_capital(after)) return 1;
+        }
     }
-    return n;
+    return 0;
 }
 
-/* adapter.linear_in.weight and adapter.adapter_q.linear_in.weight: Megatron-Bridge's own LoRA names. */
-LORASYNCI_FN int lorasynci_is_megatron(const lorasynci_path *p)
+/* adapter.linear_in.weight and adapter.adapter_q.linear_in.weight: Megatron-Bridge's own LoRA names. 1 if segment at is
+   that `adapter`. */
+LORASYNCI_FN int lorasynci_is_megatron(const lorasynci_path *p, size_t at)
 {
-    size_t n = p->num, i;
-    if (n < 3 || !lorasynci_segment_is(p->seg[n - 1], "weight")) return 0;
-    if (!lorasynci_segment_is(p->seg[n - 2], "linear_in") && !lorasynci_segment_is(p->seg[n - 2], "linear_out"))
-        return 0;
-    i = n > 3 && lorasynci_segment_begins(p->seg[n - 3], "adapter_") ? n - 4 : n - 3;
-    return lorasynci_segment_is(p->seg[i], "adapter");
+    size_t n = p->num;
+    if (!lorasynci_segment_is(p->seg[at], "adapter")) return 0;
+    if (at + 1 < n && lorasynci_segment_begins(p->seg[at + 1], "adapter_")) at++;
+    return at + 3 == n && lorasynci_segment_is(p->seg[n - 1], "weight") &&
+           (lorasynci_segment_is(p->seg[n - 2], "linear_in") || lorasynci_segment_is(p->seg[n - 2], "linear_out"));
 }
 
-/* A name with no known tail is a base parameter, unless it looks like LoRA: then silence would drop trained weights. */
-LORASYNCI_FN lorasync_status lorasynci_check_base(const lorasynci_path *p, lorasync_error *err)
+/* 1 if segment at looks like part of an adapter. */
+LORASYNCI_FN int lorasynci_is_suspect(const lorasynci_path *p, size_t at)
 {
-    size_t at = lorasynci_unknown_leaf(p);
-    if (at + 1 < p->num && lorasynci_leaf_of(p->seg[at]))
-        return lorasynci_fail(
-            err, LORASYNC_E_NAME,
-            "parameter name \"%.240s\": \"%.*s\" is followed by \"%.100s\", expected nothing, <adapter>, weight or "
-            "<adapter>.weight; an adapter name cannot contain a dot",
-            p->raw, (int)p->seg[at].size, p->seg[at].text, p->seg[at].text + p->seg[at].size + 1);
-    if (at < p->num)
-        return lorasynci_fail(
-            err, LORASYNC_E_NAME,
-            "parameter name \"%.240s\": \"%.*s\" is not a known LoRA leaf (lora_A, lora_B, lora_embedding_A, "
-            "lora_embedding_B, lora_magnitude_vector, then .<adapter>, .weight or both); leave it out if it is not "
-            "LoRA",
-            p->raw, (int)(p->seg[at].size < 64 ? p->seg[at].size : 64), p->seg[at].text);
-    if (lorasynci_is_megatron(p))
+    return lorasynci_has_lora_word(p->seg[at]) || lorasynci_leaf_of(p->seg[at]) || lorasynci_is_megatron(p, at);
+}
+
+LORASYNC_API int lorasync_looks_like_lora(const char *name)
+{
+    lorasynci_path path;
+    size_t         i;
+    if (!name || lorasynci_path_split(name, &path, NULL) < 0) return 0;
+    for (i = 0; i < path.num; i++)
+        if (lorasynci_is_suspect(&path, i)) return 1;
+    return 0;
+}
+
+/* -- hints: modules that a filter or a config names. What they name is a module, whatever it looks like. */
+
+typedef enum lorasynci_reach {
+    LORASYNCI_NAMES_MODULE, /* an entry names a module */
+    LORASYNCI_NAMES_OUT,    /* and leaves it out, with all parameters that it owns */
+    LORASYNCI_NAMES_SAVED   /* modules_to_save: the text in which a module's name ends, and all that lies below it */
+} lorasynci_reach;
+
+typedef struct lorasynci_named {
+    const char *const *at; /* borrowed */
+    size_t             num;
+    lorasynci_reach    reach;
+} lorasynci_named;
+
+typedef struct lorasynci_hints {
+    lorasynci_named   lists[5];
+    size_t            num_lists;
+    int               leafy;       /* some entry ends like a leaf of PEFT's: rarely */
+    lorasync_pattern *excluded[2]; /* borrowed; as LORASYNCI_NAMES_OUT */
+    size_t            num_excluded;
+    int               proven; /* 1: other ranks have looked at these names: what is no known leaf is a module's */
+} lorasynci_hints;
+
+/* 1 if the last segment of an entry is spelled like a leaf. */
+LORASYNCI_FN int lorasynci_is_leaf_name(const char *entry)
+{
+    const char       *dot = strrchr(entry, '.');
+    lorasynci_segment s;
+    s.text = dot ? dot + 1 : entry;
+    s.size = strlen(s.text);
+    return lorasynci_leaf_of(s) != NULL;
+}
+
+/* Adds a list, which may be NULL. */
+LORASYNCI_FN void lorasynci_hint_list(lorasynci_hints *h, const char *const *at, size_t num, lorasynci_reach reach)
+{
+    size_t i;
+    LORASYNC_ASSERT(h->num_lists < LORASYNCI_COUNT(h->lists));
+    if (!at) return;
+    for (i = 0; i < num && !h->leafy; i++) h->leafy = at[i] && lorasynci_is_leaf_name(at[i]);
+    h->lists[h->num_lists].at      = at;
+    h->lists[h->num_lists].num     = num;
+    h->lists[h->num_lists++].reach = reach;
+}
+
+/* Adds what exclude_modules matches, where that is a pattern; it may be NULL. */
+LORASYNCI_FN void lorasynci_hint_excluded(lorasynci_hints *h, lorasync_pattern *pattern)
+{
+    LORASYNC_ASSERT(h->num_excluded < LORASYNCI_COUNT(h->excluded));
+    if (pattern) h->excluded[h->num_excluded++] = pattern;
+}
+
+/* Drops segments that wrappers add from a list entry, in place; one that has nothing else stays. */
+LORASYNCI_FN void lorasynci_entry_unwrap(char *entry)
+{
+    char      *from = entry, *to = entry;
+    const char whole = *entry;
+    for (;;) {
+        lorasynci_segment s;
+        int               last;
+        s.text = from;
+        s.size = strcspn(from, ".");
+        last   = from[s.size] == 0;
+        if (!lorasynci_is_wrapper(s)) {
+            if (to > entry) *to++ = '.';
+            memmove(to, from, s.size);
+            to += s.size;
+        }
+        if (last) break;
+        from += s.size + 1;
+    }
+    if (to > entry || !whole) *to = 0;
+}
+
+/* 1 if an entry of a list names the module at the end of `path`. */
+LORASYNCI_FN int lorasynci_list_names(const lorasynci_named *l, const char *path)
+{
+    char   entry[LORASYNC_MAX_NAME];
+    size_t i, n, k = strlen(path);
+    for (i = 0; i < l->num; i++) {
+        if (!l->at[i] || strlen(l->at[i]) >= sizeof entry) continue; /* longer than any module */
+        strcpy(entry, l->at[i]);
+        lorasynci_entry_unwrap(entry);
+        n = strlen(entry);
+        if (l->reach != LORASYNCI_NAMES_SAVED ? lorasynci_ends_in(path, entry)
+                                              : n && n <= k && strcmp(path + k - n, entry) == 0)
+            return 1;
+    }
+    return 0;
+}
+
+/* How a module on the path of a parameter stands to the segment in question. */
+typedef enum lorasynci_relation {
+    LORASYNCI_ABOVE, /* somewhere above it */
+    LORASYNCI_OWNER, /* directly above it, or directly above the parameter */
+    LORASYNCI_ITSELF
+} lorasynci_relation;
+
+/* 1 if the hints name a module that stands so to the segment in question. */
+LORASYNCI_FN int lorasynci_hints_name(const lorasynci_hints *h, const char *path, lorasynci_relation is)
+{
+    size_t i;
+    for (i = 0; i < h->num_lists; i++) {
+        const lorasynci_named *l = &h->lists[i];
+        if (l->reach == LORASYNCI_NAMES_MODULE && is != LORASYNCI_ITSELF) continue;
+        if (l->reach == LORASYNCI_NAMES_OUT && is == LORASYNCI_ABOVE) continue;
+        if (lorasynci_list_names(l, path)) return 1;
+    }
+    return 0;
+}
+
+/* 1 if segment at is spelled like one of PEFT's leaves and all the same a module's own name: an entry names it.
+   Patterns do not count, as many match a module's LoRA with the module. */
+LORASYNCI_FN int lorasynci_leaf_is_named(const lorasynci_hints *h, const lorasynci_path *p, size_t at)
+{
+    char path[LORASYNC_MAX_NAME];
+    path[0] = 0;
+    return h && h->leafy && lorasynci_path_join(p, 0, at + 1, path, NULL) == LORASYNC_OK &&
+           lorasynci_hints_name(h, path, LORASYNCI_ITSELF);
+}
+
+/* 1 if segment at, which looks like LoRA, is no part of an adapter that is wanted: hints name it, or what it lies
+   in. */
+LORASYNCI_FN int lorasynci_is_named(const lorasynci_hints *h, const lorasynci_path *p, size_t at)
+{
+    char   path[LORASYNC_MAX_NAME];
+    size_t to, i;
+    if (!h || h->proven) return h != NULL;
+    path[0] = 0;
+    for (to = 1; to <= p->num; to++) {
+        lorasynci_relation is = to == at + 1                   ? LORASYNCI_ITSELF
+                                : to == at || to == p->num - 1 ? LORASYNCI_OWNER
+                                                               : LORASYNCI_ABOVE;
+        if (lorasynci_path_join(p, to - 1, to, path, NULL) < 0) return 0;
+        if (to == p->num && is != LORASYNCI_ITSELF) return 0; /* the parameter itself is no module */
+        if (lorasynci_hints_name(h, path, is)) return 1;
+        for (i = 0; i < h->num_excluded && is != LORASYNCI_ABOVE; i++)
+            if (lorasync_pattern_matches(h->excluded[i], path)) return 1;
+    }
+    return 0;
+}
+
+/* -- one name, whole */
+
+/* Behind the last level that PEFT puts below a module: what stands before it are modules, whatever they look like. */
+LORASYNCI_FN size_t lorasynci_behind_levels(const lorasynci_path *p)
+{
+    size_t i = p->num;
+    while (i > 0 && !lorasynci_is_level(p->seg[i - 1])) i--;
+    return i;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_fail_suspect(const lorasynci_path *p, size_t at, lorasync_error *err)
+{
+    lorasynci_segment s = p->seg[at];
+    if (lorasynci_is_megatron(p, at))
         return lorasynci_fail(err, LORASYNC_E_NAME,
                               "parameter name \"%.240s\" is Megatron's name of a LoRA parameter: pass its PEFT name "
                               "(linear_in is lora_A, linear_out is lora_B of the Hugging Face module)",
                               p->raw);
+    if (at + 1 < p->num && lorasynci_leaf_of(s))
+        return lorasynci_fail(
+            err, LORASYNC_E_NAME,
+            "parameter name \"%.200s\": \"%.*s\" is followed by \"%.100s\", expected nothing, <adapter>, weight or "
+            "<adapter>.weight; an adapter name cannot contain a dot",
+            p->raw, (int)s.size, s.text, s.text + s.size + 1);
+    return lorasynci_fail(
+        err, LORASYNC_E_NAME,
+        "parameter name \"%.180s\": \"%.*s\" looks like LoRA and is not a known leaf (lora_A, lora_B, "
+        "lora_embedding_A, lora_embedding_B, lora_magnitude_vector, then .<adapter>, .weight or both); if it is no "
+        "LoRA, name it in filter.exclude_modules or set piece.role",
+        p->raw, (int)(s.size < 60 ? s.size : 60), s.text);
+}
+
+/* A name with no known tail is a base parameter, unless it looks like LoRA: then silence would drop trained weights. */
+LORASYNCI_FN lorasync_status lorasynci_check_base(const lorasynci_path *p, const lorasynci_hints *h,
+                                                  lorasync_error *err)
+{
+    size_t at;
+    for (at = lorasynci_behind_levels(p); at < p->num; at++)
+        if (lorasynci_is_suspect(p, at) && !lorasynci_is_named(h, p, at)) return lorasynci_fail_suspect(p, at, err);
     return LORASYNC_OK;
 }
 
@@ -4630,7 +4976,7 @@ LORASYNCI_FN lorasync_status lorasynci_name_from_base(lorasynci_path *p, lorasyn
     n->role  = LORASYNC_ROLE_BASE;
     while (i + 1 < p->num) {
         lorasynci_segment s = p->seg[i];
-        if (lorasynci_segment_is(s, "base_layer") || lorasynci_segment_is(s, "original_module") ||
+        if (lorasynci_is_level(s) ||
             (lorasynci_segment_is(s, "token_adapter") && lorasynci_segment_is(p->seg[i + 1], "base_layer")))
             lorasynci_path_cut(p, i, 1);
         else i++;
@@ -4639,28 +4985,117 @@ LORASYNCI_FN lorasync_status lorasynci_name_from_base(lorasynci_path *p, lorasyn
     return lorasynci_path_join(p, 0, p->num, n->key, err);
 }
 
+/* Segment modules_to_save, or p->num. */
+LORASYNCI_FN size_t lorasynci_saved_level(const lorasynci_path *p)
+{
+    size_t i;
+    for (i = 0; i < p->num && !lorasynci_segment_is(p->seg[i], "modules_to_save"); i++) {}
+    return i;
+}
+
+/* What an unwrapped path says. Changes the path. */
+LORASYNCI_FN lorasync_status lorasynci_name_from_path(lorasynci_path *p, const lorasynci_hints *h, lorasync_name *n,
+                                                      lorasync_error *err)
+{
+    lorasynci_tail tail;
+    size_t         saved = lorasynci_saved_level(p);
+    if (lorasynci_find_tail(p, &tail) && !lorasynci_leaf_is_named(h, p, tail.at))
+        return lorasynci_name_from_tail(p, &tail, n, err);
+    if (saved < p->num) return lorasynci_name_from_saved(p, saved, n, err);
+    LORASYNCI_TRY(lorasynci_check_base(p, h, err));
+    return lorasynci_name_from_base(p, n, err);
+}
+
+/* Splits and unwraps. *n is set to no name. */
+LORASYNCI_FN lorasync_status lorasynci_path_read(const char *raw, lorasynci_path *p, lorasync_name *n,
+                                                 lorasync_error *err)
+{
+    n->key[0] = n->module[0] = n->adapter[0] = 0;
+    LORASYNCI_TRY(lorasynci_path_split(raw, p, err));
+    return lorasynci_path_unwrap(p, err);
+}
+
+/* lorasync_parse_name with hints, or NULL. After a failure *n has no meaning. */
+LORASYNCI_FN lorasync_status lorasynci_name_read(const char *raw, const lorasynci_hints *h, lorasync_name *n,
+                                                 lorasync_error *err)
+{
+    lorasynci_path path;
+    LORASYNCI_TRY(lorasynci_path_read(raw, &path, n, err));
+    return lorasynci_name_from_path(&path, h, n, err);
+}
+
+/* A LoRA parameter of a given role, by the name of its module: what PEFT would call it. */
+LORASYNCI_FN lorasync_status lorasynci_name_of_module(const lorasynci_path *p, lorasync_role role, lorasync_name *n,
+                                                      lorasync_error *err)
+{
+    const lorasynci_leaf *leaf = lorasynci_leaf_of_role(role);
+    n->role                    = role;
+    LORASYNCI_TRY(lorasynci_tail_module(p, p->num, n->module, err));
+    LORASYNCI_TRY(lorasynci_key_begin(p, p->num, n->key, err));
+    if (role == LORASYNC_ROLE_TRAINABLE_TOKENS && !lorasynci_segment_is(p->seg[p->num - 1], "token_adapter"))
+        LORASYNCI_TRY(lorasynci_key_put(p, "token_adapter", 13, n->key, err));
+    LORASYNCI_TRY(lorasynci_key_put(p, leaf->text, strlen(leaf->text), n->key, err));
+    return lorasynci_key_parameter(p, leaf, n, err);
+}
+
+/* A parameter whose role is said to be one of LoRA. */
+LORASYNCI_FN lorasync_status lorasynci_name_as_lora(const lorasynci_path *p, lorasync_role role, lorasync_name *n,
+                                                    lorasync_error *err)
+{
+    lorasynci_tail tail;
+    if (!lorasynci_find_tail(p, &tail)) return lorasynci_name_of_module(p, role, n, err);
+    LORASYNCI_TRY(lorasynci_name_from_tail(p, &tail, n, err));
+    if (n->role == role) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_NAME,
+        "parameter name \"%.240s\" is that of a %s, and piece.role says %s: give PEFT's name for that "
+        "role, or the module's",
+        p->raw, lorasync_role_text(n->role), lorasync_role_text(role));
+}
+
+/* A parameter of the base model that is published whole: its key has the levels that its name has, as PEFT's has. */
+LORASYNCI_FN lorasync_status lorasynci_name_whole(const lorasynci_path *p, lorasync_role role, lorasync_name *n,
+                                                  lorasync_error *err)
+{
+    lorasynci_path path = *p;
+    LORASYNCI_TRY(lorasynci_name_from_base(&path, n, err));
+    n->role   = role;
+    n->key[0] = 0;
+    if (role == LORASYNC_ROLE_BIAS && !lorasynci_segment_is(p->seg[p->num - 1], "bias"))
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "parameter name \"%.300s\" does not end in bias, and piece.role says that it is one",
+                              p->raw);
+    return lorasynci_key_begin(p, p->num, n->key, err);
+}
+
+/* What a name says when its role is given. NONE: lorasynci_name_read. */
+LORASYNCI_FN lorasync_status lorasynci_name_as(const char *raw, lorasync_role role, const lorasynci_hints *h,
+                                               lorasync_name *n, lorasync_error *err)
+{
+    lorasynci_path path;
+    size_t         saved;
+    LORASYNCI_TRY(lorasynci_path_read(raw, &path, n, err));
+    saved = lorasynci_saved_level(&path);
+    switch ((int)role) {
+    case LORASYNC_ROLE_NONE: return lorasynci_name_from_path(&path, h, n, err);
+    case LORASYNC_ROLE_BASE: return lorasynci_name_from_base(&path, n, err);
+    case LORASYNC_ROLE_BIAS: return lorasynci_name_whole(&path, role, n, err);
+    case LORASYNC_ROLE_MODULES_TO_SAVE:
+        if (saved < path.num) return lorasynci_name_from_saved(&path, saved, n, err);
+        return lorasynci_name_whole(&path, role, n, err);
+    default:
+        if (lorasynci_leaf_of_role(role)) return lorasynci_name_as_lora(&path, role, n, err);
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "parameter name \"%.300s\": piece.role is %d, which is no role",
+                              raw, (int)role);
+    }
+}
+
 LORASYNC_API lorasync_status lorasync_parse_name(const char *raw_name, lorasync_name *out, lorasync_error *err)
 {
-    lorasynci_path  path;
-    lorasynci_tail  tail;
-    lorasync_name   name;
-    lorasync_status status;
-    size_t          saved;
+    lorasync_name name;
     LORASYNCI_GIVEN(raw_name);
     LORASYNCI_GIVEN(out);
-    LORASYNCI_TRY(lorasynci_path_split(raw_name, &path, err));
-    LORASYNCI_TRY(lorasynci_path_unwrap(&path, err));
-    name.key[0] = name.module[0] = name.adapter[0] = 0;
-    for (saved = 0; saved < path.num && !lorasynci_segment_is(path.seg[saved], "modules_to_save");) saved++;
-    if (lorasynci_find_tail(&path, &tail)) {
-        status = lorasynci_name_from_tail(&path, &tail, &name, err);
-    } else if (saved < path.num) {
-        status = lorasynci_name_from_saved(&path, saved, &name, err);
-    } else {
-        LORASYNCI_TRY(lorasynci_check_base(&path, err));
-        status = lorasynci_name_from_base(&path, &name, err);
-    }
-    LORASYNCI_TRY(status);
+    LORASYNCI_TRY(lorasynci_name_read(raw_name, NULL, &name, err));
     out->role = name.role;
     memcpy(out->key, name.key, strlen(name.key) + 1);
     memcpy(out->module, name.module, strlen(name.module) + 1);
@@ -5428,10 +5863,15 @@ LORASYNCI_FN lorasync_status lorasynci_modules_reserve(lorasynci_modules *m, siz
 LORASYNCI_FN lorasync_status lorasynci_modules_add(lorasynci_modules *m, const char *entry, const lorasync_allocator *a,
                                                    lorasync_error *err)
 {
-    if (lorasynci_table_find(&m->table, entry, lorasynci_entry_of, m) != SIZE_MAX) return LORASYNC_OK;
-    m->entries[m->num] = lorasynci_copy_text(a, entry, strlen(entry));
-    if (!m->entries[m->num]) return lorasynci_fail_memory(err, strlen(entry) + 1);
-    lorasynci_table_insert(&m->table, m->entries[m->num], m->num, lorasynci_entry_of, m);
+    char *copy = lorasynci_copy_text(a, entry, strlen(entry));
+    if (!copy) return lorasynci_fail_memory(err, strlen(entry) + 1);
+    lorasynci_entry_unwrap(copy);
+    if (lorasynci_table_find(&m->table, copy, lorasynci_entry_of, m) != SIZE_MAX) {
+        lorasynci_dealloc(a, copy);
+        return LORASYNC_OK;
+    }
+    m->entries[m->num] = copy;
+    lorasynci_table_insert(&m->table, copy, m->num, lorasynci_entry_of, m);
     m->num++;
     return LORASYNC_OK;
 }
@@ -5504,13 +5944,6 @@ LORASYNCI_FN int lorasynci_is_all_linear(const char *pattern)
         if ((c >= 'A' && c <= 'Z' ? c - 'A' + 'a' : c) != word[i]) return 0;
     }
     return 1;
-}
-
-/* 1 if module is `name` or ends in "." and it. */
-LORASYNCI_FN int lorasynci_ends_in(const char *module, const char *name)
-{
-    size_t n = strlen(module), k = strlen(name);
-    return n >= k && strcmp(module + n - k, name) == 0 && (n == k || module[n - k - 1] == '.');
 }
 
 /* The output embedding to leave out: the given one, or the first usual one that exists, or NULL. */
@@ -5607,6 +6040,7 @@ LORASYNC_API int lorasync_matcher_takes(lorasync_matcher *matcher, const lorasyn
     if (!matcher || !name) return 0;
     if (name->role == LORASYNC_ROLE_BASE)
         return matcher->base && !lorasynci_modules_match(&matcher->exclude, name->module);
+    if (name->role == LORASYNC_ROLE_BIAS) return 1;
     if (matcher->base == 2) return 0;
     if (adapter && name->adapter[0] && strcmp(name->adapter, adapter) != 0) return 0;
     if (name->role == LORASYNC_ROLE_MODULES_TO_SAVE || name->role == LORASYNC_ROLE_TRAINABLE_TOKENS)
@@ -7543,7 +7977,8 @@ LORASYNCI_FN lorasync_status lorasynci_talk_reason(lorasynci_talk *t, int failed
 }
 
 /* The general form. The verdict is the failure of the lowest rank that failed; a failure of the communicator is one
-   too. mine: NULL, or this rank's failure. vote: flag, tag and plan are given; flag becomes 1 if every rank passed 1.
+   too. mine: NULL, or this rank's failure. vote: flag, tag and plan are given; flag becomes 1 if every rank passed 1,
+   and status LORASYNC_E_DISAGREE if all that is wrong is that tags differ, which all ranks see alike.
    Tags and plans must be equal on all ranks; tag_name says what the tag is. */
 LORASYNCI_FN lorasync_status lorasynci_talk_agree(lorasynci_talk *t, const lorasync_error *mine, lorasynci_vote *vote,
                                                   const char *tag_name, lorasync_error *err)
@@ -7562,6 +7997,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_agree(lorasynci_talk *t, const loras
             "plans of one communicator in the same order. Nothing was changed; the versions can be tried again",
             n.elsewhere);
     if (n.failed >= 0) return lorasynci_talk_reason(t, n.failed, mine, err);
+    if (n.differs >= 0) vote->status = LORASYNC_E_DISAGREE;
     if (n.differs >= 0)
         return lorasynci_fail(err, LORASYNC_E_DISAGREE,
                               "%s: %llu on rank 0, %llu on rank %d; every rank must pass the same", tag_name,
@@ -7678,6 +8114,7 @@ typedef struct lorasynci_image_impl {
     lorasync_allocator a;
     lorasync_tensor   *tensors;
     char              *pool;
+    char              *keys; /* names that were read otherwise (lorasynci_image_rename), or NULL */
     lorasynci_table    names;
     lorasynci_members  metadata;              /* the values are decoded, in pool */
     unsigned char     *own_header;            /* a layout's, until it is moved elsewhere */
@@ -7697,6 +8134,7 @@ LORASYNC_API void lorasync_image_free(lorasync_image *image)
     a = m->a;
     lorasynci_dealloc(&a, m->tensors);
     lorasynci_dealloc(&a, m->pool);
+    lorasynci_dealloc(&a, m->keys);
     if (m->names.cells) lorasynci_table_free(&m->names);
     if (m->metadata.at || m->metadata.keys) lorasynci_members_free(&m->metadata);
     lorasynci_dealloc(&a, m->own_header);
@@ -8077,6 +8515,34 @@ LORASYNCI_FN lorasync_status lorasynci_index_names(lorasynci_image_impl *m, lora
             return lorasynci_fail(err, twice, "tensor \"%.150s\" occurs twice; give every tensor its own name",
                                   m->tensors[i].name);
     return LORASYNC_OK;
+}
+
+/* Gives the tensors other names: num_bytes of texts, one after the other with their NULs, in the order of the tensors.
+   The image takes `keys`, also when it fails; then it can only be freed. */
+LORASYNCI_FN lorasync_status lorasynci_image_rename(lorasync_image *image, char *keys, lorasync_error *err)
+{
+    lorasynci_image_impl *m    = (lorasynci_image_impl *)image;
+    const char           *text = keys;
+    size_t                i;
+    lorasynci_dealloc(&m->a, m->keys);
+    m->keys = keys;
+    for (i = 0; i < image->num_tensors; i++, text += strlen(text) + 1) m->tensors[i].name = text;
+    lorasynci_table_free(&m->names);
+    memset(&m->names, 0, sizeof m->names);
+    return lorasynci_index_names(m, LORASYNC_E_NAME, err);
+}
+
+/* Forgets the tensors of which keep is 0. The payload stays as it is. */
+LORASYNCI_FN lorasync_status lorasynci_image_keep(lorasync_image *image, const unsigned char *keep, lorasync_error *err)
+{
+    lorasynci_image_impl *m = (lorasynci_image_impl *)image;
+    size_t                i, kept = 0;
+    for (i = 0; i < image->num_tensors; i++)
+        if (keep[i]) m->tensors[kept++] = m->tensors[i];
+    image->num_tensors = kept;
+    lorasynci_table_free(&m->names);
+    memset(&m->names, 0, sizeof m->names);
+    return lorasynci_index_names(m, LORASYNC_E_FORMAT, err);
 }
 
 /* -- the library's own metadata */
@@ -13694,7 +14160,7 @@ LORASYNCI_FN const lorasynci_mover *lorasynci_choose_mover(const lorasync_plan *
 /* ------------------------------------------------------------------------------------------------------ >>config -- */
 
 /* adapter_config.json: reads it, answers rank and scale of a module, checks it against an adapter's tensors and writes
-   one for them. Uses >>support, >>json and >>names. */
+   one for them. Uses >>support, >>json, >>dtype and >>names. */
 
 /* -- lists of strings */
 
@@ -13766,6 +14232,38 @@ LORASYNCI_FN lorasync_status lorasynci_list_read(lorasynci_json *j, int integers
         out->at[out->num++] = to;
         to += lorasynci_json_decode(&item, to);
         *to++ = 0;
+    }
+    return LORASYNC_OK;
+}
+
+/* Drops wrapper segments from the entries. Returns 1 if there were any. */
+LORASYNCI_FN int lorasynci_list_unwrap(lorasynci_list *l)
+{
+    size_t i;
+    int    changed = 0;
+    for (i = 0; i < l->num; i++) {
+        char  *entry = l->text + (l->at[i] - l->text);
+        size_t n     = strlen(entry);
+        lorasynci_entry_unwrap(entry);
+        changed |= strlen(entry) != n;
+    }
+    return changed;
+}
+
+/* Copies num texts. Free with lorasynci_list_free, also after a failure. */
+LORASYNCI_FN lorasync_status lorasynci_list_copy(const char *const *texts, size_t num, const lorasync_allocator *a,
+                                                 lorasynci_list *out, lorasync_error *err)
+{
+    size_t i, num_bytes = 0;
+    char  *to;
+    for (i = 0; i < num; i++) num_bytes += strlen(texts[i]) + 1; /* all of them are in memory, the sum fits */
+    out->at   = (const char **)lorasynci_alloc_array(a, num, sizeof *out->at);
+    out->text = to = (char *)lorasynci_alloc(a, num_bytes);
+    if (!out->at || !out->text) return lorasynci_fail_memory(err, num_bytes + num * sizeof *out->at);
+    for (i = 0; i < num; i++) {
+        size_t n            = strlen(texts[i]) + 1;
+        out->at[out->num++] = (const char *)memcpy(to, texts[i], n);
+        to += n;
     }
     return LORASYNC_OK;
 }
@@ -13853,6 +14351,22 @@ LORASYNCI_FN lorasync_status lorasynci_rule_value(lorasynci_json *j, int is_rank
     return LORASYNC_OK;
 }
 
+/* A key that asks for a wrapper's segment would match no module here, and so give it another rank or scale. */
+LORASYNCI_FN lorasync_status lorasynci_rule_check(const char *key, lorasync_error *err)
+{
+    static const char *const names[] = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod",
+                                        "_forward_module"};
+    size_t                   i;
+    for (i = 0; i < LORASYNCI_COUNT(names); i++)
+        if (strstr(key, names[i]))
+            return lorasynci_fail(
+                err, LORASYNC_E_UNSUPPORTED,
+                "key \"%.200s\" holds %s, which a wrapper adds and published names do not have: write "
+                "the key without it",
+                key, names[i]);
+    return LORASYNC_OK;
+}
+
 /* Reads an object of keys and numbers. Free with lorasynci_rules_free, also after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_rules_read(lorasynci_json *j, int is_rank, const lorasync_allocator *a,
                                                   lorasynci_rules *out)
@@ -13874,6 +14388,7 @@ LORASYNCI_FN lorasync_status lorasynci_rules_read(lorasynci_json *j, int is_rank
         to += lorasynci_json_decode(&key, to);
         *to++       = 0;
         rule->whole = rule->key[0] == '^';
+        LORASYNCI_TRY(lorasynci_rule_check(rule->key, j->err));
         LORASYNCI_TRY(lorasynci_rule_value(j, is_rank, &rule->value));
         LORASYNCI_TRY(lorasynci_rule_compile(rule, a, j->err));
         if (!rule->pattern) out->num_literals++;
@@ -13940,18 +14455,31 @@ LORASYNCI_FN const lorasynci_rule *lorasynci_rules_find(const lorasynci_rules *r
 
 /* -- reading */
 
+/* trainable_token_indices: how many there are, for any module, or for each that ends in a text.
+
+       modules  [ embed_tokens | lm_head ]      empty: num has one number, for any
+       num      [ 3            | 3       ] */
+typedef struct lorasynci_tokens {
+    int            given;
+    lorasynci_list modules;
+    size_t        *num;
+} lorasynci_tokens;
+
 struct lorasync_config {
     lorasync_config_info info;
     lorasync_allocator   a;
     char                *text; /* the whole file in Python's form, NUL-terminated */
     char                *task_type, *base_model, *target_text, *exclude_text;
-    /* layers: the integers of layers_to_transform as text */
-    lorasynci_list    target, exclude, saved, parameters, layers;
-    lorasynci_table   target_table; /* over target */
-    lorasync_pattern *target_pattern, *exclude_pattern;
-    lorasynci_rules   ranks, alphas;
-    int               all_linear; /* target_modules is "all-linear" */
-    int               tokens;     /* trainable_token_indices is set */
+    lorasynci_list       target, exclude, saved, parameters;
+    lorasynci_list       layers, layers_pattern; /* layers: the integers of layers_to_transform as text */
+    lorasynci_list       variants, unknown;
+    lorasynci_table      target_table; /* over target */
+    lorasync_pattern    *target_pattern, *exclude_pattern;
+    lorasynci_rules      ranks, alphas;
+    lorasynci_tokens     tokens;
+    int                  all_linear; /* target_modules is "all-linear" */
+    int                  tied;       /* ensure_weight_tying */
+    int                  unwrapped;  /* lists of names have lost segments of wrappers */
 };
 
 LORASYNC_API void lorasync_config_free(lorasync_config *c)
@@ -13969,6 +14497,11 @@ LORASYNC_API void lorasync_config_free(lorasync_config *c)
     lorasynci_list_free(&c->saved, &a);
     lorasynci_list_free(&c->parameters, &a);
     lorasynci_list_free(&c->layers, &a);
+    lorasynci_list_free(&c->layers_pattern, &a);
+    lorasynci_list_free(&c->variants, &a);
+    lorasynci_list_free(&c->unknown, &a);
+    lorasynci_list_free(&c->tokens.modules, &a);
+    lorasynci_dealloc(&a, c->tokens.num);
     lorasynci_table_free(&c->target_table);
     lorasync_pattern_free(c->target_pattern);
     lorasync_pattern_free(c->exclude_pattern);
@@ -14102,8 +14635,43 @@ LORASYNCI_FN lorasync_status lorasynci_config_scalars(lorasync_config *c, const 
                                         lorasynci_json_fail(&v, start, "expected \"none\", \"all\" or \"lora_only\""));
         c->info.bias = biases[i];
     }
-    c->tokens = lorasynci_field(f, "trainable_token_indices", &v);
+    return lorasynci_field_bool(f, "ensure_weight_tying", &c->tied);
+}
+
+/* -- tokens and layers */
+
+/* The two forms of trainable_token_indices: a list, or an object of lists. */
+LORASYNCI_FN lorasync_status lorasynci_tokens_read(lorasynci_json *j, const lorasync_allocator *a,
+                                                   lorasynci_tokens *out)
+{
+    lorasynci_list *m = &out->modules;
+    lorasynci_slice key;
+    size_t          num = 1, num_bytes = 0;
+    char           *to;
+    int             object = lorasynci_json_peek(j) == '{';
+    if (object) LORASYNCI_TRY(lorasynci_members_count(j, &num, &num_bytes));
+    out->num = (size_t *)lorasynci_alloc_array(a, num, sizeof *out->num);
+    m->at    = (const char **)lorasynci_alloc_array(a, num, sizeof *m->at);
+    m->text = to = (char *)lorasynci_alloc(a, num_bytes);
+    if (!out->num || !m->at || !m->text) return lorasynci_fail_memory(j->err, num_bytes + num * sizeof *m->at);
+    if (!object) return lorasynci_list_count(j, 1, out->num, &num_bytes);
+    LORASYNCI_TRY(lorasynci_json_object(j));
+    while (lorasynci_json_key(j, &key) > 0) {
+        LORASYNCI_TRY(lorasynci_list_count(j, 1, &out->num[m->num], &num_bytes));
+        LORASYNCI_TRY(lorasynci_json_skip(j));
+        m->at[m->num++] = to;
+        to += lorasynci_json_decode(&key, to);
+        *to++ = 0;
+    }
     return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_config_tokens(lorasync_config *c, const lorasynci_fields *f)
+{
+    const char    *key = "trainable_token_indices";
+    lorasynci_json v;
+    c->tokens.given = lorasynci_field(f, key, &v);
+    return c->tokens.given ? lorasynci_field_done(f, key, lorasynci_tokens_read(&v, &c->a, &c->tokens)) : LORASYNC_OK;
 }
 
 /* layers_to_transform is an integer or a list of them. */
@@ -14123,6 +14691,129 @@ LORASYNCI_FN lorasync_status lorasynci_config_layers(lorasync_config *c, const l
 }
 
 /* The lists that say which modules have LoRA or are saved whole, with what is needed to ask them fast. */
+/* layers_pattern is a name or a list of them. PEFT takes them for patterns and does not say which digits it finds then,
+   so only what is plain is taken. */
+LORASYNCI_FN lorasync_status lorasynci_config_layers_pattern(lorasync_config *c, const lorasynci_fields *f)
+{
+    const char     *key = "layers_pattern";
+    char           *one = NULL;
+    size_t          i;
+    lorasync_status status;
+    LORASYNCI_TRY(lorasynci_field_modules(f, key, &c->a, &c->layers_pattern, &one));
+    status = one && *one ? lorasynci_list_copy((const char *const *)&one, 1, &c->a, &c->layers_pattern, f->j.err)
+                         : LORASYNC_OK;
+    lorasynci_dealloc(&c->a, one);
+    LORASYNCI_TRY(status);
+    for (i = 0; i < c->layers_pattern.num; i++)
+        if (strpbrk(c->layers_pattern.at[i], "\\[](){}*+?|^$"))
+            return lorasynci_fail(f->j.err, LORASYNC_E_UNSUPPORTED,
+                                  "adapter config: layers_pattern \"%.200s\" has special characters; name the list of "
+                                  "layers, as in \"layers\"",
+                                  c->layers_pattern.at[i]);
+    return LORASYNC_OK;
+}
+
+/* What PEFT refuses of layers_to_transform and layers_pattern. */
+LORASYNCI_FN lorasync_status lorasynci_config_check_layers(const lorasync_config *c, const lorasynci_fields *f)
+{
+    lorasynci_json v;
+    int            layers = lorasynci_field(f, "layers_to_transform", &v);
+    if (c->target_text && (layers || lorasynci_field(f, "layers_pattern", &v)))
+        return lorasynci_fail(f->j.err, LORASYNC_E_CONFIG,
+                              "adapter config: %s beside a target_modules that is a string (\"%.200s\"), which PEFT "
+                              "refuses; say the layers in the pattern",
+                              layers ? "layers_to_transform" : "layers_pattern", c->target_text);
+    if (c->layers_pattern.num && !layers)
+        return lorasynci_fail(
+            f->j.err, LORASYNC_E_CONFIG,
+            "adapter config: layers_pattern without layers_to_transform, which PEFT refuses; give both");
+    return LORASYNC_OK;
+}
+
+/* -- fields of which an engine must know */
+
+/* 1 for a value that says something: not null, false, {} or []. */
+LORASYNCI_FN int lorasynci_says_something(const lorasynci_member *m)
+{
+    size_t i;
+    if (*m->value == 'n' || *m->value == 'f') return 0;
+    if (*m->value != '{' && *m->value != '[') return 1;
+    for (i = 1; i + 1 < m->value_size && strchr(" \t\r\n", m->value[i]); i++) {}
+    return i + 1 < m->value_size;
+}
+
+/* 1 if init_lora_weights is one that takes something out of the base weights. */
+LORASYNCI_FN int lorasynci_changes_base(const lorasynci_member *m)
+{
+    static const char *const names[] = {"\"pissa", "\"olora\"", "\"corda\"", "\"lora_ga\"", "\"loftq\""};
+    size_t                   i;
+    for (i = 0; i < LORASYNCI_COUNT(names); i++)
+        if (m->value_size >= strlen(names[i]) && memcmp(m->value, names[i], strlen(names[i])) == 0) return 1;
+    return 0;
+}
+
+/* 1 if a key is in a list of texts that ends in NULL. */
+LORASYNCI_FN int lorasynci_is_among(const char *key, const char *const *list)
+{
+    while (*list && strcmp(*list, key) != 0) list++;
+    return *list != NULL;
+}
+
+/* 1 if a field changes what is computed and no other part of the public view shows it. */
+LORASYNCI_FN int lorasynci_is_variant(const lorasynci_member *m)
+{
+    static const char *const keys[] = {"alora_invocation_tokens",
+                                       "arrow_config",
+                                       "ensure_weight_tying",
+                                       "kasa_config",
+                                       "layer_replication",
+                                       "monteclora_config",
+                                       "target_parameters",
+                                       "use_bdlora",
+                                       "use_qalora",
+                                       "trainable_token_indices",
+                                       NULL};
+    if (strcmp(m->key, "init_lora_weights") == 0) return lorasynci_changes_base(m);
+    return lorasynci_is_among(m->key, keys);
+}
+
+/* 1 for a field of PEFT's LoraConfig. */
+LORASYNCI_FN int lorasynci_is_known_field(const char *key)
+{
+    static const char fields[] =
+        " alora_invocation_tokens alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config "
+        "ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode init_lora_weights kasa_config "
+        "layer_replication layers_pattern layers_to_transform loftq_config lora_alpha lora_bias lora_dropout "
+        "lora_ga_config megatron_config megatron_core modules_to_save monteclora_config peft_type peft_version "
+        "qalora_group_size r rank_pattern revision runtime_config target_modules target_parameters task_type "
+        "trainable_token_indices use_bdlora use_dora use_qalora use_rslora velora_config ";
+    const char *at;
+    size_t      n = strlen(key);
+    if (!n || strchr(key, ' ')) return 0;
+    for (at = fields; (at = strstr(at, key)) != NULL; at++)
+        if (at[-1] == ' ' && at[n] == ' ') return 1;
+    return 0;
+}
+
+/* Lists the fields of which an engine must know. Members are sorted by key, and so are the lists. */
+LORASYNCI_FN lorasync_status lorasynci_config_list_fields(lorasync_config *c, const lorasynci_fields *f)
+{
+    size_t          i, num[2] = {0, 0};
+    const char    **found = (const char **)lorasynci_alloc_array(&c->a, f->members.num * 2, sizeof *found);
+    lorasync_status status;
+    if (!found) return lorasynci_fail_memory(f->j.err, f->members.num * 2 * sizeof *found);
+    for (i = 0; i < f->members.num; i++) {
+        const lorasynci_member *m       = &f->members.at[i];
+        int                     unknown = !lorasynci_is_known_field(m->key);
+        if (!lorasynci_says_something(m) || (!unknown && !lorasynci_is_variant(m))) continue;
+        found[(unknown ? f->members.num : 0) + num[unknown]++] = m->key;
+    }
+    status = lorasynci_list_copy(found, num[0], &c->a, &c->variants, f->j.err);
+    if (status >= 0) status = lorasynci_list_copy(found + f->members.num, num[1], &c->a, &c->unknown, f->j.err);
+    lorasynci_dealloc(&c->a, found);
+    return status;
+}
+
 LORASYNCI_FN lorasync_status lorasynci_config_modules(lorasync_config *c, const lorasynci_fields *f)
 {
     size_t i;
@@ -14130,6 +14821,8 @@ LORASYNCI_FN lorasync_status lorasynci_config_modules(lorasync_config *c, const 
     LORASYNCI_TRY(lorasynci_field_modules(f, "exclude_modules", &c->a, &c->exclude, &c->exclude_text));
     LORASYNCI_TRY(lorasynci_field_list(f, "modules_to_save", 0, &c->a, &c->saved));
     LORASYNCI_TRY(lorasynci_field_list(f, "target_parameters", 0, &c->a, &c->parameters));
+    c->unwrapped =
+        lorasynci_list_unwrap(&c->target) | lorasynci_list_unwrap(&c->exclude) | lorasynci_list_unwrap(&c->saved);
     c->all_linear = lorasynci_is_all_linear(c->target_text);
     if (c->target_text && !c->all_linear)
         LORASYNCI_TRY(lorasynci_field_done(
@@ -14156,6 +14849,10 @@ LORASYNCI_FN lorasync_status lorasynci_config_read(lorasync_config *c, const lor
     LORASYNCI_TRY(lorasynci_field_text(f, "base_model_name_or_path", &c->a, &c->base_model));
     LORASYNCI_TRY(lorasynci_config_modules(c, f));
     LORASYNCI_TRY(lorasynci_config_layers(c, f));
+    LORASYNCI_TRY(lorasynci_config_layers_pattern(c, f));
+    LORASYNCI_TRY(lorasynci_config_check_layers(c, f));
+    LORASYNCI_TRY(lorasynci_config_tokens(c, f));
+    LORASYNCI_TRY(lorasynci_config_list_fields(c, f));
     lorasynci_buffer_init(&b, &c->a);
     /* also finds doubled keys and numbers out of range at any depth */
     status  = lorasynci_json_put_python(&b, &all, 0);
@@ -14182,6 +14879,10 @@ LORASYNCI_FN void lorasynci_config_show(lorasync_config *c)
     info->num_modules_to_save  = c->saved.num;
     info->num_rank_patterns    = c->ranks.num;
     info->num_alpha_patterns   = c->alphas.num;
+    info->variants             = c->variants.at;
+    info->num_variants         = c->variants.num;
+    info->unknown              = c->unknown.at;
+    info->num_unknown          = c->unknown.num;
 }
 
 LORASYNC_API lorasync_status lorasync_config_parse(const char *json, size_t num_bytes,
@@ -14260,6 +14961,7 @@ typedef struct lorasynci_pairs {
     size_t                  num_others;
     lorasynci_buffer        names;
     lorasynci_table         table;
+    const lorasynci_hints  *hints; /* about the names of the tensors; borrowed, may be NULL */
     lorasync_allocator      a;
 } lorasynci_pairs;
 
@@ -14287,10 +14989,12 @@ LORASYNCI_FN void lorasynci_pairs_free(lorasynci_pairs *p)
 }
 
 /* Room for any division of the tensors into pairs and others. 0: no memory, free it as well. */
-LORASYNCI_FN int lorasynci_pairs_init(lorasynci_pairs *p, size_t num_tensors, const lorasync_allocator *a)
+LORASYNCI_FN int lorasynci_pairs_init(lorasynci_pairs *p, size_t num_tensors, const lorasynci_hints *h,
+                                      const lorasync_allocator *a)
 {
     memset(p, 0, sizeof *p);
-    p->a = *a;
+    p->a     = *a;
+    p->hints = h;
     lorasynci_buffer_init(&p->names, a);
     p->at     = (lorasynci_pair *)lorasynci_alloc_array(a, num_tensors, sizeof *p->at);
     p->others = (const lorasync_tensor **)lorasynci_alloc_array(a, num_tensors, sizeof *p->others);
@@ -14330,6 +15034,29 @@ LORASYNCI_FN const lorasync_tensor **lorasynci_pair_tensor(lorasynci_pair *pair,
     }
 }
 
+/* No trainer trains integers: they are indices, a mask or quantised base weights. */
+LORASYNCI_FN lorasync_status lorasynci_check_lora_dtype(const char *name, lorasync_role role, lorasync_dtype dtype,
+                                                        lorasync_error *err)
+{
+    switch ((int)dtype) {
+    case LORASYNC_BOOL:
+    case LORASYNC_U8:
+    case LORASYNC_I8:
+    case LORASYNC_I16:
+    case LORASYNC_U16:
+    case LORASYNC_I32:
+    case LORASYNC_U32:
+    case LORASYNC_I64:
+    case LORASYNC_U64:
+        return lorasynci_fail(
+            err, LORASYNC_E_UNSUPPORTED,
+            "\"%.200s\" is a %s of dtype %s; LoRA parameters are floating point: pass the tensor that is "
+            "trained",
+            name, lorasync_role_text(role), lorasync_dtype_name(dtype));
+    default: return LORASYNC_OK;
+    }
+}
+
 /* Puts a tensor where it belongs; `t` is kept by pointer. */
 LORASYNCI_FN lorasync_status lorasynci_pairs_add(lorasynci_pairs *p, const lorasync_tensor *t, lorasync_error *err)
 {
@@ -14337,11 +15064,12 @@ LORASYNCI_FN lorasync_status lorasynci_pairs_add(lorasynci_pairs *p, const loras
     lorasynci_pair         *pair, none;
     const lorasync_tensor **place;
     if (!t->name) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a tensor has no name");
-    LORASYNCI_TRY(lorasync_parse_name(t->name, &name, err));
+    LORASYNCI_TRY(lorasynci_name_read(t->name, p->hints, &name, err));
     if (!lorasynci_pair_tensor(&none, name.role)) {
         p->others[p->num_others++] = t;
         return LORASYNC_OK;
     }
+    LORASYNCI_TRY(lorasynci_check_lora_dtype(t->name, name.role, t->dtype, err));
     pair = lorasynci_pairs_at(p, &name);
     if (!pair) return lorasynci_fail_memory(err, p->names.size);
     place = lorasynci_pair_tensor(pair, name.role);
@@ -14374,6 +15102,19 @@ LORASYNCI_FN lorasync_status lorasynci_pair_check_vector(const lorasync_tensor *
                           t->name, (long long)b->shape[0], b->name);
 }
 
+/* A and B have one rank. The B of a convolution with groups has a group's part of it in each row. */
+LORASYNCI_FN lorasync_status lorasynci_pair_check_rank(const lorasync_tensor *a, const lorasync_tensor *b,
+                                                       lorasync_error *err)
+{
+    int64_t rank = a->shape[0], columns = b->shape[1];
+    int     grouped = a->ndim > 2 && a->ndim == b->ndim && columns > 0 && rank % columns == 0;
+    if (rank == columns || (grouped && b->shape[0] % (rank / columns) == 0)) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_PAIR,
+                          "\"%.200s\" has rank %lld (rows) and \"%.200s\" has %lld (columns): they must be equal%s",
+                          a->name, (long long)rank, b->name, (long long)columns,
+                          grouped ? ", or their ratio, a convolution's groups, divide the rows" : "");
+}
+
 /* What must hold of a pair whatever the config says. */
 LORASYNCI_FN lorasync_status lorasynci_pair_check(const lorasynci_pairs *p, size_t index, lorasync_error *err)
 {
@@ -14396,10 +15137,7 @@ LORASYNCI_FN lorasync_status lorasynci_pair_check(const lorasynci_pairs *p, size
         return lorasynci_fail(err, LORASYNC_E_PAIR, "tensor \"%.200s\" has %d dimensions, expected 2 or more",
                               pair->a->ndim < 2 ? pair->a->name : pair->b->name,
                               pair->a->ndim < 2 ? pair->a->ndim : pair->b->ndim);
-    if (pair->a->shape[0] != pair->b->shape[1])
-        return lorasynci_fail(err, LORASYNC_E_PAIR,
-                              "\"%.200s\" has rank %lld (rows) and \"%.200s\" has %lld (columns): they must be equal",
-                              pair->a->name, (long long)pair->a->shape[0], pair->b->name, (long long)pair->b->shape[1]);
+    LORASYNCI_TRY(lorasynci_pair_check_rank(pair->a, pair->b, err));
     if (pair->bias) LORASYNCI_TRY(lorasynci_pair_check_vector(pair->bias, pair->b, err));
     if (pair->magnitude && !pair->embedding_a)
         LORASYNCI_TRY(lorasynci_pair_check_vector(pair->magnitude, pair->b, err));
@@ -14408,10 +15146,11 @@ LORASYNCI_FN lorasync_status lorasynci_pair_check(const lorasynci_pairs *p, size
 
 /* Sorts tensors into pairs and others, and checks the pairs. Free with lorasynci_pairs_free, also after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_pairs_read(lorasynci_pairs *p, const lorasync_tensor *tensors,
-                                                  size_t num_tensors, const lorasync_allocator *a, lorasync_error *err)
+                                                  size_t num_tensors, const lorasynci_hints *h,
+                                                  const lorasync_allocator *a, lorasync_error *err)
 {
     size_t i;
-    if (!lorasynci_pairs_init(p, num_tensors, a)) return lorasynci_fail_memory(err, num_tensors);
+    if (!lorasynci_pairs_init(p, num_tensors, h, a)) return lorasynci_fail_memory(err, num_tensors);
     for (i = 0; i < num_tensors; i++) LORASYNCI_TRY(lorasynci_pairs_add(p, &tensors[i], err));
     if (!p->num)
         return lorasynci_fail(err, LORASYNC_E_EMPTY,
@@ -14450,47 +15189,94 @@ LORASYNCI_FN int lorasynci_has_parameter(const lorasync_config *c, const char *m
     return 0;
 }
 
-/* 1 if a numbered segment of the module is in layers_to_transform, or there is none to obey. Which of several numbers
-   counts depends on PEFT's version and on layers_pattern, so any will do. */
+/* 1 if the text before `end` of a module is a pattern of layers_pattern, or ends in "." and it. A point in the pattern
+   is any character. */
+LORASYNCI_FN int lorasynci_pattern_before(const char *module, size_t end, const char *pattern)
+{
+    size_t n = strlen(pattern), i;
+    if (n == 0 || n > end || (n < end && module[end - n - 1] != '.')) return 0;
+    for (i = 0; i < n && (pattern[i] == '.' || pattern[i] == module[end - n + i]); i++) {}
+    return i == n;
+}
+
+/* The digits that say which layer PEFT takes a module to be of, or NULL: the first segment of digits with another
+   behind it, from the third segment on, or behind a name given as `pattern`. */
+LORASYNCI_FN const char *lorasynci_layer_of(const char *module, const char *pattern, size_t *size)
+{
+    const char *at = module;
+    size_t      i, n;
+    for (i = 0; *at; i++, at += n + 1) {
+        n = strcspn(at, ".");
+        if (!at[n]) return NULL;
+        if (strspn(at, "0123456789") != n || i == 0) continue;
+        if (pattern ? !lorasynci_pattern_before(module, (size_t)(at - module) - 1, pattern) : i < 2) continue;
+        *size = n;
+        return at;
+    }
+    return NULL;
+}
+
+/* 1 if the module's layer is in layers_to_transform, or there is none to obey. */
 LORASYNCI_FN int lorasynci_in_layers(const lorasync_config *c, const char *module)
 {
-    const char *p = module;
-    size_t      i, n;
+    const char *layer = NULL;
+    size_t      i, n = 0;
     if (!c->layers.num) return 1;
-    for (; *p; p += n + (p[n] == '.')) {
-        n = strcspn(p, ".");
-        for (i = 0; i < c->layers.num; i++)
-            if (strlen(c->layers.at[i]) == n && memcmp(p, c->layers.at[i], n) == 0) return 1;
-    }
+    if (!c->layers_pattern.num) layer = lorasynci_layer_of(module, NULL, &n);
+    for (i = 0; i < c->layers_pattern.num && !layer; i++)
+        layer = lorasynci_layer_of(module, c->layers_pattern.at[i], &n);
+    if (!layer) return 0;
+    for (; n > 1 && *layer == '0'; n--) layer++;
+    for (i = 0; i < c->layers.num; i++)
+        if (strlen(c->layers.at[i]) == n && memcmp(layer, c->layers.at[i], n) == 0) return 1;
     return 0;
 }
 
-/* 1 if an entry of the target_modules list matches the module; marks all that do in used[]. */
-LORASYNCI_FN int lorasynci_in_targets(const lorasync_config *c, const char *module, unsigned char *used)
+/* 1 if an entry of the target_modules list matches the module. */
+LORASYNCI_FN int lorasynci_in_targets(const lorasync_config *c, const char *module)
 {
     const char *suffix = module, *dot;
-    int         found  = 0;
+    if (!c->target.num) return 0;
     for (;;) {
-        size_t index = lorasynci_table_find(&c->target_table, suffix, lorasynci_list_key, &c->target);
-        if (index != SIZE_MAX) {
-            used[index] = 1;
-            found |= suffix == module || lorasynci_in_layers(c, module);
-        }
+        if (lorasynci_table_find(&c->target_table, suffix, lorasynci_list_key, &c->target) != SIZE_MAX)
+            return suffix == module || lorasynci_in_layers(c, module);
         dot = strchr(suffix, '.');
-        if (!dot) return found;
+        if (!dot) return 0;
         suffix = dot + 1;
     }
 }
 
-/* 1 if the config puts LoRA on the module. */
-LORASYNCI_FN int lorasynci_targeted(const lorasync_config *c, const char *module, unsigned char *used)
+/* 1 if the module is called like an embedding or output layer. */
+LORASYNCI_FN int lorasynci_is_embedding_name(const char *module)
 {
-    int listed = c->target.num && lorasynci_in_targets(c, module, used);
+    static const char *const names[] = {"embed_tokens",    "lm_head",        "wte",
+                                        "word_embeddings", "embed_in",       "embed_out",
+                                        "shared",          "tok_embeddings", "output_layer"};
+    size_t                   i;
+    for (i = 0; i < LORASYNCI_COUNT(names); i++)
+        if (lorasynci_ends_in(module, names[i])) return 1;
+    return 0;
+}
+
+/* 1 if PEFT ties the module's LoRA to that of an embedding which is targeted: it takes the module off the list. */
+LORASYNCI_FN int lorasynci_is_tied(const lorasync_config *c, const char *module)
+{
+    size_t i;
+    if (!c->tied || !lorasynci_is_embedding_name(module)) return 0;
+    for (i = 0; i < c->target.num; i++)
+        if (lorasynci_is_embedding_name(c->target.at[i])) return 1;
+    return 0;
+}
+
+/* 1 if the config puts LoRA on the module. */
+LORASYNCI_FN int lorasynci_targeted(const lorasync_config *c, const char *module)
+{
     if (lorasynci_excluded(c, module)) return 0;
-    if (lorasynci_has_parameter(c, module)) return 1;
+    if (lorasynci_has_parameter(c, module) || lorasynci_is_tied(c, module)) return 1;
     if (c->target_pattern) return lorasync_pattern_matches(c->target_pattern, module);
-    /* without any target_modules PEFT knows them by the model's type, we do not */
-    return listed || c->all_linear || !c->target.at;
+    if (c->target.at) return lorasynci_in_targets(c, module);
+    return c->all_linear || lorasynci_in_layers(c, module); /* without any target_modules PEFT knows them by the model's
+                                                               type, we do not */
 }
 
 /* The rank the config gives a pair, against the one it has. An expert parameter has all its experts' ranks side by
@@ -14510,11 +15296,11 @@ LORASYNCI_FN lorasync_status lorasynci_check_rank(const lorasync_config *c, cons
 
 /* Checks a pair against the config. */
 LORASYNCI_FN lorasync_status lorasynci_check_pair(const lorasync_config *c, const lorasynci_pairs *p, size_t index,
-                                                  unsigned char *used, lorasync_error *err)
+                                                  lorasync_error *err)
 {
     const lorasynci_pair *pair   = &p->at[index];
     const char           *module = lorasynci_pair_module(p, index);
-    if (!lorasynci_targeted(c, module, used))
+    if (!lorasynci_targeted(c, module))
         return lorasynci_fail(
             err, LORASYNC_E_CONFIG,
             "tensor \"%.200s\": module \"%.150s\" is not among the target_modules of the adapter config; "
@@ -14551,6 +15337,30 @@ LORASYNCI_FN int lorasynci_saved_by(const char *key, const char *entry)
     return 0;
 }
 
+/* 1 if a module is `entry`, or ends in it behind a dot, or lies in such a module. */
+LORASYNCI_FN int lorasynci_lies_in(const char *module, const char *entry)
+{
+    size_t      n  = strlen(entry);
+    const char *at = module;
+    while (at) {
+        if (strncmp(at, entry, n) == 0 && (!at[n] || at[n] == '.')) return 1;
+        at = strchr(at, '.');
+        if (at) at++;
+    }
+    return 0;
+}
+
+/* Cuts the last segment off a module of n bytes; returns the bytes that are left, or 0 if nothing is, or if `before`
+   lies in the same module. */
+LORASYNCI_FN size_t lorasynci_parent(char *module, size_t n, const char *before)
+{
+    while (n > 0 && module[n - 1] != '.') n--;
+    if (n < 2) return 0;
+    if (strncmp(module, before, n) == 0) return 0; /* with its dot */
+    module[n - 1] = 0;
+    return n - 1;
+}
+
 /* The modules that PEFT saves for a kind of task although modules_to_save may not say so; "" ends the list. */
 LORASYNCI_FN const char *const *lorasynci_task_modules(const char *task_type)
 {
@@ -14561,18 +15371,38 @@ LORASYNCI_FN const char *const *lorasynci_task_modules(const char *task_type)
     return strcmp(task_type, "QUESTION_ANS") == 0 ? answers : none;
 }
 
+/* The key of a parameter in a file, even if it was read as a base parameter. */
+typedef struct lorasynci_file_key {
+    char text[LORASYNC_MAX_NAME + 20];
+} lorasynci_file_key;
+
+LORASYNCI_FN lorasynci_file_key lorasynci_file_key_of(const lorasync_name *name)
+{
+    static const char  prefix[] = "base_model.model.";
+    lorasynci_file_key key;
+    snprintf(key.text, sizeof key.text, "%s%s", strncmp(name->key, prefix, sizeof prefix - 1) == 0 ? "" : prefix,
+             name->key);
+    return key;
+}
+
+/* 1 if the parameter belongs to a module that modules_to_save names. */
+LORASYNCI_FN int lorasynci_saved_by_list(const lorasync_config *c, const lorasync_name *name)
+{
+    const lorasynci_file_key key = lorasynci_file_key_of(name);
+    size_t                   i;
+    for (i = 0; i < c->saved.num; i++)
+        if (lorasynci_saved_by(key.text, c->saved.at[i])) return 1;
+    return 0;
+}
+
 /* 1 if the tensor belongs to a module that PEFT saves whole, by modules_to_save or by the kind of task. */
 LORASYNCI_FN int lorasynci_saved(const lorasync_config *c, const lorasync_name *name)
 {
-    static const char  prefix[] = "base_model.model.";
-    char               key[sizeof prefix + LORASYNC_MAX_NAME];
-    const char *const *task = lorasynci_task_modules(c->info.task_type);
-    size_t             i;
-    snprintf(key, sizeof key, "%s%s", strncmp(name->key, prefix, sizeof prefix - 1) == 0 ? "" : prefix, name->key);
-    for (i = 0; i < c->saved.num; i++)
-        if (lorasynci_saved_by(key, c->saved.at[i])) return 1;
+    const lorasynci_file_key key  = lorasynci_file_key_of(name);
+    const char *const       *task = lorasynci_task_modules(c->info.task_type);
+    if (lorasynci_saved_by_list(c, name)) return 1;
     for (; **task; task++)
-        if (lorasynci_saved_by(key, *task)) return 1;
+        if (lorasynci_saved_by(key.text, *task)) return 1;
     return 0;
 }
 
@@ -14590,90 +15420,217 @@ LORASYNCI_FN const lorasynci_pair *lorasynci_pairs_of(const lorasynci_pairs *p, 
    embedding LoRA on it, or one of the usual names. */
 LORASYNCI_FN int lorasynci_saved_embedding(const lorasynci_pairs *p, const lorasync_name *name)
 {
-    static const char *const names[] = {"embed_tokens", "lm_head",   "wte",   "word_embeddings",
-                                        "embed_in",     "embed_out", "shared"};
-    const lorasynci_pair    *pair    = lorasynci_pairs_of(p, name->module);
-    size_t                   i;
+    const lorasynci_pair *pair = lorasynci_pairs_of(p, name->module);
     if (!lorasynci_ends_in(name->key, "weight")) return 0;
-    if (pair && pair->embedding_a) return 1;
-    for (i = 0; i < LORASYNCI_COUNT(names); i++)
-        if (lorasynci_ends_in(name->module, names[i])) return 1;
-    return 0;
+    return (pair && pair->embedding_a) || lorasynci_is_embedding_name(name->module);
+}
+
+/* As many rows as there are tokens. PEFT finds the module by the end of its name's text. */
+LORASYNCI_FN lorasync_status lorasynci_check_tokens(const lorasync_config *c, const lorasync_tensor *t,
+                                                    const char *module, lorasync_error *err)
+{
+    const lorasynci_tokens *tokens = &c->tokens;
+    size_t                  i, n = strlen(module), k;
+    if (!tokens->given)
+        return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                              "tensor \"%.200s\" needs trainable_token_indices in the adapter config", t->name);
+    for (i = 0; i < tokens->modules.num; i++) {
+        k = strlen(tokens->modules.at[i]);
+        if (k <= n && strcmp(module + n - k, tokens->modules.at[i]) == 0) break;
+    }
+    if (i == tokens->modules.num && i > 0)
+        return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                              "tensor \"%.200s\": trainable_token_indices of the adapter config has no \"%.150s\"",
+                              t->name, module);
+    if (t->ndim == 2 && t->shape[0] >= 0 && (uint64_t)t->shape[0] == tokens->num[i]) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_CONFIG,
+        "tensor \"%.200s\" has %lld rows in %d dimensions, but trainable_token_indices of the adapter "
+        "config has %zu: expected a row for each",
+        t->name, t->ndim ? (long long)t->shape[0] : 1, t->ndim, tokens->num[i]);
+}
+
+/* 1 for a bias that the config's `bias` says is trained. */
+LORASYNCI_FN int lorasynci_trained_bias(const lorasync_config *c, const lorasynci_pairs *p, const lorasync_name *name)
+{
+    if (name->role != LORASYNC_ROLE_BASE || !lorasynci_ends_in(name->key, "bias")) return 0;
+    return c->info.bias[0] == 'a' || (c->info.bias[0] == 'l' && lorasynci_pairs_of(p, name->module));
 }
 
 /* Checks a tensor that is no LoRA. */
 LORASYNCI_FN lorasync_status lorasynci_check_other(const lorasync_config *c, const lorasynci_pairs *p,
-                                                   const lorasync_tensor *t, unsigned char *used, lorasync_error *err)
+                                                   const lorasync_tensor *t, lorasync_error *err)
 {
     lorasync_name name;
-    LORASYNCI_TRY(lorasync_parse_name(t->name, &name, err));
-    /* an entry of target_modules may name a module that is saved whole */
-    if (c->target.num) lorasynci_in_targets(c, name.module, used);
-    if (name.role == LORASYNC_ROLE_TRAINABLE_TOKENS) {
-        if (c->tokens) return LORASYNC_OK;
-        return lorasynci_fail(err, LORASYNC_E_CONFIG,
-                              "tensor \"%.200s\" needs trainable_token_indices in the adapter config", t->name);
-    }
-    if (lorasynci_saved(c, &name)) return LORASYNC_OK;
-    if (name.role == LORASYNC_ROLE_BASE) {
-        if (lorasynci_ends_in(name.key, "bias")) {
-            if (c->info.bias[0] == 'a') return LORASYNC_OK;
-            if (c->info.bias[0] == 'l' && lorasynci_pairs_of(p, name.module)) return LORASYNC_OK;
-        }
-        if (lorasynci_saved_embedding(p, &name)) return LORASYNC_OK;
-    }
+    LORASYNCI_TRY(lorasynci_name_read(t->name, p->hints, &name, err));
+    if (name.role == LORASYNC_ROLE_TRAINABLE_TOKENS) return lorasynci_check_tokens(c, t, name.module, err);
+    if (lorasynci_saved(c, &name) || lorasynci_trained_bias(c, p, &name)) return LORASYNC_OK;
+    if (name.role == LORASYNC_ROLE_BASE && lorasynci_saved_embedding(p, &name)) return LORASYNC_OK;
     return lorasynci_fail(
         err, LORASYNC_E_CONFIG,
         "tensor \"%.200s\" is not a LoRA tensor, and module \"%.150s\" is not in modules_to_save of the adapter config "
-        "(bias is \"%s\"); list it there or drop the tensor",
+        "(bias is \"%s\"); "
+        "list it there or drop the tensor",
         t->name, name.module, c->info.bias);
 }
 
-/* Every entry of the list has matched something; not asked when something else decides too. */
-LORASYNCI_FN lorasync_status lorasynci_check_used(const lorasync_config *c, const unsigned char *used,
-                                                  lorasync_error *err)
-{
-    size_t i;
-    if (c->exclude_pattern || c->exclude.num) return LORASYNC_OK;
-    for (i = 0; i < c->target.num; i++) {
-        size_t first = lorasynci_table_find(&c->target_table, c->target.at[i], lorasynci_list_key, &c->target);
-        LORASYNC_ASSERT(first < c->target.num);
-        if (!used[first])
-            return lorasynci_fail(
-                err, LORASYNC_E_CONFIG,
-                "target_modules of the adapter config lists \"%.200s\", but no tensor is of such a module: "
-                "add its tensors or drop the entry",
-                c->target.at[i]);
-    }
-    return LORASYNC_OK;
-}
-
-/* All checks of a config against tensors that are in pairs. `used` is a mark for each entry of target_modules. */
+/* All of lorasync_config_check but reading the tensors. */
 LORASYNCI_FN lorasync_status lorasynci_config_check_pairs(const lorasync_config *c, const lorasynci_pairs *p,
                                                           lorasync_error *err)
 {
-    unsigned char  *used   = (unsigned char *)lorasynci_alloc_array(&c->a, c->target.num, 1);
-    lorasync_status status = LORASYNC_OK;
-    size_t          i;
-    if (!used) return lorasynci_fail_memory(err, c->target.num);
-    for (i = 0; i < p->num && status >= 0; i++) status = lorasynci_check_pair(c, p, i, used, err);
-    for (i = 0; i < p->num_others && status >= 0; i++) status = lorasynci_check_other(c, p, p->others[i], used, err);
-    if (status >= 0) status = lorasynci_check_used(c, used, err);
-    lorasynci_dealloc(&c->a, used);
-    return status;
+    size_t i;
+    for (i = 0; i < p->num; i++) LORASYNCI_TRY(lorasynci_check_pair(c, p, i, err));
+    for (i = 0; i < p->num_others; i++) LORASYNCI_TRY(lorasynci_check_other(c, p, p->others[i], err));
+    return LORASYNC_OK;
+}
+
+/* Adds what a config says of names that look like LoRA. Borrows its lists. */
+LORASYNCI_FN void lorasynci_config_hints(const lorasync_config *c, lorasynci_hints *h)
+{
+    lorasynci_hint_list(h, c->target.at, c->target.num, LORASYNCI_NAMES_MODULE);
+    lorasynci_hint_list(h, c->exclude.at, c->exclude.num, LORASYNCI_NAMES_OUT);
+    lorasynci_hint_list(h, c->saved.at, c->saved.num, LORASYNCI_NAMES_SAVED);
+    lorasynci_hint_excluded(h, c->exclude_pattern);
 }
 
 LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config, const lorasync_tensor *tensors,
                                                    size_t num_tensors, lorasync_error *err)
 {
     lorasynci_pairs p;
+    lorasynci_hints h;
     lorasync_status status;
     LORASYNCI_GIVEN(config);
     LORASYNCI_GIVEN_IF(num_tensors, tensors);
-    status = lorasynci_pairs_read(&p, tensors, num_tensors, &config->a, err);
+    memset(&h, 0, sizeof h);
+    lorasynci_config_hints(config, &h);
+    status = lorasynci_pairs_read(&p, tensors, num_tensors, &h, &config->a, err);
     if (status >= 0) status = lorasynci_config_check_pairs(config, &p, err);
     lorasynci_pairs_free(&p);
     return status;
+}
+
+/* -- what ranks must agree on
+
+   A line for each field, `name TAB value`: equal texts are equal configs, whatever the order of keys and of lists that
+   are sets. */
+
+/* For texts by pointer. */
+LORASYNCI_FN int lorasynci_text_order(const void *x, const void *y)
+{
+    return strcmp(*(const char *const *)x, *(const char *const *)y);
+}
+
+/* A list that is a set, sorted and without doubles; of strings, or of integers as their text. */
+LORASYNCI_FN lorasync_status lorasynci_put_set(lorasynci_buffer *b, lorasynci_json *value, const lorasync_allocator *a)
+{
+    lorasynci_list  list;
+    lorasync_status status;
+    size_t          i;
+    lorasynci_json  first = *value;
+    int             integers;
+    memset(&list, 0, sizeof list);
+    lorasynci_json_array(&first);
+    integers = lorasynci_json_peek(&first) != '"';
+    status   = lorasynci_list_read(value, integers, a, &list);
+    if (status >= 0 && list.num) qsort(list.at, list.num, sizeof *list.at, lorasynci_text_order);
+    lorasynci_put_text(b, "[");
+    for (i = 0; i < list.num && status >= 0; i++) {
+        if (i && strcmp(list.at[i], list.at[i - 1]) == 0) continue;
+        lorasynci_put_text(b, i ? ", " : "");
+        lorasynci_json_put_string(b, list.at[i], strlen(list.at[i]));
+    }
+    lorasynci_put_text(b, "]");
+    lorasynci_list_free(&list, a);
+    return status;
+}
+
+/* A value on one line; strings hold no line ends of their own. Numbers as what they are: 16 and 16.0 are one. */
+LORASYNCI_FN lorasync_status lorasynci_put_value(lorasynci_buffer *b, lorasynci_json *value, const lorasynci_member *m)
+{
+    size_t i, n;
+    double number = 0;
+    if (*m->value == '-' || (*m->value >= '0' && *m->value <= '9')) {
+        LORASYNCI_TRY(lorasynci_json_double(value, &number));
+        lorasynci_json_put_double(b, number);
+        return LORASYNC_OK;
+    }
+    for (i = 0; i < m->value_size; i += n) {
+        n = strcspn(m->value + i, "\n");
+        if (n > m->value_size - i) n = m->value_size - i;
+        lorasynci_put(b, m->value + i, n);
+        while (i + n < m->value_size && (m->value[i + n] == '\n' || m->value[i + n] == ' ')) n++;
+    }
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_put_fact(lorasynci_buffer *b, const lorasynci_json *j, const lorasynci_member *m,
+                                                const lorasync_allocator *a)
+{
+    static const char *const sets[] = {"exclude_modules", "layers_to_transform", "modules_to_save",
+                                       "target_modules",  "target_parameters",   NULL};
+    lorasynci_json           value  = *j;
+    if (*m->value == 'n') return LORASYNC_OK; /* null is as good as nothing */
+    value.at = m->value;
+    lorasynci_put_format(b, "config_json.%.100s\t", m->key);
+    if (*m->value == '[' && lorasynci_is_among(m->key, sets)) LORASYNCI_TRY(lorasynci_put_set(b, &value, a));
+    else LORASYNCI_TRY(lorasynci_put_value(b, &value, m));
+    lorasynci_put_text(b, "\n");
+    return LORASYNC_OK;
+}
+
+/* Puts the facts of a config. */
+LORASYNCI_FN lorasync_status lorasynci_config_facts(const lorasync_config *c, lorasynci_buffer *b, lorasync_error *err)
+{
+    lorasynci_json    j;
+    lorasynci_members m;
+    lorasync_status   status;
+    size_t            i;
+    lorasynci_json_init(&j, c->text, strlen(c->text), err);
+    status = lorasynci_members_read(&j, &c->a, &m);
+    for (i = 0; i < m.num && status >= 0; i++) status = lorasynci_put_fact(b, &j, &m.at[i], &c->a);
+    lorasynci_members_free(&m);
+    return status;
+}
+
+/* The value of a fact, to its end of line, or NULL. */
+LORASYNCI_FN const char *lorasynci_fact(const char *facts, const char *name, size_t n)
+{
+    for (; *facts; facts += strcspn(facts, "\n") + 1)
+        if (strncmp(facts, name, n) == 0 && facts[n] == '\t') return facts + n + 1;
+    return NULL;
+}
+
+/* A value as an error text shows it: where it differs from another, `same` bytes on. */
+LORASYNCI_FN void lorasynci_show_value(const char *value, size_t same, char out[130])
+{
+    size_t n = value ? strcspn(value, "\n") : 0, from = same > 40 ? same - 20 : 0;
+    if (!value) snprintf(out, 130, "not given");
+    else if (n == 0) snprintf(out, 130, "empty");
+    else
+        snprintf(out, 130, "%s%.*s%s", from ? ".." : "", (int)(n - from < 110 ? n - from : 110), value + from,
+                 n - from > 110 ? ".." : "");
+}
+
+/* Compares this rank's facts with those of rank 0, both NUL-terminated. */
+LORASYNCI_FN lorasync_status lorasynci_compare_facts(const char *mine, const char *theirs, lorasync_error *err)
+{
+    int turn;
+    for (turn = 0; turn < 2; turn++) { /* what is here, then what is only there */
+        const char *at = turn ? theirs : mine;
+        for (; *at; at += strcspn(at, "\n") + 1) {
+            size_t      n = strcspn(at, "\t"), same = 0;
+            const char *x = lorasynci_fact(mine, at, n), *y = lorasynci_fact(theirs, at, n);
+            char        here[130], there[130];
+            while (x && y && x[same] == y[same] && x[same] != '\n') same++;
+            if (x && y && x[same] == y[same]) continue;
+            lorasynci_show_value(x, same, here);
+            lorasynci_show_value(y, same, there);
+            return lorasynci_fail(err, LORASYNC_E_DISAGREE,
+                                  "%.*s is %s here, and on rank 0 %s; every rank must pass the same",
+                                  (int)(n < 120 ? n : 120), at, here, there);
+        }
+    }
+    return LORASYNC_OK;
 }
 
 /* -- writing a config */
@@ -14683,11 +15640,20 @@ LORASYNC_API lorasync_status lorasync_config_check(const lorasync_config *config
 typedef struct lorasynci_target {
     const char *name, *module; /* name is the end of module */
     int64_t     rank;
+    int whole; /* of the first of a name: modules without LoRA end so, too, and each is listed by its whole name */
 } lorasynci_target;
+
+/* What a session knows besides. */
+typedef struct lorasynci_write_more {
+    const char *const *whole; /* ends of modules, as target_modules would list them, that modules of other ranks have */
+    size_t             num_whole;
+} lorasynci_write_more;
 
 /* What writing needs: the JSON grows in raw, in any order and on one line, and is then rewritten in Python's form. */
 typedef struct lorasynci_config_writer {
     const lorasync_config_write_desc *desc;
+    const lorasynci_write_more       *more; /* or NULL */
+    lorasynci_hints                   hints;
     lorasynci_pairs                   pairs;
     lorasynci_target                 *targets; /* sorted by name, then module */
     size_t                            num_targets;
@@ -14758,18 +15724,97 @@ LORASYNCI_FN void lorasynci_writer_field(lorasynci_config_writer *w, const char 
     lorasynci_put_text(&w->raw, json);
 }
 
-/* Puts the list of names that selects the LoRA modules. */
-LORASYNCI_FN void lorasynci_writer_target_modules(lorasynci_config_writer *w)
+/* The first target of a name, or num_targets. */
+LORASYNCI_FN size_t lorasynci_writer_find(const lorasynci_config_writer *w, const char *name)
 {
-    size_t i, num = 0;
+    size_t lo = 0, hi = w->num_targets;
+    while (lo < hi) {
+        size_t middle = lo + (hi - lo) / 2;
+        if (strcmp(w->targets[middle].name, name) < 0) lo = middle + 1;
+        else hi = middle;
+    }
+    return lo < w->num_targets && strcmp(w->targets[lo].name, name) == 0 ? lo : w->num_targets;
+}
+
+/* 1 if PEFT puts no LoRA on a module whatever target_modules says: it is excluded, or saved whole. */
+LORASYNCI_FN int lorasynci_writer_spares(const lorasynci_config_writer *w, const char *module)
+{
+    const lorasync_config *c = w->desc->config;
+    size_t                 i;
+    if (c && lorasynci_excluded(c, module)) return 1;
+    for (i = 0; c && i < c->saved.num; i++)
+        if (lorasynci_lies_in(module, c->saved.at[i])) return 1;
+    for (i = 0; !c && i < w->num_saved; i++)
+        if (lorasynci_lies_in(module, w->saved[i])) return 1;
+    return 0;
+}
+
+/* What a module without LoRA asks of target_modules: no name that it ends in. A whole name that it ends in cannot be
+   told apart by any list. */
+LORASYNCI_FN lorasync_status lorasynci_writer_avoid(lorasynci_config_writer *w, const char *module)
+{
+    const char *end = module;
+    int         met = 0;
+    if (lorasynci_pairs_of(&w->pairs, module) || lorasynci_writer_spares(w, module)) return LORASYNC_OK;
+    for (; end; end = strchr(end, '.'), end = end ? end + 1 : NULL) {
+        size_t i = lorasynci_writer_find(w, end);
+        if (i == w->num_targets) continue;
+        w->targets[i].whole = met = 1;
+    }
+    for (end = strchr(module, '.'); met && end; end = strchr(end + 1, '.'))
+        if (lorasynci_pairs_of(&w->pairs, end + 1))
+            return lorasynci_fail(
+                w->err, LORASYNC_E_CONFIG,
+                "module \"%.150s\" has no LoRA but ends in \"%.150s\", which has: target_modules cannot "
+                "tell them apart; name the first in exclude_modules of the adapter config",
+                module, end + 1);
+    return LORASYNC_OK;
+}
+
+/* A module, and those that it lies in, but for those that `before` lies in, too: it was looked at the time before. */
+LORASYNCI_FN lorasync_status lorasynci_writer_avoid_all(lorasynci_config_writer *w, const char *module,
+                                                        const char *before)
+{
+    char   path[LORASYNC_MAX_NAME];
+    size_t n = strlen(module);
+    if (n >= sizeof path) return LORASYNC_OK; /* no parameter is of such a module */
+    memcpy(path, module, n + 1);
+    do {
+        LORASYNCI_TRY(lorasynci_writer_avoid(w, path));
+        n = lorasynci_parent(path, n, before);
+    } while (n);
+    return LORASYNC_OK;
+}
+
+/* Puts the list of names that selects the LoRA modules, and no others that are known. */
+LORASYNCI_FN lorasync_status lorasynci_writer_target_modules(lorasynci_config_writer *w)
+{
+    const char *before = "";
+    size_t      i, num = 0, first = 0;
+    for (i = 0; w->more && i < w->more->num_whole; i++) {
+        size_t found = lorasynci_writer_find(w, w->more->whole[i]);
+        if (found < w->num_targets) w->targets[found].whole = 1;
+    }
+    for (i = 0; i < w->desc->num_modules; i++) {
+        const char *module = w->desc->modules[i] ? w->desc->modules[i] : "";
+        LORASYNCI_TRY(lorasynci_writer_avoid_all(w, module, before));
+        before = module;
+    }
+    for (i = 0; i < w->num_targets; i++) {
+        LORASYNCI_TRY(lorasynci_writer_avoid_all(w, w->targets[i].module, before));
+        before = w->targets[i].module;
+    }
     lorasynci_writer_field(w, "target_modules", "[");
     for (i = 0; i < w->num_targets; i++) {
         const char *name = w->targets[i].name;
-        if (i && strcmp(name, w->targets[i - 1].name) == 0) continue;
+        if (i == 0 || strcmp(name, w->targets[first].name) != 0) first = i;
+        if (w->targets[first].whole) name = w->targets[i].module;
+        else if (i != first) continue;
         if (num++) lorasynci_put_text(&w->raw, ",");
         lorasynci_json_put_string(&w->raw, name, strlen(name));
     }
     lorasynci_put_text(&w->raw, "]");
+    return LORASYNC_OK;
 }
 
 /* -- writing from a config */
@@ -14791,28 +15836,47 @@ LORASYNCI_FN const lorasynci_member *lorasynci_config_member(const lorasynci_mem
     return found && *found->value != 'n' ? found : NULL;
 }
 
-/* Puts all members of the config, changed where needed. Readers that insist on r and lora_alpha get them. */
-LORASYNCI_FN void lorasynci_writer_members(lorasynci_config_writer *w, const lorasynci_members *m)
+/* A list of module names as the config has it, or, if it has lost segments of wrappers, as it is now. */
+LORASYNCI_FN void lorasynci_writer_names(lorasynci_config_writer *w, const lorasynci_members *m, const char *key,
+                                         const lorasynci_list *list)
 {
-    static const char *const own[] = {"alpha_pattern",  "inference_mode", "lora_alpha", "r",
-                                      "target_modules", "use_rslora"};
+    size_t i;
+    if (!list->at || !w->desc->config->unwrapped) {
+        lorasynci_writer_copy(w, key, lorasynci_members_find(m, key), NULL);
+        return;
+    }
+    lorasynci_writer_field(w, key, "[");
+    for (i = 0; i < list->num; i++) {
+        if (i) lorasynci_put_text(&w->raw, ",");
+        lorasynci_json_put_string(&w->raw, list->at[i], strlen(list->at[i]));
+    }
+    lorasynci_put_text(&w->raw, "]");
+}
+
+/* Puts all members of the config, changed where needed. Readers that insist on r and lora_alpha get them. */
+LORASYNCI_FN lorasync_status lorasynci_writer_members(lorasynci_config_writer *w, const lorasynci_members *m)
+{
+    static const char *const own[] = {"alpha_pattern",  "exclude_modules", "inference_mode",
+                                      "lora_alpha",     "modules_to_save", "r",
+                                      "target_modules", "use_rslora",      NULL};
+    const lorasync_config   *c     = w->desc->config;
     const lorasynci_member  *r     = lorasynci_config_member(m, "r");
     int                      fold  = w->desc->fold_scale;
-    size_t                   i, k;
-    for (i = 0; i < m->num; i++) {
-        for (k = 0; k < LORASYNCI_COUNT(own) && strcmp(m->at[i].key, own[k]) != 0; k++) {}
-        if (k == LORASYNCI_COUNT(own)) lorasynci_writer_copy(w, m->at[i].key, &m->at[i], NULL);
-    }
+    size_t                   i;
+    for (i = 0; i < m->num; i++)
+        if (!lorasynci_is_among(m->at[i].key, own)) lorasynci_writer_copy(w, m->at[i].key, &m->at[i], NULL);
+    lorasynci_writer_names(w, m, "exclude_modules", &c->exclude);
+    lorasynci_writer_names(w, m, "modules_to_save", &c->saved);
     lorasynci_writer_field(w, "inference_mode", "true");
     lorasynci_writer_copy(w, "r", r, "8");
     lorasynci_writer_copy(w, "lora_alpha", fold ? r : lorasynci_config_member(m, "lora_alpha"), "8");
     lorasynci_writer_copy(w, "alpha_pattern", lorasynci_members_find(m, fold ? "rank_pattern" : "alpha_pattern"),
                           fold ? "{}" : NULL);
-    if (fold && w->desc->config->info.use_rslora) lorasynci_writer_field(w, "use_rslora", "false");
+    if (fold && c->info.use_rslora) lorasynci_writer_field(w, "use_rslora", "false");
     else lorasynci_writer_copy(w, "use_rslora", lorasynci_members_find(m, "use_rslora"), NULL);
-    if (w->desc->config->target.at)
-        lorasynci_writer_copy(w, "target_modules", lorasynci_members_find(m, "target_modules"), NULL);
-    else lorasynci_writer_target_modules(w);
+    if (!c->target.at) return lorasynci_writer_target_modules(w);
+    lorasynci_writer_names(w, m, "target_modules", &c->target);
+    return LORASYNC_OK;
 }
 
 /* The trainer's config with what publishing changes. It is checked against the tensors first: a config that contradicts
@@ -14826,7 +15890,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_from_config(lorasynci_config_write
     LORASYNCI_TRY(lorasynci_config_check_pairs(c, &w->pairs, w->err));
     lorasynci_json_init(&j, c->text, strlen(c->text), w->err);
     status = lorasynci_members_read(&j, &w->a, &m);
-    if (status >= 0) lorasynci_writer_members(w, &m);
+    if (status >= 0) status = lorasynci_writer_members(w, &m);
     lorasynci_members_free(&m);
     return status;
 }
@@ -14880,12 +15944,6 @@ LORASYNCI_FN void lorasynci_writer_rank_pattern(lorasynci_config_writer *w, cons
     lorasynci_put_text(&w->raw, "}");
 }
 
-/* For texts by pointer. */
-LORASYNCI_FN int lorasynci_text_order(const void *x, const void *y)
-{
-    return strcmp(*(const char *const *)x, *(const char *const *)y);
-}
-
 /* Collects the modules of tensors that are no LoRA: they must be modules_to_save, unless there is LoRA on them as
    well. */
 LORASYNCI_FN lorasync_status lorasynci_writer_saved(lorasynci_config_writer *w)
@@ -14897,7 +15955,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_saved(lorasynci_config_writer *w)
     if (!w->saved || !w->saved_text) return lorasynci_fail_memory(w->err, num * sizeof name.module);
     for (i = 0; i < num; i++) {
         char *to = w->saved_text + i * sizeof name.module;
-        LORASYNCI_TRY(lorasync_parse_name(w->pairs.others[i]->name, &name, w->err));
+        LORASYNCI_TRY(lorasynci_name_read(w->pairs.others[i]->name, w->pairs.hints, &name, w->err));
         if (name.role == LORASYNC_ROLE_TRAINABLE_TOKENS)
             return lorasynci_fail(w->err, LORASYNC_E_CONFIG,
                                   "tensor \"%.200s\" needs trainable_token_indices: give the trainer's adapter config",
@@ -14968,7 +16026,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_from_tensors(lorasynci_config_writ
     lorasynci_writer_rank_pattern(w, "rank_pattern", r);
     if (d->fold_scale) lorasynci_writer_rank_pattern(w, "alpha_pattern", r);
     else lorasynci_writer_field(w, "alpha_pattern", "{}");
-    lorasynci_writer_target_modules(w);
+    LORASYNCI_TRY(lorasynci_writer_target_modules(w));
     lorasynci_writer_modules_to_save(w);
     return LORASYNC_OK;
 }
@@ -15021,7 +16079,8 @@ LORASYNCI_FN lorasync_status lorasynci_writer_finish(lorasynci_config_writer *w,
 LORASYNCI_FN lorasync_status lorasynci_writer_run(lorasynci_config_writer *w, const lorasync_tensor *tensors,
                                                   size_t num_tensors, lorasynci_buffer *out)
 {
-    LORASYNCI_TRY(lorasynci_pairs_read(&w->pairs, tensors, num_tensors, &w->a, w->err));
+    if (w->desc->config) lorasynci_config_hints(w->desc->config, &w->hints);
+    LORASYNCI_TRY(lorasynci_pairs_read(&w->pairs, tensors, num_tensors, &w->hints, &w->a, w->err));
     LORASYNCI_TRY(lorasynci_writer_targets(w));
     lorasynci_put_text(&w->raw, "{");
     if (w->desc->config) LORASYNCI_TRY(lorasynci_writer_from_config(w));
@@ -15029,26 +16088,22 @@ LORASYNCI_FN lorasync_status lorasynci_writer_run(lorasynci_config_writer *w, co
     return lorasynci_writer_finish(w, out);
 }
 
-LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_desc *desc,
-                                                   const lorasync_tensor *tensors, size_t num_tensors,
-                                                   const lorasync_allocator *allocator, char **out, lorasync_error *err)
+/* lorasync_config_write. With `more`, names that look like LoRA and are none were told apart where they were
+   declared. */
+LORASYNCI_FN lorasync_status lorasynci_config_write(const lorasync_config_write_desc *desc,
+                                                    const lorasynci_write_more *more, const lorasync_tensor *tensors,
+                                                    size_t num_tensors, const lorasync_allocator *a, char **out,
+                                                    lorasync_error *err)
 {
-    lorasync_config_write_desc own;
-    lorasynci_config_writer    w;
-    lorasynci_buffer           text;
-    lorasync_status            status;
-    if (out) *out = NULL;
+    lorasynci_config_writer w;
+    lorasynci_buffer        text;
+    lorasync_status         status;
     memset(&w, 0, sizeof w);
-    LORASYNCI_TAKE_DESC(own);
-    LORASYNCI_GIVEN_IF(num_tensors, tensors);
-    LORASYNCI_GIVEN(out);
-    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &w.a, err));
-    if (!desc->config && !(desc->lora_alpha > 0 && desc->lora_alpha < 1e300))
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "lorasync_config_write: lora_alpha is %g; without a config it must be above 0",
-                              desc->lora_alpha);
-    w.desc = desc;
-    w.err  = err;
+    w.a            = *a;
+    w.desc         = desc;
+    w.err          = err;
+    w.more         = more;
+    w.hints.proven = more != NULL;
     lorasynci_buffer_init(&w.raw, &w.a);
     lorasynci_buffer_init(&text, &w.a);
     w.pairs.a = w.a;
@@ -15061,6 +16116,24 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
     if (status < 0) lorasynci_buffer_free(&text);
     else *out = text.data;
     return status;
+}
+
+LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_desc *desc,
+                                                   const lorasync_tensor *tensors, size_t num_tensors,
+                                                   const lorasync_allocator *allocator, char **out, lorasync_error *err)
+{
+    lorasync_config_write_desc own;
+    lorasync_allocator         a;
+    if (out) *out = NULL;
+    LORASYNCI_TAKE_DESC(own);
+    LORASYNCI_GIVEN_IF(num_tensors, tensors);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
+    if (!desc->config && !(desc->lora_alpha > 0 && desc->lora_alpha < 1e300))
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "lorasync_config_write: lora_alpha is %g; without a config it must be above 0",
+                              desc->lora_alpha);
+    return lorasynci_config_write(desc, NULL, tensors, num_tensors, &a, out, err);
 }
 /* ----------------------------------------------------------------------------------------------------- >>publish -- */
 
@@ -15460,6 +16533,9 @@ LORASYNCI_FN lorasync_status lorasynci_check_adapter_name(const char *name, lora
 {
     if (!name || !name[0])
         return lorasynci_fail(err, LORASYNC_E_NAME, "adapter name is empty; a directory is named after it");
+    if (lorasynci_has_control(name) || !lorasynci_is_utf8(name))
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "the adapter name is not UTF-8 text without control characters; name it otherwise");
     if (name[0] == '.' || strchr(name, '/') || strcmp(name, "latest") == 0 || strlen(name) > 200) {
         return lorasynci_fail(
             err, LORASYNC_E_NAME,
@@ -16117,6 +17193,15 @@ LORASYNCI_FN lorasync_status lorasynci_copy_directory(const lorasync_allocator *
     return *out ? LORASYNC_OK : lorasynci_fail_memory(err, n + 1);
 }
 
+/* A name that cannot be a directory's is refused where the transport is attached, not at the first sync. */
+LORASYNCI_FN lorasync_status lorasynci_directory_admit(void *user, const void *session, const char *adapter,
+                                                       lorasync_error *err)
+{
+    (void)user;
+    (void)session;
+    return adapter ? lorasynci_check_adapter_name(adapter, err) : LORASYNC_OK;
+}
+
 LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_desc *desc, lorasync_transport *out,
                                                      lorasync_error *err)
 {
@@ -16146,6 +17231,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     out->name          = path;
     out->user          = d;
     out->stage         = lorasynci_directory_stage;
+    out->attach        = lorasynci_directory_admit;
     out->commit        = lorasynci_directory_commit;
     out->abort         = lorasynci_directory_abort;
     out->close         = lorasynci_directory_close;
@@ -17299,6 +18385,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_admit(void *user, const void *session
 {
     lorasynci_shm         *s = (lorasynci_shm *)user;
     lorasynci_shm_session *c = adapter ? lorasynci_shm_session_of(s, adapter) : NULL;
+    if (adapter) LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
     if (adapter && !c) {
         return lorasynci_fail(err, LORASYNC_E_BUSY,
                               "shared memory '%s' is attached to %d sessions already; use another name", s->name,
@@ -17976,7 +19063,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_source_open(const char *name, const l
 /* ------------------------------------------------------------------------------------------------------ >>engine -- */
 
 /* Takes versions from a source, or as an offer, checks them, and serves them to threads that come and go. Uses
-   >>support, >>gpu, >>image, >>config, >>publish and >>shm. */
+   >>support, >>names, >>gpu, >>image, >>config, >>publish and >>shm. */
 
 /* A version that was opened and checked. */
 typedef struct lorasynci_opened {
@@ -18125,6 +19212,71 @@ LORASYNCI_FN lorasync_status lorasynci_read_config(int at, const char *label, co
     return LORASYNC_OK;
 }
 
+/* -- names of a file's tensors */
+
+/* 1 if a name has PEFT's prefix, wrappers before it or not. */
+LORASYNCI_FN int lorasynci_has_prefix(const char *name)
+{
+    const char *at = strstr(name, "base_model.model.");
+    return at && (at == name || at[-1] == '.');
+}
+
+/* What an adapter's file calls its tensors: looked at as a whole, to know what is meant by names without PEFT's
+   prefix. */
+typedef struct lorasynci_spelling {
+    const lorasynci_hints *hints;             /* of the config, or NULL */
+    int                    adapter, prefixed; /* some name is one of an adapter; some name has the prefix */
+} lorasynci_spelling;
+
+/* Appends PEFT's key of a tensor. A name that is no adapter's keeps its own in a file with prefixes: it is another
+   model's parameter there. */
+LORASYNCI_FN void lorasynci_put_key(const lorasynci_spelling *f, const char *raw, lorasynci_buffer *keys)
+{
+    lorasync_name name;
+    const char   *key = raw;
+    if (f->adapter && lorasynci_name_read(raw, f->hints, &name, NULL) >= 0) {
+        if (name.role != LORASYNC_ROLE_BASE) key = name.key;
+        else if ((lorasynci_has_prefix(raw) || !f->prefixed) &&
+                 lorasynci_name_as(raw, LORASYNC_ROLE_MODULES_TO_SAVE, NULL, &name, NULL) >= 0)
+            key = name.key;
+    }
+    lorasynci_put(keys, key, strlen(key) + 1);
+}
+
+/* Names the tensors of a file by their PEFT keys, however the file spells them. In what this library has written they
+   are, and belong to the digest. */
+LORASYNCI_FN lorasync_status lorasynci_use_keys(lorasync_image *image, const lorasync_config *config,
+                                                lorasync_error *err)
+{
+    lorasynci_spelling f;
+    lorasynci_hints    h;
+    lorasynci_buffer   keys;
+    lorasync_name      name;
+    size_t             i;
+    if (image->has_digest || !image->num_tensors) return LORASYNC_OK;
+    memset(&f, 0, sizeof f);
+    memset(&h, 0, sizeof h);
+    if (config) lorasynci_config_hints(config, &h);
+    f.hints = &h;
+    for (i = 0; i < image->num_tensors; i++) {
+        const char *raw = image->tensors[i].name;
+        f.prefixed |= lorasynci_has_prefix(raw);
+        f.adapter |= lorasynci_name_read(raw, &h, &name, NULL) >= 0 && name.role != LORASYNC_ROLE_BASE;
+    }
+    lorasynci_buffer_init(&keys, &((lorasynci_image_impl *)image)->a);
+    for (i = 0; i < image->num_tensors; i++) lorasynci_put_key(&f, image->tensors[i].name, &keys);
+    if (!keys.failed) return lorasynci_image_rename(image, keys.data, err);
+    lorasynci_buffer_free(&keys);
+    return lorasynci_fail_memory(err, keys.size);
+}
+
+/* Fits an image and its config together. */
+LORASYNCI_FN lorasync_status lorasynci_fit(lorasync_image *image, const lorasync_config *config, lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_use_keys(image, config, err));
+    return lorasync_config_check(config, image->tensors, image->num_tensors, err);
+}
+
 /* Reads adapter_config.json beside an opened image and checks one against the other. The image takes the text. */
 LORASYNCI_FN lorasync_status lorasynci_open_config(int at, const char *where, const lorasync_allocator *a,
                                                    lorasynci_opened *o, lorasync_error *err)
@@ -18135,7 +19287,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_config(int at, const char *where, co
     snprintf(label, sizeof label, "%s/" LORASYNCI_CONFIG_FILE, where);
     LORASYNCI_TRY(lorasynci_read_config(at, label, a, &text, &num_bytes, err));
     status = lorasync_config_parse(text, num_bytes, a, &o->config, err);
-    if (status >= 0) status = lorasync_config_check(o->config, o->image->tensors, o->image->num_tensors, err);
+    if (status >= 0) status = lorasynci_fit(o->image, o->config, err);
     if (status < 0) {
         lorasynci_dealloc(a, text);
         lorasynci_prefix(err, "%s", label);
@@ -18208,6 +19360,20 @@ LORASYNCI_FN lorasync_status lorasynci_open_peft(const char *path, const lorasyn
     return status;
 }
 
+/* A file alone. Nothing says what its names mean but they themselves. */
+LORASYNCI_FN lorasync_status lorasynci_open_file(const char *path, const lorasync_allocator *a, lorasynci_opened *out,
+                                                 lorasync_error *err)
+{
+    lorasync_status status;
+    LORASYNCI_TRY(lorasynci_open_model(AT_FDCWD, path, lorasynci_end_of(path), a, out, err));
+    status = lorasynci_use_keys(out->image, NULL, err);
+    if (status < 0) {
+        lorasynci_prefix(err, "%s", lorasynci_end_of(path));
+        lorasynci_opened_free(out);
+    }
+    return status;
+}
+
 LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator,
                                                    lorasync_image **out_image, lorasync_config **out_config,
                                                    lorasync_error *err)
@@ -18223,7 +19389,7 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
     memset(&opened, 0, sizeof opened);
     if (stat(path, &st) != 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
     if (S_ISDIR(st.st_mode)) LORASYNCI_TRY(lorasynci_open_peft(path, &a, &opened, err));
-    else LORASYNCI_TRY(lorasynci_open_model(AT_FDCWD, path, lorasynci_end_of(path), &a, &opened, err));
+    else LORASYNCI_TRY(lorasynci_open_file(path, &a, &opened, err));
     *out_image = opened.image;
     if (out_config) *out_config = opened.config;
     else if (opened.config) lorasync_config_free(opened.config);
@@ -18992,7 +20158,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_config(lorasynci_arrival *r, lorasy
                               "%s: there is no config_json; an engine needs its adapter_config.json", r->where);
     status = lorasync_config_parse(config, strlen(config), &r->e->a, &o->config, err);
     if (status >= 0 && !lorasynci_is_checked(o, r->now ? &r->now->held : NULL))
-        status = lorasync_config_check(o->config, o->image->tensors, o->image->num_tensors, err);
+        status = lorasynci_fit(o->image, o->config, err);
     snprintf(label, sizeof label, "%s: " LORASYNCI_CONFIG_FILE, r->where);
     return lorasynci_prefixed(status, r->d->config_where ? lorasynci_end_of(r->d->config_where) : label, err);
 }
@@ -19596,6 +20762,7 @@ typedef struct lorasynci_added {
     uint64_t      module, adapter; /* in the name; session */
     lorasync_role role;            /* session */
     double        scale;           /* as given */
+    int           if_lora;         /* of a BIAS: only with LoRA on its module; session */
 } lorasynci_added;
 
 /* What the root found when publishing; equal on all ranks afterwards. */
@@ -19828,7 +20995,8 @@ LORASYNCI_FN void lorasynci_host_report(const lorasynci_host *h, const lorasynci
 /* ----------------------------------------------------------------------------------------------------- >>session -- */
 
 /* The easy path: names decide what is taken, a gather plan moves it, the publisher hands it on. Uses >>support,
-   >>dtype, >>names, >>gpu, >>comm, >>talk, >>image, >>plan, >>move, >>config, >>publish, >>shm, >>engine and >>host.
+   >>json, >>dtype, >>names, >>gpu, >>comm, >>talk, >>image, >>plan, >>move, >>config, >>publish, >>shm, >>engine and
+   >>host.
 
    The way of one box, from lorasync_add to the engine's pointer:
 
@@ -19880,28 +21048,52 @@ typedef struct lorasynci_aim {
     lorasynci_aimed opened[LORASYNCI_AIMS];
 } lorasynci_aim;
 
+/* A module of the base model, for "all-linear" and for what a published target_modules must not match. */
+typedef struct lorasynci_base_module {
+    uint64_t name; /* in `texts` */
+    int      is_linear;
+} lorasynci_base_module;
+
 struct lorasync_session {
     lorasynci_host   host; /* it publishes under the name of its adapter; after compile the pieces are those taken */
     lorasync_desc    desc; /* its texts are copies; comm, allocator, adapter and cuda: see host */
     char            *base_model;
-    lorasync_config *config;  /* parsed config_json, or NULL */
-    lorasynci_buffer modules; /* uint64_t offsets of names of linear base modules, for "all-linear" */
-    size_t           num_added, num_dropped;
-    char             dropped_example[128];
-    lorasync_plan   *plan;
-    char            *published_config;
-    uint64_t         version;     /* asked for by the last begin */
-    uint64_t         last_digest; /* of the version that was published last, on the root */
-    int              published;   /* the plan's image is that version */
-    int              publish_timeout_ms;
-    char             engines[80]; /* names of the root's transports */
-    uint64_t         begin_ns;
-    lorasynci_aim    aim;
+    lorasync_config *config;     /* parsed config_json, or NULL */
+    lorasynci_buffer modules;    /* lorasynci_base_module */
+    lorasynci_buffer untargeted; /* uint64_t: modules, in `texts`, of LoRA that the filter's target_* left out */
+    /* const char *: entries of target_modules that match nothing, in unused_texts; until all are known, their size_t
+       offsets */
+    lorasynci_buffer  unused, unused_texts;
+    lorasynci_hints   hints;        /* from the filter and the config, until compile */
+    int               hinted;       /* they are made */
+    lorasync_pattern *excluded;     /* filter.exclude_pattern, for them */
+    int               all_targeted; /* no rank has an untargeted module */
+    size_t            num_added, num_dropped;
+    char              dropped_example[128];
+    lorasync_plan    *plan;
+    char             *published_config;
+    uint64_t          version;     /* asked for by the last begin */
+    uint64_t          last_digest; /* of the version that was published last, on the root */
+    int               published;   /* the plan's image is that version */
+    int               publish_timeout_ms;
+    char              engines[80]; /* names of the root's transports */
+    uint64_t          begin_ns;
+    lorasynci_aim     aim;
 };
 
 LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s)
 {
     return LORASYNCI_NUM(lorasync_piece, s->host.pieces);
+}
+
+LORASYNCI_FN lorasynci_added *lorasynci_added_at(const lorasync_session *s, size_t i)
+{
+    return LORASYNCI_AT(lorasynci_added, s->host.added, i);
+}
+
+LORASYNCI_FN lorasync_piece *lorasynci_piece_at(const lorasync_session *s, size_t i)
+{
+    return LORASYNCI_AT(lorasync_piece, s->host.pieces, i);
 }
 
 /* Closes it, on the plan's GPU where it has one. */
@@ -19939,6 +21131,10 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     lorasync_plan_free(session->plan);
     lorasync_config_free(session->config);
     lorasynci_buffer_free(&session->modules);
+    lorasynci_buffer_free(&session->untargeted);
+    lorasynci_buffer_free(&session->unused);
+    lorasynci_buffer_free(&session->unused_texts);
+    lorasync_pattern_free(session->excluded);
     lorasynci_dealloc(&a, session->base_model);
     lorasynci_dealloc(&a, session->published_config);
     lorasynci_host_close(&session->host);
@@ -19968,11 +21164,19 @@ LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasy
     d.allocator    = given->allocator;
     LORASYNCI_TRY(lorasynci_host_open(h, s, "lorasync_", &d, given->config_json, err));
     lorasynci_buffer_init(&s->modules, &h->a);
+    lorasynci_buffer_init(&s->untargeted, &h->a);
+    lorasynci_buffer_init(&s->unused, &h->a);
+    lorasynci_buffer_init(&s->unused_texts, &h->a);
     s->publish_timeout_ms = given->publish_timeout_ms ? given->publish_timeout_ms : 600000;
     if (base) s->base_model = lorasynci_copy_text(&h->a, base, strlen(base));
     if (base && !s->base_model) return lorasynci_fail_memory(err, strlen(base));
     s->desc.base_model  = s->base_model;
     s->desc.config_json = h->config_json;
+    if (!h->name[0] || lorasynci_has_control(h->name) || !lorasynci_is_utf8(h->name))
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "desc.adapter is %s: no transport can publish under it; name it otherwise, or give NULL "
+                              "for \"default\"",
+                              h->name[0] ? "not UTF-8 text without control characters" : "empty");
     if (h->config_json) return lorasync_config_parse(h->config_json, strlen(h->config_json), &h->a, &s->config, err);
     if (!(given->lora_alpha >= 0 && given->lora_alpha < 1e30))
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lora_alpha is %g; give the value the trainer uses",
@@ -20007,36 +21211,120 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
 
 LORASYNCI_FN int lorasynci_wants_base(const lorasync_session *s) { return s->desc.filter && s->desc.filter->base; }
 
-/* A base parameter that is not asked for: counted, and its module noted where it may be a linear one. */
-LORASYNCI_FN void lorasynci_drop(lorasync_session *s, const lorasync_piece *p, const lorasync_name *name)
+/* What the filter and the config say of names that look like LoRA. A pattern that does not compile fails in
+   lorasync_compile. */
+LORASYNCI_FN const lorasynci_hints *lorasynci_session_hints(lorasync_session *s)
 {
-    const size_t n = strlen(p->name);
-    uint64_t     at;
-    s->num_dropped++;
-    if (!s->dropped_example[0]) snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", p->name);
-    if (name->role != LORASYNC_ROLE_BASE || p->ndim != 2 || !s->desc.filter || !s->desc.filter->target_pattern) return;
-    if (n <= 7 || strcmp(p->name + n - 7, ".weight") != 0) return;
-    at = lorasynci_host_keep(&s->host, name->module);
-    lorasynci_put(&s->modules, &at, sizeof at);
+    const lorasync_filter *f = s->desc.filter;
+    if (s->hinted) return &s->hints;
+    s->hinted = 1;
+    if (s->config) lorasynci_config_hints(s->config, &s->hints);
+    if (!f) return &s->hints;
+    lorasynci_hint_list(&s->hints, f->target_modules, f->num_target_modules, LORASYNCI_NAMES_MODULE);
+    lorasynci_hint_list(&s->hints, f->exclude_modules, f->num_exclude_modules, LORASYNCI_NAMES_OUT);
+    if (f->exclude_pattern) lorasync_pattern_compile(f->exclude_pattern, &s->host.a, &s->excluded, NULL);
+    lorasynci_hint_excluded(&s->hints, s->excluded);
+    return &s->hints;
 }
 
-/* A LoRA parameter, or with filter.base any, is kept for the filter; every other is counted. */
+/* A parameter of the base model that the config says is trained: it is taken as what it says. PEFT's original_module is
+   the copy that is not trained. */
+LORASYNCI_FN lorasync_status lorasynci_session_promote(lorasync_session *s, const char *raw, lorasync_name *name,
+                                                       lorasync_error *err)
+{
+    lorasync_role role = LORASYNC_ROLE_NONE;
+    if (!s->config || strstr(raw, ".original_module.")) return LORASYNC_OK;
+    if (lorasynci_saved_by_list(s->config, name)) role = LORASYNC_ROLE_MODULES_TO_SAVE;
+    else if (s->config->info.bias[0] != 'n' && name->module[0] && lorasynci_ends_in(name->key, "bias"))
+        role = LORASYNC_ROLE_BIAS;
+    return role == LORASYNC_ROLE_NONE ? LORASYNC_OK : lorasynci_name_as(raw, role, NULL, name, err);
+}
+
+/* What is published beside LoRA must be known again where it is read: by the config that goes with it. */
+LORASYNCI_FN lorasync_status lorasynci_session_check_whole(const lorasync_session *s, const char *raw,
+                                                           const lorasync_name *name, lorasync_error *err)
+{
+    lorasync_name   read;
+    lorasynci_hints h;
+    if (name->role == LORASYNC_ROLE_BIAS && !s->config)
+        return lorasynci_fail(err, LORASYNC_E_CONFIG,
+                              "%.300s is a bias to publish, and only desc.config_json can say so to engines: give the "
+                              "trainer's, with its bias \"all\" or \"lora_only\"",
+                              raw);
+    if (name->role != LORASYNC_ROLE_MODULES_TO_SAVE) return LORASYNC_OK;
+    memset(&h, 0, sizeof h);
+    if (s->config) lorasynci_config_hints(s->config, &h);
+    if (lorasynci_name_read(name->key, &h, &read, NULL) < 0 || read.role == LORASYNC_ROLE_BASE) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_CONFIG,
+        "%.200s is to be saved whole, but in a file its key is that of a %s: name its module, with its "
+        "parent, in modules_to_save of desc.config_json",
+        raw, lorasync_role_text(read.role));
+}
+
+/* What a piece is: by its role, its name and the config. */
+LORASYNCI_FN lorasync_status lorasynci_session_name(lorasync_session *s, const lorasync_piece *piece,
+                                                    lorasync_name *name, lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_name_as(piece->name, piece->role, lorasynci_session_hints(s), name, err));
+    if (piece->role == LORASYNC_ROLE_NONE && name->role == LORASYNC_ROLE_BASE && !lorasynci_wants_base(s))
+        LORASYNCI_TRY(lorasynci_session_promote(s, piece->name, name, err));
+    if (lorasynci_leaf_of_role(name->role))
+        LORASYNCI_TRY(lorasynci_check_lora_dtype(piece->name, name->role, piece->dtype, err));
+    return lorasynci_session_check_whole(s, piece->name, name, err);
+}
+
+/* Notes a module of the base model; parameters of one module mostly come one after the other. */
+LORASYNCI_FN void lorasynci_note_module(lorasync_session *s, const lorasync_piece *p, const lorasync_name *name)
+{
+    lorasynci_base_module  module;
+    size_t                 num  = s->modules.size / sizeof module;
+    lorasynci_base_module *last = num ? (lorasynci_base_module *)(void *)s->modules.data + num - 1 : NULL;
+    module.is_linear            = p->ndim == 2 && lorasynci_ends_in(name->key, "weight");
+    if (!name->module[0]) return;
+    if (last && !s->host.texts.failed && strcmp(lorasynci_host_text(&s->host, last->name), name->module) == 0) {
+        last->is_linear |= module.is_linear;
+        return;
+    }
+    module.name = lorasynci_host_keep(&s->host, name->module);
+    lorasynci_put(&s->modules, &module, sizeof module);
+}
+
+/* Counts a parameter that is not published. */
+LORASYNCI_FN void lorasynci_drop(lorasync_session *s, const char *raw)
+{
+    s->num_dropped++;
+    if (!s->dropped_example[0]) snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", raw);
+}
+
+/* Kept for the filter; of one that is trained, the whole filter decides whether it may go. */
+LORASYNCI_FN lorasync_status lorasynci_session_keep(lorasync_session *s, const lorasync_piece *piece,
+                                                    const lorasync_name *name, lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_host_add(&s->host, piece, name, err));
+    lorasynci_added_at(s, lorasynci_num_taken(s) - 1)->if_lora =
+        piece->role == LORASYNC_ROLE_NONE && s->config && s->config->info.bias[0] == 'l';
+    return LORASYNC_OK;
+}
+
+/* What may be published is kept for the filter; every other parameter is counted. */
 LORASYNCI_FN lorasync_status lorasynci_session_add(lorasync_session *s, const lorasync_piece *piece,
                                                    lorasync_error *err)
 {
     lorasync_name name;
+    int           unwanted;
     if (!piece) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_add: piece is NULL");
     if (s->plan)
         return lorasynci_fail(err, LORASYNC_E_STATE,
                               "lorasync_add after lorasync_compile: open a new session for another set of parameters");
     if (!piece->name) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "a piece has no name");
-    LORASYNCI_TRY(lorasync_parse_name(piece->name, &name, err));
+    LORASYNCI_TRY(lorasynci_session_name(s, piece, &name, err));
     s->num_added++;
-    if (name.role != LORASYNC_ROLE_BASE || lorasynci_wants_base(s)) {
-        LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
-        return lorasynci_host_add(&s->host, piece, &name, err);
-    }
-    lorasynci_drop(s, piece, &name);
+    unwanted = name.role == LORASYNC_ROLE_BASE && !lorasynci_wants_base(s);
+    if (name.role == LORASYNC_ROLE_BASE || name.role == LORASYNC_ROLE_BIAS) lorasynci_note_module(s, piece, &name);
+    if (!unwanted) LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
+    if (!unwanted || piece->trained) return lorasynci_session_keep(s, piece, &name, err);
+    lorasynci_drop(s, piece->name);
     return s->host.texts.failed || s->modules.failed ? lorasynci_fail_memory(err, s->host.texts.size) : LORASYNC_OK;
 }
 
@@ -20098,8 +21386,8 @@ LORASYNCI_FN int lorasynci_is_table_name(const char *module)
    pair. */
 LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lorasync_matcher **out, lorasync_error *err)
 {
-    lorasync_filter  everything;
-    size_t           num_base = LORASYNCI_NUM(uint64_t, s->modules), num_lora = lorasynci_num_taken(s), i, n = 0;
+    lorasync_filter everything;
+    size_t num_base = LORASYNCI_NUM(lorasynci_base_module, s->modules), num_lora = lorasynci_num_taken(s), i, n = 0;
     lorasync_module *modules =
         (lorasync_module *)lorasynci_alloc_array(&s->host.a, num_base + num_lora, sizeof *modules);
     lorasync_status status;
@@ -20107,8 +21395,9 @@ LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lora
     if (!modules) return lorasynci_fail_memory(err, (num_base + num_lora) * sizeof *modules);
     memset(&everything, 0, sizeof everything);
     for (i = 0; i < num_base; i++) {
-        modules[n].name      = lorasynci_host_text(&s->host, *LORASYNCI_AT(uint64_t, s->modules, i));
-        modules[n].is_linear = !lorasynci_is_table_name(modules[n].name);
+        const lorasynci_base_module *m = LORASYNCI_AT(lorasynci_base_module, s->modules, i);
+        modules[n].name                = lorasynci_host_text(&s->host, m->name);
+        modules[n].is_linear           = m->is_linear && !lorasynci_is_table_name(modules[n].name);
         n++;
     }
     for (i = 0; i < num_lora; i++) {
@@ -20130,11 +21419,77 @@ LORASYNCI_FN lorasync_status lorasynci_session_matcher(lorasync_session *s, lora
     return status;
 }
 
-/* Counts a piece that the filter does not take, and keeps the first as an example. */
-LORASYNCI_FN void lorasynci_session_note_dropped(lorasync_session *s, const char *name)
+/* -- which pieces are taken */
+
+LORASYNCI_FN const char *lorasynci_added_module(const void *user, size_t i)
 {
-    s->num_dropped++;
-    if (!s->dropped_example[0]) snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", name);
+    const lorasync_session *s = (const lorasync_session *)user;
+    return lorasynci_host_text(&s->host, lorasynci_added_at(s, i)->module);
+}
+
+/* 1 if this rank has LoRA of the adapter on the module. */
+LORASYNCI_FN int lorasynci_session_has_lora(const lorasync_session *s, const lorasynci_table *modules,
+                                            const char *module)
+{
+    return lorasynci_table_find(modules, module, lorasynci_added_module, s) != SIZE_MAX;
+}
+
+/* A bias has the key that PEFT gives it: below base_layer where there is LoRA on its module. One that is published only
+   then goes back to the base model without it. */
+LORASYNCI_FN void lorasynci_session_settle_bias(lorasync_session *s, size_t i, const lorasynci_table *modules)
+{
+    char key[LORASYNC_MAX_NAME + 40], module[LORASYNC_MAX_NAME];
+    int  below, has_lora;
+    snprintf(key, sizeof key, "%s", lorasynci_host_text(&s->host, lorasynci_added_at(s, i)->key));
+    snprintf(module, sizeof module, "%s", lorasynci_host_text(&s->host, lorasynci_added_at(s, i)->module));
+    below    = lorasynci_ends_in(key, "base_layer.bias");
+    has_lora = lorasynci_session_has_lora(s, modules, module);
+    if (lorasynci_added_at(s, i)->if_lora && !below && !has_lora) lorasynci_added_at(s, i)->role = LORASYNC_ROLE_BASE;
+    if (below || !has_lora) return;
+    snprintf(key, sizeof key, "base_model.model.%s.base_layer.bias", module);
+    lorasynci_added_at(s, i)->key = lorasynci_host_keep(&s->host, key);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_session_biases(lorasync_session *s, lorasync_error *err)
+{
+    lorasynci_table modules;
+    size_t          i, biases = 0, num = lorasynci_num_taken(s);
+    for (i = 0; i < num; i++) biases += lorasynci_added_at(s, i)->role == LORASYNC_ROLE_BIAS;
+    if (!biases) return LORASYNC_OK;
+    if (!lorasynci_table_init(&modules, &s->host.a, num)) return lorasynci_fail_memory(err, num * 8);
+    for (i = 0; i < num; i++) {
+        const lorasynci_added *add     = lorasynci_added_at(s, i);
+        const char            *adapter = lorasynci_host_text(&s->host, add->adapter);
+        if (!lorasynci_leaf_of_role(add->role) || (*adapter && strcmp(adapter, s->host.name) != 0)) continue;
+        lorasynci_table_insert(&modules, lorasynci_host_text(&s->host, add->module), i, lorasynci_added_module, s);
+    }
+    for (i = 0; i < num && !s->host.texts.failed; i++)
+        if (lorasynci_added_at(s, i)->role == LORASYNC_ROLE_BIAS) lorasynci_session_settle_bias(s, i, &modules);
+    lorasynci_table_free(&modules);
+    return s->host.texts.failed ? lorasynci_fail_memory(err, s->host.texts.size) : LORASYNC_OK;
+}
+
+/* A parameter that the filter does not take. One that is trained may be left out by name only. */
+LORASYNCI_FN lorasync_status lorasynci_session_leave_out(lorasync_session *s, const lorasynci_added *add, int trained,
+                                                         const lorasync_name *name, lorasync_matcher *m,
+                                                         lorasync_error *err)
+{
+    const int other = name->adapter[0] && strcmp(name->adapter, s->host.name) != 0;
+    const int named = lorasynci_modules_match(&m->exclude, name->module) ||
+                      (m->skip_modules_to_save &&
+                       (name->role == LORASYNC_ROLE_MODULES_TO_SAVE || name->role == LORASYNC_ROLE_TRAINABLE_TOKENS));
+    lorasynci_drop(s, lorasynci_host_text(&s->host, add->raw));
+    if (other || named) return LORASYNC_OK;
+    if (lorasynci_leaf_of_role(name->role)) lorasynci_put(&s->untargeted, &add->module, sizeof add->module);
+    if (!trained) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_CONFIG,
+        "%.200s is trained and would not be published: %s; or leave it out by filter.exclude_modules",
+        lorasynci_host_text(&s->host, add->raw),
+        lorasynci_leaf_of_role(name->role)
+            ? "the filter's target_* do not name its module"
+            : "it is a base parameter that neither bias nor modules_to_save of desc.config_json takes. "
+              "Mend the config, or set piece.role");
 }
 
 /* Keeps the pieces that the filter takes, in place, under the names by which they are published. */
@@ -20145,8 +21500,10 @@ LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, loras
     lorasynci_added  *added  = LORASYNCI_AT(lorasynci_added, h->added, 0);
     lorasync_matcher *matcher;
     lorasync_name     name;
+    lorasync_status   status = LORASYNC_OK;
     size_t            i, kept = 0, num = lorasynci_num_taken(s);
     LORASYNC_ASSERT(num == LORASYNCI_NUM(lorasynci_added, h->added));
+    LORASYNCI_TRY(lorasynci_session_biases(s, err));
     LORASYNCI_TRY(lorasynci_session_matcher(s, &matcher, err));
     for (i = 0; i < num; i++) {
         name.role = added[i].role;
@@ -20154,7 +21511,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, loras
         snprintf(name.module, sizeof name.module, "%s", lorasynci_host_text(h, added[i].module));
         snprintf(name.adapter, sizeof name.adapter, "%s", lorasynci_host_text(h, added[i].adapter));
         if (!lorasync_matcher_takes(matcher, &name, h->name)) {
-            lorasynci_session_note_dropped(s, lorasynci_host_text(h, added[i].raw));
+            if (status >= 0) status = lorasynci_session_leave_out(s, &added[i], pieces[i].trained, &name, matcher, err);
             continue;
         }
         pieces[kept]      = pieces[i];
@@ -20164,8 +21521,11 @@ LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, loras
     h->pieces.size = kept * sizeof *pieces;
     h->added.size  = kept * sizeof *added;
     lorasync_matcher_free(matcher);
-    return LORASYNC_OK;
+    if (status >= 0 && s->untargeted.failed) return lorasynci_fail_memory(err, s->untargeted.size);
+    return lorasynci_host_remember(h, status, err);
 }
+
+/* -- pieces that are in each other's way */
 
 /* For tables over the pieces that were taken. */
 LORASYNCI_FN const char *lorasynci_added_key(const void *user, size_t i)
@@ -20197,6 +21557,75 @@ LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, l
     return status;
 }
 
+/* A piece by a hash of its key and box. */
+typedef struct lorasynci_box_mark {
+    uint64_t hash;
+    size_t   at;
+} lorasynci_box_mark;
+
+LORASYNCI_FN int lorasynci_box_mark_order(const void *x, const void *y)
+{
+    const lorasynci_box_mark *a = (const lorasynci_box_mark *)x, *b = (const lorasynci_box_mark *)y;
+    if (a->hash != b->hash) return a->hash < b->hash ? -1 : 1;
+    return a->at < b->at ? -1 : a->at > b->at;
+}
+
+/* 0 for an empty box, which may be declared any number of times. */
+LORASYNCI_FN uint64_t lorasynci_piece_hash(const lorasync_piece *p)
+{
+    uint64_t v[2 * LORASYNC_MAX_DIMS + 1];
+    size_t   n = 0;
+    int      d;
+    for (d = 0; d < p->box.ndim; d++) {
+        if (p->box.len[d] == 0) return 0;
+        v[n++] = (uint64_t)p->box.off[d];
+        v[n++] = (uint64_t)p->box.len[d];
+    }
+    v[n++] = (uint64_t)p->box.flat;
+    return lorasynci_hash(v, n * sizeof v[0], lorasynci_hash(p->name, strlen(p->name), 11)) | 1;
+}
+
+/* Two pieces of this rank with one key and one box. Replicas are on other ranks; of two here one would be read and the
+   other never. */
+LORASYNCI_FN lorasync_status lorasynci_session_twice(const lorasync_session *s, lorasync_error *err)
+{
+    size_t              i, num = lorasynci_num_taken(s);
+    lorasync_status     status = LORASYNC_OK;
+    lorasynci_box_mark *marks  = (lorasynci_box_mark *)lorasynci_alloc_array(&s->host.a, num, sizeof *marks);
+    if (!marks) return lorasynci_fail_memory(err, num * sizeof *marks);
+    for (i = 0; i < num; i++) {
+        marks[i].hash = lorasynci_piece_hash(lorasynci_piece_at(s, i));
+        marks[i].at   = i;
+    }
+    if (num) qsort(marks, num, sizeof *marks, lorasynci_box_mark_order);
+    for (i = 1; i < num && status >= 0; i++) {
+        const lorasynci_added *b = lorasynci_added_at(s, marks[i].at);
+        if (!marks[i].hash || marks[i].hash != marks[i - 1].hash) continue;
+        status = lorasynci_fail(
+            err, LORASYNC_E_LAYOUT,
+            "%.250s was declared twice on this rank, with the same box, at %s: add each part of a tensor "
+            "once",
+            lorasynci_host_text(&s->host, b->raw),
+            lorasynci_piece_at(s, marks[i - 1].at)->data == lorasynci_piece_at(s, marks[i].at)->data ? "one address"
+                                                                                                     : "two addresses");
+    }
+    lorasynci_dealloc(&s->host.a, marks);
+    return status;
+}
+
+/* The rank of a convolution's module is the rows of its A: B has fewer columns where there are groups. 0: no A here. */
+LORASYNCI_FN int64_t lorasynci_session_conv_rank(const lorasync_session *s, const lorasynci_added *b)
+{
+    size_t i, num = lorasynci_num_taken(s);
+    for (i = 0; i < num; i++) {
+        const lorasynci_added *a = lorasynci_added_at(s, i);
+        if (a->role == LORASYNC_ROLE_LORA_A &&
+            strcmp(lorasynci_host_text(&s->host, a->module), lorasynci_host_text(&s->host, b->module)) == 0)
+            return lorasynci_piece_at(s, i)->shape[0];
+    }
+    return 0;
+}
+
 /* -- scaling, planning and the config */
 
 /* The factor that fold_scale multiplies into one piece: on lora_B (and its bias, which PEFT scales with it) alpha / r,
@@ -20209,6 +21638,7 @@ LORASYNCI_FN lorasync_status lorasynci_fold(const lorasync_session *s, const lor
     if (add->role != LORASYNC_ROLE_LORA_B && add->role != LORASYNC_ROLE_EMBEDDING_B &&
         add->role != LORASYNC_ROLE_LORA_B_BIAS)
         return LORASYNC_OK;
+    if (!s->config && piece->ndim > 2) r = lorasynci_session_conv_rank(s, add);
     if (s->config) *scale = lorasync_config_scale(s->config, lorasynci_host_text(&s->host, add->module));
     else if (r > 0) *scale = s->desc.lora_alpha / (double)r;
     else
@@ -20217,15 +21647,94 @@ LORASYNCI_FN lorasync_status lorasynci_fold(const lorasync_session *s, const lor
     return LORASYNC_OK;
 }
 
-/* What must be equal on all ranks, beside what the plan compares itself. */
-LORASYNCI_FN uint64_t lorasynci_session_tag(const lorasync_session *s)
+/* What must be equal on all ranks, as facts (>>config). */
+LORASYNCI_FN lorasync_status lorasynci_session_facts(const lorasync_session *s, lorasynci_buffer *b,
+                                                     lorasync_error *err)
 {
-    uint64_t v[4];
-    v[0] = (uint64_t)s->desc.fold_scale;
-    v[1] = lorasynci_hash_text(s->desc.config_json, 1);
-    v[2] = lorasynci_hash_text(s->desc.base_model, 2);
-    v[3] = lorasynci_hash(&s->desc.lora_alpha, sizeof s->desc.lora_alpha, 4);
-    return lorasynci_host_tag(&s->host, v, LORASYNCI_COUNT(v));
+    const lorasync_desc *d = &s->desc;
+    lorasynci_put_text(b, "desc.adapter\t");
+    lorasynci_json_put_string(b, s->host.name, strlen(s->host.name));
+    lorasynci_put_format(b, "\ndesc.root\t%d\ndesc.wire_dtype\t%s\ndesc.fold_scale\t%d\ndesc.allow_nan\t%d\n", d->root,
+                         d->wire_dtype ? lorasync_dtype_name(d->wire_dtype) : "NONE", d->fold_scale, d->allow_nan);
+    lorasynci_put_format(b, "desc.bucket_bytes\t%zu\ndesc.cuda\t%s\ndesc.filter.base\t%d\ndesc.lora_alpha\t",
+                         d->bucket_bytes, d->cuda ? "given" : "NULL", d->filter ? d->filter->base : 0);
+    lorasynci_json_put_double(b, d->lora_alpha);
+    lorasynci_put_text(b, "\n");
+    if (d->base_model) {
+        lorasynci_put_text(b, "desc.base_model\t");
+        lorasynci_json_put_string(b, d->base_model, strlen(d->base_model));
+        lorasynci_put_text(b, "\n");
+    }
+    lorasynci_put_format(b, "desc.config_json\t%s\n", s->config ? "given" : "NULL");
+    if (s->config) LORASYNCI_TRY(lorasynci_config_facts(s->config, b, err));
+    lorasynci_put(b, "", 1);
+    return b->failed ? lorasynci_fail_memory(err, b->size) : LORASYNC_OK;
+}
+
+/* Collective, after a vote in which only the facts differed: says which, and the values. Rank 0 tells its own. */
+LORASYNCI_FN lorasync_status lorasynci_session_explain_facts(lorasync_session *s, const lorasynci_buffer *facts,
+                                                             lorasync_error *err)
+{
+    lorasync_error  mine;
+    uint64_t        num_bytes = facts->size;
+    char           *theirs    = NULL;
+    lorasync_status status;
+    memset(&mine, 0, sizeof mine);
+    LORASYNCI_TRY(lorasynci_talk_tell(&s->host.talk, 0, &num_bytes, sizeof num_bytes, s->host.talk.timeout_ms, err));
+    if (s->host.talk.comm.rank != 0) {
+        theirs = (char *)lorasynci_alloc(&s->host.a, (size_t)num_bytes);
+        if (!theirs) lorasynci_fail_memory(&mine, (size_t)num_bytes);
+    }
+    LORASYNCI_TRY(lorasynci_talk_vote(&s->host.talk, &mine, err)); /* theirs is NULL on rank 0 only */
+    status = lorasynci_talk_tell(&s->host.talk, 0, theirs ? theirs : facts->data, (size_t)num_bytes,
+                                 s->host.talk.timeout_ms, err);
+    if (status >= 0 && theirs && num_bytes) {
+        theirs[num_bytes - 1] = 0;
+        lorasynci_compare_facts(facts->data, theirs, &mine);
+    }
+    lorasynci_dealloc(&s->host.a, theirs);
+    return status < 0 ? status : lorasynci_talk_vote(&s->host.talk, &mine, err);
+}
+
+/* Collective: this rank's part is done, or `mine` says why not; and all ranks were told the same. */
+LORASYNCI_FN lorasync_status lorasynci_session_agree(lorasync_session *s, lorasync_error *mine, lorasync_error *err)
+{
+    lorasynci_vote   vote = {0, s->untargeted.size == 0, 0, 0};
+    lorasynci_buffer facts;
+    lorasync_status  status;
+    lorasynci_buffer_init(&facts, &s->host.a);
+    if (mine->status >= 0) lorasynci_session_facts(s, &facts, mine);
+    vote.tag        = mine->status >= 0 ? lorasynci_hash(facts.data, facts.size, 5) : 0;
+    status          = lorasynci_talk_agree(&s->host.talk, mine, &vote, "what was given to lorasync_open, hashed", err);
+    s->all_targeted = (int)vote.flag;
+    if (status < 0 && vote.status == LORASYNC_E_DISAGREE && mine->status >= 0) {
+        lorasync_status why = lorasynci_session_explain_facts(s, &facts, err);
+        if (why < 0) status = why;
+    }
+    lorasynci_buffer_free(&facts);
+    return status;
+}
+
+/* Ranks may have the keys of a pattern in another order. Where each folds its own scales, that must not matter. */
+LORASYNCI_FN lorasync_status lorasynci_session_check_patterns(const lorasync_session *s, lorasync_error *err)
+{
+    lorasync_config *sorted = NULL;
+    lorasync_status  status = LORASYNC_OK;
+    size_t           i, num = lorasynci_num_taken(s);
+    if (!s->config || !s->desc.fold_scale || s->config->ranks.num + s->config->alphas.num < 2) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasync_config_parse(s->config->text, strlen(s->config->text), &s->host.a, &sorted, err));
+    for (i = 0; i < num && status >= 0; i++) {
+        const char  *module = lorasynci_host_text(&s->host, lorasynci_added_at(s, i)->module);
+        const double x = lorasync_config_scale(s->config, module), y = lorasync_config_scale(sorted, module);
+        if (x < y || x > y)
+            status =
+                lorasynci_fail(err, LORASYNC_E_CONFIG,
+                               "module \"%.200s\" has scale %g, but %g when the keys of rank_pattern and alpha_pattern "
+                               "are sorted, as PEFT does: make each key match its own modules only",
+                               module, x, y);
+    }
+    lorasync_config_free(sorted);
+    return status;
 }
 
 /* With fold_scale: the scales of the pieces, from those that were given. */
@@ -20272,6 +21781,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
             s->desc.lora_alpha, s->config->info.lora_alpha);
     LORASYNCI_TRY(lorasynci_session_filter(s, err));
     LORASYNCI_TRY(lorasynci_session_collisions(s, err));
+    LORASYNCI_TRY(lorasynci_session_twice(s, err));
+    LORASYNCI_TRY(lorasynci_session_check_patterns(s, err));
     return lorasynci_session_scale(s, err);
 }
 
@@ -20298,37 +21809,400 @@ LORASYNCI_FN lorasync_status lorasynci_session_check_base(lorasync_session *s, l
 {
     const lorasync_image *image = s->plan->image;
     lorasynci_pairs       pairs;
+    lorasynci_hints       hints;
     lorasync_error        why;
     lorasync_status       status;
-    status = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &s->host.a, &why);
+    memset(&hints, 0, sizeof hints);
+    hints.proven = 1;
+    status       = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &hints, &s->host.a, &why);
     lorasynci_pairs_free(&pairs);
     if (status >= 0 || status == LORASYNC_E_EMPTY) return LORASYNC_OK; /* base weights alone */
     *err = why;
     return status;
 }
 
-/* On the root: pairs and ranks are checked and the config is made, against the tensors that were found. With base
-   weights there is no adapter to describe. */
-LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, lorasync_error *err)
+/* -- what other ranks know of the model
+
+   A target_modules that is made must not match modules without LoRA, and those are declared on any rank:
+
+       root     hashes of the modules with LoRA, and of the ends by which they may be listed  ----------> all
+       a rank   for each end: 0; 1: a module of mine without LoRA ends so                     ----------> root
+                then the name of one of mine that ends in a whole module with LoRA, or ""                     */
+enum {
+    LORASYNCI_SURVEY_TEXT = 200
+};
+
+typedef struct lorasynci_survey {
+    uint64_t        *hashes; /* of modules, then of ends; both sorted */
+    uint64_t         num_modules, num_ends;
+    const char     **ends;  /* on the root, in the order of their hashes */
+    char            *met;   /* a row of num_ends and a text for this rank; on the root one for each */
+    lorasynci_buffer texts; /* on the root: modules; ends point into it */
+} lorasynci_survey;
+
+LORASYNCI_FN void lorasynci_survey_free(lorasynci_survey *v, const lorasync_allocator *a)
+{
+    if (v->ends) lorasynci_buffer_free(&v->texts);
+    lorasynci_dealloc(a, v->hashes);
+    lorasynci_dealloc(a, (void *)v->ends);
+    lorasynci_dealloc(a, v->met);
+}
+
+LORASYNCI_FN size_t lorasynci_survey_row(const lorasynci_survey *v)
+{
+    return (size_t)v->num_ends + LORASYNCI_SURVEY_TEXT;
+}
+
+LORASYNCI_FN uint64_t lorasynci_name_hash(const char *text) { return lorasynci_hash(text, strlen(text), 12); }
+
+LORASYNCI_FN int lorasynci_hash_order(const void *x, const void *y)
+{
+    const uint64_t a = *(const uint64_t *)x, b = *(const uint64_t *)y;
+    return a < b ? -1 : a > b;
+}
+
+LORASYNCI_FN int lorasynci_name_hash_order(const void *x, const void *y)
+{
+    const uint64_t a = lorasynci_name_hash(*(const char *const *)x), b = lorasynci_name_hash(*(const char *const *)y);
+    return a < b ? -1 : a > b;
+}
+
+/* Drops doubles of a sorted row. */
+LORASYNCI_FN size_t lorasynci_unique_hashes(uint64_t *hashes, size_t num)
+{
+    size_t i, kept = 0;
+    for (i = 0; i < num; i++)
+        if (!i || hashes[i] != hashes[i - 1]) hashes[kept++] = hashes[i];
+    return kept;
+}
+
+/* The place of a text's hash in a sorted row, or num. */
+LORASYNCI_FN size_t lorasynci_find_hash(const uint64_t *hashes, size_t num, const char *text)
+{
+    uint64_t        hash = lorasynci_name_hash(text);
+    const uint64_t *found =
+        num ? (const uint64_t *)bsearch(&hash, hashes, num, sizeof hash, lorasynci_hash_order) : NULL;
+    return found ? (size_t)(found - hashes) : num;
+}
+
+/* On the root: what the image's LoRA is on. */
+LORASYNCI_FN lorasync_status lorasynci_survey_make(const lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
+{
+    const lorasync_image *image = s->plan->image;
+    size_t                num = image->num_tensors, i, n = 0, kept = 0;
+    lorasync_name         name;
+    lorasynci_hints       h;
+    memset(&h, 0, sizeof h);
+    if (s->config) lorasynci_config_hints(s->config, &h);
+    h.proven  = 1;
+    v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, num, 2 * sizeof *v->hashes);
+    v->ends   = (const char **)lorasynci_alloc_array(&s->host.a, num, sizeof *v->ends);
+    if (v->ends) lorasynci_buffer_init(&v->texts, &s->host.a);
+    if (!v->hashes || !v->ends) return lorasynci_fail_memory(err, num * 3 * sizeof *v->hashes);
+    for (i = 0; i < num; i++) {
+        LORASYNCI_TRY(lorasynci_name_read(image->tensors[i].name, &h, &name, err));
+        if (name.role != LORASYNC_ROLE_LORA_A && name.role != LORASYNC_ROLE_EMBEDDING_A) continue;
+        v->hashes[n]       = lorasynci_name_hash(name.module);
+        v->hashes[num + n] = v->texts.size; /* until the texts no longer move */
+        lorasynci_put(&v->texts, name.module, strlen(name.module) + 1);
+        n++;
+    }
+    if (v->texts.failed) return lorasynci_fail_memory(err, v->texts.size);
+    for (i = 0; i < n; i++) v->ends[i] = lorasynci_target_name(v->texts.data + v->hashes[num + i]);
+    if (n) qsort(v->hashes, n, sizeof *v->hashes, lorasynci_hash_order);
+    if (n) qsort((void *)v->ends, n, sizeof *v->ends, lorasynci_name_hash_order);
+    v->num_modules = lorasynci_unique_hashes(v->hashes, n);
+    for (i = 0; i < n; i++)
+        if (!i || strcmp(v->ends[i], v->ends[kept - 1]) != 0) v->ends[kept++] = v->ends[i];
+    v->num_ends = kept;
+    for (i = 0; i < kept; i++) v->hashes[v->num_modules + i] = lorasynci_name_hash(v->ends[i]);
+    v->met = (char *)lorasynci_alloc_array(&s->host.a, lorasynci_survey_row(v), (size_t)s->host.talk.comm.world);
+    return v->met ? LORASYNC_OK : lorasynci_fail_memory(err, lorasynci_survey_row(v) * (size_t)s->host.talk.comm.world);
+}
+
+/* Looks at one module of this rank. */
+LORASYNCI_FN void lorasynci_survey_module(const lorasync_session *s, const lorasynci_survey *v, const char *module,
+                                          char *row)
+{
+    const char *end;
+    int         whole = 0;
+    size_t      i, modules = (size_t)v->num_modules, ends = (size_t)v->num_ends;
+    if (lorasynci_find_hash(v->hashes, modules, module) < modules) return;
+    if (s->config && lorasynci_excluded(s->config, module)) return;
+    for (i = 0; s->config && i < s->config->saved.num; i++)
+        if (lorasynci_lies_in(module, s->config->saved.at[i])) return;
+    for (end = strchr(module, '.'); end; end = strchr(end + 1, '.'))
+        whole |= lorasynci_find_hash(v->hashes, modules, end + 1) < modules;
+    for (end = module; end; end = strchr(end, '.'), end = end ? end + 1 : NULL) {
+        i = lorasynci_find_hash(v->hashes + modules, ends, end);
+        if (i == ends) continue;
+        row[i] = 1;
+        if (whole && !row[ends]) snprintf(row + ends, LORASYNCI_SURVEY_TEXT, "%.199s", module);
+    }
+}
+
+/* Looks at the modules of this rank, and at those that they lie in. */
+LORASYNCI_FN void lorasynci_survey_rank(const lorasync_session *s, const lorasynci_survey *v, char *row)
+{
+    const lorasynci_base_module *m   = (const lorasynci_base_module *)(const void *)s->modules.data;
+    size_t                       num = s->modules.size / sizeof *m, i, n;
+    char                         path[LORASYNC_MAX_NAME];
+    for (i = 0; i < num; i++) {
+        const char *before = i ? lorasynci_host_text(&s->host, m[i - 1].name) : "";
+        snprintf(path, sizeof path, "%s", lorasynci_host_text(&s->host, m[i].name));
+        n = strlen(path);
+        do {
+            lorasynci_survey_module(s, v, path, row);
+            n = lorasynci_parent(path, n, before);
+        } while (n);
+    }
+}
+
+/* Collective. Afterwards the root has a row of each other rank. */
+LORASYNCI_FN lorasync_status lorasynci_survey_talk(lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
+{
+    const int        root = s->desc.root, world = s->host.talk.comm.world, here = lorasynci_session_is_root(s);
+    const size_t     blocks_bytes = (size_t)(here ? world : 1) * sizeof(lorasynci_block);
+    uint64_t         sizes[2];
+    lorasync_error   mine;
+    lorasynci_block *blocks = (lorasynci_block *)lorasynci_alloc(&s->host.a, blocks_bytes);
+    lorasync_status  status;
+    int              rank;
+    memset(&mine, 0, sizeof mine);
+    if (here) lorasynci_survey_make(s, v, &mine);
+    sizes[0] = v->num_modules, sizes[1] = v->num_ends;
+    status         = lorasynci_talk_tell(&s->host.talk, root, sizes, sizeof sizes, s->host.talk.timeout_ms, err);
+    v->num_modules = sizes[0], v->num_ends = sizes[1];
+    if (status >= 0 && !here) {
+        v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, (size_t)(sizes[0] + sizes[1]), sizeof *v->hashes);
+        v->met    = (char *)lorasynci_alloc_array(&s->host.a, lorasynci_survey_row(v), 1);
+    }
+    if (!blocks || (!here && (!v->hashes || !v->met))) lorasynci_fail_memory(&mine, (size_t)(sizes[0] + sizes[1]) * 8);
+    if (status >= 0) status = lorasynci_talk_vote(&s->host.talk, &mine, err);
+    if (status >= 0)
+        status = lorasynci_talk_tell(&s->host.talk, root, v->hashes, (size_t)(sizes[0] + sizes[1]) * sizeof *v->hashes,
+                                     s->host.talk.timeout_ms, err);
+    if (status >= 0 && !here) lorasynci_survey_rank(s, v, v->met);
+    for (rank = 0; blocks && v->met && rank < (here ? world : 1); rank++) {
+        blocks[rank].data      = v->met + (size_t)rank * lorasynci_survey_row(v);
+        blocks[rank].num_bytes = lorasynci_survey_row(v);
+    }
+    if (status >= 0) status = lorasynci_talk_collect(&s->host.talk, root, blocks, err);
+    lorasynci_dealloc(&s->host.a, blocks);
+    return status;
+}
+
+/* On the root: the ends that some other rank has a module without LoRA for, at the front of v->ends; returns how
+   many. */
+LORASYNCI_FN lorasync_status lorasynci_survey_read(const lorasync_session *s, lorasynci_survey *v, size_t *out_num,
+                                                   lorasync_error *err)
+{
+    size_t i, num = (size_t)v->num_ends, kept = 0;
+    int    rank;
+    for (rank = 0; v->met && rank < s->host.talk.comm.world; rank++) {
+        char *row = v->met + (size_t)rank * lorasynci_survey_row(v);
+        if (rank == s->desc.root) continue;
+        row[num + LORASYNCI_SURVEY_TEXT - 1] = 0; /* it comes from another process */
+        if (row[num])
+            return lorasynci_fail(
+                err, LORASYNC_E_CONFIG,
+                "module \"%.199s\" of rank %d has no LoRA but ends in the whole name of one that has: "
+                "target_modules cannot tell them apart; name the first in exclude_modules of the adapter "
+                "config",
+                row + num, rank);
+        for (i = 0; i < num; i++) v->met[i + (size_t)s->desc.root * lorasynci_survey_row(v)] |= row[i];
+    }
+    for (i = 0; i < num; i++)
+        if (v->met[i + (size_t)s->desc.root * lorasynci_survey_row(v)]) v->ends[kept++] = v->ends[i];
+    *out_num = kept;
+    return LORASYNC_OK;
+}
+
+/* -- the config that is published */
+
+/* The letters that make one text of another; the texts are cut at 60. */
+LORASYNCI_FN int lorasynci_edit_distance(const char *x, const char *y)
+{
+    int    row[61], i, j;
+    size_t n = strlen(x) < 60 ? strlen(x) : 60, m = strlen(y) < 60 ? strlen(y) : 60;
+    for (j = 0; j <= (int)m; j++) row[j] = j;
+    for (i = 1; i <= (int)n; i++) {
+        int corner = row[0]++;
+        for (j = 1; j <= (int)m; j++) {
+            int best = corner + (x[i - 1] != y[j - 1]);
+            if (row[j] + 1 < best) best = row[j] + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            corner = row[j];
+            row[j] = best;
+        }
+    }
+    return row[m];
+}
+
+/* Notes the better of two names for an entry that matches nothing. */
+LORASYNCI_FN void lorasynci_nearer(const char *entry, const char *module, const char **best, int *distance)
+{
+    const char *name = lorasynci_target_name(module);
+    int         d    = lorasynci_edit_distance(entry, name);
+    if (*best && d >= *distance) return;
+    *best     = name;
+    *distance = d;
+}
+
+/* The modules that entries are looked for among: those with LoRA in the image, and this rank's own. NULL at the end. */
+LORASYNCI_FN const char *lorasynci_session_module(const lorasync_session *s, const lorasynci_pairs *p, size_t i)
+{
+    const lorasynci_base_module *m   = (const lorasynci_base_module *)(const void *)s->modules.data;
+    size_t                       num = s->modules.size / sizeof *m;
+    if (i < p->num) return lorasynci_pair_module(p, i);
+    return i - p->num < num ? lorasynci_host_text(&s->host, m[i - p->num].name) : NULL;
+}
+
+/* An entry that matches no module. Where LoRA was left out for its module's name, the entry is wrong; else the list is
+   one for many models. */
+LORASYNCI_FN lorasync_status lorasynci_session_unused(lorasync_session *s, const lorasynci_pairs *p, const char *list,
+                                                      const char *entry, lorasync_error *err)
+{
+    const uint64_t *left     = (const uint64_t *)(const void *)s->untargeted.data;
+    size_t          num_left = s->untargeted.size / sizeof *left, i;
+    const char     *best     = NULL;
+    int             distance = 0;
+    if (s->all_targeted) {
+        size_t at = s->unused_texts.size;
+        lorasynci_put(&s->unused, &at, sizeof at);
+        lorasynci_put(&s->unused_texts, entry, strlen(entry) + 1);
+        return s->unused.failed || s->unused_texts.failed ? lorasynci_fail_memory(err, at) : LORASYNC_OK;
+    }
+    for (i = 0; i < num_left; i++) lorasynci_nearer(entry, lorasynci_host_text(&s->host, left[i]), &best, &distance);
+    for (i = 0; i < p->num; i++) lorasynci_nearer(entry, lorasynci_pair_module(p, i), &best, &distance);
+    return lorasynci_fail(
+        err, LORASYNC_E_CONFIG,
+        "%s lists \"%.120s\", which no module is called, while LoRA parameters of adapter \"%.60s\" are left "
+        "out%s%.120s%s; mend or drop the entry",
+        list, entry, s->host.name, best ? ": the nearest name is \"" : "", best ? best : "", best ? "\"" : "");
+}
+
+/* Looks for the entries of a list that match no module. */
+LORASYNCI_FN lorasync_status lorasynci_session_check_list(lorasync_session *s, const lorasynci_pairs *p,
+                                                          const char *list, const char *const *entries, size_t num,
+                                                          lorasync_error *err)
+{
+    lorasynci_modules m;
+    lorasync_status   status;
+    char             *used = (char *)lorasynci_alloc_array(&s->host.a, num, 1);
+    const char       *module, *end;
+    size_t            i, at;
+    memset(&m, 0, sizeof m);
+    if (!used) return lorasynci_fail_memory(err, num);
+    status = lorasynci_modules_make(&m, "target", NULL, entries, num, &s->host.a, err);
+    for (i = 0; status >= 0 && (module = lorasynci_session_module(s, p, i)) != NULL; i++)
+        for (end = module; end; end = strchr(end, '.'), end = end ? end + 1 : NULL) {
+            at = lorasynci_table_find(&m.table, end, lorasynci_entry_of, &m);
+            if (at != SIZE_MAX) used[at] = 1;
+        }
+    for (i = 0; i < m.num && status >= 0; i++)
+        if (!used[i]) status = lorasynci_session_unused(s, p, list, m.entries[i], err);
+    lorasynci_modules_free(&m, &s->host.a);
+    lorasynci_dealloc(&s->host.a, used);
+    return status;
+}
+
+/* Makes pointers of the offsets: the texts do not grow any more. */
+LORASYNCI_FN void lorasynci_session_show_unused(lorasync_session *s)
+{
+    size_t i, at, num = s->unused.size / sizeof at;
+    for (i = 0; i < num; i++) {
+        const char *entry;
+        memcpy(&at, s->unused.data + i * sizeof at, sizeof at);
+        entry = s->unused_texts.data + at;
+        memcpy(s->unused.data + i * sizeof entry, &entry, sizeof entry); /* as large as an offset */
+    }
+}
+
+/* On the root: entries of target_modules that match nothing, the filter's and the config's. */
+LORASYNCI_FN lorasync_status lorasynci_session_check_lists(lorasync_session *s, lorasync_error *err)
+{
+    const lorasync_image  *image = s->plan->image;
+    const lorasync_filter *f     = s->desc.filter;
+    const lorasync_config *c     = s->config;
+    lorasynci_pairs        pairs;
+    lorasynci_hints        hints;
+    lorasync_status        status;
+    s->unused.size = s->unused_texts.size = 0;
+    if ((!f || !f->target_modules) && (!c || !c->target.num)) return LORASYNC_OK;
+    memset(&hints, 0, sizeof hints);
+    if (c) lorasynci_config_hints(c, &hints);
+    hints.proven = 1;
+    status       = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &hints, &s->host.a, err);
+    if (status >= 0 && f && f->target_modules)
+        status = lorasynci_session_check_list(s, &pairs, "filter.target_modules", f->target_modules,
+                                              f->num_target_modules, err);
+    if (status >= 0 && c && c->target.num)
+        status = lorasynci_session_check_list(s, &pairs, "target_modules of desc.config_json", c->target.at,
+                                              c->target.num, err);
+    lorasynci_pairs_free(&pairs);
+    if (status >= 0) lorasynci_session_show_unused(s);
+    return status;
+}
+
+/* The modules that the root has declared, as a list. NULL when there is no memory. */
+LORASYNCI_FN const char **lorasynci_session_modules(const lorasync_session *s, size_t *out_num)
+{
+    const lorasynci_base_module *m = (const lorasynci_base_module *)(const void *)s->modules.data;
+    size_t                       i, num = s->modules.size / sizeof *m;
+    const char                 **list = (const char **)lorasynci_alloc_array(&s->host.a, num, sizeof *list);
+    for (i = 0; list && i < num; i++) list[i] = lorasynci_host_text(&s->host, m[i].name);
+    *out_num = num;
+    return list;
+}
+
+/* On the root: pairs and ranks are checked and the config is made, against the tensors that were found. */
+LORASYNCI_FN lorasync_status lorasynci_session_write(lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
 {
     lorasync_config_write_desc w;
-    const unsigned             what = lorasynci_wants_base(s) ? LORASYNC_CARRIES_PLAIN : LORASYNC_CARRIES_ADAPTER;
-    size_t                     i;
-    if (!s->plan->has_image) return LORASYNC_OK;
-    for (i = 0; i < lorasynci_num_engines(&s->host); i++)
-        LORASYNCI_TRY(lorasynci_check_carries(LORASYNCI_AT(lorasync_transport, s->host.transports, i), what, err));
-    if (lorasynci_wants_base(s)) return lorasynci_session_check_base(s, err);
+    lorasynci_write_more       more;
+    const char               **modules;
+    lorasync_status            status;
+    LORASYNCI_TRY(lorasynci_session_check_lists(s, err));
     memset(&w, 0, sizeof w);
+    memset(&more, 0, sizeof more);
+    LORASYNCI_TRY(lorasynci_survey_read(s, v, &more.num_whole, err));
+    modules = lorasynci_session_modules(s, &w.num_modules);
+    if (!modules) return lorasynci_fail_memory(err, w.num_modules * sizeof *modules);
+    more.whole   = v->ends;
     w.config     = s->config;
     w.lora_alpha = s->desc.lora_alpha;
     w.base_model = s->base_model;
     w.fold_scale = s->desc.fold_scale;
-    LORASYNCI_TRY(lorasync_config_write(&w, s->plan->image->tensors, s->plan->image->num_tensors, &s->host.a,
-                                        &s->published_config, err));
-    s->plan->image->config_json = s->published_config;
-    return LORASYNC_OK;
+    w.modules    = modules;
+    status       = lorasynci_config_write(&w, &more, s->plan->image->tensors, s->plan->image->num_tensors, &s->host.a,
+                                          &s->published_config, err);
+    lorasynci_dealloc(&s->host.a, (void *)modules);
+    if (status >= 0) s->plan->image->config_json = s->published_config;
+    return status;
 }
 
+/* Collective: what is published beside the image, on the root. *out_mine is the root's failure, if it has one; the
+   status is the communicator's. With base weights there is no adapter to describe. */
+LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, lorasync_error *out_mine,
+                                                      lorasync_error *err)
+{
+    const unsigned   what   = lorasynci_wants_base(s) ? LORASYNC_CARRIES_PLAIN : LORASYNC_CARRIES_ADAPTER;
+    lorasync_status  status = LORASYNC_OK, mine = LORASYNC_OK;
+    lorasynci_survey survey;
+    size_t           i;
+    memset(&survey, 0, sizeof survey);
+    if (!lorasynci_wants_base(s) && (!s->config || !s->config->target.at) && s->host.talk.comm.world > 1)
+        status = lorasynci_survey_talk(s, &survey, err);
+    for (i = 0; s->plan->has_image && i < lorasynci_num_engines(&s->host) && mine >= 0; i++)
+        mine = lorasynci_check_carries(LORASYNCI_AT(lorasync_transport, s->host.transports, i), what, out_mine);
+    if (status >= 0 && mine >= 0 && s->plan->has_image) {
+        if (lorasynci_wants_base(s)) lorasynci_session_check_base(s, out_mine);
+        else lorasynci_session_write(s, &survey, out_mine);
+    }
+    lorasynci_survey_free(&survey, &s->host.a);
+    return status;
+}
 /* -- what the root hands to all */
 
 /* Memory that a transport has lent to the root, as other ranks need it to open it. */
@@ -20601,16 +22475,17 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     memset(&mine, 0, sizeof mine);
     memset(&notice, 0, sizeof notice);
     lorasynci_session_prepare(session, &mine);
-    status = lorasynci_talk_vote_tag(&session->host.talk, &mine, lorasynci_session_tag(session),
-                                     "desc (adapter, root, config, lora_alpha, base_model or fold_scale), hashed", err);
+    status = lorasynci_session_agree(session, &mine, err);
     if (status == LORASYNC_OK) status = lorasynci_session_plan(session, err);
     if (status < 0) return lorasynci_talk_lose(&session->host.talk, status, err);
     if (!session->plan->gpu || !session->plan->has_image || session->plan->keep_on_device)
         session->aim.own = session->plan->memory[LORASYNCI_IMAGE];
     lorasynci_session_aim_home(session);
     lorasynci_session_list_engines(session);
-    if (lorasynci_session_config(session, &notice.verdict) == LORASYNC_OK) lorasynci_session_ask(session, &notice.lent);
-    status = lorasynci_session_share(session, &notice, 0, err);
+    status = lorasynci_session_config(session, &notice.verdict, err);
+    if (status == LORASYNC_OK && notice.verdict.status >= 0) lorasynci_session_ask(session, &notice.lent);
+    if (status == LORASYNC_OK) status = lorasynci_session_share(session, &notice, 0, err);
+    else lorasynci_talk_lose(&session->host.talk, status, err);
     if (status == LORASYNC_OK) lorasynci_session_aim(session, &notice.lent);
     else lorasynci_session_undo(session);
     return status;
@@ -20827,11 +22702,14 @@ LORASYNCI_FN lorasync_status lorasynci_session_scatter(lorasync_session *s, cons
 LORASYNCI_FN lorasync_status lorasynci_compare_scales(const lorasync_config *file, const lorasync_config *session,
                                                       const lorasync_image *image, lorasync_error *err)
 {
-    lorasync_name name;
-    size_t        i;
+    lorasynci_hints h;
+    lorasync_name   name;
+    size_t          i;
+    memset(&h, 0, sizeof h);
+    lorasynci_config_hints(file, &h);
     for (i = 0; i < image->num_tensors; i++) {
         double was, is;
-        LORASYNCI_TRY(lorasync_parse_name(image->tensors[i].name, &name, err));
+        LORASYNCI_TRY(lorasynci_name_read(image->tensors[i].name, &h, &name, err));
         if (name.role != LORASYNC_ROLE_LORA_B && name.role != LORASYNC_ROLE_EMBEDDING_B) continue;
         was = lorasync_config_scale(file, name.module);
         is  = lorasync_config_scale(session, name.module);
@@ -20845,6 +22723,25 @@ LORASYNCI_FN lorasync_status lorasynci_compare_scales(const lorasync_config *fil
     return LORASYNC_OK;
 }
 
+/* PEFT saves an embedding's own weights beside its LoRA. Where the session does not publish them, they are the base
+   model's, and stay as the host has them. */
+LORASYNCI_FN lorasync_status lorasynci_session_skip_base(const lorasync_session *s, lorasync_image *image,
+                                                         lorasync_error *err)
+{
+    size_t          i, skipped = 0, num = image->num_tensors;
+    lorasync_status status = LORASYNC_OK;
+    unsigned char  *keep   = (unsigned char *)lorasynci_alloc_array(&s->host.a, num, 1);
+    if (!keep) return lorasynci_fail_memory(err, num);
+    for (i = 0; i < num; i++) {
+        const char *name = image->tensors[i].name;
+        keep[i] = !lorasynci_ends_in(name, "base_layer.weight") || lorasync_image_find(s->plan->image, name) != NULL;
+        skipped += !keep[i];
+    }
+    if (skipped) status = lorasynci_image_keep(image, keep, err);
+    lorasynci_dealloc(&s->host.a, keep);
+    return status;
+}
+
 /* On the root: what can be loaded here. A single file comes without a config, and is believed. */
 LORASYNCI_FN lorasync_status lorasynci_session_open_file(const lorasync_session *s, const char *path,
                                                          lorasync_image **out, lorasync_error *err)
@@ -20855,6 +22752,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_open_file(const lorasync_session 
     if (status == LORASYNC_OK && file && text)
         status = lorasync_config_parse(text, strlen(text), &s->host.a, &own, err);
     if (status == LORASYNC_OK && own) status = lorasynci_compare_scales(file, own, *out, err);
+    if (status == LORASYNC_OK && s->plan->image) status = lorasynci_session_skip_base(s, *out, err);
     lorasync_config_free(own);
     lorasync_config_free(file);
     return status;
@@ -21102,6 +23000,8 @@ LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_se
     out->num_taken   = lorasynci_num_taken(session);
     out->num_dropped = session->num_dropped;
     if (session->plan) out->plan = session->plan->stats;
+    out->num_unused_targets = session->plan ? session->unused.size / sizeof(const char *) : 0;
+    if (out->num_unused_targets) out->unused_targets = LORASYNCI_AT(const char *, session->unused, 0);
     out->num_tensors   = out->plan.num_tensors;
     out->payload_bytes = image ? image->payload_bytes : 0;
 }
@@ -21245,7 +23145,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_declare(lorasync_stream *s, const 
             err, LORASYNC_E_STATE,
             "lorasync_stream_add after lorasync_stream_compile: open a new stream for another set of parameters");
     LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
-    if (!s->desc.keep_names) LORASYNCI_TRY(lorasync_parse_name(piece->name, &name, err));
+    if (!s->desc.keep_names) LORASYNCI_TRY(lorasynci_name_as(piece->name, piece->role, NULL, &name, err));
     return lorasynci_host_add(&s->host, piece, s->desc.keep_names ? NULL : &name, err);
 }
 

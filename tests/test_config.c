@@ -821,7 +821,10 @@ static void check_targets(void)
     add_pair("m.0.k", 4);
     CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG, "module \"m.0.k\" is not among the target_modules");
     set.num = 2;
-    CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG, "lists \"v\", but no tensor");
+    CHECK_EQ(check(LORA "}"), LORASYNC_OK); /* "v" matches nothing, as in PEFT */
+    CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\","
+                   "\"gate_proj\",\"up_proj\",\"down_proj\",\"q\"]}"),
+             LORASYNC_OK);
     CHECK_EQ(check(LORA ",\"exclude_modules\":[\"none\"]}"), LORASYNC_OK);
     CHECK_FAILS(check(LORA ",\"exclude_modules\":[\"0.q\"]}"), LORASYNC_E_CONFIG, "\"m.0.q\"");
     CHECK_FAILS(check(LORA ",\"exclude_modules\":\"m.*\"}"), LORASYNC_E_CONFIG, "\"m.0.q\"");
@@ -832,10 +835,20 @@ static void check_targets(void)
     CHECK_FAILS(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":\".*q\"}"), LORASYNC_E_CONFIG, "\"m.0.v\"");
     CHECK_FAILS(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[]}"), LORASYNC_E_CONFIG, "\"m.0.q\"");
     CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"m.0.q\",\"0.v\",\"m.0.q\"]}"), LORASYNC_OK);
+    CHECK_EQ(check(LORA ",\"layers_to_transform\":[]}"), LORASYNC_OK);
+    CHECK_FAILS(check(LORA ",\"layers_to_transform\":0}"), LORASYNC_E_CONFIG,
+                "\"m.0.q\""); /* to PEFT it has no layer */
+    CHECK_EQ(check(LORA ",\"layers_pattern\":\"m\",\"layers_to_transform\":[1,0]}"), LORASYNC_OK);
+    set.num = 0;
+    add_pair("m.h.0.q", 4);
+    add_pair("m.h.0.mlp.3.v", 4);
     CHECK_EQ(check(LORA ",\"layers_to_transform\":[1,0]}"), LORASYNC_OK);
     CHECK_EQ(check(LORA ",\"layers_to_transform\":0}"), LORASYNC_OK);
-    CHECK_EQ(check(LORA ",\"layers_to_transform\":[]}"), LORASYNC_OK);
-    CHECK_FAILS(check(LORA ",\"layers_to_transform\":1}"), LORASYNC_E_CONFIG, "\"m.0.q\"");
+    CHECK_FAILS(check(LORA ",\"layers_to_transform\":1}"), LORASYNC_E_CONFIG, "\"m.h.0.q\"");
+    CHECK_FAILS(check(LORA ",\"layers_to_transform\":[3]}"), LORASYNC_E_CONFIG, "\"m.h.0.q\"");
+    CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":4,\"layers_to_transform\":0}"), LORASYNC_OK);
+    CHECK_FAILS(check("{\"peft_type\":\"LORA\",\"r\":4,\"layers_to_transform\":2}"), LORASYNC_E_CONFIG, "\"m.h.0.q\"");
+    usual_set();
     CHECK_EQ(
         check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"m.0.q\",\"m.0.v\"],\"layers_to_transform\":1}"),
         LORASYNC_OK);
@@ -932,9 +945,305 @@ static void check_embeddings(void)
     CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG, "m.own");
     CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\",\"own\"]}"), LORASYNC_OK);
     usual_set();
+    add("tok_embeddings", ".weight", 100, 10);
+    CHECK_EQ(check(LORA "}"), LORASYNC_OK);
+}
+
+/* Rows of trainable tokens, against the indices, in both forms. */
+static void check_tokens(void)
+{
+    usual_set();
     add("m.emb.token_adapter.trainable_tokens_delta", "", 3, 10);
-    CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG, "trainable_token_indices");
+    CHECK_FAILS(check(LORA "}"), LORASYNC_E_CONFIG, "needs trainable_token_indices");
     CHECK_EQ(check(LORA ",\"trainable_token_indices\":[1,2,3]}"), LORASYNC_OK);
+    CHECK_FAILS(check(LORA ",\"trainable_token_indices\":[1,2]}"), LORASYNC_E_CONFIG, "has 3 rows");
+    CHECK_FAILS(check(LORA ",\"trainable_token_indices\":[]}"), LORASYNC_E_CONFIG, "config has 0");
+    CHECK_EQ(check(LORA ",\"trainable_token_indices\":{\"lm_head\":[1],\"emb\":[1,2,3]}}"), LORASYNC_OK);
+    CHECK_FAILS(check(LORA ",\"trainable_token_indices\":{\"emb\":[1,2,3,4]}}"), LORASYNC_E_CONFIG, "config has 4");
+    CHECK_FAILS(check(LORA ",\"trainable_token_indices\":{\"lm_head\":[1,2,3]}}"), LORASYNC_E_CONFIG,
+                "has no \"m.emb\"");
+    CHECK(!parse("{\"peft_type\":\"LORA\",\"trainable_token_indices\":[1.5]}"));
+    CHECK(!parse("{\"peft_type\":\"LORA\",\"trainable_token_indices\":{\"a\":3}}"));
+    CHECK_HAS(err.text, "trainable_token_indices");
+    usual_set();
+    CHECK_EQ(check(LORA ",\"trainable_token_indices\":[1,2,3]}"), LORASYNC_OK); /* tied ones are not saved */
+}
+
+/* The number of columns of B that PEFT gives a convolution with groups. */
+static void check_groups(void)
+{
+    static const struct {
+        int64_t r, columns, rows;
+        int     status;
+    } cases[] = {{8, 8, 12, 0},
+                 {8, 4, 12, 0},
+                 {8, 2, 12, 0},
+                 {8, 2, 10, LORASYNC_E_PAIR},
+                 {8, 3, 12, LORASYNC_E_PAIR},
+                 {8, 16, 12, LORASYNC_E_PAIR},
+                 {8, 0, 12, LORASYNC_E_PAIR}};
+    size_t i;
+    for (i = 0; i < COUNT(cases); i++) {
+        set.num = 0;
+        add("m.q", ".lora_A.weight", cases[i].r, 6);
+        add("m.q", ".lora_B.weight", cases[i].rows, cases[i].columns);
+        set.at[0].ndim = set.at[1].ndim = 4;
+        set.at[0].shape[2] = set.at[0].shape[3] = 3, set.at[1].shape[2] = set.at[1].shape[3] = 1;
+        CHECK_EQ(check("{\"peft_type\":\"LORA\",\"target_modules\":[\"q\"]}"), cases[i].status);
+        if (cases[i].columns == cases[i].r) continue;
+        set.at[0].ndim = set.at[1].ndim = 2; /* a linear layer has no groups */
+        CHECK_EQ(check("{\"peft_type\":\"LORA\",\"target_modules\":[\"q\"]}"), LORASYNC_E_PAIR);
+    }
+}
+
+static void check_dtypes(void)
+{
+    int dtype;
+    for (dtype = LORASYNC_BOOL; dtype <= LORASYNC_U64; dtype++) {
+        const char *name    = lorasync_dtype_name((lorasync_dtype)dtype);
+        int         integer = name[0] == 'B' ? name[1] == 'O' : name[0] == 'U' || name[0] == 'I';
+        usual_set();
+        set.at[2].dtype = (lorasync_dtype)dtype;
+        CHECK_EQ(check(LORA "}"), integer ? LORASYNC_E_UNSUPPORTED : LORASYNC_OK);
+        if (integer) CHECK_HAS(err.text, "\"base_model.model.m.0.v.lora_A.weight\" is a lora_A of dtype ");
+        usual_set();
+        add("score", ".weight", 2, 2);
+        set.at[4].dtype = (lorasync_dtype)dtype; /* whatever a saved module has */
+        CHECK_EQ(check(LORA ",\"modules_to_save\":[\"score\"]}"), LORASYNC_OK);
+    }
+}
+
+/* PEFT takes the output layer off the list when it ties its LoRA to the embedding's. */
+static void check_tied(void)
+{
+    static const char json[] = "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\",\"m.embed_tokens\"]";
+    char              tied[300];
+    usual_set();
+    add("m.embed_tokens", ".lora_embedding_A", 4, 100);
+    add("m.embed_tokens", ".lora_embedding_B", 10, 4);
+    add("m.embed_tokens", ".base_layer.weight", 100, 10);
+    add_pair("lm_head", 4);
+    snprintf(tied, sizeof tied, "%s}", json);
+    CHECK_FAILS(check(tied), LORASYNC_E_CONFIG, "\"lm_head\"");
+    snprintf(tied, sizeof tied, "%s,\"ensure_weight_tying\":true}", json);
+    CHECK_EQ(check(tied), LORASYNC_OK);
+    CHECK_FAILS(check(LORA ",\"ensure_weight_tying\":true}"), LORASYNC_E_CONFIG, "\"m.embed_tokens\"");
+    add_pair("m.k", 4);
+    CHECK_FAILS(check(tied), LORASYNC_E_CONFIG, "\"m.k\"");
+}
+
+/* Modules called like LoRA, in a file: the config says that they are modules. */
+static void check_names_like_lora(void)
+{
+    usual_set();
+    add("lora_head", ".weight", 3, 3);
+    CHECK_FAILS(check(LORA "}"), LORASYNC_E_NAME, "\"lora_head\"");
+    CHECK_EQ(check(LORA ",\"modules_to_save\":[\"lora_head\"]}"), LORASYNC_OK);
+    CHECK_EQ(check(LORA ",\"modules_to_save\":[\"head\"]}"), LORASYNC_OK);
+    CHECK_FAILS(check(LORA ",\"modules_to_save\":[\"lora\"]}"), LORASYNC_E_NAME, "\"lora_head\"");
+    CHECK_FAILS(check(LORA ",\"exclude_modules\":[\"lora_head\"]}"), LORASYNC_E_CONFIG, "is not a LoRA tensor");
+    usual_set();
+    add("enc.lora_A", ".weight", 3, 3);
+    CHECK_FAILS(check(LORA "}"), LORASYNC_E_PAIR, "its lora_B of module \"enc\"");
+    CHECK_EQ(check(LORA ",\"modules_to_save\":[\"enc.lora_A\"]}"), LORASYNC_OK);
+    usual_set();
+    add_pair("m.lora_router", 4);
+    CHECK_EQ(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\",\"lora_router\"]}"), LORASYNC_OK);
+    add("m.lora_router", ".weight", 3, 3);
+    CHECK_FAILS(check(LORA "}"), LORASYNC_E_NAME, "\"lora_router\"");
+    CHECK_FAILS(check("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\",\"lora_router\"]}"),
+                LORASYNC_E_CONFIG, "\"base_model.model.m.lora_router.weight\" is not a LoRA tensor");
+}
+
+static char *write_config(const char *json, double alpha, int fold);
+
+/* -- config: layers */
+
+/* 1 if `text` matches PEFT's expression with an index at `at`: (?:^|.*?\.)pattern\.(\d+)\. by trying every start, or
+   .*?\.[^.]*\.(\d+)\. without a pattern. -1: no layer. */
+static long layer_reference(const char *text, const char *pattern)
+{
+    size_t n = strlen(text), start, i;
+    for (start = 0; start < n; start++) {
+        size_t at = start;
+        if (pattern) {
+            if (start && text[start - 1] != '.') continue;
+            for (i = 0; pattern[i] && at < n && (pattern[i] == '.' || pattern[i] == text[at]); i++) at++;
+            if (pattern[i]) continue;
+        } else {
+            if (text[at] != '.') continue;
+            for (at++; at < n && text[at] != '.';) at++;
+        }
+        if (at == n || text[at++] != '.') continue;
+        for (i = at; i < n && text[i] >= '0' && text[i] <= '9';) i++;
+        if (i > at && i < n && text[i] == '.') return strtol(text + at, NULL, 10);
+    }
+    return -1;
+}
+
+static void check_layers(void)
+{
+    static const char *const bits[]     = {"m", "h", "layers", "0", "1", "01", "001", "12", "x1", "xh", "q"};
+    static const char *const patterns[] = {"h", "layers", "m.layers", "x", "layer", ""};
+    static const struct {
+        const char *module;
+        long        layer;
+    } cases[] = {{"foo.bar.001.baz", 1},
+                 {"foo.bar.1", -1},
+                 {"foo.1.baz", -1},
+                 {"1.2.3.4", 3},
+                 {"model.layers.3.mlp.experts.7.up_proj", 3}};
+    char   json[400], module[128];
+    size_t i, k, num_layers = 0;
+    for (i = 0; i < COUNT(cases); i++) CHECK_EQ(layer_reference(cases[i].module, NULL), cases[i].layer);
+    for (i = 0; i < 20000; i++) {
+        const char *one = patterns[test_random(&seed) % 6], *two = patterns[test_random(&seed) % 6];
+        size_t      parts = 1 + test_random(&seed) % 6, used = 0, form = test_random(&seed) % 3;
+        long        layer = -1, wanted = (long)(test_random(&seed) % 3);
+        while (parts--)
+            used +=
+                (size_t)snprintf(module + used, sizeof module - used, "%s.", bits[test_random(&seed) % COUNT(bits)]);
+        snprintf(module + used, sizeof module - used, i % 5 ? "v" : "1");
+        k = (size_t)snprintf(json, sizeof json,
+                             "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"v\",\"1\"],"
+                             "\"layers_to_transform\":[%ld,77]",
+                             wanted);
+        if (form == 1) snprintf(json + k, sizeof json - k, ",\"layers_pattern\":\"%s\"}", one);
+        else if (form == 2) snprintf(json + k, sizeof json - k, ",\"layers_pattern\":[\"%s\",\"%s\"]}", one, two);
+        else snprintf(json + k, sizeof json - k, "}");
+        if (form == 0 || (form == 1 && !*one)) layer = layer_reference(module, NULL);
+        if (form > 0 && *one) layer = layer_reference(module, one);
+        if (form > 1 && layer < 0 && *two) layer = layer_reference(module, two);
+        set.num = 0;
+        add_pair(module, 4);
+        num_layers += layer == wanted;
+        if ((check(json) == LORASYNC_OK) != (layer == wanted)) fprintf(stderr, "%s in %s\n", module, json);
+        CHECK_EQ(check(json), layer == wanted ? LORASYNC_OK : LORASYNC_E_CONFIG);
+    }
+    CHECK(num_layers > 500);
+}
+
+/* -- config: fields of which an engine must know */
+
+static void config_variants(void)
+{
+    static const char *const flags[]   = {"alora_invocation_tokens",
+                                          "arrow_config",
+                                          "ensure_weight_tying",
+                                          "kasa_config",
+                                          "layer_replication",
+                                          "monteclora_config",
+                                          "target_parameters",
+                                          "use_bdlora",
+                                          "use_qalora",
+                                          "trainable_token_indices"};
+    static const char *const values[]  = {"[1,2]",     "{\"a\":1}", "true",      "{\"a\":1}", "[[0,4],[2,5]]",
+                                          "{\"a\":1}", "[\"e.w\"]", "{\"a\":1}", "true",      "[1]"};
+    static const char *const nothing[] = {"null", "[]", "{}", "false", "[ ]", "{ }"};
+    static const char *const inits[]   = {
+          "true",  "\"gaussian\"", "\"eva\"",   "\"orthogonal\"", /* these leave the base weights alone */
+          "false", "\"pissa\"",    "\"olora\"", "\"corda\"",      "\"lora_ga\"", "\"loftq\"", "\"pissa_niter_16\""};
+    char                        json[2000];
+    lorasync_config            *c;
+    const lorasync_config_info *info;
+    size_t                      i, k;
+    for (i = 0; i < COUNT(flags); i++) {
+        snprintf(json, sizeof json, "{\"peft_type\":\"LORA\",\"%s\":%s}", flags[i], values[i]);
+        c = parse(json);
+        REQUIRE(c);
+        info = lorasync_config_view(c);
+        CHECK_EQ(info->num_variants, 1);
+        if (info->num_variants == 1) CHECK_TEXT(info->variants[0], flags[i]);
+        CHECK_EQ(info->num_unknown, 0);
+        lorasync_config_free(c);
+        for (k = 0; k < COUNT(nothing); k++) {
+            if (k && (strcmp(flags[i], "trainable_token_indices") == 0 ||
+                      strcmp(flags[i], "ensure_weight_tying") == 0 || strcmp(flags[i], "target_parameters") == 0))
+                continue; /* typed */
+            snprintf(json, sizeof json, "{\"peft_type\":\"LORA\",\"%s\":%s,\"zeta\":%s}", flags[i], nothing[k],
+                     nothing[k]);
+            c = parse(json);
+            REQUIRE(c);
+            CHECK_EQ(lorasync_config_view(c)->num_variants + lorasync_config_view(c)->num_unknown, 0);
+            lorasync_config_free(c);
+        }
+    }
+    for (i = 0; i < COUNT(inits); i++) {
+        snprintf(json, sizeof json, "{\"peft_type\":\"LORA\",\"init_lora_weights\":%s,\"velora_config\":{\"x\":1}}",
+                 inits[i]);
+        c = parse(json);
+        REQUIRE(c);
+        CHECK_EQ(lorasync_config_view(c)->num_variants, i > 4);
+        lorasync_config_free(c);
+    }
+    c = parse("{\"peft_type\":\"LORA\",\"use_qalora\":true,\"zeta\":0,\"alora_invocation_tokens\":[1],\"beta\":\"x\"}");
+    REQUIRE(c);
+    info = lorasync_config_view(c);
+    REQUIRE(info->num_variants == 2 && info->num_unknown == 2);
+    CHECK_TEXT(info->variants[0], "alora_invocation_tokens");
+    CHECK_TEXT(info->variants[1], "use_qalora");
+    CHECK_TEXT(info->unknown[0], "beta");
+    CHECK_TEXT(info->unknown[1], "zeta");
+    lorasync_config_free(c);
+}
+
+/* What PEFT refuses, and what would mean something else here. */
+static void config_refuses_fields(void)
+{
+    static const struct {
+        const char     *fields;
+        lorasync_status status;
+        const char     *part;
+    } cases[] = {
+        {"\"target_modules\":\".*q\",\"layers_to_transform\":[0]", LORASYNC_E_CONFIG, "layers_to_transform beside"},
+        {"\"target_modules\":\"all-linear\",\"layers_to_transform\":[]", LORASYNC_E_CONFIG, "all-linear"},
+        {"\"target_modules\":\".*q\",\"layers_pattern\":[]", LORASYNC_E_CONFIG, "layers_pattern beside"},
+        {"\"target_modules\":[\"q\"],\"layers_pattern\":\"h\"", LORASYNC_E_CONFIG, "without layers_to_transform"},
+        {"\"layers_to_transform\":1,\"layers_pattern\":\"h|layers\"", LORASYNC_E_UNSUPPORTED, "\"h|layers\""},
+        {"\"layers_to_transform\":1,\"layers_pattern\":[\"h\",\"l.*\"]", LORASYNC_E_UNSUPPORTED, "\"l.*\""},
+        {"\"layers_to_transform\":1,\"layers_pattern\":7", LORASYNC_E_FORMAT, "layers_pattern"},
+        {"\"alpha_pattern\":{\"m._orig_mod.q\":4}", LORASYNC_E_UNSUPPORTED, "holds _orig_mod"},
+        {"\"rank_pattern\":{\"^m._checkpoint_wrapped_module.q\":4}", LORASYNC_E_UNSUPPORTED, "rank_pattern"},
+    };
+    size_t i;
+    for (i = 0; i < COUNT(cases); i++) {
+        char             json[300];
+        lorasync_config *c = NULL;
+        snprintf(json, sizeof json, "{\"peft_type\":\"LORA\",%s}", cases[i].fields);
+        memset(&err, 0, sizeof err);
+        CHECK_FAILS(lorasync_config_parse(json, strlen(json), NULL, &c, &err), cases[i].status, cases[i].part);
+        CHECK(!c);
+    }
+    {
+        lorasync_config *c = parse("{\"peft_type\":\"LORA\",\"target_modules\":\".*q\",\"layers_to_transform\":null,"
+                                   "\"layers_pattern\":null}");
+        CHECK(c != NULL);
+        lorasync_config_free(c);
+    }
+}
+
+/* PEFT lists whole names, with wrappers, where it met a model that was compiled or checkpointed before. */
+static void config_wrapped_lists(void)
+{
+    static const char json[] =
+        "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"_orig_mod.m.0._checkpoint_wrapped_module.q\",\"m.0.v\"],"
+        "\"exclude_modules\":[\"_orig_mod.x\"],\"modules_to_save\":[\"_fsdp_wrapped_module.score\"]}";
+    lorasync_config *c = parse(json);
+    char            *out;
+    REQUIRE(c);
+    CHECK_TEXT(lorasync_config_view(c)->target_modules[0], "m.0.q");
+    CHECK_TEXT(lorasync_config_view(c)->modules_to_save[0], "score");
+    lorasync_config_free(c);
+    usual_set();
+    add("score", ".weight", 2, 2);
+    CHECK_EQ(check(json), LORASYNC_OK);
+    out = write_config(json, 0, 0);
+    REQUIRE(out);
+    CHECK(!strstr(out, "_orig_mod") && !strstr(out, "_wrapped_module"));
+    CHECK_HAS(out, "\"target_modules\": [\n    \"m.0.q\",\n    \"m.0.v\"\n  ]");
+    CHECK_HAS(out, "\"exclude_modules\": [\n    \"x\"\n  ]");
+    CHECK_HAS(out, "\"modules_to_save\": [\n    \"score\"\n  ]");
+    lorasync_free(NULL, out);
 }
 
 static void check_experts(void)
@@ -1054,6 +1363,126 @@ static void write_targets(void)
     check_parts(NULL, 8, 0, none);
 }
 
+static char *write_among(const char *json, const char *const *modules, size_t num_modules)
+{
+    lorasync_config_write_desc d;
+    lorasync_config           *c   = json ? parse(json) : NULL;
+    char                      *out = NULL;
+    memset(&d, 0, sizeof d);
+    d.config = c, d.lora_alpha = json ? 0 : 8, d.modules = modules, d.num_modules = num_modules;
+    memset(&err, 0, sizeof err);
+    lorasync_config_write(&d, set.at, set.num, NULL, &out, &err);
+    lorasync_config_free(c);
+    return out;
+}
+
+/* 1 if a module is a LoRA module of the set. */
+static int has_lora(const char *module)
+{
+    size_t i;
+    char   name[400];
+    snprintf(name, sizeof name, "base_model.model.%s.lora_A.weight", module);
+    for (i = 0; i < set.num; i++)
+        if (strcmp(set.at[i].name, name) == 0) return 1;
+    return 0;
+}
+
+/* A pattern that covers part of the modules is published so that PEFT gives LoRA to just those. */
+static void write_part(void)
+{
+    static const char json[] =
+        "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":\".*layers\\\\.0\\\\..*(q|v)_proj\"}";
+    static const char *const whole[] = {"m.layers.0.attn.q_proj", "m.layers.0.attn.v_proj", "m.layers.0.mlp.fc"};
+    static const char *const part[]  = {"m.layers.0.attn.q_proj", "m.layers.1.attn.q_proj", "m.layers.1.attn.k_proj"};
+    static const char *const above[] = {"v_proj.x", "lm_head"};
+    static const char *const same[]  = {"tower.m.layers.0.attn.q_proj"};
+    char                    *out;
+    set.num = 0;
+    add_pair("m.layers.0.attn.q_proj", 4);
+    add_pair("m.layers.0.attn.v_proj", 4);
+    out = write_among(json, whole, 3);
+    REQUIRE(out);
+    CHECK_HAS(out, "\"target_modules\": [\n    \"q_proj\",\n    \"v_proj\"\n  ]");
+    lorasync_free(NULL, out);
+    out = write_among(json, part, 3);
+    REQUIRE(out);
+    CHECK_HAS(out, "\"target_modules\": [\n    \"m.layers.0.attn.q_proj\",\n    \"v_proj\"\n  ]");
+    lorasync_free(NULL, out);
+    out = write_among(NULL, part, 3);
+    REQUIRE(out);
+    CHECK_HAS(out, "\"target_modules\": [\n    \"m.layers.0.attn.q_proj\",\n    \"v_proj\"\n  ]");
+    lorasync_free(NULL, out);
+    out = write_among(json, above, 2); /* a module that others lie in */
+    REQUIRE(out);
+    CHECK_HAS(out, "\"target_modules\": [\n    \"q_proj\",\n    \"m.layers.0.attn.v_proj\"\n  ]");
+    lorasync_free(NULL, out);
+    CHECK(!write_among(json, same, 1));
+    CHECK_EQ(err.status, LORASYNC_E_CONFIG);
+    CHECK_HAS(err.text, "\"tower.m.layers.0.attn.q_proj\" has no LoRA but ends in \"m.layers.0.attn.q_proj\"");
+    out = write_among("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":\"m.*(q|v)_proj\",\"exclude_modules\":"
+                      "\"tower.*\",\"modules_to_save\":[\"head\"]}",
+                      same, 1);
+    REQUIRE(out);
+    CHECK_HAS(out, "\"target_modules\": [\n    \"q_proj\",\n    \"v_proj\"\n  ]");
+    lorasync_free(NULL, out);
+    out = write_among("{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q_proj\",\"v_proj\"]}", part, 3);
+    REQUIRE(out); /* a list is the trainer's own, and carried through */
+    CHECK_HAS(out, "\"target_modules\": [\n    \"q_proj\",\n    \"v_proj\"\n  ]");
+    lorasync_free(NULL, out);
+}
+
+/* Random models: of all modules, PEFT's rule for the written list picks those with LoRA, or the call fails. */
+static void write_part_random(void)
+{
+    static const char *const bits[] = {"m", "t", "0", "1", "q", "v", "out", "m.0", "attn"};
+    static char              modules[40][128];
+    const char              *list[40];
+    size_t                   i, k, n, num, num_listed, written = 0, failed = 0;
+    for (i = 0; i < 4000; i++) {
+        char            *out, *saved;
+        lorasync_config *c;
+        num     = 2 + test_random(&seed) % 20;
+        set.num = 0;
+        for (k = 0; k < num; k++) {
+            size_t used = 0, parts = 1 + test_random(&seed) % 4;
+            while (parts--)
+                used += (size_t)snprintf(modules[k] + used, sizeof modules[k] - used, "%s%s", used ? "." : "",
+                                         bits[test_random(&seed) % COUNT(bits)]);
+            for (n = 0; n < k && strcmp(modules[n], modules[k]) != 0; n++) {}
+            if (n == k && (k == 0 || test_random(&seed) % 3 == 0)) add_pair(modules[k], 4);
+        }
+        for (k = num_listed = 0; k < num; k++) /* those with LoRA need not be told */
+            if (i % 4 < 2 || !has_lora(modules[k])) list[num_listed++] = modules[k];
+        out =
+            write_among(i % 2 ? NULL : "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":\".*\"}", list, num_listed);
+        saved = NULL;
+        if (!out) {
+            CHECK_EQ(err.status, LORASYNC_E_CONFIG);
+            saved = strstr(err.text, "has no LoRA but ends in \"");
+            CHECK(saved != NULL);
+            failed++;
+            continue;
+        }
+        written++;
+        c = parse(out);
+        REQUIRE(c);
+        for (k = 0; k < num; k++) {
+            char path[128];
+            snprintf(path, sizeof path, "%s", modules[k]);
+            for (;;) { /* and what it lies in */
+                char *dot = strrchr(path, '.');
+                if (lorasynci_targeted(c, path) != has_lora(path)) fprintf(stderr, "%s in %s\n", path, out);
+                CHECK_EQ(lorasynci_targeted(c, path), has_lora(path));
+                if (!dot) break;
+                *dot = 0;
+            }
+        }
+        lorasync_config_free(c);
+        lorasync_free(NULL, out);
+    }
+    CHECK(written > 1000 && failed > 100);
+}
+
 static void write_refuses(void)
 {
     static const struct {
@@ -1135,7 +1564,8 @@ static void memory_everywhere(void)
     static const char json[] =
         "{\"peft_type\":\"LORA\",\"r\":4,\"target_modules\":[\"q\",\"v\"],\"exclude_modules\":\"x.*\","
         "\"modules_to_save\":[\"score\"],\"rank_pattern\":{\"v\":4,\"[q]\":4},\"alpha_pattern\":{\"q\":2},"
-        "\"layers_to_transform\":0,\"target_parameters\":[\"e.w\"],\"base_model_name_or_path\":\"b\","
+        "\"layers_to_transform\":0,\"layers_pattern\":[\"m\"],\"trainable_token_indices\":{\"emb\":[1,2]},"
+        "\"use_qalora\":true,\"target_parameters\":[\"e.w\"],\"base_model_name_or_path\":\"b\","
         "\"task_type\":\"t\",\"x\":{\"y\":[\"z\"]}}";
     test_memory        memory;
     lorasync_allocator a;
@@ -1378,10 +1808,21 @@ int main(void)
     RUN(check_bias_and_dora);
     RUN(check_saved);
     RUN(check_embeddings);
+    RUN(check_tokens);
+    RUN(check_groups);
+    RUN(check_dtypes);
+    RUN(check_tied);
+    RUN(check_names_like_lora);
+    RUN(check_layers);
+    RUN(config_variants);
+    RUN(config_refuses_fields);
+    RUN(config_wrapped_lists);
     RUN(check_experts);
     RUN(write_from_tensors);
     RUN(write_ranks);
     RUN(write_targets);
+    RUN(write_part);
+    RUN(write_part_random);
     RUN(write_refuses);
     RUN(write_overlap);
     RUN(write_from_config);

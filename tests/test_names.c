@@ -4,6 +4,8 @@
 #include "lorasync.h"
 #include "test.h"
 
+#include <ctype.h>
+
 typedef unsigned long long u64;
 
 /* ---- names */
@@ -38,9 +40,12 @@ static const name_case names[] = {
     {"m.e.lora_embedding_B.weight", ROLE(EMBEDDING_B), P "m.e.lora_embedding_B", "m.e", ""},
     {"m.q.lora_magnitude_vector", ROLE(MAGNITUDE), P "m.q.lora_magnitude_vector", "m.q", ""},
     {"m.q.lora_magnitude_vector.weight", ROLE(MAGNITUDE), P "m.q.lora_magnitude_vector", "m.q", ""},
-    {"m.q.lora_A", ROLE(LORA_A), P "m.q.lora_A", "m.q", ""},
-    {"m.q.lora_A.default", ROLE(LORA_A), P "m.q.lora_A", "m.q", "default"},
-    {"m.q.lora_B.default", ROLE(LORA_B), P "m.q.lora_B", "m.q", "default"},
+    /* raw parameters get the .weight that every engine reads */
+    {"m.q.lora_A", ROLE(LORA_A), P "m.q.lora_A.weight", "m.q", ""},
+    {"m.q.lora_A.default", ROLE(LORA_A), P "m.q.lora_A.weight", "m.q", "default"},
+    {"m.q.lora_B.default", ROLE(LORA_B), P "m.q.lora_B.weight", "m.q", "default"},
+    {"m.experts.gate_up_proj.lora_B", ROLE(LORA_B), P "m.experts.gate_up_proj.lora_B.weight", "m.experts.gate_up_proj",
+     ""},
     {"m.score.modules_to_save.default.weight", ROLE(MODULES_TO_SAVE), P "m.score.weight", "m.score", "default"},
     {"classifier.modules_to_save.default.dense.weight", ROLE(MODULES_TO_SAVE), P "classifier.dense.weight",
      "classifier", "default"},
@@ -81,12 +86,24 @@ static const name_case names[] = {
     {"m.q.lora_B.lora_A.weight", ROLE(LORA_B), P "m.q.lora_B.weight", "m.q", "lora_A"},
     {"m.q.lora_A.modules_to_save.weight", ROLE(LORA_A), P "m.q.lora_A.weight", "m.q", "modules_to_save"},
     {"m.s.modules_to_save.modules_to_save.weight", ROLE(MODULES_TO_SAVE), P "m.s.weight", "m.s", "modules_to_save"},
-    {"model.lora_router.gate.weight", ROLE(BASE), "model.lora_router.gate.weight", "model.lora_router.gate", ""},
+    /* modules called like LoRA, where PEFT's own levels below them say that they are modules */
+    {"model.lora_router.base_layer.weight", ROLE(BASE), "model.lora_router.weight", "model.lora_router", ""},
+    {"model.w_lora.lora.0.base_layer.weight", ROLE(BASE), "model.w_lora.lora.0.weight", "model.w_lora.lora.0", ""},
+    {"model.w_lora.lora.0.lora_A.d.weight", ROLE(LORA_A), P "model.w_lora.lora.0.lora_A.weight", "model.w_lora.lora.0",
+     "d"},
+    {"enc.lora_A.base_layer.weight", ROLE(BASE), "enc.lora_A.weight", "enc.lora_A", ""},
+    {"enc.lora_A.original_module.weight", ROLE(BASE), "enc.lora_A.weight", "enc.lora_A", ""},
+    {"enc.lora_A.modules_to_save.d.weight", ROLE(MODULES_TO_SAVE), P "enc.lora_A.weight", "enc.lora_A", "d"},
+    {"lora_head.original_module.weight", ROLE(BASE), "lora_head.weight", "lora_head", ""},
+    {"lora_head.modules_to_save.d.out.bias", ROLE(MODULES_TO_SAVE), P "lora_head.out.bias", "lora_head", "d"},
+    /* other words */
+    {"model.exploration.weight", ROLE(BASE), "model.exploration.weight", "model.exploration", ""},
+    {"model.Dorado.weight", ROLE(BASE), "model.Dorado.weight", "model.Dorado", ""},
+    {"model.magnitudes.weight", ROLE(BASE), "model.magnitudes.weight", "model.magnitudes", ""},
     {"model.lora_router.gate.lora_A.d.weight", ROLE(LORA_A), P "model.lora_router.gate.lora_A.weight",
      "model.lora_router.gate", "d"},
     {"model.lora_router.lora_A.weight", ROLE(LORA_A), P "model.lora_router.lora_A.weight", "model.lora_router", ""},
     {"model.xlora_A.weight", ROLE(BASE), "model.xlora_A.weight", "model.xlora_A", ""},
-    {"model.lora.0.weight", ROLE(BASE), "model.lora.0.weight", "model.lora.0", ""},
     {"m.q.vera_lambda_b", ROLE(BASE), "m.q.vera_lambda_b", "m.q", ""},
     {"base_model.unilora_theta_d", ROLE(BASE), "base_model.unilora_theta_d", "base_model", ""},
     {"base_model.model", ROLE(BASE), "base_model.model", "base_model", ""},
@@ -100,6 +117,15 @@ static const name_case names[] = {
     {"_orig_mod.module." P "model.q.weight", ROLE(BASE), "model.q.weight", "model.q", ""},
     {"model.module.q.weight", ROLE(BASE), "model.module.q.weight", "model.module.q", ""},
     {"module", ROLE(BASE), "module", "", ""},
+    {"_forward_module." P "model.q.lora_A.d.weight", ROLE(LORA_A), P "model.q.lora_A.weight", "model.q", "d"},
+    {"_forward_module.model.q.weight", ROLE(BASE), "model.q.weight", "model.q", ""},
+    {"pretrained_model." P "model.q.lora_B.d.weight", ROLE(LORA_B), P "model.q.lora_B.weight", "model.q", "d"},
+    {"pretrained_model." P "lm_head.weight", ROLE(BASE), "lm_head.weight", "lm_head", ""},
+    {"actor.module." P "score.modules_to_save.d.weight", ROLE(MODULES_TO_SAVE), P "score.weight", "score", "d"},
+    {P P "model.q.lora_A.d.weight", ROLE(LORA_A), P P "model.q.lora_A.weight", "base_model.model.model.q", "d"},
+    {"v_head.base_model.model", ROLE(BASE), "v_head.base_model.model", "v_head.base_model", ""},
+    {"v_head.base_model.x.model.weight", ROLE(BASE), "v_head.base_model.x.model.weight", "v_head.base_model.x.model",
+     ""},
     {"decoder.layers.0.linear_qkv.to_wrap.weight", ROLE(BASE), "decoder.layers.0.linear_qkv.weight",
      "decoder.layers.0.linear_qkv", ""},
     {"my_orig_mod.to_wrap2.weight", ROLE(BASE), "my_orig_mod.to_wrap2.weight", "my_orig_mod.to_wrap2", ""},
@@ -119,6 +145,27 @@ static const struct {
     {"m.q.lora_diag.p", "\"lora_diag\""},
     {"m.lora_router.weight", "\"lora_router\""},
     {"m.q.lora_", "\"lora_\""},
+    /* layouts that are not PEFT's, each of which was dropped as a base parameter */
+    {"m.experts.w1_lora_A.0", "\"w1_lora_A\""},
+    {"m.experts.gate_up_proj_lora_A", "\"gate_up_proj_lora_A\""},
+    {"m.linear.adapter.weight_magnitude", "\"weight_magnitude\""},
+    {"m.attn.to_k_lora.down.weight", "\"to_k_lora\""},
+    {"m.attn.processor.to_q_lora.up.weight", "\"to_q_lora\""},
+    {"m.q.dora_scale", "\"dora_scale\""},
+    {"m.q.magnitude", "\"magnitude\""},
+    {"lora_unet_down_blocks_0_attn1_to_q.lora_down.weight", "\"lora_unet_down_blocks_0_attn1_to_q\""},
+    {"lora_unet_down_blocks_0_attn1_to_q.alpha", "looks like LoRA"},
+    {"m.q.hada_w1_a", "\"hada_w1_a\""},
+    {"m.q.lokr_w1", "\"lokr_w1\""},
+    {"m.q.lora.down.weight", "\"lora\""},
+    {"m.lora2.q.k.v.w.weight", "\"lora2\""},
+    {"m.q.loraDown.weight", "\"loraDown\""},
+    {"m.q.LoRA_A.default.weight", "\"LoRA_A\""},
+    {"m.qLora.weight", "\"qLora\""},
+    {"model.lora_router.gate.weight", "\"lora_router\""},
+    {"model.lora.0.weight", "\"lora\""},
+    {"m.base_layer.w1_lora_A.0", "\"w1_lora_A\""},
+    {"m.original_module.lora_scale", "\"lora_scale\""},
     {"lora_.x.weight.y.lora_", "\"lora_\""},
     {"m.q.lora_A.default.foo", "\"lora_A\" is followed by \"default.foo\""},
     {"m.q.lora_B.default.base.weight", "\"lora_B\" is followed by \"default.base.weight\""},
@@ -179,13 +226,17 @@ static void name_round_trip(void)
         name_case want = names[i];
         want.adapter   = "";
         if (want.role == ROLE(MODULES_TO_SAVE)) { /* a file key of these looks like a base parameter */
-            lorasync_name n;
-            CHECK_EQ(lorasync_parse_name(want.key, &n, NULL),
-                     strstr(want.key, "lora_router") ? LORASYNC_E_NAME : LORASYNC_OK);
+            lorasync_name   n;
+            lorasync_status status = lorasync_parse_name(want.key, &n, NULL);
+            if (strstr(want.key, "lora_A.")) CHECK_EQ(n.role, ROLE(LORA_A));
+            else CHECK_EQ(status, lorasync_looks_like_lora(want.key) ? LORASYNC_E_NAME : LORASYNC_OK);
             continue;
         }
+        if (want.role == ROLE(BASE) && lorasync_looks_like_lora(want.key))
+            continue; /* nothing says any more that it is
+                                                                                        none */
         if (strchr(want.key, '.') && strcmp(want.key, "base_model.model") != 0) check_name(want.key, &want);
-        if (want.role != ROLE(BASE)) continue;
+        if (want.role != ROLE(BASE) || strstr(want.key, "base_model.model")) continue;
         snprintf(raw, sizeof raw, P "%s", want.key);
         check_name(raw, &want);
     }
@@ -252,6 +303,205 @@ static void name_errors(void)
     CHECK_EQ(lorasync_parse_name("m.weight", NULL, &err), LORASYNC_E_ARGUMENT);
 }
 
+/* ---- what looks like LoRA */
+
+/* The vocabulary, word by word, slowly: letters are cut into words, and a word must be equal to one of the list. */
+static int looks_like_lora_reference(const char *name)
+{
+    static const char *const words[] = {"lora", "adalora", "dora", "loha", "lokr", "hada", "magnitude"};
+    size_t                   from = 0, to, i, k, n = strlen(name);
+    for (from = 0; from < n; from++) {
+        if (!isalpha((unsigned char)name[from])) continue;
+        if (from && isalpha((unsigned char)name[from - 1]) &&
+            !(islower((unsigned char)name[from - 1]) && isupper((unsigned char)name[from])))
+            continue;
+        for (to = from + 1; to <= n; to++) {
+            char end = to < n ? name[to] : '.';
+            if (isalpha((unsigned char)end) && !isupper((unsigned char)end)) continue;
+            for (i = 0; i < sizeof words / sizeof words[0]; i++) {
+                if (strlen(words[i]) != to - from) continue;
+                for (k = from; k < to && tolower((unsigned char)name[k]) == words[i][k - from]; k++) {}
+                if (k == to) return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+/* Random names of syllables: whatever has a word of the vocabulary is LoRA's or an error, and all else is neither. */
+static void looks_like_lora(void)
+{
+    static const char *const bits[]   = {"lora",      "Lora", "LoRA", "dora", "A",    "B",  "_",       ".",    "1",
+                                         "x",         "q",    "Q",    "proj", "hada", "lo", "weight",  "down", "loha",
+                                         "magnitude", "ada",  "-",    "unet", "lokr", "s",  "\303\251"};
+    u64                      state    = 31;
+    size_t                   num_like = 0, i;
+    lorasync_error           err;
+    lorasync_name            n;
+    for (i = 0; i < 60000; i++) {
+        char   raw[256];
+        size_t used = 0, parts = 1 + test_random(&state) % 7;
+        int    like;
+        used += (size_t)snprintf(raw, sizeof raw, "m.");
+        while (parts--)
+            used += (size_t)snprintf(raw + used, sizeof raw - used, "%s",
+                                     bits[test_random(&state) % (sizeof bits / sizeof bits[0])]);
+        like = looks_like_lora_reference(raw);
+        if (strstr(raw, "..") || raw[used - 1] == '.') continue;
+        if (lorasync_looks_like_lora(raw) != like) fprintf(stderr, "%s\n", raw);
+        CHECK_EQ(lorasync_looks_like_lora(raw), like);
+        num_like += (size_t)like;
+        if (!like) {
+            CHECK_EQ(lorasync_parse_name(raw, &n, &err), LORASYNC_OK);
+            CHECK_EQ(n.role, ROLE(BASE));
+        } else if (lorasync_parse_name(raw, &n, &err) == LORASYNC_OK) {
+            CHECK(n.role != ROLE(BASE));
+        }
+    }
+    CHECK(num_like > 10000 && num_like < 50000);
+    CHECK_EQ(lorasync_looks_like_lora("m.q.lora_A.default.weight"), 1);
+    CHECK_EQ(lorasync_looks_like_lora("m.emb.trainable_tokens_delta"), 1);
+    CHECK_EQ(lorasync_looks_like_lora("m.adapter.linear_in.weight"), 1);
+    CHECK_EQ(lorasync_looks_like_lora("m.adapter.adapter_q.linear_out.weight"), 1);
+    CHECK_EQ(lorasync_looks_like_lora("m.adapter.linear_in.bias"), 0);
+    CHECK_EQ(lorasync_looks_like_lora(NULL), 0);
+}
+
+/* What entries of a filter and of a config say: module lists, what lies below, the text of modules_to_save. */
+static void name_hints(void)
+{
+    static const struct {
+        const char   *list; /* target, exclude, saved or pattern */
+        const char   *entry, *raw;
+        lorasync_role role; /* NONE: an error */
+    } cases[] = {
+        {"target", "lora_router", "m.0.lora_router.weight", ROLE(BASE)},
+        {"target", "lora_router", "m.0.lora_router.gate.weight", ROLE(BASE)},
+        {"target", "0.lora_router", "m.0.lora_router.weight", ROLE(BASE)},
+        {"target", "router", "m.0.lora_router.weight", ROLE(NONE)},
+        {"target", "m", "m.0.lora_router.weight", ROLE(NONE)}, /* LoRA on a module says nothing of those below */
+        {"target", "lora_router", "m.0.lora_router.lora_C.weight", ROLE(NONE)},
+        {"target", "lora_router", "m.0.lora_router.lora_A.weight", ROLE(LORA_A)},
+        {"target", "m._orig_mod.0._checkpoint_wrapped_module.lora_router", "m.0.lora_router.weight", ROLE(BASE)},
+        {"exclude", "lora_router", "m.0.lora_router.weight", ROLE(BASE)},
+        {"exclude", "lora_router", "m.0.lora_router.lora_scale.weight", ROLE(BASE)},
+        {"exclude", "m.0", "m.0.w1_lora_A.0", ROLE(BASE)},
+        {"exclude", "m", "m.0.w1_lora_A.0", ROLE(NONE)}, /* excluding a module is not excluding all below it */
+        {"exclude", "0", "m.0.q.w1_lora_A.0", ROLE(NONE)},
+        {"exclude", "q", "m.0.q.lora_E.d", ROLE(BASE)},
+        {"exclude", "gate", "m.0.lora_router.gate.weight", ROLE(BASE)},
+        {"exclude", "weight", "m.0.lora_router.weight", ROLE(NONE)}, /* a parameter is no module */
+        {"exclude", "lora_scale", "m.0.lora_scale", ROLE(BASE)},
+        {"exclude", "lora", "m.0.lora_router.weight", ROLE(NONE)},
+        {"exclude", "q", "m.0.q.lora_A.d.weight", ROLE(LORA_A)}, /* the matcher leaves it out */
+        {"exclude", "enc.lora_A", "m.enc.lora_A.weight", ROLE(BASE)},
+        {"exclude", "enc.lora_A", "m.dec.lora_A.weight", ROLE(LORA_A)},
+        {"exclude", "adapter", "m.adapter.linear_in.weight", ROLE(BASE)},
+        {"pattern", ".*\\.lora_router", "m.0.lora_router.gate.weight", ROLE(BASE)},
+        {"pattern", ".*\\.lora_rout", "m.0.lora_router.gate.weight", ROLE(NONE)},
+        {"pattern", "m\\.enc\\..*", "m.enc.lora_A.weight", ROLE(LORA_A)}, /* LoRA on enc, which it does not match */
+        {"pattern", "m.*", "m.enc.lora_A.weight", ROLE(LORA_A)},
+        {"pattern", "m.*", "m.enc.w1_lora_A.0", ROLE(BASE)},
+        {"pattern", "m", "m.enc.w1_lora_A.0", ROLE(NONE)},
+        {"pattern", "m\\.enc", "m.enc.lora_A.weight", ROLE(LORA_A)},
+        {"saved", "lora_head", "lora_head.weight", ROLE(BASE)},
+        {"saved", "head", "lora_head.weight", ROLE(BASE)}, /* PEFT compares the end of the text */
+        {"saved", "head", "lora_heads.weight", ROLE(NONE)},
+        {"saved", "classifier", "classifier.lora_router.weight", ROLE(BASE)},
+        {"saved", "weight", "m.lora_router.weight", ROLE(NONE)},
+        {"saved", "enc.lora_A", P "enc.lora_A.weight", ROLE(BASE)},
+        {"saved", "classifier", P "classifier.q.lora_A.weight", ROLE(LORA_A)},
+    };
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        lorasynci_hints   h;
+        lorasync_pattern *pattern = NULL;
+        lorasync_name     n;
+        lorasync_error    err;
+        lorasync_status   status;
+        memset(&h, 0, sizeof h);
+        memset(&n, 0, sizeof n);
+        if (cases[i].list[0] == 'p') {
+            REQUIRE(lorasync_pattern_compile(cases[i].entry, NULL, &pattern, &err) == LORASYNC_OK);
+            lorasynci_hint_excluded(&h, pattern);
+        } else {
+            lorasynci_hint_list(&h, NULL, 0, LORASYNCI_NAMES_OUT);
+            lorasynci_hint_list(&h, &cases[i].entry, 1,
+                                cases[i].list[0] == 't'   ? LORASYNCI_NAMES_MODULE
+                                : cases[i].list[0] == 'e' ? LORASYNCI_NAMES_OUT
+                                                          : LORASYNCI_NAMES_SAVED);
+        }
+        status = lorasynci_name_read(cases[i].raw, &h, &n, &err);
+        if ((status == LORASYNC_OK) != (cases[i].role != ROLE(NONE)))
+            fprintf(stderr, "%s %s: %s\n", cases[i].entry, cases[i].raw, status < 0 ? err.text : "no error");
+        CHECK_EQ(status, cases[i].role != ROLE(NONE) ? LORASYNC_OK : LORASYNC_E_NAME);
+        if (status == LORASYNC_OK) CHECK_EQ(n.role, cases[i].role);
+        lorasync_pattern_free(pattern);
+    }
+}
+
+/* The host's word about a parameter. */
+static void name_roles(void)
+{
+    static const struct {
+        const char   *raw;
+        lorasync_role role;
+        const char   *key, *module; /* key NULL: an error */
+    } cases[] = {
+        {"m.lora_router.weight", ROLE(BASE), "m.lora_router.weight", "m.lora_router"},
+        {"enc.lora_A.weight", ROLE(BASE), "enc.lora_A.weight", "enc.lora_A"},
+        {P "m.q.base_layer.weight", ROLE(BASE), "m.q.weight", "m.q"},
+        {"lora_head.weight", ROLE(MODULES_TO_SAVE), P "lora_head.weight", "lora_head"},
+        {"_forward_module." P "lora_head.out.bias", ROLE(MODULES_TO_SAVE), P "lora_head.out.bias", "lora_head.out"},
+        {P "head.modules_to_save.d.out.bias", ROLE(MODULES_TO_SAVE), P "head.out.bias", "head"},
+        {"m.q.base_layer.bias", ROLE(BIAS), P "m.q.base_layer.bias", "m.q"},
+        {"m.norm.bias", ROLE(BIAS), P "m.norm.bias", "m.norm"},
+        {"m.norm.weight", ROLE(BIAS), NULL, "does not end in bias"},
+        {"m.q", ROLE(LORA_A), P "m.q.lora_A.weight", "m.q"},
+        {"m.q", ROLE(LORA_B), P "m.q.lora_B.weight", "m.q"},
+        {"m.q", ROLE(LORA_B_BIAS), P "m.q.lora_B.bias", "m.q"},
+        {"m.q", ROLE(MAGNITUDE), P "m.q.lora_magnitude_vector", "m.q"},
+        {"m.emb", ROLE(EMBEDDING_A), P "m.emb.lora_embedding_A", "m.emb"},
+        {"m.emb", ROLE(EMBEDDING_B), P "m.emb.lora_embedding_B", "m.emb"},
+        {"m.emb", ROLE(TRAINABLE_TOKENS), P "m.emb.token_adapter.trainable_tokens_delta", "m.emb"},
+        {"m.emb.token_adapter", ROLE(TRAINABLE_TOKENS), P "m.emb.token_adapter.trainable_tokens_delta", "m.emb"},
+        {"m.experts.base_layer", ROLE(LORA_A), P "m.experts.base_layer.lora_A.weight", "m.experts"},
+        {"m.lora_router", ROLE(LORA_A), P "m.lora_router.lora_A.weight", "m.lora_router"},
+        {"m.q.lora_A.d.weight", ROLE(LORA_A), P "m.q.lora_A.weight", "m.q"},
+        {"m.q.lora_B.bias", ROLE(LORA_B_BIAS), P "m.q.lora_B.bias", "m.q"},
+        {"m.q.lora_A.d.weight", ROLE(LORA_B), NULL, "is that of a lora_A, and piece.role says lora_B"},
+        {"m.q.lora_B.d.weight", ROLE(LORA_B_BIAS), NULL, "is that of a lora_B"},
+        {"m.q", (lorasync_role)77, NULL, "77, which is no role"},
+        {"m.q", (lorasync_role)-1, NULL, "no role"},
+    };
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        lorasync_name   n;
+        lorasync_error  err;
+        lorasync_status status = lorasynci_name_as(cases[i].raw, cases[i].role, NULL, &n, &err);
+        if (!cases[i].key) {
+            CHECK(status < 0);
+            CHECK_HAS(err.text, cases[i].module);
+            CHECK_HAS(err.text, cases[i].raw);
+            continue;
+        }
+        CHECK_EQ(status, LORASYNC_OK);
+        if (status < 0) continue;
+        CHECK_EQ(n.role, cases[i].role);
+        CHECK_TEXT(n.key, cases[i].key);
+        CHECK_TEXT(n.module, cases[i].module);
+    }
+    for (i = 0; i < sizeof names / sizeof names[0]; i++) { /* NONE is what the name says; so is the role that it says */
+        lorasync_name  n;
+        lorasync_error err;
+        CHECK_EQ(lorasynci_name_as(names[i].raw, ROLE(NONE), NULL, &n, &err), LORASYNC_OK);
+        CHECK_EQ(n.role, names[i].role);
+        CHECK_EQ(lorasynci_name_as(names[i].raw, names[i].role, NULL, &n, &err), LORASYNC_OK);
+        CHECK_TEXT(n.key, names[i].key);
+        CHECK_TEXT(n.module, names[i].module);
+    }
+}
+
 /* Lengths around the limit, of the name and of the key, which may be 17 bytes longer. */
 static void name_lengths(void)
 {
@@ -279,7 +529,9 @@ static void name_lengths(void)
 
 static void role_text(void)
 {
+    CHECK_TEXT(lorasync_role_text(ROLE(NONE)), "none");
     CHECK_TEXT(lorasync_role_text(ROLE(BASE)), "base");
+    CHECK_TEXT(lorasync_role_text(ROLE(BIAS)), "bias");
     CHECK_TEXT(lorasync_role_text(ROLE(LORA_A)), "lora_A");
     CHECK_TEXT(lorasync_role_text(ROLE(LORA_B)), "lora_B");
     CHECK_TEXT(lorasync_role_text(ROLE(LORA_B_BIAS)), "lora_B.bias");
@@ -1557,6 +1809,9 @@ int main(void)
     RUN(name_round_trip);
     RUN(name_wrappers);
     RUN(name_errors);
+    RUN(looks_like_lora);
+    RUN(name_hints);
+    RUN(name_roles);
     RUN(name_lengths);
     RUN(drop_adapter);
     RUN(pattern_python);
