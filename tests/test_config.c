@@ -1379,11 +1379,15 @@ static char *write_among(const char *json, const char *const *modules, size_t nu
 /* 1 if a module is a LoRA module of the set. */
 static int has_lora(const char *module)
 {
-    size_t i;
-    char   name[400];
-    snprintf(name, sizeof name, "base_model.model.%s.lora_A.weight", module);
-    for (i = 0; i < set.num; i++)
-        if (strcmp(set.at[i].name, name) == 0) return 1;
+    static const char before[] = "base_model.model.", behind[] = ".lora_A.weight";
+    const size_t      length = strlen(module);
+    size_t            i;
+    for (i = 0; i < set.num; i++) {
+        const char *name = set.at[i].name;
+        if (strncmp(name, before, sizeof before - 1) == 0 && strncmp(name + sizeof before - 1, module, length) == 0 &&
+            strcmp(name + sizeof before - 1 + length, behind) == 0)
+            return 1;
+    }
     return 0;
 }
 
@@ -1468,7 +1472,7 @@ static void write_part_random(void)
         REQUIRE(c);
         for (k = 0; k < num; k++) {
             char path[128];
-            snprintf(path, sizeof path, "%s", modules[k]);
+            memcpy(path, modules[k], sizeof path);
             for (;;) { /* and what it lies in */
                 char *dot = strrchr(path, '.');
                 if (lorasynci_targeted(c, path) != has_lora(path)) fprintf(stderr, "%s in %s\n", path, out);
