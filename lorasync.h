@@ -4786,16 +4786,16 @@ LORASYNC_API int lorasync_looks_like_lora(const char *name)
 
 /* -- hints: modules that a filter or a config names. What they name is a module, whatever it looks like. */
 
-typedef enum lorasynci_reach {
+typedef enum lorasynci_naming {
     LORASYNCI_NAMES_MODULE, /* an entry names a module */
     LORASYNCI_NAMES_OUT,    /* and leaves it out, with all parameters that it owns */
     LORASYNCI_NAMES_SAVED   /* modules_to_save: the text in which a module's name ends, and all that lies below it */
-} lorasynci_reach;
+} lorasynci_naming;
 
 typedef struct lorasynci_named {
     const char *const *at; /* borrowed */
     size_t             num;
-    lorasynci_reach    reach;
+    lorasynci_naming   reach;
 } lorasynci_named;
 
 typedef struct lorasynci_hints {
@@ -4818,7 +4818,7 @@ LORASYNCI_FN int lorasynci_is_leaf_name(const char *entry)
 }
 
 /* Adds a list, which may be NULL. */
-LORASYNCI_FN void lorasynci_hint_list(lorasynci_hints *h, const char *const *at, size_t num, lorasynci_reach reach)
+LORASYNCI_FN void lorasynci_hint_list(lorasynci_hints *h, const char *const *at, size_t num, lorasynci_naming reach)
 {
     size_t i;
     LORASYNC_ASSERT(h->num_lists < LORASYNCI_COUNT(h->lists));
@@ -16090,7 +16090,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_run(lorasynci_config_writer *w, co
 
 /* lorasync_config_write. With `more`, names that look like LoRA and are none were told apart where they were
    declared. */
-LORASYNCI_FN lorasync_status lorasynci_config_write(const lorasync_config_write_desc *desc,
+LORASYNCI_FN lorasync_status lorasynci_write_config(const lorasync_config_write_desc *desc,
                                                     const lorasynci_write_more *more, const lorasync_tensor *tensors,
                                                     size_t num_tensors, const lorasync_allocator *a, char **out,
                                                     lorasync_error *err)
@@ -16133,7 +16133,7 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "lorasync_config_write: lora_alpha is %g; without a config it must be above 0",
                               desc->lora_alpha);
-    return lorasynci_config_write(desc, NULL, tensors, num_tensors, &a, out, err);
+    return lorasynci_write_config(desc, NULL, tensors, num_tensors, &a, out, err);
 }
 /* ----------------------------------------------------------------------------------------------------- >>publish -- */
 
@@ -22175,7 +22175,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_write(lorasync_session *s, lorasy
     w.base_model = s->base_model;
     w.fold_scale = s->desc.fold_scale;
     w.modules    = modules;
-    status       = lorasynci_config_write(&w, &more, s->plan->image->tensors, s->plan->image->num_tensors, &s->host.a,
+    status       = lorasynci_write_config(&w, &more, s->plan->image->tensors, s->plan->image->num_tensors, &s->host.a,
                                           &s->published_config, err);
     lorasynci_dealloc(&s->host.a, (void *)modules);
     if (status >= 0) s->plan->image->config_json = s->published_config;
