@@ -35,7 +35,7 @@ PROGRAMS = {
     "plan": "test_plan test_plan_errors test_session",
     "move": "test_plan test_plan_errors test_session test_plans_cuda test_cuda_fake",
     "config": "test_config",
-    "publish": "test_publish test_directory test_session",
+    "publish": "test_publish test_directory test_session test_lend",
     "shm": "test_shm test_in_place test_shm_cuda test_in_place_cuda",
     "engine": "test_directory test_shm test_doors test_shm_cuda",
     "policy": "test_policy",
