@@ -10,6 +10,7 @@
 #include "ranks.h"
 #include "random_case.h"
 #include "device_case.h"
+#include "pieces.h"
 
 #include <signal.h>
 #include <time.h>
@@ -96,15 +97,10 @@ static void plan_with_one_that_dies(rank_context *x)
     memset(&d, 0, sizeof d);
     memset(&desc, 0, sizeof desc);
     memset(&cuda, 0, sizeof cuda);
-    memset(&piece, 0, sizeof piece);
     d.context = x;
     cudaSetDevice(x->rank);
     CHECK_EQ(device_comm(&d), LORASYNC_OK);
-    piece.name     = "t";
-    piece.dtype    = LORASYNC_F32;
-    piece.ndim     = 1;
-    piece.shape[0] = NUM;
-    piece.box      = lorasync_shard(lorasync_whole(piece.shape, 1), 0, x->rank, x->world);
+    piece = shard_piece("t", 1, NUM, 0, x->rank, x->world, NULL);
     CHECK_EQ(cudaMalloc(&piece.data, NUM * 4), cudaSuccess);
     CHECK_EQ(cudaMemset(piece.data, 0, NUM * 4), cudaSuccess);
     desc.comm         = &d.comm;

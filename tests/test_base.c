@@ -6,6 +6,7 @@
 #include "test.h"
 #include "ranks.h"
 #include "random_case.h"
+#include "pieces.h"
 
 enum {
     NT        = 14,
@@ -479,9 +480,7 @@ static lorasync_status open_big(const lorasync_comm *comm, bytes_memory *memory,
         lorasync_piece p;
         char           name[64];
         snprintf(name, sizeof name, "model.layers.%d.mlp.weight", i);
-        memset(&p, 0, sizeof p);
-        p.name = name, p.dtype = LORASYNC_F32, p.ndim = 2, p.shape[0] = BIG_ROWS, p.shape[1] = BIG_COLUMNS;
-        p.box  = lorasync_shard(lorasync_whole(p.shape, 2), 0, comm ? comm->rank : 0, comm ? comm->world : 1);
+        p      = shard_piece(name, 2, BIG_ROWS, BIG_COLUMNS, comm ? comm->rank : 0, comm ? comm->world : 1, NULL);
         p.data = &big_data[i][p.box.off[0] * BIG_COLUMNS];
         status = lorasync_stream_add(*out, &p, err);
     }

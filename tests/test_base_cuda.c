@@ -25,6 +25,7 @@ int main(void)
 #include "fake_cuda.h"
 #include "fake_nccl.h"
 #include "ranks.h"
+#include "pieces.h"
 
 enum {
     TENSORS   = 24,
@@ -114,9 +115,7 @@ static void device_rank(rank_context *c)
         lorasync_piece p;
         char           name[64];
         snprintf(name, sizeof name, "model.layers.%d.weight", i);
-        memset(&p, 0, sizeof p);
-        p.name = name, p.dtype = LORASYNC_F32, p.ndim = 2, p.shape[0] = ROWS, p.shape[1] = COLUMNS;
-        p.box     = lorasync_shard(lorasync_whole(p.shape, 2), 0, c->rank, c->world);
+        p         = shard_piece(name, 2, ROWS, COLUMNS, c->rank, c->world, NULL);
         num_bytes = (size_t)(p.box.len[0] * COLUMNS) * sizeof(float);
         cudaMalloc(&data[i], num_bytes + 1);
         cudaMemcpy(data[i], &u.truth[i][p.box.off[0] * COLUMNS], num_bytes, cudaMemcpyDefault);

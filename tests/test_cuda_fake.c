@@ -31,6 +31,7 @@ int main(void)
 #include "ranks.h"
 #include "random_case.h"
 #include "device_case.h"
+#include "pieces.h"
 
 static void reset(void)
 {
@@ -93,13 +94,8 @@ static void plan_of_replicas(rank_context *x)
     lorasync_error     err;
     memset(&desc, 0, sizeof desc);
     memset(&cuda, 0, sizeof cuda);
-    memset(&piece, 0, sizeof piece);
     cudaSetDevice(x->rank);
-    piece.name     = "t";
-    piece.dtype    = LORASYNC_F32;
-    piece.ndim     = 1;
-    piece.shape[0] = NUM;
-    piece.box      = lorasync_whole(piece.shape, 1);
+    piece = whole_piece("t", LORASYNC_F32, 1, NUM, 0, NULL);
     REQUIRE(cudaMalloc(&piece.data, NUM * 4) == cudaSuccess);
     desc.comm       = &x->comm;
     desc.have       = &piece;

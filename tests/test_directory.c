@@ -74,15 +74,13 @@ static int note_fd(const char *what, int fd)
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"
+#include "published.h"
 
 #include <pthread.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
-#define KEY_A "base_model.model.layers.0.q_proj.lora_A.weight"
-#define KEY_B "base_model.model.layers.0.q_proj.lora_B.weight"
-#define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
 
 /* Publishes to all of the transports or to none, as a session without quorum does. */
 static lorasync_status publish_to_all(const lorasync_transport *given, size_t num, const lorasync_image *image,
@@ -195,41 +193,13 @@ static unsigned char expected_byte(uint64_t version, int seed, size_t i)
 
 static lorasync_image *make_image(const char *adapter, uint64_t version, int seed, size_t width)
 {
-    lorasync_tensor     tensors[2];
-    lorasync_image_desc desc;
-    lorasync_image     *image = NULL;
-    lorasync_error      err;
-    unsigned char      *payload;
-    size_t              i;
-    memset(tensors, 0, sizeof tensors);
-    memset(&desc, 0, sizeof desc);
-    tensors[0].name  = KEY_A;
-    tensors[1].name  = KEY_B;
-    tensors[0].dtype = tensors[1].dtype = LORASYNC_F32;
-    tensors[0].ndim = tensors[1].ndim = 2;
-    tensors[0].shape[0] = tensors[1].shape[1] = 4;
-    tensors[0].shape[1] = tensors[1].shape[0] = (int64_t)width;
-    desc.tensors                              = tensors;
-    desc.num_tensors                          = 2;
-    desc.adapter                              = adapter;
-    err.text[0]                               = 0;
-    if (lorasync_image_layout(&desc, NULL, &image, &err) < 0) {
-        fprintf(stderr, "layout: %s\n", err.text);
-        exit(1);
-    }
-    payload = (unsigned char *)malloc(image->payload_bytes);
+    lorasync_image *image   = lay_out_rank(adapter, width, 4);
+    unsigned char  *payload = (unsigned char *)malloc(image->payload_bytes);
+    size_t          i;
     for (i = 0; i < image->payload_bytes; i++) payload[i] = expected_byte(version, seed, i);
     lorasync_image_bind(image, payload);
     if (adapter) lorasync_image_stamp(image, version, lorasync_image_digest(image, NULL));
-    image->config_json = CONFIG;
     return image;
-}
-
-static void drop_image(lorasync_image *image)
-{
-    void *payload = (void *)(uintptr_t)image->payload;
-    lorasync_image_free(image);
-    free(payload);
 }
 
 /* The number of wrong bytes in what a reader sees; -1 for a wrong shape. */

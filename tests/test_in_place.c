@@ -28,6 +28,7 @@ static int open_if_seen(const char *name, int flags, mode_t mode)
 
 #include "test.h"
 #include "ranks.h"
+#include "pieces.h"
 #ifdef IN_PLACE_CUDA
 #include IN_PLACE_CUDA
 #endif
@@ -86,15 +87,9 @@ static void add_parts(lorasync_session *s, float *part, int rank, int world)
     for (m = 0; m < MODULES; m++)
         for (b = 0; b < 2; b++) {
             lorasync_piece p;
-            memset(&p, 0, sizeof p);
             snprintf(name, sizeof name, "model.layers.%d.mlp.up_proj.lora_%c.default.weight", m, b ? 'B' : 'A');
-            p.name     = name;
-            p.dtype    = LORASYNC_F32;
-            p.ndim     = 2;
-            p.shape[0] = b ? COLUMNS : ROWS;
-            p.shape[1] = b ? ROWS : COLUMNS;
-            p.box      = lorasync_shard(lorasync_whole(p.shape, 2), 0, rank, world);
-            p.data     = part + (m * 2 + b) * ROWS * COLUMNS;
+            p = shard_piece(name, 2, b ? COLUMNS : ROWS, b ? ROWS : COLUMNS, rank, world,
+                            part + (m * 2 + b) * ROWS * COLUMNS);
             CHECK_EQ(lorasync_add(s, &p, &err), LORASYNC_OK);
         }
 }

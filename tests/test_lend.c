@@ -12,6 +12,7 @@
 
 #include "test.h"
 #include "ranks.h"
+#include "pieces.h"
 #ifdef LEND_CUDA
 #include LEND_CUDA
 #endif
@@ -49,6 +50,12 @@ static lorasync_box box_of(int b, int rank, int world)
     int64_t shape[2];
     shape[0] = b ? COLUMNS : ROWS, shape[1] = b ? ROWS : COLUMNS;
     return lorasync_shard(lorasync_whole(shape, 2), 0, rank, world);
+}
+
+static lorasync_piece part_of(int b, int rank, int world, float *part)
+{
+    return shard_piece(b ? "m.up_proj.lora_B.default.weight" : "m.up_proj.lora_A.default.weight", 2, b ? COLUMNS : ROWS,
+                       b ? ROWS : COLUMNS, rank, world, part + b * ROWS * COLUMNS);
 }
 
 static void set_parts(float *part, int rank, int world, uint64_t version)
@@ -346,14 +353,7 @@ static lorasync_session *open_session(const rank_context *x, arena *a, const sce
     d.quorum         = s->doubtful_at && x->rank == 0 ? 1 : 0;
     CHECK_EQ(lorasync_open(&d, &session, &err), LORASYNC_OK);
     for (b = 0; b < 2; b++) {
-        memset(&p, 0, sizeof p);
-        p.name     = b ? "m.up_proj.lora_B.default.weight" : "m.up_proj.lora_A.default.weight";
-        p.dtype    = LORASYNC_F32;
-        p.ndim     = 2;
-        p.shape[0] = b ? COLUMNS : ROWS;
-        p.shape[1] = b ? ROWS : COLUMNS;
-        p.box      = box_of(b, x->rank, x->world);
-        p.data     = part + b * ROWS * COLUMNS;
+        p = part_of(b, x->rank, x->world, part);
         CHECK_EQ(lorasync_add(session, &p, &err), LORASYNC_OK);
     }
     if (x->rank == 0) {
@@ -684,12 +684,7 @@ TEST_UNUSED static void what_it_carries(void)
         t.carries = k ? LORASYNC_CARRIES_ADAPTER : LORASYNC_CARRIES_BASE | LORASYNC_CARRIES_DEVICE;
         REQUIRE(lorasync_open(&d, &session, &err) == LORASYNC_OK);
         for (b = 0; b < 2; b++) {
-            memset(&p, 0, sizeof p);
-            p.name  = b ? "m.up_proj.lora_B.default.weight" : "m.up_proj.lora_A.default.weight";
-            p.dtype = LORASYNC_F32, p.ndim = 2;
-            p.shape[0] = b ? COLUMNS : ROWS, p.shape[1] = b ? ROWS : COLUMNS;
-            p.box  = lorasync_whole(p.shape, 2);
-            p.data = part + b * ROWS * COLUMNS;
+            p = part_of(b, 0, 1, part);
             CHECK_EQ(lorasync_add(session, &p, &err), LORASYNC_OK);
         }
         CHECK_EQ(lorasync_attach(session, &t, &err), LORASYNC_OK);

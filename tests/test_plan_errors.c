@@ -4,6 +4,7 @@
 #include "lorasync.h"
 #include "test.h"
 #include "ranks.h"
+#include "pieces.h"
 
 #include <dirent.h>
 #include <math.h>
@@ -29,14 +30,6 @@ typedef struct declared {
     lorasync_allocator allocator;
 } declared;
 
-static void declare(lorasync_piece *p, const char *name, lorasync_dtype dtype, int ndim, int64_t n0, int64_t n1,
-                    void *data)
-{
-    memset(p, 0, sizeof *p);
-    p->name = name, p->dtype = dtype, p->ndim = ndim, p->shape[0] = n0, p->shape[1] = n1, p->data = data;
-    p->box = lorasync_whole(p->shape, ndim);
-}
-
 static void declare_rank(declared *x, const lorasync_comm *comm, int rank)
 {
     int i;
@@ -46,12 +39,12 @@ static void declare_rank(declared *x, const lorasync_comm *comm, int rank)
         x->a[i] = f;
         lorasync_convert(&x->b[i], LORASYNC_BF16, &f, LORASYNC_F32, 1, NULL);
     }
-    x->c = -5;
-    declare(&x->have[0], "A", LORASYNC_F32, 2, ROWS, COLS, x->a);
+    x->c           = -5;
+    x->have[0]     = whole_piece("A", LORASYNC_F32, 2, ROWS, COLS, x->a);
     x->have[0].box = lorasync_shard(x->have[0].box, 0, rank, WORLD);
-    declare(&x->have[1], "B", LORASYNC_BF16, 2, COLS, ROWS, x->b);
+    x->have[1]     = whole_piece("B", LORASYNC_BF16, 2, COLS, ROWS, x->b);
     x->have[1].box = lorasync_shard(x->have[1].box, 1, rank, WORLD);
-    declare(&x->have[2], "c", LORASYNC_I64, 0, 0, 0, &x->c);
+    x->have[2]     = whole_piece("c", LORASYNC_I64, 0, 0, 0, &x->c);
     x->d.comm = comm, x->d.have = x->have, x->d.num_have = rank == 2 ? 3 : 2;
     x->d.timeout_ms    = test_ms(10000);
     x->allocator.alloc = test_memory_alloc, x->allocator.free = test_memory_free, x->allocator.user = &x->memory;
@@ -60,7 +53,7 @@ static void declare_rank(declared *x, const lorasync_comm *comm, int rank)
 
 static void want_all(declared *x)
 {
-    declare(&x->want[0], "A", LORASYNC_F32, 2, ROWS, COLS, x->out);
+    x->want[0] = whole_piece("A", LORASYNC_F32, 2, ROWS, COLS, x->out);
     x->d.kind = LORASYNC_RESHARD, x->d.want = x->want, x->d.num_want = 1;
 }
 
@@ -248,7 +241,7 @@ static void spoil_list(declared *x, int rank)
 static void spoil_gather_want(declared *x, int rank)
 {
     if (rank == 1)
-        x->d.want = x->want, x->d.num_want = 1, declare(&x->want[0], "A", LORASYNC_F32, 2, ROWS, COLS, x->out);
+        x->d.want = x->want, x->d.num_want = 1, x->want[0] = whole_piece("A", LORASYNC_F32, 2, ROWS, COLS, x->out);
 }
 static void spoil_flat_stride(declared *x, int rank)
 {
@@ -326,7 +319,7 @@ static void spoil_wanted_block(declared *x, int rank)
 static void spoil_wanted_shape(declared *x, int rank)
 {
     want_all(x);
-    if (rank == 1) declare(&x->want[0], "A", LORASYNC_F32, 2, COLS, ROWS, x->out);
+    if (rank == 1) x->want[0] = whole_piece("A", LORASYNC_F32, 2, COLS, ROWS, x->out);
 }
 static void spoil_wanted_stride(declared *x, int rank)
 {
@@ -495,7 +488,7 @@ static void any_alignment(void)
         for (transposed = 0; transposed < 2; transposed++) {
             size_t      item = k == 2 ? 8 : 4;
             const char *found;
-            declare(&p, "A", k == 2 ? LORASYNC_F64 : LORASYNC_F32, 2, ROWS, COLS, bytes);
+            p = whole_piece("A", k == 2 ? LORASYNC_F64 : LORASYNC_F32, 2, ROWS, COLS, bytes);
             if (transposed) p.stride[0] = 1, p.stride[1] = ROWS;
             for (i = 0; i < ROWS * COLS; i++) {
                 double wide   = i;
@@ -1031,8 +1024,8 @@ static void repeated_rank(rank_context *c)
     int                 run, i, no_direct;
     for (no_direct = 0; no_direct < 2; no_direct++) {
         memset(&d, 0, sizeof d);
-        declare(&p[0], "x", LORASYNC_F32, 2, 4 * 4, N / 4, data);
-        declare(&p[1], "y", LORASYNC_F32, 2, 3, N / 5, data);
+        p[0]     = whole_piece("x", LORASYNC_F32, 2, 4 * 4, N / 4, data);
+        p[1]     = whole_piece("y", LORASYNC_F32, 2, 3, N / 5, data);
         p[0].box = lorasync_shard(p[0].box, 0, c->rank, 4);
         p[1].box = lorasync_shard(p[1].box, 1, c->rank, 4);
         d.comm = &c->comm, d.have = p, d.num_have = 2, d.wire_dtype = LORASYNC_BF16, d.no_direct = no_direct,
@@ -1084,7 +1077,7 @@ static size_t big_model(lorasync_piece *pieces, char (*names)[96], size_t max, i
                 else
                     snprintf(names[n], 96, "base_model.model.model.layers.%d.mlp.experts.%d.%s.lora_%c.weight", layer,
                              (m - 4) / 3, expert[(m - 4) % 3], "AB"[ab]);
-                declare(&pieces[n], names[n], LORASYNC_F32, 2, ab ? out : 16, ab ? 16 : in, data);
+                pieces[n]     = whole_piece(names[n], LORASYNC_F32, 2, ab ? out : 16, ab ? 16 : in, data);
                 pieces[n].box = lorasync_shard(pieces[n].box, 0, rank, world);
             }
     return n;
@@ -1191,8 +1184,9 @@ static void replica_rank(rank_context *c)
     for (i = 0; i < 50; i++) b[i] = (float)(1000 + i);
     memset(got_a, 0, sizeof got_a), memset(got_b, 0, sizeof got_b), memset(&d, 0, sizeof d);
     /* rank 0 sends A, so rank 1 has less to send; both hold B, and both want it */
-    declare(&have[0], "A", LORASYNC_F32, 1, 100, 0, a), declare(&have[1], "B", LORASYNC_F32, 1, 50, 0, b);
-    declare(&want[0], "A", LORASYNC_F32, 1, 100, 0, got_a), declare(&want[1], "B", LORASYNC_F32, 1, 50, 0, got_b);
+    have[0] = whole_piece("A", LORASYNC_F32, 1, 100, 0, a), have[1] = whole_piece("B", LORASYNC_F32, 1, 50, 0, b);
+    want[0] = whole_piece("A", LORASYNC_F32, 1, 100, 0, got_a),
+    want[1] = whole_piece("B", LORASYNC_F32, 1, 50, 0, got_b);
     d.comm = &c->comm, d.kind = LORASYNC_RESHARD, d.timeout_ms = test_ms(10000);
     d.have = c->rank == 0 ? have : have + 1, d.num_have = c->rank == 0 ? 2 : 1;
     d.want = c->rank == 0 ? want + 1 : want, d.num_want = c->rank == 0 ? 1 : 2;
@@ -1219,8 +1213,8 @@ static void sharing_rank(rank_context *c)
     lorasync_plan_stats stats;
     lorasync_error      err;
     memset(&d, 0, sizeof d);
-    declare(&have[0], "A", LORASYNC_F32, 1, 100, 0, values[c->rank][0]);
-    declare(&have[1], "B", LORASYNC_F32, 1, 100, 0, values[c->rank][1]);
+    have[0] = whole_piece("A", LORASYNC_F32, 1, 100, 0, values[c->rank][0]);
+    have[1] = whole_piece("B", LORASYNC_F32, 1, 100, 0, values[c->rank][1]);
     d.size = sizeof d, d.comm = &c->comm, d.no_direct = 1, d.timeout_ms = test_ms(10000);
     d.have = have, d.num_have = c->rank ? 2 : 0;
     REQUIRE(lorasync_plan_create(&d, &plan, &err) == LORASYNC_OK);

@@ -6,6 +6,7 @@
 
 #include "test.h"
 #include "ranks.h"
+#include "pieces.h"
 
 #define NUM 3 /* engines */
 
@@ -300,12 +301,8 @@ static lorasync_status trainer_open(trainer *t, const lorasync_desc *desc, engin
     lorasync_status status = lorasync_open(desc, &t->s, err);
     for (i = 0; i < 64; i++) t->values[0][i] = t->values[1][i] = (float)i;
     for (i = 0; i < 2 && status == LORASYNC_OK; i++) {
-        lorasync_piece p;
-        memset(&p, 0, sizeof p);
-        p.name = raw_names[i], p.dtype = LORASYNC_F32, p.ndim = 2, p.shape[0] = 8, p.shape[1] = 8;
-        p.box  = lorasync_shard(lorasync_whole(p.shape, 2), 0, rank, world);
-        p.data = t->values[i];
-        status = lorasync_add(t->s, &p, err);
+        lorasync_piece p = shard_piece(raw_names[i], 2, 8, 8, rank, world, t->values[i]);
+        status           = lorasync_add(t->s, &p, err);
     }
     for (i = 0; i < num && status == LORASYNC_OK; i++) {
         lorasync_transport to = transport_to(&e[i], names[i]);

@@ -3,6 +3,7 @@
 #include "lorasync.h"
 #include "test.h"
 #include "ranks.h"
+#include "pieces.h"
 
 #include <math.h>
 #include <signal.h>
@@ -1387,10 +1388,7 @@ static void stage_story(rank_context *c)
         for (i = 0; i < 3; i++) {
             static const char *const names[] = {"model.norm.weight", "m.q_proj.lora_A.default.weight",
                                                 "m.q_proj.lora_B.default.weight"};
-            memset(&p, 0, sizeof p);
-            p.name = names[i], p.data = zeros, p.dtype = LORASYNC_F32, p.ndim = i ? 2 : 1, p.shape[0] = 8,
-            p.shape[1] = 8;
-            p.box      = lorasync_whole(p.shape, p.ndim);
+            p                                = whole_piece(names[i], LORASYNC_F32, i ? 2 : 1, 8, 8, zeros);
             if (i == 0 || (some && c->rank == 0)) MUST(lorasync_add(s, &p, &err), LORASYNC_OK);
         }
         MUST(lorasync_compile(s, &err), some ? LORASYNC_OK : LORASYNC_E_EMPTY);

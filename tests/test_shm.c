@@ -19,6 +19,8 @@ static int test_between(void)
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"
+#include "pieces.h"
+#include "published.h"
 
 #include <pthread.h>
 #include <sys/resource.h>
@@ -28,9 +30,6 @@ static int test_between(void)
 #define ROUNDS 100
 #endif
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
-#define KEY_A "base_model.model.layers.0.q_proj.lora_A.weight"
-#define KEY_B "base_model.model.layers.0.q_proj.lora_B.weight"
-#define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
 
 /* -- a name of its own for each test */
 
@@ -94,32 +93,6 @@ static void fill_payload(void *payload, size_t num_bytes, uint64_t version, int 
     }
 }
 
-static lorasync_image *lay_out_rank(const char *adapter, size_t width, int64_t rank)
-{
-    lorasync_tensor     tensors[2];
-    lorasync_image_desc desc;
-    lorasync_image     *image = NULL;
-    lorasync_error      err;
-    memset(tensors, 0, sizeof tensors);
-    memset(&desc, 0, sizeof desc);
-    err.text[0]      = 0;
-    tensors[0].name  = KEY_A;
-    tensors[1].name  = KEY_B;
-    tensors[0].dtype = tensors[1].dtype = LORASYNC_F32;
-    tensors[0].ndim = tensors[1].ndim = 2;
-    tensors[0].shape[0] = tensors[1].shape[1] = rank;
-    tensors[0].shape[1] = tensors[1].shape[0] = (int64_t)width;
-    desc.tensors                              = tensors;
-    desc.num_tensors                          = 2;
-    desc.adapter                              = adapter;
-    if (lorasync_image_layout(&desc, NULL, &image, &err) < 0) {
-        fprintf(stderr, "layout: %s\n", err.text);
-        exit(1);
-    }
-    image->config_json = CONFIG;
-    return image;
-}
-
 static lorasync_image *lay_out(const char *adapter, size_t width) { return lay_out_rank(adapter, width, 4); }
 
 static void set_version(lorasync_image *image, void *payload, uint64_t version, int seed)
@@ -134,13 +107,6 @@ static lorasync_image *make_image(const char *adapter, uint64_t version, int see
     lorasync_image *image = lay_out(adapter, width);
     set_version(image, malloc(image->payload_bytes), version, seed);
     return image;
-}
-
-static void drop_image(lorasync_image *image)
-{
-    void *payload = (void *)(uintptr_t)image->payload;
-    lorasync_image_free(image);
-    free(payload);
 }
 
 /* The number of wrong words in what a reader sees; -1 for a wrong shape. */
@@ -185,23 +151,7 @@ static lorasync_transport open_transport(void)
 
 static lorasync_engine *open_engine(const char *adapter, int no_verify)
 {
-    lorasync_engine_desc desc;
-    lorasync_engine     *e = NULL;
-    memset(&desc, 0, sizeof desc);
-    desc.shm       = name;
-    desc.adapter   = adapter;
-    desc.no_verify = no_verify;
-    CHECK_EQ(lorasync_engine_open(&desc, &e, NULL), 0);
-    return e;
-}
-
-/* Both phases, as the session goes through them. */
-static lorasync_status put(lorasync_transport *t, const lorasync_image *image, lorasync_error *err)
-{
-    lorasync_status status = t->stage(t->user, image, err);
-    if (status >= 0) return t->commit(t->user, image->adapter, image->version, err);
-    t->abort(t->user, image->adapter, image->version);
-    return status;
+    return open_shm_engine(name, adapter, 0, no_verify);
 }
 
 static lorasync_status publish_as(lorasync_transport *t, const char *adapter, uint64_t version, int seed, size_t width,
@@ -1126,11 +1076,8 @@ static lorasync_session *open_adapter_session(const char *adapter)
     d.lora_alpha = 4, d.adapter = adapter;
     CHECK_EQ(lorasync_open(&d, &s, &err), 0);
     for (i = 0; s && i < 2; i++) {
-        lorasync_piece p;
-        memset(&p, 0, sizeof p);
-        p.name  = i ? "model.layers.0.q_proj.lora_B.weight" : "model.layers.0.q_proj.lora_A.weight";
-        p.dtype = LORASYNC_F32, p.ndim = 2, p.shape[0] = p.shape[1] = 8;
-        p.box = lorasync_whole(p.shape, 2), p.data = session_values[i];
+        const char    *name = i ? "model.layers.0.q_proj.lora_B.weight" : "model.layers.0.q_proj.lora_A.weight";
+        lorasync_piece p    = whole_piece(name, LORASYNC_F32, 2, 8, 8, session_values[i]);
         CHECK_EQ(lorasync_add(s, &p, &err), 0);
     }
     return s;

@@ -16,6 +16,7 @@
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"
+#include "published.h"
 
 #ifndef HAVE_CUDA
 int main(void)
@@ -29,9 +30,6 @@ int main(void)
 #include "fake_cuda.h"
 #include <sys/wait.h>
 
-#define KEY_A "base_model.model.layers.0.q_proj.lora_A.weight"
-#define KEY_B "base_model.model.layers.0.q_proj.lora_B.weight"
-#define CONFIG "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q_proj\"]}"
 #define SKIP_WITHOUT_SHARING()                                                                                         \
     do {                                                                                                               \
         if (FAKE_MALLOC) SKIP("the address sanitizer's device memory is not shared between processes");                \
@@ -169,22 +167,7 @@ static lorasync_transport open_transport(int on_device)
 
 static lorasync_engine *open_engine(int accept_device, int no_verify)
 {
-    lorasync_engine_desc desc;
-    lorasync_engine     *e = NULL;
-    memset(&desc, 0, sizeof desc);
-    desc.shm           = name;
-    desc.accept_device = accept_device;
-    desc.no_verify     = no_verify;
-    CHECK_EQ(lorasync_engine_open(&desc, &e, NULL), 0);
-    return e;
-}
-
-static lorasync_status put(lorasync_transport *t, const lorasync_image *image, lorasync_error *err)
-{
-    lorasync_status status = t->stage(t->user, image, err);
-    if (status >= 0) return t->commit(t->user, image->adapter, image->version, err);
-    t->abort(t->user, image->adapter, image->version);
-    return status;
+    return open_shm_engine(name, NULL, accept_device, no_verify);
 }
 
 static lorasync_status publish_as(lorasync_transport *t, uint64_t version, int seed, size_t width, int on_device,
