@@ -1700,7 +1700,7 @@ static const char *noted(void)
     m = (size_t)snprintf(pid, sizeof pid, "%ld", (long)getpid());
     while (*p) {
         if (strncmp(p, real, n) == 0) p += n;
-        else if (p[-1] == '-' && strncmp(p, pid, m) == 0) p += m, *out++ = 'P';
+        else if (p > durable && p[-1] == '-' && strncmp(p, pid, m) == 0) p += m, *out++ = 'P';
         else *out++ = *p++;
     }
     *out = 0;
