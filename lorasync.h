@@ -2831,8 +2831,11 @@ LORASYNCI_FN char *lorasynci_buffer_reserve(lorasynci_buffer *b, size_t num_byte
     return b->data + b->size;
 }
 
+/* NULL plus 0 is undefined in C: a buffer that has no memory yet has its first element at NULL all the same. */
+LORASYNCI_FN char *lorasynci_at(char *data, size_t offset) { return offset ? data + offset : data; }
+
 /* Element i of a buffer of T, and how many of them it holds. */
-#define LORASYNCI_AT(T, buffer, i) ((T *)(void *)(buffer).data + (i))
+#define LORASYNCI_AT(T, buffer, i) ((T *)(void *)lorasynci_at((buffer).data, (size_t)(i) * sizeof(T)))
 #define LORASYNCI_NUM(T, buffer) ((buffer).size / sizeof(T))
 
 /* Appends bytes, or nothing once the buffer has failed. */
@@ -11039,6 +11042,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
     int               from;
     LORASYNCI_TRY(lorasynci_start_answer(p, rank, num_lists, err));
     room = out->capacity;
+    (void)room; /* for the assertion */
     lorasynci_put(out, p->sends[rank].data, p->sends[rank].size);
     lorasynci_put(out, p->receives[rank].data, p->receives[rank].size);
     lorasynci_buffer_free(&p->sends[rank]);

@@ -84,10 +84,10 @@ typedef struct board {
 } board;
 
 typedef struct pool {
-    char   name[64]; /* for shm_open */
-    board *board;
-    char  *memory;          /* the buffers, one behind the other */
-    char  *device[BUFFERS]; /* DEMO_CUDA: payloads, in the process that made them or has opened them */
+    char          name[64]; /* for shm_open */
+    struct board *board;
+    char         *memory;          /* the buffers, one behind the other */
+    char         *device[BUFFERS]; /* DEMO_CUDA: payloads, in the process that made them or has opened them */
 } pool;
 
 static size_t pool_bytes(void) { return BUFFER_SIZE * (size_t)(1 + BUFFERS); }

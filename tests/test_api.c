@@ -1,5 +1,8 @@
 /* Rules that hold for every function of the API: a creator that fails leaves NULL (a struct: zeros) behind, and one
    mistake has one text. */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1 /* nanosleep, under -std=c99 */
+#endif
 #include "lorasync.h"
 
 #include "test.h"

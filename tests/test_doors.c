@@ -1,6 +1,9 @@
 /* The doors of the library, used by an outsider: a transport and its engine side in one process, in this one file, with
    nothing but the public part of the header. A session publishes into the hub; an engine is offered what comes out, or
    polls the hub as a source. And what arrives damaged, late, twice or out of order. */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1 /* nanosleep, under -std=c99 */
+#endif
 #include "lorasync.h"
 
 #include <pthread.h>

@@ -2,6 +2,9 @@
    only the root reaches. Ranks are processes, or threads; the root's process looks at what is served. Written with the
    public part of the header alone. Included by test_lend_cuda.c, which defines LEND_CUDA: parameters, image and lent
    memory are then in device memory. */
+#ifndef _DEFAULT_SOURCE
+#define _DEFAULT_SOURCE 1 /* nanosleep, under -std=c99 */
+#endif
 #include "lorasync.h"
 
 #include <errno.h>
