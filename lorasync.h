@@ -11040,6 +11040,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
     lorasynci_buffer *out       = &p->bodies[rank];
     int               from;
     LORASYNCI_TRY(lorasynci_start_answer(p, rank, num_lists, err));
+    const size_t room = out->capacity; /* reserved exactly: nothing below makes it grow */
     lorasynci_put(out, p->sends[rank].data, p->sends[rank].size);
     lorasynci_put(out, p->receives[rank].data, p->receives[rank].size);
     lorasynci_buffer_free(&p->sends[rank]);
@@ -11047,6 +11048,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
     lorasynci_put_destinations(p, rank, out);
     lorasynci_put_list(out, &p->digests[rank], 0);
     for (from = 0; from < num_lists; from++) lorasynci_put_list(out, lorasynci_digests_between(p, from, rank), 1);
+    LORASYNC_ASSERT(!out->failed && out->capacity == room);
+    (void)room; /* where assertions are off */
     return LORASYNC_OK;
 }
 
