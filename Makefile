@@ -38,7 +38,8 @@ PARALLEL = $(if $(findstring jobserver,$(MAKEFLAGS)),,-j$(JOBS))
 TESTS          ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/test_*.c)))
 SLOW_TESTS     ?= $(patsubst tests/%.c,%,$(sort $(wildcard tests/slow_*.c)))
 THREAD_TESTS   ?= test_doors test_comm test_session test_directory test_nccl test_publish test_shm test_base
-VALGRIND_TESTS ?= test_doors test_names test_config test_declare test_image test_delta test_layout test_plan test_directory test_session test_policy test_publish test_shm test_base
+VALGRIND_TESTS ?= test_doors test_names test_config test_declare test_image test_delta test_layout test_plan \
+    test_directory test_session test_policy test_publish test_shm test_base
 INTEROP        ?= $(sort $(wildcard tests/interop_*.py))
 
 MPI_EXAMPLES := $(patsubst %.c,$(BUILD)/%,$(wildcard examples/mpi*.c))
@@ -54,7 +55,8 @@ MAKEFLAGS += --no-print-directory
 export BUILD GCC GXX CLANG CLANGXX NVCC CUDA_HOME MPICC MPIRUN PYTHON CPPCHECK LDLIBS
 
 .DELETE_ON_ERROR:
-.PHONY: gpu-build test-gpu sanitize-gpu ptx help test check test-slow test-asan test-tsan test-valgrind matrix model interop examples mpi-examples demo bench bench-gpu format check-format clean \
+.PHONY: gpu-build test-gpu sanitize-gpu ptx help test check test-slow test-asan test-tsan test-valgrind matrix model \
+    interop examples mpi-examples demo bench bench-gpu format check-format clean \
         programs run FORCE
 
 help: ## lists the targets
@@ -93,21 +95,25 @@ $(B)/lorasync.o: lorasync.h $(B)/flags
 LINKED := $(shell grep -L LORASYNC_IMPLEMENTATION $$(grep -l '^.include "lorasync.h"' tests/test_*.c tests/slow_*.c))
 $(patsubst tests/%.c,$(B)/%,$(LINKED)): $(B)/lorasync.o
 
-# Tests of the GPU and NCCL code, on fakes: they need headers, no library and no GPU, and skip where the headers are not.
-FAKED = $(addprefix $(B)/,test_nccl test_cuda_fake test_plans_cuda test_base_cuda test_shm_cuda test_in_place_cuda test_lend_cuda \
+# Tests of the GPU and NCCL code, on fakes: they need headers, no library and no GPU, and skip where the headers
+# are not.
+FAKED = $(addprefix $(B)/,test_nccl test_cuda_fake test_plans_cuda test_base_cuda test_shm_cuda test_in_place_cuda \
+    test_lend_cuda \
         test_example_cuda)
 $(FAKED): private CPPFLAGS += -isystem $(CUDA_HOME)/include
 
 # Changes only when the command does: other flags, new programs.
 $(B)/flags: FORCE
-	@mkdir -p $(@D); command='$(subst ','\'',$(CHECKED) $(LDLIBS))'; [ "$$command" = "$$(cat $@ 2>/dev/null)" ] || echo "$$command" >$@
+	@mkdir -p $(@D); command='$(subst ','\'',$(CHECKED) $(LDLIBS))'; \
+	[ "$$command" = "$$(cat $@ 2>/dev/null)" ] || echo "$$command" >$@
 
 # $(call sanitized,name,flags,tests). Sanitizers want fixed addresses on kernels that randomise many bits.
 define sanitized
 	+@mkdir -p $(BUILD)/probe; p=$(BUILD)/probe/$(1)-$$$$; r=; \
 	if setarch -R true 2>/dev/null; then r='setarch -R'; fi; \
 	if printf 'int main(void) { return 0; }\n' | $(CC) $(2) -x c - -o $$p 2>/dev/null && $$r $$p 2>/dev/null; then \
-	    rm -f $$p; RUN="$$r" $(MAKE) run B=$(BUILD)/$(1)-$(lastword $(notdir $(CC))) OPT='-O1 -g -fno-omit-frame-pointer $(2)' TESTS='$(3)'; \
+	    rm -f $$p; RUN="$$r" $(MAKE) run B=$(BUILD)/$(1)-$(lastword $(notdir $(CC))) \
+	        OPT='-O1 -g -fno-omit-frame-pointer $(2)' TESTS='$(3)'; \
 	else \
 	    rm -f $$p; echo 'skip $(1): $(CC) cannot build or run such a program here'; echo '0 passed, 0 failed, 1 skipped'; \
 	fi
@@ -149,7 +155,8 @@ interop: examples ## other programs against the same files (tests/interop_*.py)
 
 # ---- programs to look at
 
-demo: $(BUILD)/examples/demo$(if $(CUDA),-cuda)$(if $(NCCL),-nccl) ## builds and runs examples/demo.c (DEMO_ARGS="..."; on all GPUs: CUDA=1, with NCCL: CUDA=1 NCCL=1)
+# DEMO_ARGS="..."; on all GPUs: CUDA=1, with NCCL: CUDA=1 NCCL=1
+demo: $(BUILD)/examples/demo$(if $(CUDA),-cuda)$(if $(NCCL),-nccl) ## builds and runs examples/demo.c
 	@$< $(DEMO_ARGS)
 
 # With the GPU: the CUDA runtime's headers and library, no nvcc. NCCL_HOME where nccl.h is not beside them.
@@ -170,18 +177,21 @@ gpu-build: ## builds the GPU demo without running it, and checks the PTX text
 	        echo "skip $$program: no CUDA or NCCL to link with (CUDA_HOME, NCCL_HOME)"; s=$$((s + 1)); \
 	    elif $(MAKE) $(BUILD)/examples/$$program; then p=$$((p + 1)); else echo "FAIL $$program"; f=$$((f + 1)); fi; \
 	done; \
-	NVCC='$(NVCC)' sh tests/ptx.sh --check; case $$? in 0) p=$$((p + 1));; 77) s=$$((s + 1));; *) echo FAIL ptx; f=$$((f + 1));; esac; \
+	NVCC='$(NVCC)' sh tests/ptx.sh --check; \
+	case $$? in 0) p=$$((p + 1));; 77) s=$$((s + 1));; *) echo FAIL ptx; f=$$((f + 1));; esac; \
 	echo "$$p passed, $$f failed, $$s skipped"; [ $$f = 0 ]
 
 $(BUILD)/gpu_plan: tests/gpu_plan.c tests/test.h tests/ranks.h tests/random_case.h tests/device_case.h lorasync.h
 	@mkdir -p $(@D)
-	$(CHECKED) -isystem $(CUDA_HOME)/include $(if $(NCCL_HOME),-isystem $(NCCL_HOME)/include) -o $@ $< $(NCCL_LIBS) $(CUDA_LIBS) $(LDLIBS)
+	$(CHECKED) -isystem $(CUDA_HOME)/include $(if $(NCCL_HOME),-isystem $(NCCL_HOME)/include) -o $@ $< \
+	    $(NCCL_LIBS) $(CUDA_LIBS) $(LDLIBS)
 
 $(BUILD)/gpu_shm: tests/gpu_shm.c tests/test.h lorasync.h
 	@mkdir -p $(@D)
 	$(CHECKED) -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
 
-$(BUILD)/gpu_in_place: tests/test_in_place_cuda.c tests/test_in_place.c tests/in_place_cuda.h tests/test.h tests/ranks.h lorasync.h
+$(BUILD)/gpu_in_place: tests/test_in_place_cuda.c tests/test_in_place.c tests/in_place_cuda.h tests/test.h \
+    tests/ranks.h lorasync.h
 	@mkdir -p $(@D)
 	$(CHECKED) -DIN_PLACE_GPU -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
 
@@ -194,14 +204,16 @@ test-gpu: ## tests on the GPUs of this machine
 	    $(MAKE) $(BUILD)/gpu_shm $(BUILD)/gpu_in_place $(BUILD)/gpu_lend $(BUILD)/gpu_plan && \
 	    $(BUILD)/gpu_shm && $(BUILD)/gpu_in_place && $(BUILD)/gpu_lend && $(BUILD)/gpu_plan; fi
 
-# Calls that fail and are handled (NCCL makes some at its start; peer access may be on already) are not errors. initcheck does not see what other
-# processes write into memory that they have opened, so it looks at ranks that are threads.
+# Calls that fail and are handled (NCCL makes some at its start; peer access may be on already) are not errors.
+# initcheck does not see what other processes write into memory that they have opened, so it looks at ranks that are
+# threads.
 sanitize-gpu: ## a few of the GPU tests under memcheck, racecheck and initcheck of compute-sanitizer (GPU_CASES=2)
 	@if ! command -v $(SANITIZER) >/dev/null 2>&1; then echo "skip sanitize-gpu: no $(SANITIZER)"; else \
 	    $(MAKE) $(BUILD)/gpu_plan && s="$(SANITIZER) --error-exitcode 9 --target-processes all" && \
 	    $$s --tool memcheck --report-api-errors no $(BUILD)/gpu_plan $(GPU_CASES) && \
 	    $$s --tool racecheck $(BUILD)/gpu_plan $(GPU_CASES) && \
-	    $$s --tool initcheck $(BUILD)/gpu_plan $(GPU_CASES) direct direct_kept_on_device over_the_host processes_over_nccl; fi
+	    $$s --tool initcheck $(BUILD)/gpu_plan $(GPU_CASES) direct direct_kept_on_device over_the_host \
+	        processes_over_nccl; fi
 
 ptx: ## makes the PTX text in lorasync.h from its CUDA C block (needs nvcc)
 	@NVCC='$(NVCC)' sh tests/ptx.sh
@@ -224,7 +236,8 @@ bench-gpu: ## on GPUs, beside NCCL, plain copies and torch (BENCH_ARGS="2 --quic
 
 mpi-examples:
 	@if [ -z '$(MPI_EXAMPLES)' ]; then :; \
-	elif mkdir -p $(BUILD)/probe && printf '#include <mpi.h>\nint main(void) { return 0; }\n' | $(MPICC) -x c - -o $(BUILD)/probe/mpi 2>/dev/null; then \
+	elif mkdir -p $(BUILD)/probe && printf '#include <mpi.h>\nint main(void) { return 0; }\n' | \
+	        $(MPICC) -x c - -o $(BUILD)/probe/mpi 2>/dev/null; then \
 	    $(MAKE) $(MPI_EXAMPLES) CC='$(MPICC)'; \
 	else \
 	    echo 'skip $(MPI_EXAMPLES): $(MPICC) does not compile here'; \
@@ -235,7 +248,8 @@ $(BUILD)/examples/%: examples/%.c lorasync.h
 	$(COMPILE) -o $@ $< $(LDLIBS)
 
 # With libcurl where it compiles; the program does without, too.
-CURL = $(shell mkdir -p $(BUILD)/probe; printf '\043include <curl/curl.h>\nint main(void) { return curl_global_init(0); }\n' | \
+CURL = $(shell mkdir -p $(BUILD)/probe; \
+    printf '\043include <curl/curl.h>\nint main(void) { return curl_global_init(0); }\n' | \
          $(CC) -x c - -o $(BUILD)/probe/curl -lcurl 2>/dev/null && echo -DUSE_CURL -lcurl)
 $(BUILD)/examples/transport_full: LDLIBS += $(CURL)
 
