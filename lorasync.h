@@ -17285,7 +17285,7 @@ enum {
     LORASYNCI_SHM_PUBLISHER = LORASYNCI_SHM_READERS /* its lock's byte; readers lock the byte of their number */
 };
 
-static const uint64_t lorasynci_shm_magic  = UINT64_C(0x6d68732d61726f01); /* layout 1 in the lowest byte */
+static const uint64_t lorasynci_shm_magic  = UINT64_C(0x6d68732d61726f02); /* layout 2 in the lowest byte */
 static const uint64_t lorasynci_shm_locked = UINT64_C(1) << 16;
 
 typedef struct lorasynci_shm_adapter {

@@ -846,10 +846,10 @@ static void bad_control(void)
     close(fd);
 
     fd    = open_control();
-    magic = lorasynci_shm_magic + 6;
+    magic = lorasynci_shm_magic + 5;
     CHECK_EQ(ftruncate(fd, (off_t)sizeof(lorasynci_shm_control)), 0);
     CHECK_EQ(pwrite(fd, &magic, 8, 0), 8);
-    expect_refused(LORASYNC_E_FORMAT, "has layout 7, expected 1");
+    expect_refused(LORASYNC_E_FORMAT, "has layout 7, expected 2");
     close(fd);
 
     t = open_transport();
