@@ -887,6 +887,9 @@ typedef struct lorasync_image {
     /* model.safetensors.index.json, the same in each bucket; "" if there is only one bucket, and for adapters. */
     const char           *index_json;
     const lorasync_delta *delta; /* NULL: a full image. Otherwise it holds only what changed, and is not an adapter */
+    /* The generation of its version: see lorasync_desc.new_generation. It is no part of the bytes; who brings them says
+       it beside them. 0: not known, or that of what is served already. */
+    uint64_t generation;
 } lorasync_image;
 
 /* What to write. */
@@ -1673,7 +1676,8 @@ typedef struct lorasync_delivery {
        lorasync_engine_poll, lorasync_engine_offer or lorasync_engine_close. It may free them, or let the next version
        be written there. NULL: nothing to do. */
     void (*release)(void *user);
-    void *user;
+    void    *user;
+    uint64_t generation; /* of the version: see lorasync_desc.new_generation; 0: that of what is served */
 } lorasync_delivery;
 
 /* One adapter that a source finds published. */
@@ -1683,6 +1687,7 @@ typedef struct lorasync_published {
     /* A number that changes whenever something else may be published for this adapter, even the same version again.
        What was served under a mark is not opened again. 0: there is no mark, and only the version counts. */
     uint64_t mark;
+    uint64_t generation; /* of the version: see lorasync_desc.new_generation; 0: that of what is served, or not known */
 } lorasync_published;
 
 /* Where an engine takes versions from when it is polled. lorasync_engine_open makes one for a directory or for shared
@@ -2053,6 +2058,12 @@ typedef struct lorasync_desc {
     /* 1: if every engine serves exactly these bytes already, nothing is staged (report.skipped). Used on the root. */
     int                       skip_unchanged;
     const lorasync_allocator *allocator;
+    /* Versions count up within a generation. 0: this session goes on in the generation of what is served already, so
+       that its versions must be greater. 1: it begins a new one, in which they may begin again: version 1 follows 40.
+       Its number is random, and travels beside each version (image->generation, lorasync_published,
+       lorasync_delivery); a transport of your own passes it on as it does the version. Engines follow a generation that
+       they have not seen, and never go back to one that they have left. Used on the root. */
+    int new_generation;
 } lorasync_desc;
 
 typedef struct lorasync_session lorasync_session;
@@ -2081,7 +2092,8 @@ typedef struct lorasync_report {
 
    A new session does not know what was published before it. After a restart, or a lost communicator, continue with a
    version greater than the served one: in a directory, that is what <adapter>/latest points to; in shared memory, an
-   engine's lorasync_acquire(..)->version. Or sync version 1: if a newer one is served, LORASYNC_E_VERSION names it.
+   engine's lorasync_acquire(..)->version. Or sync version 1: if a newer one is served, LORASYNC_E_VERSION names it. Or
+   begin again at 1, with new_generation.
 
    Errors: LORASYNC_E_NAME for an adapter name that no transport can publish (empty, control characters, not UTF-8),
    LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_config_parse. */
@@ -2280,6 +2292,7 @@ typedef struct lorasync_stream_desc {
        more than the slowest engine takes. */
     int                       timeout_ms;
     const lorasync_allocator *allocator;
+    int                       new_generation; /* as in lorasync_desc */
 } lorasync_stream_desc;
 
 typedef struct lorasync_stream lorasync_stream;
@@ -2905,6 +2918,25 @@ LORASYNCI_FN uint64_t lorasynci_hash(const void *bytes, size_t num_bytes, uint64
         h = lorasynci_mix(h ^ lorasynci_load_le64(p, 8)) + UINT64_C(0x9e3779b97f4a7c15);
     if (num_bytes) h = lorasynci_mix(h ^ lorasynci_load_le64(p, num_bytes));
     return lorasynci_mix(h);
+}
+
+/* A number that no other process has: for telling apart, not for secrets. Never 0. */
+LORASYNCI_FN uint64_t lorasynci_random(void)
+{
+    struct timespec t[2];
+    uint64_t        v[6];
+    ssize_t         n;
+    int             fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+    memset(t, 0, sizeof t);
+    memset(v, 0, sizeof v);
+    clock_gettime(CLOCK_REALTIME, &t[0]);
+    clock_gettime(CLOCK_MONOTONIC, &t[1]);
+    v[0] = (uint64_t)t[0].tv_sec, v[1] = (uint64_t)t[0].tv_nsec, v[2] = (uint64_t)t[1].tv_nsec;
+    v[3] = (uint64_t)getpid(), v[4] = (uint64_t)(uintptr_t)v;
+    n = fd < 0 ? -1 : read(fd, &v[5], sizeof v[5]);
+    v[5] ^= (uint64_t)n; /* without the device, as in a bare chroot, the rest must do */
+    if (fd >= 0) close(fd);
+    return lorasynci_hash(v, sizeof v, 9) | 1;
 }
 
 /* From a string to its number: open addressing over strings that the caller keeps. A cell holds index + 1, 0 is empty.
@@ -16623,8 +16655,14 @@ LORASYNCI_FN int lorasynci_same_image(const lorasync_image *a, const lorasync_im
            strcmp(a->config_json, b->config_json) == 0;
 }
 
-/* What a version is to whoever holds `held`, which `where` names. LORASYNC_OK: it is newer. LORASYNC_NOTHING_NEW: it is
-   the same again, with the same bytes. Or an error. */
+/* 1 if an image begins a generation, or goes on in one, that is not `held`: then its version may be any. */
+LORASYNCI_FN int lorasynci_is_anew(const lorasync_image *image, uint64_t held)
+{
+    return image->generation && image->generation != held;
+}
+
+/* What a version is to whoever holds `held`, of the same generation, which `where` names. LORASYNC_OK: it is newer.
+   LORASYNC_NOTHING_NEW: it is the same again, with the same bytes. Or an error. */
 LORASYNCI_FN lorasync_status lorasynci_check_next(const char *where, uint64_t held, uint64_t version, int same_bytes,
                                                   lorasync_error *err)
 {
@@ -16636,8 +16674,9 @@ LORASYNCI_FN lorasync_status lorasynci_check_next(const char *where, uint64_t he
                               (unsigned long long)version);
     return lorasynci_fail(
         err, LORASYNC_E_VERSION,
-        "%s is version %llu, which is newer than %llu; go on with a greater version, or publish elsewhere", where,
-        (unsigned long long)held, (unsigned long long)version);
+        "%s is version %llu, which is newer than %llu; go on with a greater version, or begin again with "
+        "lorasync_desc.new_generation",
+        where, (unsigned long long)held, (unsigned long long)version);
 }
 
 /* -- files. All return 0 or an errno. */
@@ -19413,6 +19452,7 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
    takes its pin back without having touched the place. If place i was emptied, filled again and made current in
    between, the reader pins that newer version, whole: it was filled before it became current. */
 #define LORASYNCI_VERSIONS 8
+#define LORASYNCI_LEFT 8
 
 typedef struct lorasynci_kept_version {
     lorasync_adapter seen; /* what readers get; first, so that its address is this struct's */
@@ -19426,6 +19466,7 @@ typedef struct lorasynci_served {
     uint64_t                 mark;    /* the source's, of what is served; 0: none */
     int                      current; /* place; -1 while nothing is served. Atomic, written by the poll alone */
     lorasynci_kept_version   versions[LORASYNCI_VERSIONS];
+    uint64_t                 left[LORASYNCI_LEFT]; /* the generations before that of what is served, newest first */
 } lorasynci_served;
 
 /* -- digests of payloads in device memory
@@ -19742,6 +19783,46 @@ LORASYNCI_FN lorasynci_kept_version *lorasynci_now_served(lorasynci_served *s)
     return s->current >= 0 ? &s->versions[s->current] : NULL;
 }
 
+/* The generation of what is served; 0: not known. */
+LORASYNCI_FN uint64_t lorasynci_generation_of(const lorasynci_kept_version *now)
+{
+    return now ? now->held.image->generation : 0;
+}
+
+/* How a version stands to the one that is served. */
+typedef enum lorasynci_order {
+    LORASYNCI_STALE, /* of a generation that was left */
+    LORASYNCI_OLDER,
+    LORASYNCI_SAME,
+    LORASYNCI_NEWER /* or the first of a new generation */
+} lorasynci_order;
+
+/* now: what is served, or NULL. Versions count within a generation; one that is not known is that of what is served. */
+LORASYNCI_FN lorasynci_order lorasynci_order_of(const lorasynci_served *s, const lorasynci_kept_version *now,
+                                                uint64_t generation, uint64_t version)
+{
+    size_t i;
+    if (!now) return LORASYNCI_NEWER;
+    if (generation && generation != lorasynci_generation_of(now)) {
+        for (i = 0; i < LORASYNCI_LEFT; i++)
+            if (s->left[i] == generation) return LORASYNCI_STALE;
+        return LORASYNCI_NEWER;
+    }
+    if (version == now->seen.version) return LORASYNCI_SAME;
+    return version < now->seen.version ? LORASYNCI_OLDER : LORASYNCI_NEWER;
+}
+
+/* Before `next` is served: its generation is that of what is served where it is not known; where it is another one,
+   that of what is served is left. */
+LORASYNCI_FN void lorasynci_leave(lorasynci_served *s, lorasync_image *next)
+{
+    const uint64_t old = lorasynci_generation_of(lorasynci_now_served(s));
+    if (!next->generation) next->generation = old;
+    if (!old || old == next->generation) return;
+    memmove(s->left + 1, s->left, (LORASYNCI_LEFT - 1) * sizeof s->left[0]);
+    s->left[0] = old;
+}
+
 /* Makes an opened version the served one. */
 LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_kept_version *place, uint64_t version,
                                   const lorasynci_opened *opened)
@@ -19753,6 +19834,7 @@ LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_kept_version *p
     place->seen.version = version;
     place->seen.image   = opened->image;
     place->seen.config  = opened->config;
+    lorasynci_leave(s, opened->image);
     __atomic_store_n(&s->current, (int)(place - s->versions), __ATOMIC_SEQ_CST);
     lorasynci_empty_version(s);
 }
@@ -20185,25 +20267,32 @@ LORASYNCI_FN lorasync_status lorasynci_check_arrival(lorasynci_arrival *r, int i
 
 /* -- serving an arrival */
 
-/* What a version is to the one that is served: see lorasynci_check_next. */
-LORASYNCI_FN lorasync_status lorasynci_follow(const char *where, const lorasynci_kept_version *now, uint64_t version,
-                                              int same_bytes, lorasync_error *err)
+/* What is said of a version that does not follow the one that is served. LORASYNC_NOTHING_NEW: it is the same again,
+   with the same bytes. */
+LORASYNCI_FN lorasync_status lorasynci_follow(const char *where, const lorasynci_kept_version *now,
+                                              lorasynci_order order, uint64_t version, int same_bytes,
+                                              lorasync_error *err)
 {
-    const unsigned long long served = now ? (unsigned long long)now->seen.version : 0;
-    lorasync_error           why;
-    lorasync_status          status = lorasynci_check_next(where, served, version, same_bytes, &why);
-    if (status >= 0) return status;
-    if (version == served)
+    const unsigned long long served = (unsigned long long)now->seen.version, v = (unsigned long long)version;
+    LORASYNC_ASSERT(order != LORASYNCI_NEWER);
+    if (order == LORASYNCI_SAME && same_bytes) return LORASYNC_NOTHING_NEW;
+    if (order == LORASYNCI_SAME)
         return lorasynci_fail(
-            err, status,
+            err, LORASYNC_E_VERSION,
             "%s: version %llu was published a second time with other content; the first is served, publish a new "
             "version",
             where, served);
+    if (order == LORASYNCI_STALE)
+        return lorasynci_fail(
+            err, LORASYNC_E_VERSION,
+            "%s is v%llu of an earlier generation than v%llu, which is served: a trainer that another "
+            "one has replaced still publishes; end it",
+            where, v, served);
     return lorasynci_fail(
-        err, status,
+        err, LORASYNC_E_VERSION,
         "%s is v%llu, v%llu is served: versions went back, and an engine takes only newer ones; publish versions above "
-        "v%llu, or close this engine and open a new one",
-        where, (unsigned long long)version, served, served);
+        "v%llu, or let the trainer begin again with lorasync_desc.new_generation",
+        where, v, served, served);
 }
 
 /* version: 0: not known yet. */
@@ -20222,25 +20311,26 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
                                                lorasync_error *err)
 {
     lorasynci_kept_version *place;
+    lorasynci_order         order;
     int                     is_delta;
     LORASYNCI_TRY(lorasynci_prefixed(lorasynci_read_delivery(r, err), r->where, err));
     LORASYNCI_TRY(lorasynci_place_arrival(r, adapter, err));
-    if (r->now && r->version < r->now->seen.version) return lorasynci_follow(r->where, r->now, r->version, 0, err);
-    if (lorasynci_is_applied(r)) return LORASYNC_NOTHING_NEW;
+    order = lorasynci_order_of(r->served, r->now, r->d->generation, r->version);
+    if (order < LORASYNCI_SAME) return lorasynci_follow(r->where, r->now, order, r->version, 0, err);
+    if (order == LORASYNCI_SAME && lorasynci_is_applied(r)) return LORASYNC_NOTHING_NEW;
     place = lorasynci_empty_version(r->served);
-    if (!place && !(r->now && r->version == r->now->seen.version))
-        return lorasynci_fail_held(err, r->served->name, r->version);
-    LORASYNC_ASSERT(place || (r->now && r->version == r->now->seen.version));
+    if (!place && order != LORASYNCI_SAME) return lorasynci_fail_held(err, r->served->name, r->version);
     is_delta = r->opened.image->delta != NULL;
     if (is_delta) LORASYNCI_TRY(lorasynci_prefixed(lorasynci_apply_arrival(r, err), r->where, err));
     LORASYNCI_TRY(lorasynci_check_arrival(r, is_delta, err));
-    if (r->now && r->version == r->now->seen.version) {
+    if (order == LORASYNCI_SAME) {
         const int             same   = lorasynci_same_image(r->opened.image, r->now->held.image);
-        const lorasync_status status = lorasynci_follow(r->where, r->now, r->version, same, err);
+        const lorasync_status status = lorasynci_follow(r->where, r->now, order, r->version, same, err);
         if (status == LORASYNC_NOTHING_NEW) r->served->mark = r->d->mark;
         return status;
     }
-    LORASYNC_ASSERT(place && !place->held.image && (!r->now || r->version > r->now->seen.version));
+    LORASYNC_ASSERT(place && !place->held.image);
+    r->opened.image->generation = r->d->generation;
     if (!is_delta) r->opened.release = r->d->release, r->opened.user = r->d->user;
     *out_kept = !is_delta;
     lorasynci_serve(r->served, place, r->version, &r->opened);
@@ -20278,7 +20368,8 @@ LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, cons
     int               kept;
     LORASYNCI_GIVEN(engine);
     LORASYNCI_GIVEN(delivery);
-    d      = *delivery;
+    memset(&d, 0, sizeof d);
+    memcpy(&d, delivery, delivery->size < sizeof d ? delivery->size : sizeof d);
     d.mark = 0;
     status = lorasynci_accept(engine, &d, NULL, 1, &kept, &why);
     if (status < 0 && err) *err = why;
@@ -20317,6 +20408,7 @@ LORASYNCI_FN int lorasynci_is_known(const lorasynci_served *s, const lorasynci_k
                                     const lorasync_published *what)
 {
     if (!now || (what->version && what->version != now->seen.version)) return 0;
+    if (what->generation && what->generation != lorasynci_generation_of(now)) return 0;
     return what->mark ? what->mark == s->mark : what->version != 0;
 }
 
@@ -20341,6 +20433,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lo
 {
     lorasynci_served       *s;
     lorasynci_kept_version *now;
+    lorasynci_order         order = LORASYNCI_NEWER; /* until its version is known */
     lorasync_status         status;
     char                    where[300];
     LORASYNCI_TRY(lorasynci_check_adapter_name(what->adapter, err));
@@ -20349,14 +20442,14 @@ LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lo
     now = lorasynci_now_served(s);
     if (lorasynci_is_known(s, now, what)) return LORASYNC_NOTHING_NEW;
     snprintf(where, sizeof where, "'%.60s' in %.160s", what->adapter, e->source.name);
-    if (now && what->version && what->version < now->seen.version)
-        return lorasynci_follow(where, now, what->version, 0, err);
-    if (!lorasynci_empty_version(s) && !(now && what->version == now->seen.version))
+    if (what->version) order = lorasynci_order_of(s, now, what->generation, what->version);
+    if (order < LORASYNCI_SAME) return lorasynci_follow(where, now, order, what->version, 0, err);
+    if (!lorasynci_empty_version(s) && order != LORASYNCI_SAME)
         return lorasynci_fail_held(err, what->adapter, what->version);
     status = lorasynci_fetch(e, what, e->source.sends_deltas && now ? now->held.image : NULL, err);
     if (status < 0 && e->source.sends_deltas && now) status = lorasynci_fetch(e, what, NULL, err);
     if (status == LORASYNC_E_NOT_FOUND) /* it has gone since the look */
-        return now && what->version == now->seen.version ? LORASYNC_NOTHING_NEW : (err->status = LORASYNC_E_IO);
+        return order == LORASYNCI_SAME ? LORASYNC_NOTHING_NEW : (err->status = LORASYNC_E_IO);
     return status;
 }
 
@@ -20788,6 +20881,7 @@ typedef struct lorasynci_host {
     lorasynci_buffer   transports, outcomes; /* lorasync_transport; lorasync_engine_outcome of each */
     lorasync_error     first_error;          /* of adding and attaching: compile fails with it */
     uint64_t           last_version;         /* published */
+    uint64_t           generation;           /* desc.new_generation: that of all its versions; else 0 */
 } lorasynci_host;
 
 /* d: the desc of its plans, with the caller's pointers. After a failure lorasynci_host_close frees what there is. */
@@ -21165,6 +21259,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasy
     d.timeout_ms   = given->timeout_ms;
     d.allocator    = given->allocator;
     LORASYNCI_TRY(lorasynci_host_open(h, s, "lorasync_", &d, given->config_json, err));
+    if (given->new_generation) h->generation = lorasynci_random();
     lorasynci_buffer_init(&s->modules, &h->a);
     lorasynci_buffer_init(&s->untargeted, &h->a);
     lorasynci_buffer_init(&s->unused, &h->a);
@@ -22199,6 +22294,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, loras
     for (i = 0; s->plan->has_image && i < lorasynci_num_engines(&s->host) && mine >= 0; i++)
         mine = lorasynci_check_carries(LORASYNCI_AT(lorasync_transport, s->host.transports, i), what, out_mine);
     if (status >= 0 && mine >= 0 && s->plan->has_image) {
+        s->plan->image->generation = s->host.generation;
         if (lorasynci_wants_base(s)) lorasynci_session_check_base(s, out_mine);
         else lorasynci_session_write(s, &survey, out_mine);
     }
@@ -23105,6 +23201,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_start(lorasync_stream *s, lorasync
     d.timeout_ms = given->timeout_ms;
     d.allocator  = given->allocator;
     LORASYNCI_TRY(lorasynci_host_open(&s->host, s, "lorasync_stream_", &d, given->config_json, err));
+    if (given->new_generation) s->host.generation = lorasynci_random();
     lorasynci_buffer_init(&s->index, &s->host.a);
     if (!s->desc.bucket_bytes) s->desc.bucket_bytes = (size_t)1 << 30;
     if (!s->host.name[0])
@@ -23581,6 +23678,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_label(lorasync_stream *s, lorasync
         image->num_buckets    = n;
         image->index_json     = n > 1 ? s->index.data : "";
         image->config_json    = s->host.config_json ? s->host.config_json : "";
+        image->generation     = s->host.generation;
     }
     return LORASYNC_OK;
 }
