@@ -113,11 +113,11 @@
                        version again; files; the directory transport; cleaning up a directory; staging in a directory;
                        committing in a directory
        >>shm        the shared-memory transport
-                    -- names of shared memory; who lives; segments; the control; removing; the publisher; slots;
-                       adapters; payloads in device memory, the publisher's side; the shared-memory transport; lending
-                       the slot of the next version; the sessions that it is attached to; what an engine does with it;
-                       slots that an engine has mapped; payloads in device memory, the engine's side; the source;
-                       handing a version over
+                    -- names of shared memory; who lives; segments; the control; removing; the publisher; slots; making
+                       slots; adapters; payloads in device memory, the publisher's side; the shared-memory transport;
+                       lending the slot of the next version; the sessions that it is attached to; what an engine does
+                       with it; slots that an engine has mapped; payloads in device memory, the engine's side; the
+                       source; handing a version over
        >>engine     poll, validate, pin, find, release
                     -- reading; names of a file's tensors; one adapter outside any engine; serving; digests of payloads
                        in device memory; digesting while the header is read; an engine; the directory as a source;
@@ -1568,7 +1568,7 @@ typedef struct lorasync_shm_desc {
     size_t      size; /* sizeof this struct, or 0: see DESCS at the top */
     const char *name; /* up to 100 letters, digits, ".", "_" and "-"; does not begin with ".". Copied */
     /* Slots of each adapter to keep when they are free, so that publishing touches no fresh memory; at least 2. 0: 3
-       (the served one, the next one, and one that engines are leaving). More are made when needed, up to 1,024 in
+       (the served one, the next one, and one that engines are leaving). More are made when needed, up to 16,384 in
        all. */
     int                       num_slots;
     const lorasync_allocator *allocator;
@@ -1609,12 +1609,12 @@ typedef struct lorasync_shm_desc {
    The last version stays served after close, and after the end of the process, until lorasync_shm_remove; the next
    publisher of that name continues from there, even after a kill.
 
-   One publisher per name at a time; up to 64 adapters and 256 engines. Several adapters of a name share one transport:
-   open it once and attach it to the session of each adapter; the last session to close closes it. On the root only one
-   session at a time may publish an adapter through it, and all of them are used by one thread at a time. All processes
-   belong to one user: segments have mode 600, and one of another user, mode, size or layout is refused. Processes trust
-   each other not to write into slots. A fork cannot publish through its parent's transport. Allocates nothing after
-   open.
+   One publisher per name at a time; up to 4,096 adapters and 256 engines. Several adapters of a name share one
+   transport: open it once and attach it to the session of each adapter; the last session to close closes it. On the
+   root only one session at a time may publish an adapter through it, and all of them are used by one thread at a time.
+   All processes belong to one user: segments have mode 600, and one of another user, mode, size or layout is refused.
+   Processes trust each other not to write into slots. A fork cannot publish through its parent's transport. Allocates
+   nothing after open.
 
    out  filled in
 
@@ -1628,8 +1628,8 @@ typedef struct lorasync_shm_desc {
    Errors of attach, stage and commit: LORASYNC_E_NAME, LORASYNC_E_VERSION, LORASYNC_E_CONFIG, LORASYNC_E_ARGUMENT and
    LORASYNC_E_STATE as in the directory transport, and
        LORASYNC_E_IO           also if shared memory is full
-       LORASYNC_E_BUSY         1,024 slots are held, or 64 adapters are published; from lorasync_attach: another session
-                               publishes this adapter
+       LORASYNC_E_BUSY         16,384 slots are held, or 4,096 adapters are published; from lorasync_attach: another
+                               session publishes this adapter
        LORASYNC_E_STATE        in a fork, or after the name was removed
        LORASYNC_E_UNSUPPORTED  an image in device memory, without desc.cuda
        LORASYNC_E_CUDA, LORASYNC_E_MEMORY  what CUDA refuses (no memory left), or a copy that has not ended after 60
@@ -17286,14 +17286,17 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 /* The shared-memory transport: one publisher and any number of engines of one host and user. The publisher's side, and
    the source from which an engine takes what is published. Uses >>support, >>gpu and >>publish.
 
-       /lorasync-<name>            control   | magic | publisher | last serial | adapters | slots | readers |
+       /lorasync-<name>            control   | magic | publisher | counts | adapters | slots | readers |
        /lorasync-<name>@<serial>   a slot    | head, one page | header, payload | config_json, NUL | spare |
                                    or        | head, one page | header          | config_json, NUL | spare |   and the
                                    payload in device memory
 
-       adapters  [ "default" word | "b" word | ... ]  word = number of commits << 12 | slot + 1; 0: nothing is published
+       adapters  [ "default" word | "b" word | ... ]  word = number << 16 | slot + 1; 0: nothing is published
        slots     [ serial, size, adapter | ... ]      a segment keeps its serial and size for life; serial 0: no segment
        readers   [ owner, a pin bit and an opened bit for each slot | ... ]    one per engine; owner 0: free
+
+   The control is as long as if all places were taken, and has memory for those that were: who takes one for the first
+   time puts memory behind it, then counts it in num_adapters, num_slots or num_readers, then uses it.
 
    A reader:     w = word;  pins[slot of w] = 1;  if word is still w, that slot is pinned;  else pins[slot of w] = 0 and
                  again.
@@ -17301,10 +17304,10 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 
    Why it is right: all of these are sequentially consistent and only the one publisher writes words. If the reader
    still sees w after its pin, then the publisher names another slot later, and looks at the pins later still: it sees
-   the pin and leaves the slot. The number makes each word differ from all before, so that "still w" means that nothing
-   was committed in between. A slot that is half written was never named; who takes over a publisher's place finds it
-   unnamed and unpinned, and removes it. All zeros is a valid control, so that making one has no step that could be left
-   half done.
+   the pin and leaves the slot. The number makes each word differ from all before, of any adapter, so that "still w"
+   means that nothing was committed in between. A slot that is half written was never named; who takes over a
+   publisher's place finds it unnamed and unpinned, and removes it. All zeros is a valid control, so that making one has
+   no step that could be left half done.
 
    An owner is one word (lorasynci_process_self, and whether it locked), so that taking a dead owner's place is one
    compare and swap. A process of another container has no pid here: it holds a lock on a byte of the control, which the
@@ -17313,13 +17316,14 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    Device memory is freed in the order retired = 1; opened by no living reader?; free. A reader that opens some does
    opened = 1; retired?; open. One of both sees the other. A killed reader's bits go with its place. */
 enum {
-    LORASYNCI_SHM_ADAPTERS  = 64,
-    LORASYNCI_SHM_SLOTS     = 1024,
+    LORASYNCI_SHM_ADAPTERS  = 4096,
+    LORASYNCI_SHM_SLOTS     = 16384, /* 4 for each adapter */
     LORASYNCI_SHM_READERS   = 256,
     LORASYNCI_SHM_PINS      = LORASYNCI_SHM_SLOTS / 64,
+    LORASYNCI_SHM_NAMES     = 1024, /* a power of two */
     LORASYNCI_SHM_HEAD      = 4096,
     LORASYNCI_SHM_SPARE     = 65536, /* room for a longer config_json in the same slot */
-    LORASYNCI_SHM_SLOT_BITS = 12,
+    LORASYNCI_SHM_SLOT_BITS = 16,
     LORASYNCI_SHM_PATH      = 160,
     LORASYNCI_SHM_PUBLISHER = LORASYNCI_SHM_READERS /* its lock's byte; readers lock the byte of their number */
 };
@@ -17348,7 +17352,8 @@ typedef struct lorasynci_shm_reader {
 
 typedef struct lorasynci_shm_control {
     uint64_t              magic, publisher; /* atomic */
-    uint64_t              last_serial;
+    uint64_t              last_serial, last_number;
+    uint64_t              num_adapters, num_slots, num_readers; /* atomic. Places that were ever taken */
     lorasynci_shm_adapter adapters[LORASYNCI_SHM_ADAPTERS];
     lorasynci_shm_segment slots[LORASYNCI_SHM_SLOTS];
     lorasynci_shm_reader  readers[LORASYNCI_SHM_READERS];
@@ -17523,12 +17528,11 @@ LORASYNCI_FN int lorasynci_shm_reserve(int fd, size_t num_bytes)
 #define LORASYNCI_POPULATE 0
 #endif
 
-/* NULL and a reason when it cannot be mapped. The control is large and mostly empty: its pages come when they are
-   used. */
-LORASYNCI_FN void *lorasynci_shm_map_fd(int fd, size_t num_bytes, int writable, int *out_reason)
+/* NULL and a reason when it cannot be mapped. populate: LORASYNCI_POPULATE, or 0 for the control, whose pages come when
+   they are used. */
+LORASYNCI_FN void *lorasynci_shm_map_fd(int fd, size_t num_bytes, int populate, int *out_reason)
 {
-    int   flags = MAP_SHARED | (num_bytes > sizeof(lorasynci_shm_control) ? LORASYNCI_POPULATE : 0);
-    void *map   = mmap(NULL, num_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, flags, fd, 0);
+    void *map   = mmap(NULL, num_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | populate, fd, 0);
     *out_reason = map == MAP_FAILED ? errno : 0;
     return map == MAP_FAILED ? NULL : map;
 }
@@ -17576,6 +17580,35 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_magic(uint64_t magic, const cha
         (unsigned long long)magic, (unsigned long long)lorasynci_shm_magic);
 }
 
+/* Puts memory behind a part of the control, which later could only fail with SIGBUS. 0 or an errno. */
+LORASYNCI_FN int lorasynci_shm_back(const lorasynci_shm_map *m, const void *part, size_t num_bytes)
+{
+    int failed;
+    LORASYNC_ASSERT((const char *)part >= (const char *)m->control);
+    do {
+#if defined(__APPLE__)
+        (void)part, (void)num_bytes, failed = 0;
+#else
+        failed = posix_fallocate(m->fd, (off_t)((const char *)part - (const char *)m->control), (off_t)num_bytes);
+#endif
+    } while (failed == EINTR);
+    return failed;
+}
+
+/* How many places of a table were ever taken, also where the count is damaged. */
+LORASYNCI_FN int lorasynci_shm_taken(const uint64_t *count, int max)
+{
+    uint64_t n = __atomic_load_n(count, __ATOMIC_SEQ_CST);
+    return n < (uint64_t)max ? (int)n : max;
+}
+
+/* Counts place `index`, which has memory, among those taken. */
+LORASYNCI_FN void lorasynci_shm_count(uint64_t *count, int index)
+{
+    uint64_t n = __atomic_load_n(count, __ATOMIC_SEQ_CST), next = (uint64_t)index + 1;
+    while (n < next && !__atomic_compare_exchange_n(count, &n, next, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
+}
+
 /* Looks at an open segment before it is mapped. A publisher gives an empty one its size; any number may do so at
    once. */
 LORASYNCI_FN lorasync_status lorasynci_shm_check_size(int fd, const char *path, int create, const struct stat *st,
@@ -17583,7 +17616,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_size(int fd, const char *path, 
 {
     size_t size = sizeof(lorasynci_shm_control);
     if (st->st_size == 0 && create) {
-        int failed = lorasynci_shm_reserve(fd, size);
+        int failed = ftruncate(fd, (off_t)size) == 0 ? 0 : errno;
         return failed ? lorasynci_shm_fail(err, "make room for", path, failed) : LORASYNC_OK;
     }
     if (st->st_size == 0) return LORASYNC_NOTHING_NEW;
@@ -17611,12 +17644,17 @@ LORASYNCI_FN lorasync_status lorasynci_shm_attach(const char *name, int create, 
     m.links = st.st_nlink;
     status  = lorasynci_shm_check_size(m.fd, path, create, &st, err);
     if (status == LORASYNC_OK) {
-        m.control = (lorasynci_shm_control *)lorasynci_shm_map_fd(m.fd, sizeof *m.control, 1, &reason);
+        m.control = (lorasynci_shm_control *)lorasynci_shm_map_fd(m.fd, sizeof *m.control, 0, &reason);
         if (!m.control) status = lorasynci_shm_fail(err, "map", path, reason);
     }
     if (status != LORASYNC_OK) {
         close(m.fd);
         return status;
+    }
+    reason = lorasynci_shm_back(&m, m.control, offsetof(lorasynci_shm_control, adapters));
+    if (reason) {
+        lorasynci_shm_detach(&m);
+        return lorasynci_shm_fail(err, "make room for", path, reason);
     }
     if (create)
         __atomic_compare_exchange_n(&m.control->magic, &magic, lorasynci_shm_magic, 0, __ATOMIC_SEQ_CST,
@@ -17679,7 +17717,7 @@ LORASYNCI_FN void lorasynci_shm_unlink_slots(const char *name, const lorasynci_s
     struct dirent *entry;
     size_t         n;
     int            i;
-    for (i = 0; c && i < LORASYNCI_SHM_SLOTS; i++) {
+    for (i = 0; c && i < lorasynci_shm_taken(&c->num_slots, LORASYNCI_SHM_SLOTS); i++) {
         if (!c->slots[i].serial) continue;
         lorasynci_shm_path(path, name, c->slots[i].serial);
         shm_unlink(path);
@@ -17720,9 +17758,15 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
 /* -- the publisher
 
    What it keeps for each adapter beside the control: the slot that the next stage will fill, and the one that is
-   staged. Both are slots that no word names; a publisher that dies loses nothing with them. */
+   staged. Both are slots that no word names; a publisher that dies loses nothing with them. And two chains, so that
+   nothing is searched for among thousands:
+
+       names[hash] -> place 7 -> place 2 -> -1               adapters of that hash
+       places[7].slots -> slot 40 -> slot 8 -> slot 3 -> -1  all segments that were made for it, by more_slots */
 typedef struct lorasynci_shm_place {
     int      next, staged; /* slots, or -1 */
+    int      slots;        /* the first of its segments, or -1 */
+    int      same_hash;    /* the next place of that hash, or -1 */
     uint64_t version;      /* that is staged */
 } lorasynci_shm_place;
 
@@ -17741,9 +17785,11 @@ typedef struct lorasynci_shm {
     uint64_t              mine; /* as it stands in the control */
     int                   num_slots;
     lorasynci_shm_place   places[LORASYNCI_SHM_ADAPTERS];
-    uint64_t              used[LORASYNCI_SHM_PINS]; /* a bit per slot, by lorasynci_shm_look */
-    uint64_t              lent[LORASYNCI_SHM_PINS]; /* slots whose device memory ranks of a session have open */
-    uint64_t              kept[LORASYNCI_SHM_PINS]; /* the same, of ranks that were left behind: for ever */
+    int                   names[LORASYNCI_SHM_NAMES];      /* places, or -1 */
+    int                   more_slots[LORASYNCI_SHM_SLOTS]; /* the next slot of the same adapter, or -1 */
+    int                   first_free;                      /* no slot below it is free */
+    uint64_t              lent[LORASYNCI_SHM_PINS];        /* slots whose device memory ranks of a session have open */
+    uint64_t              kept[LORASYNCI_SHM_PINS];        /* the same, of ranks that were left behind: for ever */
     void  *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
     size_t sizes[LORASYNCI_SHM_SLOTS];
     lorasynci_gpu *device;        /* NULL: payloads in the segments */
@@ -17790,27 +17836,58 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lo
 
 /* -- slots */
 
-/* Marks the slots that must not be touched. With `bury`, readers that are dead lose their pins; that costs a few system
-   calls for each. */
-LORASYNCI_FN void lorasynci_shm_look(lorasynci_shm *s, int bury)
+/* Readers that are dead lose their pins; that costs a few system calls for each. */
+LORASYNCI_FN void lorasynci_shm_bury(lorasynci_shm *s)
 {
-    lorasynci_shm_control *c = s->map.control;
-    int                    i, k;
-    memset(s->used, 0, sizeof s->used);
-    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
-        lorasynci_shm_mark(s->used, lorasynci_shm_slot_of(__atomic_load_n(&c->adapters[i].word, __ATOMIC_SEQ_CST)));
-        lorasynci_shm_mark(s->used, s->places[i].next);
-        lorasynci_shm_mark(s->used, s->places[i].staged);
+    lorasynci_shm_control *c   = s->map.control;
+    const int              num = lorasynci_shm_taken(&c->num_readers, LORASYNCI_SHM_READERS);
+    int                    i;
+    for (i = 0; i < num; i++) {
+        uint64_t *place = &c->readers[i].owner, owner = __atomic_load_n(place, __ATOMIC_SEQ_CST);
+        /* its pins stay; the next owner begins by clearing them */
+        if (owner && !lorasynci_shm_lives(s->map.fd, i, owner, s->mine)) lorasynci_shm_disown(place, owner);
     }
-    for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
-        lorasynci_shm_reader *r     = &c->readers[i];
-        uint64_t              owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
-        if (owner && bury && !lorasynci_shm_lives(s->map.fd, i, owner, s->mine)) {
-            lorasynci_shm_disown(&r->owner, owner); /* its pins stay; the next owner begins by clearing them */
-            owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
-        }
-        for (k = 0; owner && k < LORASYNCI_SHM_PINS; k++) s->used[k] |= __atomic_load_n(&r->pins[k], __ATOMIC_SEQ_CST);
+}
+
+/* 1 for a slot that must not be touched: its adapter's word names it, the next stage or commit will use it, or a reader
+   that is not buried pins it. */
+LORASYNCI_FN int lorasynci_shm_is_used(const lorasynci_shm *s, int slot)
+{
+    const lorasynci_shm_control *c       = s->map.control;
+    const uint64_t               adapter = c->slots[slot].adapter;
+    const int                    num     = lorasynci_shm_taken(&c->num_readers, LORASYNCI_SHM_READERS);
+    int                          i;
+    if (adapter < LORASYNCI_SHM_ADAPTERS) {
+        const lorasynci_shm_place *p = &s->places[adapter];
+        if (p->next == slot || p->staged == slot) return 1;
+        if (lorasynci_shm_slot_of(__atomic_load_n(&c->adapters[adapter].word, __ATOMIC_SEQ_CST)) == slot) return 1;
     }
+    for (i = 0; i < num; i++) {
+        const lorasynci_shm_reader *r = &c->readers[i];
+        if (__atomic_load_n(&r->owner, __ATOMIC_SEQ_CST) &&
+            __atomic_load_n(&r->pins[slot / 64], __ATOMIC_SEQ_CST) >> (slot % 64) & 1)
+            return 1;
+    }
+    return 0;
+}
+
+/* Enters a slot that has a segment into the chain of its adapter. */
+LORASYNCI_FN void lorasynci_shm_link_slot(lorasynci_shm *s, int slot)
+{
+    const uint64_t adapter = s->map.control->slots[slot].adapter;
+    if (adapter >= LORASYNCI_SHM_ADAPTERS) return; /* damaged */
+    s->more_slots[slot]      = s->places[adapter].slots;
+    s->places[adapter].slots = slot;
+}
+
+/* And takes it out. */
+LORASYNCI_FN void lorasynci_shm_unlink_slot(lorasynci_shm *s, int slot)
+{
+    const uint64_t adapter = s->map.control->slots[slot].adapter;
+    int           *at;
+    if (adapter >= LORASYNCI_SHM_ADAPTERS) return;
+    for (at = &s->places[adapter].slots; *at >= 0 && *at != slot; at = &s->more_slots[*at]) {}
+    if (*at == slot) *at = s->more_slots[slot];
 }
 
 /* Nobody reads it: no word names it and no reader pins it. The serial goes last, so that a publisher that is killed in
@@ -17824,8 +17901,13 @@ LORASYNCI_FN void lorasynci_shm_drop_slot(lorasynci_shm *s, int slot)
     s->memory[slot] = NULL;
     lorasynci_shm_path(path, s->name, g->serial);
     if (g->serial) shm_unlink(path);
+    lorasynci_shm_unlink_slot(s, slot);
+    s->lent[slot / 64] &= ~((uint64_t)1 << (slot % 64));
     g->serial = 0;
+    if (slot < s->first_free) s->first_free = slot;
 }
+
+/* -- making slots */
 
 /* Maps an open slot. */
 LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(lorasynci_shm *s, int slot, int fd, const char *path,
@@ -17833,7 +17915,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(lorasynci_shm *s, int slot, 
 {
     lorasynci_shm_segment *g      = &s->map.control->slots[slot];
     int                    failed = lorasynci_shm_reserve(fd, (size_t)g->num_bytes);
-    if (!failed) s->memory[slot] = lorasynci_shm_map_fd(fd, (size_t)g->num_bytes, 1, &failed);
+    if (!failed) s->memory[slot] = lorasynci_shm_map_fd(fd, (size_t)g->num_bytes, LORASYNCI_POPULATE, &failed);
     s->sizes[slot] = (size_t)g->num_bytes;
     if (!failed) return LORASYNC_OK;
     return lorasynci_fail(
@@ -17879,12 +17961,18 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot,
     struct stat            st;
     lorasync_status        status;
     int                    fd = -1;
-    LORASYNC_ASSERT(!g->serial && !s->memory[slot]);
+    LORASYNC_ASSERT(!s->memory[slot]);
+    fd = lorasynci_shm_back(&s->map, g, sizeof *g);
+    lorasynci_shm_path(path, s->name, 0);
+    if (fd) return lorasynci_shm_fail(err, "make room for", path, fd);
+    LORASYNC_ASSERT(!g->serial);
+    lorasynci_shm_count(&c->num_slots, slot);
     if (!c->last_serial) c->last_serial = lorasynci_shm_first_serial();
     g->num_bytes    = num_bytes;
     g->adapter      = (uint64_t)adapter;
     g->device_bytes = g->retired = 0;
     g->serial                    = ++c->last_serial;
+    lorasynci_shm_link_slot(s, slot);
     lorasynci_shm_path(path, s->name, g->serial);
     status = lorasynci_shm_open_segment(path, O_RDWR | O_CREAT | O_EXCL, &fd, &st, err);
     if (status >= 0) {
@@ -17917,16 +18005,16 @@ LORASYNCI_FN int lorasynci_shm_fits(const lorasynci_shm *s, const lorasynci_shm_
     return g->num_bytes >= need && g->num_bytes / 2 <= lorasynci_shm_size(need) && lorasynci_shm_payload_fits(s, g);
 }
 
-/* Removes the unused slots of an adapter that do not fit, and those that fit beyond `keep` slots in all. */
-LORASYNCI_FN void lorasynci_shm_trim(lorasynci_shm *s, int adapter, size_t need, int keep)
+/* Removes the unused slots of an adapter that do not fit, and those that fit beyond `keep` slots in all; never slot
+   `except`. */
+LORASYNCI_FN void lorasynci_shm_trim(lorasynci_shm *s, int adapter, size_t need, int keep, int except)
 {
-    lorasynci_shm_control *c = s->map.control;
-    int                    i, num = 0;
-    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) num += c->slots[i].serial && c->slots[i].adapter == (uint64_t)adapter;
-    for (i = LORASYNCI_SHM_SLOTS; i-- > 0;) {
-        const lorasynci_shm_segment *g = &c->slots[i];
-        if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i)) continue;
-        if (lorasynci_shm_fits(s, g, need) && num <= keep) continue;
+    int i, next, num = 0;
+    for (i = s->places[adapter].slots; i >= 0; i = s->more_slots[i]) num++;
+    for (i = s->places[adapter].slots; i >= 0; i = next) {
+        next = s->more_slots[i];
+        if (i == except || (lorasynci_shm_fits(s, &s->map.control->slots[i], need) && num <= keep)) continue;
+        if (lorasynci_shm_is_used(s, i)) continue;
         if (lorasynci_shm_is_marked(s->lent, i) || lorasynci_shm_is_marked(s->kept, i)) continue;
         if (!lorasynci_shm_retire(s, i)) continue; /* an engine has it open */
         lorasynci_shm_drop_slot(s, i);
@@ -17937,13 +18025,10 @@ LORASYNCI_FN void lorasynci_shm_trim(lorasynci_shm *s, int adapter, size_t need,
 /* An unused slot of the adapter that fits and is there; -1 when there is none. */
 LORASYNCI_FN int lorasynci_shm_unused(lorasynci_shm *s, int adapter, size_t need)
 {
-    const lorasynci_shm_control *c = s->map.control;
-    int                          i;
-    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
-        const lorasynci_shm_segment *g = &c->slots[i];
-        if (!g->serial || g->adapter != (uint64_t)adapter || lorasynci_shm_is_marked(s->used, i) ||
-            !lorasynci_shm_fits(s, g, need))
-            continue;
+    int i, next;
+    for (i = s->places[adapter].slots; i >= 0; i = next) {
+        next = s->more_slots[i];
+        if (!lorasynci_shm_fits(s, &s->map.control->slots[i], need) || lorasynci_shm_is_used(s, i)) continue;
         if (lorasynci_shm_have_slot(s, i) && lorasynci_shm_have_payload(s, i)) return i;
         lorasynci_shm_drop_slot(s, i);
     }
@@ -17954,73 +18039,114 @@ LORASYNCI_FN int lorasynci_shm_unused(lorasynci_shm *s, int adapter, size_t need
 LORASYNCI_FN lorasync_status lorasynci_shm_grow(lorasynci_shm *s, int adapter, size_t need, int *out,
                                                 lorasync_error *err)
 {
-    const lorasynci_shm_control *c = s->map.control;
-    int                          i = 0;
-    while (i < LORASYNCI_SHM_SLOTS && c->slots[i].serial) i++;
+    const lorasynci_shm_control *c   = s->map.control;
+    const int                    num = lorasynci_shm_taken(&c->num_slots, LORASYNCI_SHM_SLOTS);
+    int                          i   = s->first_free;
+    while (i < num && c->slots[i].serial) i++;
     if (i == LORASYNCI_SHM_SLOTS) {
         return lorasynci_fail(
             err, LORASYNC_E_BUSY,
             "shared memory '%s' has %d slots and readers hold all of them; have them release old versions", s->name,
             LORASYNCI_SHM_SLOTS);
     }
-    *out = i;
+    *out = s->first_free = i;
     return lorasynci_shm_make_slot(s, i, adapter, lorasynci_shm_size(need), err);
 }
 
 /* Makes places[adapter].next a slot that fits: the one it is, one that is warm, one of a dead reader, a new one. */
 LORASYNCI_FN lorasync_status lorasynci_shm_pick(lorasynci_shm *s, int adapter, size_t need, lorasync_error *err)
 {
-    lorasynci_shm_place *p = &s->places[adapter];
+    lorasynci_shm_place *p   = &s->places[adapter];
+    const int            old = p->next; /* the image may lie there */
     int                  slot;
-    if (p->next >= 0 && lorasynci_shm_fits(s, &s->map.control->slots[p->next], need)) return LORASYNC_OK;
-    lorasynci_shm_look(s, 0); /* marks p->next too: the image may lie there */
+    if (old >= 0 && lorasynci_shm_fits(s, &s->map.control->slots[old], need)) return LORASYNC_OK;
     slot = lorasynci_shm_unused(s, adapter, need);
     if (slot < 0) {
-        lorasynci_shm_look(s, 1);
-        lorasynci_shm_trim(s, adapter, need, LORASYNCI_SHM_SLOTS);
+        lorasynci_shm_bury(s);
+        lorasynci_shm_trim(s, adapter, need, LORASYNCI_SHM_SLOTS, old);
         slot = lorasynci_shm_unused(s, adapter, need);
     }
     if (slot < 0) LORASYNCI_TRY(lorasynci_shm_grow(s, adapter, need, &slot, err));
     p->next = slot;
-    lorasynci_shm_mark(s->used, slot);
-    lorasynci_shm_trim(s, adapter, need, s->num_slots);
+    lorasynci_shm_trim(s, adapter, need, s->num_slots, old);
     return LORASYNC_OK;
 }
 
 /* -- adapters */
 
+/* The chain of the places whose names have this one's hash. */
+LORASYNCI_FN int *lorasynci_shm_chain(lorasynci_shm *s, const char *adapter)
+{
+    return &s->names[lorasynci_hash(adapter, strnlen(adapter, sizeof s->map.control->adapters[0].name), 9) &
+                     (LORASYNCI_SHM_NAMES - 1)];
+}
+
+/* Enters a place whose name is written. */
+LORASYNCI_FN void lorasynci_shm_link_name(lorasynci_shm *s, int i)
+{
+    int *first             = lorasynci_shm_chain(s, s->map.control->adapters[i].name);
+    s->places[i].same_hash = *first;
+    *first                 = i;
+}
+
+/* And takes it out, before another name is written there. */
+LORASYNCI_FN void lorasynci_shm_unlink_name(lorasynci_shm *s, int i)
+{
+    int *at = lorasynci_shm_chain(s, s->map.control->adapters[i].name);
+    while (*at >= 0 && *at != i) at = &s->places[*at].same_hash;
+    if (*at == i) *at = s->places[i].same_hash;
+}
+
+/* 1 for a place that any name may take. */
+LORASYNCI_FN int lorasynci_shm_is_vacant(const lorasynci_shm *s, int i)
+{
+    return !s->map.control->adapters[i].word && s->places[i].next < 0 && s->places[i].staged < 0;
+}
+
 /* The place of a name in the table; -1 when it has none. */
-LORASYNCI_FN int lorasynci_shm_find(const lorasynci_shm *s, const char *adapter)
+LORASYNCI_FN int lorasynci_shm_find(lorasynci_shm *s, const char *adapter)
 {
     int i;
-    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) {
+    for (i = *lorasynci_shm_chain(s, adapter); i >= 0; i = s->places[i].same_hash) {
         const lorasynci_shm_adapter *entry = &s->map.control->adapters[i];
-        const lorasynci_shm_place   *p     = &s->places[i];
-        if (!entry->word && p->next < 0 && p->staged < 0) continue;
-        if (strncmp(entry->name, adapter, sizeof entry->name) == 0) return i;
+        if (!lorasynci_shm_is_vacant(s, i) && strncmp(entry->name, adapter, sizeof entry->name) == 0) return i;
     }
     return -1;
+}
+
+/* The first vacant place, with memory. */
+LORASYNCI_FN lorasync_status lorasynci_shm_add(lorasynci_shm *s, const char *adapter, int *out, lorasync_error *err)
+{
+    lorasynci_shm_control *c   = s->map.control;
+    const int              num = lorasynci_shm_taken(&c->num_adapters, LORASYNCI_SHM_ADAPTERS);
+    char                   path[LORASYNCI_SHM_PATH];
+    int                    i = 0, failed;
+    while (i < num && !lorasynci_shm_is_vacant(s, i)) i++;
+    if (i == LORASYNCI_SHM_ADAPTERS) {
+        return lorasynci_fail(
+            err, LORASYNC_E_BUSY,
+            "shared memory '%s' already holds %d adapters, as many as fit; publish '%.60s' under another name", s->name,
+            LORASYNCI_SHM_ADAPTERS, adapter);
+    }
+    failed = i < num ? 0 : lorasynci_shm_back(&s->map, &c->adapters[i], sizeof c->adapters[i]);
+    lorasynci_shm_path(path, s->name, 0);
+    if (failed) return lorasynci_shm_fail(err, "make room for", path, failed);
+    if (i < num) lorasynci_shm_unlink_name(s, i);
+    memset(c->adapters[i].name, 0, sizeof c->adapters[i].name);
+    memcpy(c->adapters[i].name, adapter, strlen(adapter));
+    lorasynci_shm_link_name(s, i);
+    lorasynci_shm_count(&c->num_adapters, i);
+    *out = i;
+    return LORASYNC_OK;
 }
 
 /* The same, and enters a new name. Engines do not look at it before its first commit. */
 LORASYNCI_FN lorasync_status lorasynci_shm_find_or_add(lorasynci_shm *s, const char *adapter, int *out,
                                                        lorasync_error *err)
 {
-    int i;
     LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
     *out = lorasynci_shm_find(s, adapter);
-    for (i = 0; *out < 0 && i < LORASYNCI_SHM_ADAPTERS; i++) {
-        lorasynci_shm_adapter *entry = &s->map.control->adapters[i];
-        if (entry->word || s->places[i].next >= 0 || s->places[i].staged >= 0) continue;
-        memset(entry->name, 0, sizeof entry->name);
-        memcpy(entry->name, adapter, strlen(adapter));
-        *out = i;
-    }
-    if (*out >= 0) return LORASYNC_OK;
-    return lorasynci_fail(
-        err, LORASYNC_E_BUSY,
-        "shared memory '%s' already holds %d adapters, as many as fit; publish '%.60s' under another name", s->name,
-        LORASYNCI_SHM_ADAPTERS, adapter);
+    return *out >= 0 ? LORASYNC_OK : lorasynci_shm_add(s, adapter, out, err);
 }
 
 /* The slot that is served, mapped; -1 when there is none, or when its segment has been removed by hand. */
@@ -18171,8 +18297,9 @@ LORASYNCI_FN int lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasy
 /* 1 while an engine that lives has a slot's device memory open. Engines that are dead lose their places here. */
 LORASYNCI_FN int lorasynci_shm_is_open(lorasynci_shm *s, int slot)
 {
-    int i;
-    for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
+    const int num = lorasynci_shm_taken(&s->map.control->num_readers, LORASYNCI_SHM_READERS);
+    int       i;
+    for (i = 0; i < num; i++) {
         lorasynci_shm_reader *r     = &s->map.control->readers[i];
         uint64_t              owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
         if (!owner || !(__atomic_load_n(&r->opened[slot / 64], __ATOMIC_SEQ_CST) >> (slot % 64) & 1)) continue;
@@ -18228,13 +18355,12 @@ LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
 {
     int i, mine = lorasynci_process_pid(s->mine) == (long)getpid();
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
-    if (mine && s->device) lorasynci_shm_look(s, 0);
     for (i = 0; mine && s->device && i < LORASYNCI_SHM_SLOTS; i++) {
         if (!s->payloads[i]) continue;
         if (!lorasynci_shm_is_marked(s->kept, i) && lorasynci_shm_retire(s, i)) {
             lorasynci_shm_free_payload(s, i);
-            if (!lorasynci_shm_is_marked(s->used, i)) lorasynci_shm_drop_slot(s, i);
-        } else if (lorasynci_shm_is_marked(s->used, i)) {
+            if (!lorasynci_shm_is_used(s, i)) lorasynci_shm_drop_slot(s, i);
+        } else if (lorasynci_shm_is_used(s, i)) {
             /* served on while the process lives */
             __atomic_store_n(&s->map.control->slots[i].retired, (uint64_t)0, __ATOMIC_SEQ_CST);
         }
@@ -18313,13 +18439,22 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     return LORASYNC_OK;
 }
 
-/* The one store that makes engines see the new version. Committing what is served already is no error. */
+/* The one store that makes engines see what an adapter is now. A number that a killed publisher has drawn is lost. */
+LORASYNCI_FN void lorasynci_shm_name(lorasynci_shm *s, int adapter, int slot)
+{
+    lorasynci_shm_control *c      = s->map.control;
+    const uint64_t         number = ++c->last_number;
+    LORASYNC_ASSERT(slot < LORASYNCI_SHM_SLOTS);
+    __atomic_store_n(&c->adapters[adapter].word, number << LORASYNCI_SHM_SLOT_BITS | (uint64_t)(slot + 1),
+                     __ATOMIC_SEQ_CST);
+}
+
+/* Engines see the new version. Committing what is served already is no error. */
 LORASYNCI_FN lorasync_status lorasynci_shm_commit(void *user, const char *adapter, uint64_t version,
                                                   lorasync_error *err)
 {
     lorasynci_shm       *s = (lorasynci_shm *)user;
     lorasynci_shm_place *p;
-    uint64_t            *word;
     int                  i, served;
     LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
@@ -18332,11 +18467,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_commit(void *user, const char *adapte
         return lorasynci_fail(err, LORASYNC_E_STATE, "version %llu of '%.60s' was not staged in shared memory '%s'",
                               (unsigned long long)version, adapter, s->name);
     }
-    LORASYNC_ASSERT(p->staged < LORASYNCI_SHM_SLOTS);
-    word = &s->map.control->adapters[i].word;
-    __atomic_store_n(word,
-                     ((*word >> LORASYNCI_SHM_SLOT_BITS) + 1) << LORASYNCI_SHM_SLOT_BITS | (uint64_t)(p->staged + 1),
-                     __ATOMIC_SEQ_CST);
+    lorasynci_shm_name(s, i, p->staged);
     p->staged = -1;
     return LORASYNC_OK;
 }
@@ -18357,12 +18488,10 @@ LORASYNCI_FN void lorasynci_shm_note_open(lorasynci_shm *s, int adapter, const u
 {
     int    i;
     size_t k;
-    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
-        const lorasynci_shm_segment *g = &s->map.control->slots[i];
-        if (g->serial && g->adapter != (uint64_t)adapter) continue;
+    for (i = s->places[adapter].slots; i >= 0; i = s->more_slots[i]) {
         s->lent[i / 64] &= ~((uint64_t)1 << (i % 64));
         for (k = 0; k < num && s->device; k++)
-            if (serials[k] == g->serial) lorasynci_shm_mark(s->lent, i);
+            if (serials[k] == s->map.control->slots[i].serial) lorasynci_shm_mark(s->lent, i);
     }
 }
 
@@ -18452,9 +18581,8 @@ LORASYNCI_FN void lorasynci_shm_abandon(lorasynci_shm *s, int adapter, int slot)
 {
     int i;
     LORASYNC_ASSERT(s->device && s->places[adapter].next < 0);
-    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
-        if (s->map.control->slots[i].adapter == (uint64_t)adapter && lorasynci_shm_is_marked(s->lent, i))
-            lorasynci_shm_mark(s->kept, i);
+    for (i = s->places[adapter].slots; i >= 0; i = s->more_slots[i])
+        if (lorasynci_shm_is_marked(s->lent, i)) lorasynci_shm_mark(s->kept, i);
     if (slot < 0) return;
     lorasynci_shm_head_of(s, slot)->memory.pointer = 0;
     s->payloads[slot]                              = NULL;
@@ -18500,16 +18628,25 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
     lorasynci_dealloc(&a, s);
 }
 
-/* A new transport does not write into free slots of shared memory of the one before: they may have been lent for a
-   gather, and a rank that was left behind may still write there. They are removed, which leaves such a rank its own
-   mapping. */
-LORASYNCI_FN void lorasynci_shm_clear(lorasynci_shm *s)
+/* A new transport knows the adapters and segments of the one before, and does not write into its free slots of shared
+   memory: they may have been lent for a gather, and a rank that was left behind may still write there. They are
+   removed, which leaves such a rank its own mapping. */
+LORASYNCI_FN void lorasynci_shm_inherit(lorasynci_shm *s)
 {
-    int i;
-    lorasynci_shm_look(s, 1);
-    for (i = 0; i < LORASYNCI_SHM_SLOTS; i++) {
-        const lorasynci_shm_segment *g = &s->map.control->slots[i];
-        if (g->serial && !g->device_bytes && !lorasynci_shm_is_marked(s->used, i)) lorasynci_shm_drop_slot(s, i);
+    const lorasynci_shm_control *c            = s->map.control;
+    const int                    num_adapters = lorasynci_shm_taken(&c->num_adapters, LORASYNCI_SHM_ADAPTERS);
+    const int                    num_slots    = lorasynci_shm_taken(&c->num_slots, LORASYNCI_SHM_SLOTS);
+    int                          i;
+    for (i = 0; i < LORASYNCI_SHM_NAMES; i++) s->names[i] = -1;
+    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++)
+        s->places[i].next = s->places[i].staged = s->places[i].slots = s->places[i].same_hash = -1;
+    for (i = 0; i < num_adapters; i++) lorasynci_shm_link_name(s, i);
+    lorasynci_shm_bury(s);
+    for (i = 0; i < num_slots; i++) {
+        const lorasynci_shm_segment *g = &c->slots[i];
+        if (!g->serial) continue;
+        lorasynci_shm_link_slot(s, i);
+        if (!g->device_bytes && !lorasynci_shm_is_used(s, i)) lorasynci_shm_drop_slot(s, i);
     }
 }
 
@@ -18520,7 +18657,6 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     lorasync_allocator a;
     lorasynci_shm     *s;
     lorasync_status    status;
-    int                i;
     if (out) memset(out, 0, sizeof *out);
     LORASYNCI_TAKE_DESC(own);
     LORASYNCI_GIVEN(out);
@@ -18535,7 +18671,6 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     s->a         = a;
     s->num_slots = desc->num_slots ? desc->num_slots : 3;
     strcpy(s->name, desc->name);
-    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
     status = desc->cuda ? lorasynci_gpu_open(&a, desc->cuda->stream, 0, "lorasync_shm_desc.cuda", &s->device, err)
                         : LORASYNC_OK;
     if (status >= 0) status = lorasynci_shm_take(s->name, 1, &s->map, &s->mine, err);
@@ -18544,7 +18679,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
         lorasynci_dealloc(&a, s);
         return status;
     }
-    lorasynci_shm_clear(s);
+    lorasynci_shm_inherit(s);
     memset(out, 0, sizeof *out);
     out->size    = sizeof *out;
     out->name    = s->name;
@@ -18592,10 +18727,17 @@ LORASYNCI_FN void lorasynci_shm_view_drop(lorasynci_shm_view *v)
 /* Takes a reader's place and clears what the reader before has left there. */
 LORASYNCI_FN lorasync_status lorasynci_shm_view_claim(lorasynci_shm_view *v, const char *name, lorasync_error *err)
 {
-    uint64_t self = lorasynci_process_self();
-    int      i, k;
+    lorasynci_shm_control *c    = v->map.control;
+    uint64_t               self = lorasynci_process_self();
+    char                   path[LORASYNCI_SHM_PATH];
+    int                    i, k;
     for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
-        lorasynci_shm_reader *r = &v->map.control->readers[i];
+        lorasynci_shm_reader *r      = &c->readers[i];
+        const int             is_new = i >= lorasynci_shm_taken(&c->num_readers, LORASYNCI_SHM_READERS);
+        const int             failed = is_new ? lorasynci_shm_back(&v->map, r, sizeof *r) : 0;
+        lorasynci_shm_path(path, name, 0);
+        if (failed) return lorasynci_shm_fail(err, "make room for", path, failed);
+        lorasynci_shm_count(&c->num_readers, i);
         if (lorasynci_shm_claim(v->map.fd, i, &r->owner, self, &v->mine) != 0) continue;
         for (k = 0; k < LORASYNCI_SHM_PINS; k++) { /* a dead reader's */
             __atomic_store_n(&r->pins[k], (uint64_t)0, __ATOMIC_SEQ_CST);
@@ -18970,7 +19112,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_look_for(void *user, size_t index, lo
         if (found != LORASYNC_OK) return found;
         s->next = 0;
     }
-    while (s->next < LORASYNCI_SHM_ADAPTERS) {
+    while (s->next < lorasynci_shm_taken(&s->view->map.control->num_adapters, LORASYNCI_SHM_ADAPTERS)) {
         const lorasynci_shm_adapter *entry = &s->view->map.control->adapters[s->next++];
         uint64_t                     word  = __atomic_load_n(&entry->word, __ATOMIC_SEQ_CST);
         if (!word) continue;
@@ -19037,6 +19179,19 @@ LORASYNCI_FN lorasync_status lorasynci_shm_hand_over(lorasynci_shm_source *s, in
     return status;
 }
 
+/* Where an adapter stands in the control: as a rule where the look that goes on has just found it. -1: nowhere. */
+LORASYNCI_FN int lorasynci_shm_place_of(const lorasynci_shm_source *s, const char *adapter)
+{
+    const lorasynci_shm_control *c   = s->view->map.control;
+    const int                    num = lorasynci_shm_taken(&c->num_adapters, LORASYNCI_SHM_ADAPTERS);
+    int                          i, at = s->next - 1;
+    for (i = -1; i < num; at = ++i) {
+        if (at < 0 || at >= num || !c->adapters[at].word) continue;
+        if (strncmp(c->adapters[at].name, adapter, sizeof c->adapters[at].name) == 0) return at;
+    }
+    return -1;
+}
+
 /* Hands over the version that is served now, which may be newer than the one that the look has seen. */
 LORASYNCI_FN lorasync_status lorasynci_shm_open_version(void *user, const lorasync_published *what,
                                                         const lorasync_image *served, lorasync_delivery *out,
@@ -19045,13 +19200,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_open_version(void *user, const lorasy
     lorasynci_shm_source *s = (lorasynci_shm_source *)user;
     lorasynci_shm_held   *held;
     lorasync_status       status;
-    int                   place = 0;
+    const int             place = lorasynci_shm_place_of(s, what->adapter);
     (void)served;
-    for (;; place++) {
-        const lorasynci_shm_adapter *entry = &s->view->map.control->adapters[place];
-        if (place == LORASYNCI_SHM_ADAPTERS) return LORASYNC_NOTHING_NEW;
-        if (entry->word && strncmp(entry->name, what->adapter, sizeof entry->name) == 0) break;
-    }
+    if (place < 0) return LORASYNC_NOTHING_NEW;
     held = (lorasynci_shm_held *)lorasynci_alloc_array(&s->a, 1, sizeof *held);
     if (!held) return lorasynci_fail_memory(err, sizeof *held);
     held->a    = s->a;
@@ -19439,7 +19590,8 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
 
 /* -- serving
 
-       engine.first -> served -> served -> NULL        grows at the head only, freed at close: any thread may walk it
+       engine.first -> served -> served -> NULL        both grow at the head only, and are freed at close: any thread
+       engine.names[hash] -> served -> NULL            may walk them
                        | current = 2
                        | versions  [ v5 1 pin | v6 | v7 | empty ... ]     places 0, 1, ..
 
@@ -19461,7 +19613,7 @@ typedef struct lorasynci_kept_version {
 } lorasynci_kept_version;
 
 typedef struct lorasynci_served {
-    struct lorasynci_served *next;
+    struct lorasynci_served *next, *same_hash;
     char                    *name;
     uint64_t                 mark;    /* the source's, of what is served; 0: none */
     int                      current; /* place; -1 while nothing is served. Atomic, written by the poll alone */
@@ -19716,6 +19868,10 @@ LORASYNCI_FN lorasync_status lorasynci_checker_end(const lorasynci_gpu *g, loras
 
 /* -- an engine */
 
+enum {
+    LORASYNCI_ENGINE_NAMES = 1024 /* a power of two */
+};
+
 struct lorasync_engine {
     lorasync_allocator a;
     lorasync_source    source;  /* look NULL: offers only */
@@ -19723,14 +19879,21 @@ struct lorasync_engine {
     int                no_verify;
     lorasynci_gpu     *gpu; /* NULL: versions in device memory are refused */
     lorasynci_checker  checkers[LORASYNCI_CHECKERS];
-    lorasynci_served  *first; /* atomic */
+    lorasynci_served  *first;                         /* atomic */
+    lorasynci_served  *names[LORASYNCI_ENGINE_NAMES]; /* atomic */
 };
+
+/* The chain of the adapters whose names have this one's hash. */
+LORASYNCI_FN lorasynci_served **lorasynci_served_chain(lorasync_engine *e, const char *name)
+{
+    return &e->names[lorasynci_hash(name, strlen(name), 10) & (LORASYNCI_ENGINE_NAMES - 1)];
+}
 
 /* Any thread may look: names are never taken out while the engine is open. */
 LORASYNCI_FN lorasynci_served *lorasynci_find_served(lorasync_engine *e, const char *name)
 {
-    lorasynci_served *s = __atomic_load_n(&e->first, __ATOMIC_SEQ_CST);
-    while (s && strcmp(s->name, name) != 0) s = s->next;
+    lorasynci_served *s = __atomic_load_n(lorasynci_served_chain(e, name), __ATOMIC_SEQ_CST);
+    while (s && strcmp(s->name, name) != 0) s = s->same_hash;
     return s;
 }
 
@@ -19757,6 +19920,8 @@ LORASYNCI_FN lorasynci_served *lorasynci_served_of(lorasync_engine *e, const cha
         lorasynci_served_free(e, s);
         return NULL;
     }
+    s->same_hash = *lorasynci_served_chain(e, name);
+    __atomic_store_n(lorasynci_served_chain(e, name), s, __ATOMIC_SEQ_CST);
     __atomic_store_n(&e->first, s, __ATOMIC_SEQ_CST);
     return s;
 }
