@@ -86,7 +86,7 @@
                     -- ranks of one host; messages of local ranks; local exchange and all_gather; ranks joined by NCCL;
                        messages over NCCL; host memory over NCCL; opening and closing NCCL
        >>talk       votes, and blocks between one rank and the others
-                    -- voting; between the root and the others
+                    -- voting; between the root and the others; facts
        >>image      safetensors: write, read, validate; digests and deltas
                     -- one tensor's size and name; reading a header; reading a header's tensors; the library's own
                        metadata; parsing; laying out; digest; verifying and comparing; deltas; applying a delta
@@ -126,7 +126,7 @@
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
-                    -- adding and attaching; versions
+                    -- adding and attaching; agreeing to compile; versions
        >>session    the easy path through all of it
                     -- opening a session; adding; compiling; which pieces are taken; pieces that are in each other's
                        way; scaling, planning and the config; what other ranks know of the model; the config that is
@@ -703,7 +703,7 @@ typedef struct lorasync_message {
    blocks until it is done, has failed, or timeout_ms have passed. After a failure the library calls nothing but abort.
 
    Callbacks return 0, or a status of -100 or below with err filled in (LORASYNC_E_TIMEOUT, LORASYNC_E_PEER,
-   LORASYNC_E_COMM). err is never NULL. */
+   LORASYNC_E_COMM). err is never NULL. Anything else, such as an error code of MPI, is taken for LORASYNC_E_COMM. */
 typedef struct lorasync_comm {
     size_t size;
     void  *user;
@@ -1422,7 +1422,8 @@ enum {
                   hang needs a shorter deadline of its own. If staging took more than 10 ms, the root asks comm.check
                   before the first commit; if the communicator is lost, everything staged is aborted.
    Results        Callbacks return 0, or a negative status with err filled in (err is never NULL). A status of -100 or
-                  below is passed on as LORASYNC_E_IO: it says nothing about the trainer's communicator.
+                  below is passed on as LORASYNC_E_IO: it says nothing about the trainer's communicator. One above 0,
+                  such as another library's error code, is a failure, too: LORASYNC_E_ARGUMENT.
 
    `size` is sizeof(lorasync_transport) when it was filled in; fields beyond a smaller size count as NULL or 0. Zero
    what you do not fill in. */
@@ -1694,8 +1695,9 @@ typedef struct lorasync_published {
    memory; lorasync_engine_desc.source is one of your own. The engine does the rest: it sees whether something is newer,
    opens it, checks it, serves it, and releases it.
 
-   All calls come from the thread that is in a call of the engine. Callbacks return 0 or a negative status with err
-   filled in (err is never NULL); a status of -100 or below becomes LORASYNC_E_IO. `size` is sizeof(lorasync_source)
+   All calls come from the thread that is in a call of the engine. Callbacks return 0 (look and open also
+   LORASYNC_NOTHING_NEW) or a negative status with err filled in (err is never NULL); a status of -100 or below becomes
+   LORASYNC_E_IO, one above LORASYNC_NOTHING_NEW becomes LORASYNC_E_ARGUMENT. `size` is sizeof(lorasync_source)
    when it was filled in; fields beyond a smaller size count as NULL or 0. */
 typedef struct lorasync_source {
     size_t      size;
@@ -2151,7 +2153,8 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
        LORASYNC_E_PAIR         A without B, or B without A
        LORASYNC_E_NAME         two parameters with one key
        LORASYNC_E_LAYOUT       one parameter added twice on a rank, with the same box
-       LORASYNC_E_ARGUMENT     a quorum greater than the number of engines
+       LORASYNC_E_ARGUMENT     a quorum greater than the number of engines; engines attached only on ranks other than
+                               the root, which alone publishes
        LORASYNC_E_CONFIG       a rank that contradicts the config, no alpha, two different alphas, fold_scale with alpha
                                0; a parameter that is trained and would not be published (piece.trained); an entry of
                                target_modules, the filter's or the config's, that matches nothing while LoRA of the
@@ -2333,8 +2336,8 @@ LORASYNC_API lorasync_status lorasync_stream_attach(lorasync_stream *stream, con
    Errors, the same on all ranks:
        LORASYNC_E_EMPTY        no tensor
        LORASYNC_E_NAME         two parameters with one name
-       LORASYNC_E_DISAGREE     descs differ between ranks
-       LORASYNC_E_ARGUMENT     more than 99,999 buckets
+       LORASYNC_E_DISAGREE     descs differ between ranks; names the field and both values
+       LORASYNC_E_ARGUMENT     more than 99,999 buckets; engines attached only on ranks other than the root
        LORASYNC_E_UNSUPPORTED  a transport without takes_buckets, and more than one bucket
        those remembered, and those of lorasync_plan_create */
 LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lorasync_error *err);
@@ -6959,6 +6962,36 @@ LORASYNCI_FN lorasync_comm lorasynci_comm_copy(const lorasync_comm *given)
     return c;
 }
 
+/* What a callback of a comm returned. Anything but 0 costs the communicator, even what is no status at all: an error
+   code of MPI, for example, is above 0. */
+LORASYNCI_FN lorasync_status lorasynci_comm_said(const char *what, lorasync_status status, lorasync_error *err)
+{
+    if (status == LORASYNC_OK || lorasync_is_lost(status)) return status;
+    return lorasynci_fail(err, LORASYNC_E_COMM,
+                          "%s of the comm returned %d; a callback returns 0, or a status of -100 or below", what,
+                          (int)status);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_comm_all_gather(const lorasync_comm *c, const void *in, void *out,
+                                                       size_t num_bytes, int timeout_ms, lorasync_error *err)
+{
+    return lorasynci_comm_said("all_gather", c->all_gather(c->user, in, out, num_bytes, timeout_ms, err), err);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_comm_exchange(const lorasync_comm *c, const lorasync_message *sends,
+                                                     size_t num_sends, const lorasync_message *receives,
+                                                     size_t num_receives, int timeout_ms, lorasync_error *err)
+{
+    return lorasynci_comm_said("exchange",
+                               c->exchange(c->user, sends, num_sends, receives, num_receives, timeout_ms, err), err);
+}
+
+/* A comm without check is healthy until it is found not to be. */
+LORASYNCI_FN lorasync_status lorasynci_comm_check(const lorasync_comm *c, lorasync_error *err)
+{
+    return c->check ? lorasynci_comm_said("check", c->check(c->user, err), err) : LORASYNC_OK;
+}
+
 /* NULL is solo. A struct of an older header lacks the fields behind `exchange`, which are optional. */
 LORASYNCI_FN int lorasynci_comm_ok(const lorasync_comm *c)
 {
@@ -7897,9 +7930,9 @@ LORASYNC_API void lorasync_nccl_close(lorasync_comm *comm) { (void)comm; }
 
 /* What the ranks of one communicator say to each other beside payload. A session, a base stream, and a plan that
    belongs to neither have one talk each; the plans of a session or stream use its talk, so that the loss of the
-   communicator is noted in one place. Uses >>support and >>comm.
+   communicator is noted in one place. Uses >>support, >>json, >>dtype and >>comm.
 
-       vote      every rank ---- status, flag, tag ----> every rank      the same verdict everywhere
+       vote      every rank ---- status, flags, tag ---> every rank      the same verdict everywhere
        tell      root ------------- one block ---------> the others
        collect   the others ----- a block of each -----> root
        deal      root ---------- a block for each -----> the others
@@ -7971,27 +8004,27 @@ LORASYNCI_FN lorasync_status lorasynci_talk_lose(lorasynci_talk *t, lorasync_sta
 
 typedef struct lorasynci_vote {
     int32_t  status;
-    uint32_t flag;
+    uint32_t flags;
     uint64_t tag;
     uint64_t plan; /* whose run this is about; 0: no plan's */
 } lorasynci_vote;
 
 /* The lowest rank of each kind, or -1: it failed; its tag, its plan is not that of rank 0. */
 typedef struct lorasynci_tally {
-    int failed, differs, elsewhere;
-    int all_flags; /* 1: every rank passed flag 1 */
+    int      failed, differs, elsewhere;
+    uint32_t all_flags; /* those that every rank passed */
 } lorasynci_tally;
 
 /* From the highest rank down, so that the lowest is left. */
 LORASYNCI_FN lorasynci_tally lorasynci_count_votes(const lorasynci_vote *votes, int world)
 {
-    lorasynci_tally n = {-1, -1, -1, 1};
+    lorasynci_tally n = {-1, -1, -1, ~0u};
     int             i;
     for (i = world - 1; i >= 0; i--) {
         if (votes[i].status < 0) n.failed = i;
         if (votes[i].tag != votes[0].tag) n.differs = i;
         if (votes[i].plan != votes[0].plan) n.elsewhere = i;
-        if (!votes[i].flag) n.all_flags = 0;
+        n.all_flags &= votes[i].flags;
     }
     return n;
 }
@@ -8004,7 +8037,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_reason(lorasynci_talk *t, int failed
     LORASYNC_ASSERT(failed >= 0 && failed < t->comm.world);
     memset(&text, 0, sizeof text);
     if (mine && mine->status < 0) text = *mine;
-    LORASYNCI_TRY(t->comm.all_gather(t->comm.user, &text, texts, sizeof text, t->timeout_ms, err));
+    LORASYNCI_TRY(lorasynci_comm_all_gather(&t->comm, &text, texts, sizeof text, t->timeout_ms, err));
     text                            = texts[failed];
     text.text[sizeof text.text - 1] = 0; /* it may come from another process */
     if (t->comm.world == 1) return lorasynci_fail(err, text.status, "%s", text.text);
@@ -8012,8 +8045,8 @@ LORASYNCI_FN lorasync_status lorasynci_talk_reason(lorasynci_talk *t, int failed
 }
 
 /* The general form. The verdict is the failure of the lowest rank that failed; a failure of the communicator is one
-   too. mine: NULL, or this rank's failure. vote: flag, tag and plan are given; flag becomes 1 if every rank passed 1,
-   and status LORASYNC_E_DISAGREE if all that is wrong is that tags differ, which all ranks see alike.
+   too. mine: NULL, or this rank's failure. vote: flags, tag and plan are given; of the flags those stay that every rank
+   passed, and status becomes LORASYNC_E_DISAGREE if all that is wrong is that tags differ, which all ranks see alike.
    Tags and plans must be equal on all ranks; tag_name says what the tag is. */
 LORASYNCI_FN lorasync_status lorasynci_talk_agree(lorasynci_talk *t, const lorasync_error *mine, lorasynci_vote *vote,
                                                   const char *tag_name, lorasync_error *err)
@@ -8022,9 +8055,9 @@ LORASYNCI_FN lorasync_status lorasynci_talk_agree(lorasynci_talk *t, const loras
     lorasynci_tally n;
     LORASYNC_ASSERT(!t->lost);
     vote->status = mine && mine->status < 0 ? (int32_t)mine->status : 0;
-    LORASYNCI_TRY(t->comm.all_gather(t->comm.user, vote, votes, sizeof *vote, t->timeout_ms, err));
-    n          = lorasynci_count_votes(votes, t->comm.world);
-    vote->flag = (uint32_t)n.all_flags;
+    LORASYNCI_TRY(lorasynci_comm_all_gather(&t->comm, vote, votes, sizeof *vote, t->timeout_ms, err));
+    n           = lorasynci_count_votes(votes, t->comm.world);
+    vote->flags = n.all_flags;
     if (n.elsewhere >= 0)
         return lorasynci_fail(
             err, LORASYNC_E_DISAGREE,
@@ -8053,7 +8086,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_vote_flag(lorasynci_talk *t, const l
 {
     lorasynci_vote  vote   = {0, (uint32_t)*can, 0, 0};
     lorasync_status status = lorasynci_talk_agree(t, mine, &vote, "", err);
-    *can                   = (int)vote.flag;
+    *can                   = (int)vote.flags;
     return status;
 }
 
@@ -8102,8 +8135,8 @@ LORASYNCI_FN lorasync_status lorasynci_talk_star(lorasynci_talk *t, int root, in
         num++;
     }
     LORASYNC_ASSERT(num <= (size_t)c->world);
-    if (here == from_root) return c->exchange(c->user, messages, num, NULL, 0, timeout_ms, err);
-    return c->exchange(c->user, NULL, 0, messages, num, timeout_ms, err);
+    if (here == from_root) return lorasynci_comm_exchange(c, messages, num, NULL, 0, timeout_ms, err);
+    return lorasynci_comm_exchange(c, NULL, 0, messages, num, timeout_ms, err);
 }
 
 /* The root's bytes to all. timeout_ms: for ranks that may have to wait longer than usual. */
@@ -8128,6 +8161,114 @@ LORASYNCI_FN lorasync_status lorasynci_talk_deal(lorasynci_talk *t, int root, co
                                                  lorasync_error *err)
 {
     return lorasynci_talk_star(t, root, 1, blocks, 1, t->timeout_ms, err);
+}
+
+/* -- facts: what all ranks must be given alike, a line "name TAB value" for each, with a NUL behind them */
+
+LORASYNCI_FN void lorasynci_put_fact(lorasynci_buffer *b, const char *name, long long value)
+{
+    lorasynci_put_format(b, "%s\t%lld\n", name, value);
+}
+
+/* A text as JSON has it. NULL is none. */
+LORASYNCI_FN void lorasynci_put_fact_text(lorasynci_buffer *b, const char *name, const char *value)
+{
+    if (!value) return;
+    lorasynci_put_format(b, "%s\t", name);
+    lorasynci_json_put_string(b, value, strlen(value));
+    lorasynci_put_text(b, "\n");
+}
+
+/* The dtype that a desc asks for. */
+LORASYNCI_FN void lorasynci_put_fact_dtype(lorasynci_buffer *b, const char *name, lorasync_dtype dtype)
+{
+    const char *text = lorasync_dtype_name(dtype);
+    if (text) lorasynci_put_format(b, "%s\t%s\n", name, text);
+    else lorasynci_put_format(b, "%s\t%s\n", name, dtype ? "no dtype" : "NONE");
+}
+
+/* The value of a fact, to its end of line, or NULL. */
+LORASYNCI_FN const char *lorasynci_fact(const char *facts, const char *name, size_t n)
+{
+    for (; *facts; facts += strcspn(facts, "\n") + 1)
+        if (strncmp(facts, name, n) == 0 && facts[n] == '\t') return facts + n + 1;
+    return NULL;
+}
+
+/* A value as an error text shows it: where it differs from another, `same` bytes on. */
+LORASYNCI_FN void lorasynci_show_value(const char *value, size_t same, char out[130])
+{
+    size_t n = value ? strcspn(value, "\n") : 0, from = same > 40 ? same - 20 : 0;
+    if (!value) snprintf(out, 130, "not given");
+    else if (n == 0) snprintf(out, 130, "empty");
+    else
+        snprintf(out, 130, "%s%.*s%s", from ? ".." : "", (int)(n - from < 110 ? n - from : 110), value + from,
+                 n - from > 110 ? ".." : "");
+}
+
+/* Compares this rank's facts with those of rank 0, both NUL-terminated. */
+LORASYNCI_FN lorasync_status lorasynci_compare_facts(const char *mine, const char *theirs, lorasync_error *err)
+{
+    int turn;
+    for (turn = 0; turn < 2; turn++) { /* what is here, then what is only there */
+        const char *at = turn ? theirs : mine;
+        for (; *at; at += strcspn(at, "\n") + 1) {
+            size_t      n = strcspn(at, "\t"), same = 0;
+            const char *x = lorasynci_fact(mine, at, n), *y = lorasynci_fact(theirs, at, n);
+            char        here[130], there[130];
+            while (x && y && x[same] == y[same] && x[same] != '\n') same++;
+            if (x && y && x[same] == y[same]) continue;
+            lorasynci_show_value(x, same, here);
+            lorasynci_show_value(y, same, there);
+            return lorasynci_fail(err, LORASYNC_E_DISAGREE,
+                                  "%.*s is %s here, and on rank 0 %s; every rank must pass the same",
+                                  (int)(n < 120 ? n : 120), at, here, there);
+        }
+    }
+    return LORASYNC_OK;
+}
+
+/* Collective, after a vote in which only the facts differed: says which, and the values. Rank 0 tells its own. */
+LORASYNCI_FN lorasync_status lorasynci_talk_explain(lorasynci_talk *t, const lorasynci_buffer *facts,
+                                                    lorasync_error *err)
+{
+    lorasync_error  mine;
+    uint64_t        num_bytes = facts->size;
+    char           *theirs    = NULL;
+    lorasync_status status;
+    memset(&mine, 0, sizeof mine);
+    LORASYNCI_TRY(lorasynci_talk_tell(t, 0, &num_bytes, sizeof num_bytes, t->timeout_ms, err));
+    if (t->comm.rank != 0) {
+        theirs = (char *)lorasynci_alloc(&facts->a, (size_t)num_bytes);
+        if (!theirs) lorasynci_fail_memory(&mine, (size_t)num_bytes);
+    }
+    LORASYNCI_TRY(lorasynci_talk_vote(t, &mine, err)); /* theirs is NULL on rank 0 only */
+    status = lorasynci_talk_tell(t, 0, theirs ? theirs : facts->data, (size_t)num_bytes, t->timeout_ms, err);
+    if (status >= 0 && theirs && num_bytes) {
+        theirs[num_bytes - 1] = 0;
+        lorasynci_compare_facts(facts->data, theirs, &mine);
+    }
+    lorasynci_dealloc(&facts->a, theirs);
+    return status < 0 ? status : lorasynci_talk_vote(t, &mine, err);
+}
+
+/* A vote of which the facts are part: where they differ, the error says which, and what they are on both sides. flags:
+   in and out, as in a vote. Takes the facts, which are to be freed all the same. */
+LORASYNCI_FN lorasync_status lorasynci_talk_agree_facts(lorasynci_talk *t, lorasync_error *mine,
+                                                        lorasynci_buffer *facts, uint32_t *flags, lorasync_error *err)
+{
+    lorasynci_vote  vote = {0, *flags, 0, 0};
+    lorasync_status status;
+    lorasynci_put(facts, "", 1);
+    if (facts->failed && mine->status >= 0) lorasynci_fail_memory(mine, facts->size);
+    if (mine->status >= 0) vote.tag = lorasynci_hash(facts->data, facts->size, 5);
+    status = lorasynci_talk_agree(t, mine, &vote, "what was given, hashed", err);
+    *flags = vote.flags;
+    if (vote.status == LORASYNC_E_DISAGREE && mine->status >= 0) {
+        const lorasync_status why = lorasynci_talk_explain(t, facts, err);
+        if (why < 0) return why;
+    }
+    return status;
 }
 
 /* ------------------------------------------------------------------------------------------------------- >>image -- */
@@ -9945,8 +10086,9 @@ struct lorasync_plan {
     uint64_t               begin_ns;  /* when packing began */
     const lorasync_error  *objection; /* a failure in it is this rank's vote on a run, too; or NULL */
     uint64_t               id;        /* the same on all ranks, and no other plan's */
-    /* what all ranks must agree on at each run: of a session its version, and what it writes to */
-    uint64_t            tag;
+    /* What all ranks must agree on at each run: its version, and, as a number, what it writes to beside the plan's own
+       memory. */
+    uint64_t            version, aimed_at;
     uint64_t            run;                          /* counts waits: equal on all ranks, whoever did not begin */
     lorasynci_catalogue catalogue;                    /* this rank's tensors */
     lorasynci_ops       pack;                         /* out of the caller's memory (or the image) */
@@ -11612,18 +11754,32 @@ LORASYNCI_FN lorasync_status lorasynci_build_plan(const lorasynci_making *m, lor
 
 /* -- creating */
 
-/* What all ranks must ask for alike, as one number. */
-LORASYNCI_FN uint64_t lorasynci_plan_tag(const lorasync_plan_desc *d)
+/* What all ranks must ask for alike. */
+LORASYNCI_FN void lorasynci_plan_facts(const lorasync_plan_desc *d, lorasynci_buffer *b)
 {
-    uint64_t v[7];
-    v[6] = d->cuda != NULL;
-    v[0] = (uint64_t)d->kind;
-    v[1] = (uint64_t)d->root;
-    v[2] = (uint64_t)d->wire_dtype;
-    v[3] = (uint64_t)d->allow_nan;
-    v[4] = (uint64_t)d->bucket_bytes;
-    v[5] = d->adapter ? lorasynci_hash(d->adapter, strlen(d->adapter), 1) : 0;
-    return lorasynci_hash(v, sizeof v, 2);
+    static const char *const kinds[] = {"LORASYNC_GATHER", "LORASYNC_GATHER_ALL", "LORASYNC_SCATTER",
+                                        "LORASYNC_RESHARD"};
+    const size_t             kind    = (size_t)d->kind;
+    lorasynci_put_fact_text(b, "desc.kind", kind < LORASYNCI_COUNT(kinds) ? kinds[kind] : "no kind");
+    lorasynci_put_fact(b, "desc.root", d->root);
+    lorasynci_put_fact_dtype(b, "desc.wire_dtype", d->wire_dtype);
+    lorasynci_put_fact(b, "desc.allow_nan", d->allow_nan);
+    lorasynci_put_fact_text(b, "desc.adapter", d->adapter);
+    lorasynci_put_format(b, "desc.bucket_bytes\t%zu\ndesc.cuda\t%s\n", d->bucket_bytes, d->cuda ? "given" : "NULL");
+}
+
+/* Collective: this rank has described its pieces, or `mine` says why not, and all ranks ask for the same. */
+LORASYNCI_FN lorasync_status lorasynci_plan_agree(lorasync_plan *plan, const lorasync_plan_desc *desc,
+                                                  lorasync_error *mine, lorasync_error *err)
+{
+    uint32_t         flags = 0;
+    lorasynci_buffer facts;
+    lorasync_status  status;
+    lorasynci_buffer_init(&facts, &plan->arena.below);
+    lorasynci_plan_facts(desc, &facts);
+    status = lorasynci_talk_agree_facts(plan->talk, mine, &facts, &flags, err);
+    lorasynci_buffer_free(&facts);
+    return status;
 }
 
 /* A GPU reads and writes elements where they are aligned, the CPU anywhere. */
@@ -11688,7 +11844,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_collect(lorasynci_planner *p, con
     hello.catalogue_bytes   = catalogue->bytes.size;
     hello.catalogue_hash[0] = lorasynci_hash(catalogue->bytes.data, catalogue->bytes.size, 3);
     hello.catalogue_hash[1] = lorasynci_hash(catalogue->bytes.data, catalogue->bytes.size, 4);
-    status = p->talk->comm.all_gather(p->talk->comm.user, &hello, p->hellos, sizeof hello, p->talk->timeout_ms, err);
+    status = lorasynci_comm_all_gather(&p->talk->comm, &hello, p->hellos, sizeof hello, p->talk->timeout_ms, err);
     if (status == LORASYNC_OK) {
         if (lorasynci_catalogue_sender(p, here) == here)
             lorasynci_put(&out, catalogue->bytes.data, catalogue->bytes.size);
@@ -12058,9 +12214,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasynci_making *m, lorasync_e
 {
     lorasync_plan *plan = m->plan;
     lorasynci_plan_prepare(m, &m->mine);
-    LORASYNCI_TRY(lorasynci_talk_vote_tag(
-        plan->talk, &m->mine, lorasynci_plan_tag(m->desc),
-        "the plan's kind, root, wire_dtype, bucket_bytes, allow_nan, cuda or adapter, hashed", err));
+    LORASYNCI_TRY(lorasynci_plan_agree(plan, m->desc, &m->mine, err));
     LORASYNCI_TRY(lorasynci_planner_collect(&m->planner, &plan->catalogue, &m->parts, err));
     LORASYNCI_TRY(lorasynci_share_verdict(m, err));
     LORASYNCI_TRY(lorasynci_share_catalogue(m, err));
@@ -12311,7 +12465,7 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
        gpu mesh        the others' staging       nothing                      on the GPU, or in shared memory
 
    Each can be read alone, behind what all share: the states of a run, copying on the host, tables on the GPU. Uses
-   >>support, >>dtype, >>layout, >>gpu, >>talk, >>image and >>plan. */
+   >>support, >>dtype, >>layout, >>gpu, >>comm, >>talk, >>image and >>plan. */
 
 /* -- a run: how its state changes
 
@@ -12400,10 +12554,16 @@ LORASYNCI_FN lorasync_status lorasynci_run_lose(lorasync_plan *plan, lorasync_st
 
 /* -- beginning, voting and ending a run */
 
-/* Begins a run. tag: what the ranks must agree on when they vote; it is complete here. refusal: NULL, or why this rank
-   is against the run beforehand: then nothing is packed, but the others wait for its vote, and what they count on. */
-LORASYNCI_FN lorasync_status lorasynci_run_begin(lorasync_plan *plan, uint64_t tag, const lorasync_error *refusal,
-                                                 lorasync_error *err)
+/* Both in one number, for the quick votes of the ways of moving. */
+LORASYNCI_FN uint64_t lorasynci_run_tag(const lorasync_plan *plan)
+{
+    return lorasynci_mix(plan->version ^ plan->aimed_at);
+}
+
+/* Begins a run. version, aimed_at: what the ranks must agree on when they vote. refusal: NULL, or why this rank is
+   against the run beforehand: then nothing is packed, but the others wait for its vote, and what they count on. */
+LORASYNCI_FN lorasync_status lorasynci_run_begin(lorasync_plan *plan, uint64_t version, uint64_t aimed_at,
+                                                 const lorasync_error *refusal, lorasync_error *err)
 {
     lorasync_error  why;
     lorasync_status status;
@@ -12411,7 +12571,8 @@ LORASYNCI_FN lorasync_status lorasynci_run_begin(lorasync_plan *plan, uint64_t t
     if (plan->talk->lost) return lorasynci_lost_before(err);
     if (plan->state != LORASYNCI_RUN_IDLE)
         return lorasynci_fail(err, LORASYNC_E_STATE, "begin was called already; call wait");
-    plan->tag      = tag;
+    plan->version  = version;
+    plan->aimed_at = aimed_at;
     plan->begin_ns = lorasynci_now_ns();
     old            = lorasynci_plan_enter(plan);
     if (refusal) {
@@ -12437,7 +12598,7 @@ LORASYNCI_FN lorasync_status lorasynci_run_begin(lorasync_plan *plan, uint64_t t
 LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_error *err)
 {
     LORASYNCI_GIVEN(plan);
-    return lorasynci_run_begin(plan, 0, NULL, err);
+    return lorasynci_run_begin(plan, 0, 0, NULL, err);
 }
 
 /* From BEGUN to MOVED or REFUSED. A failure that did not cost the communicator is this rank's vote. */
@@ -12463,7 +12624,7 @@ LORASYNCI_FN lorasync_status lorasynci_run_vote(lorasync_plan *plan, lorasync_er
     int all = 0;
     if (plan->mover->vote) LORASYNCI_TRY(plan->mover->vote(plan, &all, err));
     if (all) return LORASYNC_OK;
-    LORASYNCI_TRY(lorasynci_talk_vote_run(plan->talk, &plan->refusal, plan->id, plan->tag, err));
+    LORASYNCI_TRY(lorasynci_talk_vote_run(plan->talk, &plan->refusal, plan->id ^ plan->aimed_at, plan->version, err));
     if (!plan->mover->vote) return LORASYNC_OK;
     return lorasynci_fail(
         err, LORASYNC_E_DISAGREE,
@@ -12751,7 +12912,8 @@ LORASYNCI_FN lorasync_status lorasynci_exchange_round(lorasync_plan *plan, uint3
     const lorasync_message *messages = lorasynci_talk_messages(plan->talk);
     size_t                  num_sends, num_receives;
     lorasynci_round_messages(plan, round, &num_sends, &num_receives);
-    return c->exchange(c->user, messages, num_sends, messages + c->world, num_receives, plan->talk->timeout_ms, err);
+    return lorasynci_comm_exchange(c, messages, num_sends, messages + c->world, num_receives, plan->talk->timeout_ms,
+                                   err);
 }
 
 /* What a round brought, to where it goes; behind the last round of a link come digests. */
@@ -12866,7 +13028,7 @@ LORASYNCI_FN lorasync_status lorasynci_await_rank(lorasync_plan *plan, int rank,
     while (__atomic_load_n(at, __ATOMIC_ACQUIRE) <= plan->run && status == LORASYNC_OK) {
         lorasynci_pause(&turns);
         if (turns % 256 != 0) continue;
-        if (plan->talk->comm.check) status = plan->talk->comm.check(plan->talk->comm.user, &why);
+        status = lorasynci_comm_check(&plan->talk->comm, &why);
         if (status == LORASYNC_OK && lorasynci_now_ns() >= deadline_ns)
             status = lorasynci_fail(
                 &why, LORASYNC_E_TIMEOUT,
@@ -12897,7 +13059,7 @@ LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasy
    one, but others may still look. */
 LORASYNCI_FN lorasync_status lorasynci_vote_in_memory(lorasync_plan *plan, int *out_all, lorasync_error *err)
 {
-    const uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms), yes = lorasynci_mix(plan->tag) | 1;
+    const uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms), yes = lorasynci_run_tag(plan) | 1;
     const int      odd = (int)(plan->run % 2), me = plan->talk->comm.rank;
     int            rank;
     __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTE + odd), lorasynci_run_is_refused(plan) ? 0 : yes,
@@ -13377,7 +13539,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_run(const lorasync_plan *plan, con
    capture, or none. */
 LORASYNCI_FN uint64_t lorasynci_device_tag(const lorasync_plan *plan)
 {
-    return (plan->id ^ lorasynci_mix(plan->tag)) + (lorasynci_is_meshed(plan) && plan->captured ? 1 : 0);
+    return (plan->id ^ lorasynci_run_tag(plan)) + (lorasynci_is_meshed(plan) && plan->captured ? 1 : 0);
 }
 
 /* The ballots on the host, as they came from the ranks: behind the two tags. */
@@ -13829,9 +13991,11 @@ LORASYNCI_FN lorasync_status lorasynci_wire_allocate(lorasync_plan *plan, lorasy
 LORASYNCI_FN lorasync_status lorasynci_wire_cast(lorasync_plan *plan, lorasync_error *err)
 {
     lorasynci_device *g = plan->device;
-    LORASYNCI_TRY(plan->talk->comm.all_gather_stream(plan->talk->comm.user, &g->ballots[plan->talk->comm.rank],
-                                                     g->ballots, sizeof *g->ballots, g->wire, plan->talk->timeout_ms,
-                                                     err));
+    LORASYNCI_TRY(lorasynci_comm_said(
+        "all_gather_stream",
+        plan->talk->comm.all_gather_stream(plan->talk->comm.user, &g->ballots[plan->talk->comm.rank], g->ballots,
+                                           sizeof *g->ballots, g->wire, plan->talk->timeout_ms, err),
+        err));
     g->num_sent = plan->num_rounds + 1;
     return LORASYNC_OK;
 }
@@ -13928,8 +14092,10 @@ LORASYNCI_FN lorasync_status lorasynci_streamed_exchange(lorasync_plan *plan, ui
     size_t                  num_sends, num_receives;
     LORASYNC_ASSERT(round == plan->device->num_sent);
     lorasynci_round_messages(plan, round, &num_sends, &num_receives);
-    LORASYNCI_TRY(c->exchange_stream(c->user, messages, num_sends, messages + c->world, num_receives,
-                                     plan->device->wire, plan->talk->timeout_ms, err));
+    LORASYNCI_TRY(lorasynci_comm_said("exchange_stream",
+                                      c->exchange_stream(c->user, messages, num_sends, messages + c->world,
+                                                         num_receives, plan->device->wire, plan->talk->timeout_ms, err),
+                                      err));
     plan->device->num_sent = round + 1;
     return LORASYNC_OK;
 }
@@ -15597,8 +15763,8 @@ LORASYNCI_FN lorasync_status lorasynci_put_value(lorasynci_buffer *b, lorasynci_
     return LORASYNC_OK;
 }
 
-LORASYNCI_FN lorasync_status lorasynci_put_fact(lorasynci_buffer *b, const lorasynci_json *j, const lorasynci_member *m,
-                                                const lorasync_allocator *a)
+LORASYNCI_FN lorasync_status lorasynci_put_config_fact(lorasynci_buffer *b, const lorasynci_json *j,
+                                                       const lorasynci_member *m, const lorasync_allocator *a)
 {
     static const char *const sets[] = {"exclude_modules", "layers_to_transform", "modules_to_save",
                                        "target_modules",  "target_parameters",   NULL};
@@ -15621,50 +15787,9 @@ LORASYNCI_FN lorasync_status lorasynci_config_facts(const lorasync_config *c, lo
     size_t            i;
     lorasynci_json_init(&j, c->text, strlen(c->text), err);
     status = lorasynci_members_read(&j, &c->a, &m);
-    for (i = 0; i < m.num && status >= 0; i++) status = lorasynci_put_fact(b, &j, &m.at[i], &c->a);
+    for (i = 0; i < m.num && status >= 0; i++) status = lorasynci_put_config_fact(b, &j, &m.at[i], &c->a);
     lorasynci_members_free(&m);
     return status;
-}
-
-/* The value of a fact, to its end of line, or NULL. */
-LORASYNCI_FN const char *lorasynci_fact(const char *facts, const char *name, size_t n)
-{
-    for (; *facts; facts += strcspn(facts, "\n") + 1)
-        if (strncmp(facts, name, n) == 0 && facts[n] == '\t') return facts + n + 1;
-    return NULL;
-}
-
-/* A value as an error text shows it: where it differs from another, `same` bytes on. */
-LORASYNCI_FN void lorasynci_show_value(const char *value, size_t same, char out[130])
-{
-    size_t n = value ? strcspn(value, "\n") : 0, from = same > 40 ? same - 20 : 0;
-    if (!value) snprintf(out, 130, "not given");
-    else if (n == 0) snprintf(out, 130, "empty");
-    else
-        snprintf(out, 130, "%s%.*s%s", from ? ".." : "", (int)(n - from < 110 ? n - from : 110), value + from,
-                 n - from > 110 ? ".." : "");
-}
-
-/* Compares this rank's facts with those of rank 0, both NUL-terminated. */
-LORASYNCI_FN lorasync_status lorasynci_compare_facts(const char *mine, const char *theirs, lorasync_error *err)
-{
-    int turn;
-    for (turn = 0; turn < 2; turn++) { /* what is here, then what is only there */
-        const char *at = turn ? theirs : mine;
-        for (; *at; at += strcspn(at, "\n") + 1) {
-            size_t      n = strcspn(at, "\t"), same = 0;
-            const char *x = lorasynci_fact(mine, at, n), *y = lorasynci_fact(theirs, at, n);
-            char        here[130], there[130];
-            while (x && y && x[same] == y[same] && x[same] != '\n') same++;
-            if (x && y && x[same] == y[same]) continue;
-            lorasynci_show_value(x, same, here);
-            lorasynci_show_value(y, same, there);
-            return lorasynci_fail(err, LORASYNC_E_DISAGREE,
-                                  "%.*s is %s here, and on rank 0 %s; every rank must pass the same",
-                                  (int)(n < 120 ? n : 120), at, here, there);
-        }
-    }
-    return LORASYNC_OK;
 }
 
 /* -- writing a config */
@@ -16171,8 +16296,8 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
 }
 /* ----------------------------------------------------------------------------------------------------- >>publish -- */
 
-/* An image to any number of engines in two phases, and the transport that writes PEFT directories. Uses >>support and
-   >>image.
+/* An image to any number of engines in two phases, and the transport that writes PEFT directories. Uses >>support,
+   >>comm and >>image.
 
        stage on every transport that has a commit, then on those whose stage is all     until here nobody serves the new
                                                                                         version
@@ -16244,7 +16369,13 @@ LORASYNCI_FN lorasync_status lorasynci_called(const lorasync_transport *t, const
                                               const lorasync_error *inner, lorasync_error *err)
 {
     const char *lost = lorasync_is_lost(status) ? lorasync_status_text(status) : "";
-    if (status >= 0) return LORASYNC_OK;
+    if (status == LORASYNC_OK) return LORASYNC_OK;
+    if (status > 0)
+        return lorasynci_fail(
+            err, LORASYNC_E_ARGUMENT,
+            "transport '%.60s' returned %d when it was to %s: a callback returns 0, or a status below "
+            "0 with err filled in",
+            t->name, (int)status, what);
     return lorasynci_fail(err, *lost ? LORASYNC_E_IO : status, "transport '%.60s' could not %s: %s%s%.220s", t->name,
                           what, lost, *lost ? ": " : "", inner->text[0] ? inner->text : lorasync_status_text(status));
 }
@@ -16278,11 +16409,11 @@ LORASYNCI_FN lorasync_status lorasynci_attach_engine(lorasynci_buffer *transport
     if (outcomes->failed || transports->failed) return lorasynci_fail_memory(err, sizeof outcome);
     if (!t->attach) return LORASYNC_OK;
     memset(&inner, 0, sizeof inner);
-    status = t->attach(t->user, session, adapter, &inner);
-    if (status >= 0) return LORASYNC_OK;
+    status = lorasynci_called(t, "be attached", t->attach(t->user, session, adapter, &inner), &inner, err);
+    if (status == LORASYNC_OK) return LORASYNC_OK;
     outcomes->size -= sizeof outcome;
     transports->size -= sizeof *t;
-    return lorasynci_called(t, "be attached", status, &inner, err);
+    return status;
 }
 
 /* Tells the transports of a session, or a stream, that it is gone. Nothing is lent to it any more; `left_behind`: see
@@ -16501,8 +16632,7 @@ LORASYNCI_FN int lorasynci_may_commit(lorasynci_publication *p)
     if (p->num_possible < p->need || p->lost.status < 0) return 0;
     if (p->num_new || !p->num || !p->comm || !p->comm->check) return 1;
     if (lorasynci_now_ns() - p->start_ns < LORASYNCI_QUICK_NS) return 1;
-    status         = p->comm->check(p->comm->user, &p->lost);
-    p->lost.status = status < 0 && !lorasync_is_lost(status) ? LORASYNC_E_COMM : status;
+    status = p->lost.status = lorasynci_comm_check(p->comm, &p->lost);
     if (status >= 0) return 1;
     lorasynci_prefix(&p->lost, "version %llu was staged but not published: the other ranks no longer wait for it",
                      (unsigned long long)p->image->version);
@@ -20549,6 +20679,11 @@ LORASYNCI_FN lorasync_status lorasynci_source_failed(const lorasync_engine *e, c
                                                      lorasync_error *err)
 {
     const int lost = lorasync_is_lost(status);
+    if (status > LORASYNC_NOTHING_NEW)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "source '%.160s' returned %d when it was to %s: a callback returns LORASYNC_OK, "
+                              "LORASYNC_NOTHING_NEW, or a status below 0 with err filled in",
+                              e->source.name, (int)status, what);
     if (status < 0 && (lost || !err->text[0]))
         return lorasynci_fail(err, lost ? LORASYNC_E_IO : status, "source '%.160s' could not %s: %s", e->source.name,
                               what, lorasync_status_text(status));
@@ -20565,7 +20700,8 @@ LORASYNCI_FN lorasync_status lorasynci_source_open(lorasync_engine *e, const lor
     memset(err, 0, sizeof *err);
     out->size = sizeof *out;
     status    = e->source.open(e->source.user, what, served, out, err);
-    return status < 0 ? lorasynci_source_failed(e, "open a version", status, err) : status;
+    return status < 0 || status > LORASYNC_NOTHING_NEW ? lorasynci_source_failed(e, "open a version", status, err)
+                                                       : status;
 }
 
 /* 1 if what a source finds is what is served. */
@@ -20635,7 +20771,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_er
         one                                   = e->source.look(e->source.user, i, &what, &why);
         done                                  = one != LORASYNC_OK;
         what.adapter[sizeof what.adapter - 1] = 0;
-        if (one < 0) one = lorasynci_source_failed(e, "look", one, &why);
+        if (one < 0 || one > LORASYNC_NOTHING_NEW) one = lorasynci_source_failed(e, "look", one, &why);
         else if (!done && e->adapter && strcmp(e->adapter, what.adapter) != 0) continue;
         else if (!done) one = lorasynci_poll_adapter(e, &what, &why);
         if (status >= 0 && one < 0 && err) *err = why;
@@ -21177,21 +21313,34 @@ LORASYNCI_FN lorasync_status lorasynci_host_attach(lorasynci_host *h, const lora
     return lorasynci_attach_engine(&h->transports, &h->outcomes, &t, h->handle, lorasynci_host_publishes(h), err);
 }
 
+/* -- agreeing to compile */
+
+/* What a rank says with its vote; after it, what is so on all ranks. */
+enum {
+    LORASYNCI_ALL_TARGETED = 1, /* no LoRA here that the filter's target_* left out */
+    LORASYNCI_NO_ENGINES   = 2, /* none is attached here */
+    LORASYNCI_ROOT_HAS     = 4  /* this is not the root, or some are */
+};
+
+/* Collective: this rank's part of compiling is done, or `mine` says why not; all ranks were given the same facts; and
+   where engines are attached anywhere, the root has some, since only its are published to. flags: in and out. */
+LORASYNCI_FN lorasync_status lorasynci_host_agree(lorasynci_host *h, lorasync_error *mine, lorasynci_buffer *facts,
+                                                  uint32_t *flags, lorasync_error *err)
+{
+    const size_t num = lorasynci_num_engines(h);
+    if (!num) *flags |= LORASYNCI_NO_ENGINES;
+    if (num || !lorasynci_host_is_root(h)) *flags |= LORASYNCI_ROOT_HAS;
+    LORASYNCI_TRY(lorasynci_talk_agree_facts(&h->talk, mine, facts, flags, err));
+    if (*flags & (LORASYNCI_NO_ENGINES | LORASYNCI_ROOT_HAS)) return LORASYNC_OK;
+    if (num)
+        lorasynci_fail(mine, LORASYNC_E_ARGUMENT,
+                       "engines are attached here ('%.60s'), but none on the root, rank %d, which alone publishes: "
+                       "attach them there, too, best by the same lines on all ranks",
+                       LORASYNCI_AT(lorasync_transport, h->transports, 0)->name, h->plan_desc.root);
+    return lorasynci_talk_vote(&h->talk, mine, err);
+}
+
 /* -- versions */
-
-/* NULL is a text of its own. */
-LORASYNCI_FN uint64_t lorasynci_hash_text(const char *text, uint64_t seed)
-{
-    return text ? lorasynci_hash(text, strlen(text), seed) : seed;
-}
-
-/* What must be equal on all ranks, beside what the plans compare themselves: root, name, and num values of its own. */
-LORASYNCI_FN uint64_t lorasynci_host_tag(const lorasynci_host *h, const uint64_t *values, size_t num)
-{
-    uint64_t tag = lorasynci_hash(values, num * sizeof *values, 5);
-    tag          = lorasynci_hash(&h->plan_desc.root, sizeof h->plan_desc.root, tag);
-    return lorasynci_hash_text(h->name, tag);
-}
 
 /* Begins a run for a version; or lets it fail, when that is not newer than the last one, or when the begin is being
    captured in a CUDA graph, which would publish every launch as the same version. aimed_at: which memory the run writes
@@ -21208,7 +21357,7 @@ LORASYNCI_FN lorasync_status lorasynci_host_begin(const lorasynci_host *h, loras
         lorasynci_fail(&refusal, LORASYNC_E_VERSION,
                        "version %llu is not newer than %llu, the last one published; count versions up from 1",
                        (unsigned long long)version, (unsigned long long)h->last_version);
-    return lorasynci_run_begin(plan, version ^ aimed_at, refusal.status < 0 ? &refusal : NULL, err);
+    return lorasynci_run_begin(plan, version, aimed_at, refusal.status < 0 ? &refusal : NULL, err);
 }
 
 /* A run of publishing, to all engines. */
@@ -21914,65 +22063,30 @@ LORASYNCI_FN lorasync_status lorasynci_session_facts(const lorasync_session *s, 
                                                      lorasync_error *err)
 {
     const lorasync_desc *d = &s->desc;
-    lorasynci_put_text(b, "desc.adapter\t");
-    lorasynci_json_put_string(b, s->host.name, strlen(s->host.name));
-    lorasynci_put_format(b, "\ndesc.root\t%d\ndesc.wire_dtype\t%s\ndesc.fold_scale\t%d\ndesc.allow_nan\t%d\n", d->root,
-                         d->wire_dtype ? lorasync_dtype_name(d->wire_dtype) : "NONE", d->fold_scale, d->allow_nan);
+    lorasynci_put_fact_text(b, "desc.adapter", s->host.name);
+    lorasynci_put_fact(b, "desc.root", d->root);
+    lorasynci_put_fact_dtype(b, "desc.wire_dtype", d->wire_dtype);
+    lorasynci_put_fact(b, "desc.fold_scale", d->fold_scale);
+    lorasynci_put_fact(b, "desc.allow_nan", d->allow_nan);
     lorasynci_put_format(b, "desc.bucket_bytes\t%zu\ndesc.cuda\t%s\ndesc.filter.base\t%d\ndesc.lora_alpha\t",
                          d->bucket_bytes, d->cuda ? "given" : "NULL", d->filter ? d->filter->base : 0);
     lorasynci_json_put_double(b, d->lora_alpha);
     lorasynci_put_text(b, "\n");
-    if (d->base_model) {
-        lorasynci_put_text(b, "desc.base_model\t");
-        lorasynci_json_put_string(b, d->base_model, strlen(d->base_model));
-        lorasynci_put_text(b, "\n");
-    }
+    lorasynci_put_fact_text(b, "desc.base_model", d->base_model);
     lorasynci_put_format(b, "desc.config_json\t%s\n", s->config ? "given" : "NULL");
-    if (s->config) LORASYNCI_TRY(lorasynci_config_facts(s->config, b, err));
-    lorasynci_put(b, "", 1);
-    return b->failed ? lorasynci_fail_memory(err, b->size) : LORASYNC_OK;
-}
-
-/* Collective, after a vote in which only the facts differed: says which, and the values. Rank 0 tells its own. */
-LORASYNCI_FN lorasync_status lorasynci_session_explain_facts(lorasync_session *s, const lorasynci_buffer *facts,
-                                                             lorasync_error *err)
-{
-    lorasync_error  mine;
-    uint64_t        num_bytes = facts->size;
-    char           *theirs    = NULL;
-    lorasync_status status;
-    memset(&mine, 0, sizeof mine);
-    LORASYNCI_TRY(lorasynci_talk_tell(&s->host.talk, 0, &num_bytes, sizeof num_bytes, s->host.talk.timeout_ms, err));
-    if (s->host.talk.comm.rank != 0) {
-        theirs = (char *)lorasynci_alloc(&s->host.a, (size_t)num_bytes);
-        if (!theirs) lorasynci_fail_memory(&mine, (size_t)num_bytes);
-    }
-    LORASYNCI_TRY(lorasynci_talk_vote(&s->host.talk, &mine, err)); /* theirs is NULL on rank 0 only */
-    status = lorasynci_talk_tell(&s->host.talk, 0, theirs ? theirs : facts->data, (size_t)num_bytes,
-                                 s->host.talk.timeout_ms, err);
-    if (status >= 0 && theirs && num_bytes) {
-        theirs[num_bytes - 1] = 0;
-        lorasynci_compare_facts(facts->data, theirs, &mine);
-    }
-    lorasynci_dealloc(&s->host.a, theirs);
-    return status < 0 ? status : lorasynci_talk_vote(&s->host.talk, &mine, err);
+    return s->config ? lorasynci_config_facts(s->config, b, err) : LORASYNC_OK;
 }
 
 /* Collective: this rank's part is done, or `mine` says why not; and all ranks were told the same. */
 LORASYNCI_FN lorasync_status lorasynci_session_agree(lorasync_session *s, lorasync_error *mine, lorasync_error *err)
 {
-    lorasynci_vote   vote = {0, s->untargeted.size == 0, 0, 0};
+    uint32_t         flags = s->untargeted.size == 0 ? LORASYNCI_ALL_TARGETED : 0;
     lorasynci_buffer facts;
     lorasync_status  status;
     lorasynci_buffer_init(&facts, &s->host.a);
     if (mine->status >= 0) lorasynci_session_facts(s, &facts, mine);
-    vote.tag        = mine->status >= 0 ? lorasynci_hash(facts.data, facts.size, 5) : 0;
-    status          = lorasynci_talk_agree(&s->host.talk, mine, &vote, "what was given to lorasync_open, hashed", err);
-    s->all_targeted = (int)vote.flag;
-    if (status < 0 && vote.status == LORASYNC_E_DISAGREE && mine->status >= 0) {
-        lorasync_status why = lorasynci_session_explain_facts(s, &facts, err);
-        if (why < 0) status = why;
-    }
+    status          = lorasynci_host_agree(&s->host, mine, &facts, &flags, err);
+    s->all_targeted = (flags & LORASYNCI_ALL_TARGETED) != 0;
     lorasynci_buffer_free(&facts);
     return status;
 }
@@ -22576,7 +22690,7 @@ LORASYNCI_FN int lorasynci_session_ask_one(lorasync_session *s, int lender, cons
     memset(&inner, 0, sizeof inner);
     if (!t->lend) return 0;
     status = t->lend(t->user, want, &s->aim.loan, &inner);
-    if (status < 0) lorasynci_called(t, "lend memory for the next version", status, &inner, why);
+    if (status != LORASYNC_NOTHING_NEW) lorasynci_called(t, "lend memory for the next version", status, &inner, why);
     if (status != LORASYNC_OK || !s->aim.loan.payload) {
         memset(&s->aim.loan, 0, sizeof s->aim.loan);
         return 0;
@@ -22765,27 +22879,25 @@ LORASYNCI_FN lorasync_status lorasynci_session_ready(const lorasync_session *ses
     return LORASYNC_OK;
 }
 
-/* What the run about to begin writes to, as a number that is equal on all ranks. What was lent for something else goes
-   back: the last image, which may have lain there, has ended. */
-LORASYNCI_FN uint64_t lorasynci_session_take_aim(lorasync_session *s)
+/* Says where the run about to begin writes to. What was lent for something else goes back: the last image, which may
+   have lain there, has ended. */
+LORASYNCI_FN void lorasynci_session_take_aim(lorasync_session *s)
 {
-    if (!s->aim.own) return 0;
+    if (!s->aim.own) return;
     lorasynci_plan_aim(s->plan, s->aim.next);
     if (s->aim.next != (char *)s->aim.loan.payload) lorasynci_session_withdraw(s);
-    return s->aim.mark;
 }
 
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)
 {
-    uint64_t aimed_at = 0;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_begin", err));
     if (lorasynci_run_is_open(session->plan) || session->host.talk.lost)
         return lorasync_plan_begin(session->plan, err); /* says why not */
     session->begin_ns  = lorasynci_now_ns();
     session->version   = version;
     session->published = 0;
-    if (version > session->host.last_version) aimed_at = lorasynci_session_take_aim(session);
-    return lorasynci_host_begin(&session->host, session->plan, version, aimed_at, err);
+    if (version > session->host.last_version) lorasynci_session_take_aim(session);
+    return lorasynci_host_begin(&session->host, session->plan, version, session->aim.own ? session->aim.mark : 0, err);
 }
 
 
@@ -23114,7 +23226,7 @@ LORASYNCI_FN lorasync_status lorasynci_find_aliases(const lorasync_piece *const 
             lorasynci_alias *alias = &l->aliases[l->num_aliases++];
             LORASYNC_ASSERT(l->num_aliases < num);
             alias->names[0] = q->name, alias->names[1] = p->name;
-            alias->keys[0] = lorasynci_hash_text(q->name, 1), alias->keys[1] = lorasynci_hash_text(p->name, 1);
+            alias->keys[0] = lorasynci_name_hash(q->name), alias->keys[1] = lorasynci_name_hash(p->name);
         }
         if (in_a_row && (!reach || (const char *)p->data + lorasynci_piece_bytes(p) > end)) reach = p;
     }
@@ -23160,7 +23272,7 @@ LORASYNCI_FN void lorasynci_fill_page(const lorasync_image *image, size_t from, 
         v[1] = (uint64_t)t->num_bytes;
         v[2] = (uint64_t)t->dtype;
 
-        page->keys[page->num]     = lorasynci_hash_text(t->name, 1);
+        page->keys[page->num]     = lorasynci_name_hash(t->name);
         page->contents[page->num] = lorasynci_hash(v, sizeof v, 6) | 1;
     }
     LORASYNC_ASSERT(page->num <= LORASYNCI_COUNT(page->keys));
@@ -23234,7 +23346,8 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
 {
     lorasync_error    mine, why;
     lorasynci_loading l;
-    lorasynci_vote    vote = {0, 0, 0, 0}; /* flag: no alias here */
+    lorasynci_buffer  facts;
+    uint32_t          no_alias;
     lorasync_status   status;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_load", err));
@@ -23242,10 +23355,12 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
     memset(&mine, 0, sizeof mine);
     memset(&l, 0, sizeof l);
     lorasynci_session_prepare_load(session, path, &l, &mine);
-    vote.flag = l.num_aliases == 0;
-    vote.tag  = lorasynci_hash_text(path, 1);
-    status    = lorasynci_talk_agree(&session->host.talk, &mine, &vote, "path, hashed", err);
-    if (status == LORASYNC_OK && !vote.flag) status = lorasynci_session_compare_aliases(session, &l, err);
+    no_alias = l.num_aliases == 0;
+    lorasynci_buffer_init(&facts, &session->host.a);
+    lorasynci_put_fact_text(&facts, "path", path);
+    status = lorasynci_talk_agree_facts(&session->host.talk, &mine, &facts, &no_alias, err);
+    lorasynci_buffer_free(&facts);
+    if (status == LORASYNC_OK && !no_alias) status = lorasynci_session_compare_aliases(session, &l, err);
     if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, l.image, err);
     lorasynci_talk_lose(&session->host.talk, status, err);
     lorasync_image_free(l.image);
@@ -23677,15 +23792,28 @@ LORASYNCI_FN lorasync_status lorasynci_stream_decide(lorasync_stream *s, lorasyn
 /* -- dividing among all ranks */
 
 /* What must be equal on all ranks. */
-LORASYNCI_FN uint64_t lorasynci_stream_tag(const lorasync_stream *s)
+LORASYNCI_FN void lorasynci_stream_facts(const lorasync_stream *s, lorasynci_buffer *b)
 {
-    uint64_t v[5];
-    v[0] = (uint64_t)s->desc.wire_dtype;
-    v[1] = (uint64_t)s->desc.bucket_bytes;
-    v[2] = (uint64_t)s->desc.keep_names;
-    v[3] = (uint64_t)s->desc.allow_nan;
-    v[4] = s->desc.cuda != NULL;
-    return lorasynci_host_tag(&s->host, v, LORASYNCI_COUNT(v));
+    lorasynci_put_fact_text(b, "desc.name", s->host.name);
+    lorasynci_put_fact(b, "desc.root", s->desc.root);
+    lorasynci_put_fact_dtype(b, "desc.wire_dtype", s->desc.wire_dtype);
+    lorasynci_put_fact(b, "desc.keep_names", s->desc.keep_names);
+    lorasynci_put_fact(b, "desc.allow_nan", s->desc.allow_nan);
+    lorasynci_put_format(b, "desc.bucket_bytes\t%zu\ndesc.cuda\t%s\n", s->desc.bucket_bytes,
+                         s->desc.cuda ? "given" : "NULL");
+}
+
+/* Collective: this rank is ready to compile, or `mine` says why not, and all were given the same. */
+LORASYNCI_FN lorasync_status lorasynci_stream_agree(lorasync_stream *s, lorasync_error *mine, lorasync_error *err)
+{
+    uint32_t         flags = 0;
+    lorasynci_buffer facts;
+    lorasync_status  status;
+    lorasynci_buffer_init(&facts, &s->host.a);
+    lorasynci_stream_facts(s, &facts);
+    status = lorasynci_host_agree(&s->host, mine, &facts, &flags, err);
+    lorasynci_buffer_free(&facts);
+    return status;
 }
 
 /* Names to the root, buckets back. */
@@ -23875,9 +24003,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci
     size_t             b;
     memset(&mine, 0, sizeof mine);
     lorasynci_stream_prepare(s, v, &mine);
-    status = lorasynci_talk_vote_tag(
-        &s->host.talk, &mine, lorasynci_stream_tag(s),
-        "the stream's root, wire_dtype, bucket_bytes, name, keep_names, allow_nan or cuda, hashed", err);
+    status = lorasynci_stream_agree(s, &mine, err);
     if (status == LORASYNC_OK) status = lorasynci_stream_divide(s, v, &mine, err);
     if (status == LORASYNC_OK) status = lorasynci_stream_map(s, v, &mine, err);
     d.no_direct = s->shared.address == NULL;
@@ -23944,10 +24070,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t v
         times->pack_ns += plan->stats.pack_ns;
         times->exchange_ns += plan->stats.exchange_ns;
         times->place_ns += plan->stats.place_ns;
-        if (b + 1 < s->num_buckets) {
-            s->plans[b + 1]->tag = version;
-            status               = lorasync_plan_begin(s->plans[b + 1], err);
-        }
+        if (b + 1 < s->num_buckets) status = lorasync_plan_begin(s->plans[b + 1], err);
         lorasynci_stream_stage(s, b, version, p, out);
     }
     return LORASYNC_OK;

@@ -1,0 +1,539 @@
+/* Mistakes that once went without a word: each is an error that says what to do, on every rank, or a fact that is said
+   once. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <sys/stat.h>
+
+#include "test.h"
+#include "lorasync.h"
+#include "ranks.h"
+#include "pieces.h"
+
+#define PARAM_A "model.layers.0.q_proj.lora_A.default.weight"
+#define PARAM_B "model.layers.0.q_proj.lora_B.default.weight"
+enum {
+    WIDTH  = 8,
+    RANK_R = 4
+};
+static const int worlds[] = {1, 2, 4};
+
+/* A session of one LoRA pair, cut over the ranks, whose values are those of its version. */
+typedef struct trainer {
+    lorasync_session *s;
+    float             a[RANK_R * WIDTH], b[WIDTH * RANK_R];
+} trainer;
+
+static lorasync_desc default_desc(const rank_context *c)
+{
+    lorasync_desc d;
+    memset(&d, 0, sizeof d);
+    d.comm       = c ? &c->comm : NULL;
+    d.lora_alpha = 8;
+    d.timeout_ms = 20000;
+    return d;
+}
+
+static void fill(trainer *t, float value)
+{
+    size_t i;
+    for (i = 0; i < RANK_R * WIDTH; i++) t->a[i] = value, t->b[i] = -value;
+}
+
+/* Opens it and adds the pair; the transports and compile are the test's. */
+static void open_trainer(trainer *t, const rank_context *c, const lorasync_desc *desc)
+{
+    lorasync_error err;
+    lorasync_piece p;
+    const int      rank = c ? c->rank : 0, world = c ? c->world : 1;
+    err.text[0] = 0;
+    t->s        = NULL;
+    fill(t, 1);
+    if (lorasync_open(desc, &t->s, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    p = shard_piece(PARAM_A, 2, RANK_R, WIDTH, rank, world, t->a);
+    if (lorasync_add(t->s, &p, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    p = shard_piece(PARAM_B, 2, WIDTH, RANK_R, rank, world, t->b);
+    if (lorasync_add(t->s, &p, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+}
+
+/* -- callbacks that return what is no status of theirs */
+
+typedef struct scripted {
+    int stage, commit, attach, lend; /* what they return */
+    int aborts, commits;
+} scripted;
+
+static lorasync_status scripted_stage(void *user, const lorasync_image *image, lorasync_error *err)
+{
+    (void)image, (void)err;
+    return (lorasync_status)((scripted *)user)->stage;
+}
+
+static lorasync_status scripted_commit(void *user, const char *adapter, uint64_t version, lorasync_error *err)
+{
+    (void)adapter, (void)version, (void)err;
+    ((scripted *)user)->commits++;
+    return (lorasync_status)((scripted *)user)->commit;
+}
+
+static void scripted_abort(void *user, const char *adapter, uint64_t version)
+{
+    (void)adapter, (void)version;
+    ((scripted *)user)->aborts++;
+}
+
+static lorasync_status scripted_attach(void *user, const void *session, const char *adapter, lorasync_error *err)
+{
+    (void)session, (void)adapter, (void)err;
+    return (lorasync_status)((scripted *)user)->attach;
+}
+
+static lorasync_status scripted_lend(void *user, const lorasync_loan_request *want, lorasync_loan *out,
+                                     lorasync_error *err)
+{
+    (void)want, (void)out, (void)err;
+    return (lorasync_status)((scripted *)user)->lend;
+}
+
+static lorasync_transport scripted_transport(scripted *script)
+{
+    lorasync_transport t;
+    memset(&t, 0, sizeof t);
+    t.size   = sizeof t;
+    t.name   = "mine";
+    t.user   = script;
+    t.stage  = scripted_stage;
+    t.commit = scripted_commit;
+    t.abort  = scripted_abort;
+    t.attach = scripted_attach;
+    t.lend   = scripted_lend;
+    return t;
+}
+
+/* A positive status of stage or commit is a failure, on every rank, that says what it was. */
+static void positive_stage(rank_context *c)
+{
+    static const int   values[] = {1, 7, 0x7fffffff};
+    trainer            t;
+    lorasync_desc      d = default_desc(c);
+    lorasync_error     err;
+    lorasync_report    report;
+    lorasync_status    status;
+    scripted          *script    = (scripted *)c->user;
+    lorasync_transport transport = scripted_transport(script);
+    size_t             i;
+    char               expected[40];
+    open_trainer(&t, c, &d);
+    CHECK_EQ(lorasync_attach(t.s, &transport, &err), 0);
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    for (i = 0; i < 3; i++) {
+        if (c->rank == 0) script->stage = values[i], script->aborts = script->commits = 0;
+        status = lorasync_sync(t.s, 1, &report, &err);
+        CHECK_EQ(status, LORASYNC_E_ARGUMENT);
+        snprintf(expected, sizeof expected, "'mine' returned %d when it was to stage", values[i]);
+        CHECK_HAS(err.text, expected);
+        if (c->rank == 0) CHECK_EQ(script->commits * 10 + script->aborts, 1);
+    }
+    if (c->rank == 0) script->stage = 0, script->commit = 3;
+    CHECK_EQ(lorasync_sync(t.s, 1, &report, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "returned 3 when it was to commit");
+    if (c->rank == 0) script->commit = 0;
+    CHECK_EQ(lorasync_sync(t.s, 1, &report, &err), 0);
+    CHECK_EQ(report.num_engines, 1);
+    lorasync_close(t.s);
+}
+
+static void positive_status_of_a_transport(void)
+{
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        scripted script;
+        memset(&script, 0, sizeof script);
+        run_threads(worlds[i], positive_stage, &script);
+    }
+}
+
+static void positive_status_of_attach_and_lend(void)
+{
+    trainer            t;
+    lorasync_desc      d = default_desc(NULL);
+    lorasync_error     err;
+    scripted           script;
+    lorasync_transport transport = scripted_transport(&script);
+    memset(&script, 0, sizeof script);
+    script.attach = 2;
+    open_trainer(&t, NULL, &d);
+    CHECK_EQ(lorasync_attach(t.s, &transport, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "returned 2 when it was to be attached");
+    CHECK_EQ(lorasync_compile(t.s, &err), LORASYNC_E_ARGUMENT);
+    lorasync_close(t.s);
+    script.attach = 0, script.lend = 5; /* only shown, as a failure of lend is */
+    open_trainer(&t, NULL, &d);
+    CHECK_EQ(lorasync_attach(t.s, &transport, &err), 0);
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    CHECK_HAS(lorasync_get_outcomes(t.s, NULL)->error.text, "returned 5 when it was to lend memory");
+    script.lend = LORASYNC_NOTHING_NEW;
+    CHECK_EQ(lorasync_sync(t.s, 1, NULL, &err), 0);
+    CHECK_EQ(lorasync_get_outcomes(t.s, NULL)->error.status, 0);
+    lorasync_close(t.s);
+}
+
+/* Sources of an engine. */
+typedef struct scripted_source {
+    int look, open;
+} scripted_source;
+
+static lorasync_status source_look(void *user, size_t index, lorasync_published *out, lorasync_error *err)
+{
+    (void)err;
+    if (((scripted_source *)user)->look) return (lorasync_status)((scripted_source *)user)->look;
+    if (index) return LORASYNC_NOTHING_NEW;
+    strcpy(out->adapter, "default");
+    return LORASYNC_OK;
+}
+
+static lorasync_status source_open(void *user, const lorasync_published *what, const lorasync_image *served,
+                                   lorasync_delivery *out, lorasync_error *err)
+{
+    (void)what, (void)served, (void)out, (void)err;
+    return (lorasync_status)((scripted_source *)user)->open;
+}
+
+static void positive_status_of_a_source(void)
+{
+    scripted_source      script = {9, 0};
+    lorasync_source      source;
+    lorasync_engine_desc d;
+    lorasync_engine     *e = NULL;
+    lorasync_error       err;
+    memset(&source, 0, sizeof source);
+    memset(&d, 0, sizeof d);
+    source.size = sizeof source;
+    source.name = "web";
+    source.user = &script;
+    source.look = source_look;
+    source.open = source_open;
+    d.source    = &source;
+    REQUIRE(lorasync_engine_open(&d, &e, &err) == LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "'web' returned 9 when it was to look");
+    script.look = 0, script.open = 12;
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "'web' returned 12 when it was to open a version");
+    script.open = LORASYNC_NOTHING_NEW;
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    lorasync_engine_close(e);
+}
+
+/* A comm that returns an error code of MPI, which is above 0, or -1. */
+typedef struct broken_comm {
+    const lorasync_comm *inner;
+    int                  gather, exchange, calls; /* what they return from the third call on */
+} broken_comm;
+
+static lorasync_status broken_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                         lorasync_error *err)
+{
+    broken_comm *b = (broken_comm *)user;
+    if (b->gather && ++b->calls > 2) return (lorasync_status)b->gather;
+    return b->inner->all_gather(b->inner->user, in, out, num_bytes, timeout_ms, err);
+}
+
+static lorasync_status broken_exchange(void *user, const lorasync_message *sends, size_t num_sends,
+                                       const lorasync_message *receives, size_t num_receives, int timeout_ms,
+                                       lorasync_error *err)
+{
+    broken_comm *b = (broken_comm *)user;
+    if (b->exchange && ++b->calls > 2) return (lorasync_status)b->exchange;
+    return b->inner->exchange(b->inner->user, sends, num_sends, receives, num_receives, timeout_ms, err);
+}
+
+static void broken_rank(rank_context *c)
+{
+    const int      *values = (const int *)c->user;
+    broken_comm     broken = {&c->comm, values[0], values[1], 0};
+    lorasync_comm   comm;
+    trainer         t;
+    lorasync_desc   d;
+    lorasync_error  err;
+    lorasync_status status;
+    char            expected[60];
+    memset(&comm, 0, sizeof comm);
+    comm.size = sizeof comm, comm.user = &broken, comm.rank = c->rank, comm.world = c->world;
+    comm.all_gather = broken_all_gather, comm.exchange = broken_exchange;
+    d      = default_desc(c);
+    d.comm = &comm;
+    open_trainer(&t, c, &d);
+    status = lorasync_compile(t.s, &err);
+    CHECK_EQ(status, LORASYNC_E_COMM);
+    snprintf(expected, sizeof expected, "%s of the comm returned %d", values[0] ? "all_gather" : "exchange",
+             values[0] ? values[0] : values[1]);
+    CHECK_HAS(err.text, expected);
+    CHECK_EQ(lorasync_compile(t.s, &err), LORASYNC_E_LOST);
+    lorasync_close(t.s);
+}
+
+static void positive_status_of_a_comm(void)
+{
+    static int values[][2] = {{15, 0}, {0, 15}, {-1, 0}, {0, -1}};
+    size_t     i;
+    for (i = 0; i < 4; i++) run_threads(2, broken_rank, values[i]);
+}
+
+/* -- engines where nobody publishes to them */
+
+/* Only the ranks of a mask attach; nobody can publish where the root is not among them. */
+typedef struct attaching {
+    unsigned mask;
+    int      root, base;
+} attaching;
+
+static void attach_some(rank_context *c)
+{
+    const attaching   *how = (const attaching *)c->user;
+    scripted           script;
+    lorasync_transport transport = scripted_transport(&script);
+    trainer            t;
+    lorasync_desc      d = default_desc(c);
+    lorasync_error     err;
+    lorasync_status    status;
+    const int          here = (int)(how->mask >> c->rank & 1u), legal = !how->mask || (how->mask >> how->root & 1u);
+    int                first = 0;
+    char               expected[100];
+    memset(&script, 0, sizeof script);
+    memset(&err, 0, sizeof err);
+    while (how->mask && !(how->mask >> first & 1u)) first++;
+    d.root = how->root;
+    open_trainer(&t, c, &d);
+    if (here) CHECK_EQ(lorasync_attach(t.s, &transport, &err), 0);
+    status = lorasync_compile(t.s, &err);
+    CHECK_EQ(status, legal ? LORASYNC_OK : LORASYNC_E_ARGUMENT);
+    snprintf(expected, sizeof expected, "rank %d: engines are attached here ('mine'), but none on the root, rank %d",
+             first, how->root);
+    if (!legal) CHECK_HAS(err.text, expected);
+    lorasync_close(t.s);
+}
+
+static void engines_off_the_root(void)
+{
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        attaching how;
+        memset(&how, 0, sizeof how);
+        for (how.mask = 0; how.mask < 1u << worlds[i]; how.mask++)
+            for (how.root = 0; how.root<worlds[i]; how.root += worlds[i]> 1 ? worlds[i] - 1 : 1)
+                run_threads(worlds[i], attach_some, &how);
+    }
+}
+
+/* The same for base weights. */
+static void attach_to_stream(rank_context *c)
+{
+    const attaching     *how = (const attaching *)c->user;
+    scripted             script;
+    lorasync_transport   transport = scripted_transport(&script);
+    lorasync_stream_desc d;
+    lorasync_stream     *s = NULL;
+    lorasync_piece       p;
+    lorasync_error       err;
+    float                w[WIDTH] = {0};
+    const int            legal    = !how->mask || (how->mask & 1u);
+    memset(&script, 0, sizeof script);
+    memset(&d, 0, sizeof d);
+    d.comm       = &c->comm;
+    d.timeout_ms = 20000;
+    REQUIRE(lorasync_stream_open(&d, &s, &err) == LORASYNC_OK);
+    p = shard_piece("model.norm.weight", 1, WIDTH, 0, c->rank, c->world, w);
+    CHECK_EQ(lorasync_stream_add(s, &p, &err), 0);
+    if (how->mask >> c->rank & 1u) CHECK_EQ(lorasync_stream_attach(s, &transport, &err), 0);
+    CHECK_EQ(lorasync_stream_compile(s, &err), legal ? LORASYNC_OK : LORASYNC_E_ARGUMENT);
+    if (!legal) CHECK_HAS(err.text, "but none on the root, rank 0");
+    lorasync_stream_close(s);
+}
+
+static void engines_off_the_root_of_a_stream(void)
+{
+    attaching how;
+    memset(&how, 0, sizeof how);
+    for (how.mask = 0; how.mask < 4; how.mask++) run_threads(2, attach_to_stream, &how);
+}
+
+/* -- ranks that disagree are told on what */
+
+/* One field of one desc differs on the last rank. */
+typedef struct differing {
+    int         field;
+    const char *expected;
+} differing;
+
+static void differing_session(rank_context *c)
+{
+    const differing *how = (const differing *)c->user;
+    const int        odd = c->rank == c->world - 1;
+    trainer          t;
+    lorasync_desc    d = default_desc(c);
+    lorasync_error   err;
+    if (how->field == 0) d.wire_dtype = odd ? LORASYNC_BF16 : LORASYNC_DTYPE_NONE;
+    if (how->field == 1) d.root = odd ? 1 : 0;
+    if (how->field == 2) d.base_model = odd ? "llama" : NULL;
+    if (how->field == 3) d.bucket_bytes = odd ? 4096 : 0;
+    open_trainer(&t, c, &d);
+    CHECK_EQ(lorasync_compile(t.s, &err), LORASYNC_E_DISAGREE);
+    CHECK_HAS(err.text, how->expected);
+    lorasync_close(t.s);
+}
+
+static void differing_plan(rank_context *c)
+{
+    const differing   *how = (const differing *)c->user;
+    const int          odd = c->rank == c->world - 1;
+    lorasync_plan_desc d;
+    lorasync_plan     *plan = NULL;
+    lorasync_piece     p;
+    lorasync_error     err;
+    float              w[WIDTH] = {0};
+    memset(&d, 0, sizeof d);
+    d.comm       = &c->comm;
+    d.timeout_ms = 20000;
+    p            = shard_piece("w", 1, WIDTH, 0, c->rank, c->world, w);
+    d.have = &p, d.num_have = 1;
+    if (how->field == 0) d.kind = odd ? LORASYNC_GATHER_ALL : LORASYNC_GATHER;
+    if (how->field == 1) d.root = odd ? 1 : 0;
+    if (how->field == 2) d.wire_dtype = odd ? LORASYNC_F16 : LORASYNC_BF16;
+    if (how->field == 3) d.adapter = odd ? "b" : "a";
+    CHECK_EQ(lorasync_plan_create(&d, &plan, &err), LORASYNC_E_DISAGREE);
+    CHECK_HAS(err.text, how->expected);
+    lorasync_plan_free(plan);
+}
+
+static void differing_stream(rank_context *c)
+{
+    const differing     *how = (const differing *)c->user;
+    const int            odd = c->rank == c->world - 1;
+    lorasync_stream_desc d;
+    lorasync_stream     *s = NULL;
+    lorasync_piece       p;
+    lorasync_error       err;
+    float                w[WIDTH] = {0};
+    memset(&d, 0, sizeof d);
+    d.comm       = &c->comm;
+    d.timeout_ms = 20000;
+    if (how->field == 0) d.name = odd ? "other" : NULL;
+    if (how->field == 1) d.bucket_bytes = odd ? 1024 : 2048;
+    if (how->field == 2) d.keep_names = odd;
+    REQUIRE(lorasync_stream_open(&d, &s, &err) == LORASYNC_OK);
+    p = shard_piece("model.norm.weight", 1, WIDTH, 0, c->rank, c->world, w);
+    CHECK_EQ(lorasync_stream_add(s, &p, &err), 0);
+    CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_E_DISAGREE);
+    CHECK_HAS(err.text, how->expected);
+    lorasync_stream_close(s);
+}
+
+static void differing_load(rank_context *c)
+{
+    const int      odd = c->rank == c->world - 1;
+    trainer        t;
+    lorasync_desc  d = default_desc(c);
+    lorasync_error err;
+    const char    *directory = *(const char *const *)c->user;
+    open_trainer(&t, c, &d);
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    if (c->rank == 0) { /* a file that can be opened, so that only the paths differ */
+        char  path[300];
+        FILE *f;
+        snprintf(path, sizeof path, "%s/x.safetensors", directory);
+        f = fopen(path, "wb");
+        REQUIRE(f);
+        fwrite("\x02\0\0\0\0\0\0\0{}", 1, 10, f);
+        fclose(f);
+    }
+    {
+        char here[300], there[300];
+        snprintf(here, sizeof here, "%s/x.safetensors", directory);
+        snprintf(there, sizeof there, "%s/y.safetensors", directory);
+        CHECK_EQ(lorasync_load(t.s, odd ? there : here, &err), LORASYNC_E_DISAGREE);
+        CHECK_HAS(err.text, "path is \"");
+        CHECK_HAS(err.text, "y.safetensors\" here, and on rank 0 ");
+        CHECK_HAS(err.text, "x.safetensors\"; every rank must pass the same");
+    }
+    lorasync_close(t.s);
+}
+
+static void disagreements_name_the_field(void)
+{
+    static differing sessions[]  = {{0, "desc.wire_dtype is BF16 here, and on rank 0 NONE"},
+                                    {1, "desc.root is 1 here, and on rank 0 0"},
+                                    {2, "desc.base_model is \"llama\" here, and on rank 0 not given"},
+                                    {3, "desc.bucket_bytes is 4096 here, and on rank 0 0"}};
+    static differing plans[]     = {{0, "desc.kind is \"LORASYNC_GATHER_ALL\" here, and on rank 0 \"LORASYNC_GATHER\""},
+                                    {1, "desc.root is 1 here, and on rank 0 0"},
+                                    {2, "desc.wire_dtype is F16 here, and on rank 0 BF16"},
+                                    {3, "desc.adapter is \"b\" here, and on rank 0 \"a\""}};
+    static differing streams[]   = {{0, "desc.name is \"other\" here, and on rank 0 \"base\""},
+                                    {1, "desc.bucket_bytes is 1024 here, and on rank 0 2048"},
+                                    {2, "desc.keep_names is 1 here, and on rank 0 0"}};
+    char             directory[] = "/tmp/lorasync-silences-XXXXXX", path[80];
+    char            *at          = directory;
+    size_t           i;
+    REQUIRE(mkdtemp(directory));
+    for (i = 0; i < 4; i++) run_threads(2, differing_session, &sessions[i]);
+    for (i = 0; i < 4; i++) run_threads(4, differing_plan, &plans[i]);
+    for (i = 0; i < 3; i++) run_threads(2, differing_stream, &streams[i]);
+    run_threads(2, differing_load, &at);
+    snprintf(path, sizeof path, "%s/x.safetensors", directory);
+    unlink(path);
+    rmdir(directory);
+}
+
+/* Versions, as they were passed, also where the image is made in memory that a transport lends. */
+static void differing_versions(rank_context *c)
+{
+    trainer            t;
+    lorasync_desc      d = default_desc(c);
+    lorasync_error     err;
+    lorasync_shm_desc  shm;
+    lorasync_transport transport;
+    lorasync_report    report;
+    uint64_t           v;
+    open_trainer(&t, c, &d);
+    memset(&shm, 0, sizeof shm);
+    shm.name = (const char *)c->user;
+    if (c->rank == 0) {
+        REQUIRE(lorasync_shm_open(&shm, &transport, &err) == LORASYNC_OK);
+        CHECK_EQ(lorasync_attach(t.s, &transport, &err), 0);
+    }
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    for (v = 1; v < 6; v += 2) {
+        CHECK_EQ(lorasync_sync(t.s, v, &report, &err), 0);
+        CHECK_EQ(report.in_place, 1);
+        CHECK_EQ(lorasync_sync(t.s, c->rank ? 70 : 20, &report, &err), LORASYNC_E_DISAGREE);
+        CHECK_HAS(err.text, "version: 20 on rank 0, 70 on rank 1; every rank must pass the same");
+        CHECK_EQ(lorasync_sync(t.s, c->rank ? v : 20, &report, &err), LORASYNC_E_VERSION);
+        CHECK_HAS(err.text, "rank 1: version ");
+        CHECK_EQ(lorasync_sync(t.s, v + 1, &report, &err), 0);
+    }
+    lorasync_close(t.s);
+}
+
+static void disagreement_on_versions(void)
+{
+    char name[60];
+    snprintf(name, sizeof name, "test-silences-%ld", (long)getpid());
+    run_threads(2, differing_versions, name);
+    lorasync_shm_remove(name, NULL);
+    run_threads(4, differing_versions, name);
+    lorasync_shm_remove(name, NULL);
+}
+
+int main(void)
+{
+    RUN(positive_status_of_a_transport);
+    RUN(positive_status_of_attach_and_lend);
+    RUN(positive_status_of_a_source);
+    RUN(positive_status_of_a_comm);
+    RUN(engines_off_the_root);
+    RUN(engines_off_the_root_of_a_stream);
+    RUN(disagreements_name_the_field);
+    RUN(disagreement_on_versions);
+    return test_summary("test_silences");
+}
