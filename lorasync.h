@@ -68,7 +68,8 @@
        >>api        the functions, each documented where it is declared; ends at "END OF THE PUBLIC PART"
                     -- names; layout; comm; cuda; image; plan; config; transport; engine; policy; session; base
        >>support    errors, allocation, checked arithmetic, buffers, hashing, clock, process identity
-                    -- descs; memory; arenas and buffers; hashing; time; processes
+                    -- descs; memory; arenas and buffers; hashing; time; a word of shared memory on which processes
+                       sleep (Linux's futex; processes
        >>json       a small strict reader and writer
                     -- strings; objects and arrays; numbers and words; writing; objects as a whole; rewriting in
                        Python's form
@@ -1713,8 +1714,8 @@ typedef struct lorasync_source {
        against (lorasync_image_delta). NULL: send the full image */
     lorasync_status (*open)(void *user, const lorasync_published *what, const lorasync_image *served,
                             lorasync_delivery *out, lorasync_error *err);
-    /* Waits until there may be something new, at most timeout_ms (1 or more); may return early. NULL: the engine looks
-       again after pauses of 50 microseconds to 5 ms. */
+    /* Waits until there may be something new, at most timeout_ms (1 or more); may return early. What came after the
+       last look began must end it at once. NULL: the engine looks again after pauses of 50 microseconds to 5 ms. */
     void (*wait)(void *user, int timeout_ms);
     /* Called once, when the engine closes, after the last release; not if lorasync_engine_open failed. NULL: nothing to
        close. */
@@ -1722,6 +1723,10 @@ typedef struct lorasync_source {
     /* 1: deliveries may be deltas; one that does not fit what is served is opened again, as a full image. 0: deltas are
        refused. */
     int sends_deltas;
+    /* For a source of many adapters: as look, but tells only those that may have changed since look or changed told
+       them. One without a name: any may have. The engine looks at everything at first, after that, when a poll failed,
+       and every 1 to 10 s; in between it asks what changed. NULL: it always looks at everything. */
+    lorasync_status (*changed)(void *user, size_t index, lorasync_published *out, lorasync_error *err);
 } lorasync_source;
 
 /* Exactly one of directory, shm, source and offers_only is set. The engine maps the files or the shared memory:
@@ -2482,6 +2487,9 @@ typedef struct lorasyncd_tile {
 #include <dirent.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__CUDACC__)
 #include <immintrin.h>
 #endif
@@ -3041,6 +3049,45 @@ LORASYNCI_FN void lorasynci_pause(unsigned *turns)
         t.tv_nsec = *turns < LORASYNCI_YIELDS + 192 ? 10000 : 100000;
         nanosleep(&t, NULL);
     }
+}
+
+/* Sleeps at most that long. */
+LORASYNCI_FN void lorasynci_sleep_ns(uint64_t ns)
+{
+    struct timespec t;
+    t.tv_sec  = (time_t)(ns / 1000000000u);
+    t.tv_nsec = (long)(ns % 1000000000u);
+    nanosleep(&t, NULL);
+}
+
+/* -- a word of shared memory on which processes sleep (Linux's futex; elsewhere they look again every 5 ms)
+
+   Who changes the word wakes the sleepers afterwards. A sleeper gives the value that it has seen: if the word differs
+   by then, it does not sleep, so that no change is missed. */
+
+/* Returns when the word is not `seen`, when woken, or after timeout_ms; perhaps earlier. */
+LORASYNCI_FN void lorasynci_sleep_on(const uint32_t *word, uint32_t seen, int timeout_ms)
+{
+#ifdef __linux__
+    struct timespec t;
+    t.tv_sec  = timeout_ms / 1000;
+    t.tv_nsec = timeout_ms % 1000 * 1000000L;
+    /* FUTEX_WAIT, not private to a process */
+    if (syscall(SYS_futex, word, 0, seen, &t, NULL, 0) == 0 || errno == EAGAIN || errno == EINTR || errno == ETIMEDOUT)
+        return;
+#endif
+    if (__atomic_load_n(word, __ATOMIC_SEQ_CST) == seen)
+        lorasynci_sleep_ns(timeout_ms < 5 ? (uint64_t)timeout_ms * 1000000u : 5000000u);
+}
+
+/* Wakes all that sleep on a word. */
+LORASYNCI_FN void lorasynci_wake_all(const uint32_t *word)
+{
+#ifdef __linux__
+    syscall(SYS_futex, word, 1, INT32_MAX, NULL, NULL, 0); /* FUTEX_WAKE */
+#else
+    (void)word;
+#endif
 }
 
 /* -- processes */
@@ -6852,11 +6899,11 @@ LORASYNCI_FN lorasync_status lorasynci_gpu_open(const lorasync_allocator *a, str
         what);
 }
 
-LORASYNCI_FN void            lorasynci_gpu_close(const lorasync_allocator *a, lorasynci_gpu *g) { (void)a, (void)g; }
-LORASYNCI_FN int             lorasynci_gpu_enter(int ordinal) { return ordinal; }
-LORASYNCI_FN void            lorasynci_gpu_leave(int ordinal, int old) { (void)ordinal, (void)old; }
-LORASYNCI_FN int             lorasynci_gpu_is_captured(const lorasynci_gpu *g) { return g != NULL; }
-LORASYNCI_FN void            lorasynci_gpu_free(int pinned, char *memory) { (void)pinned, (void)memory; }
+LORASYNCI_FN void lorasynci_gpu_close(const lorasync_allocator *a, lorasynci_gpu *g) { (void)a, (void)g; }
+LORASYNCI_FN int lorasynci_gpu_enter(int ordinal) { return ordinal; }
+LORASYNCI_FN void lorasynci_gpu_leave(int ordinal, int old) { (void)ordinal, (void)old; }
+LORASYNCI_FN int lorasynci_gpu_is_captured(const lorasynci_gpu *g) { return g != NULL; }
+LORASYNCI_FN void lorasynci_gpu_free(int pinned, char *memory) { (void)pinned, (void)memory; }
 LORASYNCI_FN lorasync_status lorasynci_gpu_follow(const lorasynci_gpu *g, lorasync_error *err)
 {
     return (void)g, (void)err, LORASYNC_E_UNSUPPORTED;
@@ -17439,6 +17486,14 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    publisher's place finds it unnamed and unpinned, and removes it. All zeros is a valid control, so that making one has
    no step that could be left half done.
 
+   Engines that have nothing to do sleep on `bell`, which every change that concerns them rings, commits first of all:
+
+       bell      number of rings << 1 | an engine sleeps
+
+   An engine reads the bell, looks, sets the bit and sleeps if the number is still the one it read. Who rings counts up
+   and clears the bit; only if it was set is a system call needed. A publisher that is killed between a commit and its
+   ring, and a control that is removed and made again, are found by the look that every engine makes once a second.
+
    An owner is one word (lorasynci_process_self, and whether it locked), so that taking a dead owner's place is one
    compare and swap. A process of another container has no pid here: it holds a lock on a byte of the control, which the
    kernel drops when it ends.
@@ -17484,6 +17539,7 @@ typedef struct lorasynci_shm_control {
     uint64_t              magic, publisher; /* atomic */
     uint64_t              last_serial, last_number;
     uint64_t              num_adapters, num_slots, num_readers; /* atomic. Places that were ever taken */
+    uint32_t              bell, unused;                         /* atomic */
     lorasynci_shm_adapter adapters[LORASYNCI_SHM_ADAPTERS];
     lorasynci_shm_segment slots[LORASYNCI_SHM_SLOTS];
     lorasynci_shm_reader  readers[LORASYNCI_SHM_READERS];
@@ -17837,6 +17893,22 @@ LORASYNCI_FN int lorasynci_shm_is_marked(const uint64_t *bits, int slot)
     return (int)(bits[slot / 64] >> (slot % 64) & 1);
 }
 
+/* Wakes the engines: what they are to see has been stored. */
+LORASYNCI_FN void lorasynci_shm_ring(lorasynci_shm_control *c)
+{
+    uint32_t old = __atomic_load_n(&c->bell, __ATOMIC_SEQ_CST);
+    while (!__atomic_compare_exchange_n(&c->bell, &old, (old | 1) + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
+    if (old & 1) lorasynci_wake_all(&c->bell);
+}
+
+/* Sleeps until the bell is rung, at most timeout_ms; not at all if that happened since it was `heard`. */
+LORASYNCI_FN void lorasynci_shm_sleep(lorasynci_shm_control *c, uint32_t heard, int timeout_ms)
+{
+    uint32_t asleep = heard | 1, now = heard & ~(uint32_t)1;
+    if (__atomic_compare_exchange_n(&c->bell, &now, asleep, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) || now == asleep)
+        lorasynci_sleep_on(&c->bell, asleep, timeout_ms);
+}
+
 /* -- removing */
 
 /* The slots of the control, and where segments are files also those that it does not know. */
@@ -17880,6 +17952,7 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
     lorasynci_shm_path(path, name, 0);
     lorasynci_shm_unlink_slots(name, map.control); /* first: once the control is gone the name is another publisher's */
     if (shm_unlink(path) != 0) reason = errno;
+    if (map.control) lorasynci_shm_ring(map.control);
     if (map.control) lorasynci_shm_disown(&map.control->publisher, mine);
     lorasynci_shm_detach(&map);
     return reason ? lorasynci_shm_fail(err, "remove", path, reason) : LORASYNC_OK;
@@ -18457,7 +18530,8 @@ LORASYNCI_FN int lorasynci_shm_retire(lorasynci_shm *s, int slot)
     if (!s->device || !s->map.control->slots[slot].device_bytes || !lorasynci_shm_have_slot(s, slot) ||
         !lorasynci_shm_find_payload(s, slot))
         return 1;
-    __atomic_store_n(&s->map.control->slots[slot].retired, (uint64_t)1, __ATOMIC_SEQ_CST);
+    if (!__atomic_exchange_n(&s->map.control->slots[slot].retired, (uint64_t)1, __ATOMIC_SEQ_CST))
+        lorasynci_shm_ring(s->map.control);
     return !lorasynci_shm_is_open(s, slot);
 }
 
@@ -18599,6 +18673,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_commit(void *user, const char *adapte
     }
     lorasynci_shm_name(s, i, p->staged);
     p->staged = -1;
+    lorasynci_shm_ring(s->map.control);
     return LORASYNC_OK;
 }
 
@@ -18810,6 +18885,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
         return status;
     }
     lorasynci_shm_inherit(s);
+    lorasynci_shm_ring(s->map.control); /* the publisher before may have been killed before it did */
     memset(out, 0, sizeof *out);
     out->size    = sizeof *out;
     out->name    = s->name;
@@ -19179,9 +19255,11 @@ typedef struct lorasynci_shm_source {
     const lorasynci_gpu *gpu;  /* the engine's; NULL: versions in device memory are refused */
     lorasynci_shm_view  *view; /* NULL: not found yet */
     uint64_t             num_views;
-    int                  next;    /* place in the control, of the look that goes on */
-    lorasynci_mapped    *mapped;  /* slots that are mapped */
-    lorasynci_import    *imports; /* device memory that is open */
+    int                  next;                         /* place in the control, of the look that goes on */
+    uint32_t             heard;                        /* the bell, when that look began */
+    uint64_t             told[LORASYNCI_SHM_ADAPTERS]; /* the adapters' words, as looks have told them */
+    lorasynci_mapped    *mapped;                       /* slots that are mapped */
+    lorasynci_import    *imports;                      /* device memory that is open */
 } lorasynci_shm_source;
 
 typedef struct lorasynci_shm_held {
@@ -19230,28 +19308,66 @@ LORASYNCI_FN uint64_t lorasynci_shm_mark_of(const lorasynci_shm_source *s, uint6
     return lorasynci_hash(v, sizeof v, 7) | 1;
 }
 
-/* What the control names. A look begins by giving back what the publisher wants and nobody uses. */
-LORASYNCI_FN lorasync_status lorasynci_shm_look_for(void *user, size_t index, lorasync_published *out,
-                                                    lorasync_error *err)
+/* The next adapter of the look whose word it has not told yet, or whatever it is. */
+LORASYNCI_FN lorasync_status lorasynci_shm_tell(lorasynci_shm_source *s, int only_changed, lorasync_published *out)
 {
-    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
-    if (index == 0) {
-        lorasync_status found = lorasynci_shm_find_control(s, err);
-        lorasynci_imports_sweep(s->gpu, &s->imports, s->view);
-        lorasynci_mapped_sweep(&s->mapped, s->view);
-        if (found != LORASYNC_OK) return found;
-        s->next = 0;
-    }
     while (s->next < lorasynci_shm_taken(&s->view->map.control->num_adapters, LORASYNCI_SHM_ADAPTERS)) {
-        const lorasynci_shm_adapter *entry = &s->view->map.control->adapters[s->next++];
+        const int                    i     = s->next++;
+        const lorasynci_shm_adapter *entry = &s->view->map.control->adapters[i];
         uint64_t                     word  = __atomic_load_n(&entry->word, __ATOMIC_SEQ_CST);
-        if (!word) continue;
+        if (!word || (only_changed && word == s->told[i])) continue;
+        s->told[i] = word;
         memcpy(out->adapter, entry->name, sizeof entry->name);
         out->adapter[sizeof entry->name - 1] = 0;
         out->mark                            = lorasynci_shm_mark_of(s, word);
         return LORASYNC_OK;
     }
     return LORASYNC_NOTHING_NEW;
+}
+
+/* A look begins by giving back what the publisher wants and nobody uses. */
+LORASYNCI_FN void lorasynci_shm_begin_look(lorasynci_shm_source *s)
+{
+    if (s->view) s->heard = __atomic_load_n(&s->view->map.control->bell, __ATOMIC_SEQ_CST);
+    lorasynci_imports_sweep(s->gpu, &s->imports, s->view);
+    lorasynci_mapped_sweep(&s->mapped, s->view);
+    s->next = 0;
+}
+
+/* What the control names. */
+LORASYNCI_FN lorasync_status lorasynci_shm_look_for(void *user, size_t index, lorasync_published *out,
+                                                    lorasync_error *err)
+{
+    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    if (index == 0) {
+        lorasync_status found = lorasynci_shm_find_control(s, err);
+        lorasynci_shm_begin_look(s);
+        if (found != LORASYNC_OK) return found;
+    }
+    return lorasynci_shm_tell(s, 0, out);
+}
+
+/* What it has come to name since. While the bell is silent, that is known without looking. */
+LORASYNCI_FN lorasync_status lorasynci_shm_changed(void *user, size_t index, lorasync_published *out,
+                                                   lorasync_error *err)
+{
+    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    (void)err;
+    if (!s->view || !lorasynci_shm_is_ours(s->view) || lorasynci_shm_is_removed(&s->view->map)) return LORASYNC_OK;
+    if (index == 0) {
+        if (((__atomic_load_n(&s->view->map.control->bell, __ATOMIC_SEQ_CST) ^ s->heard) & ~(uint32_t)1) == 0)
+            return LORASYNC_NOTHING_NEW;
+        lorasynci_shm_begin_look(s);
+    }
+    return lorasynci_shm_tell(s, 1, out);
+}
+
+/* Until the bell rings; while there is no control, until it is time to look whether there is one. */
+LORASYNCI_FN void lorasynci_shm_wait(void *user, int timeout_ms)
+{
+    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    if (s->view) lorasynci_shm_sleep(s->view->map.control, s->heard, timeout_ms);
+    else lorasynci_sleep_ns(timeout_ms < 5 ? (uint64_t)timeout_ms * 1000000u : 5000000u);
 }
 
 /* Finds the payload of a mapped slot: behind the header, or in device memory. */
@@ -19374,11 +19490,13 @@ LORASYNCI_FN lorasync_status lorasynci_shm_source_open(const char *name, const l
     s->gpu = gpu;
     strcpy(s->name, name);
     snprintf(s->title, sizeof s->title, "shared memory '%s'", name);
-    out->name  = s->title;
-    out->user  = s;
-    out->look  = lorasynci_shm_look_for;
-    out->open  = lorasynci_shm_open_version;
-    out->close = lorasynci_shm_source_close;
+    out->name    = s->title;
+    out->user    = s;
+    out->look    = lorasynci_shm_look_for;
+    out->changed = lorasynci_shm_changed;
+    out->wait    = lorasynci_shm_wait;
+    out->open    = lorasynci_shm_open_version;
+    out->close   = lorasynci_shm_source_close;
     return LORASYNC_OK;
 }
 
@@ -20011,6 +20129,8 @@ struct lorasync_engine {
     lorasynci_checker  checkers[LORASYNCI_CHECKERS];
     lorasynci_served  *first;                         /* atomic */
     lorasynci_served  *names[LORASYNCI_ENGINE_NAMES]; /* atomic */
+    int                keeps_old;                     /* 1: versions may be held that are not served any more */
+    uint64_t look_at_all_ns; /* when a poll looks at everything again, not only at what changed; 0: the next */
 };
 
 /* The chain of the adapters whose names have this one's hash. */
@@ -20069,6 +20189,17 @@ LORASYNCI_FN lorasynci_kept_version *lorasynci_empty_version(lorasynci_served *s
         if (!place->held.image) empty = place;
     }
     return empty;
+}
+
+/* Empties the versions of all adapters that nobody can see any more, if there are any. */
+LORASYNCI_FN void lorasynci_empty_versions(lorasync_engine *e)
+{
+    lorasynci_served *s = e->keeps_old ? e->first : NULL;
+    int               i;
+    for (e->keeps_old = 0; s; s = s->next) {
+        lorasynci_empty_version(s);
+        for (i = 0; i < LORASYNCI_VERSIONS; i++) e->keeps_old |= i != s->current && s->versions[i].held.image;
+    }
 }
 
 /* The version that is served, or NULL. */
@@ -20629,6 +20760,7 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
     if (!is_delta) r->opened.release = r->d->release, r->opened.user = r->d->user;
     *out_kept = !is_delta;
     lorasynci_serve(r->served, place, r->version, &r->opened);
+    r->e->keeps_old = 1;
     r->served->mark = r->d->mark;
     memset(&r->opened, 0, sizeof r->opened);
     return LORASYNC_OK;
@@ -20754,23 +20886,24 @@ LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lo
     return status;
 }
 
-/* One look at everything that is published. An adapter that fails does not hold up the others; the first failure is
-   returned. */
-LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
+/* Goes through what the source tells, by its look or its changed. An adapter that fails does not hold up the others; of
+   all failures and `status` the first is returned. *out_any: it said that any adapter may have changed. */
+LORASYNCI_FN lorasync_status lorasynci_look_through(lorasync_engine *e, int at_all, lorasync_status status,
+                                                    int *out_any, lorasync_error *err)
 {
-    lorasync_status    status = LORASYNC_NOTHING_NEW, one = LORASYNC_OK;
+    lorasync_status    one = LORASYNC_OK;
     lorasync_published what;
     lorasync_error     why; /* the caller's stays untouched by what is no failure */
-    lorasynci_served  *s;
     size_t             i;
     int                done;
-    for (s = e->first; s; s = s->next) lorasynci_empty_version(s);
     for (i = 0, done = 0; !done; i++) {
         memset(&what, 0, sizeof what);
         memset(&why, 0, sizeof why);
-        one                                   = e->source.look(e->source.user, i, &what, &why);
-        done                                  = one != LORASYNC_OK;
+        one  = (at_all ? e->source.look : e->source.changed)(e->source.user, i, &what, &why);
+        done = one != LORASYNC_OK;
         what.adapter[sizeof what.adapter - 1] = 0;
+        *out_any                              = !at_all && !done && !what.adapter[0];
+        if (*out_any) return status;
         if (one < 0 || one > LORASYNC_NOTHING_NEW) one = lorasynci_source_failed(e, "look", one, &why);
         else if (!done && e->adapter && strcmp(e->adapter, what.adapter) != 0) continue;
         else if (!done) one = lorasynci_poll_adapter(e, &what, &why);
@@ -20780,18 +20913,45 @@ LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_er
     return status;
 }
 
-/* Waits for something new, at most until the deadline; *rest_ns is the pause of a source that cannot wait. */
-LORASYNCI_FN void lorasynci_engine_rest(lorasync_engine *e, uint64_t left_ns, uint64_t *rest_ns)
+/* When to look at everything again, for what a source has not noticed: so seldom that it takes 1 % of the time. */
+LORASYNCI_FN uint64_t lorasynci_next_look_ns(uint64_t begun_ns, uint64_t ended_ns)
 {
-    struct timespec t;
+    uint64_t rest = (ended_ns - begun_ns) * 100;
+    if (rest < UINT64_C(1000000000)) rest = UINT64_C(1000000000);
+    return ended_ns + (rest < UINT64_C(10000000000) ? rest : UINT64_C(10000000000));
+}
+
+/* One look at everything that is published, or at what changed. */
+LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
+{
+    const uint64_t  begun  = lorasynci_now_ns();
+    lorasync_status status = LORASYNC_NOTHING_NEW;
+    int             at_all = !e->source.changed || begun >= e->look_at_all_ns;
+    lorasynci_empty_versions(e);
+    if (!at_all) status = lorasynci_look_through(e, 0, status, &at_all, err);
+    if (at_all) {
+        int any;
+        status            = lorasynci_look_through(e, 1, status, &any, err);
+        e->look_at_all_ns = lorasynci_next_look_ns(begun, lorasynci_now_ns());
+    }
+    if (status < 0) e->look_at_all_ns = 0;
+    return status;
+}
+
+/* Waits for something new, at most until the deadline; *rest_ns is the pause of a source that cannot wait. Nobody tells
+   of versions that readers have released, and these go back soon. */
+LORASYNCI_FN void lorasynci_engine_rest(lorasync_engine *e, uint64_t now_ns, uint64_t deadline_ns, uint64_t *rest_ns)
+{
+    const uint64_t most = e->keeps_old ? 5000000 : 1000000000;
+    uint64_t       left = deadline_ns - now_ns;
+    if (e->source.changed && e->look_at_all_ns > now_ns && left > e->look_at_all_ns - now_ns)
+        left = e->look_at_all_ns - now_ns;
     if (e->source.wait) {
-        e->source.wait(e->source.user, left_ns / 1000000 < 1000 ? (int)(left_ns / 1000000) + 1 : 1000);
+        e->source.wait(e->source.user, left < most ? (int)(left / 1000000) + 1 : (int)(most / 1000000));
         return;
     }
-    if (*rest_ns > left_ns) *rest_ns = left_ns;
-    t.tv_sec  = 0;
-    t.tv_nsec = (long)*rest_ns;
-    nanosleep(&t, NULL);
+    if (*rest_ns > left) *rest_ns = left;
+    lorasynci_sleep_ns(*rest_ns);
     *rest_ns = *rest_ns < 2500000 ? *rest_ns * 2 : 5000000;
 }
 
@@ -20809,7 +20969,7 @@ LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int t
         if (status != LORASYNC_NOTHING_NEW) return status;
         now = lorasynci_now_ns();
         if (now >= deadline) return LORASYNC_NOTHING_NEW;
-        lorasynci_engine_rest(engine, deadline - now, &rest_ns);
+        lorasynci_engine_rest(engine, now, deadline, &rest_ns);
     }
 }
 
