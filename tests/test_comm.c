@@ -400,7 +400,6 @@ static void all_gather_cost(void)
     printf("     all_gather of 16 bytes, 4 processes: %.1f us\n", (double)outcomes[0].ns / TIMED / 1000);
 }
 
-/* A chunk whose message has the right size, but which has another size itself: damaged, and not taken. */
 /* Of two long messages the first chunks are equally long: only the size in front tells them apart. */
 static void long_message_of_another_size(void)
 {
@@ -420,6 +419,36 @@ static void long_message_of_another_size(void)
     CHECK_HAS(err.text, "rank 0 expected 131072 bytes from rank 1, which sends 196608");
     CHECK(!moved && c->taken == 0);
     free(c), free(data);
+}
+
+/* Chunks wait until they are taken: a sender never writes over one that is still to be read. */
+static void sender_that_is_faster(void)
+{
+    enum {
+        NUM_BYTES = (LORASYNCI_RING + 2) * LORASYNCI_CHUNK
+    };
+    lorasynci_channel *c    = (lorasynci_channel *)calloc(1, sizeof *c);
+    unsigned char     *from = (unsigned char *)malloc(NUM_BYTES), *to = (unsigned char *)calloc(1, NUM_BYTES);
+    int                i, moved                                       = 0;
+    lorasync_message   out, in;
+    lorasynci_flow     sending, receiving;
+    lorasync_error     err;
+    REQUIRE(c && from && to);
+    for (i = 0; i < NUM_BYTES; i++) from[i] = (unsigned char)(i / LORASYNCI_CHUNK + 7 * i);
+    memset(&out, 0, sizeof out), memset(&in, 0, sizeof in);
+    out.peer = 1, out.data = from, out.num_bytes = NUM_BYTES;
+    in.data = to, in.num_bytes = NUM_BYTES;
+    sending   = lorasynci_flow_start(c, &out);
+    receiving = lorasynci_flow_start(c, &in);
+    CHECK(lorasynci_flow_send(&sending));
+    CHECK_EQ(c->sent, LORASYNCI_RING);
+    CHECK(!lorasynci_flow_send(&sending)); /* full */
+    while (receiving.at < receiving.total) {
+        REQUIRE(lorasynci_flow_receive(&receiving, 1, &moved, &err) == LORASYNC_OK && c->taken == c->sent);
+        lorasynci_flow_send(&sending);
+    }
+    CHECK(sending.at == sending.total && memcmp(from, to, NUM_BYTES) == 0);
+    free(c), free(from), free(to);
 }
 
 /* A comm says who is asking, and of how many. */
@@ -479,6 +508,7 @@ int main(void)
     RUN(mismatched_sizes);
     RUN(damaged_chunk);
     RUN(long_message_of_another_size);
+    RUN(sender_that_is_faster);
     RUN(comm_that_is_not_filled_in);
     RUN(mismatched_all_gather);
     RUN(rank_stays_away);
