@@ -110,29 +110,30 @@
                        agree on; writing a config; writing from a config; writing without a config; verifying what was
                        written
        >>publish    the directory transport; staging and commit over any number of engines
-                    -- one run of publishing; one run; the end of a run; names in a published directory; the same
-                       version again; files; the directory transport; cleaning up a directory; staging in a directory;
-                       committing in a directory
+                    -- who receives; one run of publishing; one run; the end of a run; names in a published directory;
+                       the same version again; files; the directory transport; cleaning up a directory; staging in a
+                       directory; committing in a directory
        >>shm        the shared-memory transport
                     -- names of shared memory; who lives; segments; the control; removing; the publisher; slots; making
                        slots; adapters; payloads in device memory, the publisher's side; the shared-memory transport;
-                       lending the slot of the next version; the sessions that it is attached to; what an engine does
-                       with it; slots that an engine has mapped; payloads in device memory, the engine's side; the
-                       source; handing a version over
+                       receipts; lending the slot of the next version; the sessions that it is attached to; what an
+                       engine does with it; slots that an engine has mapped; payloads in device memory, the engine's
+                       side; the source; handing a version over
        >>engine     poll, validate, pin, find, release
                     -- reading; names of a file's tensors; one adapter outside any engine; serving; digests of payloads
                        in device memory; digesting while the header is read; an engine; the directory as a source;
                        opening versions of a directory; arrivals; reading and checking an arrival; serving an arrival;
-                       polling; readers; opening and closing
+                       polling; receipts of what is served; what is to be done about an adapter; readers; opening and
+                       closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
-                    -- adding and attaching; agreeing to compile; versions
+                    -- adding and attaching; agreeing to compile; versions; receipts; reporting
        >>session    the easy path through all of it
                     -- opening a session; adding; compiling; which pieces are taken; pieces that are in each other's
                        way; scaling, planning and the config; what other ranks know of the model; the config that is
-                       published; what the root hands to all; lent memory; opening lent memory; running; resuming;
-                       tensors that share memory; finding and comparing them
+                       published; what the root hands to all; lent memory; opening lent memory; running; what is known
+                       of the engines; resuming; tensors that share memory; finding and comparing them
        >>base       base weights in buckets through the same plans, images and transports
                     -- dividing into buckets; groups and buckets; dividing among all ranks; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
@@ -193,7 +194,8 @@
    function that receives the box reports.
 
    A failed call has no effect: the old version stays served and the call may be retried. (With several engines, some
-   may already serve the new version when a later commit fails; see >>api: transport.) A status of -100 or below says
+   may already serve the new version when a later commit fails; see >>api: transport. LORASYNC_E_RECEIPT comes after
+   the commits.) A status of -100 or below says
    that the communicator is lost (lorasync_is_lost): close the session, make a new communicator, and open again.
 
    Collective calls (each says so) return the same status on every rank as long as the communicator is not lost. An
@@ -288,6 +290,8 @@ LORASYNC_API unsigned lorasync_features(void);
     X(LORASYNC_E_BUSY, -17, "still in use")                                                                            \
     X(LORASYNC_E_CUDA, -18, "CUDA failed")                                                                             \
     X(LORASYNC_E_BASE, -19, "not the base of this delta")                                                              \
+    /* the version is published all the same: see lorasync_desc.require_receipts */                                    \
+    X(LORASYNC_E_RECEIPT, -20, "published, not received")                                                              \
     /* the communicator is lost: close, make a new one, open again */                                                  \
     X(LORASYNC_E_TIMEOUT, -100, "deadline passed")                                                                     \
     X(LORASYNC_E_PEER, -101, "a rank is gone")                                                                         \
@@ -1408,6 +1412,23 @@ enum {
     LORASYNC_CARRIES_DEVICE  = 8  /* any of these with the payload in device memory (image->on_device) */
 };
 
+/* A version goes through three states, each with a word of its own:
+
+       staged      it lies where engines will find it; none does yet
+       published   the transport has committed: engines find it from now on (lorasync_report.num_engines)
+       received    an engine process has checked it, serves it, and says so: its receipt (num_received)
+
+   What one engine process says of the version of an adapter that it serves. Plain data: send it as it is. */
+typedef struct lorasync_receipt {
+    char     engine[64];                 /* lorasync_engine_desc.name; terminated */
+    char     adapter[LORASYNC_MAX_NAME]; /* terminated */
+    uint64_t version;                    /* 0: it serves none yet */
+    uint64_t digest;                     /* of the image; 0: it has none */
+    uint64_t num_tensors;                /* of the version */
+    int64_t  num_bound;                  /* of them, those that the engine has a module for; -1: it has not said */
+    uint64_t age_ms;                     /* since it began to serve it */
+} lorasync_receipt;
+
 /* Brings an image to one engine, or to a group that is staged as one. Only `stage` is required.
 
    Publishing     The publisher stages on every transport that has a commit, then on those that have none. Only if all
@@ -1474,18 +1495,25 @@ typedef struct lorasync_transport {
     /* The LORASYNC_CARRIES_ bits that stage takes; 0: all. Everything else is refused before stage is called: by
        lorasync_compile, lorasync_stream_attach or lorasync_wait, with LORASYNC_E_UNSUPPORTED. */
     unsigned carries;
+    /* What engine processes say that they serve of an adapter: called with index 0, 1, 2, .. until it returns
+       LORASYNC_NOTHING_NEW (no more) or fails. After LORASYNC_OK, *out, which is all zero at the call, is the receipt
+       of one engine process that lives, also of one that serves an older version or none; an empty out->adapter stands
+       for `adapter`. Called at the end of lorasync_wait, while that waits for receipts, and by lorasync_get_receipts.
+       Must not block. A failure ends the look at this transport. NULL: this transport brings no receipts. */
+    lorasync_status (*receipts)(void *user, const char *adapter, size_t index, lorasync_receipt *out,
+                                lorasync_error *err);
 } lorasync_transport;
 
-/* What is known of an engine after a sync.
+/* What is known of an engine after a sync, from its transport; what engine processes say is in their receipts.
    LORASYNC_ENGINE_IDLE       nothing was published yet
    LORASYNC_ENGINE_STAGED     it staged the last version, and was told to forget it because others failed
-   LORASYNC_ENGINE_COMMITTED  it serves outcome.version
+   LORASYNC_ENGINE_COMMITTED  it committed outcome.version, which is published there
    LORASYNC_ENGINE_BEHIND     it failed to stage or commit the last version
    LORASYNC_ENGINE_DEAD       it did so LORASYNC_DEAD_AFTER times in a row; it is still tried */
 #define LORASYNC_ENGINE_STATE_LIST(X)                                                                                  \
     X(LORASYNC_ENGINE_IDLE, "idle")                                                                                    \
     X(LORASYNC_ENGINE_STAGED, "staged")                                                                                \
-    X(LORASYNC_ENGINE_COMMITTED, "committed")                                                                          \
+    X(LORASYNC_ENGINE_COMMITTED, "published")                                                                          \
     X(LORASYNC_ENGINE_BEHIND, "behind")                                                                                \
     X(LORASYNC_ENGINE_DEAD, "dead")
 
@@ -1505,7 +1533,7 @@ LORASYNC_API const char *lorasync_engine_state_text(lorasync_engine_state state)
 typedef struct lorasync_engine_outcome {
     const char           *name;         /* the transport's */
     lorasync_engine_state state;        /* if the last sync failed before it reached this engine: the state before */
-    uint64_t              version;      /* that it serves; 0: none, or unknown because a commit failed */
+    uint64_t              version;      /* published there; 0: none, or unknown because a commit failed */
     int                   num_failures; /* in a row */
     lorasync_error        error;        /* of the last try; status 0 if it did not fail */
 } lorasync_engine_outcome;
@@ -1727,6 +1755,10 @@ typedef struct lorasync_source {
        them. One without a name: any may have. The engine looks at everything at first, after that, when a poll failed,
        and every 1 to 10 s; in between it asks what changed. NULL: it always looks at everything. */
     lorasync_status (*changed)(void *user, size_t index, lorasync_published *out, lorasync_error *err);
+    /* Tells the publisher what the engine serves now of an adapter: called after each version of this source that the
+       engine has begun to serve. `receipt` is valid during the call. A failure is not the poll's:
+       lorasync_engine_receipt returns it. NULL: the publisher is told nothing. */
+    lorasync_status (*acknowledge)(void *user, const lorasync_receipt *receipt, lorasync_error *err);
 } lorasync_source;
 
 /* Exactly one of directory, shm, source and offers_only is set. The engine maps the files or the shared memory:
@@ -1743,6 +1775,10 @@ typedef struct lorasync_engine_desc {
     int                    accept_device;
     const lorasync_source *source;      /* Copied */
     int                    offers_only; /* 1: there is no source; versions come from lorasync_engine_offer */
+    /* What its receipts call this engine: up to 63 letters, digits, ".", "_" and "-", not "." first. NULL: made from
+       host and process, as "node7-4711". Copied. */
+    const char *name;
+    int         no_receipts; /* 1: the publisher is told nothing of this engine */
 } lorasync_engine_desc;
 
 /* With accept_device an adapter's image may have on_device = 1.
@@ -1833,6 +1869,21 @@ LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int t
        LORASYNC_E_ARGUMENT */
 LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, const lorasync_delivery *delivery,
                                                    lorasync_error *err);
+
+/* What the engine says of the version of an adapter that it serves. Built-in sources bring it to the publisher: over
+   shared memory in the engine's place, in a directory as a file (<adapter>/.receipts/<engine>-<number>, removed when
+   the engine closes). A host that offers versions sends it back itself, to its transport's `receipts`. One thread at a
+   time, polls included.
+
+   out  filled in, also if the publisher could not be told
+
+   Errors:
+       LORASYNC_E_NOT_FOUND  it serves nothing of that name
+       LORASYNC_E_IO         it is served, but the publisher has not been told: the path and the system's reason, as in
+                             a directory that this process cannot write to. That is no error of the poll
+       what source.acknowledge returned; LORASYNC_E_ARGUMENT */
+LORASYNC_API lorasync_status lorasync_engine_receipt(lorasync_engine *engine, const char *adapter,
+                                                     lorasync_receipt *out, lorasync_error *err);
 
 /* Pins the served version of an adapter and returns it, or NULL if there is none. Wait-free, except for a retry when
    a poll swaps versions in between; no system call, no allocation. Any thread, also while another one polls. */
@@ -2071,6 +2122,11 @@ typedef struct lorasync_desc {
        lorasync_delivery); a transport of your own passes it on as it does the version. Engines follow a generation that
        they have not seen, and never go back to one that they have left. Used on the root. */
     int new_generation;
+    /* n: lorasync_wait returns only when n engine processes have received the version, or with LORASYNC_E_RECEIPT after
+       receipt_timeout_ms. 0: it does not wait, and report.num_received counts the receipts that are there by then. Used
+       on the root. */
+    int require_receipts;
+    int receipt_timeout_ms; /* 0: 60000. The other ranks wait that much longer than publish_timeout_ms */
 } lorasync_desc;
 
 typedef struct lorasync_session lorasync_session;
@@ -2081,8 +2137,8 @@ typedef struct lorasync_report {
     uint64_t digest;        /* of the image; the same on all ranks */
     size_t   num_tensors;   /* of the adapter, on the root; elsewhere those that this rank has */
     size_t   payload_bytes; /* on the root; elsewhere 0 */
-    int      num_engines;   /* that serve it */
-    int      num_behind;    /* that do not, with a quorum: lorasync_get_outcomes says which and why */
+    int      num_engines;   /* transports that have published it */
+    int      num_behind;    /* that have not, with a quorum: lorasync_get_outcomes says which and why */
     int      skipped;       /* 1: nothing had changed and nothing was staged */
     int      direct;        /* 1: direct placement */
     int      in_place;      /* 1: gathered in memory that a transport lent (as shared memory does), and not copied */
@@ -2091,6 +2147,11 @@ typedef struct lorasync_report {
     uint64_t place_ns;
     uint64_t publish_ns; /* stage and commit; measured by the root */
     uint64_t total_ns;   /* from the start of begin to the end of wait, including what the caller does in between */
+    /* Engine processes that have received it by the end of wait, and those that are known and have not. Without
+       require_receipts most need some more time: lorasync_get_receipts looks again. 0 and 0: no engine process is
+       there, or the transports bring no receipts. */
+    int num_received;
+    int num_lagging;
 } lorasync_report;
 
 /* Opens a session: a set of parameters that is published again and again. Not collective. If it fails on one rank, the
@@ -2167,7 +2228,8 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
                                out so, lorasync_session_info lists the entry); modules that no target_modules can tell
                                apart
        LORASYNC_E_UNSUPPORTED  a transport that does not carry what this session publishes, such as filter.base with a
-                               directory or shared memory, which need an adapter_config.json
+                               directory or shared memory, which need an adapter_config.json; require_receipts, and no
+                               transport that brings receipts
        LORASYNC_E_DISAGREE     descs differ between ranks; names the field and both values. Configs are equal whatever
                                the order of their keys, of target_modules and the like, and of rank_pattern
        those remembered by lorasync_add and lorasync_attach, and those of lorasync_plan_create */
@@ -2182,7 +2244,8 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
                the same version may be tried again
    out_report  may be NULL
 
-   A failed wait has no effect: engines keep the old version (but see lorasync_transport for commits that fail). Only if
+   A failed wait has no effect: engines keep the old version (but see lorasync_transport for commits that fail, and
+   LORASYNC_E_RECEIPT below). Only if
    the communicator is lost while the root commits (or stages, if the comm has no check), or while it tells the others
    that it has, are ranks left in doubt: they return a status of -100 or below, and the version may have been published.
    So after a loss look at what engines serve before choosing the next version (see lorasync_open).
@@ -2192,6 +2255,9 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
        LORASYNC_E_VERSION   not greater than the last one published, or than what an engine serves
        LORASYNC_E_DISAGREE  ranks pass different versions
        LORASYNC_E_STATE     before compile, or out of order
+       LORASYNC_E_RECEIPT   fewer engine processes than require_receipts have received it in time: names those that lag,
+                            and what they serve. The version is published all the same and the report is filled in: go
+                            on with the next version, or wait once more with lorasync_republish
        whatever a transport returned, and those of the comm */
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err);
 LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err);
@@ -2206,15 +2272,26 @@ LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t v
    out_num  may be NULL */
 LORASYNC_API const lorasync_engine_outcome *lorasync_get_outcomes(const lorasync_session *session, size_t *out_num);
 
-/* Brings the version published last to the engines that do not serve it, which every sync tries too. For use between a
-   successful wait and the next begin, when desc.quorum let some engines fall behind. Collective; may be repeated.
-   Allocates nothing.
+/* What every engine process that the transports know of serves of the session's adapter now. On the root, between other
+   calls; elsewhere none. Allocates nothing.
+
+   out      the first `max` receipts; may be NULL if max is 0
+   out_num  how many there are, which may be more than max
+
+   Errors: LORASYNC_E_ARGUMENT, and what a transport's `receipts` returned; what the others say is there all the
+   same. */
+LORASYNC_API lorasync_status lorasync_get_receipts(const lorasync_session *session, lorasync_receipt *out, size_t max,
+                                                   size_t *out_num, lorasync_error *err);
+
+/* Brings the version published last to the engines that do not serve it, which every sync tries too, and waits for
+   receipts as lorasync_wait does. For use between a wait that has published and the next begin, when desc.quorum let
+   some engines fall behind, or receipts were missing. Collective; may be repeated. Allocates nothing.
 
    Returns LORASYNC_OK if all engines serve it now, LORASYNC_NOTHING_NEW if they did already, otherwise the first
    failure of an engine that still does not; the others keep what they got.
 
    Errors: LORASYNC_E_STATE if nothing was published yet, or a begin or a failure came after it (sync instead);
-   whatever a transport returned; those of the comm. */
+   LORASYNC_E_RECEIPT as in lorasync_wait; whatever a transport returned; those of the comm. */
 LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, lorasync_error *err);
 
 /* Resumes: reads a PEFT directory or a safetensors file on the root and writes every rank's pieces, replicas included,
@@ -3019,6 +3096,14 @@ LORASYNCI_FN uint64_t lorasynci_now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
+}
+
+/* The time of day, which processes have in common. */
+LORASYNCI_FN uint64_t lorasynci_clock_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_REALTIME, &t);
     return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
 }
 
@@ -16386,6 +16471,7 @@ LORASYNCI_FN lorasync_status lorasynci_transport_copy(const lorasync_transport *
     if (LORASYNCI_COVERS(given, attach)) t.attach = given->attach;
     if (LORASYNCI_COVERS(given, detach)) t.detach = given->detach;
     if (LORASYNCI_COVERS(given, carries)) t.carries = given->carries;
+    if (LORASYNCI_COVERS(given, receipts)) t.receipts = given->receipts;
     *out = t;
     return LORASYNC_OK;
 }
@@ -16474,6 +16560,47 @@ LORASYNCI_FN void lorasynci_close_engines(const lorasynci_buffer *transports, co
         if (t[i].detach) t[i].detach(t[i].user, session, adapter, left_behind);
         if (t[i].close) t[i].close(t[i].user);
     }
+}
+
+/* -- who receives */
+
+/* An engine, as its receipts name it. */
+typedef struct lorasynci_who {
+    char        name[64];
+    const char *only;      /* the adapter that it takes, the engine's text; NULL: all */
+    int         is_silent; /* the publisher is told nothing */
+} lorasynci_who;
+
+/* "node7-4711", where no name is given. */
+LORASYNCI_FN void lorasynci_name_engine(char out[64])
+{
+    char   host[40];
+    size_t i;
+    memset(host, 0, sizeof host);
+    if (gethostname(host, sizeof host - 1) != 0 || !host[0]) strcpy(host, "engine");
+    for (i = 0; host[i]; i++)
+        if (!strchr("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-", host[i])) host[i] = '-';
+    snprintf(out, 64, "%s-%ld", host, (long)getpid());
+}
+
+/* The name becomes part of a file's. NULL: one is made. */
+LORASYNCI_FN lorasync_status lorasynci_take_engine_name(const char *name, char out[64], lorasync_error *err)
+{
+    const size_t n = name ? strlen(name) : 0;
+    memset(out, 0, 64);
+    if (!name) {
+        lorasynci_name_engine(out);
+        return LORASYNC_OK;
+    }
+    if (!n || n > 63 || name[0] == '.' ||
+        strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") != n)
+        return lorasynci_fail(
+            err, LORASYNC_E_NAME,
+            "'%.80s' cannot name an engine: up to 63 letters, digits, \".\", \"_\" and \"-\", not \".\" first; NULL "
+            "makes one from host and process",
+            name);
+    memcpy(out, name, n);
+    return LORASYNC_OK;
 }
 
 /* -- one run of publishing */
@@ -17498,6 +17625,14 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    compare and swap. A process of another container has no pid here: it holds a lock on a byte of the control, which the
    kernel drops when it ends.
 
+   A receipt is one word, too: the low bits of the adapter's word whose slot the engine serves, and how many of its
+   tensors the engine has bound, + 1 (0: not said). What the slot holds is in its head.
+
+       receipt   bound + 1, 24 bits | the word's number and slot, 40 bits        0: it serves none
+
+   Words never come again, so a receipt left by a dead reader is never taken for one of a later version. A place's name,
+   receipts and the like count while its `who` is its owner: `who` is cleared first and set last.
+
    Device memory is freed in the order retired = 1; opened by no living reader?; free. A reader that opens some does
    opened = 1; retired?; open. One of both sees the other. A killed reader's bits go with its place. */
 enum {
@@ -17509,6 +17644,8 @@ enum {
     LORASYNCI_SHM_HEAD      = 4096,
     LORASYNCI_SHM_SPARE     = 65536, /* room for a longer config_json in the same slot */
     LORASYNCI_SHM_SLOT_BITS = 16,
+    LORASYNCI_SHM_WORD_BITS = 40, /* of a word, in a receipt */
+    LORASYNCI_SHM_NAME      = 8,  /* words of an engine's name */
     LORASYNCI_SHM_PATH      = 160,
     LORASYNCI_SHM_PUBLISHER = LORASYNCI_SHM_READERS /* its lock's byte; readers lock the byte of their number */
 };
@@ -17533,6 +17670,12 @@ typedef struct lorasynci_shm_reader {
     /* atomic. Only the owner's engine writes; without an owner they mean nothing */
     uint64_t pins[LORASYNCI_SHM_PINS];
     uint64_t opened[LORASYNCI_SHM_PINS]; /* the same, for slots whose device memory it has open, pinned or not */
+    /* Receipts. All atomic, written by the owner's engine alone. */
+    uint64_t who;                                /* the owner for whom the rest holds; 0: none yet */
+    uint64_t name[LORASYNCI_SHM_NAME];           /* as bytes, terminated */
+    uint64_t only;                               /* the hash of the one adapter that it takes; 0: all */
+    uint64_t receipts[LORASYNCI_SHM_ADAPTERS];   /* a word for each adapter */
+    uint64_t said_at_ns[LORASYNCI_SHM_ADAPTERS]; /* CLOCK_REALTIME */
 } lorasynci_shm_reader;
 
 typedef struct lorasynci_shm_control {
@@ -17562,6 +17705,7 @@ typedef struct lorasynci_shm_head {
         config_bytes;
     uint64_t             payload_bytes; /* in device memory */
     lorasynci_shm_memory memory;
+    uint64_t             digest, num_tensors; /* of the image, for receipts */
 } lorasynci_shm_head;
 
 /* The slot that a word names; -1 when it names none, also when it is damaged. */
@@ -17569,6 +17713,21 @@ LORASYNCI_FN int lorasynci_shm_slot_of(uint64_t word)
 {
     int slot = (int)(word & (((uint64_t)1 << LORASYNCI_SHM_SLOT_BITS) - 1)) - 1;
     return slot < LORASYNCI_SHM_SLOTS ? slot : -1;
+}
+
+/* What an engine says that serves the slot of a word. num_bound: -1: not said. */
+LORASYNCI_FN uint64_t lorasynci_shm_receipt(uint64_t word, int64_t num_bound)
+{
+    const uint64_t most = ((uint64_t)1 << (64 - LORASYNCI_SHM_WORD_BITS)) - 1;
+    uint64_t       said = (uint64_t)(num_bound + 1);
+    return (said < most ? said : most) << LORASYNCI_SHM_WORD_BITS |
+           (word & (((uint64_t)1 << LORASYNCI_SHM_WORD_BITS) - 1));
+}
+
+/* 1 if a receipt is for the slot of this very word. */
+LORASYNCI_FN int lorasynci_shm_is_receipt_of(uint64_t receipt, uint64_t word)
+{
+    return receipt && (receipt ^ word) << (64 - LORASYNCI_SHM_WORD_BITS) == 0;
 }
 
 /* -- names of shared memory */
@@ -18001,6 +18160,7 @@ typedef struct lorasynci_shm {
     char *payloads[LORASYNCI_SHM_SLOTS];
     /* the last copy to the device did not end well: freeing memory could wait for ever */
     int stuck;
+    int asked; /* the reader's place at which a look at the receipts goes on */
 } lorasynci_shm;
 
 /* Of a mapped slot. */
@@ -18147,12 +18307,7 @@ LORASYNCI_FN int lorasynci_shm_have_slot(lorasynci_shm *s, int slot)
 
 /* Another one for each control: an engine that looks at a control which has just been removed must not find the next
    one's slots. */
-LORASYNCI_FN uint64_t lorasynci_shm_first_serial(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_REALTIME, &t);
-    return (uint64_t)t.tv_sec * UINT64_C(1000000000) + (uint64_t)t.tv_nsec;
-}
+LORASYNCI_FN uint64_t lorasynci_shm_first_serial(void) { return lorasynci_clock_ns(); }
 
 /* Makes the segment of an empty slot. It stands in the control before it is there, so that none is ever forgotten. */
 LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot, int adapter, size_t num_bytes,
@@ -18592,6 +18747,8 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     if (!s->device) memset(&h->memory, 0, sizeof h->memory);
     h->image_bytes  = (uint64_t)image->header_bytes + image->payload_bytes - h->payload_bytes;
     h->config_bytes = strlen(image->config_json) + 1;
+    h->digest       = image->has_digest ? image->digest : 0;
+    h->num_tensors  = image->num_tensors;
     if (image->payload_bytes && !s->device && image->payload != memory + image->header_bytes) {
         memmove(memory + image->header_bytes, image->payload, image->payload_bytes);
     }
@@ -18683,6 +18840,65 @@ LORASYNCI_FN void lorasynci_shm_abort(void *user, const char *adapter, uint64_t 
     lorasynci_shm *s = (lorasynci_shm *)user;
     int            i = adapter ? lorasynci_shm_find(s, adapter) : -1;
     if (i >= 0 && s->places[i].version == version) lorasynci_shm_unstage(&s->places[i]);
+}
+
+/* -- receipts: what engines say in their places */
+
+/* The version that a receipt is for, where that can be told: the slot is served, or the reader pins it. */
+LORASYNCI_FN void lorasynci_shm_read_receipt(lorasynci_shm *s, int adapter, const lorasynci_shm_reader *r,
+                                             lorasync_receipt *out)
+{
+    const uint64_t said = __atomic_load_n(&r->receipts[adapter], __ATOMIC_SEQ_CST);
+    const uint64_t word = s->map.control->adapters[adapter].word;
+    const uint64_t then = __atomic_load_n(&r->said_at_ns[adapter], __ATOMIC_SEQ_CST), now = lorasynci_clock_ns();
+    const int      slot = said ? lorasynci_shm_slot_of(said) : -1;
+    if (slot < 0 || !lorasynci_shm_have_slot(s, slot)) return;
+    if (!lorasynci_shm_is_receipt_of(said, word) &&
+        !(__atomic_load_n(&r->pins[slot / 64], __ATOMIC_SEQ_CST) >> (slot % 64) & 1))
+        return;
+    out->version     = lorasynci_shm_head_of(s, slot)->version;
+    out->digest      = lorasynci_shm_head_of(s, slot)->digest;
+    out->num_tensors = lorasynci_shm_head_of(s, slot)->num_tensors;
+    out->num_bound   = (int64_t)(said >> LORASYNCI_SHM_WORD_BITS) - 1;
+    out->age_ms      = now > then ? (now - then) / 1000000 : 0;
+}
+
+/* What an engine that lives says of an adapter; -1 for one that nobody has published yet. 0: nothing, as it is not
+   there, does not say who it is, or takes other adapters only. Engines that are dead lose their places here. */
+LORASYNCI_FN int lorasynci_shm_ask(lorasynci_shm *s, int place, const char *name, int adapter, lorasync_receipt *out)
+{
+    lorasynci_shm_reader *r     = &s->map.control->readers[place];
+    const uint64_t        owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
+    const uint64_t        only  = __atomic_load_n(&r->only, __ATOMIC_SEQ_CST);
+    uint64_t              words[LORASYNCI_SHM_NAME];
+    int                   i;
+    if (!owner || __atomic_load_n(&r->who, __ATOMIC_SEQ_CST) != owner) return 0;
+    if (only && only != lorasynci_hash(name, strlen(name), 13)) return 0;
+    if (!lorasynci_shm_lives(s->map.fd, place, owner, s->mine)) {
+        lorasynci_shm_disown(&r->owner, owner);
+        return 0;
+    }
+    for (i = 0; i < LORASYNCI_SHM_NAME; i++) words[i] = __atomic_load_n(&r->name[i], __ATOMIC_SEQ_CST);
+    memcpy(out->engine, words, sizeof words);
+    out->num_bound = -1;
+    if (adapter >= 0) lorasynci_shm_read_receipt(s, adapter, r, out);
+    return __atomic_load_n(&r->who, __ATOMIC_SEQ_CST) == owner; /* else it has gone meanwhile */
+}
+
+/* The transport's receipts: the next place that says something. */
+LORASYNCI_FN lorasync_status lorasynci_shm_receipts(void *user, const char *adapter, size_t index,
+                                                    lorasync_receipt *out, lorasync_error *err)
+{
+    lorasynci_shm *s = (lorasynci_shm *)user;
+    int            i;
+    LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
+    i = lorasynci_shm_find(s, adapter);
+    if (index == 0) s->asked = 0;
+    while (s->asked < lorasynci_shm_taken(&s->map.control->num_readers, LORASYNCI_SHM_READERS)) {
+        if (lorasynci_shm_ask(s, s->asked++, adapter, i, out)) return LORASYNC_OK;
+        memset(out, 0, sizeof *out);
+    }
+    return LORASYNC_NOTHING_NEW;
 }
 
 /* -- lending the slot of the next version */
@@ -18887,17 +19103,18 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     lorasynci_shm_inherit(s);
     lorasynci_shm_ring(s->map.control); /* the publisher before may have been killed before it did */
     memset(out, 0, sizeof *out);
-    out->size    = sizeof *out;
-    out->name    = s->name;
-    out->user    = s;
-    out->stage   = lorasynci_shm_stage;
-    out->commit  = lorasynci_shm_commit;
-    out->abort   = lorasynci_shm_abort;
-    out->close   = lorasynci_shm_close;
-    out->lend    = lorasynci_shm_lend;
-    out->attach  = lorasynci_shm_admit;
-    out->detach  = lorasynci_shm_dismiss;
-    out->carries = LORASYNC_CARRIES_ADAPTER | (s->device ? LORASYNC_CARRIES_DEVICE : 0);
+    out->size     = sizeof *out;
+    out->name     = s->name;
+    out->user     = s;
+    out->stage    = lorasynci_shm_stage;
+    out->commit   = lorasynci_shm_commit;
+    out->abort    = lorasynci_shm_abort;
+    out->close    = lorasynci_shm_close;
+    out->lend     = lorasynci_shm_lend;
+    out->attach   = lorasynci_shm_admit;
+    out->detach   = lorasynci_shm_dismiss;
+    out->receipts = lorasynci_shm_receipts;
+    out->carries  = LORASYNC_CARRIES_ADAPTER | (s->device ? LORASYNC_CARRIES_DEVICE : 0);
     return LORASYNC_OK;
 }
 
@@ -18925,9 +19142,25 @@ LORASYNCI_FN void lorasynci_shm_view_drop(lorasynci_shm_view *v)
     if (!v || --v->num_users > 0) return;
     LORASYNC_ASSERT(v->num_users >= 0);
     a = v->a;
-    if (v->reader && lorasynci_shm_is_ours(v)) lorasynci_shm_disown(&v->reader->owner, v->mine);
+    if (v->reader && lorasynci_shm_is_ours(v)) {
+        __atomic_store_n(&v->reader->who, (uint64_t)0, __ATOMIC_SEQ_CST);
+        lorasynci_shm_disown(&v->reader->owner, v->mine);
+    }
     lorasynci_shm_detach(&v->map);
     lorasynci_dealloc(&a, v);
+}
+
+/* Says who reads here; from then on its receipts count. */
+LORASYNCI_FN void lorasynci_shm_view_greet(lorasynci_shm_view *v, const lorasynci_who *who)
+{
+    lorasynci_shm_reader *r = v->reader;
+    uint64_t              words[LORASYNCI_SHM_NAME];
+    int                   i;
+    memcpy(words, who->name, sizeof words);
+    for (i = 0; i < LORASYNCI_SHM_NAME; i++) __atomic_store_n(&r->name[i], words[i], __ATOMIC_SEQ_CST);
+    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) __atomic_store_n(&r->receipts[i], (uint64_t)0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&r->only, who->only ? lorasynci_hash(who->only, strlen(who->only), 13) : 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&r->who, v->mine, __ATOMIC_SEQ_CST);
 }
 
 /* Takes a reader's place and clears what the reader before has left there. */
@@ -18945,6 +19178,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_claim(lorasynci_shm_view *v, con
         if (failed) return lorasynci_shm_fail(err, "make room for", path, failed);
         lorasynci_shm_count(&c->num_readers, i);
         if (lorasynci_shm_claim(v->map.fd, i, &r->owner, self, &v->mine) != 0) continue;
+        __atomic_store_n(&r->who, (uint64_t)0, __ATOMIC_SEQ_CST);
         for (k = 0; k < LORASYNCI_SHM_PINS; k++) { /* a dead reader's */
             __atomic_store_n(&r->pins[k], (uint64_t)0, __ATOMIC_SEQ_CST);
             __atomic_store_n(&r->opened[k], (uint64_t)0, __ATOMIC_SEQ_CST);
@@ -18957,8 +19191,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_claim(lorasynci_shm_view *v, con
 }
 
 /* LORASYNC_NOTHING_NEW when there is no control yet. */
-LORASYNCI_FN lorasync_status lorasynci_shm_view_open(const char *name, const lorasync_allocator *a,
-                                                     lorasynci_shm_view **out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_view_open(const char *name, const lorasynci_who *who,
+                                                     const lorasync_allocator *a, lorasynci_shm_view **out,
+                                                     lorasync_error *err)
 {
     lorasynci_shm_map   map;
     lorasynci_shm_view *v;
@@ -18973,9 +19208,13 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_open(const char *name, const lor
     v->map       = map;
     v->num_users = 1;
     status       = lorasynci_shm_view_claim(v, name, err);
-    if (status < 0) lorasynci_shm_view_drop(v);
-    else *out = v;
-    return status;
+    if (status < 0) {
+        lorasynci_shm_view_drop(v);
+        return status;
+    }
+    if (!who->is_silent) lorasynci_shm_view_greet(v, who);
+    *out = v;
+    return LORASYNC_OK;
 }
 
 /* The publisher may then write into the slot. */
@@ -19252,8 +19491,11 @@ typedef struct lorasynci_shm_source {
     lorasync_allocator   a;
     char                 name[104]; /* of the shared memory */
     char                 title[120];
-    const lorasynci_gpu *gpu;  /* the engine's; NULL: versions in device memory are refused */
-    lorasynci_shm_view  *view; /* NULL: not found yet */
+    const lorasynci_gpu *gpu;   /* the engine's; NULL: versions in device memory are refused */
+    const lorasynci_who *who;   /* the engine's */
+    lorasynci_shm_view  *view;  /* NULL: not found yet */
+    int                  place; /* of the adapter that was handed over last, */
+    uint64_t             word;  /* and its word; 0: nothing was handed over from this view */
     uint64_t             num_views;
     int                  next;                         /* place in the control, of the look that goes on */
     uint32_t             heard;                        /* the bell, when that look began */
@@ -19295,8 +19537,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_find_control(lorasynci_shm_source *s,
     if (s->view && !lorasynci_shm_is_removed(&s->view->map)) return LORASYNC_OK;
     lorasynci_shm_view_drop(s->view);
     s->view = NULL;
+    s->word = 0;
     s->num_views++;
-    return lorasynci_shm_view_open(s->name, &s->a, &s->view, err);
+    return lorasynci_shm_view_open(s->name, s->who, &s->a, &s->view, err);
 }
 
 /* What tells a word of this control from any other of this and of earlier controls. */
@@ -19419,6 +19662,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_hand_over(lorasynci_shm_source *s, in
     LORASYNCI_TRY(lorasynci_mapped_get(&s->mapped, s->view, s->name, held->slot, &mapped, err));
     held->mapped = mapped;
     mapped->window.num_users++;
+    s->place  = place;
+    s->word   = word;
     out->mark = lorasynci_shm_mark_of(s, word);
     status    = lorasynci_shm_find_bytes(s, held, out, err);
     if (status < 0) lorasynci_prefix(err, "%s", held->where);
@@ -19466,6 +19711,18 @@ LORASYNCI_FN lorasync_status lorasynci_shm_open_version(void *user, const lorasy
     return LORASYNC_OK;
 }
 
+/* The engine serves what was handed over last. */
+LORASYNCI_FN lorasync_status lorasynci_shm_acknowledge(void *user, const lorasync_receipt *receipt, lorasync_error *err)
+{
+    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    (void)err;
+    if (!s->word || !lorasynci_shm_is_ours(s->view)) return LORASYNC_OK;
+    __atomic_store_n(&s->view->reader->said_at_ns[s->place], lorasynci_clock_ns(), __ATOMIC_SEQ_CST);
+    __atomic_store_n(&s->view->reader->receipts[s->place], lorasynci_shm_receipt(s->word, receipt->num_bound),
+                     __ATOMIC_SEQ_CST);
+    return LORASYNC_OK;
+}
+
 /* The engine has released all versions. */
 LORASYNCI_FN void lorasynci_shm_source_close(void *user)
 {
@@ -19477,10 +19734,10 @@ LORASYNCI_FN void lorasynci_shm_source_close(void *user)
     lorasynci_dealloc(&a, s);
 }
 
-/* gpu: the engine's, which outlives the source, or NULL. */
+/* gpu: the engine's, or NULL. It and `who` outlive the source. */
 LORASYNCI_FN lorasync_status lorasynci_shm_source_open(const char *name, const lorasynci_gpu *gpu,
-                                                       const lorasync_allocator *a, lorasync_source *out,
-                                                       lorasync_error *err)
+                                                       const lorasynci_who *who, const lorasync_allocator *a,
+                                                       lorasync_source *out, lorasync_error *err)
 {
     lorasynci_shm_source *s;
     LORASYNCI_TRY(lorasynci_shm_check_name(name, err));
@@ -19488,15 +19745,17 @@ LORASYNCI_FN lorasync_status lorasynci_shm_source_open(const char *name, const l
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->a   = *a;
     s->gpu = gpu;
+    s->who = who;
     strcpy(s->name, name);
     snprintf(s->title, sizeof s->title, "shared memory '%s'", name);
-    out->name    = s->title;
-    out->user    = s;
-    out->look    = lorasynci_shm_look_for;
-    out->changed = lorasynci_shm_changed;
-    out->wait    = lorasynci_shm_wait;
-    out->open    = lorasynci_shm_open_version;
-    out->close   = lorasynci_shm_source_close;
+    out->name        = s->title;
+    out->user        = s;
+    out->look        = lorasynci_shm_look_for;
+    out->changed     = lorasynci_shm_changed;
+    out->wait        = lorasynci_shm_wait;
+    out->open        = lorasynci_shm_open_version;
+    out->close       = lorasynci_shm_source_close;
+    out->acknowledge = lorasynci_shm_acknowledge;
     return LORASYNC_OK;
 }
 
@@ -19863,8 +20122,11 @@ typedef struct lorasynci_kept_version {
 typedef struct lorasynci_served {
     struct lorasynci_served *next, *same_hash;
     char                    *name;
-    uint64_t                 mark;    /* the source's, of what is served; 0: none */
-    int                      current; /* place; -1 while nothing is served. Atomic, written by the poll alone */
+    uint64_t                 mark;      /* the source's, of what is served; 0: none */
+    int64_t                  num_bound; /* tensors of what is served; -1: not known */
+    uint64_t                 since_ns;  /* it is */
+    lorasync_error           untold;    /* why the publisher does not know of it; status 0: it does */
+    int                      current;   /* place; -1 while nothing is served. Atomic, written by the poll alone */
     lorasynci_kept_version   versions[LORASYNCI_VERSIONS];
     uint64_t                 left[LORASYNCI_LEFT]; /* the generations before that of what is served, newest first */
 } lorasynci_served;
@@ -20124,6 +20386,7 @@ struct lorasync_engine {
     lorasync_allocator a;
     lorasync_source    source;  /* look NULL: offers only */
     char              *adapter; /* or NULL: all */
+    lorasynci_who      who;
     int                no_verify;
     lorasynci_gpu     *gpu; /* NULL: versions in device memory are refused */
     lorasynci_checker  checkers[LORASYNCI_CHECKERS];
@@ -20163,9 +20426,10 @@ LORASYNCI_FN lorasynci_served *lorasynci_served_of(lorasync_engine *e, const cha
     if (s) return s;
     s = (lorasynci_served *)lorasynci_alloc_array(&e->a, 1, sizeof *s);
     if (!s) return NULL;
-    s->name    = lorasynci_copy_text(&e->a, name, strlen(name));
-    s->current = -1;
-    s->next    = e->first;
+    s->name      = lorasynci_copy_text(&e->a, name, strlen(name));
+    s->current   = -1;
+    s->num_bound = -1;
+    s->next      = e->first;
     if (!s->name) {
         lorasynci_served_free(e, s);
         return NULL;
@@ -20760,8 +21024,9 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
     if (!is_delta) r->opened.release = r->d->release, r->opened.user = r->d->user;
     *out_kept = !is_delta;
     lorasynci_serve(r->served, place, r->version, &r->opened);
-    r->e->keeps_old = 1;
-    r->served->mark = r->d->mark;
+    r->e->keeps_old     = 1;
+    r->served->since_ns = lorasynci_now_ns();
+    r->served->mark     = r->d->mark;
     memset(&r->opened, 0, sizeof r->opened);
     return LORASYNC_OK;
 }
@@ -20845,6 +21110,42 @@ LORASYNCI_FN int lorasynci_is_known(const lorasynci_served *s, const lorasynci_k
     return what->mark ? what->mark == s->mark : what->version != 0;
 }
 
+/* -- receipts of what is served */
+
+/* What the engine says of what it serves; 0: nothing. */
+LORASYNCI_FN int lorasynci_make_receipt(const lorasync_engine *e, lorasynci_served *s, lorasync_receipt *out)
+{
+    const lorasynci_kept_version *now = lorasynci_now_served(s);
+    memset(out, 0, sizeof *out);
+    if (!now) return 0;
+    memcpy(out->engine, e->who.name, sizeof out->engine);
+    snprintf(out->adapter, sizeof out->adapter, "%s", s->name);
+    out->version     = now->seen.version;
+    out->digest      = now->held.image->has_digest ? now->held.image->digest : 0;
+    out->num_tensors = now->held.image->num_tensors;
+    out->num_bound   = s->num_bound;
+    out->age_ms      = (lorasynci_now_ns() - s->since_ns) / 1000000;
+    return 1;
+}
+
+/* The source has brought what is served now: its publisher is told, if it can be. */
+LORASYNCI_FN void lorasynci_tell_publisher(lorasync_engine *e, const char *adapter)
+{
+    lorasynci_served *s = lorasynci_find_served(e, adapter);
+    lorasync_receipt  receipt;
+    lorasync_error    why;
+    lorasync_status   status;
+    LORASYNC_ASSERT(s);
+    memset(&s->untold, 0, sizeof s->untold);
+    memset(&why, 0, sizeof why);
+    if (e->who.is_silent || !e->source.acknowledge || !lorasynci_make_receipt(e, s, &receipt)) return;
+    status = e->source.acknowledge(e->source.user, &receipt, &why);
+    if (status < 0) lorasynci_source_failed(e, "send a receipt", status, &why);
+    if (status < 0) s->untold = why;
+}
+
+/* -- what is to be done about an adapter */
+
 /* Opens and accepts one adapter's newest version. A delta that does not fit is opened again, whole. */
 LORASYNCI_FN lorasync_status lorasynci_fetch(lorasync_engine *e, const lorasync_published *what,
                                              const lorasync_image *base, lorasync_error *err)
@@ -20856,6 +21157,7 @@ LORASYNCI_FN lorasync_status lorasynci_fetch(lorasync_engine *e, const lorasync_
     if (status != LORASYNC_OK) return status;
     status = lorasynci_accept(e, &d, what->adapter, base != NULL, &kept, err);
     if (!kept && d.release) d.release(d.user);
+    if (status >= 0) lorasynci_tell_publisher(e, what->adapter);
     return status;
 }
 
@@ -20973,6 +21275,21 @@ LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int t
     }
 }
 
+LORASYNC_API lorasync_status lorasync_engine_receipt(lorasync_engine *engine, const char *adapter,
+                                                     lorasync_receipt *out, lorasync_error *err)
+{
+    lorasynci_served *s;
+    if (out) memset(out, 0, sizeof *out);
+    LORASYNCI_GIVEN(engine);
+    LORASYNCI_GIVEN(adapter);
+    LORASYNCI_GIVEN(out);
+    s = lorasynci_find_served(engine, adapter);
+    if (!s || !lorasynci_make_receipt(engine, s, out))
+        return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "the engine serves nothing of '%.100s'", adapter);
+    if (s->untold.status < 0 && err) *err = s->untold;
+    return s->untold.status;
+}
+
 /* -- readers */
 
 LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, const char *adapter)
@@ -21049,19 +21366,22 @@ LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lor
                                                    lorasync_error *err)
 {
     LORASYNCI_TRY(lorasynci_check_sources(desc, err));
-    e->no_verify   = desc->no_verify;
-    e->source.name = "offers";
+    LORASYNCI_TRY(lorasynci_take_engine_name(desc->name, e->who.name, err));
+    e->who.is_silent = desc->no_receipts;
+    e->no_verify     = desc->no_verify;
+    e->source.name   = "offers";
     if (desc->adapter) {
         LORASYNCI_TRY(lorasynci_check_adapter_name(desc->adapter, err));
         e->adapter = lorasynci_copy_text(&e->a, desc->adapter, strlen(desc->adapter));
         if (!e->adapter) return lorasynci_fail_memory(err, strlen(desc->adapter) + 1);
+        e->who.only = e->adapter;
     }
     if (desc->shm) LORASYNCI_TRY(lorasynci_shm_check_name(desc->shm, err));
     if (desc->accept_device)
         LORASYNCI_TRY(
             lorasynci_gpu_open(&e->a, NULL, !desc->no_verify, "lorasync_engine_desc.accept_device", &e->gpu, err));
     if (desc->source) return lorasynci_source_copy(desc->source, &e->source, err);
-    if (desc->shm) return lorasynci_shm_source_open(desc->shm, e->gpu, &e->a, &e->source, err);
+    if (desc->shm) return lorasynci_shm_source_open(desc->shm, e->gpu, &e->who, &e->a, &e->source, err);
     if (!desc->directory) return LORASYNC_OK;
     return lorasynci_directory_source_open(desc->directory, e->adapter, &e->a, &e->source, err);
 }
@@ -21325,6 +21645,7 @@ typedef struct lorasynci_added {
 typedef struct lorasynci_outcome {
     uint64_t digest, publish_ns;
     int32_t  num_engines, num_behind, skipped, in_place;
+    int32_t  is_published, num_received, num_lagging;
 } lorasynci_outcome;
 
 typedef struct lorasynci_host {
@@ -21343,6 +21664,8 @@ typedef struct lorasynci_host {
     lorasync_error     first_error;          /* of adding and attaching: compile fails with it */
     uint64_t           last_version;         /* published */
     uint64_t           generation;           /* desc.new_generation: that of all its versions; else 0 */
+    int                require_receipts;     /* as in the desc */
+    int                receipt_timeout_ms;
 } lorasynci_host;
 
 /* d: the desc of its plans, with the caller's pointers. After a failure lorasynci_host_close frees what there is. */
@@ -21540,6 +21863,126 @@ LORASYNCI_FN void lorasynci_host_count(const lorasynci_host *h, uint64_t version
     out->num_behind  = (int32_t)(num - serving);
 }
 
+/* -- receipts */
+
+/* Where a look at the receipts of all transports stands. All zero: at the beginning. */
+typedef struct lorasynci_receipt_look {
+    size_t         transport, index;
+    lorasync_error failure; /* of the first transport that could not tell; status 0: none */
+} lorasynci_receipt_look;
+
+/* The next receipt of the look; 0: there are no more. */
+LORASYNCI_FN int lorasynci_next_receipt(const lorasynci_host *h, lorasynci_receipt_look *look, lorasync_receipt *out)
+{
+    for (; look->transport < lorasynci_num_engines(h); look->transport++, look->index = 0) {
+        const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, h->transports, look->transport);
+        lorasync_error            inner;
+        lorasync_status           status;
+        if (!t->receipts) continue;
+        memset(out, 0, sizeof *out);
+        memset(&inner, 0, sizeof inner);
+        status                              = t->receipts(t->user, h->name, look->index++, out, &inner);
+        out->engine[sizeof out->engine - 1] = out->adapter[sizeof out->adapter - 1] = 0;
+        if (!out->adapter[0]) snprintf(out->adapter, sizeof out->adapter, "%.500s", h->name);
+        if (status == LORASYNC_OK) return 1;
+        if (status < 0 && look->failure.status == LORASYNC_OK)
+            lorasynci_called(t, "tell receipts", status, &inner, &look->failure);
+    }
+    return 0;
+}
+
+/* Counts those who have received a version, and those who have not; these are listed by name where `lagging` is
+   given. */
+LORASYNCI_FN void lorasynci_count_receipts(const lorasynci_host *h, uint64_t version, lorasynci_outcome *out,
+                                           lorasynci_receipt_look *look, char *lagging, size_t size)
+{
+    lorasync_receipt r;
+    char             name[48];
+    memset(look, 0, sizeof *look);
+    out->num_received = out->num_lagging = 0;
+    while (lorasynci_next_receipt(h, look, &r)) {
+        if (r.version == version && (!r.digest || r.digest == out->digest)) {
+            out->num_received++;
+            continue;
+        }
+        out->num_lagging++;
+        if (!lagging) continue;
+        if (!r.version) snprintf(name, sizeof name, "%.30s (none)", r.engine);
+        else if (r.version == version) snprintf(name, sizeof name, "%.20s (other content)", r.engine);
+        else snprintf(name, sizeof name, "%.16s (v%llu)", r.engine, (unsigned long long)r.version);
+        lorasynci_list_name(lagging, size, name);
+    }
+}
+
+/* The error of a version that too few have received in time. */
+LORASYNCI_FN lorasync_status lorasynci_fail_receipts(const lorasynci_host *h, uint64_t version, lorasynci_outcome *out,
+                                                     lorasync_error *err)
+{
+    lorasynci_receipt_look look;
+    char                   lagging[160] = "";
+    lorasynci_count_receipts(h, version, out, &look, lagging, sizeof lagging);
+    if (out->num_received >= h->require_receipts) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_RECEIPT,
+        "version %llu is published, and %d of the %d engine processes required have received it %d ms later; "
+        "%s%s%s%.120s; look at those, or raise receipt_timeout_ms; go on with the next version, or wait again with "
+        "lorasync_republish",
+        (unsigned long long)version, (int)out->num_received, h->require_receipts, h->receipt_timeout_ms,
+        lagging[0] ? "behind: " : "no other is known", lagging, look.failure.status < 0 ? "; " : "", look.failure.text);
+}
+
+/* On the root: counts the receipts of a version that is published, and waits for those that are required. Sleeps in
+   between: an engine takes a version within milliseconds. out->digest is given. */
+LORASYNCI_FN lorasync_status lorasynci_host_receive(const lorasynci_host *h, uint64_t version, lorasynci_outcome *out,
+                                                    lorasync_error *err)
+{
+    const uint64_t         deadline = lorasynci_deadline_ns(h->receipt_timeout_ms);
+    uint64_t               rest_ns  = 25000;
+    lorasynci_receipt_look look;
+    for (;;) {
+        struct timespec t;
+        lorasynci_count_receipts(h, version, out, &look, NULL, 0);
+        if (out->num_received >= h->require_receipts) return LORASYNC_OK;
+        if (lorasynci_now_ns() >= deadline) return lorasynci_fail_receipts(h, version, out, err);
+        rest_ns   = rest_ns < 2500000 ? rest_ns * 2 : 5000000;
+        t.tv_sec  = 0;
+        t.tv_nsec = (long)rest_ns;
+        nanosleep(&t, NULL);
+    }
+}
+
+/* What was asked for must be possible: somebody brings receipts. */
+LORASYNCI_FN lorasync_status lorasynci_check_receipts(const lorasynci_host *h, lorasync_error *err)
+{
+    size_t i, num = lorasynci_num_engines(h);
+    if (h->require_receipts <= 0) return LORASYNC_OK;
+    for (i = 0; i < num; i++)
+        if (LORASYNCI_AT(lorasync_transport, h->transports, i)->receipts) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_UNSUPPORTED,
+        "require_receipts is %d, and none of the root's %zu transports brings receipts; attach one that "
+        "does, as shared memory, or give yours a `receipts`",
+        h->require_receipts, num);
+}
+
+/* As lorasync_get_receipts. */
+LORASYNCI_FN lorasync_status lorasynci_host_receipts(const lorasynci_host *h, lorasync_receipt *out, size_t max,
+                                                     size_t *out_num, lorasync_error *err)
+{
+    lorasynci_receipt_look look;
+    lorasync_receipt       r;
+    memset(&look, 0, sizeof look);
+    *out_num = 0;
+    while (lorasynci_host_is_root(h) && lorasynci_next_receipt(h, &look, &r)) {
+        if (*out_num < max) out[*out_num] = r;
+        ++*out_num;
+    }
+    if (look.failure.status < 0 && err) *err = look.failure;
+    return look.failure.status;
+}
+
+/* -- reporting */
+
 /* The outcomes on the root; NULL, and 0, elsewhere. */
 LORASYNCI_FN const lorasync_engine_outcome *lorasynci_host_outcomes(const lorasynci_host *h, size_t *out_num)
 {
@@ -21552,14 +21995,16 @@ LORASYNCI_FN const lorasync_engine_outcome *lorasynci_host_outcomes(const lorasy
 LORASYNCI_FN void lorasynci_host_report(const lorasynci_host *h, const lorasynci_outcome *outcome, uint64_t begin_ns,
                                         lorasync_report *out)
 {
-    out->version     = h->last_version;
-    out->digest      = outcome->digest;
-    out->num_engines = outcome->num_engines;
-    out->num_behind  = outcome->num_behind;
-    out->skipped     = outcome->skipped;
-    out->in_place    = outcome->in_place;
-    out->publish_ns  = outcome->publish_ns;
-    out->total_ns    = lorasynci_now_ns() - begin_ns;
+    out->version      = h->last_version;
+    out->digest       = outcome->digest;
+    out->num_engines  = outcome->num_engines;
+    out->num_behind   = outcome->num_behind;
+    out->skipped      = outcome->skipped;
+    out->in_place     = outcome->in_place;
+    out->publish_ns   = outcome->publish_ns;
+    out->num_received = outcome->num_received;
+    out->num_lagging  = outcome->num_lagging;
+    out->total_ns     = lorasynci_now_ns() - begin_ns;
 }
 
 /* ----------------------------------------------------------------------------------------------------- >>session -- */
@@ -21739,6 +22184,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasy
     lorasynci_buffer_init(&s->unused, &h->a);
     lorasynci_buffer_init(&s->unused_texts, &h->a);
     s->publish_timeout_ms = given->publish_timeout_ms ? given->publish_timeout_ms : 600000;
+    h->require_receipts   = given->require_receipts;
+    h->receipt_timeout_ms = given->receipt_timeout_ms ? given->receipt_timeout_ms : 60000;
     if (base) s->base_model = lorasynci_copy_text(&h->a, base, strlen(base));
     if (base && !s->base_model) return lorasynci_fail_memory(err, strlen(base));
     s->desc.base_model  = s->base_model;
@@ -21766,6 +22213,10 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, desc->timeout_ms, &a, err));
     LORASYNCI_TRY(lorasynci_check_timeout("publish_timeout_ms", desc->publish_timeout_ms, err));
+    LORASYNCI_TRY(lorasynci_check_timeout("receipt_timeout_ms", desc->receipt_timeout_ms, err));
+    if (desc->require_receipts < 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "require_receipts is %d, expected 0 or more",
+                              desc->require_receipts);
     s = (lorasync_session *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->desc = *desc;
@@ -22304,6 +22755,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "quorum is %d with %zu engines attached; give 0 (all of them) to %zu", s->desc.quorum,
                               num_engines, num_engines);
+    if (lorasynci_session_is_root(s)) LORASYNCI_TRY(lorasynci_check_receipts(&s->host, err));
     if (!s->config && s->desc.lora_alpha == 0)
         return lorasynci_fail(
             err, LORASYNC_E_CONFIG,
@@ -22755,6 +23207,7 @@ typedef struct lorasynci_notice {
     lorasynci_outcome outcome;
     lorasynci_lent    lent;        /* where the next run makes its image */
     char              engines[80]; /* the transports' names, for errors on the other ranks */
+    int32_t           receive_ms;  /* after compile: for how long the root may wait for receipts */
 } lorasynci_notice;
 
 /* The communicator went while the root was publishing, or telling of it: what is known of that. */
@@ -23021,10 +23474,15 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     lorasynci_session_list_engines(session);
     status = lorasynci_session_config(session, &notice.verdict, err);
     if (status == LORASYNC_OK && notice.verdict.status >= 0) lorasynci_session_ask(session, &notice.lent);
+    if (session->host.require_receipts) notice.receive_ms = session->host.receipt_timeout_ms;
     if (status == LORASYNC_OK) status = lorasynci_session_share(session, &notice, 0, err);
     else lorasynci_talk_lose(&session->host.talk, status, err);
     if (status == LORASYNC_OK) lorasynci_session_aim(session, &notice.lent);
     else lorasynci_session_undo(session);
+    if (status == LORASYNC_OK)
+        session->publish_timeout_ms += notice.receive_ms < INT32_MAX - session->publish_timeout_ms
+                                           ? notice.receive_ms
+                                           : INT32_MAX - session->publish_timeout_ms;
     return status;
 }
 
@@ -23120,7 +23578,9 @@ LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lora
     out->in_place = !out->skipped && s->aim.own && image->payload != s->aim.own;
     lorasynci_host_count(&s->host, image->version, out);
     out->publish_ns = lorasynci_now_ns() - start;
-    return status;
+    if (status < 0) return status;
+    out->is_published = 1;
+    return lorasynci_host_receive(&s->host, image->version, out, err);
 }
 
 /* After success, on every rank. */
@@ -23143,20 +23603,22 @@ LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_r
 {
     lorasynci_notice n;
     lorasync_error   why;
+    lorasync_status  status;
     if (!err) err = &why;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_wait", err));
     LORASYNCI_TRY(lorasync_plan_wait(session->plan, err));
     memset(&n, 0, sizeof n);
     lorasynci_session_aim_home(session); /* what was lent may be served from here on, whatever comes of the rest */
-    if (lorasynci_session_publish(session, &n.outcome, &n.verdict) == LORASYNC_OK)
-        lorasynci_session_ask(session, &n.lent);
-    LORASYNCI_TRY(lorasynci_session_share(session, &n, 1, err));
-    lorasynci_session_aim(session, &n.lent);
+    lorasynci_session_publish(session, &n.outcome, &n.verdict);
+    if (n.outcome.is_published) lorasynci_session_ask(session, &n.lent);
+    status = lorasynci_session_share(session, &n, 1, err);
+    if (!n.outcome.is_published || lorasync_is_lost(status)) return status;
+    lorasynci_session_aim(session, &n.lent); /* published, though perhaps not received */
     if (!n.outcome.skipped) session->host.last_version = session->version;
     session->last_digest = n.outcome.digest;
     session->published   = 1;
     if (out_report) lorasynci_session_report(session, &n.outcome, out_report);
-    return LORASYNC_OK;
+    return status;
 }
 
 /* The engines that stayed behind decide the verdict; those that could be brought up serve it in any case. */
@@ -23170,6 +23632,8 @@ LORASYNCI_FN void lorasynci_session_republish(lorasync_session *s, lorasynci_out
     lorasynci_session_send(s, image, 1, err);
     for (i = lorasynci_num_engines(&s->host); i-- > 0;)
         if (o[i].version != image->version) *err = o[i].error;
+    out->digest = image->digest;
+    if (err->status == LORASYNC_OK) lorasynci_host_receive(&s->host, image->version, out, err);
 }
 
 LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, lorasync_error *err)
@@ -23199,6 +23663,18 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
 LORASYNC_API const lorasync_engine_outcome *lorasync_get_outcomes(const lorasync_session *session, size_t *out_num)
 {
     return lorasynci_host_outcomes(session ? &session->host : NULL, out_num);
+}
+
+/* -- what is known of the engines */
+
+LORASYNC_API lorasync_status lorasync_get_receipts(const lorasync_session *session, lorasync_receipt *out, size_t max,
+                                                   size_t *out_num, lorasync_error *err)
+{
+    if (out_num) *out_num = 0;
+    LORASYNCI_GIVEN(session);
+    LORASYNCI_GIVEN(out_num);
+    LORASYNCI_GIVEN_IF(max, out);
+    return lorasynci_host_receipts(&session->host, out, max, out_num, err);
 }
 
 LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t version, lorasync_report *out_report,

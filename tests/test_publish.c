@@ -373,7 +373,7 @@ static void death(void)
     CHECK_EQ(e[0].stages, 5);
     e[2].plan = GOOD;
     CHECK_EQ(lorasync_republish(t.s, &err), LORASYNC_OK);
-    EXPECT(2, committed, 5);
+    EXPECT(2, published, 5);
     CHECK_EQ(e[2].served, 5);
     CHECK_EQ(e[2].served_digest, e[0].served_digest);
     CHECK_EQ(o[2].num_failures, 0);
@@ -383,7 +383,7 @@ static void death(void)
     CHECK_EQ(lorasync_sync(t.s, 6, &r, &err), LORASYNC_E_IO);
     EXPECT(0, behind, 5);
     EXPECT(1, behind, 5);
-    EXPECT(2, committed, 5);
+    EXPECT(2, published, 5);
     CHECK_EQ(lorasync_republish(t.s, &err), LORASYNC_E_STATE);
     e[0].plan = e[1].plan = FAIL_COMMIT;
     e[2].plan             = FAIL_STAGE;
@@ -392,7 +392,7 @@ static void death(void)
     EXPECT(1, staged, 5);
     e[0].plan = e[1].plan = e[2].plan = GOOD;
     CHECK_EQ(lorasync_sync(t.s, 6, &r, &err), LORASYNC_OK);
-    EXPECT(0, committed, 6);
+    EXPECT(0, published, 6);
     CHECK_EQ(lorasync_sync(t.s, 6, &r, &err), LORASYNC_E_VERSION);
     CHECK_EQ(lorasync_republish(t.s, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_begin(t.s, 7, &err), LORASYNC_OK);
@@ -499,7 +499,7 @@ static void skip(void)
     CHECK_EQ(r.skipped, 1);
     CHECK_EQ(r.version, 7);
     CHECK_EQ(lorasync_session_image(t.s)->version, 7);
-    EXPECT(0, committed, 7);
+    EXPECT(0, published, 7);
     CHECK_EQ(lorasync_get_outcomes(t.s, NULL)[0].num_failures, 1); /* of tries: this was none */
     CHECK_EQ(lorasync_get_outcomes(t.s, NULL)[0].error.status, 0);
     CHECK_EQ(lorasync_republish(t.s, &err), LORASYNC_NOTHING_NEW);

@@ -1,0 +1,807 @@
+/* Published is received: what engine processes say that they serve, how a sync counts it and waits for it, and who is
+   named when it is missing. */
+#define _DEFAULT_SOURCE 1
+#include "lorasync.h"
+#include "test.h"
+#include "ranks.h"
+#include "pieces.h"
+#include "published.h"
+
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+enum {
+    MAX_ENGINES = 4,
+    NUM_TENSORS = 2
+};
+
+/* -- a place to publish in, new for each test */
+
+static char shm_name[64];
+
+static void fresh_shm(void)
+{
+    static int number;
+    if (shm_name[0]) lorasync_shm_remove(shm_name, NULL);
+    snprintf(shm_name, sizeof shm_name, "test-receipts-%ld-%d", (long)getpid(), number++);
+}
+
+/* -- engine processes */
+
+/* What test and engine processes share. */
+typedef struct stage {
+    int      stop;                  /* 1: engines end */
+    uint64_t serves[MAX_ENGINES];   /* versions; each engine's own */
+    uint64_t stuck_at[MAX_ENGINES]; /* an engine that serves it polls no more; 0: never */
+    int      ready[MAX_ENGINES];    /* it has looked once */
+} stage;
+
+static stage *shared;
+static pid_t  engines[MAX_ENGINES];
+
+static void reset_stage(void)
+{
+    if (!shared)
+        shared = (stage *)mmap(NULL, sizeof *shared, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    memset(shared, 0, sizeof *shared);
+    memset(engines, 0, sizeof engines);
+}
+
+static void serve(int i, const char *adapter, lorasync_engine *e)
+{
+    while (!__atomic_load_n(&shared->stop, __ATOMIC_SEQ_CST)) {
+        const lorasync_adapter *a;
+        const uint64_t          stuck_at = __atomic_load_n(&shared->stuck_at[i], __ATOMIC_SEQ_CST);
+        if (stuck_at && shared->serves[i] >= stuck_at) {
+            test_sleep_ms(2);
+            continue;
+        }
+        if (lorasync_engine_poll(e, 5, NULL) == LORASYNC_OK && (a = lorasync_acquire(e, adapter)) != NULL) {
+            __atomic_store_n(&shared->serves[i], a->version, __ATOMIC_SEQ_CST);
+            lorasync_release(a);
+        }
+        __atomic_store_n(&shared->ready[i], 1, __ATOMIC_SEQ_CST);
+    }
+}
+
+/* Engine i in a process of its own; returns when it has looked once. */
+static void start_engine(int i, const lorasync_engine_desc *desc, const char *adapter)
+{
+    const unsigned long long deadline = test_now_ns() + (unsigned long long)test_no_hang_ns();
+    shared->ready[i]                  = 0;
+    fflush(NULL);
+    engines[i] = fork();
+    if (engines[i] == 0) {
+        lorasync_engine *e = NULL;
+        if (lorasync_engine_open(desc, &e, NULL) < 0) _exit(1);
+        serve(i, adapter, e);
+        lorasync_engine_close(e);
+        _exit(0);
+    }
+    while (!__atomic_load_n(&shared->ready[i], __ATOMIC_SEQ_CST) && test_now_ns() < deadline) usleep(200);
+    CHECK(shared->ready[i]);
+}
+
+static void kill_engine(int i)
+{
+    if (!engines[i]) return;
+    kill(engines[i], SIGKILL);
+    waitpid(engines[i], NULL, 0);
+    engines[i] = 0;
+}
+
+static void stop_engines(void)
+{
+    int i, status;
+    shared->stop = 1;
+    for (i = 0; i < MAX_ENGINES; i++) {
+        if (!engines[i]) continue;
+        CHECK_EQ(waitpid(engines[i], &status, 0), engines[i]);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        engines[i] = 0;
+    }
+}
+
+static lorasync_engine_desc shm_engine(const char *engine, const char *adapter)
+{
+    lorasync_engine_desc d;
+    memset(&d, 0, sizeof d);
+    d.shm     = shm_name;
+    d.name    = engine;
+    d.adapter = adapter;
+    return d;
+}
+
+/* One in this process, which polls when the test says so. */
+static lorasync_engine *open_engine(const lorasync_engine_desc *desc)
+{
+    lorasync_engine *e = NULL;
+    lorasync_error   err;
+    err.text[0] = 0;
+    if (lorasync_engine_open(desc, &e, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    return e;
+}
+
+/* -- trainers of any number of ranks: one pair of LoRA, cut as FSDP2 does */
+
+typedef struct trainer {
+    lorasync_session *session;
+    float             values[NUM_TENSORS][64];
+} trainer;
+
+static void train(trainer *t, uint64_t version)
+{
+    int i;
+    for (i = 0; i < 64; i++) t->values[0][i] = (float)version + (float)i, t->values[1][i] = (float)version - (float)i;
+}
+
+static void add_pieces(trainer *t, int rank, int world)
+{
+    lorasync_piece a = shard_piece("layers.0.q_proj.lora_A.policy.weight", 2, 4, 16, rank, world, t->values[0]);
+    lorasync_piece b = shard_piece("layers.0.q_proj.lora_B.policy.weight", 2, 16, 4, rank, world, t->values[1]);
+    lorasync_add(t->session, &a, NULL);
+    lorasync_add(t->session, &b, NULL);
+}
+
+static lorasync_desc trainer_desc(const lorasync_comm *comm)
+{
+    lorasync_desc d;
+    memset(&d, 0, sizeof d);
+    d.comm               = comm;
+    d.adapter            = "policy";
+    d.lora_alpha         = 8;
+    d.receipt_timeout_ms = test_ms(5000);
+    return d;
+}
+
+/* Opened, declared, with one transport (of the root) attached, and compiled. */
+static lorasync_status open_trainer(trainer *t, const lorasync_desc *d, const lorasync_transport *transport,
+                                    lorasync_error *err)
+{
+    const int       rank = d->comm ? d->comm->rank : 0, world = d->comm ? d->comm->world : 1;
+    lorasync_status status;
+    memset(t, 0, sizeof *t);
+    status = lorasync_open(d, &t->session, err);
+    if (status < 0) return status;
+    add_pieces(t, rank, world);
+    if (rank == 0 && transport) lorasync_attach(t->session, transport, NULL);
+    return lorasync_compile(t->session, err);
+}
+
+static lorasync_transport open_shm(void)
+{
+    lorasync_shm_desc  d;
+    lorasync_transport t;
+    lorasync_error     err;
+    memset(&d, 0, sizeof d);
+    d.name = shm_name;
+    if (lorasync_shm_open(&d, &t, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    return t;
+}
+
+static lorasync_status sync_version(trainer *t, uint64_t version, lorasync_report *report, lorasync_error *err)
+{
+    memset(report, 0, sizeof *report);
+    err->status  = LORASYNC_OK;
+    err->text[0] = 0;
+    train(t, version);
+    return lorasync_sync(t->session, version, report, err);
+}
+
+/* The receipt of an engine among those that the session knows, or NULL. */
+static const lorasync_receipt *receipt_of(trainer *t, const char *engine)
+{
+    static lorasync_receipt list[16];
+    size_t                  i, num = 0;
+    CHECK_EQ(lorasync_get_receipts(t->session, list, 16, &num, NULL), 0);
+    for (i = 0; i < num && i < 16; i++)
+        if (strcmp(list[i].engine, engine) == 0) return &list[i];
+    return NULL;
+}
+
+/* -- counting */
+
+/* With nobody there a sync succeeds, and says so. */
+static void nobody_is_seen(void)
+{
+    lorasync_transport t;
+    lorasync_desc      d = trainer_desc(NULL);
+    lorasync_report    report;
+    lorasync_error     err;
+    trainer            trainer;
+    size_t             num = 7;
+    fresh_shm();
+    t = open_shm();
+    REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
+    CHECK_EQ(sync_version(&trainer, 1, &report, &err), 0);
+    CHECK_EQ(report.num_engines, 1);
+    CHECK_EQ(report.num_received, 0);
+    CHECK_EQ(report.num_lagging, 0);
+    CHECK_EQ(lorasync_get_receipts(trainer.session, NULL, 0, &num, NULL), 0);
+    CHECK_EQ(num, 0);
+    lorasync_close(trainer.session);
+}
+
+/* An engine that is there and has it not yet, then has it; and one of another adapter, which does not matter here. */
+static void one_is_counted(void)
+{
+    lorasync_engine_desc    mine, others;
+    lorasync_engine        *e, *other;
+    lorasync_transport      t;
+    lorasync_desc           d = trainer_desc(NULL);
+    lorasync_report         first, report;
+    lorasync_error          err;
+    const lorasync_receipt *r;
+    trainer                 trainer;
+    fresh_shm();
+    t = open_shm();
+    REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
+    mine   = shm_engine("vllm-0", NULL);
+    others = shm_engine("vllm-1", "critic");
+    e      = open_engine(&mine);
+    other  = open_engine(&others);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(lorasync_engine_poll(other, 0, NULL), LORASYNC_NOTHING_NEW);
+    CHECK(receipt_of(&trainer, "vllm-0") && receipt_of(&trainer, "vllm-0")->version == 0);
+    CHECK(!receipt_of(&trainer, "vllm-1"));
+
+    CHECK_EQ(sync_version(&trainer, 1, &first, &err), 0);
+    CHECK_EQ(first.num_received, 0);
+    CHECK_EQ(first.num_lagging, 1);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    r = receipt_of(&trainer, "vllm-0");
+    REQUIRE(r);
+    CHECK_TEXT(r->adapter, "policy");
+    CHECK_EQ(r->version, 1);
+    CHECK(r->digest == first.digest && r->digest);
+    CHECK_EQ(r->num_tensors, NUM_TENSORS);
+    CHECK_EQ(r->num_bound, -1);
+    CHECK(r->age_ms < 100000);
+
+    CHECK_EQ(sync_version(&trainer, 2, &report, &err), 0);
+    CHECK_EQ(report.num_received, 0);
+    CHECK_EQ(report.num_lagging, 1);
+    r = receipt_of(&trainer, "vllm-0"); /* what it serves stays known, however many versions come */
+    CHECK(r && r->version == 1 && r->digest == first.digest);
+    CHECK_EQ(sync_version(&trainer, 3, &report, &err), 0);
+    CHECK_EQ(sync_version(&trainer, 4, &report, &err), 0);
+    r = receipt_of(&trainer, "vllm-0");
+    CHECK(r && r->version == 1 && r->digest == first.digest);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    r = receipt_of(&trainer, "vllm-0");
+    CHECK(r && r->version == 4 && r->digest == report.digest);
+
+    lorasync_engine_close(e);
+    lorasync_engine_close(other);
+    CHECK(!receipt_of(&trainer, "vllm-0"));
+    lorasync_close(trainer.session);
+}
+
+/* An engine that is told to say nothing. */
+static void silence_is_kept(void)
+{
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_transport   t;
+    lorasync_desc        d = trainer_desc(NULL);
+    lorasync_report      report;
+    lorasync_error       err;
+    lorasync_receipt     r;
+    trainer              trainer;
+    fresh_shm();
+    t = open_shm();
+    REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
+    ed             = shm_engine("vllm-0", NULL);
+    ed.no_receipts = 1;
+    e              = open_engine(&ed);
+    CHECK_EQ(sync_version(&trainer, 1, &report, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    CHECK(!receipt_of(&trainer, "vllm-0"));
+    CHECK_EQ(lorasync_engine_receipt(e, "policy", &r, NULL), 0);
+    CHECK_EQ(r.version, 1);
+    lorasync_engine_close(e);
+    lorasync_close(trainer.session);
+}
+
+/* -- waiting */
+
+static void wait_on_ranks(rank_context *c)
+{
+    lorasync_transport *t = (lorasync_transport *)c->user;
+    lorasync_desc       d = trainer_desc(&c->comm);
+    lorasync_receipt    list[MAX_ENGINES];
+    lorasync_report     report;
+    lorasync_error      err;
+    trainer             trainer;
+    uint64_t            v;
+    size_t              i, num = 99;
+    d.require_receipts = c->rank == 0 ? 3 : 0; /* the root's counts */
+    err.text[0]        = 0;
+    if (open_trainer(&trainer, &d, t, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    for (v = 1; v <= 3; v++) {
+        if (sync_version(&trainer, v, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+        CHECK_EQ(report.num_received, 3);
+        CHECK_EQ(report.num_lagging, 0);
+        CHECK_EQ(report.version, v);
+        if (c->rank != 0) continue;
+        for (i = 0; i < 3; i++) CHECK(__atomic_load_n(&shared->serves[i], __ATOMIC_SEQ_CST) + 1 >= v);
+        CHECK_EQ(lorasync_get_receipts(trainer.session, list, MAX_ENGINES, &num, NULL), 0);
+        CHECK_EQ(num, 3);
+        for (i = 0; i < num && i < MAX_ENGINES; i++)
+            CHECK(list[i].version == v && list[i].digest == report.digest && strncmp(list[i].engine, "e", 1) == 0);
+    }
+    CHECK_EQ(lorasync_get_receipts(trainer.session, list, MAX_ENGINES, &num, NULL), 0);
+    CHECK_EQ(num, c->rank == 0 ? 3 : 0);
+    lorasync_close(trainer.session);
+}
+
+static void received_by_all(void)
+{
+    static const int   worlds[] = {1, 2, 4};
+    static const char *names[]  = {"e0", "e1", "e2"};
+    size_t             w;
+    int                i;
+    for (w = 0; w < 3; w++) {
+        lorasync_transport t;
+        reset_stage();
+        fresh_shm();
+        t = open_shm();
+        for (i = 0; i < 3; i++) {
+            lorasync_engine_desc ed = shm_engine(names[i], NULL);
+            start_engine(i, &ed, "policy");
+        }
+        run_threads(worlds[w], wait_on_ranks, &t);
+        stop_engines();
+    }
+}
+
+/* Two of three engines are stuck: one at version 1, one that has never got any. */
+static void lag_on_ranks(rank_context *c)
+{
+    lorasync_transport *t = (lorasync_transport *)c->user;
+    lorasync_desc       d = trainer_desc(&c->comm);
+    lorasync_report     report;
+    lorasync_error      err;
+    trainer             trainer;
+    unsigned long long  start;
+    d.require_receipts   = c->rank == 0 ? 2 : 0;
+    d.receipt_timeout_ms = c->rank == 0 ? test_ms(100) : 0;
+    if (open_trainer(&trainer, &d, t, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    if (sync_version(&trainer, 1, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    start = test_now_ns();
+    CHECK_EQ(sync_version(&trainer, 2, &report, &err), LORASYNC_E_RECEIPT);
+    CHECK(test_now_ns() - start >= (unsigned long long)test_ms(100) * 1000000u);
+    CHECK_EQ(err.status, LORASYNC_E_RECEIPT);
+    CHECK_HAS(err.text, "version 2 is published, and 1 of the 2 engine processes required have received it");
+    CHECK_HAS(err.text, "late (v1)");
+    CHECK_HAS(err.text, "never (none)");
+    CHECK(!strstr(err.text, "good"));
+    CHECK_EQ(report.version, 2); /* published: the report is filled in */
+    CHECK_EQ(report.num_engines, 1);
+    CHECK_EQ(report.num_received, 1);
+    CHECK_EQ(report.num_lagging, 2);
+    CHECK(!lorasync_is_lost(err.status));
+    CHECK_EQ(sync_version(&trainer, 2, &report, &err), LORASYNC_E_VERSION);
+    CHECK_HAS(err.text, "not newer than 2");
+    CHECK_EQ(sync_version(&trainer, 3, &report, &err), LORASYNC_E_RECEIPT); /* and on it goes */
+    CHECK_EQ(lorasync_republish(trainer.session, &err), LORASYNC_E_RECEIPT);
+    CHECK_HAS(err.text, "version 3");
+    if (c->rank == 0) __atomic_store_n(&shared->stuck_at[1], (uint64_t)0, __ATOMIC_SEQ_CST);
+    if (lorasync_republish(trainer.session, &err) != LORASYNC_NOTHING_NEW) test_fail(__FILE__, __LINE__, err.text);
+    if (sync_version(&trainer, 4, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    CHECK(report.num_received >= 2 && report.num_received + report.num_lagging == 3);
+    lorasync_close(trainer.session);
+}
+
+static void who_lags_is_named(void)
+{
+    static const int worlds[] = {1, 2, 4};
+    size_t           w;
+    for (w = 0; w < 3; w++) {
+        lorasync_engine_desc good, late, never;
+        lorasync_engine     *e;
+        lorasync_transport   t;
+        reset_stage();
+        fresh_shm();
+        t                   = open_shm();
+        good                = shm_engine("good", NULL);
+        late                = shm_engine("late", NULL);
+        never               = shm_engine("never", NULL);
+        shared->stuck_at[1] = 1;
+        start_engine(0, &good, "policy");
+        start_engine(1, &late, "policy");
+        e = open_engine(&never);
+        CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+        run_threads(worlds[w], lag_on_ranks, &t);
+        lorasync_engine_close(e);
+        stop_engines();
+    }
+}
+
+/* Killed, not closed: it is not waited for, nor counted, nor named; who takes its place is. */
+static void killed_engines(void)
+{
+    lorasync_engine_desc a, b, c;
+    lorasync_transport   t;
+    lorasync_desc        d = trainer_desc(NULL);
+    lorasync_report      report;
+    lorasync_error       err;
+    trainer              trainer;
+    reset_stage();
+    fresh_shm();
+    t = open_shm();
+    a = shm_engine("first", NULL);
+    b = shm_engine("second", NULL);
+    c = shm_engine("third", NULL);
+    start_engine(0, &a, "policy");
+    start_engine(1, &b, "policy");
+    d.require_receipts   = 2;
+    d.receipt_timeout_ms = test_ms(150);
+    REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
+    if (sync_version(&trainer, 1, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    kill_engine(1);
+    CHECK(!receipt_of(&trainer, "second"));
+    CHECK_EQ(sync_version(&trainer, 2, &report, &err), LORASYNC_E_RECEIPT);
+    CHECK_HAS(err.text, "no other is known");
+    CHECK_EQ(report.num_received, 1);
+    CHECK_EQ(report.num_lagging, 0);
+    start_engine(2, &c, "policy");
+    CHECK_EQ(lorasync_republish(trainer.session, &err), LORASYNC_NOTHING_NEW);
+    kill_engine(0);
+    kill_engine(2);
+    CHECK_EQ(sync_version(&trainer, 3, &report, &err), LORASYNC_E_RECEIPT);
+    CHECK_HAS(err.text, "0 of the 2 engine processes required");
+    CHECK_EQ(report.num_received + report.num_lagging, 0);
+    lorasync_close(trainer.session);
+}
+
+/* Waiting costs next to nothing. */
+static void waiting_sleeps(void)
+{
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_transport   t;
+    lorasync_desc        d = trainer_desc(NULL);
+    lorasync_report      report;
+    lorasync_error       err;
+    trainer              trainer;
+    clock_t              start;
+    fresh_shm();
+    t  = open_shm();
+    ed = shm_engine("asleep", NULL);
+    e  = open_engine(&ed);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    d.require_receipts   = 1;
+    d.receipt_timeout_ms = test_ms(200);
+    REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
+    start = clock();
+    CHECK_EQ(sync_version(&trainer, 1, &report, &err), LORASYNC_E_RECEIPT);
+    CHECK((double)(clock() - start) / CLOCKS_PER_SEC < 0.1 * (double)test_ms(200) / 1000.0);
+    lorasync_engine_close(e);
+    lorasync_close(trainer.session);
+}
+
+/* Nothing is allocated for receipts. */
+static void receipts_allocate_nothing(void)
+{
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_transport   t;
+    lorasync_allocator   a;
+    test_memory          memory;
+    lorasync_desc        d = trainer_desc(NULL);
+    lorasync_receipt     list[2];
+    lorasync_report      report;
+    lorasync_error       err;
+    trainer              trainer;
+    long                 total;
+    size_t               num;
+    fresh_shm();
+    t = open_shm();
+    memset(&memory, 0, sizeof memory);
+    a.alloc     = test_memory_alloc;
+    a.free      = test_memory_free;
+    a.user      = &memory;
+    d.allocator = &a;
+    REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
+    ed = shm_engine("vllm-0", NULL);
+    e  = open_engine(&ed);
+    CHECK_EQ(sync_version(&trainer, 1, &report, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    total = memory.total;
+    CHECK_EQ(sync_version(&trainer, 2, &report, &err), 0);
+    CHECK_EQ(lorasync_get_receipts(trainer.session, list, 2, &num, NULL), 0);
+    CHECK_EQ(num, 1);
+    CHECK_EQ(memory.total, total);
+    lorasync_engine_close(e);
+    lorasync_close(trainer.session);
+    CHECK_EQ(memory.live, 0);
+}
+
+/* -- transports and sources of one's own */
+
+typedef struct own {
+    lorasync_receipt list[3];
+    size_t           num;
+    lorasync_status  fails; /* instead of "no more" */
+    uint64_t         version, digest;
+    int              num_looks;
+} own;
+
+static lorasync_status own_stage(void *user, const lorasync_image *image, lorasync_error *err)
+{
+    own *o = (own *)user;
+    (void)err;
+    o->version = image->version;
+    o->digest  = image->digest;
+    return LORASYNC_OK;
+}
+
+/* Its first engine takes each version at the third look; the others are as they are. */
+static lorasync_status own_receipts(void *user, const char *adapter, size_t index, lorasync_receipt *out,
+                                    lorasync_error *err)
+{
+    own *o = (own *)user;
+    CHECK_TEXT(adapter, "policy");
+    CHECK(out->version == 0 && out->engine[0] == 0);
+    if (index == 0 && ++o->num_looks >= 3) o->list[0].version = o->version, o->list[0].digest = o->digest;
+    if (index < o->num) {
+        *out = o->list[index];
+        return LORASYNC_OK;
+    }
+    if (o->fails) return test_refuse(err, o->fails, "the wire is cut");
+    return LORASYNC_NOTHING_NEW;
+}
+
+static lorasync_transport own_transport(own *o)
+{
+    lorasync_transport t;
+    memset(o, 0, sizeof *o);
+    memset(&t, 0, sizeof t);
+    t.size     = sizeof t;
+    t.name     = "wire";
+    t.user     = o;
+    t.stage    = own_stage;
+    t.receipts = own_receipts;
+    return t;
+}
+
+static void own_transports(void)
+{
+    own                o;
+    lorasync_transport t = own_transport(&o);
+    lorasync_desc      d = trainer_desc(NULL);
+    lorasync_report    report;
+    lorasync_error     err;
+    lorasync_receipt   list[2];
+    trainer            trainer;
+    size_t             num;
+    d.require_receipts   = 1;
+    d.receipt_timeout_ms = test_ms(150);
+    o.num                = 2;
+    strcpy(o.list[0].engine, "far-0");
+    strcpy(o.list[1].engine, "far-1");
+    o.list[1].version = 1; /* the same version, but other content */
+    o.list[1].digest  = 5;
+    REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
+    if (sync_version(&trainer, 1, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    CHECK(o.num_looks >= 3);
+    CHECK_EQ(report.num_received, 1);
+    CHECK_EQ(report.num_lagging, 1);
+    CHECK_EQ(lorasync_get_receipts(trainer.session, list, 1, &num, NULL), 0); /* room for one of two */
+    CHECK_EQ(num, 2);
+    CHECK_TEXT(list[0].engine, "far-0");
+    CHECK_TEXT(list[0].adapter, "policy");
+
+    o.num_looks       = -1000000;
+    o.list[1].version = 2;
+    o.fails           = LORASYNC_E_TIMEOUT; /* not the communicator's */
+    CHECK_EQ(sync_version(&trainer, 2, &report, &err), LORASYNC_E_RECEIPT);
+    CHECK_HAS(err.text, "far-0 (v1)");
+    CHECK_HAS(err.text, "far-1 (other content)");
+    CHECK_HAS(err.text, "'wire' could not tell receipts");
+    CHECK_HAS(err.text, "the wire is cut");
+    CHECK_EQ(lorasync_get_receipts(trainer.session, list, 2, &num, &err), LORASYNC_E_IO);
+    CHECK_EQ(num, 2); /* what was told before is there */
+    CHECK_HAS(err.text, "the wire is cut");
+    lorasync_close(trainer.session);
+}
+
+/* Without require_receipts a transport that cannot tell does no harm. */
+static void failing_receipts(void)
+{
+    own                o;
+    lorasync_transport t = own_transport(&o);
+    lorasync_desc      d = trainer_desc(NULL);
+    lorasync_report    report;
+    lorasync_error     err;
+    trainer            trainer;
+    o.fails = LORASYNC_E_IO;
+    REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
+    CHECK_EQ(sync_version(&trainer, 1, &report, &err), 0);
+    CHECK_EQ(err.text[0], 0);
+    CHECK_EQ(report.num_received + report.num_lagging, 0);
+    lorasync_close(trainer.session);
+}
+
+/* What cannot be is refused before anything runs. */
+static void refused(void)
+{
+    own                  o;
+    lorasync_transport   t = own_transport(&o);
+    lorasync_desc        d = trainer_desc(NULL);
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_error       err;
+    trainer              trainer;
+    static const char   *bad[] = {"", ".hidden", "a/b", "a b",
+                                  "a-name-of-64-bytes-xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"};
+    size_t               i;
+    d.require_receipts = 2;
+    t.receipts         = NULL;
+    CHECK_EQ(open_trainer(&trainer, &d, &t, &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(err.text, "require_receipts is 2");
+    lorasync_close(trainer.session);
+    CHECK_EQ(open_trainer(&trainer, &d, NULL, &err), LORASYNC_E_UNSUPPORTED);
+    lorasync_close(trainer.session);
+    d.require_receipts = -1;
+    CHECK_EQ(open_trainer(&trainer, &d, &t, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "require_receipts is -1");
+    d.require_receipts   = 0;
+    d.receipt_timeout_ms = -1;
+    CHECK_EQ(open_trainer(&trainer, &d, &t, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "receipt_timeout_ms is -1");
+    memset(&ed, 0, sizeof ed);
+    ed.offers_only = 1;
+    for (i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        ed.name = bad[i];
+        CHECK_EQ(lorasync_engine_open(&ed, &e, &err), LORASYNC_E_NAME);
+        CHECK_HAS(err.text, "cannot name an engine");
+    }
+}
+
+static lorasync_image *small_image(uint64_t version)
+{
+    lorasync_image *image = lay_out_rank("policy", 16, 4);
+    float          *p     = (float *)malloc(image->payload_bytes);
+    size_t          i;
+    for (i = 0; i < image->payload_bytes / 4; i++) p[i] = (float)version + (float)i;
+    lorasync_image_bind(image, p);
+    lorasync_image_stamp(image, version, lorasync_image_digest(image, NULL));
+    return image;
+}
+
+static lorasync_delivery deliver(const lorasync_image *image)
+{
+    lorasync_delivery d;
+    memset(&d, 0, sizeof d);
+    d.size          = sizeof d;
+    d.bytes         = image->header;
+    d.num_bytes     = image->header_bytes;
+    d.payload       = image->payload;
+    d.payload_bytes = image->payload_bytes;
+    d.config_json   = image->config_json;
+    return d;
+}
+
+/* A host that offers versions reads the receipt, and sends it back itself. */
+static void offers(void)
+{
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_image      *image = small_image(7);
+    lorasync_delivery    d     = deliver(image);
+    lorasync_receipt     r;
+    lorasync_error       err;
+    memset(&ed, 0, sizeof ed);
+    ed.offers_only = 1;
+    e              = open_engine(&ed);
+    memset(&r, 1, sizeof r);
+    CHECK_EQ(lorasync_engine_receipt(e, "policy", &r, &err), LORASYNC_E_NOT_FOUND);
+    CHECK_HAS(err.text, "'policy'");
+    CHECK(r.version == 0 && r.engine[0] == 0);
+    CHECK_EQ(lorasync_engine_offer(e, &d, NULL), 0);
+    CHECK_EQ(lorasync_engine_receipt(e, "policy", &r, &err), 0);
+    CHECK(strlen(r.engine) > 2 && strchr(r.engine, '-')); /* host and process */
+    CHECK_TEXT(r.adapter, "policy");
+    CHECK_EQ(r.version, 7);
+    CHECK(r.digest == image->digest);
+    CHECK_EQ(r.num_tensors, 2);
+    CHECK_EQ(r.num_bound, -1);
+    lorasync_engine_close(e);
+    drop_image(image);
+}
+
+typedef struct own_source {
+    lorasync_image  *image;
+    lorasync_receipt last;
+    int              num_told;
+    lorasync_status  fails;
+} own_source;
+
+static lorasync_status source_look(void *user, size_t index, lorasync_published *out, lorasync_error *err)
+{
+    own_source *s = (own_source *)user;
+    (void)err;
+    if (index) return LORASYNC_NOTHING_NEW;
+    strcpy(out->adapter, "policy");
+    out->version = s->image->version;
+    return LORASYNC_OK;
+}
+
+static lorasync_status source_open(void *user, const lorasync_published *what, const lorasync_image *served,
+                                   lorasync_delivery *out, lorasync_error *err)
+{
+    (void)what, (void)served, (void)err;
+    *out = deliver(((own_source *)user)->image);
+    return LORASYNC_OK;
+}
+
+static lorasync_status source_told(void *user, const lorasync_receipt *receipt, lorasync_error *err)
+{
+    own_source *s = (own_source *)user;
+    s->last       = *receipt;
+    s->num_told++;
+    return s->fails ? test_refuse(err, s->fails, "nobody answers") : LORASYNC_OK;
+}
+
+/* A source of one's own is told what to send; if it cannot, the version is served all the same. */
+static void own_sources(void)
+{
+    own_source           s;
+    lorasync_source      source;
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_receipt     r;
+    lorasync_error       err;
+    lorasync_image      *first = small_image(3), *second = small_image(4);
+    memset(&s, 0, sizeof s);
+    memset(&source, 0, sizeof source);
+    memset(&ed, 0, sizeof ed);
+    source.size        = sizeof source;
+    source.name        = "wire";
+    source.user        = &s;
+    source.look        = source_look;
+    source.open        = source_open;
+    source.acknowledge = source_told;
+    ed.source          = &source;
+    ed.name            = "sglang.0";
+    s.image            = first;
+    e                  = open_engine(&ed);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    CHECK_EQ(s.num_told, 1);
+    CHECK_TEXT(s.last.engine, "sglang.0");
+    CHECK(s.last.version == 3 && s.last.digest == first->digest && s.last.num_tensors == 2);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(s.num_told, 1);
+    s.image = second;
+    s.fails = LORASYNC_E_TIMEOUT;
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(s.num_told, 2);
+    CHECK_EQ(lorasync_engine_receipt(e, "policy", &r, &err), LORASYNC_E_IO);
+    CHECK_HAS(err.text, "wire");
+    CHECK_EQ(r.version, 4);
+    lorasync_engine_close(e);
+    drop_image(first);
+    drop_image(second);
+}
+
+int main(void)
+{
+    RUN(nobody_is_seen);
+    RUN(one_is_counted);
+    RUN(silence_is_kept);
+    RUN(received_by_all);
+    RUN(who_lags_is_named);
+    RUN(killed_engines);
+    RUN(waiting_sleeps);
+    RUN(receipts_allocate_nothing);
+    RUN(own_transports);
+    RUN(failing_receipts);
+    RUN(refused);
+    RUN(offers);
+    RUN(own_sources);
+    if (shm_name[0]) lorasync_shm_remove(shm_name, NULL);
+    return test_summary("test_receipts");
+}
