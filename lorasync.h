@@ -112,7 +112,7 @@
        >>publish    the directory transport; staging and commit over any number of engines
                     -- who receives; one run of publishing; one run; the end of a run; names in a published directory;
                        the same version again; files; the directory transport; cleaning up a directory; staging in a
-                       directory; committing in a directory
+                       directory; committing in a directory; the place of a directory
        >>shm        the shared-memory transport
                     -- names of shared memory; who lives; segments; the control; removing; the publisher; slots; making
                        slots; adapters; payloads in device memory, the publisher's side; the shared-memory transport;
@@ -1559,22 +1559,27 @@ typedef struct lorasync_engine_outcome {
    succeeds without effect. A commit that fails leaves the new version visible only if the last fsync failed: it may
    then not survive a power cut. */
 typedef struct lorasync_directory_desc {
-    size_t      size;      /* sizeof this struct, or 0: see DESCS at the top */
-    const char *directory; /* made if absent (its parent must exist); at most 3000 bytes. Copied */
+    size_t size; /* sizeof this struct, or 0: see DESCS at the top */
+    /* Made if absent (its parent must exist); at most 3000 bytes. Copied, and a relative one made absolute: a later
+       chdir does not matter. */
+    const char *directory;
     /* Versions to keep; 0: 3. Older ones are deleted at commit; a reader that has one open or mapped keeps it. */
     int keep_versions;
     int no_fsync; /* 1: atomic but not durable: a power cut may lose the newest versions. For a RAM disk */
     const lorasync_allocator *allocator;
 } lorasync_directory_desc;
 
-/* Makes a directory transport. The session that it is attached to closes it; otherwise call out->close(out->user). It
-   does not touch the disk before the first stage. Each stage removes what dead publishers left behind. One publisher
-   per adapter directory at a time. Allocates nothing after open (libc keeps a buffer while a directory is listed).
+/* Makes a directory transport. The session that it is attached to closes it; otherwise call out->close(out->user). When
+   it is attached on the root it looks whether it will be able to write there; it changes nothing on the disk before the
+   first stage. Each stage removes what dead publishers left behind. One publisher per adapter directory at a time.
+   Allocates nothing after open (libc keeps a buffer while a directory is listed).
 
    out  filled in
 
-   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY. Errors of stage and commit:
-       LORASYNC_E_IO           with the path and the system's reason
+   Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, LORASYNC_E_IO (a relative directory, and no working directory).
+   Errors of lorasync_attach, stage and commit:
+       LORASYNC_E_IO           with the path and the system's reason; from lorasync_attach on the root: the parent is
+                               not there, a file is where a directory is needed, or the directory cannot be written
        LORASYNC_E_NAME         an adapter name that is empty, "latest", longer than 200 bytes, contains "/" or begins
                                with "."
        LORASYNC_E_VERSION      `latest` is newer (another publisher), or is this version with other bytes
@@ -1765,7 +1770,7 @@ typedef struct lorasync_source {
    replace a published file with another; never modify or truncate it in place. */
 typedef struct lorasync_engine_desc {
     size_t                    size;      /* sizeof this struct, or 0: see DESCS at the top */
-    const char               *directory; /* where a directory transport publishes. Copied */
+    const char               *directory; /* where a directory transport publishes. Copied, and made absolute */
     const char               *shm;       /* the name of a shared-memory transport of this host. Copied */
     const char               *adapter;   /* NULL: every adapter found there. Copied */
     int                       no_verify; /* 1: skip the digest (the header is always checked) */
@@ -2210,6 +2215,13 @@ LORASYNC_API lorasync_status lorasync_attach(lorasync_session *session, const lo
 /* lorasync_directory_open with defaults, then lorasync_attach. Errors: those of both; they are remembered. */
 LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session, const char *directory,
                                                        lorasync_error *err);
+
+/* On the root lorasync_shm_open, with desc.cuda if that keeps the image on the device, then lorasync_attach; elsewhere
+   only the name is checked, so that all ranks run the same line. For the only session that publishes under the name:
+   several adapters of one name share a transport, which is opened once (lorasync_shm_open).
+
+   Errors: those of both; they are remembered: where the root cannot open it, lorasync_compile fails on all ranks. */
+LORASYNC_API lorasync_status lorasync_attach_shm(lorasync_session *session, const char *name, lorasync_error *err);
 
 /* Filters, pairs, plans and allocates. Collective, once. After LORASYNC_E_PAIR and LORASYNC_E_EMPTY the missing
    parameters may be added, and compile called again on all ranks.
@@ -17522,29 +17534,81 @@ LORASYNCI_FN void lorasynci_directory_close(void *user)
     lorasynci_dealloc(&a, d);
 }
 
-/* A copy of the path of a directory, or the reason why there is none. */
+/* -- the place of a directory */
+
+/* A copy of the path of a directory, or the reason why there is none. It is absolute: a chdir of the host program must
+   not move what is published, or looked for. */
 LORASYNCI_FN lorasync_status lorasynci_copy_directory(const lorasync_allocator *a, const char *directory, char **out,
                                                       lorasync_error *err)
 {
-    size_t n = directory ? strlen(directory) : 0;
+    char   here[LORASYNCI_MAX_DIRECTORY + 1] = "";
+    size_t n                                 = directory ? strlen(directory) : 0, before;
     if (!n)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory is %s; name that of the adapters",
                               directory ? "empty" : "NULL");
-    if (n > LORASYNCI_MAX_DIRECTORY) {
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory is %zu bytes long, at most %d: ...%s", n,
-                              LORASYNCI_MAX_DIRECTORY, lorasynci_end_of(directory));
-    }
-    *out = lorasynci_copy_text(a, directory, n);
-    return *out ? LORASYNC_OK : lorasynci_fail_memory(err, n + 1);
+    if (directory[0] != '/' && !getcwd(here, sizeof here - 1))
+        return lorasynci_fail(
+            err, LORASYNC_E_IO,
+            "directory %s is relative, and the working directory cannot be told: %s; make it absolute",
+            lorasynci_end_of(directory), strerror(errno));
+    if (here[0] && here[1]) strcat(here, "/");
+    before = strlen(here);
+    if (n > LORASYNCI_MAX_DIRECTORY - before)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "directory is %zu bytes long, at most %d%s: ...%s", n,
+                              LORASYNCI_MAX_DIRECTORY - (int)before, before ? " behind the working directory" : "",
+                              lorasynci_end_of(directory));
+    *out = (char *)lorasynci_alloc(a, before + n + 1);
+    if (!*out) return lorasynci_fail_memory(err, before + n + 1);
+    memcpy(*out, here, before);
+    memcpy(*out + before, directory, n + 1);
+    return LORASYNC_OK;
 }
 
-/* A name that cannot be a directory's is refused where the transport is attached, not at the first sync. */
+/* Cuts the last name off a path. */
+LORASYNCI_FN void lorasynci_to_parent(char *path)
+{
+    size_t n = strlen(path);
+    while (n > 1 && path[n - 1] == '/') n--;
+    while (n > 1 && path[n - 1] != '/') n--;
+    while (n > 1 && path[n - 1] == '/') n--;
+    path[n] = 0;
+}
+
+/* What will keep an adapter's directory from being made, or versions from being written there. What does not exist yet
+   is made: the adapter's directory and the one above it. */
+LORASYNCI_FN lorasync_status lorasynci_check_place(const char *directory, const char *adapter, lorasync_error *err)
+{
+    char        path[LORASYNCI_MAX_DIRECTORY + 260];
+    struct stat st;
+    int         level, failed = 0;
+    snprintf(path, sizeof path, "%s/%s", directory, adapter);
+    for (level = 0; level < 3; level++) {
+        failed = stat(path, &st) == 0 ? 0 : errno;
+        if (failed != ENOENT && failed != ENOTDIR) break;
+        if (level < 2) lorasynci_to_parent(path);
+    }
+    if (failed == ENOENT || failed == ENOTDIR)
+        return lorasynci_fail(err, LORASYNC_E_IO, "cannot make %s: %s is not there; make it, or correct the path",
+                              lorasynci_end_of(directory), lorasynci_end_of(path));
+    if (!failed && !S_ISDIR(st.st_mode))
+        return lorasynci_fail(err, LORASYNC_E_IO,
+                              "%s is a file, and a directory is needed; move it away, or correct the path",
+                              lorasynci_end_of(path));
+    if (!failed && access(path, W_OK | X_OK) != 0) failed = errno;
+    if (!failed) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_IO, "cannot write in %s: %s", lorasynci_end_of(path), strerror(failed));
+}
+
+/* A name that cannot be a directory's, and a place where none can be made, are refused where the transport is attached,
+   not at the first sync. */
 LORASYNCI_FN lorasync_status lorasynci_directory_admit(void *user, const void *session, const char *adapter,
                                                        lorasync_error *err)
 {
-    (void)user;
+    const lorasynci_directory *d = (const lorasynci_directory *)user;
     (void)session;
-    return adapter ? lorasynci_check_adapter_name(adapter, err) : LORASYNC_OK;
+    if (!adapter) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
+    return lorasynci_check_place(d->path, adapter, err);
 }
 
 LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_desc *desc, lorasync_transport *out,
@@ -22385,6 +22449,45 @@ LORASYNC_API lorasync_status lorasync_attach_directory(lorasync_session *session
     if (status < 0) return lorasynci_host_remember(&session->host, status, err);
     status = lorasync_attach(session, &t, err);
     if (status < 0) t.close(t.user);
+    return status;
+}
+
+/* Takes the place of a transport that only the root opens. */
+LORASYNCI_FN lorasync_status lorasynci_elsewhere_stage(void *user, const lorasync_image *image, lorasync_error *err)
+{
+    (void)user, (void)image;
+    return lorasynci_fail(err, LORASYNC_E_STATE, "only the root publishes");
+}
+
+/* The transport of lorasync_attach_shm on this rank. */
+LORASYNCI_FN lorasync_status lorasynci_session_open_shm(const lorasync_session *s, const char *name,
+                                                        lorasync_transport *out, lorasync_error *err)
+{
+    const lorasync_cuda *cuda = s->host.plan_desc.cuda;
+    lorasync_shm_desc    d;
+    memset(&d, 0, sizeof d);
+    d.name      = name;
+    d.allocator = &s->host.a;
+    d.cuda      = cuda && cuda->keep_on_device ? cuda : NULL;
+    if (lorasynci_session_is_root(s)) return lorasync_shm_open(&d, out, err);
+    memset(out, 0, sizeof *out);
+    out->size  = sizeof *out;
+    out->name  = "shared memory";
+    out->stage = lorasynci_elsewhere_stage;
+    return lorasynci_shm_check_name(name, err);
+}
+
+LORASYNC_API lorasync_status lorasync_attach_shm(lorasync_session *session, const char *name, lorasync_error *err)
+{
+    lorasync_transport t;
+    lorasync_status    status;
+    lorasync_error     why;
+    if (!err) err = &why;
+    LORASYNCI_GIVEN(session);
+    status = lorasynci_session_open_shm(session, name, &t, err);
+    if (status < 0) return lorasynci_host_remember(&session->host, status, err);
+    status = lorasync_attach(session, &t, err);
+    if (status < 0 && t.close) t.close(t.user);
     return status;
 }
 

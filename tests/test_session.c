@@ -1449,8 +1449,8 @@ static void base_and_transports(void)
         if (kind) CHECK_EQ(lorasync_attach(s, &t, &err), LORASYNC_OK);
         CHECK_EQ(lorasync_compile(s, &err), kind == 2 ? LORASYNC_OK : LORASYNC_E_UNSUPPORTED);
         if (kind < 2)
-            CHECK_HAS(err.text, kind ? "transport 'test-session-base' publishes adapters"
-                                     : "transport 'never-made' publishes adapters");
+            CHECK_HAS(err.text,
+                      kind ? "transport 'test-session-base' publishes adapters" : "/never-made' publishes adapters");
         lorasync_close(s);
     }
     CHECK_EQ(lorasync_shm_remove("test-session-base", &err), LORASYNC_OK);
@@ -1834,6 +1834,7 @@ static void killed_while_staging(void)
     X(lorasync_add(NULL, &piece, e), "session is NULL")                                                                \
     X(lorasync_attach(NULL, &transport, e), "session is NULL")                                                         \
     X(lorasync_attach_directory(NULL, "x", e), "session is NULL")                                                      \
+    X(lorasync_attach_shm(NULL, "x", e), "session is NULL")                                                            \
     X(lorasync_compile(NULL, e), "session is NULL")                                                                    \
     X(lorasync_begin(NULL, 1, e), "session is NULL")                                                                   \
     X(lorasync_wait(NULL, NULL, e), "session is NULL")                                                                 \

@@ -525,6 +525,223 @@ static void disagreement_on_versions(void)
     lorasync_shm_remove(name, NULL);
 }
 
+/* -- directories: where they lie, and what stands in their place */
+
+static char *make_place(char path[64])
+{
+    strcpy(path, "/tmp/lorasync-silences-XXXXXX");
+    return mkdtemp(path);
+}
+
+static void remove_place(const char *path)
+{
+    char command[100];
+    snprintf(command, sizeof command, "rm -rf '%s'", path);
+    if (system(command) != 0) test_fail(__FILE__, __LINE__, command);
+}
+
+static void put_file(const char *path)
+{
+    FILE *f = fopen(path, "w");
+    if (!f || fclose(f) != 0) test_fail(__FILE__, __LINE__, path);
+}
+
+/* What attach says of a directory, compile says on all ranks, before anything is gathered. */
+typedef struct misplaced {
+    const char *directory, *expected;
+} misplaced;
+
+static void attach_misplaced(rank_context *c)
+{
+    const misplaced *how = (const misplaced *)c->user;
+    trainer          t;
+    lorasync_desc    d = default_desc(c);
+    lorasync_error   err;
+    open_trainer(&t, c, &d);
+    CHECK_EQ(lorasync_attach_directory(t.s, how->directory, &err), c->rank ? LORASYNC_OK : LORASYNC_E_IO);
+    if (!c->rank) CHECK_HAS(err.text, how->expected);
+    CHECK_EQ(lorasync_compile(t.s, &err), LORASYNC_E_IO);
+    CHECK_HAS(err.text, how->expected);
+    lorasync_close(t.s);
+}
+
+static void directories_in_the_wrong_place(void)
+{
+    char        at[64], paths[5][120], inner[140], expected[5][300];
+    misplaced   how[5];
+    size_t      i, k, num = geteuid() == 0 ? 4 : 5;
+    struct stat st;
+    REQUIRE(make_place(at));
+    snprintf(paths[0], sizeof paths[0], "%s/absent/adapters/", at);
+    snprintf(expected[0], sizeof expected[0], "cannot make %s: %s/absent is not there; make it", paths[0], at);
+    snprintf(paths[1], sizeof paths[1], "%s/file", at);
+    put_file(paths[1]);
+    snprintf(expected[1], sizeof expected[1], "%s is a file, and a directory is needed", paths[1]);
+    snprintf(paths[2], sizeof paths[2], "%s/file/adapters", at);
+    snprintf(expected[2], sizeof expected[2], "%s is a file, and a directory is needed", paths[1]);
+    snprintf(paths[3], sizeof paths[3], "%s/ok", at);
+    snprintf(expected[3], sizeof expected[3], "%s/default is a file, and a directory is needed", paths[3]);
+    CHECK_EQ(mkdir(paths[3], 0755), 0);
+    snprintf(inner, sizeof inner, "%s/default", paths[3]);
+    put_file(inner);
+    snprintf(paths[4], sizeof paths[4], "%s/locked", at);
+    snprintf(expected[4], sizeof expected[4], "cannot write in %s: Permission denied", paths[4]);
+    CHECK_EQ(mkdir(paths[4], 0555), 0);
+    for (i = 0; i < num; i++) {
+        how[i].directory = paths[i], how[i].expected = expected[i];
+        for (k = 0; k < 3; k++) run_threads(worlds[k], attach_misplaced, &how[i]);
+    }
+    snprintf(paths[0], sizeof paths[0], "%s/absent", at);
+    CHECK(stat(paths[0], &st) != 0); /* nothing was made */
+    remove_place(at);
+}
+
+/* A trainer and an engine of relative directories, and a chdir after they are opened. */
+static void chdir_does_not_matter(void)
+{
+    char                 at[64], away[80], *before;
+    trainer              t;
+    lorasync_desc        d = default_desc(NULL);
+    lorasync_engine_desc ed;
+    lorasync_engine     *e[2] = {NULL, NULL};
+    lorasync_error       err;
+    int                  i;
+    before = getcwd(NULL, 0);
+    REQUIRE(before && make_place(at));
+    snprintf(away, sizeof away, "%s/away", at);
+    CHECK_EQ(mkdir(away, 0755), 0);
+    CHECK_EQ(chdir(at), 0);
+    open_trainer(&t, NULL, &d);
+    CHECK_EQ(lorasync_attach_directory(t.s, "adapters", &err), 0);
+    memset(&ed, 0, sizeof ed);
+    for (i = 0; i < 2; i++) {
+        ed.directory = i ? "./adapters" : "adapters";
+        CHECK_EQ(lorasync_engine_open(&ed, &e[i], &err), 0);
+    }
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    CHECK_EQ(chdir(away), 0);
+    CHECK_EQ(lorasync_sync(t.s, 1, NULL, &err), 0);
+    for (i = 0; i < 2; i++) CHECK_EQ(lorasync_engine_poll(e[i], 0, &err), 0);
+    CHECK_EQ(chdir("/"), 0);
+    CHECK_EQ(lorasync_sync(t.s, 2, NULL, &err), 0);
+    for (i = 0; i < 2; i++) {
+        const lorasync_adapter *a;
+        CHECK_EQ(lorasync_engine_poll(e[i], 0, &err), 0);
+        a = lorasync_acquire(e[i], "default");
+        CHECK(a && a->version == 2);
+        lorasync_release(a);
+        lorasync_engine_close(e[i]);
+    }
+    lorasync_close(t.s);
+    /* a working directory that is gone */
+    CHECK_EQ(chdir(away), 0);
+    CHECK_EQ(rmdir(away), 0);
+    open_trainer(&t, NULL, &d);
+    CHECK_EQ(lorasync_attach_directory(t.s, "adapters", &err), LORASYNC_E_IO);
+    CHECK_HAS(err.text, "directory adapters is relative, and the working directory cannot be told: ");
+    lorasync_close(t.s);
+    ed.directory = "adapters";
+    CHECK_EQ(lorasync_engine_open(&ed, &e[0], &err), LORASYNC_E_IO);
+    CHECK(e[0] == NULL);
+    CHECK_EQ(chdir(before), 0);
+    free(before);
+    remove_place(at);
+}
+
+/* -- shared memory by the same line on all ranks */
+
+static void attach_shm_rank(rank_context *c)
+{
+    const char     *name = (const char *)c->user;
+    trainer         t;
+    lorasync_desc   d = default_desc(c);
+    lorasync_report report;
+    lorasync_error  err;
+    open_trainer(&t, c, &d);
+    CHECK_EQ(lorasync_attach_shm(t.s, name, &err), 0);
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    CHECK_EQ(lorasync_sync(t.s, 1, &report, &err), 0);
+    CHECK_EQ(report.num_engines, 1);
+    CHECK_EQ(report.in_place, 1);
+    CHECK_EQ(lorasync_attach_shm(t.s, name, &err), c->rank ? LORASYNC_E_STATE : LORASYNC_E_BUSY);
+    lorasync_close(t.s);
+}
+
+/* One that the root cannot open fails on all ranks, at once. */
+static void attach_shm_fails(rank_context *c)
+{
+    const char    *name = (const char *)c->user;
+    trainer        t;
+    lorasync_desc  d = default_desc(c);
+    lorasync_error err;
+    open_trainer(&t, c, &d);
+    CHECK_EQ(lorasync_attach_shm(t.s, name, &err), c->rank ? LORASYNC_OK : LORASYNC_E_BUSY);
+    CHECK_EQ(lorasync_compile(t.s, &err), LORASYNC_E_BUSY);
+    lorasync_close(t.s);
+    open_trainer(&t, c, &d);
+    CHECK_EQ(lorasync_attach_shm(t.s, "no/name", &err), LORASYNC_E_NAME);
+    CHECK_EQ(lorasync_compile(t.s, &err), LORASYNC_E_NAME);
+    lorasync_close(t.s);
+    open_trainer(&t, c, &d);
+    if (c->rank) CHECK_EQ(lorasync_attach_shm(t.s, name, &err), 0); /* forgotten on the root */
+    CHECK_EQ(lorasync_compile(t.s, &err), c->world > 1 ? LORASYNC_E_ARGUMENT : LORASYNC_OK);
+    lorasync_close(t.s);
+}
+
+static void shared_memory_on_all_ranks(void)
+{
+    char                 name[60];
+    lorasync_shm_desc    sd;
+    lorasync_transport   t;
+    lorasync_engine_desc ed;
+    lorasync_engine     *e = NULL;
+    lorasync_error       err;
+    size_t               i;
+    snprintf(name, sizeof name, "test-silences-%ld", (long)getpid());
+    memset(&sd, 0, sizeof sd);
+    memset(&ed, 0, sizeof ed);
+    sd.name = ed.shm = name;
+    for (i = 0; i < 3; i++) {
+        run_threads(worlds[i], attach_shm_rank, name);
+        CHECK_EQ(lorasync_engine_open(&ed, &e, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        lorasync_engine_close(e);
+        CHECK_EQ(lorasync_shm_open(&sd, &t, &err), 0); /* somebody else publishes */
+        run_threads(worlds[i], attach_shm_fails, name);
+        t.close(t.user);
+        CHECK_EQ(lorasync_shm_remove(name, &err), 0);
+    }
+}
+
+/* What a failed open leaves can be told from what can be closed. */
+static void failed_opens_leave_zeros(void)
+{
+    static const unsigned char zeros[sizeof(lorasync_transport) + sizeof(lorasync_comm)];
+    lorasync_transport         t;
+    lorasync_shm_desc          sd;
+    lorasync_directory_desc    dd;
+    lorasync_comm              comm;
+    lorasync_local            *local = NULL;
+    lorasync_error             err;
+    memset(&sd, 0, sizeof sd);
+    memset(&dd, 0, sizeof dd);
+    memset(&t, 0xee, sizeof t);
+    sd.name = "no/name";
+    CHECK_EQ(lorasync_shm_open(&sd, &t, &err), LORASYNC_E_NAME);
+    CHECK(memcmp(&t, zeros, sizeof t) == 0);
+    memset(&t, 0xee, sizeof t);
+    CHECK_EQ(lorasync_directory_open(&dd, &t, &err), LORASYNC_E_ARGUMENT);
+    CHECK(memcmp(&t, zeros, sizeof t) == 0);
+    memset(&comm, 0xee, sizeof comm);
+    CHECK_EQ(lorasync_local_open(2, &local, &err), 0);
+    CHECK_EQ(lorasync_local_join(local, 2, &comm, &err), LORASYNC_E_ARGUMENT);
+    CHECK(memcmp(&comm, zeros, sizeof comm) == 0);
+    lorasync_local_close(local);
+    memset(&comm, 0xee, sizeof comm);
+    CHECK(lorasync_nccl_open(NULL, &comm, &err) < 0);
+    CHECK(memcmp(&comm, zeros, sizeof comm) == 0);
+}
+
 int main(void)
 {
     RUN(positive_status_of_a_transport);
@@ -535,5 +752,9 @@ int main(void)
     RUN(engines_off_the_root_of_a_stream);
     RUN(disagreements_name_the_field);
     RUN(disagreement_on_versions);
+    RUN(directories_in_the_wrong_place);
+    RUN(chdir_does_not_matter);
+    RUN(shared_memory_on_all_ranks);
+    RUN(failed_opens_leave_zeros);
     return test_summary("test_silences");
 }
