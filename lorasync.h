@@ -132,8 +132,9 @@
        >>session    the easy path through all of it
                     -- opening a session; adding; compiling; which pieces are taken; pieces that are in each other's
                        way; scaling, planning and the config; what other ranks know of the model; the config that is
-                       published; what the root hands to all; lent memory; opening lent memory; running; what is known
-                       of the engines; resuming; tensors that share memory; finding and comparing them
+                       published; what the root hands to all; lent memory; opening lent memory; running; publishing a
+                       run, and counting what it brings; what is known of the engines; resuming; tensors that share
+                       memory; finding and comparing them
        >>base       base weights in buckets through the same plans, images and transports
                     -- dividing into buckets; groups and buckets; dividing among all ranks; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
@@ -1109,8 +1110,10 @@ typedef struct lorasync_plan lorasync_plan;
    hash), then only boxes. The planning rank checks that the pieces of each tensor cover it exactly, and sends every
    rank its own part of the plan.
    - A tensor has the same shape and dtype on all ranks.
-   - Pieces with equal boxes are replicas, of which one is read: the receiver's own if it has one, otherwise that of the
-     rank with the least to send. Any other overlap, and any gap, is an error that names tensor, ranks and elements.
+   - Pieces of several ranks with equal boxes are replicas, of which one is read: of a pair (names that differ only in
+     lora_A and lora_B, or lora_embedding_A and _B) both halves from one rank if it has them; then the receiver's own;
+     then that of the rank with the least to send. Any other overlap, and any gap, is an error that names tensor, ranks
+     and elements; as are equal boxes of one tensor on one rank with two addresses, scales or strides.
    - RESHARD: some rank has every wanted element; wanted pieces may overlap and repeat.
    - SCATTER: every wanted tensor is in the image with its shape, and every tensor of the image is wanted by some rank.
 
@@ -2157,6 +2160,12 @@ typedef struct lorasync_report {
        there, or the transports bring no receipts. */
     int num_received;
     int num_lagging;
+    /* By the digests, equal on all ranks; 0 of a base stream. What a trainer's mistakes look like: all lora_B zero
+       means that the adapter changes nothing; nothing changed, version after version, that what is trained is not what
+       is published (another adapter is active, or the parameters have moved: lorasync_rebind). */
+    size_t   num_zero_b;             /* tensors lora_B, and lora_embedding_B, that are all zero */
+    size_t   num_changed;            /* tensors that differ from the version this session published before, or all */
+    uint64_t num_unchanged_versions; /* in a row, up to this one, in which none did */
 } lorasync_report;
 
 /* Opens a session: a set of parameters that is published again and again. Not collective. If it fails on one rank, the
@@ -10067,6 +10076,64 @@ LORASYNCI_FN lorasync_status lorasynci_describe(const lorasync_piece *pieces, si
     return status;
 }
 
+/* Something by a hash of what should be there once. */
+typedef struct lorasynci_mark {
+    uint64_t hash;
+    size_t   at;
+} lorasynci_mark;
+
+LORASYNCI_FN int lorasynci_mark_order(const void *x, const void *y)
+{
+    const lorasynci_mark *a = (const lorasynci_mark *)x, *b = (const lorasynci_mark *)y;
+    if (a->hash != b->hash) return a->hash < b->hash ? -1 : 1;
+    return a->at < b->at ? -1 : a->at > b->at;
+}
+
+/* Two parts of one box: they must be one and the same, in memory and in scale, since only one is read. */
+LORASYNCI_FN lorasync_status lorasynci_parts_compare(const lorasynci_parts *parts, const lorasynci_catalogue *catalogue,
+                                                     size_t i, size_t j, lorasync_error *err)
+{
+    const lorasynci_part *a   = LORASYNCI_AT(lorasynci_part, parts->list, i),
+                         *b   = LORASYNCI_AT(lorasynci_part, parts->list, j);
+    const lorasynci_record *r = lorasynci_record_at(catalogue, a->tensor);
+    const int64_t          *x = LORASYNCI_AT(int64_t, parts->geometry, a->geometry),
+                  *y          = LORASYNCI_AT(int64_t, parts->geometry, b->geometry);
+    int  is_same              = a->data == b->data && memcmp(&a->scale, &b->scale, sizeof a->scale) == 0, d;
+    char box[160];
+    if (a->tensor != b->tensor || memcmp(x, y, (size_t)r->ndim * 16) != 0) return LORASYNC_OK; /* a hash by chance */
+    for (d = 0; d < r->ndim; d++) is_same &= x[r->ndim + d] == 1 || x[2 * r->ndim + d] == y[2 * r->ndim + d];
+    if (is_same) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_LAYOUT,
+                          "%.200s: this rank holds %.120s twice, at %p and at %p%s; which one is read would be chance: "
+                          "add it once, or name them apart",
+                          lorasynci_record_name(r), lorasynci_box_text(x, x + r->ndim, r->ndim, box, sizeof box),
+                          (void *)a->data, (void *)b->data, a->data == b->data ? " with another scale or stride" : "");
+}
+
+/* Equal boxes of one tensor on one rank lie at one address: replicas are on other ranks. */
+LORASYNCI_FN lorasync_status lorasynci_parts_check(const lorasynci_parts *parts, const lorasynci_catalogue *catalogue,
+                                                   const lorasync_allocator *a, lorasync_error *err)
+{
+    size_t          i, num = LORASYNCI_NUM(lorasynci_part, parts->list);
+    lorasync_status status = LORASYNC_OK;
+    lorasynci_mark *marks;
+    if (num == catalogue->num) return LORASYNC_OK; /* a part each */
+    marks = (lorasynci_mark *)lorasynci_alloc_array(a, num, sizeof *marks);
+    if (!marks) return lorasynci_fail_memory(err, num * sizeof *marks);
+    for (i = 0; i < num; i++) {
+        const lorasynci_part *p = LORASYNCI_AT(lorasynci_part, parts->list, i);
+        size_t                n = (size_t)lorasynci_record_at(catalogue, p->tensor)->ndim * 16;
+        marks[i].hash           = lorasynci_hash(LORASYNCI_AT(int64_t, parts->geometry, p->geometry), n, p->tensor);
+        marks[i].at             = i;
+    }
+    if (num) qsort(marks, num, sizeof *marks, lorasynci_mark_order);
+    for (i = 1; i < num && status == LORASYNC_OK; i++)
+        if (marks[i].hash == marks[i - 1].hash)
+            status = lorasynci_parts_compare(parts, catalogue, marks[i - 1].at, marks[i].at, err);
+    lorasynci_dealloc(a, marks);
+    return status;
+}
+
 /* The parts as bytes for the planner. */
 LORASYNCI_FN void lorasynci_parts_pack(const lorasynci_parts *parts, const lorasynci_catalogue *catalogue,
                                        lorasynci_buffer *out)
@@ -10385,6 +10452,11 @@ typedef struct lorasynci_hello {
     uint64_t parts_bytes;
 } lorasynci_hello;
 
+/* Who has given a receiver the first half of a pair, which is known by its lower number; 0: nothing yet. */
+typedef struct lorasynci_lead {
+    uint32_t pair_plus_1, rank;
+} lorasynci_lead;
+
 typedef struct lorasynci_planner {
     lorasynci_arena           arena; /* of all that follows: it dies when the last answer is sent */
     lorasynci_talk           *talk;
@@ -10400,6 +10472,9 @@ typedef struct lorasynci_planner {
     lorasynci_table           names;
     int                      *first_rank; /* per merged tensor: who named it first, for messages */
     lorasynci_regions         held, wanted;
+    uint32_t                 *mates;        /* per merged tensor: the other half of its pair, or LORASYNCI_ALONE */
+    lorasynci_lead           *leads;        /* per rank, and for all of them: who gives it a pair */
+    uint32_t                 *holds;        /* per rank: the tensor, plus 1, of whose mate it was last seen to have */
     uint32_t                 *image_index;  /* per merged tensor: its place in the image */
     uint32_t                 *merged_index; /* the inverse */
     lorasynci_link_layout    *layouts;
@@ -10890,16 +10965,75 @@ LORASYNCI_FN lorasync_status lorasynci_route_box(lorasynci_planner *p, const lor
     return LORASYNC_OK;
 }
 
-/* Who of the replicas r[0 .. n) serves rank dst: itself if it can, else the one with least to send. */
-LORASYNCI_FN const lorasynci_region *lorasynci_choose_owner(const lorasynci_planner *p, const lorasynci_region *r,
-                                                            size_t n, uint32_t dst)
+#define LORASYNCI_ALONE UINT32_MAX /* as a mate: no pair */
+
+/* The letter that tells the halves of a pair apart, in "..lora_A..", "..lora_embedding_B..": its place, or NULL. */
+LORASYNCI_FN const char *lorasynci_pair_letter(const char *name)
 {
-    size_t i, best = 0;
+    const char *found = NULL, *p = name;
+    while ((p = strstr(p, "lora_")) != NULL) {
+        p += 5;
+        if (strncmp(p, "embedding_", 10) == 0) p += 10;
+        if ((*p == 'A' || *p == 'B') && (p[1] == '.' || !p[1])) found = p;
+    }
+    return found;
+}
+
+/* The merged number of the other half of a pair, or LORASYNCI_ALONE. */
+LORASYNCI_FN uint32_t lorasynci_find_mate(const lorasynci_planner *p, size_t t)
+{
+    const char *name = lorasynci_merged_name(p, t), *letter = lorasynci_pair_letter(name);
+    char        other[LORASYNC_MAX_NAME + 8];
+    size_t      mate;
+    if (!letter || strlen(name) >= sizeof other) return LORASYNCI_ALONE;
+    memcpy(other, name, strlen(name) + 1);
+    other[letter - name] = *letter == 'A' ? 'B' : 'A';
+    mate                 = lorasynci_table_find(&p->names, other, lorasynci_catalogue_key, &p->merged);
+    return mate == SIZE_MAX ? LORASYNCI_ALONE : (uint32_t)mate;
+}
+
+/* Where owners are chosen: pairs, which of them have replicas or not. */
+LORASYNCI_FN lorasync_status lorasynci_start_pairs(lorasynci_planner *p, lorasync_error *err)
+{
+    size_t t;
+    p->mates = (uint32_t *)lorasynci_arena_array(&p->arena, p->merged.num, sizeof *p->mates);
+    p->leads = (lorasynci_lead *)lorasynci_arena_array(&p->arena, (size_t)p->world + 1, sizeof *p->leads);
+    p->holds = (uint32_t *)lorasynci_arena_array(&p->arena, (size_t)p->world, sizeof *p->holds);
+    LORASYNCI_TRY(lorasynci_arena_check(&p->arena, err));
+    for (t = 0; t < p->merged.num; t++) p->mates[t] = lorasynci_find_mate(p, t);
+    return LORASYNC_OK;
+}
+
+/* Before the owners of a tensor's boxes are chosen: notes who has its mate. */
+LORASYNCI_FN void lorasynci_note_mate(lorasynci_planner *p, size_t t)
+{
+    const uint32_t mate = p->mates[t];
+    size_t         i;
+    if (mate == LORASYNCI_ALONE) return;
+    for (i = p->held.starts[mate]; i < p->held.starts[mate + 1]; i++) p->holds[p->held.list[i].rank] = (uint32_t)t + 1;
+}
+
+/* Who of the replicas r[0 .. n) of a box of tensor t serves rank dst: who has given it the other half of the pair, or
+   else has it, so that both are of one rank; then dst itself; then who has least to send. */
+LORASYNCI_FN const lorasynci_region *lorasynci_choose_owner(const lorasynci_planner *p, const lorasynci_region *r,
+                                                            size_t n, size_t t, uint32_t dst)
+{
+    const uint32_t  mate = p->mates[t], pair = (mate < t ? mate : (uint32_t)t) + 1;
+    lorasynci_lead *lead = &p->leads[dst == LORASYNCI_ALL ? (uint32_t)p->world : dst];
+    size_t          i, best = 0;
+    int             most = -1;
     LORASYNC_ASSERT(n > 0);
     for (i = 0; i < n; i++) {
-        if (r[i].rank == dst) return &r[i];
-        if (p->load[r[i].rank] < p->load[r[best].rank]) best = i;
+        const uint32_t rank    = r[i].rank;
+        const int      is_lead = mate != LORASYNCI_ALONE && lead->pair_plus_1 == pair && lead->rank == rank,
+                  has_mate     = mate != LORASYNCI_ALONE && p->holds[rank] == t + 1,
+                  merit        = 4 * is_lead + 2 * has_mate + (rank == dst);
+        if (merit < most || (merit == most && p->load[rank] >= p->load[r[best].rank])) continue;
+        best = i;
+        most = merit;
     }
+    lead->pair_plus_1 = pair;
+    lead->rank        = r[best].rank;
     return &r[best];
 }
 
@@ -10966,9 +11100,10 @@ LORASYNCI_FN lorasync_status lorasynci_route_gather(lorasynci_planner *p, lorasy
         size_t                  t    = p->merged_index[i];
         int                     ndim = lorasynci_record_at(&p->merged, t)->ndim;
         const lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
+        lorasynci_note_mate(p, t);
         for (; r < end; r += n) {
             n = lorasynci_num_replicas(r, end, ndim);
-            LORASYNCI_TRY(lorasynci_route_owned(p, to, lorasynci_choose_owner(p, r, n, dst), (uint32_t)i, err));
+            LORASYNCI_TRY(lorasynci_route_owned(p, to, lorasynci_choose_owner(p, r, n, t, dst), (uint32_t)i, err));
         }
     }
     return LORASYNC_OK;
@@ -10991,7 +11126,7 @@ LORASYNCI_FN lorasync_status lorasynci_route_wanted(lorasynci_planner *p, size_t
     for (; r < end; r += n) {
         n = lorasynci_num_replicas(r, end, ndim);
         if (!lorasynci_intersect(want->box, r->box, ndim, cut)) continue;
-        x.from = lorasynci_choose_owner(p, r, n, want->rank);
+        x.from = lorasynci_choose_owner(p, r, n, t, want->rank);
         LORASYNCI_TRY(lorasynci_route_box(p, &x, err));
         got += lorasynci_box_numel(cut + ndim, ndim);
     }
@@ -11003,13 +11138,26 @@ LORASYNCI_FN lorasync_status lorasynci_route_wanted(lorasynci_planner *p, size_t
     return LORASYNC_OK;
 }
 
-/* Every wanted box from whoever holds it. */
+/* Every wanted box of a tensor from whoever holds it. */
+LORASYNCI_FN lorasync_status lorasynci_route_wanted_tensor(lorasynci_planner *p, size_t t, lorasync_error *err)
+{
+    size_t i;
+    lorasynci_note_mate(p, t);
+    for (i = p->wanted.starts[t]; i < p->wanted.starts[t + 1]; i++)
+        LORASYNCI_TRY(lorasynci_route_wanted(p, t, &p->wanted.list[i], err));
+    return LORASYNC_OK;
+}
+
+/* All tensors, the halves of a pair after each other. */
 LORASYNCI_FN lorasync_status lorasynci_route_reshard(lorasynci_planner *p, lorasync_error *err)
 {
-    size_t t, i;
-    for (t = 0; t < p->merged.num; t++)
-        for (i = p->wanted.starts[t]; i < p->wanted.starts[t + 1]; i++)
-            LORASYNCI_TRY(lorasynci_route_wanted(p, t, &p->wanted.list[i], err));
+    size_t t;
+    for (t = 0; t < p->merged.num; t++) {
+        const uint32_t mate = p->mates[t];
+        if (mate < t) continue; /* with it */
+        LORASYNCI_TRY(lorasynci_route_wanted_tensor(p, t, err));
+        if (mate != LORASYNCI_ALONE) LORASYNCI_TRY(lorasynci_route_wanted_tensor(p, mate, err));
+    }
     return LORASYNC_OK;
 }
 
@@ -11282,8 +11430,10 @@ LORASYNCI_FN lorasync_status lorasynci_planner_check(lorasynci_planner *p, loras
 LORASYNCI_FN lorasync_status lorasynci_planner_route(lorasynci_planner *p, lorasync_error *err)
 {
     LORASYNCI_TRY(lorasynci_planner_start_routing(p, err));
+    if (p->desc->kind == LORASYNC_SCATTER) return lorasynci_route_scatter(p, err);
+    LORASYNCI_TRY(lorasynci_start_pairs(p, err));
     switch (p->desc->kind) {
-    case LORASYNC_SCATTER: return lorasynci_route_scatter(p, err);
+    case LORASYNC_SCATTER: break;
     case LORASYNC_RESHARD: return lorasynci_route_reshard(p, err);
     case LORASYNC_GATHER:
     case LORASYNC_GATHER_ALL: break;
@@ -11963,6 +12113,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_describe(lorasync_plan *plan, const 
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "scatter: the image has no payload; bind one with lorasync_image_bind");
     LORASYNCI_TRY(lorasynci_describe(d->have, d->num_have, 0, &plan->a, &plan->catalogue, parts, err));
+    LORASYNCI_TRY(lorasynci_parts_check(parts, &plan->catalogue, &plan->a, err));
     LORASYNCI_TRY(lorasynci_describe(d->want, d->num_want, 1, &plan->a, &plan->catalogue, parts, err));
     return d->cuda ? lorasynci_plan_check_aligned(d, err) : LORASYNC_OK;
 }
@@ -21710,6 +21861,7 @@ typedef struct lorasynci_outcome {
     uint64_t digest, publish_ns;
     int32_t  num_engines, num_behind, skipped, in_place;
     int32_t  is_published, num_received, num_lagging;
+    uint64_t num_zero_b, num_changed, num_unchanged; /* session: see lorasync_report */
 } lorasynci_outcome;
 
 typedef struct lorasynci_host {
@@ -22153,11 +22305,15 @@ struct lorasync_session {
     char             *published_config;
     uint64_t          version;     /* asked for by the last begin */
     uint64_t          last_digest; /* of the version that was published last, on the root */
-    int               published;   /* the plan's image is that version */
-    int               publish_timeout_ms;
-    char              engines[80]; /* names of the root's transports */
-    uint64_t          begin_ns;
-    lorasynci_aim     aim;
+    /* on the root, per tensor of the image: its digest in that version, and whether it is the B of a pair */
+    uint64_t      *last_digests;
+    unsigned char *is_b;
+    uint64_t       num_unchanged; /* versions in a row */
+    int            published;     /* the plan's image is that version */
+    int            publish_timeout_ms;
+    char           engines[80]; /* names of the root's transports */
+    uint64_t       begin_ns;
+    lorasynci_aim  aim;
 };
 
 LORASYNCI_FN size_t lorasynci_num_taken(const lorasync_session *s)
@@ -22214,6 +22370,8 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     lorasynci_buffer_free(&session->unused);
     lorasynci_buffer_free(&session->unused_texts);
     lorasync_pattern_free(session->excluded);
+    lorasynci_dealloc(&a, session->last_digests);
+    lorasynci_dealloc(&a, session->is_b);
     lorasynci_dealloc(&a, session->base_model);
     lorasynci_dealloc(&a, session->published_config);
     lorasynci_host_close(&session->host);
@@ -22682,19 +22840,6 @@ LORASYNCI_FN lorasync_status lorasynci_session_collisions(lorasync_session *s, l
     return status;
 }
 
-/* A piece by a hash of its key and box. */
-typedef struct lorasynci_box_mark {
-    uint64_t hash;
-    size_t   at;
-} lorasynci_box_mark;
-
-LORASYNCI_FN int lorasynci_box_mark_order(const void *x, const void *y)
-{
-    const lorasynci_box_mark *a = (const lorasynci_box_mark *)x, *b = (const lorasynci_box_mark *)y;
-    if (a->hash != b->hash) return a->hash < b->hash ? -1 : 1;
-    return a->at < b->at ? -1 : a->at > b->at;
-}
-
 /* 0 for an empty box, which may be declared any number of times. */
 LORASYNCI_FN uint64_t lorasynci_piece_hash(const lorasync_piece *p)
 {
@@ -22714,25 +22859,24 @@ LORASYNCI_FN uint64_t lorasynci_piece_hash(const lorasync_piece *p)
    other never. */
 LORASYNCI_FN lorasync_status lorasynci_session_twice(const lorasync_session *s, lorasync_error *err)
 {
-    size_t              i, num = lorasynci_num_taken(s);
-    lorasync_status     status = LORASYNC_OK;
-    lorasynci_box_mark *marks  = (lorasynci_box_mark *)lorasynci_alloc_array(&s->host.a, num, sizeof *marks);
+    size_t          i, num = lorasynci_num_taken(s);
+    lorasync_status status = LORASYNC_OK;
+    lorasynci_mark *marks  = (lorasynci_mark *)lorasynci_alloc_array(&s->host.a, num, sizeof *marks);
     if (!marks) return lorasynci_fail_memory(err, num * sizeof *marks);
     for (i = 0; i < num; i++) {
         marks[i].hash = lorasynci_piece_hash(lorasynci_piece_at(s, i));
         marks[i].at   = i;
     }
-    if (num) qsort(marks, num, sizeof *marks, lorasynci_box_mark_order);
+    if (num) qsort(marks, num, sizeof *marks, lorasynci_mark_order);
     for (i = 1; i < num && status >= 0; i++) {
         const lorasynci_added *b = lorasynci_added_at(s, marks[i].at);
+        const void *x = lorasynci_piece_at(s, marks[i - 1].at)->data, *y = lorasynci_piece_at(s, marks[i].at)->data;
         if (!marks[i].hash || marks[i].hash != marks[i - 1].hash) continue;
         status = lorasynci_fail(
             err, LORASYNC_E_LAYOUT,
-            "%.250s was declared twice on this rank, with the same box, at %s: add each part of a tensor "
+            "%.250s was declared twice on this rank, with the same box, at %s (%p and %p): add each part of a tensor "
             "once",
-            lorasynci_host_text(&s->host, b->raw),
-            lorasynci_piece_at(s, marks[i - 1].at)->data == lorasynci_piece_at(s, marks[i].at)->data ? "one address"
-                                                                                                     : "two addresses");
+            lorasynci_host_text(&s->host, b->raw), x == y ? "one address" : "two addresses", x, y);
     }
     lorasynci_dealloc(&s->host.a, marks);
     return status;
@@ -23553,7 +23697,31 @@ LORASYNCI_FN void lorasynci_session_undo(lorasync_session *s)
     lorasync_plan_free(s->plan);
     s->plan = NULL;
     lorasynci_dealloc(&s->host.a, s->published_config);
+    lorasynci_dealloc(&s->host.a, s->last_digests);
+    lorasynci_dealloc(&s->host.a, s->is_b);
     s->published_config = NULL;
+    s->last_digests     = NULL;
+    s->is_b             = NULL;
+}
+
+/* On the root, once: what counting needs. A module that is called lora_B has no other half, and is none. */
+LORASYNCI_FN lorasync_status lorasynci_session_start_counts(lorasync_session *s, lorasync_error *err)
+{
+    const lorasync_image *image = s->plan->has_image ? s->plan->image : NULL;
+    char                  other[LORASYNC_MAX_NAME + 8];
+    size_t                i;
+    if (!image || s->is_b) return LORASYNC_OK;
+    s->last_digests = (uint64_t *)lorasynci_alloc_array(&s->host.a, image->num_tensors, sizeof *s->last_digests);
+    s->is_b         = (unsigned char *)lorasynci_alloc_array(&s->host.a, image->num_tensors, 1);
+    if (!s->last_digests || !s->is_b) return lorasynci_fail_memory(err, image->num_tensors * 9);
+    for (i = 0; i < image->num_tensors; i++) {
+        const char *name = image->tensors[i].name, *letter = lorasynci_pair_letter(name);
+        if (!letter || *letter != 'B' || strlen(name) >= sizeof other) continue;
+        memcpy(other, name, strlen(name) + 1);
+        other[letter - name] = 'A';
+        s->is_b[i]           = lorasync_image_find(image, other) != NULL;
+    }
+    return LORASYNC_OK;
 }
 
 LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasync_error *err)
@@ -23576,6 +23744,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     lorasynci_session_aim_home(session);
     lorasynci_session_list_engines(session);
     status = lorasynci_session_config(session, &notice.verdict, err);
+    if (notice.verdict.status >= 0) lorasynci_session_start_counts(session, &notice.verdict);
     if (status == LORASYNC_OK && notice.verdict.status >= 0) lorasynci_session_ask(session, &notice.lent);
     if (session->host.require_receipts) notice.receive_ms = session->host.receipt_timeout_ms;
     if (status == LORASYNC_OK) status = lorasynci_session_share(session, &notice, 0, err);
@@ -23665,6 +23834,29 @@ LORASYNCI_FN lorasync_status lorasynci_session_send(lorasync_session *s, const l
     return status;
 }
 
+/* -- publishing a run, and counting what it brings */
+
+/* What has changed since the last version, and what is zero: a digest is a sum over words, and that of zeros is 0. */
+LORASYNCI_FN void lorasynci_session_count(const lorasync_session *s, const lorasync_image *image,
+                                          lorasynci_outcome *out)
+{
+    size_t i;
+    for (i = 0; i < image->num_tensors; i++) {
+        out->num_zero_b += s->is_b[i] && image->tensor_digests[i] == 0;
+        out->num_changed += !s->host.last_version || image->tensor_digests[i] != s->last_digests[i];
+    }
+    out->num_unchanged = out->num_changed ? 0 : s->num_unchanged + 1;
+}
+
+/* After success, on the root: what the next version is compared with. */
+LORASYNCI_FN void lorasynci_session_note_counts(lorasync_session *s, const lorasynci_outcome *outcome)
+{
+    const lorasync_image *image = lorasync_plan_image(s->plan);
+    if (!image) return;
+    memcpy(s->last_digests, image->tensor_digests, image->num_tensors * sizeof *s->last_digests);
+    s->num_unchanged = outcome->num_unchanged;
+}
+
 /* On the root: the image of the run to all engines, and what came of it; elsewhere nothing. */
 LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lorasynci_outcome *out, lorasync_error *err)
 {
@@ -23672,6 +23864,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_publish(lorasync_session *s, lora
     uint64_t        start  = lorasynci_now_ns();
     lorasync_status status = LORASYNC_OK;
     if (!image) return LORASYNC_OK;
+    lorasynci_session_count(s, image, out);
     out->skipped = lorasynci_session_skips(s, image);
     if (!out->skipped) {
         lorasync_image_stamp(image, s->version, image->digest);
@@ -23696,10 +23889,14 @@ LORASYNCI_FN void lorasynci_session_report(const lorasync_session *s, const lora
     lorasynci_host_report(&s->host, outcome, s->begin_ns, out);
     out->num_tensors   = p->num_tensors;
     out->payload_bytes = image ? image->payload_bytes : 0;
+    out->num_zero_b    = (size_t)outcome->num_zero_b;
     out->direct        = p->direct;
     out->pack_ns       = p->pack_ns;
     out->exchange_ns   = p->exchange_ns;
     out->place_ns      = p->place_ns;
+    out->num_changed   = (size_t)outcome->num_changed;
+
+    out->num_unchanged_versions = outcome->num_unchanged;
 }
 
 LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_report *out_report, lorasync_error *err)
@@ -23720,6 +23917,7 @@ LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_r
     if (!n.outcome.skipped) session->host.last_version = session->version;
     session->last_digest = n.outcome.digest;
     session->published   = 1;
+    lorasynci_session_note_counts(session, &n.outcome);
     if (out_report) lorasynci_session_report(session, &n.outcome, out_report);
     return status;
 }
