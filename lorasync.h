@@ -130,11 +130,13 @@
        >>host       what a session and a base stream have in common
                     -- adding and attaching; agreeing to compile; versions; receipts; reporting
        >>session    the easy path through all of it
-                    -- opening a session; adding; compiling; which pieces are taken; pieces that are in each other's
-                       way; scaling, planning and the config; what other ranks know of the model; the config that is
-                       published; what the root hands to all; lent memory; opening lent memory; running; publishing a
-                       run, and counting what it brings; what is known of the engines; resuming; tensors that share
-                       memory; finding and comparing them
+                    -- opening a session; adding; what is known of the base model; adding one piece; compiling; which
+                       pieces are taken; pieces that are in each other's way; scaling, planning and the config; what all
+                       ranks know of the model; claims, made by the root; claims, held against this rank's base
+                       parameters; the survey's talk; what the survey says, on the root; the config that is published;
+                       what the root hands to all; lent memory; opening lent memory; running; publishing a run, and
+                       counting what it brings; what is known of the engines; resuming; tensors that share memory;
+                       finding and comparing them
        >>base       base weights in buckets through the same plans, images and transports
                     -- dividing into buckets; groups and buckets; dividing among all ranks; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
@@ -2135,6 +2137,11 @@ typedef struct lorasync_desc {
        on the root. */
     int require_receipts;
     int receipt_timeout_ms; /* 0: 60000. The other ranks wait that much longer than publish_timeout_ms */
+    /* 1: base weights may have other shapes than LoRA on them needs (a vocabulary padded in the base only). 0: what
+       lorasync_add proves from them. The same on all ranks, as the next. */
+    int allow_shapes;
+    /* 1: modules that should have LoRA may be without it. 0: lorasync_compile names those that are. */
+    int allow_missing;
 } lorasync_desc;
 
 typedef struct lorasync_session lorasync_session;
@@ -2193,8 +2200,20 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
        bias             "all": every parameter whose name ends in .bias. "lora_only": that of a module with LoRA, which
                         has PEFT's level base_layer, or has LoRA on this rank. Its key has base_layer if the module has
                         LoRA on this rank, as in PEFT's files
-   The rest of the base model is left out and counted. Still pass it: published configs are made so that they do not
-   match modules without LoRA (lorasync_config_write), and those are known from it.
+   The rest of the base model is left out and counted. Still pass it, with shapes of whole tensors; data may be NULL.
+   Published configs are made so that they do not match modules without LoRA (lorasync_config_write), and it says which
+   those are. And lorasync_compile proves by it what is published, whichever ranks hold what:
+       shapes  The weight of a module, [out, in], has a row for each of lora_B and a column for each of lora_A; turned
+               round with fan_in_fan_out, or without a config_json. A convolution's [out, in / groups, *k] has the
+               lora_A [r, in, *k]; an embedding's [num_embeddings, embedding_dim] stands as its LoRA says; of experts,
+               [num_experts, in, out] or [num_experts, out, in], r is a multiple of num_experts. A bias has the weight's
+               rows, trainable tokens have its columns, and a module that is saved has the shapes of its
+               original_module. Weights of integers, of one dimension or of no elements prove nothing: they are packed,
+               or stand for what is elsewhere. desc.allow_shapes
+       holes   Some LoRA lies on every module that must have it: those, with a weight on some rank, that target_modules
+               of config_json target; else those that filter.target_modules list; else (neither is there, or it says
+               "all-linear") those whose name differs from that of a module with LoRA in numbers only, as layers and
+               experts do. Modules that the filter leaves out, or that are saved, are free. desc.allow_missing
 
    Errors, which are also remembered (lorasync_compile then fails on every rank, each time, and the session can only be
    closed):
@@ -2236,10 +2255,12 @@ LORASYNC_API lorasync_status lorasync_attach_shm(lorasync_session *session, cons
    parameters may be added, and compile called again on all ranks.
 
    Errors, the same on all ranks:
-       LORASYNC_E_EMPTY        no LoRA parameter on any rank
+       LORASYNC_E_EMPTY        no LoRA parameter on any rank; or none on a module that must have it (lorasync_add,
+                               "holes"): says how many there are and names the first
        LORASYNC_E_PAIR         A without B, or B without A
        LORASYNC_E_NAME         two parameters with one key
-       LORASYNC_E_LAYOUT       one parameter added twice on a rank, with the same box
+       LORASYNC_E_LAYOUT       one parameter added twice on a rank, with the same box; a shape that is not that of the
+                               base weight (lorasync_add, "shapes")
        LORASYNC_E_ARGUMENT     a quorum greater than the number of engines; engines attached only on ranks other than
                                the root, which alone publishes
        LORASYNC_E_CONFIG       a rank that contradicts the config, no alpha, two different alphas, fold_scale with alpha
@@ -2344,8 +2365,10 @@ typedef struct lorasync_session_info {
     /* On the root, after compile: entries of the filter's and the config's target_modules that match no module with
        LoRA, nor a module that the root has declared. As in PEFT they are legal, since one list may serve many models.
        Lives as long as the session. */
-    const char *const  *unused_targets;
-    size_t              num_unused_targets;
+    const char *const *unused_targets;
+    size_t             num_unused_targets;
+    /* On the root, after compile: modules with LoRA whose shapes agree with base weights of some rank. */
+    size_t              num_proved;
     size_t              num_tensors;   /* of the adapter, on the root; elsewhere those that this rank has */
     size_t              payload_bytes; /* on the root */
     lorasync_plan_stats plan;
@@ -22279,11 +22302,21 @@ typedef struct lorasynci_aim {
     lorasynci_aimed opened[LORASYNCI_AIMS];
 } lorasynci_aim;
 
-/* A module of the base model, for "all-linear" and for what a published target_modules must not match. */
+/* A module of the base model, for "all-linear", for what a published target_modules must not match, and for what must
+   have LoRA. */
 typedef struct lorasynci_base_module {
     uint64_t name; /* in `texts` */
     int      is_linear;
+    int      has_weight; /* that LoRA could be on */
 } lorasynci_base_module;
+
+/* A parameter of the base model that proves the shape of what is published. */
+typedef struct lorasynci_base_weight {
+    uint64_t name;  /* in `texts`: its module's; of a module's original that is not trained, its key */
+    int      saved; /* such an original */
+    int      ndim;
+    int64_t  shape[LORASYNC_MAX_DIMS];
+} lorasynci_base_weight;
 
 struct lorasync_session {
     lorasynci_host   host; /* it publishes under the name of its adapter; after compile the pieces are those taken */
@@ -22291,6 +22324,7 @@ struct lorasync_session {
     char            *base_model;
     lorasync_config *config;     /* parsed config_json, or NULL */
     lorasynci_buffer modules;    /* lorasynci_base_module */
+    lorasynci_buffer weights;    /* lorasynci_base_weight */
     lorasynci_buffer untargeted; /* uint64_t: modules, in `texts`, of LoRA that the filter's target_* left out */
     /* const char *: entries of target_modules that match nothing, in unused_texts; until all are known, their size_t
        offsets */
@@ -22298,7 +22332,9 @@ struct lorasync_session {
     lorasynci_hints   hints;        /* from the filter and the config, until compile */
     int               hinted;       /* they are made */
     lorasync_pattern *excluded;     /* filter.exclude_pattern, for them */
+    lorasync_matcher *matcher;      /* the filter, from compile on */
     int               all_targeted; /* no rank has an untargeted module */
+    size_t            num_proved;   /* on the root: modules with LoRA whose shapes fit base weights */
     size_t            num_added, num_dropped;
     char              dropped_example[128];
     lorasync_plan    *plan;
@@ -22366,6 +22402,8 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     lorasync_plan_free(session->plan);
     lorasync_config_free(session->config);
     lorasynci_buffer_free(&session->modules);
+    lorasynci_buffer_free(&session->weights);
+    lorasync_matcher_free(session->matcher);
     lorasynci_buffer_free(&session->untargeted);
     lorasynci_buffer_free(&session->unused);
     lorasynci_buffer_free(&session->unused_texts);
@@ -22402,6 +22440,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasy
     LORASYNCI_TRY(lorasynci_host_open(h, s, "lorasync_", &d, given->config_json, err));
     if (given->new_generation) h->generation = lorasynci_random();
     lorasynci_buffer_init(&s->modules, &h->a);
+    lorasynci_buffer_init(&s->weights, &h->a);
     lorasynci_buffer_init(&s->untargeted, &h->a);
     lorasynci_buffer_init(&s->unused, &h->a);
     lorasynci_buffer_init(&s->unused_texts, &h->a);
@@ -22518,21 +22557,74 @@ LORASYNCI_FN lorasync_status lorasynci_session_name(lorasync_session *s, const l
     return lorasynci_session_check_whole(s, piece->name, name, err);
 }
 
-/* Notes a module of the base model; parameters of one module mostly come one after the other. */
-LORASYNCI_FN void lorasynci_note_module(lorasync_session *s, const lorasync_piece *p, const lorasync_name *name)
+/* -- what is known of the base model */
+
+/* 1 if LoRA could be on the parameter: a weight, packed or not, or a parameter that target_parameters name. */
+LORASYNCI_FN int lorasynci_may_have_lora(const lorasync_session *s, const lorasync_piece *p, const lorasync_name *name)
+{
+    const lorasynci_list *parameters = s->config ? &s->config->parameters : NULL;
+    size_t                i;
+    if (lorasynci_ends_in(name->key, "weight") || lorasynci_ends_in(name->key, "qweight")) return p->ndim != 1;
+    for (i = 0; parameters && i < parameters->num; i++)
+        if (lorasynci_ends_in(name->key, parameters->at[i])) return 1;
+    return 0;
+}
+
+/* Notes a module of the base model; parameters of one module mostly come one after the other. Returns its name, in
+   `texts`. */
+LORASYNCI_FN uint64_t lorasynci_note_module(lorasync_session *s, const lorasync_piece *p, const lorasync_name *name)
 {
     lorasynci_base_module  module;
     size_t                 num  = s->modules.size / sizeof module;
     lorasynci_base_module *last = num ? (lorasynci_base_module *)(void *)s->modules.data + num - 1 : NULL;
     module.is_linear            = p->ndim == 2 && lorasynci_ends_in(name->key, "weight");
-    if (!name->module[0]) return;
+    module.has_weight           = lorasynci_may_have_lora(s, p, name);
     if (last && !s->host.texts.failed && strcmp(lorasynci_host_text(&s->host, last->name), name->module) == 0) {
         last->is_linear |= module.is_linear;
-        return;
+        last->has_weight |= module.has_weight;
+        return last->name;
     }
     module.name = lorasynci_host_keep(&s->host, name->module);
     lorasynci_put(&s->modules, &module, sizeof module);
+    return module.name;
 }
+
+/* 1 if the shape of a base parameter says something. Packed ones and stand-ins have shapes of their own. */
+LORASYNCI_FN int lorasynci_is_proof(const lorasync_piece *p)
+{
+    int d;
+    if (!lorasynci_is_value(p->dtype) && p->dtype != LORASYNC_F64) return 0;
+    if (p->ndim < 1 || p->ndim > LORASYNC_MAX_DIMS) return 0;
+    for (d = 0; d < p->ndim; d++)
+        if (p->shape[d] < 1) return 0;
+    return 1;
+}
+
+/* Notes the shape of a weight, of the parameters of experts (three dimensions), and of all of an original_module.
+   Pieces of one parameter come one after the other. */
+LORASYNCI_FN void lorasynci_note_weight(lorasync_session *s, const lorasync_piece *p, const lorasync_name *name,
+                                        uint64_t module)
+{
+    lorasynci_base_weight  w;
+    size_t                 num  = s->weights.size / sizeof w;
+    lorasynci_base_weight *last = num ? (lorasynci_base_weight *)(void *)s->weights.data + num - 1 : NULL;
+    memset(&w, 0, sizeof w);
+    w.saved = strstr(p->name, ".original_module.") != NULL;
+    if (!lorasynci_is_proof(p) || (!w.saved && p->ndim != 3 && !lorasynci_ends_in(name->key, "weight"))) return;
+    w.name = w.saved ? lorasynci_host_keep(&s->host, name->key) : module;
+    w.ndim = p->ndim;
+    memcpy(w.shape, p->shape, (size_t)p->ndim * sizeof w.shape[0]);
+    if (!last || memcmp(last, &w, sizeof w) != 0) lorasynci_put(&s->weights, &w, sizeof w);
+}
+
+/* What is known from a parameter of the base model, published or not. */
+LORASYNCI_FN void lorasynci_note_base(lorasync_session *s, const lorasync_piece *p, const lorasync_name *name)
+{
+    if (name->role != LORASYNC_ROLE_BASE && name->role != LORASYNC_ROLE_BIAS) return;
+    if (name->module[0]) lorasynci_note_weight(s, p, name, lorasynci_note_module(s, p, name));
+}
+
+/* -- adding one piece */
 
 /* Counts a parameter that is not published. */
 LORASYNCI_FN void lorasynci_drop(lorasync_session *s, const char *raw)
@@ -22565,11 +22657,13 @@ LORASYNCI_FN lorasync_status lorasynci_session_add(lorasync_session *s, const lo
     LORASYNCI_TRY(lorasynci_session_name(s, piece, &name, err));
     s->num_added++;
     unwanted = name.role == LORASYNC_ROLE_BASE && !lorasynci_wants_base(s);
-    if (name.role == LORASYNC_ROLE_BASE || name.role == LORASYNC_ROLE_BIAS) lorasynci_note_module(s, piece, &name);
+    lorasynci_note_base(s, piece, &name);
     if (!unwanted) LORASYNCI_TRY(lorasynci_piece_check(piece, 0, err));
     if (!unwanted || piece->trained) return lorasynci_session_keep(s, piece, &name, err);
     lorasynci_drop(s, piece->name);
-    return s->host.texts.failed || s->modules.failed ? lorasynci_fail_memory(err, s->host.texts.size) : LORASYNC_OK;
+    return s->host.texts.failed || s->modules.failed || s->weights.failed
+               ? lorasynci_fail_memory(err, s->host.texts.size)
+               : LORASYNC_OK;
 }
 
 LORASYNC_API lorasync_status lorasync_add(lorasync_session *session, const lorasync_piece *piece, lorasync_error *err)
@@ -22787,7 +22881,9 @@ LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, loras
     size_t            i, kept = 0, num = lorasynci_num_taken(s);
     LORASYNC_ASSERT(num == LORASYNCI_NUM(lorasynci_added, h->added));
     LORASYNCI_TRY(lorasynci_session_biases(s, err));
-    LORASYNCI_TRY(lorasynci_session_matcher(s, &matcher, err));
+    lorasync_matcher_free(s->matcher);
+    LORASYNCI_TRY(lorasynci_session_matcher(s, &s->matcher, err));
+    matcher = s->matcher;
     for (i = 0; i < num; i++) {
         name.role = added[i].role;
         snprintf(name.key, sizeof name.key, "%s", lorasynci_host_text(h, added[i].key));
@@ -22803,7 +22899,6 @@ LORASYNCI_FN lorasync_status lorasynci_session_filter(lorasync_session *s, loras
     }
     h->pieces.size = kept * sizeof *pieces;
     h->added.size  = kept * sizeof *added;
-    lorasync_matcher_free(matcher);
     if (status >= 0 && s->untargeted.failed) return lorasynci_fail_memory(err, s->untargeted.size);
     return lorasynci_host_remember(h, status, err);
 }
@@ -22926,6 +23021,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_facts(const lorasync_session *s, 
     lorasynci_put_fact_dtype(b, "desc.wire_dtype", d->wire_dtype);
     lorasynci_put_fact(b, "desc.fold_scale", d->fold_scale);
     lorasynci_put_fact(b, "desc.allow_nan", d->allow_nan);
+    lorasynci_put_fact(b, "desc.allow_shapes", d->allow_shapes);
+    lorasynci_put_fact(b, "desc.allow_missing", d->allow_missing);
     lorasynci_put_format(b, "desc.bucket_bytes\t%zu\ndesc.cuda\t%s\ndesc.filter.base\t%d\ndesc.lora_alpha\t",
                          d->bucket_bytes, d->cuda ? "given" : "NULL", d->filter ? d->filter->base : 0);
     lorasynci_json_put_double(b, d->lora_alpha);
@@ -23039,56 +23136,98 @@ LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasyn
     return status;
 }
 
-/* Base weights, maybe with an adapter among them: what is left to check where there is no config. */
-LORASYNCI_FN lorasync_status lorasynci_session_check_base(lorasync_session *s, lorasync_error *err)
-{
-    const lorasync_image *image = s->plan->image;
-    lorasynci_pairs       pairs;
-    lorasynci_hints       hints;
-    lorasync_error        why;
-    lorasync_status       status;
-    memset(&hints, 0, sizeof hints);
-    hints.proven = 1;
-    status       = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &hints, &s->host.a, &why);
-    lorasynci_pairs_free(&pairs);
-    if (status >= 0 || status == LORASYNC_E_EMPTY) return LORASYNC_OK; /* base weights alone */
-    *err = why;
-    return status;
-}
+/* -- what all ranks know of the model
 
-/* -- what other ranks know of the model
+   Base parameters are not planned: each rank knows its own. What is published is held against them where they are:
 
-   A target_modules that is made must not match modules without LoRA, and those are declared on any rank:
+       root     claims, what it takes the base weights to be; hashes of the ends by which a made target_modules may
+                list modules with LoRA; hashes of the kinds of these modules, their names without numbers ---> all
+       a rank   a row: for each claim, if a weight of mine fits; for each end, 1: a module of mine without LoRA ends
+                so; a shape that does not fit; modules of mine that must have LoRA and have none; and the name of one
+                that ends in a whole module with LoRA ----------------------------------------------------> root */
 
-       root     hashes of the modules with LoRA, and of the ends by which they may be listed  ----------> all
-       a rank   for each end: 0; 1: a module of mine without LoRA ends so                     ----------> root
-                then the name of one of mine that ends in a whole module with LoRA, or ""                     */
+typedef enum lorasynci_claim_form {
+    LORASYNCI_CLAIM_PAIR, /* lora_A and lora_B of the module */
+    LORASYNCI_CLAIM_EMBEDDING,
+    LORASYNCI_CLAIM_BIAS,
+    LORASYNCI_CLAIM_TOKENS,
+    LORASYNCI_CLAIM_SAVED /* a parameter of a module that is saved whole */
+} lorasynci_claim_form;
+
+/* What a pair of LoRA, or another tensor that is published, says of a base parameter. */
+typedef struct lorasynci_claim {
+    uint64_t name;          /* hash of its module; SAVED: of its key */
+    int64_t  rows, columns; /* of lora_B, of lora_A; else of the tensor */
+    int64_t  rank;          /* rows of lora_A */
+    uint64_t more;          /* hash of a convolution's dimensions from the third on, SAVED: of all; 0: none */
+    int32_t  groups, form;
+} lorasynci_claim;
+
+/* What one rank has found; behind it `met`, for the claims and then for the ends. */
+typedef struct lorasynci_row {
+    lorasync_error wrong; /* a shape that does not fit */
+    uint64_t       num_missing;
+    char           missing[200], whole[200];
+} lorasynci_row;
+
+/* Of a claim, in `met`. */
 enum {
-    LORASYNCI_SURVEY_TEXT = 200
+    LORASYNCI_MET_FITS  = 1,
+    LORASYNCI_MET_WRONG = 2
 };
 
 typedef struct lorasynci_survey {
-    uint64_t        *hashes; /* of modules, then of ends; both sorted */
-    uint64_t         num_modules, num_ends;
-    const char     **ends;  /* on the root, in the order of their hashes */
-    char            *met;   /* a row of num_ends and a text for this rank; on the root one for each */
-    lorasynci_buffer texts; /* on the root: modules; ends point into it */
+    lorasynci_claim *claims; /* sorted by name */
+    uint64_t        *hashes; /* of ends, then of kinds; both sorted */
+    uint64_t         num[3]; /* claims, ends, kinds */
+    char            *rows;   /* of this rank; on the root of all */
+    lorasynci_pairs  pairs;  /* of the image, on the root, as the next two */
+    lorasynci_hints  hints;
+    const char     **ends; /* in the order of their hashes */
 } lorasynci_survey;
 
 LORASYNCI_FN void lorasynci_survey_free(lorasynci_survey *v, const lorasync_allocator *a)
 {
-    if (v->ends) lorasynci_buffer_free(&v->texts);
+    lorasynci_pairs_free(&v->pairs);
+    lorasynci_dealloc(a, v->claims);
     lorasynci_dealloc(a, v->hashes);
     lorasynci_dealloc(a, (void *)v->ends);
-    lorasynci_dealloc(a, v->met);
+    lorasynci_dealloc(a, v->rows);
 }
 
-LORASYNCI_FN size_t lorasynci_survey_row(const lorasynci_survey *v)
+LORASYNCI_FN size_t lorasynci_survey_row_bytes(const lorasynci_survey *v)
 {
-    return (size_t)v->num_ends + LORASYNCI_SURVEY_TEXT;
+    return (sizeof(lorasynci_row) + (size_t)(v->num[0] + v->num[1]) + 7) / 8 * 8;
 }
+
+/* Of the root's rows that of a rank; elsewhere, of rank 0, its own. */
+LORASYNCI_FN lorasynci_row *lorasynci_survey_row(const lorasynci_survey *v, int rank)
+{
+    return (lorasynci_row *)(void *)(v->rows + (size_t)rank * lorasynci_survey_row_bytes(v));
+}
+
+LORASYNCI_FN char *lorasynci_row_met(lorasynci_row *row) { return (char *)(row + 1); }
 
 LORASYNCI_FN uint64_t lorasynci_name_hash(const char *text) { return lorasynci_hash(text, strlen(text), 12); }
+
+/* The hash of a module's name without its numbers, which are segments: one for all layers and experts. */
+LORASYNCI_FN uint64_t lorasynci_kind_hash(const char *module)
+{
+    char   kind[LORASYNC_MAX_NAME];
+    size_t n = 0, size;
+    LORASYNC_ASSERT(strlen(module) < sizeof kind);
+    for (;; module += size + 1) {
+        size = strcspn(module, ".");
+        if (size && strspn(module, "0123456789") == size) {
+            kind[n++] = '#';
+        } else {
+            memcpy(kind + n, module, size);
+            n += size;
+        }
+        if (!module[size]) return lorasynci_hash(kind, n, 13);
+        kind[n++] = '.';
+    }
+}
 
 LORASYNCI_FN int lorasynci_hash_order(const void *x, const void *y)
 {
@@ -23102,6 +23241,13 @@ LORASYNCI_FN int lorasynci_name_hash_order(const void *x, const void *y)
     return a < b ? -1 : a > b;
 }
 
+LORASYNCI_FN int lorasynci_claim_order(const void *x, const void *y)
+{
+    const lorasynci_claim *a = (const lorasynci_claim *)x, *b = (const lorasynci_claim *)y;
+    if (a->name != b->name) return a->name < b->name ? -1 : 1;
+    return a->form - b->form;
+}
+
 /* Drops doubles of a sorted row. */
 LORASYNCI_FN size_t lorasynci_unique_hashes(uint64_t *hashes, size_t num)
 {
@@ -23111,144 +23257,438 @@ LORASYNCI_FN size_t lorasynci_unique_hashes(uint64_t *hashes, size_t num)
     return kept;
 }
 
-/* The place of a text's hash in a sorted row, or num. */
-LORASYNCI_FN size_t lorasynci_find_hash(const uint64_t *hashes, size_t num, const char *text)
+/* The place of a hash in a sorted row, or num. */
+LORASYNCI_FN size_t lorasynci_find_hash(const uint64_t *hashes, size_t num, uint64_t hash)
 {
-    uint64_t        hash = lorasynci_name_hash(text);
     const uint64_t *found =
         num ? (const uint64_t *)bsearch(&hash, hashes, num, sizeof hash, lorasynci_hash_order) : NULL;
     return found ? (size_t)(found - hashes) : num;
+}
+
+/* The first claim on a name, or the number of claims. */
+LORASYNCI_FN size_t lorasynci_survey_find(const lorasynci_survey *v, const char *name)
+{
+    const uint64_t hash = lorasynci_name_hash(name);
+    size_t         lo = 0, num = (size_t)v->num[0], hi = num;
+    while (lo < hi) {
+        size_t middle = lo + (hi - lo) / 2;
+        if (v->claims[middle].name < hash) lo = middle + 1;
+        else hi = middle;
+    }
+    return lo < num && v->claims[lo].name == hash ? lo : num;
+}
+
+/* 1 if there is LoRA on the module, on any rank. */
+LORASYNCI_FN int lorasynci_survey_has_lora(const lorasynci_survey *v, const char *module)
+{
+    size_t i = lorasynci_survey_find(v, module);
+    return i < v->num[0] && v->claims[i].form <= LORASYNCI_CLAIM_EMBEDDING;
+}
+
+/* -- claims, made by the root */
+
+/* Of dimensions from `from` on. */
+LORASYNCI_FN uint64_t lorasynci_shape_hash(const int64_t *shape, int ndim, int from)
+{
+    return ndim > from ? lorasynci_hash(shape + from, (size_t)(ndim - from) * sizeof *shape, 14) | 1 : 0;
+}
+
+LORASYNCI_FN void lorasynci_claim_pair(const lorasynci_pairs *p, size_t index, lorasynci_claim *out)
+{
+    const lorasynci_pair *pair = &p->at[index];
+    out->name                  = lorasynci_name_hash(lorasynci_pair_module(p, index));
+    out->form                  = pair->embedding_a ? LORASYNCI_CLAIM_EMBEDDING : LORASYNCI_CLAIM_PAIR;
+    out->rows                  = pair->b->shape[0];
+    out->columns               = pair->a->shape[1];
+    out->rank                  = pair->a->shape[0];
+    out->more                  = lorasynci_shape_hash(pair->a->shape, pair->a->ndim, 2);
+    out->groups                = pair->b->shape[1] ? (int32_t)(out->rank / pair->b->shape[1]) : 1;
+}
+
+/* Of a tensor that is no LoRA: as what it is saved, and, where it is a bias, that too. Returns how many it made. */
+LORASYNCI_FN int lorasynci_claim_other(const lorasynci_pairs *p, const lorasync_tensor *t, lorasynci_claim out[2])
+{
+    lorasync_name name;
+    int           tokens;
+    if (lorasynci_name_read(t->name, p->hints, &name, NULL) < 0 || t->ndim < 1) return 0;
+    tokens         = name.role == LORASYNC_ROLE_TRAINABLE_TOKENS;
+    out[0].form    = tokens ? LORASYNCI_CLAIM_TOKENS : LORASYNCI_CLAIM_SAVED;
+    out[0].name    = lorasynci_name_hash(tokens ? name.module : name.key);
+    out[0].rows    = t->shape[0];
+    out[0].columns = t->ndim > 1 ? t->shape[1] : 0;
+    out[0].more    = lorasynci_shape_hash(t->shape, t->ndim, 0);
+    out[1]         = out[0];
+    out[1].form    = LORASYNCI_CLAIM_BIAS;
+    out[1].name    = lorasynci_name_hash(name.module);
+    return !tokens && t->ndim == 1 && lorasynci_ends_in(name.key, "bias") ? 2 : 1;
+}
+
+/* Makes the claims. Base weights that are published themselves make none. */
+LORASYNCI_FN lorasync_status lorasynci_survey_claim(const lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
+{
+    const lorasynci_pairs *p   = &v->pairs;
+    const size_t           max = p->num + 2 * p->num_others;
+    size_t                 i, n = 0;
+    v->claims = (lorasynci_claim *)lorasynci_alloc_array(&s->host.a, max, sizeof *v->claims);
+    if (!v->claims) return lorasynci_fail_memory(err, max * sizeof *v->claims);
+    memset(v->claims, 0, max * sizeof *v->claims);
+    for (i = 0; i < p->num; i++) lorasynci_claim_pair(p, i, &v->claims[n++]);
+    for (i = 0; i < p->num_others && !lorasynci_wants_base(s); i++)
+        n += (size_t)lorasynci_claim_other(p, p->others[i], v->claims + n);
+    if (n) qsort(v->claims, n, sizeof *v->claims, lorasynci_claim_order);
+    v->num[0] = n;
+    return LORASYNC_OK;
+}
+
+/* 1 if target_modules are to be made, so that they must not match modules without LoRA. */
+LORASYNCI_FN int lorasynci_makes_targets(const lorasync_session *s)
+{
+    return !lorasynci_wants_base(s) && (!s->config || !s->config->target.at);
+}
+
+/* 1 if nothing lists the modules that must have LoRA: then those of a kind have it, or none of them. */
+LORASYNCI_FN int lorasynci_goes_by_kind(const lorasync_session *s)
+{
+    const lorasync_config *c = s->config;
+    if (c && (c->target_pattern || c->target.at || c->parameters.num)) return 0;
+    return !s->desc.filter || !s->desc.filter->target_modules;
+}
+
+/* Makes the hashes of ends and kinds. */
+LORASYNCI_FN lorasync_status lorasynci_survey_hash(const lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
+{
+    const size_t num = v->pairs.num;
+    size_t       i, n = 0;
+    v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, num, 2 * sizeof *v->hashes);
+    v->ends   = (const char **)lorasynci_alloc_array(&s->host.a, num, sizeof *v->ends);
+    if (!v->hashes || !v->ends) return lorasynci_fail_memory(err, num * 3 * sizeof *v->hashes);
+    if (lorasynci_makes_targets(s) && num) {
+        for (i = 0; i < num; i++) v->ends[i] = lorasynci_target_name(lorasynci_pair_module(&v->pairs, i));
+        qsort((void *)v->ends, num, sizeof *v->ends, lorasynci_name_hash_order);
+        for (i = 0; i < num; i++)
+            if (!i || strcmp(v->ends[i], v->ends[n - 1]) != 0) v->ends[n++] = v->ends[i];
+        for (i = 0; i < n; i++) v->hashes[i] = lorasynci_name_hash(v->ends[i]);
+    }
+    v->num[1] = n;
+    if (!lorasynci_goes_by_kind(s) || !num) return LORASYNC_OK;
+    for (i = 0; i < num; i++) v->hashes[n + i] = lorasynci_kind_hash(lorasynci_pair_module(&v->pairs, i));
+    qsort(v->hashes + n, num, sizeof *v->hashes, lorasynci_hash_order);
+    v->num[2] = lorasynci_unique_hashes(v->hashes + n, num);
+    return LORASYNC_OK;
 }
 
 /* On the root: what the image's LoRA is on. */
 LORASYNCI_FN lorasync_status lorasynci_survey_make(const lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
 {
     const lorasync_image *image = s->plan->image;
-    size_t                num = image->num_tensors, i, n = 0, kept = 0;
-    lorasync_name         name;
-    lorasynci_hints       h;
-    memset(&h, 0, sizeof h);
-    if (s->config) lorasynci_config_hints(s->config, &h);
-    h.proven  = 1;
-    v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, num, 2 * sizeof *v->hashes);
-    v->ends   = (const char **)lorasynci_alloc_array(&s->host.a, num, sizeof *v->ends);
-    if (v->ends) lorasynci_buffer_init(&v->texts, &s->host.a);
-    if (!v->hashes || !v->ends) return lorasynci_fail_memory(err, num * 3 * sizeof *v->hashes);
-    for (i = 0; i < num; i++) {
-        LORASYNCI_TRY(lorasynci_name_read(image->tensors[i].name, &h, &name, err));
-        if (name.role != LORASYNC_ROLE_LORA_A && name.role != LORASYNC_ROLE_EMBEDDING_A) continue;
-        v->hashes[n]       = lorasynci_name_hash(name.module);
-        v->hashes[num + n] = v->texts.size; /* until the texts no longer move */
-        lorasynci_put(&v->texts, name.module, strlen(name.module) + 1);
-        n++;
-    }
-    if (v->texts.failed) return lorasynci_fail_memory(err, v->texts.size);
-    for (i = 0; i < n; i++) v->ends[i] = lorasynci_target_name(v->texts.data + v->hashes[num + i]);
-    if (n) qsort(v->hashes, n, sizeof *v->hashes, lorasynci_hash_order);
-    if (n) qsort((void *)v->ends, n, sizeof *v->ends, lorasynci_name_hash_order);
-    v->num_modules = lorasynci_unique_hashes(v->hashes, n);
-    for (i = 0; i < n; i++)
-        if (!i || strcmp(v->ends[i], v->ends[kept - 1]) != 0) v->ends[kept++] = v->ends[i];
-    v->num_ends = kept;
-    for (i = 0; i < kept; i++) v->hashes[v->num_modules + i] = lorasynci_name_hash(v->ends[i]);
-    v->met = (char *)lorasynci_alloc_array(&s->host.a, lorasynci_survey_row(v), (size_t)s->host.talk.comm.world);
-    return v->met ? LORASYNC_OK : lorasynci_fail_memory(err, lorasynci_survey_row(v) * (size_t)s->host.talk.comm.world);
+    lorasync_status       status;
+    lorasync_error        why;
+    if (s->config) lorasynci_config_hints(s->config, &v->hints);
+    v->hints.proven = 1;
+    status          = lorasynci_pairs_read(&v->pairs, image->tensors, image->num_tensors, &v->hints, &s->host.a, &why);
+    if (status == LORASYNC_E_EMPTY && lorasynci_wants_base(s)) status = LORASYNC_OK; /* base weights alone */
+    if (status < 0) *err = why;
+    if (status >= 0) status = lorasynci_survey_claim(s, v, err);
+    return status < 0 ? status : lorasynci_survey_hash(s, v, err);
 }
 
-/* Looks at one module of this rank. */
-LORASYNCI_FN void lorasynci_survey_module(const lorasync_session *s, const lorasynci_survey *v, const char *module,
-                                          char *row)
+/* -- claims, held against this rank's base parameters */
+
+/* 1 if a weight is what a claim takes it for. either: its rows and columns may have changed places (fan_in_fan_out). */
+LORASYNCI_FN int lorasynci_claim_fits(const lorasynci_claim *c, const lorasynci_base_weight *w, int either)
+{
+    const int64_t *n      = w->shape;
+    const int      same   = w->ndim > 1 && n[0] == c->rows && n[1] == c->columns;
+    const int      turned = w->ndim > 1 && n[0] == c->columns && n[1] == c->rows;
+    switch ((int)c->form) {
+    case LORASYNCI_CLAIM_EMBEDDING: return w->ndim == 2 && turned;
+    case LORASYNCI_CLAIM_BIAS: return c->rows == n[0] || w->ndim > 2 || (either && c->rows == n[w->ndim - 1]);
+    case LORASYNCI_CLAIM_TOKENS: return w->ndim == 2 && c->columns == n[1];
+    case LORASYNCI_CLAIM_SAVED: return lorasynci_shape_hash(n, w->ndim, 0) == c->more;
+    default: break;
+    }
+    if (c->more)
+        return n[0] == c->rows && c->columns % c->groups == 0 && w->ndim > 2 && n[1] == c->columns / c->groups &&
+               lorasynci_shape_hash(n, w->ndim, 2) == c->more;
+    if (w->ndim == 2) return same || (either && turned);
+    return w->ndim == 3 && c->rank % n[0] == 0 &&
+           ((n[1] == c->rows && n[2] == c->columns) || (n[1] == c->columns && n[2] == c->rows));
+}
+
+/* "[16, 64]" */
+LORASYNCI_FN void lorasynci_show_shape(const int64_t *shape, int ndim, char out[160])
+{
+    size_t n = 0;
+    int    d;
+    for (d = 0; d < ndim && n < 140; d++)
+        n += (size_t)snprintf(out + n, 160 - n, "%s%lld", d ? ", " : "[", (long long)shape[d]);
+    snprintf(out + n, 160 - n, "]");
+}
+
+/* What a claim is made from, for errors. */
+LORASYNCI_FN void lorasynci_show_claim(const lorasynci_claim *c, char out[160])
+{
+    const long long rows = (long long)c->rows, columns = (long long)c->columns;
+    switch ((int)c->form) {
+    case LORASYNCI_CLAIM_PAIR:
+        snprintf(out, 160, "its lora_B has %lld rows and its lora_A %lld columns%s", rows, columns,
+                 c->more ? " and the kernel of a convolution" : "");
+        break;
+    case LORASYNCI_CLAIM_EMBEDDING:
+        snprintf(out, 160, "its lora_embedding_A has %lld columns and its lora_embedding_B %lld rows", columns, rows);
+        break;
+    case LORASYNCI_CLAIM_BIAS: snprintf(out, 160, "its bias has %lld elements", rows); break;
+    case LORASYNCI_CLAIM_TOKENS: snprintf(out, 160, "its trainable tokens have %lld columns", columns); break;
+    default: snprintf(out, 160, "what is saved has %lld rows%s", rows, columns ? " of another length" : "");
+    }
+}
+
+LORASYNCI_FN lorasync_status lorasynci_fail_shape(const lorasync_session *s, const lorasynci_claim *c,
+                                                  const lorasynci_base_weight *w, lorasync_error *err)
+{
+    char shape[160], claim[160];
+    lorasynci_show_shape(w->shape, w->ndim, shape);
+    lorasynci_show_claim(c, claim);
+    return lorasynci_fail(
+        err, LORASYNC_E_LAYOUT,
+        "%s \"%.150s\": %s, but its base weight was declared with shape %.60s. piece.shape is that of the whole tensor "
+        "and piece.box the part here; if both are right, set desc.allow_shapes",
+        c->form == LORASYNCI_CLAIM_SAVED ? "parameter" : "module", lorasynci_host_text(&s->host, w->name), claim,
+        shape);
+}
+
+/* Holds a weight of this rank against the claims on it. An expert's pair belongs to one of its module's parameters. */
+LORASYNCI_FN void lorasynci_survey_weight(const lorasync_session *s, const lorasynci_survey *v,
+                                          const lorasynci_base_weight *w, char *met)
+{
+    const int either = !s->config || s->config->info.fan_in_fan_out;
+    size_t    i = lorasynci_survey_find(v, lorasynci_host_text(&s->host, w->name)), first = i;
+    for (; i < v->num[0] && v->claims[i].name == v->claims[first].name; i++) {
+        const lorasynci_claim *c = &v->claims[i];
+        if (w->saved != (c->form == LORASYNCI_CLAIM_SAVED)) continue;
+        if (w->ndim == 1 && c->form != LORASYNCI_CLAIM_BIAS && !w->saved) continue; /* a stand-in */
+        if (lorasynci_claim_fits(c, w, either)) met[i] = LORASYNCI_MET_FITS;
+        else if (!met[i]) met[i] = LORASYNCI_MET_WRONG;
+    }
+}
+
+/* Holds all weights of this rank against the claims. */
+LORASYNCI_FN void lorasynci_survey_weights(const lorasync_session *s, const lorasynci_survey *v, lorasynci_row *row)
+{
+    const lorasynci_base_weight *w   = (const lorasynci_base_weight *)(const void *)s->weights.data;
+    size_t                       num = s->weights.size / sizeof *w, i, k;
+    char                        *met = lorasynci_row_met(row);
+    for (i = 0; i < num; i++) lorasynci_survey_weight(s, v, &w[i], met);
+    if (s->desc.allow_shapes) return;
+    for (k = 0; k < v->num[0] && met[k] != LORASYNCI_MET_WRONG;) k++;
+    if (k == v->num[0]) return;
+    for (i = 0; i < num && row->wrong.status == LORASYNC_OK; i++)
+        if (w[i].saved == (v->claims[k].form == LORASYNCI_CLAIM_SAVED) &&
+            lorasynci_name_hash(lorasynci_host_text(&s->host, w[i].name)) == v->claims[k].name)
+            lorasynci_fail_shape(s, &v->claims[k], &w[i], &row->wrong);
+}
+
+/* 1 if a module without LoRA should have it. */
+LORASYNCI_FN int lorasynci_must_have_lora(const lorasync_session *s, const lorasynci_survey *v, const char *module)
+{
+    const lorasync_config *c     = s->config;
+    const uint64_t        *kinds = v->hashes + v->num[1];
+    lorasync_matcher      *m     = s->matcher;
+    size_t                 i;
+    if (c && lorasynci_excluded(c, module)) return 0;
+    for (i = 0; c && i < c->saved.num; i++)
+        if (lorasynci_lies_in(module, c->saved.at[i])) return 0;
+    if (lorasynci_modules_match(&m->exclude, module)) return 0;
+    if (m->target.given && !lorasynci_modules_match(&m->target, module)) return 0;
+    if (c && c->parameters.num && lorasynci_has_parameter(c, module)) return 1;
+    if (c && c->target_pattern) return lorasync_pattern_matches(c->target_pattern, module);
+    if (c && c->target.at) return lorasynci_in_targets(c, module);
+    if (!lorasynci_goes_by_kind(s)) return m->target.given;
+    return lorasynci_find_hash(kinds, (size_t)v->num[2], lorasynci_kind_hash(module)) < v->num[2];
+}
+
+/* Looks for modules of this rank that must have LoRA and have none. Where weights are published there is no adapter. */
+LORASYNCI_FN void lorasynci_survey_modules(const lorasync_session *s, const lorasynci_survey *v, lorasynci_row *row)
+{
+    const lorasynci_base_module *m   = (const lorasynci_base_module *)(const void *)s->modules.data;
+    size_t                       num = s->modules.size / sizeof *m, i;
+    if (s->desc.allow_missing || lorasynci_wants_base(s)) return;
+    for (i = 0; i < num; i++) {
+        const char *module = lorasynci_host_text(&s->host, m[i].name);
+        if (!m[i].has_weight || lorasynci_survey_has_lora(v, module) || !lorasynci_must_have_lora(s, v, module))
+            continue;
+        if (!row->num_missing++) snprintf(row->missing, sizeof row->missing, "%.190s", module);
+    }
+}
+
+/* Looks whether one module of this rank ends like one with LoRA. */
+LORASYNCI_FN void lorasynci_survey_end(const lorasync_session *s, const lorasynci_survey *v, const char *module,
+                                       lorasynci_row *row)
 {
     const char *end;
     int         whole = 0;
-    size_t      i, modules = (size_t)v->num_modules, ends = (size_t)v->num_ends;
-    if (lorasynci_find_hash(v->hashes, modules, module) < modules) return;
+    size_t      i, ends = (size_t)v->num[1];
+    if (lorasynci_survey_has_lora(v, module)) return;
     if (s->config && lorasynci_excluded(s->config, module)) return;
     for (i = 0; s->config && i < s->config->saved.num; i++)
         if (lorasynci_lies_in(module, s->config->saved.at[i])) return;
-    for (end = strchr(module, '.'); end; end = strchr(end + 1, '.'))
-        whole |= lorasynci_find_hash(v->hashes, modules, end + 1) < modules;
+    for (end = strchr(module, '.'); end; end = strchr(end + 1, '.')) whole |= lorasynci_survey_has_lora(v, end + 1);
     for (end = module; end; end = strchr(end, '.'), end = end ? end + 1 : NULL) {
-        i = lorasynci_find_hash(v->hashes + modules, ends, end);
+        i = lorasynci_find_hash(v->hashes, ends, lorasynci_name_hash(end));
         if (i == ends) continue;
-        row[i] = 1;
-        if (whole && !row[ends]) snprintf(row + ends, LORASYNCI_SURVEY_TEXT, "%.199s", module);
+        lorasynci_row_met(row)[v->num[0] + i] = 1;
+        if (whole && !row->whole[0]) snprintf(row->whole, sizeof row->whole, "%.199s", module);
     }
 }
 
 /* Looks at the modules of this rank, and at those that they lie in. */
-LORASYNCI_FN void lorasynci_survey_rank(const lorasync_session *s, const lorasynci_survey *v, char *row)
+LORASYNCI_FN void lorasynci_survey_ends(const lorasync_session *s, const lorasynci_survey *v, lorasynci_row *row)
 {
     const lorasynci_base_module *m   = (const lorasynci_base_module *)(const void *)s->modules.data;
     size_t                       num = s->modules.size / sizeof *m, i, n;
     char                         path[LORASYNC_MAX_NAME];
-    for (i = 0; i < num; i++) {
+    for (i = 0; i < num && v->num[1]; i++) {
         const char *before = i ? lorasynci_host_text(&s->host, m[i - 1].name) : "";
         snprintf(path, sizeof path, "%s", lorasynci_host_text(&s->host, m[i].name));
         n = strlen(path);
         do {
-            lorasynci_survey_module(s, v, path, row);
+            lorasynci_survey_end(s, v, path, row);
             n = lorasynci_parent(path, n, before);
         } while (n);
     }
 }
 
-/* Collective. Afterwards the root has a row of each other rank. */
+/* -- the survey's talk */
+
+/* Memory for what the root tells, and for the rows; all of it is zero. */
+LORASYNCI_FN lorasync_status lorasynci_survey_reserve(const lorasync_session *s, lorasynci_survey *v,
+                                                      lorasync_error *err)
+{
+    const int    here       = lorasynci_session_is_root(s);
+    const size_t num_rows   = here ? (size_t)s->host.talk.comm.world : 1;
+    const size_t num_hashes = (size_t)(v->num[1] + v->num[2]), row_bytes = lorasynci_survey_row_bytes(v);
+    if (!here) {
+        v->claims = (lorasynci_claim *)lorasynci_alloc_array(&s->host.a, (size_t)v->num[0], sizeof *v->claims);
+        v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, num_hashes, sizeof *v->hashes);
+    }
+    v->rows = (char *)lorasynci_alloc_array(&s->host.a, num_rows, row_bytes);
+    if (!v->claims || !v->hashes || !v->rows) return lorasynci_fail_memory(err, num_rows * row_bytes);
+    return LORASYNC_OK;
+}
+
+/* Collective. Afterwards the root has the rows of all ranks. */
+LORASYNCI_FN lorasync_status lorasynci_survey_collect(lorasync_session *s, lorasynci_survey *v, lorasynci_block *blocks,
+                                                      lorasync_error *err)
+{
+    const int      here = lorasynci_session_is_root(s), world = s->host.talk.comm.world, root = s->desc.root;
+    const size_t   num_hashes = (size_t)(v->num[1] + v->num[2]);
+    int            rank;
+    lorasynci_row *row = lorasynci_survey_row(v, here ? root : 0);
+    LORASYNCI_TRY(lorasynci_talk_tell(&s->host.talk, root, v->claims, (size_t)v->num[0] * sizeof *v->claims,
+                                      s->host.talk.timeout_ms, err));
+    LORASYNCI_TRY(lorasynci_talk_tell(&s->host.talk, root, v->hashes, num_hashes * sizeof *v->hashes,
+                                      s->host.talk.timeout_ms, err));
+    lorasynci_survey_weights(s, v, row);
+    lorasynci_survey_modules(s, v, row);
+    if (!here) lorasynci_survey_ends(s, v, row); /* the root's own modules are looked at when the config is made */
+    for (rank = 0; rank < (here ? world : 1); rank++) {
+        blocks[rank].data      = lorasynci_survey_row(v, rank);
+        blocks[rank].num_bytes = lorasynci_survey_row_bytes(v);
+    }
+    return lorasynci_talk_collect(&s->host.talk, root, blocks, err);
+}
+
+/* Collective: all of it. */
 LORASYNCI_FN lorasync_status lorasynci_survey_talk(lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
 {
-    const int        root = s->desc.root, world = s->host.talk.comm.world, here = lorasynci_session_is_root(s);
-    const size_t     blocks_bytes = (size_t)(here ? world : 1) * sizeof(lorasynci_block);
-    uint64_t         sizes[2];
+    const size_t     num = lorasynci_session_is_root(s) ? (size_t)s->host.talk.comm.world : 1;
+    lorasynci_block *blocks;
     lorasync_error   mine;
-    lorasynci_block *blocks = (lorasynci_block *)lorasynci_alloc(&s->host.a, blocks_bytes);
     lorasync_status  status;
-    int              rank;
     memset(&mine, 0, sizeof mine);
-    if (here) lorasynci_survey_make(s, v, &mine);
-    sizes[0] = v->num_modules, sizes[1] = v->num_ends;
-    status         = lorasynci_talk_tell(&s->host.talk, root, sizes, sizeof sizes, s->host.talk.timeout_ms, err);
-    v->num_modules = sizes[0], v->num_ends = sizes[1];
-    if (status >= 0 && !here) {
-        v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, (size_t)(sizes[0] + sizes[1]), sizeof *v->hashes);
-        v->met    = (char *)lorasynci_alloc_array(&s->host.a, lorasynci_survey_row(v), 1);
-    }
-    if (!blocks || (!here && (!v->hashes || !v->met))) lorasynci_fail_memory(&mine, (size_t)(sizes[0] + sizes[1]) * 8);
-    if (status >= 0) status = lorasynci_talk_vote(&s->host.talk, &mine, err);
-    if (status >= 0)
-        status = lorasynci_talk_tell(&s->host.talk, root, v->hashes, (size_t)(sizes[0] + sizes[1]) * sizeof *v->hashes,
-                                     s->host.talk.timeout_ms, err);
-    if (status >= 0 && !here) lorasynci_survey_rank(s, v, v->met);
-    for (rank = 0; blocks && v->met && rank < (here ? world : 1); rank++) {
-        blocks[rank].data      = v->met + (size_t)rank * lorasynci_survey_row(v);
-        blocks[rank].num_bytes = lorasynci_survey_row(v);
-    }
-    if (status >= 0) status = lorasynci_talk_collect(&s->host.talk, root, blocks, err);
+    if (lorasynci_session_is_root(s)) lorasynci_survey_make(s, v, &mine);
+    LORASYNCI_TRY(
+        lorasynci_talk_tell(&s->host.talk, s->desc.root, v->num, sizeof v->num, s->host.talk.timeout_ms, err));
+    if (mine.status >= 0) lorasynci_survey_reserve(s, v, &mine);
+    blocks = (lorasynci_block *)lorasynci_alloc_array(&s->host.a, num, sizeof *blocks);
+    if (!blocks && mine.status >= 0) lorasynci_fail_memory(&mine, num * sizeof *blocks);
+    status = lorasynci_talk_vote(&s->host.talk, &mine, err);
+    if (status >= 0) status = lorasynci_survey_collect(s, v, blocks, err);
     lorasynci_dealloc(&s->host.a, blocks);
     return status;
 }
 
-/* On the root: the ends that some other rank has a module without LoRA for, at the front of v->ends; returns how
-   many. */
-LORASYNCI_FN lorasync_status lorasynci_survey_read(const lorasync_session *s, lorasynci_survey *v, size_t *out_num,
-                                                   lorasync_error *err)
+/* -- what the survey says, on the root */
+
+/* Shapes that do not fit; else how many do. */
+LORASYNCI_FN lorasync_status lorasynci_survey_shapes(lorasync_session *s, const lorasynci_survey *v,
+                                                     lorasync_error *err)
 {
-    size_t i, num = (size_t)v->num_ends, kept = 0;
-    int    rank;
-    for (rank = 0; v->met && rank < s->host.talk.comm.world; rank++) {
-        char *row = v->met + (size_t)rank * lorasynci_survey_row(v);
-        if (rank == s->desc.root) continue;
-        row[num + LORASYNCI_SURVEY_TEXT - 1] = 0; /* it comes from another process */
-        if (row[num])
+    const int world = s->host.talk.comm.world;
+    size_t    i;
+    int       rank, fits;
+    for (rank = 0; rank < world; rank++) {
+        lorasync_error *wrong               = &lorasynci_survey_row(v, rank)->wrong;
+        wrong->text[sizeof wrong->text - 1] = 0; /* it comes from another process */
+        if (wrong->status == LORASYNC_OK) continue;
+        if (world == 1) return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%s", wrong->text);
+        return lorasynci_fail(err, LORASYNC_E_LAYOUT, "%.460s (base weight of rank %d)", wrong->text, rank);
+    }
+    s->num_proved = 0;
+    for (i = 0; i < v->num[0]; i++) {
+        if (v->claims[i].form > LORASYNCI_CLAIM_EMBEDDING) continue;
+        for (rank = fits = 0; rank < world; rank++)
+            fits |= lorasynci_row_met(lorasynci_survey_row(v, rank))[i] == LORASYNCI_MET_FITS;
+        s->num_proved += (size_t)fits;
+    }
+    return LORASYNC_OK;
+}
+
+/* Modules that must have LoRA and have none. */
+LORASYNCI_FN lorasync_status lorasynci_survey_holes(const lorasync_session *s, const lorasynci_survey *v,
+                                                    lorasync_error *err)
+{
+    const lorasynci_row *row;
+    char                 where[100] = "";
+    int                  rank, others = 0, first = -1;
+    for (rank = s->host.talk.comm.world - 1; rank >= 0; rank--) {
+        if (!lorasynci_survey_row(v, rank)->num_missing) continue;
+        others += first >= 0;
+        first = rank;
+    }
+    if (first < 0) return LORASYNC_OK;
+    row = lorasynci_survey_row(v, first);
+    if (others) snprintf(where, sizeof where, " (%d other ranks hold such modules, too)", others);
+    return lorasynci_fail(
+        err, LORASYNC_E_EMPTY,
+        "%llu of the modules that must have LoRA, with base weights on rank %d, have none on any rank, the first is "
+        "\"%.190s\"%s; declare it, or name them in exclude_modules of the filter or the config, or set "
+        "desc.allow_missing",
+        (unsigned long long)row->num_missing, first, row->missing, where);
+}
+
+/* The ends that some other rank has a module without LoRA for, at the front of v->ends; *out_num says how many. */
+LORASYNCI_FN lorasync_status lorasynci_survey_whole(const lorasync_session *s, lorasynci_survey *v, size_t *out_num,
+                                                    lorasync_error *err)
+{
+    size_t i, kept = 0;
+    int    rank, met;
+    for (rank = 0; rank < s->host.talk.comm.world; rank++) {
+        lorasynci_row *row                = lorasynci_survey_row(v, rank);
+        row->whole[sizeof row->whole - 1] = 0; /* it comes from another process */
+        if (row->whole[0])
             return lorasynci_fail(
                 err, LORASYNC_E_CONFIG,
                 "module \"%.199s\" of rank %d has no LoRA but ends in the whole name of one that has: "
                 "target_modules cannot tell them apart; name the first in exclude_modules of the adapter "
                 "config",
-                row + num, rank);
-        for (i = 0; i < num; i++) v->met[i + (size_t)s->desc.root * lorasynci_survey_row(v)] |= row[i];
+                row->whole, rank);
     }
-    for (i = 0; i < num; i++)
-        if (v->met[i + (size_t)s->desc.root * lorasynci_survey_row(v)]) v->ends[kept++] = v->ends[i];
+    for (i = 0; i < v->num[1]; i++) {
+        for (rank = met = 0; rank < s->host.talk.comm.world; rank++)
+            met |= lorasynci_row_met(lorasynci_survey_row(v, rank))[v->num[0] + i];
+        if (met) v->ends[kept++] = v->ends[i];
+    }
     *out_num = kept;
     return LORASYNC_OK;
 }
@@ -23355,29 +23795,20 @@ LORASYNCI_FN void lorasynci_session_show_unused(lorasync_session *s)
 }
 
 /* On the root: entries of target_modules that match nothing, the filter's and the config's. */
-LORASYNCI_FN lorasync_status lorasynci_session_check_lists(lorasync_session *s, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_session_check_lists(lorasync_session *s, const lorasynci_pairs *pairs,
+                                                           lorasync_error *err)
 {
-    const lorasync_image  *image = s->plan->image;
-    const lorasync_filter *f     = s->desc.filter;
-    const lorasync_config *c     = s->config;
-    lorasynci_pairs        pairs;
-    lorasynci_hints        hints;
-    lorasync_status        status;
+    const lorasync_filter *f = s->desc.filter;
+    const lorasync_config *c = s->config;
     s->unused.size = s->unused_texts.size = 0;
-    if ((!f || !f->target_modules) && (!c || !c->target.num)) return LORASYNC_OK;
-    memset(&hints, 0, sizeof hints);
-    if (c) lorasynci_config_hints(c, &hints);
-    hints.proven = 1;
-    status       = lorasynci_pairs_read(&pairs, image->tensors, image->num_tensors, &hints, &s->host.a, err);
-    if (status >= 0 && f && f->target_modules)
-        status = lorasynci_session_check_list(s, &pairs, "filter.target_modules", f->target_modules,
-                                              f->num_target_modules, err);
-    if (status >= 0 && c && c->target.num)
-        status = lorasynci_session_check_list(s, &pairs, "target_modules of desc.config_json", c->target.at,
-                                              c->target.num, err);
-    lorasynci_pairs_free(&pairs);
-    if (status >= 0) lorasynci_session_show_unused(s);
-    return status;
+    if (f && f->target_modules)
+        LORASYNCI_TRY(lorasynci_session_check_list(s, pairs, "filter.target_modules", f->target_modules,
+                                                   f->num_target_modules, err));
+    if (c && c->target.num)
+        LORASYNCI_TRY(lorasynci_session_check_list(s, pairs, "target_modules of desc.config_json", c->target.at,
+                                                   c->target.num, err));
+    lorasynci_session_show_unused(s);
+    return LORASYNC_OK;
 }
 
 /* The modules that the root has declared, as a list. NULL when there is no memory. */
@@ -23398,10 +23829,11 @@ LORASYNCI_FN lorasync_status lorasynci_session_write(lorasync_session *s, lorasy
     lorasynci_write_more       more;
     const char               **modules;
     lorasync_status            status;
-    LORASYNCI_TRY(lorasynci_session_check_lists(s, err));
+    LORASYNCI_TRY(lorasynci_session_check_lists(s, &v->pairs, err));
     memset(&w, 0, sizeof w);
     memset(&more, 0, sizeof more);
-    LORASYNCI_TRY(lorasynci_survey_read(s, v, &more.num_whole, err));
+    LORASYNCI_TRY(lorasynci_survey_holes(s, v, err));
+    LORASYNCI_TRY(lorasynci_survey_whole(s, v, &more.num_whole, err));
     modules = lorasynci_session_modules(s, &w.num_modules);
     if (!modules) return lorasynci_fail_memory(err, w.num_modules * sizeof *modules);
     more.whole   = v->ends;
@@ -23417,28 +23849,28 @@ LORASYNCI_FN lorasync_status lorasynci_session_write(lorasync_session *s, lorasy
     return status;
 }
 
-/* Collective: what is published beside the image, on the root. *out_mine is the root's failure, if it has one; the
-   status is the communicator's. With base weights there is no adapter to describe. */
+/* Collective: what is published is proved, and what is published beside it made, on the root. *out_mine is the root's
+   failure, if it has one; the status is that of all. With base weights there is no adapter to describe. */
 LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, lorasync_error *out_mine,
                                                       lorasync_error *err)
 {
-    const unsigned   what   = lorasynci_wants_base(s) ? LORASYNC_CARRIES_PLAIN : LORASYNC_CARRIES_ADAPTER;
-    lorasync_status  status = LORASYNC_OK, mine = LORASYNC_OK;
+    const unsigned   what = lorasynci_wants_base(s) ? LORASYNC_CARRIES_PLAIN : LORASYNC_CARRIES_ADAPTER;
+    lorasync_status  status, mine = LORASYNC_OK;
     lorasynci_survey survey;
     size_t           i;
     memset(&survey, 0, sizeof survey);
-    if (!lorasynci_wants_base(s) && (!s->config || !s->config->target.at) && s->host.talk.comm.world > 1)
-        status = lorasynci_survey_talk(s, &survey, err);
+    survey.pairs.a = s->host.a;
+    status         = lorasynci_survey_talk(s, &survey, err);
     for (i = 0; s->plan->has_image && i < lorasynci_num_engines(&s->host) && mine >= 0; i++)
         mine = lorasynci_check_carries(LORASYNCI_AT(lorasync_transport, s->host.transports, i), what, out_mine);
-    if (status >= 0 && mine >= 0 && s->plan->has_image) {
-        s->plan->image->generation = s->host.generation;
-        if (lorasynci_wants_base(s)) lorasynci_session_check_base(s, out_mine);
-        else lorasynci_session_write(s, &survey, out_mine);
-    }
+    if (s->plan->has_image) s->plan->image->generation = s->host.generation;
+    if (status >= 0 && mine >= 0 && s->plan->has_image) mine = lorasynci_survey_shapes(s, &survey, out_mine);
+    if (status >= 0 && mine >= 0 && s->plan->has_image && !lorasynci_wants_base(s))
+        lorasynci_session_write(s, &survey, out_mine);
     lorasynci_survey_free(&survey, &s->host.a);
     return status;
 }
+
 /* -- what the root hands to all */
 
 /* Memory that a transport has lent to the root, as other ranks need it to open it. */
@@ -24315,6 +24747,7 @@ LORASYNC_API void lorasync_get_info(const lorasync_session *session, lorasync_se
     out->num_taken   = lorasynci_num_taken(session);
     out->num_dropped = session->num_dropped;
     if (session->plan) out->plan = session->plan->stats;
+    out->num_proved         = session->plan ? session->num_proved : 0;
     out->num_unused_targets = session->plan ? session->unused.size / sizeof(const char *) : 0;
     if (out->num_unused_targets) out->unused_targets = LORASYNCI_AT(const char *, session->unused, 0);
     out->num_tensors   = out->plan.num_tensors;
