@@ -112,7 +112,8 @@
        >>publish    the directory transport; staging and commit over any number of engines
                     -- who receives; one run of publishing; one run; the end of a run; names in a published directory;
                        the same version again; files; the directory transport; cleaning up a directory; staging in a
-                       directory; committing in a directory; the place of a directory
+                       directory; committing in a directory; receipts in a directory; looking for receipts in a
+                       directory; the place of a directory
        >>shm        the shared-memory transport
                     -- names of shared memory; who lives; segments; the control; removing; the publisher; slots; making
                        slots; adapters; payloads in device memory, the publisher's side; the shared-memory transport;
@@ -121,10 +122,10 @@
                        side; the source; handing a version over
        >>engine     poll, validate, pin, find, release
                     -- reading; names of a file's tensors; one adapter outside any engine; serving; digests of payloads
-                       in device memory; digesting while the header is read; an engine; the directory as a source;
-                       opening versions of a directory; arrivals; reading and checking an arrival; serving an arrival;
-                       polling; receipts of what is served; what is to be done about an adapter; readers; opening and
-                       closing
+                       in device memory; digesting while the header is read; an engine; the directory as a source; who
+                       reads a directory; looking into a directory; opening versions of a directory; arrivals; reading
+                       and checking an arrival; serving an arrival; polling; receipts of what is served; what is to be
+                       done about an adapter; readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
@@ -1556,6 +1557,16 @@ typedef struct lorasync_engine_outcome {
                               (with one bucket: model.safetensors, no index)
                               config.json, if lorasync_stream_desc.config_json is given
 
+   Engines acknowledge what they serve beside the versions, in folders that other readers do not look at:
+
+       <directory>/.engines/<engine>-<number>               {"adapter":null,"locked":true}
+       <directory>/<adapter>/.receipts/<engine>-<number>    {"version":12,"digest":"00c0ffee00c0ffee","num_tensors":392,
+                                                             "num_bound":null,"locked":true}
+
+   The first is locked while the engine lives, the second is replaced with each version; both go when it closes, or when
+   the publisher finds it dead. A program of another kind may write the second alone, by rename and without "locked": it
+   counts for a day. Where an engine cannot write, it serves all the same (lorasync_engine_receipt).
+
    Give base weights a directory of their own: an engine (>>api: engine) serves adapters, and would report the
    checkpoint as one without adapter_model.safetensors.
 
@@ -2602,6 +2613,7 @@ typedef struct lorasyncd_tile {
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/types.h>
@@ -16615,7 +16627,7 @@ LORASYNC_API lorasync_status lorasync_config_write(const lorasync_config_write_d
 /* ----------------------------------------------------------------------------------------------------- >>publish -- */
 
 /* An image to any number of engines in two phases, and the transport that writes PEFT directories. Uses >>support,
-   >>comm and >>image.
+   >>json, >>comm and >>image.
 
        stage on every transport that has a commit, then on those whose stage is all     until here nobody serves the new
                                                                                         version
@@ -17322,6 +17334,10 @@ typedef struct lorasynci_directory {
     int                keep_versions;
     int                no_fsync;
     char               chunk[16384]; /* for comparing files */
+    /* a look at the receipts: both folders, -1: none; the list of one of them; 1: of the receipts */
+    int  engines_fd, receipts_fd;
+    DIR *notes;
+    int  past_engines;
 } lorasynci_directory;
 
 /* "cannot <what> <path>/<adapter>/<file>: <reason>" */
@@ -17699,11 +17715,182 @@ LORASYNCI_FN void lorasynci_directory_abort(void *user, const char *adapter, uin
     close(fd);
 }
 
+/* -- receipts in a directory
+
+       <path>/.engines/<engine>-<nonce>               of each engine that reads here, flocked while it lives
+       <path>/<adapter>/.receipts/<engine>-<nonce>    of what it serves
+
+   Where there are no locks, "locked" is false, and the file counts for a day. */
+#define LORASYNCI_ENGINES ".engines"
+#define LORASYNCI_RECEIPTS ".receipts"
+
+static const uint64_t lorasynci_note_ms = 24 * 3600 * 1000;
+
+/* What one of these files says. */
+typedef struct lorasynci_note {
+    lorasync_receipt receipt; /* its adapter: the one that an engine takes; "": all */
+    int              is_locked, is_held;
+} lorasynci_note;
+
+/* One member; null is what it is without. */
+LORASYNCI_FN lorasync_status lorasynci_read_member(lorasynci_json *j, const lorasynci_slice *key, lorasynci_note *out)
+{
+    lorasync_receipt *r = &out->receipt;
+    lorasynci_slice   text;
+    char              digest[17];
+    if (lorasynci_json_peek(j) == 'n') return lorasynci_json_null(j);
+    if (lorasynci_json_is(key, "version")) return lorasynci_json_uint(j, &r->version);
+    if (lorasynci_json_is(key, "num_tensors")) return lorasynci_json_uint(j, &r->num_tensors);
+    if (lorasynci_json_is(key, "num_bound")) return lorasynci_json_int(j, &r->num_bound);
+    if (lorasynci_json_is(key, "locked")) return lorasynci_json_bool(j, &out->is_locked);
+    if (!lorasynci_json_is(key, "digest") && !lorasynci_json_is(key, "adapter")) return lorasynci_json_skip(j);
+    LORASYNCI_TRY(lorasynci_json_string(j, &text));
+    if (lorasynci_json_is(key, "adapter")) {
+        if (text.size >= sizeof r->adapter) return LORASYNC_E_FORMAT;
+        r->adapter[lorasynci_json_decode(&text, r->adapter)] = 0;
+        return LORASYNC_OK;
+    }
+    if (text.size >= sizeof digest) return LORASYNC_E_FORMAT;
+    memcpy(digest, text.at, text.size);
+    digest[text.size] = 0;
+    return lorasynci_read_hex16(digest, &r->digest) ? LORASYNC_OK : LORASYNC_E_FORMAT;
+}
+
+/* 1 if the text is such a file's. */
+LORASYNCI_FN int lorasynci_parse_note(const char *text, size_t num_bytes, lorasynci_note *out)
+{
+    lorasynci_json  j;
+    lorasynci_slice key;
+    int             more;
+    memset(out, 0, sizeof *out);
+    out->receipt.num_bound = -1;
+    lorasynci_json_init(&j, text, num_bytes, NULL);
+    if (lorasynci_json_object(&j) < 0) return 0;
+    while ((more = lorasynci_json_key(&j, &key)) > 0)
+        if (lorasynci_read_member(&j, &key, out) < 0) return 0;
+    return more == 0 && lorasynci_json_end(&j) >= 0;
+}
+
+/* "vllm-0-0123456789abcdef" -> "vllm-0". Another program's file is called as its engine. */
+LORASYNCI_FN void lorasynci_note_engine(const char *file, char out[64])
+{
+    size_t   n = strlen(file);
+    uint64_t nonce;
+    if (n > 17 && file[n - 17] == '-' && lorasynci_read_hex16(file + n - 16, &nonce)) n -= 17;
+    snprintf(out, 64, "%.*s", n < 63 ? (int)n : 63, file);
+}
+
+/* 0: there is no such file, or it is none of these. */
+LORASYNCI_FN int lorasynci_read_note(int at, const char *file, lorasynci_note *out)
+{
+    char           text[2048];
+    struct stat    st;
+    const int      fd  = openat(at, file, O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    const uint64_t now = lorasynci_clock_ns() / 1000000000u;
+    ssize_t        n   = -1;
+    int            ok;
+    if (fd < 0) return 0;
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode)) n = lorasynci_read_some(fd, text, sizeof text);
+    ok = n > 0 && n < (ssize_t)sizeof text && lorasynci_parse_note(text, (size_t)n, out);
+    if (ok) {
+        out->is_held        = flock(fd, LOCK_SH | LOCK_NB) != 0; /* in doubt it lives */
+        out->receipt.age_ms = now > (uint64_t)st.st_mtime ? (now - (uint64_t)st.st_mtime) * 1000u : 0;
+        lorasynci_note_engine(file, out->receipt.engine);
+    }
+    close(fd);
+    return ok;
+}
+
+/* -- looking for receipts in a directory */
+
+LORASYNCI_FN void lorasynci_end_receipts(lorasynci_directory *d)
+{
+    if (d->notes) closedir(d->notes);
+    if (d->engines_fd >= 0) close(d->engines_fd);
+    if (d->receipts_fd >= 0) close(d->receipts_fd);
+    d->notes      = NULL;
+    d->engines_fd = d->receipts_fd = -1;
+}
+
+/* Folders that are not there are empty. 0 or an errno. */
+LORASYNCI_FN int lorasynci_begin_receipts(lorasynci_directory *d, const char *adapter)
+{
+    int root = lorasynci_open_directory(AT_FDCWD, d->path), fd, failed = root < 0 ? errno : 0;
+    lorasynci_end_receipts(d);
+    d->past_engines = 0;
+    if (failed) return failed == ENOENT ? 0 : failed;
+    d->engines_fd = lorasynci_open_directory(root, LORASYNCI_ENGINES);
+    if (d->engines_fd < 0 && errno != ENOENT) failed = errno;
+    fd = failed ? -1 : lorasynci_open_directory(root, adapter);
+    if (fd >= 0) d->receipts_fd = lorasynci_open_directory(fd, LORASYNCI_RECEIPTS);
+    if (fd >= 0) close(fd);
+    close(root);
+    if (d->engines_fd >= 0) d->notes = lorasynci_list_directory(d->engines_fd);
+    return failed;
+}
+
+/* An engine that is registered, with its receipt, if it has left one; 0: dead, or of another adapter. */
+LORASYNCI_FN int lorasynci_ask_engine(const lorasynci_directory *d, const char *file, const char *adapter,
+                                      lorasync_receipt *out)
+{
+    lorasynci_note engine, note;
+    if (!lorasynci_read_note(d->engines_fd, file, &engine)) return 0;
+    if (engine.is_locked ? !engine.is_held : engine.receipt.age_ms > lorasynci_note_ms) {
+        unlinkat(d->receipts_fd, file, 0);
+        unlinkat(d->engines_fd, file, 0);
+        return 0;
+    }
+    if (engine.receipt.adapter[0] && strcmp(engine.receipt.adapter, adapter) != 0) return 0;
+    *out = lorasynci_read_note(d->receipts_fd, file, &note) ? note.receipt : engine.receipt;
+    return 1;
+}
+
+/* A receipt of an engine that is not registered: another program's, or what a dead one has left. */
+LORASYNCI_FN int lorasynci_ask_stranger(const lorasynci_directory *d, const char *file, lorasync_receipt *out)
+{
+    lorasynci_note note;
+    if (lorasynci_look(d->engines_fd, file) == 0 || !lorasynci_read_note(d->receipts_fd, file, &note)) return 0;
+    if (note.is_locked || note.receipt.age_ms > lorasynci_note_ms) {
+        unlinkat(d->receipts_fd, file, 0);
+        return 0;
+    }
+    *out = note.receipt;
+    return 1;
+}
+
+/* The transport's receipts: engines that are registered, then the others. */
+LORASYNCI_FN lorasync_status lorasynci_directory_receipts(void *user, const char *adapter, size_t index,
+                                                          lorasync_receipt *out, lorasync_error *err)
+{
+    lorasynci_directory *d      = (lorasynci_directory *)user;
+    const int            failed = index == 0 ? lorasynci_begin_receipts(d, adapter) : 0;
+    if (failed)
+        return lorasynci_fail(err, LORASYNC_E_IO, "cannot look for receipts in %s: %s", lorasynci_end_of(d->path),
+                              strerror(failed));
+    for (;;) {
+        const struct dirent *entry = d->notes ? readdir(d->notes) : NULL;
+        if (!entry && d->past_engines) break;
+        if (!entry) {
+            d->past_engines = 1;
+            if (d->notes) closedir(d->notes);
+            d->notes = d->receipts_fd < 0 ? NULL : lorasynci_list_directory(d->receipts_fd);
+            continue;
+        }
+        if (entry->d_name[0] == '.') continue;
+        if (d->past_engines ? lorasynci_ask_stranger(d, entry->d_name, out)
+                            : lorasynci_ask_engine(d, entry->d_name, adapter, out))
+            return LORASYNC_OK;
+    }
+    lorasynci_end_receipts(d);
+    return LORASYNC_NOTHING_NEW;
+}
+
 /* What was published stays. */
 LORASYNCI_FN void lorasynci_directory_close(void *user)
 {
     lorasynci_directory *d = (lorasynci_directory *)user;
     lorasync_allocator   a = d->a;
+    lorasynci_end_receipts(d);
     lorasynci_dealloc(&a, d->path);
     lorasynci_dealloc(&a, d);
 }
@@ -17808,7 +17995,8 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     d->a             = a;
     d->path          = path;
     d->keep_versions = desc->keep_versions ? desc->keep_versions : 3;
-    d->no_fsync      = desc->no_fsync;
+    d->engines_fd = d->receipts_fd = -1;
+    d->no_fsync                    = desc->no_fsync;
     memset(out, 0, sizeof *out);
     out->size          = sizeof *out;
     out->name          = path;
@@ -17818,6 +18006,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     out->commit        = lorasynci_directory_commit;
     out->abort         = lorasynci_directory_abort;
     out->close         = lorasynci_directory_close;
+    out->receipts      = lorasynci_directory_receipts;
     out->takes_buckets = 1;
     out->carries       = LORASYNC_CARRIES_ADAPTER | LORASYNC_CARRIES_BASE;
     return LORASYNC_OK;
@@ -20772,12 +20961,18 @@ LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_kept_version *p
    A look lists <path>, or asks for one adapter; its version is what `latest` says, its mark tells the model file from
    any other. A version that has been handed over keeps its file mapped. */
 typedef struct lorasynci_directory_source {
-    lorasync_allocator a;
-    char              *path;
-    const char        *only;       /* an adapter, the engine's text; NULL: all */
-    int                fd;         /* of path while a look goes on; else -1 */
-    DIR               *list;       /* the same, without `only` */
-    int                has_latest; /* it holds versions, not adapters */
+    lorasync_allocator   a;
+    char                *path;
+    const char          *only;       /* an adapter, the engine's text; NULL: all */
+    int                  fd;         /* of path while a look goes on; else -1 */
+    DIR                 *list;       /* the same, without `only` */
+    int                  has_latest; /* it holds versions, not adapters */
+    const lorasynci_who *who;        /* the engine's */
+    char                 file[96];   /* of its receipts: name and nonce */
+    int                  engine_fd;  /* the file that says that it lives, locked; -1: none yet */
+    long                 pid;        /* of the process that made it */
+    int                  is_locked;  /* 0: there are no locks here */
+    int                  failed;     /* the errno of the last try to make it */
 } lorasynci_directory_source;
 
 typedef struct lorasynci_held_files {
@@ -20817,6 +21012,145 @@ LORASYNCI_FN void lorasynci_end_look(lorasynci_directory_source *s)
     s->fd   = -1;
 }
 
+/* -- who reads a directory */
+
+/* Opens a folder in another and makes it if need be. -1 with errno. An engine that closes may be removing it. */
+LORASYNCI_FN int lorasynci_open_folder(int at, const char *name)
+{
+    int i, fd = -1;
+    for (i = 0; i < 8 && fd < 0; i++) {
+        if (mkdirat(at, name, 0777) != 0 && errno != EEXIST) return -1;
+        fd = lorasynci_open_directory(at, name);
+        if (fd < 0 && errno != ENOENT) return -1;
+    }
+    return fd;
+}
+
+/* A new file in such a folder. -1 with errno. */
+LORASYNCI_FN int lorasynci_open_note(int at, const char *folder, const char *file)
+{
+    int i, fd = -1;
+    for (i = 0; i < 8 && fd < 0; i++) {
+        const int in = lorasynci_open_folder(at, folder);
+        int       failed;
+        if (in < 0) return -1;
+        fd     = openat(in, file, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
+        failed = errno;
+        close(in);
+        errno = failed;
+        if (fd < 0 && failed != ENOENT) return -1;
+    }
+    return fd;
+}
+
+/* The file that says that the engine lives, and which adapter it takes: its name has no control characters. 0 or an
+   errno. */
+LORASYNCI_FN int lorasynci_write_engine(const lorasynci_directory_source *s)
+{
+    const char *from = s->only ? s->only : "";
+    char        adapter[404], text[480], *to = adapter;
+    for (; *from && to < adapter + sizeof adapter - 2; from++) {
+        if (*from == '"' || *from == '\\') *to++ = '\\';
+        *to++ = *from;
+    }
+    *to = 0;
+    snprintf(text, sizeof text, "{\"adapter\":%s%s%s,\"locked\":%s}\n", s->only ? "\"" : "", s->only ? adapter : "null",
+             s->only ? "\"" : "", s->is_locked ? "true" : "false");
+    return lorasynci_write_all(s->engine_fd, text, strlen(text));
+}
+
+/* Registers the engine among those that read here; once in each process. 0 or an errno. */
+LORASYNCI_FN int lorasynci_register_engine(lorasynci_directory_source *s)
+{
+    int root;
+    if (s->engine_fd >= 0 && s->pid == (long)getpid()) return 0;
+    if (s->engine_fd >= 0) close(s->engine_fd); /* the parent's, which has it open, too */
+    s->engine_fd = -1;
+    s->pid       = (long)getpid();
+    root         = lorasynci_open_directory(AT_FDCWD, s->path);
+    if (root < 0) return errno;
+    snprintf(s->file, sizeof s->file, "%s-%016llx", s->who->name, (unsigned long long)lorasynci_random());
+    s->engine_fd = lorasynci_open_note(root, LORASYNCI_ENGINES, s->file);
+    s->failed    = s->engine_fd < 0 ? errno : 0;
+    close(root);
+    if (s->failed) return s->failed;
+    s->is_locked     = flock(s->engine_fd, LOCK_EX | LOCK_NB) == 0;
+    return s->failed = lorasynci_write_engine(s);
+}
+
+/* Takes away the receipt of an adapter, and the folder if it was the last. */
+LORASYNCI_FN void lorasynci_remove_receipt(const lorasynci_directory_source *s, int root, const char *adapter)
+{
+    const int fd = lorasynci_open_directory(root, adapter);
+    char      file[128];
+    if (fd < 0) return;
+    snprintf(file, sizeof file, LORASYNCI_RECEIPTS "/%s", s->file);
+    if (unlinkat(fd, file, 0) == 0) unlinkat(fd, LORASYNCI_RECEIPTS, AT_REMOVEDIR);
+    close(fd);
+}
+
+/* The engine closes: nothing of it stays. In a fork all is the parent's. */
+LORASYNCI_FN void lorasynci_unregister_engine(const lorasynci_directory_source *s)
+{
+    const int      mine = s->engine_fd >= 0 && s->pid == (long)getpid();
+    const int      root = mine ? lorasynci_open_directory(AT_FDCWD, s->path) : -1;
+    DIR           *list = root >= 0 && !s->only ? lorasynci_list_directory(root) : NULL;
+    struct dirent *entry;
+    char           file[128];
+    while (list && (entry = readdir(list)) != NULL)
+        if (entry->d_name[0] != '.') lorasynci_remove_receipt(s, root, entry->d_name);
+    if (list) closedir(list);
+    if (root >= 0 && s->only) lorasynci_remove_receipt(s, root, s->only);
+    snprintf(file, sizeof file, LORASYNCI_ENGINES "/%s", s->file);
+    if (root >= 0 && unlinkat(root, file, 0) == 0) unlinkat(root, LORASYNCI_ENGINES, AT_REMOVEDIR);
+    if (root >= 0) close(root);
+    if (s->engine_fd >= 0) close(s->engine_fd);
+}
+
+/* Writes a receipt beside the versions of an adapter; a new file, renamed over the one before. 0 or an errno. */
+LORASYNCI_FN int lorasynci_write_receipt(const lorasynci_directory_source *s, int adapter_fd, const lorasync_receipt *r)
+{
+    char bound[24] = "null", text[300], fresh[128], file[128], temporary[104];
+    int  fd, failed;
+    if (r->num_bound >= 0) snprintf(bound, sizeof bound, "%lld", (long long)r->num_bound);
+    snprintf(text, sizeof text,
+             "{\"version\":%llu,\"digest\":\"%016llx\",\"num_tensors\":%llu,\"num_bound\":%s,\"locked\":%s}\n",
+             (unsigned long long)r->version, (unsigned long long)r->digest, (unsigned long long)r->num_tensors, bound,
+             s->is_locked ? "true" : "false");
+    snprintf(temporary, sizeof temporary, ".%s", s->file);
+    snprintf(fresh, sizeof fresh, LORASYNCI_RECEIPTS "/%s", temporary);
+    snprintf(file, sizeof file, LORASYNCI_RECEIPTS "/%s", s->file);
+    unlinkat(adapter_fd, fresh, 0);
+    fd = lorasynci_open_note(adapter_fd, LORASYNCI_RECEIPTS, temporary);
+    if (fd < 0) return errno;
+    failed = lorasynci_write_all(fd, text, strlen(text));
+    if (close(fd) != 0 && !failed && errno != EINTR) failed = errno;
+    if (!failed && renameat(adapter_fd, fresh, adapter_fd, file) != 0) failed = errno;
+    if (failed) unlinkat(adapter_fd, fresh, 0);
+    return failed;
+}
+
+/* The source's acknowledge. */
+LORASYNCI_FN lorasync_status lorasynci_directory_acknowledge(void *user, const lorasync_receipt *receipt,
+                                                             lorasync_error *err)
+{
+    lorasynci_directory_source *s      = (lorasynci_directory_source *)user;
+    const int                   failed = lorasynci_register_engine(s);
+    const int                   fd     = lorasynci_open_directory(s->fd, receipt->adapter);
+    int                         reason = fd < 0 ? errno : failed;
+    if (!reason) reason = lorasynci_write_receipt(s, fd, receipt);
+    if (!reason && !s->is_locked) futimens(s->engine_fd, NULL); /* its age counts */
+    if (fd >= 0) close(fd);
+    if (!reason) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_IO,
+        "version %llu of '%.60s' is served, and the publisher does not know: no receipt can be written "
+        "below %s: %s",
+        (unsigned long long)receipt->version, receipt->adapter, lorasynci_end_of(s->path), strerror(reason));
+}
+
+/* -- looking into a directory */
+
 /* LORASYNC_NOTHING_NEW while the directory is not there. */
 LORASYNCI_FN lorasync_status lorasynci_begin_look(lorasynci_directory_source *s, lorasync_error *err)
 {
@@ -20827,6 +21161,8 @@ LORASYNCI_FN lorasync_status lorasynci_begin_look(lorasynci_directory_source *s,
     if (s->fd < 0 && errno == ENOENT) return LORASYNC_NOTHING_NEW;
     if (s->fd < 0)
         return lorasynci_fail(err, LORASYNC_E_IO, "cannot open the directory %s: %s", where, strerror(errno));
+    /* known before its first receipt; tried once */
+    if (!s->who->is_silent && !s->failed) lorasynci_register_engine(s);
     if (s->only) return LORASYNC_OK;
     s->list = lorasynci_list_directory(s->fd);
     if (s->list) return LORASYNC_OK;
@@ -20982,12 +21318,13 @@ LORASYNCI_FN void lorasynci_directory_source_close(void *user)
     lorasynci_directory_source *s = (lorasynci_directory_source *)user;
     lorasync_allocator          a = s->a;
     lorasynci_end_look(s);
+    lorasynci_unregister_engine(s);
     lorasynci_dealloc(&a, s->path);
     lorasynci_dealloc(&a, s);
 }
 
-/* only: text of the engine's, which outlives the source, or NULL. */
-LORASYNCI_FN lorasync_status lorasynci_directory_source_open(const char *directory, const char *only,
+/* who: the engine's, which outlives the source. */
+LORASYNCI_FN lorasync_status lorasynci_directory_source_open(const char *directory, const lorasynci_who *who,
                                                              const lorasync_allocator *a, lorasync_source *out,
                                                              lorasync_error *err)
 {
@@ -20999,15 +21336,18 @@ LORASYNCI_FN lorasync_status lorasynci_directory_source_open(const char *directo
         lorasynci_dealloc(a, path);
         return lorasynci_fail_memory(err, sizeof *s);
     }
-    s->a       = *a;
-    s->path    = path;
-    s->only    = only;
-    s->fd      = -1;
-    out->name  = path;
-    out->user  = s;
-    out->look  = lorasynci_directory_look;
-    out->open  = lorasynci_directory_open_version;
-    out->close = lorasynci_directory_source_close;
+    s->a             = *a;
+    s->path          = path;
+    s->only          = who->only;
+    s->who           = who;
+    s->fd            = -1;
+    s->engine_fd     = -1;
+    out->name        = path;
+    out->user        = s;
+    out->look        = lorasynci_directory_look;
+    out->open        = lorasynci_directory_open_version;
+    out->close       = lorasynci_directory_source_close;
+    out->acknowledge = lorasynci_directory_acknowledge;
     return LORASYNC_OK;
 }
 
@@ -21621,7 +21961,7 @@ LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lor
     if (desc->source) return lorasynci_source_copy(desc->source, &e->source, err);
     if (desc->shm) return lorasynci_shm_source_open(desc->shm, e->gpu, &e->who, &e->a, &e->source, err);
     if (!desc->directory) return LORASYNC_OK;
-    return lorasynci_directory_source_open(desc->directory, e->adapter, &e->a, &e->source, err);
+    return lorasynci_directory_source_open(desc->directory, &e->who, &e->a, &e->source, err);
 }
 
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out,
@@ -25979,6 +26319,8 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 #undef LORASYNCI_BASE_INDEX
 #undef LORASYNCI_BASE_CONFIG
 #undef LORASYNCI_MAX_DIRECTORY
+#undef LORASYNCI_ENGINES
+#undef LORASYNCI_RECEIPTS
 #undef LORASYNCI_POPULATE
 #undef LORASYNCI_MAX_CONFIG
 #undef LORASYNCI_VERSIONS

@@ -172,13 +172,14 @@ static void write_text(const char *path, const void *bytes, size_t num_bytes)
 
 static void write_string(const char *path, const char *text) { write_text(path, text, strlen(text)); }
 
-/* Names in a directory, "." and ".." not counted. */
+/* Names in a directory, "." and ".." not counted, nor what its readers leave there. */
 static int count_names(const char *path)
 {
-    DIR *list = opendir(path);
-    int  num  = 0;
+    DIR           *list = opendir(path);
+    struct dirent *entry;
+    int            num = 0;
     if (!list) return -1;
-    while (readdir(list)) num++;
+    while ((entry = readdir(list)) != NULL) num += strcmp(entry->d_name, ".receipts") != 0;
     closedir(list);
     return num - 2;
 }

@@ -18,13 +18,43 @@ enum {
 
 /* -- a place to publish in, new for each test */
 
-static char shm_name[64];
+typedef enum place {
+    SHM,
+    DIRECTORY
+} place;
 
-static void fresh_shm(void)
+static place where; /* that the test uses now */
+static char  shm_name[64];
+static char  folder[64]; /* "": none */
+
+/* Each %s becomes the path. */
+static void run(const char *command, const char *path)
+{
+    char   line[300];
+    size_t n = 0;
+    for (; *command; command++) {
+        if (strncmp(command, "%s", 2) != 0) line[n++] = *command;
+        else n += (size_t)snprintf(line + n, sizeof line - n, "%s", path), command++;
+    }
+    line[n] = 0;
+    CHECK_EQ(system(line), 0);
+}
+
+static void drop_place(void)
+{
+    if (shm_name[0]) lorasync_shm_remove(shm_name, NULL);
+    if (folder[0]) run("rm -rf '%s'", folder);
+    shm_name[0] = folder[0] = 0;
+}
+
+static void fresh_place(void)
 {
     static int number;
-    if (shm_name[0]) lorasync_shm_remove(shm_name, NULL);
+    drop_place();
     snprintf(shm_name, sizeof shm_name, "test-receipts-%ld-%d", (long)getpid(), number++);
+    if (where == SHM) return;
+    strcpy(folder, "/tmp/test-receipts-XXXXXX");
+    CHECK(mkdtemp(folder) != NULL);
 }
 
 /* -- engine processes */
@@ -103,11 +133,12 @@ static void stop_engines(void)
     }
 }
 
-static lorasync_engine_desc shm_engine(const char *engine, const char *adapter)
+static lorasync_engine_desc engine_of(const char *engine, const char *adapter)
 {
     lorasync_engine_desc d;
     memset(&d, 0, sizeof d);
-    d.shm     = shm_name;
+    if (where == SHM) d.shm = shm_name;
+    else d.directory = folder;
     d.name    = engine;
     d.adapter = adapter;
     return d;
@@ -169,14 +200,19 @@ static lorasync_status open_trainer(trainer *t, const lorasync_desc *d, const lo
     return lorasync_compile(t->session, err);
 }
 
-static lorasync_transport open_shm(void)
+static lorasync_transport open_place(void)
 {
-    lorasync_shm_desc  d;
-    lorasync_transport t;
-    lorasync_error     err;
+    lorasync_shm_desc       d;
+    lorasync_directory_desc dd;
+    lorasync_transport      t;
+    lorasync_error          err;
     memset(&d, 0, sizeof d);
-    d.name = shm_name;
-    if (lorasync_shm_open(&d, &t, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    memset(&dd, 0, sizeof dd);
+    d.name       = shm_name;
+    dd.directory = folder;
+    dd.no_fsync  = 1;
+    if ((where == SHM ? lorasync_shm_open(&d, &t, &err) : lorasync_directory_open(&dd, &t, &err)) < 0)
+        test_fail(__FILE__, __LINE__, err.text);
     return t;
 }
 
@@ -211,8 +247,8 @@ static void nobody_is_seen(void)
     lorasync_error     err;
     trainer            trainer;
     size_t             num = 7;
-    fresh_shm();
-    t = open_shm();
+    fresh_place();
+    t = open_place();
     REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
     CHECK_EQ(sync_version(&trainer, 1, &report, &err), 0);
     CHECK_EQ(report.num_engines, 1);
@@ -234,11 +270,11 @@ static void one_is_counted(void)
     lorasync_error          err;
     const lorasync_receipt *r;
     trainer                 trainer;
-    fresh_shm();
-    t = open_shm();
+    fresh_place();
+    t = open_place();
     REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
-    mine   = shm_engine("vllm-0", NULL);
-    others = shm_engine("vllm-1", "critic");
+    mine   = engine_of("vllm-0", NULL);
+    others = engine_of("vllm-1", "critic");
     e      = open_engine(&mine);
     other  = open_engine(&others);
     CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
@@ -289,10 +325,10 @@ static void silence_is_kept(void)
     lorasync_error       err;
     lorasync_receipt     r;
     trainer              trainer;
-    fresh_shm();
-    t = open_shm();
+    fresh_place();
+    t = open_place();
     REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
-    ed             = shm_engine("vllm-0", NULL);
+    ed             = engine_of("vllm-0", NULL);
     ed.no_receipts = 1;
     e              = open_engine(&ed);
     CHECK_EQ(sync_version(&trainer, 1, &report, &err), 0);
@@ -345,10 +381,10 @@ static void received_by_all(void)
     for (w = 0; w < 3; w++) {
         lorasync_transport t;
         reset_stage();
-        fresh_shm();
-        t = open_shm();
+        fresh_place();
+        t = open_place();
         for (i = 0; i < 3; i++) {
-            lorasync_engine_desc ed = shm_engine(names[i], NULL);
+            lorasync_engine_desc ed = engine_of(names[i], NULL);
             start_engine(i, &ed, "policy");
         }
         run_threads(worlds[w], wait_on_ranks, &t);
@@ -366,12 +402,12 @@ static void lag_on_ranks(rank_context *c)
     trainer             trainer;
     unsigned long long  start;
     d.require_receipts   = c->rank == 0 ? 2 : 0;
-    d.receipt_timeout_ms = c->rank == 0 ? test_ms(100) : 0;
+    d.receipt_timeout_ms = c->rank == 0 ? test_ms(80) : 0;
     if (open_trainer(&trainer, &d, t, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
     if (sync_version(&trainer, 1, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
     start = test_now_ns();
     CHECK_EQ(sync_version(&trainer, 2, &report, &err), LORASYNC_E_RECEIPT);
-    CHECK(test_now_ns() - start >= (unsigned long long)test_ms(100) * 1000000u);
+    CHECK(test_now_ns() - start >= (unsigned long long)test_ms(80) * 1000000u);
     CHECK_EQ(err.status, LORASYNC_E_RECEIPT);
     CHECK_HAS(err.text, "version 2 is published, and 1 of the 2 engine processes required have received it");
     CHECK_HAS(err.text, "late (v1)");
@@ -399,15 +435,16 @@ static void who_lags_is_named(void)
     static const int worlds[] = {1, 2, 4};
     size_t           w;
     for (w = 0; w < 3; w++) {
+        if (where == DIRECTORY && w != 1) continue; /* ranks do not see the difference */
         lorasync_engine_desc good, late, never;
         lorasync_engine     *e;
         lorasync_transport   t;
         reset_stage();
-        fresh_shm();
-        t                   = open_shm();
-        good                = shm_engine("good", NULL);
-        late                = shm_engine("late", NULL);
-        never               = shm_engine("never", NULL);
+        fresh_place();
+        t                   = open_place();
+        good                = engine_of("good", NULL);
+        late                = engine_of("late", NULL);
+        never               = engine_of("never", NULL);
         shared->stuck_at[1] = 1;
         start_engine(0, &good, "policy");
         start_engine(1, &late, "policy");
@@ -429,15 +466,15 @@ static void killed_engines(void)
     lorasync_error       err;
     trainer              trainer;
     reset_stage();
-    fresh_shm();
-    t = open_shm();
-    a = shm_engine("first", NULL);
-    b = shm_engine("second", NULL);
-    c = shm_engine("third", NULL);
+    fresh_place();
+    t = open_place();
+    a = engine_of("first", NULL);
+    b = engine_of("second", NULL);
+    c = engine_of("third", NULL);
     start_engine(0, &a, "policy");
     start_engine(1, &b, "policy");
     d.require_receipts   = 2;
-    d.receipt_timeout_ms = test_ms(150);
+    d.receipt_timeout_ms = test_ms(80);
     REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
     if (sync_version(&trainer, 1, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
     kill_engine(1);
@@ -467,9 +504,9 @@ static void waiting_sleeps(void)
     lorasync_error       err;
     trainer              trainer;
     clock_t              start;
-    fresh_shm();
-    t  = open_shm();
-    ed = shm_engine("asleep", NULL);
+    fresh_place();
+    t  = open_place();
+    ed = engine_of("asleep", NULL);
     e  = open_engine(&ed);
     CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
     d.require_receipts   = 1;
@@ -497,15 +534,15 @@ static void receipts_allocate_nothing(void)
     trainer              trainer;
     long                 total;
     size_t               num;
-    fresh_shm();
-    t = open_shm();
+    fresh_place();
+    t = open_place();
     memset(&memory, 0, sizeof memory);
     a.alloc     = test_memory_alloc;
     a.free      = test_memory_free;
     a.user      = &memory;
     d.allocator = &a;
     REQUIRE(open_trainer(&trainer, &d, &t, &err) == LORASYNC_OK);
-    ed = shm_engine("vllm-0", NULL);
+    ed = engine_of("vllm-0", NULL);
     e  = open_engine(&ed);
     CHECK_EQ(sync_version(&trainer, 1, &report, &err), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
@@ -578,7 +615,7 @@ static void own_transports(void)
     trainer            trainer;
     size_t             num;
     d.require_receipts   = 1;
-    d.receipt_timeout_ms = test_ms(150);
+    d.receipt_timeout_ms = test_ms(80);
     o.num                = 2;
     strcpy(o.list[0].engine, "far-0");
     strcpy(o.list[1].engine, "far-1");
@@ -787,21 +824,290 @@ static void own_sources(void)
     drop_image(second);
 }
 
+/* -- receipts as files */
+
+/* The names in a folder but for . and .., sorted, with blanks between; "-" if it is not there. */
+static const char *names_in(const char *below)
+{
+    static char text[1000];
+    char        line[300];
+    FILE       *f;
+    size_t      n;
+    snprintf(line, sizeof line, "cd '%s/%s' 2>/dev/null && ls -A | sort | tr '\\n' ' ' || printf -", folder, below);
+    f       = popen(line, "r");
+    n       = f ? fread(text, 1, sizeof text - 1, f) : 0;
+    text[n] = 0;
+    if (f) pclose(f);
+    return text;
+}
+
+static void write_text(const char *below, const char *text)
+{
+    char  path[200];
+    FILE *f;
+    snprintf(path, sizeof path, "%s/%s", folder, below);
+    f = fopen(path, "w");
+    CHECK(f && fputs(text, f) >= 0 && fclose(f) == 0);
+}
+
+/* A trainer with version 1 published in a new directory. */
+static void open_published(trainer *t, lorasync_report *report)
+{
+    lorasync_transport transport;
+    lorasync_desc      d = trainer_desc(NULL);
+    lorasync_error     err;
+    where = DIRECTORY;
+    fresh_place();
+    transport = open_place();
+    CHECK_EQ(open_trainer(t, &d, &transport, &err), 0);
+    CHECK_EQ(sync_version(t, 1, report, &err), 0);
+}
+
+/* The exact bytes; and that nothing is left. */
+static void files(void)
+{
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_report      report;
+    trainer              trainer;
+    char                 expected[400], path[300], before[200], *text;
+    open_published(&trainer, &report);
+    strcpy(before, names_in("policy"));
+    ed = engine_of("vllm-0", NULL);
+    e  = open_engine(&ed);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    CHECK_EQ(strncmp(names_in(".engines"), "vllm-0-", 7), 0);
+    snprintf(path, sizeof path, "%s", names_in("policy/.receipts"));
+    REQUIRE(strlen(path) == strlen("vllm-0-0123456789abcdef "));
+    path[strlen(path) - 1] = 0;
+    snprintf(expected, sizeof expected, "%s/policy/.receipts/%s", folder, path);
+    text = test_read(expected, NULL);
+    snprintf(path, sizeof path,
+             "{\"version\":1,\"digest\":\"%016llx\",\"num_tensors\":2,\"num_bound\":null,\"locked\":true}\n",
+             (unsigned long long)report.digest);
+    CHECK_TEXT(text, path);
+    free(text);
+    lorasync_engine_close(e);
+    CHECK_TEXT(names_in(".engines"), "-");
+    CHECK_TEXT(names_in("policy"), before);
+    lorasync_close(trainer.session);
+}
+
+/* What a killed engine has left is taken away. */
+static void files_of_the_dead(void)
+{
+    lorasync_engine_desc ed;
+    lorasync_report      report;
+    trainer              trainer;
+    open_published(&trainer, &report);
+    reset_stage();
+    ed = engine_of("vllm-0", NULL);
+    start_engine(0, &ed, "policy");
+    CHECK(receipt_of(&trainer, "vllm-0"));
+    kill_engine(0);
+    CHECK_EQ(strncmp(names_in("policy/.receipts"), "vllm-0-", 7), 0);
+    CHECK(!receipt_of(&trainer, "vllm-0"));
+    CHECK_TEXT(names_in("policy/.receipts"), "");
+    CHECK_TEXT(names_in(".engines"), "");
+    lorasync_close(trainer.session);
+}
+
+/* A directory in which no receipt can be written: the version is served, and the engine says why nobody knows. */
+static void no_receipt_possible(void)
+{
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_report      report;
+    lorasync_receipt     r;
+    lorasync_error       err;
+    trainer              trainer;
+    open_published(&trainer, &report);
+    write_text(".engines", "no folder");
+    ed          = engine_of("vllm-0", NULL);
+    e           = open_engine(&ed);
+    err.text[0] = 0;
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(err.text[0], 0);
+    CHECK_EQ(lorasync_engine_receipt(e, "policy", &r, &err), LORASYNC_E_IO);
+    CHECK_HAS(err.text, "version 1 of 'policy' is served, and the publisher does not know");
+    CHECK_HAS(err.text, folder);
+    CHECK_HAS(err.text, "Not a directory");
+    CHECK_EQ(r.version, 1);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    run("rm '%s/.engines' && : > '%s/policy/.receipts'", folder); /* the other one */
+    CHECK_EQ(sync_version(&trainer, 2, &report, &err), 0);
+    CHECK_EQ(report.num_received + report.num_lagging, 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_receipt(e, "policy", &r, &err), LORASYNC_E_IO);
+    CHECK_EQ(r.version, 2);
+    run("rm '%s/policy/.receipts'", folder); /* and with the next version all is well */
+    CHECK_EQ(sync_version(&trainer, 3, &report, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_receipt(e, "policy", &r, &err), 0);
+    CHECK(receipt_of(&trainer, "vllm-0") && receipt_of(&trainer, "vllm-0")->version == 3);
+    lorasync_engine_close(e);
+    lorasync_close(trainer.session);
+}
+
+/* Receipts of programs of another kind count for a day; what is none of these is left alone. */
+static void strangers(void)
+{
+    static const char *const bad[] = {"",
+                                      "{",
+                                      "[]",
+                                      "{\"version\":-1}",
+                                      "{\"version\":1,\"digest\":\"xyz\"}",
+                                      "{\"version\":1} x",
+                                      "{\"version\":\"1\"}",
+                                      "{\"digest\":5}"};
+    lorasync_report          report;
+    lorasync_error           err;
+    const lorasync_receipt  *r;
+    trainer                  trainer;
+    char                     text[200];
+    size_t                   i;
+    open_published(&trainer, &report);
+    run("mkdir -p '%s/policy/.receipts' '%s/.engines'", folder);
+    for (i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        snprintf(text, sizeof text, "policy/.receipts/bad-%d", (int)i);
+        write_text(text, bad[i]);
+    }
+    run("mkdir '%s/policy/.receipts/folder' && ln -s nowhere '%s/policy/.receipts/link'", folder);
+    run("head -c 5000 /dev/zero | tr '\\0' ' ' > '%s/policy/.receipts/long'", folder);
+    snprintf(text, sizeof text, "{\"version\": 1, \"more\": [{}], \"digest\": \"%016llx\", \"num_bound\": 1}",
+             (unsigned long long)report.digest);
+    write_text("policy/.receipts/sglang", text);
+    write_text("policy/.receipts/.sglang", text); /* not renamed yet */
+    write_text("policy/.receipts/stale", text);
+    write_text("policy/.receipts/orphan", "{\"version\":1,\"locked\":true}");
+    run("touch -d '25 hours ago' '%s/policy/.receipts/stale'", folder);
+    write_text(".engines/nolocks-0123456789abcdef", "{\"adapter\":\"policy\",\"locked\":false}");
+    write_text(".engines/critic", "{\"adapter\":\"critic\"}");
+    write_text(".engines/gone", "{\"adapter\":null,\"locked\":false}");
+    run("touch -d '25 hours ago' '%s/.engines/gone'", folder);
+    r = receipt_of(&trainer, "sglang");
+    CHECK(r && r->version == 1 && r->digest == report.digest && r->num_tensors == 0 && r->num_bound == 1);
+    r = receipt_of(&trainer, "nolocks");
+    CHECK(r && r->version == 0 && r->num_bound == -1);
+    CHECK(r && strcmp(r->adapter, "policy") == 0);
+    CHECK(!receipt_of(&trainer, "stale") && !receipt_of(&trainer, "orphan") && !receipt_of(&trainer, "bad-0"));
+    CHECK(!receipt_of(&trainer, "critic") && !receipt_of(&trainer, "gone"));
+    CHECK_TEXT(names_in(".engines"), "critic nolocks-0123456789abcdef ");
+    CHECK(!strstr(names_in("policy/.receipts"), "stale") && !strstr(names_in("policy/.receipts"), "orphan"));
+    CHECK(strstr(names_in("policy/.receipts"), "bad-0") && strstr(names_in("policy/.receipts"), "folder"));
+    CHECK_EQ(sync_version(&trainer, 2, &report, &err), 0);
+    CHECK_EQ(report.num_received, 0);
+    CHECK_EQ(report.num_lagging, 2);
+    lorasync_close(trainer.session);
+}
+
+/* An adapter's name is a text in JSON. */
+static void quoted_names(void)
+{
+    static const char    name[] = "a\"b\\c \xc3\xa9";
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_receipt     r;
+    lorasync_transport   t;
+    where = DIRECTORY;
+    fresh_place();
+    t  = open_place();
+    ed = engine_of("vllm-0", name);
+    e  = open_engine(&ed);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    memset(&r, 0, sizeof r);
+    CHECK_EQ(t.receipts(t.user, name, 0, &r, NULL), 0);
+    CHECK_TEXT(r.engine, "vllm-0");
+    CHECK_EQ(t.receipts(t.user, name, 1, &r, NULL), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(t.receipts(t.user, "a", 0, &r, NULL), LORASYNC_NOTHING_NEW);
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
+/* A fork that closes its parent's engine takes nothing of it away. */
+static void forks(void)
+{
+    lorasync_engine_desc ed;
+    lorasync_engine     *e;
+    lorasync_report      report;
+    trainer              trainer;
+    pid_t                child;
+    open_published(&trainer, &report);
+    ed = engine_of("vllm-0", "policy");
+    e  = open_engine(&ed);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+    fflush(NULL);
+    child = fork();
+    if (child == 0) {
+        lorasync_engine_close(e);
+        _exit(0);
+    }
+    waitpid(child, NULL, 0);
+    CHECK(receipt_of(&trainer, "vllm-0") && receipt_of(&trainer, "vllm-0")->version == 1);
+    lorasync_engine_close(e);
+    lorasync_close(trainer.session);
+}
+
+/* Engines that come and go remove and make the same folders. */
+static void come_and_go(void)
+{
+    lorasync_report report;
+    trainer         trainer;
+    pid_t           children[3];
+    char            before[200];
+    int             i, k, status;
+    open_published(&trainer, &report);
+    strcpy(before, names_in("policy"));
+    fflush(NULL);
+    for (i = 0; i < 3; i++) {
+        children[i] = fork();
+        if (children[i]) continue;
+        test_errors = 0;
+        for (k = 0; k < 40; k++) {
+            lorasync_engine_desc ed = engine_of("e", i == 0 ? "policy" : NULL);
+            lorasync_engine     *e  = open_engine(&ed);
+            lorasync_receipt     r;
+            lorasync_error       err;
+            err.text[0] = 0;
+            CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_OK);
+            if (lorasync_engine_receipt(e, "policy", &r, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+            lorasync_engine_close(e);
+        }
+        _exit(test_errors != 0);
+    }
+    for (k = 0; k < 200; k++) receipt_of(&trainer, "e");
+    for (i = 0; i < 3; i++) CHECK(waitpid(children[i], &status, 0) == children[i] && status == 0);
+    CHECK_TEXT(names_in(".engines"), "-");
+    CHECK_TEXT(names_in("policy"), before);
+    lorasync_close(trainer.session);
+}
+
+/* A test at one place, in both. */
+#define RUN_AT(at, function) (where = (at), test_run(#function " (" #at ")", function))
+#define RUN_BOTH(function) (RUN_AT(SHM, function), RUN_AT(DIRECTORY, function))
+
 int main(void)
 {
-    RUN(nobody_is_seen);
-    RUN(one_is_counted);
-    RUN(silence_is_kept);
-    RUN(received_by_all);
-    RUN(who_lags_is_named);
-    RUN(killed_engines);
-    RUN(waiting_sleeps);
-    RUN(receipts_allocate_nothing);
+    RUN_BOTH(nobody_is_seen);
+    RUN_BOTH(one_is_counted);
+    RUN_BOTH(silence_is_kept);
+    RUN_BOTH(received_by_all);
+    RUN_BOTH(who_lags_is_named);
+    RUN_BOTH(killed_engines);
+    RUN_BOTH(waiting_sleeps);
+    RUN_BOTH(receipts_allocate_nothing);
     RUN(own_transports);
     RUN(failing_receipts);
     RUN(refused);
     RUN(offers);
     RUN(own_sources);
-    if (shm_name[0]) lorasync_shm_remove(shm_name, NULL);
+    RUN(files);
+    RUN(files_of_the_dead);
+    RUN(no_receipt_possible);
+    RUN(strangers);
+    RUN(quoted_names);
+    RUN(forks);
+    RUN(come_and_go);
+    drop_place();
     return test_summary("test_receipts");
 }
