@@ -56,7 +56,7 @@ export BUILD GCC GXX CLANG CLANGXX NVCC CUDA_HOME MPICC MPIRUN PYTHON CPPCHECK L
 
 .DELETE_ON_ERROR:
 .PHONY: gpu-build test-gpu sanitize-gpu ptx help test check test-slow test-asan test-tsan test-valgrind matrix model \
-    interop examples mpi-examples demo bench bench-gpu format check-format clean \
+    interop examples mpi-examples demo bench bench-wake bench-gpu format check-format clean \
         programs run FORCE
 
 help: ## lists the targets
@@ -230,6 +230,9 @@ examples: $(EXAMPLES) mpi-examples ## builds the examples into build/examples
 
 bench: $(BUILD)/bench/bench ## builds and runs bench/bench.c (BENCH_ARGS="...")
 	@$(BUILD)/bench/bench $(BENCH_ARGS)
+
+bench-wake: $(BUILD)/bench/bench_wake ## how long until an engine of another process holds a version (BENCH_ARGS="--publish")
+	@$(BUILD)/bench/bench_wake $(BENCH_ARGS)
 
 bench-gpu: ## on GPUs, beside NCCL, plain copies and torch (BENCH_ARGS="2 --quick")
 	@bench/run_gpu.sh $(BENCH_ARGS)

@@ -1,8 +1,10 @@
 #!/bin/sh
 # usage: bench/run_gpu.sh [N] [--layout fsdp|tp2|ep] [--quick] [--only MODEL] [--own-comm] [--bucket MIB]
-# Builds bench_gpu.c, runs it and torch_gather.py on N GPUs (default: all) and prints one table. Without a GPU, CUDA's
-# headers or a compiler it says so and succeeds. Set CUDA_HOME, NCCL_HOME, CC, PYTHON, LIMIT (seconds for each of the
-# two programs, 110) or OUT_DIR to choose.
+#        bench/run_gpu.sh [N] --wake
+# Builds bench_gpu.c, runs it and torch_gather.py on N GPUs (default: all) and prints one table; then, or with --wake
+# alone, how long it takes until an engine of another process holds a version (bench_wake.c). Without a GPU, CUDA's
+# headers or a compiler it says so and succeeds. Set CUDA_HOME, NCCL_HOME, CC, PYTHON, LIMIT (seconds for each
+# program, 110) or OUT_DIR to choose.
 cd "$(dirname "$0")/.." || exit 1
 here=$PWD
 CC=${CC:-gcc}
@@ -78,6 +80,17 @@ else
     nccl_include=-DBENCH_NO_NCCL
     nccl_flags=
 fi
+wake() # builds and runs bench_wake.c
+{
+    "$CC" -std=gnu99 -O3 -march=native -Wall -Wextra -DBENCH_CUDA -I"$here" -isystem "$cuda/include" \
+        bench/bench_wake.c -o "$out/bench_wake" "$cudart" -Wl,-rpath,"$(dirname "$cudart")" -lm -lpthread -lrt -ldl &&
+        timeout -k 5 "$LIMIT" "$out/bench_wake" "$n"
+}
+
+if [ "${1:-}" = --wake ]; then
+    wake
+    exit
+fi
 set -x
 "$CC" -std=gnu99 -O3 -march=native -Wall -Wextra -I"$here" $nccl_include -isystem "$cuda/include" \
     bench/bench_gpu.c -o "$out/bench_gpu" $nccl_flags "$cudart" \
@@ -103,4 +116,6 @@ fi
 smi=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1)
 "$PYTHON" bench/gpu_table.py "$out/ours.jsonl" "$out/torch.jsonl" "$n" "$smi" "$command" ||
     cat "$out/ours.jsonl" "$out/torch.jsonl"
-[ $ours -eq 0 ] && [ $theirs -eq 0 ]
+wake
+woken=$?
+[ $ours -eq 0 ] && [ $theirs -eq 0 ] && [ $woken -eq 0 ]
