@@ -16134,6 +16134,7 @@ typedef struct lorasynci_target {
 
 /* What a session knows besides. */
 typedef struct lorasynci_write_more {
+    const lorasynci_pairs *pairs; /* of the tensors, which it has read */
     const char *const *whole; /* ends of modules, as target_modules would list them, that modules of other ranks have */
     size_t             num_whole;
 } lorasynci_write_more;
@@ -16569,7 +16570,8 @@ LORASYNCI_FN lorasync_status lorasynci_writer_run(lorasynci_config_writer *w, co
                                                   size_t num_tensors, lorasynci_buffer *out)
 {
     if (w->desc->config) lorasynci_config_hints(w->desc->config, &w->hints);
-    LORASYNCI_TRY(lorasynci_pairs_read(&w->pairs, tensors, num_tensors, &w->hints, &w->a, w->err));
+    if (w->more) w->pairs = *w->more->pairs; /* lent */
+    else LORASYNCI_TRY(lorasynci_pairs_read(&w->pairs, tensors, num_tensors, &w->hints, &w->a, w->err));
     LORASYNCI_TRY(lorasynci_writer_targets(w));
     lorasynci_put_text(&w->raw, "{");
     if (w->desc->config) LORASYNCI_TRY(lorasynci_writer_from_config(w));
@@ -16577,8 +16579,7 @@ LORASYNCI_FN lorasync_status lorasynci_writer_run(lorasynci_config_writer *w, co
     return lorasynci_writer_finish(w, out);
 }
 
-/* lorasync_config_write. With `more`, names that look like LoRA and are none were told apart where they were
-   declared. */
+/* lorasync_config_write. With `more`, the tensors are those of its pairs. */
 LORASYNCI_FN lorasync_status lorasynci_write_config(const lorasync_config_write_desc *desc,
                                                     const lorasynci_write_more *more, const lorasync_tensor *tensors,
                                                     size_t num_tensors, const lorasync_allocator *a, char **out,
@@ -16588,16 +16589,15 @@ LORASYNCI_FN lorasync_status lorasynci_write_config(const lorasync_config_write_
     lorasynci_buffer        text;
     lorasync_status         status;
     memset(&w, 0, sizeof w);
-    w.a            = *a;
-    w.desc         = desc;
-    w.err          = err;
-    w.more         = more;
-    w.hints.proven = more != NULL;
+    w.a    = *a;
+    w.desc = desc;
+    w.err  = err;
+    w.more = more;
     lorasynci_buffer_init(&w.raw, &w.a);
     lorasynci_buffer_init(&text, &w.a);
     w.pairs.a = w.a;
     status    = lorasynci_writer_run(&w, tensors, num_tensors, &text);
-    lorasynci_pairs_free(&w.pairs);
+    if (!more) lorasynci_pairs_free(&w.pairs);
     lorasynci_dealloc(&w.a, w.targets);
     lorasynci_dealloc(&w.a, w.saved);
     lorasynci_dealloc(&w.a, w.saved_text);
@@ -23575,12 +23575,6 @@ LORASYNCI_FN int lorasynci_hash_order(const void *x, const void *y)
     return a < b ? -1 : a > b;
 }
 
-LORASYNCI_FN int lorasynci_name_hash_order(const void *x, const void *y)
-{
-    const uint64_t a = lorasynci_name_hash(*(const char *const *)x), b = lorasynci_name_hash(*(const char *const *)y);
-    return a < b ? -1 : a > b;
-}
-
 LORASYNCI_FN int lorasynci_claim_order(const void *x, const void *y)
 {
     const lorasynci_claim *a = (const lorasynci_claim *)x, *b = (const lorasynci_claim *)y;
@@ -23618,11 +23612,10 @@ LORASYNCI_FN size_t lorasynci_survey_find(const lorasynci_survey *v, const char 
     return lo < num && v->claims[lo].name == hash ? lo : num;
 }
 
-/* 1 if there is LoRA on the module, on any rank. */
-LORASYNCI_FN int lorasynci_survey_has_lora(const lorasynci_survey *v, const char *module)
+/* 1 if there is LoRA on the module, on any rank; it is given by its first claim. */
+LORASYNCI_FN int lorasynci_survey_has_lora(const lorasynci_survey *v, size_t first)
 {
-    size_t i = lorasynci_survey_find(v, module);
-    return i < v->num[0] && v->claims[i].form <= LORASYNCI_CLAIM_EMBEDDING;
+    return first < v->num[0] && v->claims[first].form <= LORASYNCI_CLAIM_EMBEDDING;
 }
 
 /* -- claims, made by the root */
@@ -23694,26 +23687,50 @@ LORASYNCI_FN int lorasynci_goes_by_kind(const lorasync_session *s)
     return !s->desc.filter || !s->desc.filter->target_modules;
 }
 
+/* A name and its hash, by which it is sorted. */
+typedef struct lorasynci_hashed {
+    uint64_t    hash;
+    const char *text;
+} lorasynci_hashed;
+
+/* Makes the ends and their hashes: each once. */
+LORASYNCI_FN lorasync_status lorasynci_survey_hash_ends(const lorasync_session *s, lorasynci_survey *v,
+                                                        lorasync_error *err)
+{
+    const size_t      num = v->pairs.num;
+    size_t            i, n = 0;
+    lorasynci_hashed *all = (lorasynci_hashed *)lorasynci_alloc_array(&s->host.a, num, sizeof *all);
+    if (!all) return lorasynci_fail_memory(err, num * sizeof *all);
+    for (i = 0; i < num; i++) {
+        all[i].text = lorasynci_target_name(lorasynci_pair_module(&v->pairs, i));
+        all[i].hash = lorasynci_name_hash(all[i].text);
+    }
+    if (num) qsort(all, num, sizeof *all, lorasynci_hash_order);
+    for (i = 0; i < num; i++) {
+        if (i && all[i].hash == all[i - 1].hash) continue;
+        v->ends[n]     = all[i].text;
+        v->hashes[n++] = all[i].hash;
+    }
+    v->num[1] = n;
+    lorasynci_dealloc(&s->host.a, all);
+    return LORASYNC_OK;
+}
+
 /* Makes the hashes of ends and kinds. */
 LORASYNCI_FN lorasync_status lorasynci_survey_hash(const lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
 {
     const size_t num = v->pairs.num;
-    size_t       i, n = 0;
+    uint64_t    *kinds;
+    size_t       i;
     v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, num, 2 * sizeof *v->hashes);
     v->ends   = (const char **)lorasynci_alloc_array(&s->host.a, num, sizeof *v->ends);
     if (!v->hashes || !v->ends) return lorasynci_fail_memory(err, num * 3 * sizeof *v->hashes);
-    if (lorasynci_makes_targets(s) && num) {
-        for (i = 0; i < num; i++) v->ends[i] = lorasynci_target_name(lorasynci_pair_module(&v->pairs, i));
-        qsort((void *)v->ends, num, sizeof *v->ends, lorasynci_name_hash_order);
-        for (i = 0; i < num; i++)
-            if (!i || strcmp(v->ends[i], v->ends[n - 1]) != 0) v->ends[n++] = v->ends[i];
-        for (i = 0; i < n; i++) v->hashes[i] = lorasynci_name_hash(v->ends[i]);
-    }
-    v->num[1] = n;
+    if (lorasynci_makes_targets(s)) LORASYNCI_TRY(lorasynci_survey_hash_ends(s, v, err));
     if (!lorasynci_goes_by_kind(s) || !num) return LORASYNC_OK;
-    for (i = 0; i < num; i++) v->hashes[n + i] = lorasynci_kind_hash(lorasynci_pair_module(&v->pairs, i));
-    qsort(v->hashes + n, num, sizeof *v->hashes, lorasynci_hash_order);
-    v->num[2] = lorasynci_unique_hashes(v->hashes + n, num);
+    kinds = v->hashes + v->num[1];
+    for (i = 0; i < num; i++) kinds[i] = lorasynci_kind_hash(lorasynci_pair_module(&v->pairs, i));
+    qsort(kinds, num, sizeof *kinds, lorasynci_hash_order);
+    v->num[2] = lorasynci_unique_hashes(kinds, num);
     return LORASYNC_OK;
 }
 
@@ -23797,13 +23814,15 @@ LORASYNCI_FN lorasync_status lorasynci_fail_shape(const lorasync_session *s, con
         shape);
 }
 
-/* Holds a weight of this rank against the claims on it. An expert's pair belongs to one of its module's parameters. */
+/* Holds a weight of this rank against the claims on it, from the first on. An expert's pair belongs to one of its
+   module's parameters. */
 LORASYNCI_FN void lorasynci_survey_weight(const lorasync_session *s, const lorasynci_survey *v,
-                                          const lorasynci_base_weight *w, char *met)
+                                          const lorasynci_base_weight *w, size_t first, char *met)
 {
     const int either = !s->config || s->config->info.fan_in_fan_out;
-    size_t    i = lorasynci_survey_find(v, lorasynci_host_text(&s->host, w->name)), first = i;
-    for (; i < v->num[0] && v->claims[i].name == v->claims[first].name; i++) {
+    size_t    i;
+    if (w->saved) first = lorasynci_survey_find(v, lorasynci_host_text(&s->host, w->name));
+    for (i = first; i < v->num[0] && v->claims[i].name == v->claims[first].name; i++) {
         const lorasynci_claim *c = &v->claims[i];
         if (w->saved != (c->form == LORASYNCI_CLAIM_SAVED)) continue;
         if (w->ndim == 1 && c->form != LORASYNCI_CLAIM_BIAS && !w->saved) continue; /* a stand-in */
@@ -23812,15 +23831,12 @@ LORASYNCI_FN void lorasynci_survey_weight(const lorasync_session *s, const loras
     }
 }
 
-/* Holds all weights of this rank against the claims. */
-LORASYNCI_FN void lorasynci_survey_weights(const lorasync_session *s, const lorasynci_survey *v, lorasynci_row *row)
+/* Says of the first claim that no weight of this rank fits, if there is one, which does not. */
+LORASYNCI_FN void lorasynci_survey_wrong(const lorasync_session *s, const lorasynci_survey *v, lorasynci_row *row)
 {
     const lorasynci_base_weight *w   = (const lorasynci_base_weight *)(const void *)s->weights.data;
     size_t                       num = s->weights.size / sizeof *w, i, k;
-    char                        *met = lorasynci_row_met(row);
-    for (i = 0; i < num; i++) lorasynci_survey_weight(s, v, &w[i], met);
-    if (s->desc.allow_shapes) return;
-    for (k = 0; k < v->num[0] && met[k] != LORASYNCI_MET_WRONG;) k++;
+    for (k = 0; k < v->num[0] && lorasynci_row_met(row)[k] != LORASYNCI_MET_WRONG;) k++;
     if (k == v->num[0]) return;
     for (i = 0; i < num && row->wrong.status == LORASYNC_OK; i++)
         if (w[i].saved == (v->claims[k].form == LORASYNCI_CLAIM_SAVED) &&
@@ -23847,18 +23863,27 @@ LORASYNCI_FN int lorasynci_must_have_lora(const lorasync_session *s, const loras
     return lorasynci_find_hash(kinds, (size_t)v->num[2], lorasynci_kind_hash(module)) < v->num[2];
 }
 
-/* Looks for modules of this rank that must have LoRA and have none. Where weights are published there is no adapter. */
+/* Looks at the modules of this rank and their weights, which were noted behind them. Where base weights are published
+   there is no adapter that could have holes. */
 LORASYNCI_FN void lorasynci_survey_modules(const lorasync_session *s, const lorasynci_survey *v, lorasynci_row *row)
 {
     const lorasynci_base_module *m   = (const lorasynci_base_module *)(const void *)s->modules.data;
-    size_t                       num = s->modules.size / sizeof *m, i;
-    if (s->desc.allow_missing || lorasynci_wants_base(s)) return;
+    const lorasynci_base_weight *w   = (const lorasynci_base_weight *)(const void *)s->weights.data;
+    const size_t                 num = s->modules.size / sizeof *m, num_weights = s->weights.size / sizeof *w;
+    const int                    holes = !s->desc.allow_missing && !lorasynci_wants_base(s);
+    size_t                       i, k = 0;
     for (i = 0; i < num; i++) {
-        const char *module = lorasynci_host_text(&s->host, m[i].name);
-        if (!m[i].has_weight || lorasynci_survey_has_lora(v, module) || !lorasynci_must_have_lora(s, v, module))
+        const char  *module = lorasynci_host_text(&s->host, m[i].name);
+        const size_t first  = lorasynci_survey_find(v, module);
+        for (; k < num_weights && (w[k].saved || w[k].name == m[i].name); k++)
+            lorasynci_survey_weight(s, v, &w[k], first, lorasynci_row_met(row));
+        if (!holes || !m[i].has_weight || lorasynci_survey_has_lora(v, first) ||
+            !lorasynci_must_have_lora(s, v, module))
             continue;
         if (!row->num_missing++) snprintf(row->missing, sizeof row->missing, "%.190s", module);
     }
+    LORASYNC_ASSERT(k == num_weights);
+    if (!s->desc.allow_shapes) lorasynci_survey_wrong(s, v, row);
 }
 
 /* Looks whether one module of this rank ends like one with LoRA. */
@@ -23868,11 +23893,12 @@ LORASYNCI_FN void lorasynci_survey_end(const lorasync_session *s, const lorasync
     const char *end;
     int         whole = 0;
     size_t      i, ends = (size_t)v->num[1];
-    if (lorasynci_survey_has_lora(v, module)) return;
+    if (lorasynci_survey_has_lora(v, lorasynci_survey_find(v, module))) return;
     if (s->config && lorasynci_excluded(s->config, module)) return;
     for (i = 0; s->config && i < s->config->saved.num; i++)
         if (lorasynci_lies_in(module, s->config->saved.at[i])) return;
-    for (end = strchr(module, '.'); end; end = strchr(end + 1, '.')) whole |= lorasynci_survey_has_lora(v, end + 1);
+    for (end = strchr(module, '.'); end; end = strchr(end + 1, '.'))
+        whole |= lorasynci_survey_has_lora(v, lorasynci_survey_find(v, end + 1));
     for (end = module; end; end = strchr(end, '.'), end = end ? end + 1 : NULL) {
         i = lorasynci_find_hash(v->hashes, ends, lorasynci_name_hash(end));
         if (i == ends) continue;
@@ -23928,7 +23954,6 @@ LORASYNCI_FN lorasync_status lorasynci_survey_collect(lorasync_session *s, loras
                                       s->host.talk.timeout_ms, err));
     LORASYNCI_TRY(lorasynci_talk_tell(&s->host.talk, root, v->hashes, num_hashes * sizeof *v->hashes,
                                       s->host.talk.timeout_ms, err));
-    lorasynci_survey_weights(s, v, row);
     lorasynci_survey_modules(s, v, row);
     if (!here) lorasynci_survey_ends(s, v, row); /* the root's own modules are looked at when the config is made */
     for (rank = 0; rank < (here ? world : 1); rank++) {
@@ -24177,6 +24202,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_write(lorasync_session *s, lorasy
     modules = lorasynci_session_modules(s, &w.num_modules);
     if (!modules) return lorasynci_fail_memory(err, w.num_modules * sizeof *modules);
     more.whole   = v->ends;
+    more.pairs   = &v->pairs;
     w.config     = s->config;
     w.lora_alpha = s->desc.lora_alpha;
     w.base_model = s->base_model;

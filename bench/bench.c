@@ -701,6 +701,145 @@ static void bench_plan(void)
     free(data);
 }
 
+/* -- compile: sessions whose ranks all know the base model, which proves what they publish */
+
+typedef struct compile_rank {
+    lorasync_comm      comm;
+    const tensor_list *list;
+    const char        *config;
+    void              *data;
+    int                repeat;
+    double             cpu[16], proof[16]; /* of lorasync_compile; of the proofs alone */
+} compile_rank;
+
+/* All LoRA, and the base weight of each lora_B: as many rows as it, and columns as the lora_A before it. */
+static lorasync_session *compile_open(const compile_rank *r)
+{
+    lorasync_piece   *pieces = fsdp2_pieces(r->list, LORASYNC_F32, r->comm.rank, r->comm.world, r->data, 1);
+    lorasync_session *s;
+    lorasync_desc     d;
+    lorasync_error    err;
+    char              name[NAME];
+    size_t            i;
+    memset(&d, 0, sizeof d);
+    d.comm        = &r->comm;
+    d.wire_dtype  = LORASYNC_BF16;
+    d.config_json = r->config;
+    d.lora_alpha  = r->config ? 0 : 16;
+    d.timeout_ms  = 600000;
+    must(lorasync_open(&d, &s, &err), "lorasync_open", &err);
+    for (i = 0; i < r->list->num; i++) {
+        lorasync_piece base = pieces[i];
+        must(lorasync_add(s, &pieces[i], &err), "lorasync_add", &err);
+        if (i % 2 == 0) continue;
+        snprintf(name, sizeof name, "%.*sbase_layer.weight", (int)(strstr(base.name, "lora_B") - base.name), base.name);
+        base.name     = name;
+        base.shape[1] = pieces[i - 1].shape[1];
+        must(lorasync_add(s, &base, &err), "lorasync_add", &err);
+    }
+    free(pieces);
+    return s;
+}
+
+static double run_compile(lorasync_session *s)
+{
+    lorasync_error err;
+    double         cpu = seconds(CLOCK_THREAD_CPUTIME_ID);
+    must(lorasync_compile(s, &err), "lorasync_compile", &err);
+    return seconds(CLOCK_THREAD_CPUTIME_ID) - cpu;
+}
+
+/* The proofs once more, as compile has them; with the reading of pairs, which the making of the config shares. */
+static double run_proof(lorasync_session *s)
+{
+    lorasynci_survey survey;
+    lorasync_error   err;
+    double           cpu = seconds(CLOCK_THREAD_CPUTIME_ID);
+    memset(&survey, 0, sizeof survey);
+    survey.pairs.a = s->host.a;
+    must(lorasynci_survey_talk(s, &survey, &err), "proof", &err);
+    if (s->plan->has_image) must(lorasynci_survey_shapes(s, &survey, &err), "shapes", &err);
+    if (s->plan->has_image) must(lorasynci_survey_holes(s, &survey, &err), "holes", &err);
+    if (s->plan->has_image && s->num_proved * 2 != s->plan->image->num_tensors) die("proof", "not all is proved");
+    lorasynci_survey_free(&survey, &s->host.a);
+    return seconds(CLOCK_THREAD_CPUTIME_ID) - cpu;
+}
+
+static void *compile_thread(void *user)
+{
+    compile_rank  *r = (compile_rank *)user;
+    lorasync_error err;
+    char           all[64];
+    int            i;
+    for (i = 0; i < r->repeat; i++) {
+        lorasync_session *s = compile_open(r);
+        must(r->comm.all_gather(r->comm.user, "", all, 1, 600000, &err), "all_gather", &err); /* all begin together */
+        r->cpu[i]   = run_compile(s);
+        r->proof[i] = run_proof(s);
+        lorasync_close(s);
+    }
+    return NULL;
+}
+
+static void print_compile(const compile_rank *ranks, int world, size_t num_tensors, const char *what)
+{
+    samples whole, proof;
+    char    name[NAME];
+    int     i, who;
+    for (who = 0; who < (world > 1 ? 2 : 1); who++) {
+        whole.num = proof.num = 0;
+        for (i = 0; i < ranks[0].repeat; i++) sample(&whole, ranks[who].cpu[i]), sample(&proof, ranks[who].proof[i]);
+        snprintf(name, sizeof name, "%zu tensors, %d ranks, %s: %s, CPU", num_tensors, world, what,
+                 who ? "rank 1" : "root");
+        row_ms("compile", name, &whole, 0, NULL);
+        snprintf(name, sizeof name, "   of it proofs");
+        row_ms("compile", name, &proof, median(&whole), "compile");
+    }
+}
+
+static void bench_compile_of(const tensor_list *list, int world, const char *config, const char *what, void *data)
+{
+    compile_rank   *ranks   = (compile_rank *)get((size_t)world * sizeof *ranks);
+    pthread_t      *threads = (pthread_t *)get((size_t)world * sizeof *threads);
+    lorasync_local *local;
+    lorasync_error  err;
+    int             r;
+    must(lorasync_local_open(world, &local, &err), "lorasync_local_open", &err);
+    for (r = 0; r < world; r++) {
+        memset(&ranks[r], 0, sizeof ranks[r]);
+        must(lorasync_local_join(local, r, &ranks[r].comm, &err), "lorasync_local_join", &err);
+        ranks[r].list   = list;
+        ranks[r].data   = data;
+        ranks[r].config = config;
+        ranks[r].repeat = 5;
+    }
+    for (r = 0; r < world; r++)
+        if (pthread_create(&threads[r], NULL, compile_thread, &ranks[r]) != 0) die("pthread_create", "no thread");
+    for (r = 0; r < world; r++) pthread_join(threads[r], NULL);
+    print_compile(ranks, world, list->num, what);
+    lorasync_local_close(local);
+    free(ranks);
+    free(threads);
+}
+
+static void bench_compile(void)
+{
+    static const char config[] = "{\"peft_type\":\"LORA\",\"r\":16,\"lora_alpha\":16,\"target_modules\":[\"q_proj\","
+                                 "\"k_proj\",\"v_proj\",\"o_proj\",\"gate_proj\",\"up_proj\",\"down_proj\"]}";
+    model             m        = option.quick ? qwen_06b : qwen_30b;
+    void             *data     = get((size_t)8 << 20); /* more than any piece */
+    tensor_list       list;
+    int               world;
+    m.r  = 16;
+    list = list_make(&m, ".default");
+    for (world = 1; world <= 8; world *= 2) {
+        bench_compile_of(&list, world, NULL, "no config", data);
+        bench_compile_of(&list, world, config, "config", data);
+    }
+    list_free(&list);
+    free(data);
+}
+
 /* -- image */
 
 static double run_layout(void *user)
@@ -1283,6 +1422,7 @@ static const group groups[] = {
     {"convert", bench_convert, "lorasync_convert, in cache and in memory"},
     {"digest", bench_digest, "lorasync_digest, in cache and in memory"},
     {"plan", bench_plan, "lorasync_plan_create for 504 and 37,248 tensors on 2 to 64 ranks: time and memory"},
+    {"compile", bench_compile, "lorasync_compile for 37,248 tensors on 1 to 8 ranks, and its proofs from base weights"},
     {"image", bench_image, "safetensors header of 37,248 tensors: write, read, find; digest"},
     {"shm", bench_shm, "publishing to engines of this host through shared memory, against memcpy"},
     {"names", bench_names, "parsing and filtering 56,115 parameter names"},
