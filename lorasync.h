@@ -121,11 +121,12 @@
                        engine does with it; slots that an engine has mapped; payloads in device memory, the engine's
                        side; the source; handing a version over
        >>engine     poll, validate, pin, find, release
-                    -- reading; names of a file's tensors; one adapter outside any engine; serving; digests of payloads
-                       in device memory; digesting while the header is read; an engine; the directory as a source; who
-                       reads a directory; looking into a directory; opening versions of a directory; arrivals; reading
-                       and checking an arrival; serving an arrival; polling; receipts of what is served; what is to be
-                       done about an adapter; readers; opening and closing
+                    -- reading; names of a file's tensors; one adapter outside any engine; binding; looking for a
+                       prefix; the report of a binding; serving; digests of payloads in device memory; digesting while
+                       the header is read; an engine; the directory as a source; who reads a directory; looking into a
+                       directory; opening versions of a directory; arrivals; reading and checking an arrival; serving an
+                       arrival; polling; receipts of what is served; what is to be done about an adapter; readers;
+                       opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
@@ -296,6 +297,7 @@ LORASYNC_API unsigned lorasync_features(void);
     X(LORASYNC_E_BASE, -19, "not the base of this delta")                                                              \
     /* the version is published all the same: see lorasync_desc.require_receipts */                                    \
     X(LORASYNC_E_RECEIPT, -20, "published, not received")                                                              \
+    X(LORASYNC_E_BIND, -21, "tensors without a module")                                                                \
     /* the communicator is lost: close, make a new one, open again */                                                  \
     X(LORASYNC_E_TIMEOUT, -100, "deadline passed")                                                                     \
     X(LORASYNC_E_PEER, -101, "a rank is gone")                                                                         \
@@ -1741,6 +1743,57 @@ typedef struct lorasync_published {
     uint64_t generation; /* of the version: see lorasync_desc.new_generation; 0: that of what is served, or not known */
 } lorasync_published;
 
+/* A module of the engine's model to which a LoRA adapter can be applied, as the adapter sees it: an engine that has q,
+   k and v in one lists the three. */
+typedef struct lorasync_engine_module {
+    const char *name;    /* "model.layers.0.self_attn.q_proj" */
+    int64_t     in, out; /* its features: columns and rows of a linear weight; 0: not known */
+} lorasync_engine_module;
+
+#define LORASYNC_BIND_NAMES 4 /* of each kind, in a report */
+
+/* A tensor that does not fit the module that it names. */
+typedef struct lorasync_bind_conflict {
+    const char *key;
+    const char *what; /* "in" or "out" */
+    int64_t     expected, found;
+} lorasync_bind_conflict;
+
+/* How an adapter fits a list of modules. Its names belong to the image and to the list. Every tensor is bound,
+   unmatched or in conflict. */
+typedef struct lorasync_bind_report {
+    size_t num_tensors;
+    size_t num_bound;
+    size_t num_unmatched; /* tensors whose module is not in the list */
+    size_t num_conflicts; /* tensors of another shape than their module's */
+    size_t num_unused;    /* modules without a tensor; usual, since most adapters have LoRA on some */
+    /* The first of each, in the order of the image and of the list; NULL behind the last. */
+    const char            *unmatched[LORASYNC_BIND_NAMES];
+    const char            *unused[LORASYNC_BIND_NAMES];
+    lorasync_bind_conflict conflicts[LORASYNC_BIND_NAMES];
+    /* Where other tensors would be bound if the modules of the keys began otherwise: key_prefix in front of them goes
+       ("": nothing), module_prefix comes there. */
+    size_t num_with_prefix; /* that would then be bound; 0: no prefix binds more */
+    char   key_prefix[128];
+    char   module_prefix[128];
+} lorasync_bind_report;
+
+/* Matches an adapter with the modules of an engine. A tensor is bound if the list has the module of its key
+   (lorasync_name), and its shape fits where the list knows more: columns of lora_A are `in`, rows of lora_B `out`; a
+   whole weight of two dimensions has both, in either order. Names are compared whole.
+
+   allocator  for memory that is freed before the call returns; may be NULL
+   out        filled in
+
+   Errors: LORASYNC_E_ARGUMENT (also for a module without a name), LORASYNC_E_MEMORY. */
+LORASYNC_API lorasync_status lorasync_bind(const lorasync_image *image, const lorasync_engine_module *modules,
+                                           size_t num_modules, const lorasync_allocator *allocator,
+                                           lorasync_bind_report *out, lorasync_error *err);
+
+/* Writes a report as text: "2 of 4 tensors are bound; without a module: base_model.model.layers.0.q_proj.lora_A.weight
+   and 1 more; ..". Returns what snprintf would. */
+LORASYNC_API int lorasync_bind_text(const lorasync_bind_report *report, char *out, size_t size);
+
 /* Where an engine takes versions from when it is polled. lorasync_engine_open makes one for a directory or for shared
    memory; lorasync_engine_desc.source is one of your own. The engine does the rest: it sees whether something is newer,
    opens it, checks it, serves it, and releases it.
@@ -1800,7 +1853,16 @@ typedef struct lorasync_engine_desc {
        host and process, as "node7-4711". Copied. */
     const char *name;
     int         no_receipts; /* 1: the publisher is told nothing of this engine */
+    /* What the engine can bind (lorasync_bind): receipts then say how much of a version it does. NULL: not said.
+       Copied. */
+    const lorasync_engine_module *modules;
+    size_t                        num_modules;
+    /* A version of which fewer tensors are bound is refused before it is served (LORASYNC_E_BIND); LORASYNC_BIND_ALL:
+       one of which any tensor is not. 0: all are served. Needs `modules`. */
+    size_t require_bound;
 } lorasync_engine_desc;
+
+#define LORASYNC_BIND_ALL ((size_t)-1)
 
 /* With accept_device an adapter's image may have on_device = 1.
 
@@ -1860,6 +1922,7 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
        LORASYNC_E_CUDA         with accept_device: memory that cannot be opened or read
        LORASYNC_E_IO           the system's reason; with accept_device, device memory of a publisher that has ended or
                                closed
+       LORASYNC_E_BIND         fewer tensors than require_bound have a module: names the first of the others
        LORASYNC_E_PAIR, LORASYNC_E_CONFIG, LORASYNC_E_EMPTY, LORASYNC_E_DIGEST, LORASYNC_E_UNSUPPORTED,
        LORASYNC_E_MEMORY, and what look and open of your own source returned */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
@@ -1887,7 +1950,7 @@ LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int t
        LORASYNC_E_STATE        a delta in device memory, or against a version in device memory
        LORASYNC_E_BUSY         8 versions of that adapter are held: let readers release some, and offer it again
        LORASYNC_E_DIGEST, LORASYNC_E_PAIR, LORASYNC_E_CONFIG, LORASYNC_E_EMPTY, LORASYNC_E_MEMORY, LORASYNC_E_CUDA,
-       LORASYNC_E_ARGUMENT */
+       LORASYNC_E_BIND, LORASYNC_E_ARGUMENT */
 LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, const lorasync_delivery *delivery,
                                                    lorasync_error *err);
 
@@ -20522,6 +20585,273 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
     return LORASYNC_OK;
 }
 
+/* -- binding: the modules of an engine and the tensors of an adapter */
+
+/* A list of modules that is found in by name. */
+typedef struct lorasynci_binding {
+    lorasync_allocator            a;
+    const lorasync_engine_module *modules;
+    size_t                        num;
+    lorasynci_table               table;
+    char                         *own; /* modules and names, where they are copies; or NULL */
+} lorasynci_binding;
+
+LORASYNCI_FN const char *lorasynci_module_name(const void *user, size_t index)
+{
+    return ((const lorasynci_binding *)user)->modules[index].name;
+}
+
+LORASYNCI_FN void lorasynci_binding_free(lorasynci_binding *b)
+{
+    if (b->table.cells) lorasynci_table_free(&b->table);
+    lorasynci_dealloc(&b->a, b->own);
+    memset(b, 0, sizeof *b);
+}
+
+/* The list is the caller's. */
+LORASYNCI_FN lorasync_status lorasynci_binding_init(lorasynci_binding *b, const lorasync_engine_module *modules,
+                                                    size_t num, const lorasync_allocator *a, lorasync_error *err)
+{
+    size_t i;
+    memset(b, 0, sizeof *b);
+    for (i = 0; i < num; i++)
+        if (!modules[i].name || !modules[i].name[0] || modules[i].in < 0 || modules[i].out < 0)
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "modules[%zu] has %s", i,
+                                  modules[i].name && modules[i].name[0] ? "a size below 0" : "no name");
+    b->a       = *a;
+    b->modules = modules;
+    b->num     = num;
+    if (!lorasynci_table_init(&b->table, a, num)) return lorasynci_fail_memory(err, num * sizeof(uint32_t));
+    for (i = 0; i < num; i++) lorasynci_table_insert(&b->table, modules[i].name, i, lorasynci_module_name, b);
+    return LORASYNC_OK;
+}
+
+/* The same of a copy. */
+LORASYNCI_FN lorasync_status lorasynci_binding_copy(lorasynci_binding *b, const lorasync_engine_module *modules,
+                                                    size_t num, const lorasync_allocator *a, lorasync_error *err)
+{
+    lorasync_engine_module *list;
+    char                   *own, *text;
+    size_t                  i, num_bytes;
+    lorasync_status         status;
+    LORASYNCI_TRY(lorasynci_binding_init(b, modules, num, a, err)); /* looks at the names */
+    for (i = 0, num_bytes = num * sizeof *list; i < num; i++) num_bytes += strlen(modules[i].name) + 1;
+    lorasynci_binding_free(b);
+    own = (char *)lorasynci_alloc_array(a, num_bytes, 1);
+    if (!own) return lorasynci_fail_memory(err, num_bytes);
+    list = (lorasync_engine_module *)(void *)own;
+    text = own + num * sizeof *list;
+    for (i = 0; i < num; i++) {
+        list[i]      = modules[i];
+        list[i].name = strcpy(text, modules[i].name);
+        text += strlen(text) + 1;
+    }
+    status = lorasynci_binding_init(b, list, num, a, err);
+    if (status >= 0) b->own = own;
+    else lorasynci_dealloc(a, own);
+    return status;
+}
+
+/* The number of a tensor's module, with another beginning where its name has `from` in front; SIZE_MAX: none. */
+LORASYNCI_FN size_t lorasynci_module_of(const lorasynci_binding *b, const lorasync_name *name, const char *from,
+                                        const char *to)
+{
+    const size_t n = strlen(from);
+    char         module[2 * LORASYNC_MAX_NAME];
+    if (strncmp(name->module, from, n) != 0)
+        return lorasynci_table_find(&b->table, name->module, lorasynci_module_name, b);
+    snprintf(module, sizeof module, "%s%s", to, name->module + n);
+    return lorasynci_table_find(&b->table, module, lorasynci_module_name, b);
+}
+
+/* 1 if a tensor has the shape that its module asks for; else what is wrong. */
+LORASYNCI_FN int lorasynci_fits_module(const lorasync_tensor *t, lorasync_role role, const lorasync_engine_module *m,
+                                       lorasync_bind_conflict *out)
+{
+    const int is_a = role == LORASYNC_ROLE_LORA_A || role == LORASYNC_ROLE_EMBEDDING_A;
+    const int is_b = role == LORASYNC_ROLE_LORA_B || role == LORASYNC_ROLE_EMBEDDING_B;
+    memset(out, 0, sizeof *out);
+    out->key  = t->name;
+    out->what = is_a ? "in" : "out";
+    if (is_a && t->ndim >= 2) out->expected = m->in, out->found = t->shape[1];
+    else if ((is_b && t->ndim >= 2) || role == LORASYNC_ROLE_LORA_B_BIAS)
+        out->expected = m->out, out->found = t->shape[0];
+    else if (role == LORASYNC_ROLE_BASE && t->ndim == 2 && m->in && m->out) {
+        if (t->shape[0] == m->in && t->shape[1] == m->out) return 1; /* an embedding, or fan_in_fan_out */
+        out->expected = m->out, out->found = t->shape[0];
+        if (t->shape[0] == m->out) out->what = "in", out->expected = m->in, out->found = t->shape[1];
+    }
+    return !out->expected || out->expected == out->found;
+}
+
+/* -- looking for a prefix */
+
+/* How many bytes two names have in common at their ends, counted in whole segments. */
+LORASYNCI_FN size_t lorasynci_common_end(const char *a, const char *b)
+{
+    size_t na = strlen(a), nb = strlen(b), n = 0, whole = 0;
+    while (n < na && n < nb && a[na - n - 1] == b[nb - n - 1]) {
+        n++;
+        if ((n == na || a[na - n - 1] == '.') && (n == nb || b[nb - n - 1] == '.')) whole = n;
+    }
+    return whole;
+}
+
+/* 1 if a segment of the front of a name begins with a digit: it tells layers or experts apart, and is no prefix. */
+LORASYNCI_FN int lorasynci_has_number(const char *front)
+{
+    int starts = 1;
+    for (; *front; starts = *front++ == '.')
+        if (starts && *front >= '0' && *front <= '9') return 1;
+    return 0;
+}
+
+/* How many tensors are bound when `from` in front of their modules becomes `to`. */
+LORASYNCI_FN size_t lorasynci_num_bound_as(const lorasynci_binding *b, const lorasync_image *image, const char *from,
+                                           const char *to)
+{
+    lorasync_bind_conflict conflict;
+    lorasync_name          name;
+    size_t                 i, num = 0;
+    for (i = 0; i < image->num_tensors; i++) {
+        const lorasync_tensor *t = &image->tensors[i];
+        size_t                 at;
+        if (lorasync_parse_name(t->name, &name, NULL) < 0) continue;
+        at = lorasynci_module_of(b, &name, from, to);
+        num += at != SIZE_MAX && lorasynci_fits_module(t, name.role, &b->modules[at], &conflict);
+    }
+    return num;
+}
+
+/* Of the modules whose names end as one that is not in the list: what they have in front, where that binds more than
+   was found before. Ends in common are longest where the rest of the name is right; several parts of a model may have
+   them, and the first eight are tried. */
+LORASYNCI_FN void lorasynci_try_prefixes(const lorasynci_binding *b, const lorasync_image *image, const char *module,
+                                         lorasync_bind_report *out)
+{
+    const size_t n = strlen(module);
+    size_t       i, longest = 0, tried = 0;
+    char         from[128], to[128];
+    for (i = 0; i < b->num; i++) {
+        const size_t end = lorasynci_common_end(module, b->modules[i].name);
+        if (end > longest) longest = end;
+    }
+    if (!longest || n - longest >= sizeof from) return;
+    snprintf(from, sizeof from, "%.*s", (int)(n - longest), module);
+    if (lorasynci_has_number(from)) return;
+    for (i = 0; i < b->num && tried < 8; i++) {
+        const char  *name  = b->modules[i].name;
+        const size_t front = strlen(name) - lorasynci_common_end(module, name);
+        size_t       num;
+        if (lorasynci_common_end(module, name) < longest || front >= sizeof to) continue;
+        snprintf(to, sizeof to, "%.*s", (int)front, name);
+        if (lorasynci_has_number(to)) continue;
+        tried++;
+        num = lorasynci_num_bound_as(b, image, from, to);
+        if (num <= out->num_bound || num <= out->num_with_prefix) continue;
+        out->num_with_prefix = num;
+        strcpy(out->key_prefix, from);
+        strcpy(out->module_prefix, to);
+    }
+}
+
+/* Tries what the first of the unmatched tensors have in common with modules. */
+LORASYNCI_FN void lorasynci_find_prefix(const lorasynci_binding *b, const lorasync_image *image,
+                                        lorasync_bind_report *out)
+{
+    lorasync_name name;
+    char          last[LORASYNC_MAX_NAME] = "";
+    int           i;
+    for (i = 0; i < LORASYNC_BIND_NAMES && out->unmatched[i]; i++) {
+        if (lorasync_parse_name(out->unmatched[i], &name, NULL) < 0 || strcmp(name.module, last) == 0) continue;
+        strcpy(last, name.module);
+        lorasynci_try_prefixes(b, image, name.module, out);
+    }
+}
+
+/* -- the report of a binding */
+
+/* Counts one tensor; used[i]: module i has one. */
+LORASYNCI_FN void lorasynci_bind_tensor(const lorasynci_binding *b, const lorasync_tensor *t, unsigned char *used,
+                                        lorasync_bind_report *out)
+{
+    lorasync_bind_conflict conflict;
+    lorasync_name          name;
+    size_t                 at = SIZE_MAX;
+    if (lorasync_parse_name(t->name, &name, NULL) >= 0) at = lorasynci_module_of(b, &name, "", "");
+    if (at == SIZE_MAX) {
+        if (out->num_unmatched < LORASYNC_BIND_NAMES) out->unmatched[out->num_unmatched] = t->name;
+        out->num_unmatched++;
+        return;
+    }
+    used[at] = 1;
+    if (lorasynci_fits_module(t, name.role, &b->modules[at], &conflict)) {
+        out->num_bound++;
+        return;
+    }
+    if (out->num_conflicts < LORASYNC_BIND_NAMES) out->conflicts[out->num_conflicts] = conflict;
+    out->num_conflicts++;
+}
+
+/* The whole report. */
+LORASYNCI_FN lorasync_status lorasynci_bind(const lorasynci_binding *b, const lorasync_image *image,
+                                            lorasync_bind_report *out, lorasync_error *err)
+{
+    unsigned char *used = (unsigned char *)lorasynci_alloc_array(&b->a, b->num, 1);
+    size_t         i;
+    memset(out, 0, sizeof *out);
+    if (!used) return lorasynci_fail_memory(err, b->num);
+    out->num_tensors = image->num_tensors;
+    for (i = 0; i < image->num_tensors; i++) lorasynci_bind_tensor(b, &image->tensors[i], used, out);
+    for (i = 0; i < b->num; i++) {
+        /* of two with one name the first is found */
+        if (used[i] || lorasynci_table_find(&b->table, b->modules[i].name, lorasynci_module_name, b) != i) continue;
+        if (out->num_unused < LORASYNC_BIND_NAMES) out->unused[out->num_unused] = b->modules[i].name;
+        out->num_unused++;
+    }
+    lorasynci_dealloc(&b->a, used);
+    if (out->num_unmatched) lorasynci_find_prefix(b, image, out);
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_bind(const lorasync_image *image, const lorasync_engine_module *modules,
+                                           size_t num_modules, const lorasync_allocator *allocator,
+                                           lorasync_bind_report *out, lorasync_error *err)
+{
+    lorasync_allocator a;
+    lorasynci_binding  b;
+    lorasync_status    status;
+    if (out) memset(out, 0, sizeof *out);
+    LORASYNCI_GIVEN(image);
+    LORASYNCI_GIVEN_IF(num_modules, modules);
+    LORASYNCI_GIVEN(out);
+    LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
+    LORASYNCI_TRY(lorasynci_binding_init(&b, modules, num_modules, &a, err));
+    status = lorasynci_bind(&b, image, out, err);
+    lorasynci_binding_free(&b);
+    return status;
+}
+
+LORASYNC_API int lorasync_bind_text(const lorasync_bind_report *report, char *out, size_t size)
+{
+    const lorasync_bind_conflict *c              = report ? &report->conflicts[0] : NULL;
+    char                          unmatched[200] = "", conflict[200] = "", prefix[330] = "", more[2][40] = {"", ""};
+    if (size) out[0] = 0;
+    if (!report) return 0;
+    if (report->num_unmatched > 1) snprintf(more[0], sizeof more[0], " and %zu more", report->num_unmatched - 1);
+    if (report->num_conflicts > 1) snprintf(more[1], sizeof more[1], " and %zu more", report->num_conflicts - 1);
+    if (report->num_unmatched)
+        snprintf(unmatched, sizeof unmatched, "; without a module: %.110s%s", report->unmatched[0], more[0]);
+    if (report->num_conflicts)
+        snprintf(conflict, sizeof conflict, "; %.90s has %lld %s features, its module %lld%s", c->key,
+                 (long long)c->found, c->what, (long long)c->expected, more[1]);
+    if (report->num_with_prefix)
+        snprintf(prefix, sizeof prefix, "; with the prefix \"%s\" instead of \"%s\" it would be %zu",
+                 report->module_prefix, report->key_prefix, report->num_with_prefix);
+    return snprintf(out, size, "%zu of %zu tensors are bound%s%s%s", report->num_bound, report->num_tensors, prefix,
+                    unmatched, conflict);
+}
+
 /* -- serving
 
        engine.first -> served -> served -> NULL        both grow at the head only, and are freed at close: any thread
@@ -20814,6 +21144,8 @@ struct lorasync_engine {
     lorasync_source    source;  /* look NULL: offers only */
     char              *adapter; /* or NULL: all */
     lorasynci_who      who;
+    lorasynci_binding  binding; /* of desc.modules; modules NULL: none are given */
+    size_t             require_bound;
     int                no_verify;
     lorasynci_gpu     *gpu; /* NULL: versions in device memory are refused */
     lorasynci_checker  checkers[LORASYNCI_CHECKERS];
@@ -21574,12 +21906,36 @@ LORASYNCI_FN lorasync_status lorasynci_fail_held(lorasync_error *err, const char
                           adapter, which, LORASYNCI_VERSIONS);
 }
 
+/* How many tensors of an arrival have a module of the engine, and whether that is enough; -1: it has said none. What is
+   served already, and is of the same names and shapes, is bound alike. */
+LORASYNCI_FN lorasync_status lorasynci_bind_arrival(const lorasynci_arrival *r, int64_t *out_num, lorasync_error *err)
+{
+    lorasync_engine     *e     = r->e;
+    const size_t         total = r->opened.image->num_tensors;
+    const size_t         need  = e->require_bound == LORASYNC_BIND_ALL ? total : e->require_bound;
+    lorasync_bind_report report;
+    char                 text[400];
+    *out_num = -1;
+    if (!e->binding.modules) return LORASYNC_OK;
+    if (lorasynci_is_checked(&r->opened, r->now ? &r->now->held : NULL)) {
+        *out_num = r->served->num_bound;
+        return LORASYNC_OK;
+    }
+    LORASYNCI_TRY(lorasynci_bind(&e->binding, r->opened.image, &report, err));
+    *out_num = (int64_t)report.num_bound;
+    if (report.num_bound >= need) return LORASYNC_OK;
+    lorasync_bind_text(&report, text, sizeof text);
+    return lorasynci_fail(err, LORASYNC_E_BIND, "version %llu is refused, this engine requires %zu bound tensors: %s",
+                          (unsigned long long)r->version, need, text);
+}
+
 /* Everything between a delivery and its being served. *out_kept: the engine has its bytes now. */
 LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char *adapter, int *out_kept,
                                                lorasync_error *err)
 {
     lorasynci_kept_version *place;
     lorasynci_order         order;
+    int64_t                 num_bound;
     int                     is_delta;
     LORASYNCI_TRY(lorasynci_prefixed(lorasynci_read_delivery(r, err), r->where, err));
     LORASYNCI_TRY(lorasynci_place_arrival(r, adapter, err));
@@ -21597,14 +21953,16 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
         if (status == LORASYNC_NOTHING_NEW) r->served->mark = r->d->mark;
         return status;
     }
+    LORASYNCI_TRY(lorasynci_prefixed(lorasynci_bind_arrival(r, &num_bound, err), r->where, err));
     LORASYNC_ASSERT(place && !place->held.image);
     r->opened.image->generation = r->d->generation;
     if (!is_delta) r->opened.release = r->d->release, r->opened.user = r->d->user;
     *out_kept = !is_delta;
     lorasynci_serve(r->served, place, r->version, &r->opened);
-    r->e->keeps_old     = 1;
-    r->served->since_ns = lorasynci_now_ns();
-    r->served->mark     = r->d->mark;
+    r->e->keeps_old      = 1;
+    r->served->num_bound = num_bound;
+    r->served->since_ns  = lorasynci_now_ns();
+    r->served->mark      = r->d->mark;
     memset(&r->opened, 0, sizeof r->opened);
     return LORASYNC_OK;
 }
@@ -21945,6 +22303,10 @@ LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lor
 {
     LORASYNCI_TRY(lorasynci_check_sources(desc, err));
     LORASYNCI_TRY(lorasynci_take_engine_name(desc->name, e->who.name, err));
+    if (desc->require_bound && !desc->modules)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "require_bound is set without modules; list what can be bound");
+    if (desc->modules) LORASYNCI_TRY(lorasynci_binding_copy(&e->binding, desc->modules, desc->num_modules, &e->a, err));
+    e->require_bound = desc->require_bound;
     e->who.is_silent = desc->no_receipts;
     e->no_verify     = desc->no_verify;
     e->source.name   = "offers";
@@ -21997,6 +22359,7 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
     lorasynci_checkers_close(engine->gpu, engine->checkers);
     if (engine->source.close) engine->source.close(engine->source.user);
     lorasynci_gpu_close(&a, engine->gpu);
+    if (engine->binding.modules) lorasynci_binding_free(&engine->binding);
     lorasynci_dealloc(&a, engine->adapter);
     lorasynci_dealloc(&a, engine);
 }
