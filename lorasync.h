@@ -111,9 +111,9 @@
                        written
        >>publish    the directory transport; staging and commit over any number of engines
                     -- who receives; one run of publishing; one run; the end of a run; names in a published directory;
-                       the same version again; files; the directory transport; cleaning up a directory; staging in a
-                       directory; committing in a directory; receipts in a directory; looking for receipts in a
-                       directory; the place of a directory
+                       the same version again; files; the directory transport; who publishes in a directory; cleaning up
+                       a directory; staging in a directory; committing in a directory; receipts in a directory; looking
+                       for receipts in a directory; the place of a directory
        >>shm        the shared-memory transport
                     -- names of shared memory; who lives; segments; the control; removing; the publisher; slots; making
                        slots; adapters; payloads in device memory, the publisher's side; the shared-memory transport;
@@ -1574,8 +1574,25 @@ typedef struct lorasync_engine_outcome {
 
    A reader sees a whole version or none, whatever is killed when. With keep_versions 1, a reader that has read
    `latest` may find that what it named is already deleted. Publishing the served version again with the same bytes
-   succeeds without effect. A commit that fails leaves the new version visible only if the last fsync failed: it may
-   then not survive a power cut. */
+   succeeds without effect. A commit that fails takes its version away again, unless only the last fsync failed: then
+   the error says that the version can be seen, and may not survive a power cut.
+
+   Generations    Versions of a generation (lorasync_desc.new_generation) are called v<version>-<16 hex digits>, and so
+                  are those that later sessions publish in it: the name that `latest` points to says both.
+   File systems   Where symbolic links are refused, `latest` is a small file with the target's name and a newline, also
+                  replaced by rename; engines, lorasync_open_adapter and lorasync_load read it, other readers have to
+                  follow it themselves. A directory that cannot be fsynced (EINVAL, ENOTSUP) is taken as durable.
+                  Engines read a file that cannot be mapped, into as much memory; and a `latest` that is a directory,
+                  as cp -rL and rsync -L make it, in which a version is what its header says. Such copies are not
+                  atomic: make them under another name, and rename them.
+   One publisher  Whoever publishes an adapter holds a lock (flock) on <directory>/<adapter>/.lock from its first stage
+                  to close, and its name is in that file: a second publisher gets LORASYNC_E_BUSY, and is told host,
+                  process and since when. The kernel drops the lock when the process and what it has forked have ended,
+                  so it is right between containers, and between hosts if the file system's locks are (NFS, CephFS and
+                  Lustre with -o flock; not NFS with local_lock, nor most FUSE file systems). Where there are no such
+                  locks the newest publisher has the place. In any case a publisher looks, right before it replaces
+                  `latest`, whether another has come meanwhile; then it stops with LORASYNC_E_BUSY. Do not remove .lock
+                  while somebody publishes. */
 typedef struct lorasync_directory_desc {
     size_t size; /* sizeof this struct, or 0: see DESCS at the top */
     /* Made if absent (its parent must exist); at most 3000 bytes. Copied, and a relative one made absolute: a later
@@ -1590,7 +1607,8 @@ typedef struct lorasync_directory_desc {
 /* Makes a directory transport. The session that it is attached to closes it; otherwise call out->close(out->user). When
    it is attached on the root it looks whether it will be able to write there; it changes nothing on the disk before the
    first stage. Each stage removes what dead publishers left behind. One publisher per adapter directory at a time.
-   Allocates nothing after open (libc keeps a buffer while a directory is listed).
+   Allocates nothing after open (libc keeps a buffer while a directory is listed), but for each adapter that stage is
+   called with beyond the first.
 
    out  filled in
 
@@ -1600,8 +1618,10 @@ typedef struct lorasync_directory_desc {
                                not there, a file is where a directory is needed, or the directory cannot be written
        LORASYNC_E_NAME         an adapter name that is empty, "latest", longer than 200 bytes, contains "/" or begins
                                with "."
-       LORASYNC_E_VERSION      `latest` is newer (another publisher), or is this version with other bytes
-       LORASYNC_E_FORMAT       `latest` is not such a link
+       LORASYNC_E_VERSION      `latest` is newer (published before this session: go on above it, or begin again with
+                               lorasync_desc.new_generation), or is this version with other bytes
+       LORASYNC_E_BUSY         another publisher has the adapter's directory; says which
+       LORASYNC_E_FORMAT       `latest` is no such link
        LORASYNC_E_CONFIG       an image without config_json
        LORASYNC_E_ARGUMENT     an image without payload or version
        LORASYNC_E_UNSUPPORTED  an image in device memory
@@ -8544,7 +8564,7 @@ typedef struct lorasynci_image_impl {
     char              *keys; /* names that were read otherwise (lorasynci_image_rename), or NULL */
     lorasynci_table    names;
     lorasynci_members  metadata;              /* the values are decoded, in pool */
-    unsigned char     *own_header;            /* a layout's, until it is moved elsewhere */
+    unsigned char     *own_header;            /* a layout's, until it is moved elsewhere; of a file all bytes */
     unsigned char     *stamped;               /* a layout's header, where it can be written; NULL: the image was read */
     size_t             version_at, digest_at; /* in it; 0 without an adapter */
     void              *mapping;               /* unmapped with the image */
@@ -8587,12 +8607,13 @@ LORASYNCI_FN lorasync_status lorasynci_image_new(const lorasync_allocator *given
     return LORASYNC_OK;
 }
 
-/* The image unmaps it when it is freed. */
-LORASYNCI_FN void lorasynci_image_own_mapping(lorasync_image *image, void *mapping, size_t num_bytes)
+/* The image frees the file's bytes with itself: mapped, or else from its allocator. */
+LORASYNCI_FN void lorasynci_image_own_bytes(lorasync_image *image, void *bytes, size_t num_bytes, int is_mapped)
 {
     lorasynci_image_impl *m = (lorasynci_image_impl *)image;
-    m->mapping              = mapping;
-    m->mapping_bytes        = num_bytes;
+    LORASYNC_ASSERT(!m->own_header && !m->mapping);
+    if (is_mapped) m->mapping = bytes, m->mapping_bytes = num_bytes;
+    else m->own_header = (unsigned char *)bytes;
 }
 
 /* The image shows it as config_json, and frees it. From the image's allocator. */
@@ -17145,52 +17166,101 @@ LORASYNCI_FN lorasync_status lorasynci_check_adapter_name(const char *name, lora
     return LORASYNC_OK;
 }
 
-/* "v12" <-> 12. Only the spelling that version_name writes is one. 0 is no version. */
-LORASYNCI_FN void lorasynci_version_name(char out[24], uint64_t version)
+/* Up to num_bytes from a file, fewer only at its end; -1 with errno. */
+LORASYNCI_FN ssize_t lorasynci_read_some(int fd, void *out, size_t num_bytes)
 {
-    snprintf(out, 24, "v%llu", (unsigned long long)version);
+    size_t have = 0;
+    while (have < num_bytes) {
+        ssize_t n = read(fd, (char *)out + have, num_bytes - have);
+        if (n == 0) break;
+        if (n < 0 && errno != EINTR) return -1;
+        if (n > 0) have += (size_t)n;
+    }
+    return (ssize_t)have;
 }
 
-/* 1 and the version for a name that lorasynci_version_name writes: no sign, no leading zero, nothing behind. */
-LORASYNCI_FN int lorasynci_parse_version(const char *text, uint64_t *out)
+/* What `latest` says: the version that is published, and the name of its directory. */
+typedef struct lorasynci_latest {
+    uint64_t version, generation; /* 0, 0: none, or known only from the files of a copy */
+    int      is_copy;             /* 1: `latest` is a directory itself: a version that was copied through the link */
+    char     name[48];            /* "v12"; "latest" for a copy; "" when nothing is published */
+} lorasynci_latest;
+
+/* "v12" <-> 12; in a generation "v12-00f1e2d3c4b5a697". Only the spelling that version_name writes is one. 0 is no
+   version. */
+LORASYNCI_FN void lorasynci_version_name(char out[48], uint64_t version, uint64_t generation)
 {
-    uint64_t v = 0;
+    if (generation) snprintf(out, 48, "v%llu-%016llx", (unsigned long long)version, (unsigned long long)generation);
+    else snprintf(out, 48, "v%llu", (unsigned long long)version);
+}
+
+/* 1, and version and generation, for a name that lorasynci_version_name writes. */
+LORASYNCI_FN int lorasynci_parse_version(const char *text, lorasynci_latest *out)
+{
+    uint64_t v = 0, g = 0;
+    char    *end = NULL;
     size_t   i;
-    if (text[0] != 'v' || text[1] < '1' || text[1] > '9') return 0;
+    if (text[0] != 'v') return 0;
     for (i = 1; text[i] >= '0' && text[i] <= '9'; i++) {
         uint64_t digit = (uint64_t)(text[i] - '0');
         if (v > (UINT64_MAX - digit) / 10) return 0;
         v = v * 10 + digit;
     }
-    if (text[i]) return 0;
-    *out = v;
-    return 1;
+    if (text[i] == '-') g = strtoull(text + i + 1, &end, 16);
+    memset(out, 0, sizeof *out);
+    lorasynci_version_name(out->name, v, g);
+    out->version    = v;
+    out->generation = g;
+    return v && strcmp(out->name, text) == 0;
 }
 
-/* The version that <root>/<adapter>/latest points to; 0 when there is no such link. */
-LORASYNCI_FN lorasync_status lorasynci_read_latest(int adapter_fd, const char *root, const char *adapter, uint64_t *out,
-                                                   lorasync_error *err)
+/* 1 for what file systems answer that have no such thing: no links, no locks, nothing to fsync in a directory. */
+LORASYNCI_FN int lorasynci_is_refused(int reason)
+{
+    return reason == EINVAL || reason == ENOTSUP || reason == EOPNOTSUPP || reason == ENOSYS || reason == EPERM;
+}
+
+/* What `latest` points to, as a link or, where there are no links, as a file that holds the target: its length, or -1
+   with errno; EISDIR for a directory. */
+LORASYNCI_FN ssize_t lorasynci_read_target(int adapter_fd, char *out, size_t size)
+{
+    ssize_t     n = readlinkat(adapter_fd, "latest", out, size);
+    struct stat st;
+    int         fd, reason;
+    if (n >= 0 || !lorasynci_is_refused(errno)) return n;
+    fd = openat(adapter_fd, "latest", O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOFOLLOW);
+    if (fd < 0) return -1;
+    reason = fstat(fd, &st) != 0 ? errno : S_ISDIR(st.st_mode) ? EISDIR : S_ISREG(st.st_mode) ? 0 : EINVAL;
+    if (!reason && (n = lorasynci_read_some(fd, out, size)) < 0) reason = errno;
+    close(fd);
+    errno = reason;
+    while (n > 0 && (out[n - 1] == '\n' || out[n - 1] == '\r')) n--;
+    return n;
+}
+
+/* What <root>/<adapter>/latest says; version 0 when there is none. */
+LORASYNCI_FN lorasync_status lorasynci_read_latest(int adapter_fd, const char *root, const char *adapter,
+                                                   lorasynci_latest *out, lorasync_error *err)
 {
     char        target[64];
-    ssize_t     n      = readlinkat(adapter_fd, "latest", target, sizeof target - 1);
+    ssize_t     n      = lorasynci_read_target(adapter_fd, target, sizeof target - 1);
     int         reason = n < 0 ? errno : 0;
     const char *where  = lorasynci_end_of(root);
-    *out               = 0;
+    memset(out, 0, sizeof *out);
     if (reason == ENOENT) return LORASYNC_OK;
-    if (reason == EINVAL) {
-        return lorasynci_fail(err, LORASYNC_E_FORMAT,
-                              "%s/%.60s/latest is not a symbolic link to a version; move it away", where, adapter);
+    if (reason == EISDIR) {
+        out->is_copy = 1;
+        strcpy(out->name, "latest");
+        return LORASYNC_OK;
     }
     if (n < 0)
         return lorasynci_fail(err, LORASYNC_E_IO, "cannot read the link %s/%.60s/latest: %s", where, adapter,
                               strerror(reason));
     target[n] = 0;
-    if (!lorasynci_parse_version(target, out)) {
-        return lorasynci_fail(err, LORASYNC_E_FORMAT,
-                              "%s/%.60s/latest points to '%s', expected v<number>; remove the link", where, adapter,
-                              target);
-    }
-    return LORASYNC_OK;
+    if (lorasynci_parse_version(target, out)) return LORASYNC_OK;
+    memset(out, 0, sizeof *out);
+    return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s/%.60s/latest points to '%s', expected v<number>; remove the link",
+                          where, adapter, target);
 }
 
 /* A directory's file descriptor, or -1 with errno. */
@@ -17255,6 +17325,13 @@ LORASYNCI_FN int lorasynci_sync_fd(int fd)
     return 0;
 }
 
+/* A file system that keeps a directory without being asked has not failed. */
+LORASYNCI_FN int lorasynci_sync_directory(int fd)
+{
+    const int failed = lorasynci_sync_fd(fd);
+    return lorasynci_is_refused(failed) ? 0 : failed;
+}
+
 /* All or an errno; after a failure some may be written. */
 LORASYNCI_FN int lorasynci_write_all(int fd, const void *bytes, size_t num_bytes)
 {
@@ -17270,19 +17347,6 @@ LORASYNCI_FN int lorasynci_write_all(int fd, const void *bytes, size_t num_bytes
         }
     }
     return 0;
-}
-
-/* Up to num_bytes from a file, fewer only at its end; -1 with errno. */
-LORASYNCI_FN ssize_t lorasynci_read_some(int fd, void *out, size_t num_bytes)
-{
-    size_t have = 0;
-    while (have < num_bytes) {
-        ssize_t n = read(fd, (char *)out + have, num_bytes - have);
-        if (n == 0) break;
-        if (n < 0 && errno != EINTR) return -1;
-        if (n > 0) have += (size_t)n;
-    }
-    return (ssize_t)have;
 }
 
 /* What a file shall hold: two runs of bytes, one behind the other. */
@@ -17369,28 +17433,54 @@ LORASYNCI_FN int lorasynci_is_our_file(const char *name)
 }
 
 /* A new file, whole and (unless no_fsync) durable. A name that is taken is a failure: nothing is ever overwritten or
-   written through a link. */
-LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_content content, int no_fsync)
+   written through a link. *what: what failed, as a verb. */
+LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_content content, int no_fsync,
+                                      const char **what)
 {
     int failed, fd = openat(dir_fd, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
+    *what = "write";
     if (fd < 0) return errno;
     failed = lorasynci_write_all(fd, content.first, content.num_first);
     if (!failed) failed = lorasynci_write_all(fd, content.second, content.num_second);
-    if (!failed && !no_fsync) failed = lorasynci_sync_fd(fd);
+    if (!failed && !no_fsync) {
+        *what  = "fsync";
+        failed = lorasynci_sync_fd(fd);
+    }
     if (close(fd) != 0 && !failed && errno != EINTR) failed = errno;
     return failed;
 }
 
 /* -- the directory transport.
 
-       <path>/<adapter>/            adapter_fd
-            .stage-<pid>-v13/       being written
-            v11/ v12/               whole, and never changed again
-            latest -> v12
-            .latest-<pid>           about to be renamed to latest
-            .old-<pid>-v10.0/       being removed
+       <path>/<adapter>/                  adapter_fd
+            .lock                         who publishes here; never removed
+            .stage-<nonce>-v13/           being written
+            v11/ v12/                     whole, and never changed again
+            latest -> v12                 where there are no links a file that says v12
+            .latest-<nonce>               about to be renamed to latest
+            .old-<nonce>-v10.0/           being removed
 
-   Every name with a leading "." may be removed at any time once its process is gone. */
+   In a generation v13 is v13-<generation>, so that no two versions of a place ever have one name. The nonce is the
+   publisher's; every such name with another nonce than that of who holds the lock is a dead one's, and goes. */
+
+/* Who publishes to one adapter's directory: a lock on .lock, which the kernel drops when its holder ends, however that
+   comes, and in that file the lease, which says who holds it. flock is right between pid namespaces, and between hosts
+   where the file system has it (NFS since Linux 2.6.12, CephFS, Lustre with -o flock); and it belongs to the open file,
+   so that two transports of one process exclude each other.
+
+   A lock can be lost unnoticed (NFS breaks it when the host is away for long; the file is removed), or be one of this
+   host alone (local_lock, localflock, FUSE), or not be at all. Then the newest publisher's nonce is in the file. Each
+   looks there before it touches what is published, and stops where it does not find its own. */
+typedef struct lorasynci_lease {
+    struct lorasynci_lease *next;
+    int                     fd;         /* of .lock; -1: not held */
+    int                     no_locks;   /* 1: there are none here; the nonce must do */
+    long                    pid;        /* who took it: a fork has the file, and not the lease */
+    uint64_t                nonce;      /* never 0 once it was held */
+    uint64_t                generation; /* of the version that was staged last */
+    char                    adapter[208];
+} lorasynci_lease;
+
 typedef struct lorasynci_directory {
     lorasync_allocator a;
     char              *path;
@@ -17398,9 +17488,10 @@ typedef struct lorasynci_directory {
     int                no_fsync;
     char               chunk[16384]; /* for comparing files */
     /* a look at the receipts: both folders, -1: none; the list of one of them; 1: of the receipts */
-    int  engines_fd, receipts_fd;
-    DIR *notes;
-    int  past_engines;
+    int             engines_fd, receipts_fd;
+    DIR            *notes;
+    int             past_engines;
+    lorasynci_lease lease; /* the first adapter's; more only for a host that calls it with more */
 } lorasynci_directory;
 
 /* "cannot <what> <path>/<adapter>/<file>: <reason>" */
@@ -17411,23 +17502,25 @@ LORASYNCI_FN lorasync_status lorasynci_fail_file(lorasync_error *err, const lora
                           *file ? "/" : "", file, strerror(reason));
 }
 
-/* Where this process writes a version: its pid keeps two publishers apart. */
-LORASYNCI_FN void lorasynci_stage_name(char out[64], uint64_t version)
+/* Where a publisher writes a version. */
+LORASYNCI_FN void lorasynci_stage_name(char out[80], const lorasynci_lease *lease, const char *version)
 {
-    snprintf(out, 64, ".stage-%ld-v%llu", (long)getpid(), (unsigned long long)version);
+    snprintf(out, 80, ".stage-%016llx-%.40s", (unsigned long long)lease->nonce, version);
 }
 
-/* Makes a directory that may exist; a new one's name is made durable through its parent. */
-LORASYNCI_FN int lorasynci_make_directory(int at, const char *name, int no_fsync)
+/* Makes a directory that may exist; a new one's name is made durable through its parent. *what: what failed. */
+LORASYNCI_FN int lorasynci_make_directory(int at, const char *name, int no_fsync, const char **what)
 {
     int fd, parent, failed = 0;
     int made = mkdirat(at, name, 0755) == 0;
+    *what    = "make the directory";
     if (!made && errno != EEXIST) return errno;
     if (!made || no_fsync) return 0;
-    fd = lorasynci_open_directory(at, name);
+    *what = "fsync the directory above";
+    fd    = lorasynci_open_directory(at, name);
     if (fd < 0) return errno;
     parent = lorasynci_open_directory(fd, "..");
-    failed = parent < 0 ? errno : lorasynci_sync_fd(parent);
+    failed = parent < 0 ? errno : lorasynci_sync_directory(parent);
     if (parent >= 0) close(parent);
     close(fd);
     return failed;
@@ -17437,22 +17530,22 @@ LORASYNCI_FN int lorasynci_make_directory(int at, const char *name, int no_fsync
 LORASYNCI_FN lorasync_status lorasynci_adapter_directory(lorasynci_directory *d, const char *adapter, int make,
                                                          int *out_fd, lorasync_error *err)
 {
-    int failed = 0, root;
+    const char *what   = "open the directory";
+    int         failed = 0, root;
     LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
-    if (make) failed = lorasynci_make_directory(AT_FDCWD, d->path, d->no_fsync);
+    if (make) failed = lorasynci_make_directory(AT_FDCWD, d->path, d->no_fsync, &what);
     if (failed)
-        return lorasynci_fail(err, LORASYNC_E_IO, "cannot make the directory %s: %s", lorasynci_end_of(d->path),
+        return lorasynci_fail(err, LORASYNC_E_IO, "cannot %s %s: %s", what, lorasynci_end_of(d->path),
                               strerror(failed));
     root = lorasynci_open_directory(AT_FDCWD, d->path);
     if (root < 0)
         return lorasynci_fail(err, LORASYNC_E_IO, "cannot open the directory %s: %s", lorasynci_end_of(d->path),
                               strerror(errno));
-    if (make) failed = lorasynci_make_directory(root, adapter, d->no_fsync);
+    if (make) failed = lorasynci_make_directory(root, adapter, d->no_fsync, &what);
     *out_fd = failed ? -1 : lorasynci_open_directory(root, adapter);
-    if (!failed && *out_fd < 0) failed = errno;
+    if (!failed && *out_fd < 0) failed = errno, what = "open the directory";
     close(root);
-    return failed ? lorasynci_fail_file(err, d, make ? "make the directory" : "open the directory", adapter, "", failed)
-                  : LORASYNC_OK;
+    return failed ? lorasynci_fail_file(err, d, what, adapter, "", failed) : LORASYNC_OK;
 }
 
 /* 0 if there is something of that name, else the errno. */
@@ -17476,76 +17569,219 @@ LORASYNCI_FN void lorasynci_remove(int adapter_fd, const char *name)
 }
 
 /* Takes a version away: first its name, so that no reader sees half of it, then its files. 0 or an errno. */
-LORASYNCI_FN int lorasynci_retire(int adapter_fd, const char *name)
+LORASYNCI_FN int lorasynci_retire(const lorasynci_lease *lease, int adapter_fd, const char *name)
 {
-    char old[80];
+    char old[96];
     int  i, failed = EEXIST;
     /* a leftover with foreign files may have the name */
     for (i = 0; i < 100 && (failed == EEXIST || failed == ENOTEMPTY); i++) {
-        snprintf(old, sizeof old, ".old-%ld-%.30s.%d", (long)getpid(), name, i);
+        snprintf(old, sizeof old, ".old-%016llx-%.40s.%d", (unsigned long long)lease->nonce, name, i);
         failed = renameat(adapter_fd, name, adapter_fd, old) == 0 ? 0 : errno;
     }
     if (!failed) lorasynci_remove(adapter_fd, old);
     return failed;
 }
 
+/* -- who publishes in a directory */
+
+/* The lease as it lies in the file, one line of each; the file is as long as this, so that one write replaces it. */
+typedef struct lorasynci_lease_text {
+    char               text[256];
+    unsigned long long nonce; /* 0: nobody has ever been here, or it cannot be read */
+    char               host[65], since[24];
+    long               pid;
+} lorasynci_lease_text;
+
+/* What .lock says, now. 0 or an errno. */
+LORASYNCI_FN int lorasynci_read_lease(int adapter_fd, lorasynci_lease_text *t)
+{
+    int     fd     = openat(adapter_fd, ".lock", O_RDONLY | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK);
+    ssize_t n      = fd < 0 ? -1 : lorasynci_read_some(fd, t->text, sizeof t->text - 1);
+    int     failed = n < 0 && errno != ENOENT ? errno : 0;
+    if (fd >= 0) close(fd);
+    t->text[n < 0 ? 0 : n] = 0;
+    if (sscanf(t->text, "lorasync publisher\nnonce %16llx\nhost %64s\npid %ld\nsince %23s", &t->nonce, t->host, &t->pid,
+               t->since) != 4)
+        t->nonce = 0;
+    return failed;
+}
+
+/* Says who holds an adapter's directory. */
+LORASYNCI_FN lorasync_status lorasynci_fail_leased(const lorasynci_directory *d, const char *adapter,
+                                                   const lorasynci_lease_text *t, lorasync_error *err)
+{
+    char who[160] = "another process, which has not said yet who it is", host[65] = "";
+    gethostname(host, sizeof host - 1);
+    if (t->nonce && t->pid == (long)getpid() && strcmp(t->host, host) == 0)
+        snprintf(who, sizeof who, "another transport of this very process (%ld), since %s", t->pid, t->since);
+    else if (t->nonce) snprintf(who, sizeof who, "process %ld on %s, since %s", t->pid, t->host, t->since);
+    return lorasynci_fail(
+        err, LORASYNC_E_BUSY,
+        "%s/%.60s is published to by %s; one publisher at a time: end that one and what it has forked, "
+        "or publish elsewhere",
+        lorasynci_end_of(d->path), adapter, who);
+}
+
+/* LORASYNC_OK if the lease in the file is this one: nobody has taken the place since. */
+LORASYNCI_FN lorasync_status lorasynci_check_lease(const lorasynci_directory *d, const lorasynci_lease *lease,
+                                                   int adapter_fd, lorasync_error *err)
+{
+    lorasynci_lease_text t;
+    const int            failed = lorasynci_read_lease(adapter_fd, &t);
+    if (failed) return lorasynci_fail_file(err, d, "read", lease->adapter, ".lock", failed);
+    if (lease->fd >= 0 && lease->pid == (long)getpid() && t.nonce == lease->nonce) return LORASYNC_OK;
+    return lorasynci_fail_leased(d, lease->adapter, &t, err);
+}
+
+/* Gives it up. In a fork the lock stays, since it is the parent's. */
+LORASYNCI_FN void lorasynci_lease_drop(lorasynci_lease *lease)
+{
+    if (lease->fd < 0) return;
+    if (lease->pid == (long)getpid()) flock(lease->fd, LOCK_UN); /* processes that it has forked have it open, too */
+    close(lease->fd);
+    lease->fd = -1;
+}
+
+/* Writes a new lease into the file that was opened and maybe locked. 0 or an errno, and what failed. */
+LORASYNCI_FN int lorasynci_lease_write(lorasynci_lease *lease, const char **what)
+{
+    char      text[256], host[65] = "", since[24] = "";
+    time_t    now = time(NULL);
+    struct tm utc;
+    ssize_t   n;
+    int       failed;
+    if (gethostname(host, sizeof host - 1) != 0 || !host[0]) strcpy(host, "unknown");
+    if (!gmtime_r(&now, &utc) || !strftime(since, sizeof since, "%Y-%m-%dT%H:%M:%SZ", &utc)) strcpy(since, "unknown");
+    lease->nonce = lorasynci_random();
+    lease->pid   = (long)getpid();
+    n            = snprintf(text, sizeof text, "lorasync publisher\nnonce %016llx\nhost %s\npid %ld\nsince %s\n",
+                            (unsigned long long)lease->nonce, host, lease->pid, since);
+    LORASYNC_ASSERT(n > 0 && (size_t)n < sizeof text - 1);
+    memset(text + n, ' ', sizeof text - (size_t)n);
+    text[sizeof text - 1] = '\n';
+
+    n      = pwrite(lease->fd, text, sizeof text, 0);
+    failed = n < 0 ? errno : n != (ssize_t)sizeof text ? ENOSPC : 0;
+    *what  = failed ? "write" : "fsync";
+    /* so that other hosts see it now, whether it is to be durable or not */
+    if (!failed) failed = lorasynci_sync_fd(lease->fd);
+    return lorasynci_is_refused(failed) ? 0 : failed;
+}
+
+/* Takes the place of whoever published here, unless that one lives. Where there are no locks the newest wins, and who
+   has lost it once does not take it back. */
+LORASYNCI_FN lorasync_status lorasynci_lease_take(const lorasynci_directory *d, lorasynci_lease *lease, int adapter_fd,
+                                                  lorasync_error *err)
+{
+    const char          *adapter = lease->adapter, *what = "lock";
+    lorasynci_lease_text t;
+    int                  turns, failed;
+    if (lorasynci_check_lease(d, lease, adapter_fd, NULL) >= 0) return LORASYNC_OK;
+    lorasynci_read_lease(adapter_fd, &t);
+    if (lease->nonce && lease->no_locks && t.nonce) return lorasynci_fail_leased(d, adapter, &t, err);
+    for (turns = 0; turns < 8; turns++) { /* while the file is removed under it */
+        lorasynci_lease_drop(lease);
+        lease->fd = openat(adapter_fd, ".lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0644);
+        if (lease->fd < 0) return lorasynci_fail_file(err, d, "open", adapter, ".lock", errno);
+        failed          = flock(lease->fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
+        lease->no_locks = failed == ENOLCK || lorasynci_is_refused(failed);
+        if (lease->no_locks) failed = 0;
+        if (!failed) {
+            failed = lorasynci_lease_write(lease, &what);
+            if (!failed && lorasynci_check_lease(d, lease, adapter_fd, NULL) >= 0) return LORASYNC_OK;
+            if (!failed) continue;
+        }
+        lorasynci_lease_drop(lease);
+        if (failed != EWOULDBLOCK) return lorasynci_fail_file(err, d, what, adapter, ".lock", failed);
+        lorasynci_read_lease(adapter_fd, &t);
+        return lorasynci_fail_leased(d, adapter, &t, err);
+    }
+    lorasynci_lease_drop(lease);
+    return lorasynci_fail_file(err, d, "lock", adapter, ".lock", EAGAIN);
+}
+
+/* The lease of an adapter, held or not; NULL when there is no memory for one more. */
+LORASYNCI_FN lorasynci_lease *lorasynci_lease_of(lorasynci_directory *d, const char *adapter)
+{
+    lorasynci_lease *l = &d->lease;
+    for (;; l = l->next) {
+        if (!l->adapter[0]) break;
+        if (strcmp(l->adapter, adapter) == 0) return l;
+        if (!l->next) {
+            l->next = (lorasynci_lease *)lorasynci_alloc_array(&d->a, 1, sizeof *l);
+            if (!l->next) return NULL;
+            l->next->fd = -1;
+        }
+    }
+    snprintf(l->adapter, sizeof l->adapter, "%s", adapter);
+    return l;
+}
+
 /* -- cleaning up a directory */
 
-/* 1 for a working name of a process that is gone, or of this one: it works on one version of an adapter at a time. */
-LORASYNCI_FN int lorasynci_is_stale(const char *name)
+/* 1 for a working name of a publisher; other names with a "." are not ours. (Once they had a pid in place of the
+   nonce.) */
+LORASYNCI_FN int lorasynci_is_working_name(const char *name)
 {
     static const char *const prefixes[] = {".stage-", ".old-", ".latest-"};
-    size_t                   i;
+    size_t                   i, n;
     for (i = 0; i < LORASYNCI_COUNT(prefixes); i++) {
-        size_t n = strlen(prefixes[i]);
-        long   pid;
-        if (strncmp(name, prefixes[i], n) != 0) continue;
-        pid = strtol(name + n, NULL, 10);
-        if (pid <= 0 || pid > 0x7fffffffL) return 0;
-        return pid == (long)getpid() || (kill((pid_t)pid, 0) != 0 && errno == ESRCH);
+        if (strncmp(name, prefixes[i], strlen(prefixes[i])) != 0) continue;
+        name += strlen(prefixes[i]);
+        n = strspn(name, "0123456789abcdef");
+        return (n == 16 || (n && n == strspn(name, "0123456789"))) && (name[n] == '-' || !name[n]);
     }
     return 0;
 }
 
-/* Takes away what crashed publishers have left beside the versions. */
+/* Takes away what publishers before have left beside the versions: who holds the lease is the only one that lives. */
 LORASYNCI_FN void lorasynci_remove_stale(int adapter_fd)
 {
     DIR           *list = lorasynci_list_directory(adapter_fd);
     struct dirent *entry;
     if (!list) return;
     while ((entry = readdir(list)) != NULL) {
-        if (lorasynci_is_stale(entry->d_name)) lorasynci_remove(adapter_fd, entry->d_name);
+        if (lorasynci_is_working_name(entry->d_name)) lorasynci_remove(adapter_fd, entry->d_name);
     }
     closedir(list);
 }
 
-/* How many versions up to `latest` there are, and the oldest. */
-LORASYNCI_FN size_t lorasynci_count_versions(int adapter_fd, uint64_t latest, uint64_t *out_oldest)
+/* 1 if a comes before b where `now` is the generation: other generations first. */
+LORASYNCI_FN int lorasynci_is_before(const lorasynci_latest *a, const lorasynci_latest *b, uint64_t now)
 {
-    DIR           *list = lorasynci_list_directory(adapter_fd);
-    struct dirent *entry;
-    size_t         num = 0;
-    uint64_t       v;
-    *out_oldest = latest;
+    const int a_is_now = a->generation == now, b_is_now = b->generation == now;
+    return a_is_now != b_is_now ? b_is_now : a->version < b->version;
+}
+
+/* How many versions up to `latest` there are, and the oldest. */
+LORASYNCI_FN size_t lorasynci_count_versions(int adapter_fd, const lorasynci_latest *latest,
+                                             lorasynci_latest *out_oldest)
+{
+    DIR             *list = lorasynci_list_directory(adapter_fd);
+    struct dirent   *entry;
+    size_t           num = 0;
+    lorasynci_latest v;
+    *out_oldest = *latest;
     if (!list) return 0;
     while ((entry = readdir(list)) != NULL) {
-        if (!lorasynci_parse_version(entry->d_name, &v) || v > latest) continue;
+        if (!lorasynci_parse_version(entry->d_name, &v)) continue;
+        if (v.generation == latest->generation && v.version > latest->version) continue;
         num++;
-        if (v < *out_oldest) *out_oldest = v;
+        if (lorasynci_is_before(&v, out_oldest, latest->generation)) *out_oldest = v;
     }
     closedir(list);
     return num;
 }
 
 /* Deletes the oldest versions beyond keep_versions. A version that cannot be deleted is left: nothing depends on it. */
-LORASYNCI_FN void lorasynci_prune(const lorasynci_directory *d, int adapter_fd, uint64_t latest)
+LORASYNCI_FN void lorasynci_prune(const lorasynci_directory *d, const lorasynci_lease *lease, int adapter_fd,
+                                  const lorasynci_latest *latest)
 {
-    char     name[24];
-    uint64_t oldest;
+    lorasynci_latest oldest;
     LORASYNC_ASSERT(d->keep_versions > 0);
-    while (lorasynci_count_versions(adapter_fd, latest, &oldest) > (size_t)d->keep_versions && oldest < latest) {
-        lorasynci_version_name(name, oldest);
-        if (lorasynci_retire(adapter_fd, name) != 0) return;
+    while (lorasynci_count_versions(adapter_fd, latest, &oldest) > (size_t)d->keep_versions &&
+           strcmp(oldest.name, latest->name) != 0) {
+        if (lorasynci_retire(lease, adapter_fd, oldest.name) != 0) return;
     }
 }
 
@@ -17596,54 +17832,84 @@ LORASYNCI_FN lorasync_status lorasynci_check_latest(const lorasynci_directory *d
     return lorasynci_check_next(where, latest, version, same_bytes, err);
 }
 
-/* Writes the image's files into the stage directory, which the first bucket makes. 0 or an errno; `file` is the path of
-   what failed. */
-LORASYNCI_FN int lorasynci_write_stage(const lorasynci_directory *d, int adapter_fd, const char *stage,
-                                       const lorasync_image *image, char *file, size_t file_size)
+/* What is published, for who is to replace it: a copy is not replaced. */
+LORASYNCI_FN lorasync_status lorasynci_find_latest(const lorasynci_directory *d, int adapter_fd, const char *adapter,
+                                                   lorasynci_latest *out, lorasync_error *err)
 {
-    lorasynci_file files[LORASYNCI_MAX_FILES];
-    size_t         i, num = lorasynci_files_of(image, files);
-    int            failed = 0, fd;
-    snprintf(file, file_size, "%s", stage);
-    if (image->bucket == 0 && mkdirat(adapter_fd, stage, 0755) != 0) return errno;
-    fd = openat(adapter_fd, stage, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
-    if (fd < 0) return errno;
-    for (i = 0; i < num && !failed; i++) {
-        snprintf(file, file_size, "%.63s/%.63s", stage, files[i].name);
-        failed = lorasynci_write_file(fd, files[i].name, files[i].content, d->no_fsync);
+    LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, adapter, out, err));
+    if (!out->is_copy) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_FORMAT,
+        "%s/%.60s/latest is not a symbolic link to a version, but a directory (a copy, made with cp -L or "
+        "rsync -L?); move it away",
+        lorasynci_end_of(d->path), adapter);
+}
+
+/* Where a file could not be written, and why. */
+typedef struct lorasynci_mishap {
+    const char *what; /* a verb */
+    char        file[150];
+    int         reason; /* errno; 0: none */
+} lorasynci_mishap;
+
+/* Writes the image's files into the stage directory, which the first bucket makes. */
+LORASYNCI_FN lorasynci_mishap lorasynci_write_stage(const lorasynci_directory *d, int adapter_fd, const char *stage,
+                                                    const lorasync_image *image)
+{
+    lorasynci_file   files[LORASYNCI_MAX_FILES];
+    size_t           i, num = lorasynci_files_of(image, files);
+    lorasynci_mishap m;
+    int              fd = -1;
+    memset(&m, 0, sizeof m);
+    m.what = "make the directory";
+    snprintf(m.file, sizeof m.file, "%s", stage);
+    if (image->bucket == 0 && mkdirat(adapter_fd, stage, 0755) != 0) m.reason = errno;
+    else fd = openat(adapter_fd, stage, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (!m.reason && fd < 0) m.reason = errno, m.what = "open the directory";
+    for (i = 0; i < num && !m.reason; i++) {
+        snprintf(m.file, sizeof m.file, "%.79s/%.63s", stage, files[i].name);
+        m.reason = lorasynci_write_file(fd, files[i].name, files[i].content, d->no_fsync, &m.what);
     }
-    if (!failed && !d->no_fsync) failed = lorasynci_sync_fd(fd);
-    close(fd);
-    return failed;
+    if (!m.reason && !d->no_fsync) {
+        m.what = "fsync the directory";
+        snprintf(m.file, sizeof m.file, "%s", stage);
+        m.reason = lorasynci_sync_directory(fd);
+    }
+    if (fd >= 0) close(fd);
+    return m;
 }
 
 /* Leaves the image as a stage directory; or nothing, when an earlier try has left exactly this version. */
-LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, int adapter_fd, const lorasync_image *image,
-                                                lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, lorasynci_lease *lease, int adapter_fd,
+                                                const lorasync_image *image, lorasync_error *err)
 {
-    char     version[24], stage[64], file[140];
-    uint64_t latest;
-    int      failed, staging, same;
+    char             version[48], stage[80];
+    lorasynci_latest latest;
+    lorasynci_mishap m;
+    int              failed, staging, same, is_latest;
     LORASYNC_ASSERT(image->version > 0);
-    lorasynci_version_name(version, image->version);
-    lorasynci_stage_name(stage, image->version);
+    LORASYNCI_TRY(lorasynci_lease_take(d, lease, adapter_fd, err));
     if (image->bucket == 0) lorasynci_remove_stale(adapter_fd);
-    LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, image->adapter, &latest, err));
-    if (latest > image->version) return lorasynci_check_latest(d, image->adapter, latest, image->version, 0, err);
+    LORASYNCI_TRY(lorasynci_find_latest(d, adapter_fd, image->adapter, &latest, err));
+    lease->generation = image->generation ? image->generation : latest.generation;
+    lorasynci_version_name(version, image->version, lease->generation);
+    lorasynci_stage_name(stage, lease, version);
+    is_latest = strcmp(latest.name, version) == 0;
+    if (!lorasynci_is_anew(image, latest.generation) && latest.version > image->version)
+        return lorasynci_check_latest(d, image->adapter, latest.version, image->version, 0, err);
     /* 1: the version's first bucket was written, so it is not the version that is there */
     staging = image->bucket && lorasynci_look(adapter_fd, stage) == 0;
-    same    = !staging && (image->num_buckets < 2 || latest == image->version) &&
-           lorasynci_same_version(d, adapter_fd, version, image);
+    same = !staging && (image->num_buckets < 2 || is_latest) && lorasynci_same_version(d, adapter_fd, version, image);
     if (same) return LORASYNC_OK;
-    if (!staging && latest == image->version) {
+    if (!staging && is_latest) {
         failed = lorasynci_look(adapter_fd, version);
         if (failed && failed != ENOENT) return lorasynci_fail_file(err, d, "look at", image->adapter, version, failed);
-        if (!failed) return lorasynci_check_latest(d, image->adapter, latest, image->version, same, err);
+        if (!failed) return lorasynci_check_latest(d, image->adapter, latest.version, image->version, same, err);
     }
-    failed = lorasynci_write_stage(d, adapter_fd, stage, image, file, sizeof file);
-    if (!failed) return LORASYNC_OK;
+    m = lorasynci_write_stage(d, adapter_fd, stage, image);
+    if (!m.reason) return LORASYNC_OK;
     lorasynci_remove(adapter_fd, stage);
-    return lorasynci_fail_file(err, d, "write", image->adapter, file, failed);
+    return lorasynci_fail_file(err, d, m.what, image->adapter, m.file, m.reason);
 }
 
 /* What both built-in transports ask of an image. */
@@ -17683,6 +17949,7 @@ LORASYNCI_FN lorasync_status lorasynci_check_publishable(const lorasync_image *i
 LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasync_image *image, lorasync_error *err)
 {
     lorasynci_directory *d = (lorasynci_directory *)user;
+    lorasynci_lease     *lease;
     lorasync_status      status;
     int                  fd = -1;
     LORASYNCI_TRY(image->num_buckets ? lorasynci_check_bytes(image, err) : lorasynci_check_publishable(image, err));
@@ -17691,67 +17958,119 @@ LORASYNCI_FN lorasync_status lorasynci_directory_stage(void *user, const lorasyn
                               image->bucket, image->num_buckets, image->index_json ? "an" : "no");
     }
     LORASYNCI_TRY(lorasynci_adapter_directory(d, image->adapter, 1, &fd, err));
-    status = lorasynci_stage_at(d, fd, image, err);
+    lease  = lorasynci_lease_of(d, image->adapter);
+    status = lease ? lorasynci_stage_at(d, lease, fd, image, err) : lorasynci_fail_memory(err, sizeof *lease);
     close(fd);
     return status;
 }
 
 /* -- committing in a directory */
 
-/* Points `latest` to a version: a new link, renamed over the old one. 0 or an errno. */
-LORASYNCI_FN int lorasynci_swing_latest(const lorasynci_directory *d, int adapter_fd, const char *version)
+/* Makes what is to be renamed to `latest`: a link or, where they are refused, a file that says the same. */
+LORASYNCI_FN int lorasynci_make_link(const lorasynci_directory *d, int adapter_fd, const char *name,
+                                     const char *version, const char **what)
 {
-    char link_name[40];
-    snprintf(link_name, sizeof link_name, ".latest-%ld", (long)getpid());
-    unlinkat(adapter_fd, link_name, 0);
-    if (symlinkat(version, adapter_fd, link_name) != 0) return errno;
-    if (renameat(adapter_fd, link_name, adapter_fd, "latest") != 0) {
-        int failed = errno;
-        unlinkat(adapter_fd, link_name, 0);
-        return failed;
+    char text[64];
+    unlinkat(adapter_fd, name, 0);
+    *what = "make the link";
+    if (symlinkat(version, adapter_fd, name) == 0) return 0;
+    if (!lorasynci_is_refused(errno)) return errno;
+    snprintf(text, sizeof text, "%.48s\n", version);
+    return lorasynci_write_file(adapter_fd, name, lorasynci_text_content(text), d->no_fsync, what);
+}
+
+/* Points `latest` to a version: a new link, renamed over the old one, unless another publisher has come. *out_moved: it
+   does, even if that may not be durable. */
+LORASYNCI_FN lorasync_status lorasynci_swing_latest(const lorasynci_directory *d, const lorasynci_lease *lease,
+                                                    int adapter_fd, const char *version, int *out_moved,
+                                                    lorasync_error *err)
+{
+    char            name[40];
+    const char     *what;
+    lorasync_status status = LORASYNC_OK;
+    int             failed;
+    snprintf(name, sizeof name, ".latest-%016llx", (unsigned long long)lease->nonce);
+    failed = lorasynci_make_link(d, adapter_fd, name, version, &what);
+    if (!failed) status = lorasynci_check_lease(d, lease, adapter_fd, err);
+    if (!failed && status >= 0) {
+        what       = "replace";
+        failed     = renameat(adapter_fd, name, adapter_fd, "latest") == 0 ? 0 : errno;
+        *out_moved = !failed;
     }
-    return d->no_fsync ? 0 : lorasynci_sync_fd(adapter_fd);
+    if (failed || status < 0) unlinkat(adapter_fd, name, 0);
+    if (status < 0) return status;
+    if (!failed && !d->no_fsync) {
+        what   = "fsync the directory of";
+        failed = lorasynci_sync_directory(adapter_fd);
+    }
+    return failed ? lorasynci_fail_file(err, d, what, lease->adapter, "latest", failed) : LORASYNC_OK;
 }
 
 /* Gives the stage directory its name; what an interrupted try has left there, and nobody serves, goes. 0 or an errno,
    ENOENT when there is neither a stage directory nor an earlier try. */
-LORASYNCI_FN int lorasynci_name_version(int adapter_fd, const char *stage, const char *name)
+LORASYNCI_FN int lorasynci_name_version(const lorasynci_lease *lease, int adapter_fd, const char *stage,
+                                        const char *name)
 {
     int failed = renameat(adapter_fd, stage, adapter_fd, name) == 0 ? 0 : errno;
     if (failed == ENOENT) return lorasynci_look(adapter_fd, name); /* staging found it whole */
     if (failed != EEXIST && failed != ENOTEMPTY) return failed;
-    failed = lorasynci_retire(adapter_fd, name);
+    failed = lorasynci_retire(lease, adapter_fd, name);
     if (!failed && renameat(adapter_fd, stage, adapter_fd, name) != 0) failed = errno;
     return failed;
 }
 
+LORASYNCI_FN lorasync_status lorasynci_fail_unstaged(const lorasynci_directory *d, const char *adapter,
+                                                     uint64_t version, lorasync_error *err)
+{
+    return lorasynci_fail(err, LORASYNC_E_STATE, "version %llu of '%.60s' was not staged in %s",
+                          (unsigned long long)version, adapter, lorasynci_end_of(d->path));
+}
+
+/* The stage directory gets its name, and keeps it durably. */
+LORASYNCI_FN lorasync_status lorasynci_settle_version(const lorasynci_directory *d, const lorasynci_lease *lease,
+                                                      int adapter_fd, const char *stage, const lorasynci_latest *next,
+                                                      lorasync_error *err)
+{
+    const char *what   = "make";
+    int         failed = lorasynci_name_version(lease, adapter_fd, stage, next->name);
+    if (failed == ENOENT) return lorasynci_fail_unstaged(d, lease->adapter, next->version, err);
+    if (!failed && !d->no_fsync) {
+        what   = "fsync the directory of";
+        failed = lorasynci_sync_directory(adapter_fd);
+    }
+    return failed ? lorasynci_fail_file(err, d, what, lease->adapter, next->name, failed) : LORASYNC_OK;
+}
+
 /* The stage directory gets its name, then `latest` points to it, each durable before the next: whoever follows the link
-   at any moment finds a whole version. Committing once more what is served already is no error. */
-LORASYNCI_FN lorasync_status lorasynci_commit_at(lorasynci_directory *d, int adapter_fd, const char *adapter,
+   at any moment finds a whole version. After a failure the version is gone again, unless it can be seen. Committing
+   once more what is served already is no error. */
+LORASYNCI_FN lorasync_status lorasynci_commit_at(lorasynci_directory *d, const lorasynci_lease *lease, int adapter_fd,
                                                  uint64_t version, lorasync_error *err)
 {
-    char     name[24], stage[64];
-    uint64_t latest;
-    int      failed;
-    lorasynci_version_name(name, version);
-    lorasynci_stage_name(stage, version);
-    LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, d->path, adapter, &latest, err));
-    if (latest > version) return lorasynci_check_latest(d, adapter, latest, version, 0, err);
-    if (latest == version && !lorasynci_look(adapter_fd, stage) && !lorasynci_look(adapter_fd, name)) {
-        return lorasynci_check_latest(d, adapter, latest, version, 0,
-                                      err); /* another publisher was here since staging */
-    }
-    failed = lorasynci_name_version(adapter_fd, stage, name);
-    if (failed == ENOENT) {
-        return lorasynci_fail(err, LORASYNC_E_STATE, "version %llu of '%.60s' was not staged in %s",
-                              (unsigned long long)version, adapter, lorasynci_end_of(d->path));
-    }
-    if (!failed && !d->no_fsync) failed = lorasynci_sync_fd(adapter_fd);
-    if (failed) return lorasynci_fail_file(err, d, "make", adapter, name, failed);
-    if (latest != version) failed = lorasynci_swing_latest(d, adapter_fd, name);
-    if (failed) return lorasynci_fail_file(err, d, "replace", adapter, "latest", failed);
-    lorasynci_prune(d, adapter_fd, version);
-    return LORASYNC_OK;
+    char             stage[80];
+    lorasynci_latest latest, next;
+    lorasync_status  status;
+    int              is_latest, moved = 0;
+    memset(&next, 0, sizeof next);
+    next.version = version, next.generation = lease->generation;
+    lorasynci_version_name(next.name, version, lease->generation);
+    lorasynci_stage_name(stage, lease, next.name);
+    LORASYNCI_TRY(lorasynci_find_latest(d, adapter_fd, lease->adapter, &latest, err));
+    is_latest = strcmp(latest.name, next.name) == 0;
+    if (latest.generation == next.generation && latest.version > version)
+        return lorasynci_check_latest(d, lease->adapter, latest.version, version, 0, err);
+    if (is_latest && !lorasynci_look(adapter_fd, stage) && !lorasynci_look(adapter_fd, next.name))
+        /* another publisher was here since staging */
+        return lorasynci_check_latest(d, lease->adapter, latest.version, version, 0, err);
+    status = lorasynci_settle_version(d, lease, adapter_fd, stage, &next, err);
+    if (status >= 0 && !is_latest) status = lorasynci_swing_latest(d, lease, adapter_fd, next.name, &moved, err);
+    if (status >= 0) lorasynci_prune(d, lease, adapter_fd, &next);
+    else if (moved)
+        lorasynci_prefix(err, "version %llu can be seen, but a power cut may lose it; publish it again",
+                         (unsigned long long)version);
+    else if (!is_latest && lorasynci_check_lease(d, lease, adapter_fd, NULL) >= 0)
+        lorasynci_retire(lease, adapter_fd, next.name);
+    return status;
 }
 
 /* The transport's commit. */
@@ -17759,10 +18078,19 @@ LORASYNCI_FN lorasync_status lorasynci_directory_commit(void *user, const char *
                                                         lorasync_error *err)
 {
     lorasynci_directory *d = (lorasynci_directory *)user;
+    lorasynci_lease     *lease;
     lorasync_status      status;
     int                  fd = -1;
     LORASYNCI_TRY(lorasynci_adapter_directory(d, adapter, 0, &fd, err));
-    status = lorasynci_commit_at(d, fd, adapter, version, err);
+    lease = lorasynci_lease_of(d, adapter);
+    if (!lease) {
+        status = lorasynci_fail_memory(err, sizeof *lease);
+    } else if (lease->fd < 0) {
+        status = lorasynci_fail_unstaged(d, adapter, version, err);
+    } else {
+        status = lorasynci_check_lease(d, lease, fd, err);
+        if (status >= 0) status = lorasynci_commit_at(d, lease, fd, version, err);
+    }
     close(fd);
     return status;
 }
@@ -17770,11 +18098,17 @@ LORASYNCI_FN lorasync_status lorasynci_directory_commit(void *user, const char *
 /* The transport's abort: takes the stage directory away, whether it is whole or not. */
 LORASYNCI_FN void lorasynci_directory_abort(void *user, const char *adapter, uint64_t version)
 {
-    char stage[64];
-    int  fd = -1;
-    if (lorasynci_adapter_directory((lorasynci_directory *)user, adapter, 0, &fd, NULL) < 0) return;
-    lorasynci_stage_name(stage, version);
-    lorasynci_remove(fd, stage);
+    lorasynci_directory *d = (lorasynci_directory *)user;
+    lorasynci_lease     *lease;
+    char                 name[48], stage[80];
+    int                  fd = -1;
+    if (lorasynci_adapter_directory(d, adapter, 0, &fd, NULL) < 0) return;
+    lease = lorasynci_lease_of(d, adapter);
+    if (lease) {
+        lorasynci_version_name(name, version, lease->generation);
+        lorasynci_stage_name(stage, lease, name);
+        lorasynci_remove(fd, stage);
+    }
     close(fd);
 }
 
@@ -17953,7 +18287,13 @@ LORASYNCI_FN void lorasynci_directory_close(void *user)
 {
     lorasynci_directory *d = (lorasynci_directory *)user;
     lorasync_allocator   a = d->a;
+    lorasynci_lease     *l, *next;
     lorasynci_end_receipts(d);
+    for (l = &d->lease; l; l = next) {
+        next = l->next;
+        lorasynci_lease_drop(l);
+        if (l != &d->lease) lorasynci_dealloc(&a, l);
+    }
     lorasynci_dealloc(&a, d->path);
     lorasynci_dealloc(&a, d);
 }
@@ -18060,6 +18400,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     d->keep_versions = desc->keep_versions ? desc->keep_versions : 3;
     d->engines_fd = d->receipts_fd = -1;
     d->no_fsync                    = desc->no_fsync;
+    d->lease.fd                    = -1;
     memset(out, 0, sizeof *out);
     out->size          = sizeof *out;
     out->name          = path;
@@ -20295,23 +20636,57 @@ LORASYNCI_FN lorasync_status lorasynci_open_regular(int at, const char *name, co
     return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s is not a regular file", label);
 }
 
-/* Maps a whole file. An empty one is NULL and 0 bytes. */
-LORASYNCI_FN lorasync_status lorasynci_map_file(int at, const char *name, const char *label, void **out,
-                                                size_t *out_bytes, struct stat *out_st, lorasync_error *err)
+/* A whole file in memory: mapped or, where that is not possible, read. An empty one is NULL and 0 bytes. */
+typedef struct lorasynci_file_bytes {
+    void       *at;
+    size_t      num_bytes;
+    int         is_mapped; /* 0: from the allocator */
+    struct stat st;
+} lorasynci_file_bytes;
+
+LORASYNCI_FN void lorasynci_file_bytes_free(const lorasynci_file_bytes *f, const lorasync_allocator *a)
 {
-    int   fd = -1, failed = 0;
-    void *map = NULL;
-    LORASYNCI_TRY(lorasynci_open_regular(at, name, label, &fd, out_st, err));
-    if ((uintmax_t)out_st->st_size > (uintmax_t)SIZE_MAX) failed = EFBIG;
-    if (!failed && out_st->st_size > 0) {
-        map = mmap(NULL, (size_t)out_st->st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (map == MAP_FAILED) failed = errno;
+    if (f->at && f->is_mapped) munmap(f->at, f->num_bytes);
+    else lorasynci_dealloc(a, f->at);
+}
+
+/* Reads all of an open file. */
+LORASYNCI_FN lorasync_status lorasynci_read_file(int fd, const char *label, const lorasync_allocator *a,
+                                                 lorasynci_file_bytes *f, lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_OK;
+    ssize_t         n;
+    f->at = lorasynci_alloc(a, f->num_bytes);
+    if (!f->at) return lorasynci_fail_memory(err, f->num_bytes);
+    n = lorasynci_read_some(fd, f->at, f->num_bytes);
+    if (n < 0) status = lorasynci_fail_open(err, "read", label, errno);
+    else if ((size_t)n != f->num_bytes)
+        status = lorasynci_fail(err, LORASYNC_E_IO, "%s had %zu bytes and %zd when they were read: it was cut", label,
+                                f->num_bytes, n);
+    if (status < 0) lorasynci_dealloc(a, f->at);
+    return status;
+}
+
+/* Some file systems map no files (FUSE, 9p); those are read, for as much memory. */
+LORASYNCI_FN lorasync_status lorasynci_map_file(int at, const char *name, const char *label,
+                                                const lorasync_allocator *a, lorasynci_file_bytes *out,
+                                                lorasync_error *err)
+{
+    lorasynci_file_bytes f;
+    lorasync_status      status = LORASYNC_OK;
+    int                  fd     = -1;
+    memset(&f, 0, sizeof f);
+    LORASYNCI_TRY(lorasynci_open_regular(at, name, label, &fd, &f.st, err));
+    f.num_bytes = (size_t)f.st.st_size;
+    if ((uintmax_t)f.st.st_size > (uintmax_t)SIZE_MAX) status = lorasynci_fail_open(err, "map", label, EFBIG);
+    else if (f.num_bytes) {
+        f.at        = mmap(NULL, f.num_bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+        f.is_mapped = f.at != MAP_FAILED;
+        if (!f.is_mapped) status = lorasynci_read_file(fd, label, a, &f, err);
     }
     close(fd);
-    if (failed) return lorasynci_fail_open(err, "map", label, failed);
-    *out       = map;
-    *out_bytes = (size_t)out_st->st_size;
-    return LORASYNC_OK;
+    if (status >= 0) *out = f;
+    return status;
 }
 
 /* 1 if a name ends in `end` and has something before it. */
@@ -20330,12 +20705,26 @@ LORASYNCI_FN int lorasynci_is_pickled(const char *name, const unsigned char *p, 
     return lorasynci_name_ends(name, ".bin") || lorasynci_name_ends(name, ".pt") || lorasynci_name_ends(name, ".pth");
 }
 
+/* What Git has in place of a large file that was not fetched: a few lines of text. */
+LORASYNCI_FN int lorasynci_is_lfs_pointer(const void *bytes, size_t num_bytes)
+{
+    static const char begin[] = "version https://git-lfs.github.com/spec/";
+    return num_bytes >= sizeof begin - 1 && memcmp(bytes, begin, sizeof begin - 1) == 0;
+}
+
+LORASYNCI_FN lorasync_status lorasynci_fail_lfs(lorasync_error *err)
+{
+    return lorasynci_fail(err, LORASYNC_E_FORMAT,
+                          "this is a Git-LFS pointer, not the file that it stands for; get that with `git lfs pull`");
+}
+
 /* Reads a header; what is no safetensors at all is called by its name. */
 LORASYNCI_FN lorasync_status lorasynci_parse_bytes(const void *bytes, size_t num_bytes, const char *name,
                                                    const lorasync_allocator *a, lorasync_image **out,
                                                    lorasync_error *err)
 {
     lorasync_status status = lorasync_image_parse(bytes, num_bytes, a, out, err);
+    if (status == LORASYNC_E_FORMAT && lorasynci_is_lfs_pointer(bytes, num_bytes)) return lorasynci_fail_lfs(err);
     if (status != LORASYNC_E_FORMAT || !lorasynci_is_pickled(name, (const unsigned char *)bytes, num_bytes))
         return status;
     return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
@@ -20347,18 +20736,16 @@ LORASYNCI_FN lorasync_status lorasynci_open_model(int at, const char *name, cons
                                                   const lorasync_allocator *a, lorasynci_opened *out,
                                                   lorasync_error *err)
 {
-    void           *map       = NULL;
-    size_t          num_bytes = 0;
-    struct stat     st;
-    lorasync_status status;
-    LORASYNCI_TRY(lorasynci_map_file(at, name, label, &map, &num_bytes, &st, err));
-    status = lorasynci_parse_bytes(map ? map : (const void *)"", num_bytes, name, a, &out->image, err);
+    lorasynci_file_bytes f;
+    lorasync_status      status;
+    LORASYNCI_TRY(lorasynci_map_file(at, name, label, a, &f, err));
+    status = lorasynci_parse_bytes(f.at ? f.at : (const void *)"", f.num_bytes, name, a, &out->image, err);
     if (status >= 0) {
-        lorasynci_image_own_mapping(out->image, map, num_bytes);
+        lorasynci_image_own_bytes(out->image, f.at, f.num_bytes, f.is_mapped);
         status = lorasynci_refuse_delta(out->image, err);
         if (status >= 0 && out->image->has_digest) status = lorasync_image_verify(out->image, err);
-    } else if (map) {
-        munmap(map, num_bytes);
+    } else {
+        lorasynci_file_bytes_free(&f, a);
     }
     if (status < 0) {
         lorasynci_prefix(err, "%s", label);
@@ -20394,6 +20781,12 @@ LORASYNCI_FN lorasync_status lorasynci_read_config(int at, const char *label, co
     if (got < 0) {
         lorasynci_dealloc(a, text);
         return lorasynci_fail_open(err, "read", label, reason);
+    }
+    if (lorasynci_is_lfs_pointer(text, (size_t)got)) {
+        lorasynci_dealloc(a, text);
+        lorasynci_fail_lfs(err);
+        lorasynci_prefix(err, "%s", label);
+        return LORASYNC_E_FORMAT;
     }
     text[got]  = 0;
     *out       = text;
@@ -20563,6 +20956,24 @@ LORASYNCI_FN lorasync_status lorasynci_open_file(const char *path, const lorasyn
     return status;
 }
 
+/* 1 if a path is that of `latest` and that is a file, which says what directory beside it is meant; and that one's. */
+LORASYNCI_FN int lorasynci_follow_file(const char *path, char out[LORASYNCI_MAX_DIRECTORY + 100])
+{
+    const char      *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+    const size_t     n = (size_t)(name - path);
+    lorasynci_latest latest;
+    int              fd;
+    if (strcmp(name, "latest") != 0 || n > LORASYNCI_MAX_DIRECTORY) return 0;
+    memcpy(out, path, n);
+    strcpy(out + n, ".");
+    fd = lorasynci_open_directory(AT_FDCWD, out);
+    if (fd < 0) return 0;
+    if (lorasynci_read_latest(fd, "", "", &latest, NULL) < 0) latest.version = 0;
+    close(fd);
+    strcpy(out + n, latest.version ? latest.name : "");
+    return latest.version != 0;
+}
+
 LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const lorasync_allocator *allocator,
                                                    lorasync_image **out_image, lorasync_config **out_config,
                                                    lorasync_error *err)
@@ -20570,6 +20981,7 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
     lorasync_allocator a;
     lorasynci_opened   opened;
     struct stat        st;
+    char               other[LORASYNCI_MAX_DIRECTORY + 100];
     if (out_image) *out_image = NULL;
     if (out_config) *out_config = NULL;
     LORASYNCI_GIVEN(path);
@@ -20577,7 +20989,9 @@ LORASYNC_API lorasync_status lorasync_open_adapter(const char *path, const loras
     LORASYNCI_TRY(lorasynci_take_allocator(allocator, &a, err));
     memset(&opened, 0, sizeof opened);
     if (stat(path, &st) != 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
-    if (S_ISDIR(st.st_mode)) LORASYNCI_TRY(lorasynci_open_peft(path, &a, &opened, err));
+    if (S_ISREG(st.st_mode) && lorasynci_follow_file(path, other))
+        LORASYNCI_TRY(lorasynci_open_peft(other, &a, &opened, err));
+    else if (S_ISDIR(st.st_mode)) LORASYNCI_TRY(lorasynci_open_peft(path, &a, &opened, err));
     else LORASYNCI_TRY(lorasynci_open_file(path, &a, &opened, err));
     *out_image = opened.image;
     if (out_config) *out_config = opened.config;
@@ -21308,11 +21722,10 @@ typedef struct lorasynci_directory_source {
 } lorasynci_directory_source;
 
 typedef struct lorasynci_held_files {
-    lorasync_allocator a;
-    void              *map;
-    size_t             num_bytes;
-    char              *config_json;
-    char               where[300], config_where[300]; /* paths */
+    lorasync_allocator   a;
+    lorasynci_file_bytes model;
+    char                *config_json;
+    char                 where[300], config_where[300]; /* paths */
 } lorasynci_held_files;
 
 /* The engine has done with a version. */
@@ -21320,7 +21733,7 @@ LORASYNCI_FN void lorasynci_release_files(void *user)
 {
     lorasynci_held_files *h = (lorasynci_held_files *)user;
     lorasync_allocator    a = h->a;
-    if (h->map) munmap(h->map, h->num_bytes);
+    lorasynci_file_bytes_free(&h->model, &a);
     lorasynci_dealloc(&a, h->config_json);
     lorasynci_dealloc(&a, h);
 }
@@ -21328,10 +21741,12 @@ LORASYNCI_FN void lorasynci_release_files(void *user)
 /* Tells a file from any other without reading it. */
 LORASYNCI_FN uint64_t lorasynci_file_mark(const struct stat *st)
 {
-    uint64_t v[3];
+    uint64_t v[5];
     v[0] = (uint64_t)st->st_dev;
     v[1] = (uint64_t)st->st_ino; /* while the file is mapped no other gets it */
     v[2] = (uint64_t)st->st_ctime;
+    v[3] = (uint64_t)st->st_mtime;
+    v[4] = (uint64_t)st->st_size;
     return lorasynci_hash(v, sizeof v, 8) | 1;
 }
 
@@ -21505,21 +21920,22 @@ LORASYNCI_FN lorasync_status lorasynci_begin_look(lorasynci_directory_source *s,
    why. */
 LORASYNCI_FN int lorasynci_look_at(const lorasynci_directory_source *s, const char *adapter, lorasync_published *out)
 {
-    char        model[80];
-    struct stat st;
-    int         fd     = lorasynci_open_directory(s->fd, adapter);
-    const int   absent = fd < 0 && (errno == ENOENT || errno == ENOTDIR);
+    lorasynci_latest latest;
+    lorasync_status  status;
+    char             model[100];
+    struct stat      st;
+    int              fd     = lorasynci_open_directory(s->fd, adapter);
+    const int        absent = fd < 0 && (errno == ENOENT || errno == ENOTDIR);
     if (absent || strlen(adapter) >= sizeof out->adapter) return 0;
     strcpy(out->adapter, adapter);
     if (fd < 0) return 1;
-    if (lorasynci_read_latest(fd, s->path, adapter, &out->version, NULL) == LORASYNC_OK && !out->version) {
-        close(fd);
-        return 0;
-    }
-    snprintf(model, sizeof model, "v%llu/" LORASYNCI_MODEL_FILE, (unsigned long long)out->version);
-    if (out->version && fstatat(fd, model, &st, 0) == 0) out->mark = lorasynci_file_mark(&st);
+    status          = lorasynci_read_latest(fd, s->path, adapter, &latest, NULL);
+    out->version    = latest.version;
+    out->generation = latest.generation;
+    snprintf(model, sizeof model, "%s/" LORASYNCI_MODEL_FILE, latest.name);
+    if (latest.name[0] && fstatat(fd, model, &st, 0) == 0) out->mark = lorasynci_file_mark(&st);
     close(fd);
-    return 1;
+    return status < 0 || latest.name[0];
 }
 
 /* The next adapter of the look. A directory that holds versions is told at its end, after what else there may be. */
@@ -21548,7 +21964,8 @@ LORASYNCI_FN lorasync_status lorasynci_no_config(const lorasynci_held_files *h, 
 {
     lorasync_error  why;
     lorasync_image *image = NULL;
-    if (!h->map || lorasync_image_parse(h->map, h->num_bytes, &h->a, &image, NULL) < 0) return LORASYNC_E_NOT_FOUND;
+    if (!h->model.at || lorasync_image_parse(h->model.at, h->model.num_bytes, &h->a, &image, NULL) < 0)
+        return LORASYNC_E_NOT_FOUND;
     if (lorasynci_refuse_delta(image, &why) < 0) {
         lorasynci_prefix(&why, "%s", h->where);
         *err = why;
@@ -21557,22 +21974,21 @@ LORASYNCI_FN lorasync_status lorasynci_no_config(const lorasynci_held_files *h, 
     return err->status;
 }
 
-/* Maps and reads the files of <path>/<adapter>/v<version>. */
+/* Maps and reads the files of a version. */
 LORASYNCI_FN lorasync_status lorasynci_hold_files(int version_fd, lorasynci_held_files *h, lorasync_delivery *out,
                                                   lorasync_error *err)
 {
-    struct stat     st;
     size_t          num_bytes;
     lorasync_status status;
-    LORASYNCI_TRY(lorasynci_map_file(version_fd, LORASYNCI_MODEL_FILE, h->where, &h->map, &h->num_bytes, &st, err));
+    LORASYNCI_TRY(lorasynci_map_file(version_fd, LORASYNCI_MODEL_FILE, h->where, &h->a, &h->model, err));
     status = lorasynci_read_config(version_fd, h->config_where, &h->a, &h->config_json, &num_bytes, err);
     if (status < 0) return status == LORASYNC_E_NOT_FOUND ? lorasynci_no_config(h, err) : status;
     if (memchr(h->config_json, 0, num_bytes))
         return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s has a NUL byte, which JSON does not allow", h->config_where);
-    out->bytes        = h->map ? h->map : (const void *)"";
-    out->num_bytes    = h->num_bytes;
+    out->bytes        = h->model.at ? h->model.at : (const void *)"";
+    out->num_bytes    = h->model.num_bytes;
     out->config_json  = h->config_json;
-    out->mark         = lorasynci_file_mark(&st);
+    out->mark         = lorasynci_file_mark(&h->model.st);
     out->where        = h->where;
     out->config_where = h->config_where;
     return LORASYNC_OK;
@@ -21580,17 +21996,15 @@ LORASYNCI_FN lorasync_status lorasynci_hold_files(int version_fd, lorasynci_held
 
 /* Opens one version. LORASYNC_E_NOT_FOUND: it has just gone. */
 LORASYNCI_FN lorasync_status lorasynci_open_version(const lorasynci_directory_source *s, int adapter_fd,
-                                                    const char *adapter, uint64_t version, lorasync_delivery *out,
-                                                    lorasync_error *err)
+                                                    const char *adapter, const lorasynci_latest *which,
+                                                    lorasync_delivery *out, lorasync_error *err)
 {
     lorasynci_held_files *h    = (lorasynci_held_files *)lorasynci_alloc_array(&s->a, 1, sizeof *h);
-    const char           *root = lorasynci_end_of(s->path);
+    const char           *root = lorasynci_end_of(s->path), *name = which->name;
     lorasync_status       status;
-    char                  name[24];
     int                   fd;
     if (!h) return lorasynci_fail_memory(err, sizeof *h);
     h->a = s->a;
-    lorasynci_version_name(name, version);
     snprintf(h->where, sizeof h->where, "%s/%.60s/%s/" LORASYNCI_MODEL_FILE, root, adapter, name);
     snprintf(h->config_where, sizeof h->config_where, "%s/%.60s/%s/" LORASYNCI_CONFIG_FILE, root, adapter, name);
     fd     = lorasynci_open_directory(adapter_fd, name);
@@ -21600,9 +22014,10 @@ LORASYNCI_FN lorasync_status lorasynci_open_version(const lorasynci_directory_so
         lorasynci_release_files(h);
         return status;
     }
-    out->version = version;
-    out->release = lorasynci_release_files;
-    out->user    = h;
+    out->version    = which->version;
+    out->generation = which->generation;
+    out->release    = lorasynci_release_files;
+    out->user       = h;
     return LORASYNC_OK;
 }
 
@@ -21611,16 +22026,17 @@ LORASYNCI_FN lorasync_status lorasynci_open_version(const lorasynci_directory_so
 LORASYNCI_FN lorasync_status lorasynci_open_latest(const lorasynci_directory_source *s, int adapter_fd,
                                                    const char *adapter, lorasync_delivery *out, lorasync_error *err)
 {
-    lorasync_status status = LORASYNC_NOTHING_NEW;
-    uint64_t        version, tried = 0;
-    int             turns;
+    lorasync_status  status = LORASYNC_NOTHING_NEW;
+    lorasynci_latest latest;
+    char             tried[sizeof latest.name] = "";
+    int              turns;
     for (turns = 0; turns < 16; turns++) {
-        LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, s->path, adapter, &version, err));
-        if (!version) return LORASYNC_NOTHING_NEW;
-        if (version == tried) break;
-        status = lorasynci_open_version(s, adapter_fd, adapter, version, out, err);
+        LORASYNCI_TRY(lorasynci_read_latest(adapter_fd, s->path, adapter, &latest, err));
+        if (!latest.name[0]) return LORASYNC_NOTHING_NEW;
+        if (strcmp(latest.name, tried) == 0) break;
+        status = lorasynci_open_version(s, adapter_fd, adapter, &latest, out, err);
         if (status != LORASYNC_E_NOT_FOUND) return status;
-        tried = version;
+        strcpy(tried, latest.name);
     }
     return status;
 }

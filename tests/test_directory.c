@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -25,6 +26,32 @@ static int test_step(void)
     if (step_ends) _exit(77);
     errno = EIO;
     return 1;
+}
+
+/* What a file system may refuse for good: each call of that kind fails with this errno; 0: it does not. */
+static int no_links, no_locks, no_maps, no_directory_sync, no_file_sync;
+static int no_reads; /* 1: files end where reading begins */
+/* Called when a link is made, once. */
+static void (*at_link)(void);
+
+static int test_link(void)
+{
+    void (*call)(void) = at_link;
+    at_link            = NULL;
+    if (call) call();
+    return 0;
+}
+
+static int refuse(int reason)
+{
+    errno = reason;
+    return reason != 0;
+}
+
+static int refuse_sync(int fd)
+{
+    struct stat st;
+    return fstat(fd, &st) == 0 && refuse(S_ISDIR(st.st_mode) ? no_directory_sync : no_file_sync);
 }
 
 /* What makes a version durable, in order: each line "write FILE" (once for all bytes of a file), "fsync FILE" or
@@ -60,15 +87,17 @@ static int note_fd(const char *what, int fd)
 #define openat(...) (test_step() ? -1 : openat(__VA_ARGS__))
 #define mkdirat(...) (test_step() ? -1 : mkdirat(__VA_ARGS__))
 #define write(fd, ...) (note_fd("write", fd), test_step() ? -1 : write(fd, __VA_ARGS__))
-#define read(...) (test_step() ? -1 : read(__VA_ARGS__))
-#define fsync(fd) (note_fd("fsync", fd), test_step() ? -1 : fsync(fd))
+#define read(...) (test_step() ? -1 : no_reads ? 0 : read(__VA_ARGS__))
+#define pwrite(fd, ...) (note_fd("write", fd), test_step() ? -1 : pwrite(fd, __VA_ARGS__))
+#define flock(...) (test_step() || refuse(no_locks) ? -1 : flock(__VA_ARGS__))
+#define fsync(fd) (note_fd("fsync", fd), test_step() || refuse_sync(fd) ? -1 : fsync(fd))
 #define fstatat(...) (test_step() ? -1 : fstatat(__VA_ARGS__))
 #define readlinkat(...) (test_step() ? -1 : readlinkat(__VA_ARGS__))
-#define symlinkat(...) (test_step() ? -1 : symlinkat(__VA_ARGS__))
+#define symlinkat(...) (test_link() || test_step() || refuse(no_links) ? -1 : symlinkat(__VA_ARGS__))
 #define renameat(from_fd, from, to_fd, to)                                                                             \
     (note("rename", from, to), test_step() ? -1 : renameat(from_fd, from, to_fd, to))
 #define unlinkat(...) (test_step() ? -1 : unlinkat(__VA_ARGS__))
-#define mmap(...) (test_step() ? MAP_FAILED : mmap(__VA_ARGS__))
+#define mmap(...) (test_step() || refuse(no_maps) ? MAP_FAILED : mmap(__VA_ARGS__))
 
 #define LORASYNC_STATIC
 #define LORASYNC_IMPLEMENTATION
@@ -78,6 +107,7 @@ static int note_fd(const char *what, int fd)
 
 #include <pthread.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
@@ -172,16 +202,29 @@ static void write_text(const char *path, const void *bytes, size_t num_bytes)
 
 static void write_string(const char *path, const char *text) { write_text(path, text, strlen(text)); }
 
-/* Names in a directory, "." and ".." not counted, nor what its readers leave there. */
+/* Names in a directory; ".", "..", .lock, which stays for ever, and what its readers leave there are not counted. */
 static int count_names(const char *path)
 {
     DIR           *list = opendir(path);
     struct dirent *entry;
     int            num = 0;
     if (!list) return -1;
-    while ((entry = readdir(list)) != NULL) num += strcmp(entry->d_name, ".receipts") != 0;
+    while ((entry = readdir(list)) != NULL)
+        num += strcmp(entry->d_name, ".lock") != 0 && strcmp(entry->d_name, ".receipts") != 0;
     closedir(list);
     return num - 2;
+}
+
+/* The path of the one working name in a's directory that begins so; "" when there is none. */
+static const char *working(const char *adapter, const char *begin)
+{
+    DIR           *list = opendir(at("%s", adapter));
+    struct dirent *entry;
+    const char    *found = "";
+    while (list && (entry = readdir(list)) != NULL)
+        if (strncmp(entry->d_name, begin, strlen(begin)) == 0) found = at("%s/%s", adapter, entry->d_name);
+    if (list) closedir(list);
+    return found;
 }
 
 /* -- images whose every byte follows from version and seed */
@@ -468,6 +511,7 @@ static void versions(void)
     lorasync_error     err;
     lorasync_image    *image;
     struct stat        before, after;
+    char               stage[600];
     fresh_root();
     t = open_directory(0, 1);
     CHECK_EQ(publish(&t, "default", 10, &err), 0);
@@ -483,9 +527,10 @@ static void versions(void)
     CHECK_EQ(count_names(at("default")), 2);
     image = make_image("default", 11, 0, 64); /* another publisher gets in between stage and commit */
     CHECK_EQ(t.stage(t.user, image, &err), 0);
-    rename(at("default/.stage-%d-v11", (int)getpid()), at("staged"));
+    snprintf(stage, sizeof stage, "%s", working("default", ".stage-"));
+    CHECK_EQ(rename(stage, at("staged")), 0);
     CHECK_EQ(publish_seed(&t, "default", 11, 1, &err), 0);
-    rename(at("staged"), at("default/.stage-%d-v11", (int)getpid()));
+    CHECK_EQ(rename(at("staged"), stage), 0);
     CHECK_EQ(t.commit(t.user, "default", 11, &err), LORASYNC_E_VERSION);
     CHECK_HAS(err.text, "other content");
     drop_image(image);
@@ -497,59 +542,75 @@ static void versions(void)
 
 static void parse_version(void)
 {
-    static const char *const bad[] = {
-        "", "v", "v0", "v01", "12", "v-1", "v1 ", "v1x", "V1", "v18446744073709551616", "v99999999999999999999", "v1/"};
-    uint64_t v, random = 1;
-    size_t   i;
-    char     name[24];
-    for (i = 0; i < COUNT(bad); i++) {
-        v = 77;
-        CHECK(!lorasynci_parse_version(bad[i], &v));
-        CHECK_EQ(v, 77);
-    }
+    static const char *const bad[] = {"",
+                                      "v",
+                                      "v0",
+                                      "v01",
+                                      "12",
+                                      "v-1",
+                                      "v1 ",
+                                      "v1x",
+                                      "V1",
+                                      "v18446744073709551616",
+                                      "v99999999999999999999",
+                                      "v1/",
+                                      "v1-",
+                                      "v1-0000000000000000",
+                                      "v1-00f1e2d3c4b5a69",
+                                      "v1-00f1e2d3c4b5a6977",
+                                      "v1-00F1e2d3c4b5a697",
+                                      "v1-00f1e2d3c4b5a697x",
+                                      "v0-00f1e2d3c4b5a697",
+                                      "v1--0f1e2d3c4b5a697",
+                                      "v1-0x0f1e2d3c4b5a69"};
+    lorasynci_latest         v;
+    unsigned long long       state = 1;
+    size_t                   i;
+    char                     name[48];
+    for (i = 0; i < COUNT(bad); i++) CHECK(!lorasynci_parse_version(bad[i], &v));
     for (i = 0; i < 1000; i++) {
-        unsigned long long state = i;
-        random                   = test_random(&state) >> (i % 64);
-        if (!random) continue;
-        lorasynci_version_name(name, random);
-        CHECK(lorasynci_parse_version(name, &v) && v == random);
+        const uint64_t version    = (uint64_t)test_random(&state) >> (i % 64);
+        const uint64_t generation = i % 3 ? (uint64_t)test_random(&state) >> (i % 60) : 0;
+        if (!version) continue;
+        lorasynci_version_name(name, version, generation);
+        CHECK(lorasynci_parse_version(name, &v) && v.version == version && v.generation == generation);
+        CHECK_TEXT(v.name, name);
     }
 }
 
 static void leftovers(void)
 {
-    lorasync_transport t;
-    lorasync_engine   *e;
-    lorasync_error     err;
-    lorasync_image    *image;
-    char               target[100];
-    pid_t              dead = fork();
-    int                num;
-    if (dead == 0) _exit(0);
-    waitpid(dead, NULL, 0);
+    static const char *const old[]     = {".stage-1234-v9", ".old-99999-v1.0", ".stage-00f1e2d3c4b5a697-v9",
+                                          ".old-00f1e2d3c4b5a697-v1-00f1e2d3c4b5a698.0"};
+    static const char *const foreign[] = {".stage-x", ".stage-", ".stage-00f1e2d3c4b5a69-v9", ".stages-12-v1", ".old"};
+    lorasync_transport       t;
+    lorasync_engine         *e;
+    lorasync_error           err;
+    lorasync_image          *image;
+    char                     target[100];
+    size_t                   i;
+    int                      num;
     fresh_root();
     t = open_directory(0, 1);
     CHECK_EQ(publish(&t, "default", 1, &err), 0);
-    mkdir(at("default/.stage-%d-v9", (int)dead), 0755);
-    write_text(at("default/.stage-%d-v9/adapter_model.safetensors", (int)dead), "x", 1);
-    mkdir(at("default/.stage-%d-v9", (int)getppid()), 0755); /* another publisher, alive */
-    mkdir(at("default/.stage-x"), 0755);
-    mkdir(at("default/.old-%d-v1.0", (int)dead), 0755);
-    mkdir(at("default/.old-%d-v3.0", (int)getpid()), 0755);
-    write_text(at("default/.old-%d-v3.0/foreign", (int)getpid()), "x", 1);
-    CHECK_EQ(symlink("v5", at("default/.latest-%d", (int)dead)), 0);
-    CHECK_EQ(symlink("v5", at("default/.latest-%d", (int)getpid())), 0);
+    for (i = 0; i < COUNT(old); i++) {
+        mkdir(at("default/%s", old[i]), 0755);
+        write_text(at("default/%s/adapter_model.safetensors", old[i]), "x", 1);
+    }
+    for (i = 0; i < COUNT(foreign); i++) mkdir(at("default/%s", foreign[i]), 0755);
+    mkdir(at("default/.old-00f1e2d3c4b5a699-v3.0"), 0755);
+    write_text(at("default/.old-00f1e2d3c4b5a699-v3.0/foreign"), "x", 1);
+    CHECK_EQ(symlink("v5", at("default/.latest-1234")), 0);
+    CHECK_EQ(symlink("v5", at("default/.latest-00f1e2d3c4b5a697")), 0);
     mkdir(at("default/v3"), 0755); /* killed between making v3 and pointing to it; other content */
     write_text(at("default/v3/adapter_model.safetensors"), "x", 1);
     CHECK_EQ(publish(&t, "default", 2, &err), 0);
     CHECK(there(at("default/v3/adapter_model.safetensors")));
-    CHECK(!there(at("default/.stage-%d-v9", (int)dead)));
-    CHECK(there(at("default/.stage-%d-v9", (int)getppid())));
-    CHECK(there(at("default/.stage-x")));
-    CHECK(!there(at("default/.old-%d-v1.0", (int)dead)));
-    CHECK(there(at("default/.old-%d-v3.0/foreign", (int)getpid())));
-    CHECK(!there(at("default/.latest-%d", (int)dead)));
-    CHECK(!there(at("default/.latest-%d", (int)getpid())));
+    for (i = 0; i < COUNT(old); i++) CHECK(!there(at("default/%s", old[i])));
+    for (i = 0; i < COUNT(foreign); i++) CHECK(there(at("default/%s", foreign[i])));
+    CHECK(there(at("default/.old-00f1e2d3c4b5a699-v3.0/foreign")));
+    CHECK(!there(at("default/.latest-1234")));
+    CHECK(!there(at("default/.latest-00f1e2d3c4b5a697")));
     CHECK_EQ(publish(&t, "default", 3, &err), 0); /* over the leftover */
     e = open_engine(NULL);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
@@ -557,7 +618,7 @@ static void leftovers(void)
 
     image = make_image("default", 4, 0, 64); /* killed at the same place, same content */
     CHECK_EQ(t.stage(t.user, image, &err), 0);
-    CHECK_EQ(rename(at("default/.stage-%d-v4", (int)getpid()), at("default/v4")), 0);
+    CHECK_EQ(rename(working("default", ".stage-"), at("default/v4")), 0);
     CHECK_EQ(publish_to_all(&t, 1, image, &num, &err), 0);
     read_link(at("default/latest"), target);
     CHECK_TEXT(target, "v4");
@@ -571,11 +632,12 @@ static void leftovers(void)
 static void foreign_latest(void)
 {
     lorasync_transport t;
-    lorasync_engine   *e;
+    lorasync_engine   *e, *f;
     lorasync_error     err;
     fresh_root();
     t = open_directory(0, 1);
-    e = open_engine(NULL);
+    e = open_engine("a");
+    f = open_engine("b");
     mkdir(at("a"), 0755);
     mkdir(at("b"), 0755);
     mkdir(at("b/latest"), 0755);
@@ -586,6 +648,9 @@ static void foreign_latest(void)
     CHECK_HAS(err.text, "not a symbolic link");
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_FORMAT);
     CHECK(!there(at("a/v1")) && count_names(at("a")) == 1);
+    CHECK_EQ(lorasync_engine_poll(f, 0, &err), LORASYNC_E_IO); /* it reads the copy, of which nothing is there yet */
+    CHECK_HAS(err.text, "b/latest/adapter_model.safetensors");
+    lorasync_engine_close(f);
     lorasync_engine_close(e);
     t.close(t.user);
 }
@@ -1491,11 +1556,10 @@ static void reader_process(void)
 
 static uint64_t latest_version(void)
 {
-    char     target[100];
-    uint64_t v = 0;
+    char             target[100];
+    lorasynci_latest v;
     read_link(at("a/latest"), target);
-    if (!lorasynci_parse_version(target, &v)) v = 0;
-    return v;
+    return lorasynci_parse_version(target, &v) ? v.version : 0;
 }
 
 static void publish_until_killed(int no_fsync)
@@ -1521,7 +1585,6 @@ static void killed_publisher(void)
         readers[i] = fork();
         if (readers[i] == 0) reader_process();
     }
-    t = open_directory(1, 1);
     e = open_engine("a");
     for (round = 0; round < 150; round++) {
         struct timespec rest;
@@ -1539,7 +1602,9 @@ static void killed_publisher(void)
         CHECK(result == LORASYNC_OK || result == LORASYNC_NOTHING_NEW);
         CHECK_EQ(served(e, "a"), latest_version());
         before = latest_version() + 1;
+        t      = open_directory(1, 1);
         CHECK_EQ(publish(&t, "a", before, &err), 0);
+        t.close(t.user);
         CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
         CHECK_EQ(served(e, "a"), before);
         if (round % 2) CHECK_EQ(count_names(at("a")), 2); /* nothing is left of the dead */
@@ -1551,7 +1616,6 @@ static void killed_publisher(void)
         CHECK_EQ(WEXITSTATUS(result), 0);
     }
     lorasync_engine_close(e);
-    t.close(t.user);
 }
 
 /* The lowest free file descriptor: equal before and after, or one leaked. */
@@ -1563,7 +1627,7 @@ static int lowest_fd(void)
 }
 
 /* Publishes version 2 with the k-th step failing or fatal. 1 if there was such a step. */
-static int publish_with_step(lorasync_transport *t, long k, int ends, lorasync_status *out)
+static int publish_with_step(lorasync_transport *t, long k, int ends, lorasync_status *out, int *out_seen)
 {
     lorasync_error err;
     int            result = 0;
@@ -1571,6 +1635,7 @@ static int publish_with_step(lorasync_transport *t, long k, int ends, lorasync_s
     *out                  = LORASYNC_OK;
     if (child == 0) {
         long left;
+        if (ends) *t = open_directory(1, 0);
         step_at   = k;
         step_ends = ends;
         *out      = publish(t, "a", 2, &err);
@@ -1579,10 +1644,12 @@ static int publish_with_step(lorasync_transport *t, long k, int ends, lorasync_s
         if (ends) _exit(*out == 0 && left > 0 ? 0 : 1);
         if (*out < 0) CHECK_EQ(*out, LORASYNC_E_IO);
         if (*out < 0) CHECK_HAS(err.text, root);
+        *out_seen = *out < 0 && strstr(err.text, "version 2 can be seen");
         return left == 0;
     }
     waitpid(child, &result, 0);
     CHECK(WIFEXITED(result) && (WEXITSTATUS(result) == 77 || WEXITSTATUS(result) == 0));
+    *t = open_directory(1, 0);
     return WEXITSTATUS(result) == 77;
 }
 
@@ -1600,6 +1667,7 @@ static void every_step(int ends, int leftover)
         lorasync_status    status;
         int                fd = lowest_fd();
         uint64_t           now;
+        int                seen = 0;
         fresh_root();
         t = open_directory(1, 0);
         e = open_engine("a");
@@ -1609,12 +1677,14 @@ static void every_step(int ends, int leftover)
         }
         CHECK_EQ(publish(&t, "a", 1, &err), 0);
         CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
-        more = publish_with_step(&t, k, ends, &status);
+        if (ends) t.close(t.user); /* the child publishes, and then the next one */
+        more = publish_with_step(&t, k, ends, &status, &seen);
         now  = latest_version();
         num_old += now == 1;
         num_new += now == 2;
         CHECK(now == 1 || now == 2);
-        if (!ends && status == 0) CHECK_EQ(now, 2);
+        if (!ends) CHECK_EQ(status == 0 || seen, now == 2); /* what can be seen is what the status says */
+        if (!ends && now == 1) CHECK(!there(at("a/v2")) || leftover);
         CHECK_EQ(lorasync_engine_poll(e, 0, &err), now == 1 ? LORASYNC_NOTHING_NEW : LORASYNC_OK);
         CHECK_EQ(served(e, "a"), now);
         CHECK_EQ(publish(&t, "a", 2, &err), 0);
@@ -1687,21 +1757,595 @@ static void poll_steps(void)
     }
 }
 
+/* -- file systems as they are */
+
+static const int refusals[] = {EINVAL, ENOTSUP, EOPNOTSUPP, ENOSYS, EPERM};
+
+static void no_symbolic_links(void)
+{
+    size_t i;
+    for (i = 0; i < COUNT(refusals); i++) {
+        lorasync_transport t;
+        lorasync_engine   *e;
+        lorasync_image    *image = NULL;
+        lorasync_error     err;
+        struct stat        st;
+        char              *text;
+        size_t             n;
+        fresh_root();
+        t        = open_directory(2, i % 2);
+        e        = open_engine(i % 2 ? "a" : NULL);
+        no_links = refusals[i];
+        CHECK_EQ(publish(&t, "a", 1, &err), 0);
+        CHECK_EQ(publish(&t, "a", 2, &err), 0);
+        CHECK_EQ(publish(&t, "a", 2, &err), 0); /* again */
+        CHECK_EQ(lstat(at("a/latest"), &st), 0);
+        CHECK(S_ISREG(st.st_mode));
+        text = test_read(at("a/latest"), &n);
+        CHECK_TEXT(text, "v2\n");
+        free(text);
+        CHECK_EQ(publish(&t, "a", 1, &err), LORASYNC_E_VERSION);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, "a"), 2);
+        CHECK_EQ(lorasync_open_adapter(at("a/latest"), NULL, &image, NULL, &err), 0);
+        CHECK(image && image->version == 2);
+        lorasync_image_free(image);
+        CHECK_EQ(publish(&t, "a", 3, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, "a"), 3);
+        CHECK_EQ(count_names(at("a")), 3);
+        no_links = 0; /* moved to a file system that has them */
+        CHECK_EQ(publish(&t, "a", 4, &err), 0);
+        CHECK_EQ(lstat(at("a/latest"), &st), 0);
+        CHECK(S_ISLNK(st.st_mode));
+        unlink(at("a/latest"));
+        write_string(at("a/latest"), "v3"); /* as Git writes a link where there are none */
+        CHECK_EQ(lorasync_open_adapter(at("a/latest"), NULL, &image, NULL, &err), 0);
+        CHECK(image && image->version == 3);
+        lorasync_image_free(image);
+        write_string(at("a/latest"), "v3 and more");
+        CHECK_EQ(publish(&t, "a", 5, &err), LORASYNC_E_FORMAT);
+        CHECK_HAS(err.text, "a/latest points to 'v3 and more', expected v<number>");
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_FORMAT);
+        CHECK_EQ(lorasync_open_adapter(at("a/latest"), NULL, &image, NULL, &err), LORASYNC_E_FORMAT);
+        lorasync_engine_close(e);
+        t.close(t.user);
+    }
+}
+
+/* A link that fails for another reason is a failure, and leaves nothing. */
+static void links_that_fail(void)
+{
+    lorasync_transport t;
+    lorasync_error     err;
+    fresh_root();
+    t        = open_directory(0, 1);
+    no_links = EIO;
+    CHECK_EQ(publish(&t, "a", 1, &err), LORASYNC_E_IO);
+    CHECK_HAS(err.text, "cannot make the link ");
+    CHECK_HAS(err.text, "a/latest: ");
+    CHECK_EQ(count_names(at("a")), 0);
+    no_links = 0;
+    CHECK_EQ(publish(&t, "a", 1, &err), 0);
+    t.close(t.user);
+}
+
+static void fsync_as_it_is(void)
+{
+    static const int errors[] = {EIO, ENOSPC, EDQUOT};
+    size_t           i;
+    for (i = 0; i < COUNT(refusals); i++) {
+        lorasync_transport t;
+        lorasync_error     err;
+        fresh_root();
+        rmdir(root);
+        t                 = open_directory(0, 0);
+        no_directory_sync = refusals[i];
+        CHECK_EQ(publish(&t, "a", 1, &err), 0);
+        CHECK_EQ(publish(&t, "a", 2, &err), 0);
+        no_directory_sync = 0;
+        t.close(t.user);
+    }
+    for (i = 0; i < COUNT(errors); i++) {
+        lorasync_transport t;
+        lorasync_error     err;
+        char               reason[100];
+        fresh_root();
+        t = open_directory(0, 0);
+        CHECK_EQ(publish(&t, "a", 1, &err), 0);
+        snprintf(reason, sizeof reason, ": %s", strerror(errors[i]));
+        no_file_sync = errors[i];
+        CHECK_EQ(publish(&t, "a", 2, &err), LORASYNC_E_IO);
+        CHECK_HAS(err.text, "cannot fsync ");
+        CHECK_HAS(err.text, "-v2/adapter_model.safetensors: ");
+        CHECK_HAS(err.text, reason);
+        no_file_sync      = 0;
+        no_directory_sync = errors[i];
+        CHECK_EQ(publish(&t, "a", 2, &err), LORASYNC_E_IO);
+        CHECK_HAS(err.text, "cannot fsync the directory ");
+        CHECK_HAS(err.text, reason);
+        no_directory_sync = 0;
+        CHECK_EQ(count_names(at("a")), 2);
+        t.close(t.user);
+        no_file_sync = errors[i]; /* of the lease, as it is the first */
+        t            = open_directory(0, 0);
+        CHECK_EQ(publish(&t, "a", 2, &err), LORASYNC_E_IO);
+        CHECK_HAS(err.text, "cannot fsync ");
+        CHECK_HAS(err.text, "a/.lock: ");
+        no_file_sync = 0;
+        CHECK_EQ(publish(&t, "a", 2, &err), 0);
+        t.close(t.user);
+    }
+}
+
+static void read_where_nothing_is_mapped(void)
+{
+    static const int   errors[] = {ENODEV, EACCES, EPERM, ENOMEM};
+    lorasync_transport t;
+    size_t             i;
+    fresh_root();
+    t = open_directory(0, 1);
+    CHECK_EQ(publish(&t, "a", 1, NULL), 0);
+    for (i = 0; i < COUNT(errors); i++) {
+        const lorasync_adapter *pinned;
+        lorasync_engine_desc    desc;
+        lorasync_engine        *e     = NULL;
+        lorasync_image         *image = NULL;
+        test_memory             m;
+        lorasync_allocator      a = counting(&m);
+        lorasync_error          err;
+        memset(&desc, 0, sizeof desc);
+        desc.directory = root, desc.adapter = "a", desc.allocator = &a;
+        CHECK_EQ(lorasync_engine_open(&desc, &e, &err), 0);
+        no_maps = errors[i];
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        pinned = lorasync_acquire(e, "a");
+        CHECK_EQ(publish(&t, "a", i + 2, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+        CHECK_EQ(served(e, "a"), i + 2);
+        CHECK_EQ(wrong_bytes(pinned, 0), 0);
+        lorasync_release(pinned);
+        lorasync_engine_close(e);
+        CHECK_EQ(m.live, 0);
+        CHECK_EQ(lorasync_open_adapter(at("a/latest"), &a, &image, NULL, &err), 0);
+        CHECK(image && lorasync_image_verify(image, &err) == 0);
+        lorasync_image_free(image);
+        CHECK_EQ(m.live, 0);
+        no_reads = 1; /* it was cut meanwhile */
+        CHECK_EQ(lorasync_open_adapter(at("a/latest"), &a, &image, NULL, &err), LORASYNC_E_IO);
+        CHECK_HAS(err.text, "bytes and 0 when they were read");
+        no_reads  = 0;
+        m.fail_at = 1;
+        CHECK_EQ(lorasync_open_adapter(at("a/latest"), &a, &image, NULL, &err), LORASYNC_E_MEMORY);
+        m.fail_at = 0;
+        break_file(at("a/latest/adapter_model.safetensors"), 0, 9);
+        CHECK_EQ(lorasync_open_adapter(at("a/latest"), &a, &image, NULL, &err), LORASYNC_E_DIGEST);
+        CHECK_EQ(m.live, 0);
+        no_maps = 0;
+        remove_tree(at("a"));
+        CHECK_EQ(publish(&t, "a", i + 2, NULL), 0);
+    }
+    t.close(t.user);
+}
+
+/* `latest` after cp -rL or rsync -L: a directory. */
+static void copied_latest(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_image    *image = NULL;
+    lorasync_error     err;
+    uint64_t           v;
+    fresh_root();
+    t = open_directory(0, 1);
+    e = open_engine(NULL);
+    mkdir(at("copy"), 0755);
+    for (v = 3; v <= 4; v++) { /* what is copied lies beside it until it is whole */
+        CHECK_EQ(publish(&t, "a", v, &err), 0);
+        unlink(at("a/latest"));
+        CHECK_EQ(rename(at("a/v%d", (int)v), at("copy/next")), 0);
+        if (v > 3) CHECK_EQ(rename(at("copy/latest"), at("copy/before")), 0);
+        CHECK_EQ(rename(at("copy/next"), at("copy/latest")), 0);
+        CHECK_EQ(rename(at("copy"), at("a/copy")), 0);
+        CHECK_EQ(rename(at("a/copy/latest"), at("a/latest")), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, "a"), v);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+        CHECK_EQ(lorasync_open_adapter(at("a/latest"), NULL, &image, NULL, &err), 0);
+        CHECK_EQ(image->version, v);
+        lorasync_image_free(image);
+        CHECK_EQ(publish(&t, "a", 9, &err), LORASYNC_E_FORMAT);
+        CHECK_HAS(err.text, "a/latest is not a symbolic link to a version, but a directory");
+        CHECK_EQ(rename(at("a/latest"), at("a/copy/latest")), 0);
+        CHECK_EQ(rename(at("a/copy"), at("copy")), 0);
+    }
+    CHECK_EQ(rename(at("copy/before"), at("a/latest")), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_VERSION);
+    CHECK_HAS(err.text, "is v3, v4 is served");
+    unlink(at("a/latest/adapter_config.json"));
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_IO);
+    CHECK_HAS(err.text, "a/latest/adapter_config.json");
+    CHECK_EQ(served(e, "a"), 4);
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
+static void lfs_pointers(void)
+{
+    static const char        pointer[] = "version https://git-lfs.github.com/spec/v1\n"
+                                         "oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\n"
+                                         "size 12345\n";
+    static const char *const files[]   = {"adapter_model.safetensors", "adapter_config.json"};
+    size_t                   i;
+    for (i = 0; i < COUNT(files); i++) {
+        lorasync_transport t;
+        lorasync_engine   *e;
+        lorasync_image    *image = NULL;
+        lorasync_error     err;
+        fresh_root();
+        t = open_directory(0, 1);
+        e = open_engine("a");
+        CHECK_EQ(publish(&t, "a", 1, &err), 0);
+        unlink(at("a/v1/%s", files[i]));
+        write_string(at("a/v1/%s", files[i]), pointer);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_FORMAT);
+        CHECK_HAS(err.text, files[i]);
+        CHECK_HAS(err.text, "is a Git-LFS pointer");
+        CHECK_HAS(err.text, "git lfs pull");
+        CHECK_EQ(lorasync_open_adapter(at("a/v1"), NULL, &image, NULL, &err), LORASYNC_E_FORMAT);
+        CHECK_HAS(err.text, files[i]);
+        CHECK_HAS(err.text, "is a Git-LFS pointer");
+        lorasync_engine_close(e);
+        t.close(t.user);
+    }
+}
+
+/* -- one publisher */
+
+/* What the error of one that must wait says of the holder. */
+static void check_told(const lorasync_error *err, long pid)
+{
+    char who[120], host[65] = "";
+    gethostname(host, sizeof host - 1);
+    if (pid == (long)getpid()) snprintf(who, sizeof who, "another transport of this very process (%ld), since 20", pid);
+    else snprintf(who, sizeof who, "process %ld on %s, since 20", pid, host);
+    CHECK_EQ(err->status, LORASYNC_E_BUSY);
+    CHECK_HAS(err->text, "/a is published to by ");
+    CHECK_HAS(err->text, who);
+    CHECK_HAS(err->text, "one publisher at a time");
+}
+
+static void second_publisher(void)
+{
+    lorasync_transport t, u;
+    lorasync_image    *image;
+    lorasync_error     err;
+    int                told[2], result = 0;
+    pid_t              child;
+    char               target[100], who[100];
+    fresh_root();
+    t = open_directory(0, 1);
+    u = open_directory(0, 1);
+    CHECK_EQ(publish(&t, "a", 1, &err), 0);
+    CHECK_EQ(publish(&u, "a", 2, &err), LORASYNC_E_BUSY);
+    check_told(&err, (long)getpid());
+    CHECK_EQ(publish(&u, "b", 1, &err), 0); /* another adapter is another place */
+    CHECK_EQ(publish(&t, "b", 2, &err), LORASYNC_E_BUSY);
+    image = make_image("a", 2, 0, 64);
+    CHECK_EQ(t.stage(t.user, image, &err), 0);
+    CHECK_EQ(pipe(told), 0);
+    child = fork();
+    if (child == 0) {
+        lorasync_transport own = open_directory(0, 1);
+        memset(&err, 0, sizeof err);
+        publish(&own, "a", 2, &err);
+        _exit(write(told[1], &err, sizeof err) != (ssize_t)sizeof err);
+    }
+    CHECK_EQ(read(told[0], &err, sizeof err), sizeof err);
+    waitpid(child, &result, 0);
+    CHECK_EQ(err.status, LORASYNC_E_BUSY);
+    snprintf(who, sizeof who, "published to by process %ld on ", (long)getpid());
+    CHECK_HAS(err.text, who);
+    CHECK_EQ(t.commit(t.user, "a", 2, &err), 0); /* what was staged is untouched */
+    read_link(at("a/latest"), target);
+    CHECK_TEXT(target, "v2");
+    drop_image(image);
+    t.close(t.user);
+    CHECK_EQ(publish(&u, "a", 3, &err), 0);
+    u.close(u.user);
+    close(told[0]), close(told[1]);
+}
+
+/* Publishes as a child until killed; the pipe says when it has begun. */
+static pid_t publish_in_child(uint64_t first, int leaves_child)
+{
+    int   ready[2];
+    char  byte = 0;
+    pid_t child;
+    CHECK_EQ(pipe(ready), 0);
+    child = fork();
+    if (child == 0) {
+        lorasync_transport t = open_directory(0, 1);
+        uint64_t           v = first;
+        if (publish(&t, "a", v, NULL) != 0) _exit(1);
+        if (leaves_child && fork() == 0) { /* as a loader's worker does: it has the file open as long as it lives */
+            if (write(ready[1], &byte, 1) != 1) _exit(2);
+            close(ready[1]);
+            while (!there(at("stop"))) test_sleep_ms(1);
+            _exit(0);
+        }
+        if (!leaves_child && write(ready[1], &byte, 1) != 1) _exit(2);
+        while (leaves_child) test_sleep_ms(1000);
+        for (;;)
+            if (publish(&t, "a", ++v, NULL) != 0) _exit(1);
+    }
+    close(ready[1]);
+    CHECK_EQ(read(ready[0], &byte, 1), 1);
+    close(ready[0]);
+    return child;
+}
+
+static void killed_holder(void)
+{
+    lorasync_transport t;
+    lorasync_error     err;
+    pid_t              child;
+    int                turns;
+    fresh_root();
+    t     = open_directory(0, 1);
+    child = publish_in_child(1, 0);
+    CHECK_EQ(publish(&t, "a", 1000000, &err), LORASYNC_E_BUSY);
+    check_told(&err, (long)child);
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+    CHECK_EQ(publish(&t, "a", 1000000, &err), 0);
+    CHECK_EQ(working("a", ".stage-")[0], 0);
+    t.close(t.user);
+
+    fresh_root(); /* what a killed one has forked holds its lock, and is told of */
+    t     = open_directory(0, 1);
+    child = publish_in_child(1, 1);
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+    CHECK_EQ(publish(&t, "a", 2, &err), LORASYNC_E_BUSY);
+    check_told(&err, (long)child);
+    CHECK_HAS(err.text, "what it has forked");
+    write_text(at("stop"), "", 0);
+    for (turns = 0; turns < 10000 && publish(&t, "a", 2, &err) != 0; turns++) test_sleep_ms(1);
+    CHECK_EQ(latest_version(), 2);
+    t.close(t.user);
+}
+
+static void forked_transport(void)
+{
+    lorasync_transport t, u;
+    lorasync_error     err;
+    int                told[2], go[2], result = 0;
+    char               byte = 0;
+    pid_t              child;
+    fresh_root();
+    t = open_directory(0, 1);
+    u = open_directory(0, 1);
+    CHECK_EQ(publish(&t, "a", 1, &err), 0);
+    CHECK_EQ(pipe(told) + pipe(go), 0);
+    child = fork();
+    if (child == 0) {
+        memset(&err, 0, sizeof err);
+        publish(&t, "a", 2, &err);
+        if (write(told[1], &err, sizeof err) != (ssize_t)sizeof err || read(go[0], &byte, 1) != 1) _exit(1);
+        _exit(publish(&t, "a", 5, &err) != 0); /* when the parent has closed it, it is anybody's */
+    }
+    CHECK_EQ(read(told[0], &err, sizeof err), sizeof err);
+    CHECK_EQ(err.status, LORASYNC_E_BUSY);
+    CHECK_HAS(err.text, "published to by process ");
+    CHECK_EQ(publish(&t, "a", 2, &err), 0); /* the parent's lock is still held, by it */
+    CHECK_EQ(publish(&u, "a", 3, &err), LORASYNC_E_BUSY);
+    t.close(t.user); /* and given up, though the fork lives */
+    CHECK_EQ(publish(&u, "a", 3, &err), 0);
+    u.close(u.user);
+    CHECK_EQ(write(go[1], &byte, 1), 1);
+    waitpid(child, &result, 0);
+    CHECK(WIFEXITED(result) && WEXITSTATUS(result) == 0);
+    CHECK_EQ(latest_version(), 5);
+    close(told[0]), close(told[1]), close(go[0]), close(go[1]);
+}
+
+/* Without locks the newest has the place, and the one before is told so before it publishes anything. */
+static void without_locks(void)
+{
+    static const int errors[] = {ENOLCK, ENOSYS, EINVAL, EOPNOTSUPP};
+    size_t           i;
+    for (i = 0; i < COUNT(errors); i++) {
+        lorasync_transport t, u;
+        lorasync_image    *image;
+        lorasync_engine   *e;
+        lorasync_error     err;
+        fresh_root();
+        t        = open_directory(0, 1);
+        u        = open_directory(0, 1);
+        e        = open_engine("a");
+        image    = make_image("a", 2, 1, 64);
+        no_locks = errors[i];
+        CHECK_EQ(publish(&t, "a", 1, &err), 0);
+        CHECK_EQ(t.stage(t.user, image, &err), 0);
+        CHECK_EQ(publish(&u, "a", 2, &err), 0);
+        CHECK_EQ(t.commit(t.user, "a", 2, &err), LORASYNC_E_BUSY);
+        check_told(&err, (long)getpid());
+        t.abort(t.user, "a", 2);
+        CHECK_EQ(publish(&t, "a", 3, &err), LORASYNC_E_BUSY); /* and it does not take it back */
+        check_told(&err, (long)getpid());
+        CHECK_EQ(publish(&u, "a", 3, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, "a"), 3);
+        CHECK_EQ(count_names(at("a")), 4);
+        no_locks = EIO; /* this is no answer of a file system without locks */
+        t.close(t.user);
+        t = open_directory(0, 1);
+        CHECK_EQ(publish(&t, "a", 4, &err), LORASYNC_E_IO);
+        CHECK_HAS(err.text, "cannot lock ");
+        CHECK_HAS(err.text, "a/.lock: ");
+        no_locks = 0;
+        drop_image(image);
+        lorasync_engine_close(e);
+        t.close(t.user);
+        u.close(u.user);
+    }
+}
+
+/* Another's lease in the file, as after a lock that a network file system has broken. */
+static void take_over(void)
+{
+    static const char lease[] = "lorasync publisher\nnonce 00f1e2d3c4b5a697\nhost elsewhere\npid 4711\nsince "
+                                "2026-11-28T03:40:02Z\n";
+    FILE             *f       = fopen(at("a/.lock"), "r+");
+    CHECK(f && fwrite(lease, 1, sizeof lease - 1, f) == sizeof lease - 1);
+    if (f) fclose(f);
+}
+
+static void lost_lease(void)
+{
+    lorasync_transport t;
+    lorasync_image    *image;
+    lorasync_error     err;
+    char               target[100];
+    int                late;
+    for (late = 0; late < 2; late++) { /* before the commit, and in the middle of it */
+        fresh_root();
+        t     = open_directory(0, 1);
+        image = make_image("a", 2, 0, 64);
+        CHECK_EQ(publish(&t, "a", 1, &err), 0);
+        CHECK_EQ(t.stage(t.user, image, &err), 0);
+        if (late) at_link = take_over;
+        else take_over();
+        CHECK_EQ(t.commit(t.user, "a", 2, &err), LORASYNC_E_BUSY);
+        CHECK(at_link == NULL);
+        CHECK_HAS(err.text, "process 4711 on elsewhere, since 2026-11-28T03:40:02Z");
+        t.abort(t.user, "a", 2);
+        read_link(at("a/latest"), target);
+        CHECK_TEXT(target, "v1");          /* the one that is stale never moves it */
+        CHECK_EQ(there(at("a/v2")), late); /* nor touches what may be the other's by now */
+        CHECK_EQ(working("a", ".latest-")[0], 0);
+        CHECK_EQ(publish(&t, "a", 2, &err), 0); /* the lock is to be had: the other has ended */
+        read_link(at("a/latest"), target);
+        CHECK_TEXT(target, "v2");
+        drop_image(image);
+        t.close(t.user);
+    }
+}
+
+static void unreadable_lease(void)
+{
+    static const char *const texts[] = {"", "lorasync", "lorasync publisher\nnonce 0\nhost x\npid 1\nsince y\n"};
+    size_t                   i;
+    for (i = 0; i < COUNT(texts); i++) {
+        lorasync_transport t, u;
+        lorasync_error     err;
+        fresh_root();
+        t = open_directory(0, 1);
+        u = open_directory(0, 1);
+        CHECK_EQ(publish(&t, "a", 1, &err), 0);
+        write_string(at("a/.lock"), texts[i]);
+        CHECK_EQ(publish(&u, "a", 2, &err), LORASYNC_E_BUSY); /* the lock says so, whatever is written there */
+        CHECK_HAS(err.text, "another process, which has not said yet who it is");
+        CHECK_EQ(publish(&t, "a", 2, &err), 0); /* and it writes it anew */
+        CHECK_EQ(publish(&u, "a", 3, &err), LORASYNC_E_BUSY);
+        check_told(&err, (long)getpid());
+        unlink(at("a/.lock"));
+        CHECK_EQ(publish(&u, "a", 3, &err), 0); /* whoever removes it says that there is no publisher */
+        CHECK_EQ(publish(&t, "a", 4, &err), LORASYNC_E_BUSY);
+        u.close(u.user);
+        CHECK_EQ(publish(&t, "a", 4, &err), 0);
+        t.close(t.user);
+        mkdir(at("b"), 0755);
+        mkdir(at("b/.lock"), 0755);
+        t = open_directory(0, 1);
+        CHECK_EQ(publish(&t, "b", 1, &err), LORASYNC_E_IO);
+        CHECK_HAS(err.text, "cannot open ");
+        CHECK_HAS(err.text, "b/.lock: ");
+        t.close(t.user);
+    }
+}
+
+/* Publishes from v on as process 1 of a pid namespace of its own, as in a container, until the returned pipe is closed;
+   -1 where there are no namespaces. *out: to be waited for then. */
+static int publish_in_container(uint64_t v, pid_t *out)
+{
+    int   ready[2], life[2];
+    char  byte = 1;
+    pid_t inner;
+    CHECK_EQ(pipe(ready) + pipe(life), 0);
+    *out = fork();
+    if (*out == 0) {
+        close(life[1]);
+        inner = syscall(SYS_unshare, 0x20000000 /* CLONE_NEWPID */) == 0 ? fork() : -1;
+        if (inner == 0) {
+            lorasync_transport t = open_directory(1, 1);
+            if (getpid() != 1 || publish(&t, "a", v, NULL) != 0 || write(ready[1], &byte, 1) != 1) _exit(1);
+            for (;;)
+                if (publish(&t, "a", ++v, NULL) != 0) _exit(1);
+        }
+        close(ready[1]);
+        if (inner > 0 && read(life[0], &byte, 1) == 0) kill(inner, SIGKILL);
+        if (inner > 0) waitpid(inner, NULL, 0);
+        _exit(0);
+    }
+    close(ready[1]), close(life[0]);
+    if (read(ready[0], &byte, 1) == 1) byte = 2;
+    close(ready[0]);
+    if (byte == 2) return life[1];
+    close(life[1]);
+    waitpid(*out, NULL, 0);
+    return -1;
+}
+
+static void containers(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    uint64_t           v = 1;
+    int                round;
+    fresh_root();
+    e = open_engine("a");
+    for (round = 0; round < 5; round++) {
+        pid_t     outer;
+        const int life = publish_in_container(v, &outer);
+        if (life < 0) {
+            lorasync_engine_close(e);
+            SKIP("pid namespaces are not to be had here");
+        }
+        t = open_directory(1, 1);
+        CHECK_EQ(publish(&t, "a", v + 1000000, &err), LORASYNC_E_BUSY);
+        CHECK_HAS(err.text, "is published to by process 1 on ");
+        CHECK(lorasync_engine_poll(e, 100, &err) >= 0);
+        CHECK(served(e, "a") >= v);
+        close(life);
+        waitpid(outer, NULL, 0);
+        v = latest_version() + 1;
+        CHECK_EQ(publish(&t, "a", v, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, "a"), v);
+        v++;
+        t.close(t.user);
+    }
+    lorasync_engine_close(e);
+}
+
 /* -- durable: every file and every name reaches the disk before the name that makes it visible */
 
-/* What was noted, without the root's path and this process's number. */
+/* What was noted, without the root's path and the publisher's nonce. */
 static const char *noted(void)
 {
     static char text[sizeof durable];
-    char        pid[32], *out = text, real[400];
-    const char *p = durable;
-    size_t      n, m;
+    char       *out = text, real[400];
+    const char *p   = durable;
+    size_t      n;
     if (!realpath(root, real)) return "";
     n = strlen(real);
-    m = (size_t)snprintf(pid, sizeof pid, "%ld", (long)getpid());
     while (*p) {
         if (strncmp(p, real, n) == 0) p += n;
-        else if (p > durable && p[-1] == '-' && strncmp(p, pid, m) == 0) p += m, *out++ = 'P';
+        else if (p > durable && p[-1] == '-' && strspn(p, "0123456789abcdef") == 16) p += 16, *out++ = 'N';
         else *out++ = *p++;
     }
     *out = 0;
@@ -1725,30 +2369,34 @@ static void durable_in_order(void)
     fresh_root();
     t = open_directory(8, 0);
     CHECK_TEXT(publish_noted(&t, 1), "fsync \n" /* the adapter's new name */
-                                     "write /policy/.stage-P-v1/adapter_model.safetensors\n"
-                                     "fsync /policy/.stage-P-v1/adapter_model.safetensors\n"
-                                     "write /policy/.stage-P-v1/adapter_config.json\n"
-                                     "fsync /policy/.stage-P-v1/adapter_config.json\n"
-                                     "fsync /policy/.stage-P-v1\n"
-                                     "rename .stage-P-v1 v1\n"
+                                     "write /policy/.lock\n"
+                                     "fsync /policy/.lock\n"
+                                     "write /policy/.stage-N-v1/adapter_model.safetensors\n"
+                                     "fsync /policy/.stage-N-v1/adapter_model.safetensors\n"
+                                     "write /policy/.stage-N-v1/adapter_config.json\n"
+                                     "fsync /policy/.stage-N-v1/adapter_config.json\n"
+                                     "fsync /policy/.stage-N-v1\n"
+                                     "rename .stage-N-v1 v1\n"
                                      "fsync /policy\n"
-                                     "rename .latest-P latest\n"
+                                     "rename .latest-N latest\n"
                                      "fsync /policy\n");
-    CHECK_TEXT(publish_noted(&t, 2), "write /policy/.stage-P-v2/adapter_model.safetensors\n"
-                                     "fsync /policy/.stage-P-v2/adapter_model.safetensors\n"
-                                     "write /policy/.stage-P-v2/adapter_config.json\n"
-                                     "fsync /policy/.stage-P-v2/adapter_config.json\n"
-                                     "fsync /policy/.stage-P-v2\n"
-                                     "rename .stage-P-v2 v2\n"
+    CHECK_TEXT(publish_noted(&t, 2), "write /policy/.stage-N-v2/adapter_model.safetensors\n"
+                                     "fsync /policy/.stage-N-v2/adapter_model.safetensors\n"
+                                     "write /policy/.stage-N-v2/adapter_config.json\n"
+                                     "fsync /policy/.stage-N-v2/adapter_config.json\n"
+                                     "fsync /policy/.stage-N-v2\n"
+                                     "rename .stage-N-v2 v2\n"
                                      "fsync /policy\n"
-                                     "rename .latest-P latest\n"
+                                     "rename .latest-N latest\n"
                                      "fsync /policy\n");
     t.close(t.user);
     t = open_directory(8, 1);
-    CHECK_TEXT(publish_noted(&t, 3), "write /policy/.stage-P-v3/adapter_model.safetensors\n"
-                                     "write /policy/.stage-P-v3/adapter_config.json\n"
-                                     "rename .stage-P-v3 v3\n"
-                                     "rename .latest-P latest\n");
+    CHECK_TEXT(publish_noted(&t, 3), "write /policy/.lock\n"
+                                     "fsync /policy/.lock\n" /* for other hosts, which are to see it */
+                                     "write /policy/.stage-N-v3/adapter_model.safetensors\n"
+                                     "write /policy/.stage-N-v3/adapter_config.json\n"
+                                     "rename .stage-N-v3 v3\n"
+                                     "rename .latest-N latest\n");
     t.close(t.user);
 }
 
@@ -1786,6 +2434,19 @@ int main(void)
     RUN(reader_threads);
     RUN(killed_publisher);
     RUN(durable_in_order);
+    RUN(no_symbolic_links);
+    RUN(links_that_fail);
+    RUN(fsync_as_it_is);
+    RUN(read_where_nothing_is_mapped);
+    RUN(copied_latest);
+    RUN(lfs_pointers);
+    RUN(second_publisher);
+    RUN(killed_holder);
+    RUN(forked_transport);
+    RUN(without_locks);
+    RUN(lost_lease);
+    RUN(unreadable_lease);
+    RUN(containers);
     remove_tree(root);
     return test_summary("test_directory");
 }

@@ -280,6 +280,176 @@ static void streams(void)
     }
 }
 
+/* -- trainers that are started again, and the directory that they publish to */
+
+static char root[200];
+
+static void fresh_root(void)
+{
+    const char *tmp = getenv("TMPDIR");
+    char        command[300];
+    if (root[0]) {
+        snprintf(command, sizeof command, "rm -rf '%s'", root);
+        if (system(command) != 0) perror(root);
+    }
+    snprintf(root, sizeof root, "%.100s/lorasync-generation-XXXXXX", tmp ? tmp : "/tmp");
+    if (!mkdtemp(root)) perror(root), exit(1);
+}
+
+static lorasync_session *start(int new_generation)
+{
+    lorasync_directory_desc d;
+    lorasync_transport      t;
+    memset(&d, 0, sizeof d);
+    d.directory = root, d.no_fsync = 1;
+    CHECK_EQ(lorasync_directory_open(&d, &t, NULL), 0);
+    return open_session(&t, new_generation);
+}
+
+static lorasync_status sync_value(lorasync_session *s, uint64_t version, float value, lorasync_error *err)
+{
+    size_t i;
+    for (i = 0; i < 32; i++) data_a[i] = value;
+    return lorasync_sync(s, version, NULL, err);
+}
+
+/* What is served, after a look that finds something: the version, its value and its generation. */
+static uint64_t follow(lorasync_engine *e, uint64_t version, float value)
+{
+    const lorasync_adapter *a;
+    const lorasync_tensor  *t;
+    lorasync_error          err;
+    uint64_t                generation = 0;
+    err.text[0]                        = 0;
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    if (err.text[0]) fprintf(stderr, "%s\n", err.text);
+    a = lorasync_acquire(e, "default");
+    CHECK(a != NULL);
+    if (!a) return 0;
+    t          = lorasync_find(a, KEY_A);
+    generation = a->image->generation;
+    CHECK_EQ(a->version, version);
+    CHECK(t && ((const float *)t->data)[0] == value);
+    lorasync_release(a);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    return generation;
+}
+
+static void check_latest(uint64_t version, uint64_t generation)
+{
+    char    path[300], target[100], expected[100];
+    ssize_t n;
+    snprintf(path, sizeof path, "%s/default/latest", root);
+    n                     = readlink(path, target, sizeof target - 1);
+    target[n < 0 ? 0 : n] = 0;
+    snprintf(expected, sizeof expected, generation ? "v%d-%016llx" : "v%d", (int)version,
+             (unsigned long long)generation);
+    CHECK_TEXT(target, expected);
+}
+
+static int num_versions(void)
+{
+    char  command[300], line[20] = "";
+    FILE *f;
+    snprintf(command, sizeof command, "ls -d '%s'/default/v* | wc -l", root);
+    f = popen(command, "r");
+    if (!f || !fgets(line, sizeof line, f)) return -1;
+    pclose(f);
+    return atoi(line);
+}
+
+static void directory_restarts(void)
+{
+    lorasync_engine_desc    desc;
+    lorasync_engine        *e = NULL, *later = NULL;
+    const lorasync_adapter *pinned;
+    lorasync_session       *s, *other;
+    lorasync_error          err;
+    uint64_t                first, second;
+    fresh_root();
+    memset(&desc, 0, sizeof desc);
+    desc.directory = root;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, NULL), 0);
+    s = start(0);
+    CHECK_EQ(sync_value(s, 39, 39, &err), 0);
+    CHECK_EQ(sync_value(s, 40, 40, &err), 0);
+    CHECK_EQ(follow(e, 40, 40), 0);
+    pinned = lorasync_acquire(e, "default");
+    lorasync_close(s);
+
+    s = start(0); /* the everyday restart: the error says what is served, and both ways out */
+    CHECK_EQ(sync_value(s, 1, 1, &err), LORASYNC_E_VERSION);
+    CHECK_HAS(err.text, "/default/latest is version 40, which is newer than 1");
+    CHECK_HAS(err.text, "go on with a greater version, or begin again with lorasync_desc.new_generation");
+    CHECK_EQ(sync_value(s, 41, 41, &err), 0);
+    CHECK_EQ(follow(e, 41, 41), 0);
+    check_latest(41, 0);
+
+    other = start(1);
+    CHECK_EQ(sync_value(other, 1, 1, &err), LORASYNC_E_BUSY); /* the one before still has the place */
+    CHECK_HAS(err.text, "is published to by another transport of this very process");
+    lorasync_close(s);
+    CHECK_EQ(sync_value(other, 1, 1, &err), 0); /* the same version again */
+    first = follow(e, 1, 1);
+    CHECK(first != 0);
+    check_latest(1, first);
+    CHECK_EQ(num_versions(), 3); /* of the generations before the newest are kept */
+    CHECK_EQ(sync_value(other, 1, 7, &err), LORASYNC_E_VERSION);
+    CHECK_EQ(sync_value(other, 2, 2, &err), 0);
+    CHECK_EQ(follow(e, 2, 2), first);
+    lorasync_close(other);
+
+    s = start(0); /* goes on in the generation that it finds */
+    CHECK_EQ(sync_value(s, 2, 3, &err), LORASYNC_E_VERSION);
+    CHECK_EQ(sync_value(s, 1, 3, &err), LORASYNC_E_VERSION);
+    CHECK_EQ(sync_value(s, 3, 3, &err), 0);
+    CHECK_EQ(follow(e, 3, 3), first);
+    check_latest(3, first);
+    CHECK_EQ(num_versions(), 3);
+    lorasync_close(s);
+
+    s = start(1);
+    CHECK_EQ(sync_value(s, 3, 30, &err), 0); /* the same number, another version */
+    second = follow(e, 3, 30);
+    CHECK(second && second != first);
+    check_latest(3, second);
+    CHECK_EQ(num_versions(), 3);
+    CHECK_EQ(lorasync_engine_open(&desc, &later, NULL), 0); /* one that has seen nothing of all this */
+    CHECK_EQ(follow(later, 3, 30), second);
+    CHECK(pinned && pinned->version == 40 && ((const float *)lorasync_find(pinned, KEY_A)->data)[0] == 40);
+    lorasync_close(s);
+    lorasync_release(pinned);
+    lorasync_engine_close(e);
+    lorasync_engine_close(later);
+}
+
+static void base_restarts(void)
+{
+    lorasync_directory_desc d;
+    lorasync_stream_desc    sd;
+    int                     round;
+    fresh_root();
+    memset(&d, 0, sizeof d);
+    memset(&sd, 0, sizeof sd);
+    d.directory = root, d.no_fsync = 1;
+    sd.bucket_bytes = 128, sd.name = "default";
+    for (round = 0; round < 3; round++) {
+        lorasync_transport t;
+        lorasync_stream   *s = NULL;
+        lorasync_error     err;
+        sd.new_generation = round == 2;
+        CHECK_EQ(lorasync_directory_open(&d, &t, NULL), 0);
+        CHECK_EQ(lorasync_stream_open(&sd, &s, NULL), 0);
+        declare(NULL, s, "a.weight", shape_a, data_a);
+        declare(NULL, s, "b.weight", shape_b, data_b);
+        CHECK_EQ(lorasync_stream_attach(s, &t, NULL), 0);
+        CHECK_EQ(lorasync_stream_compile(s, NULL), 0);
+        CHECK_EQ(lorasync_stream_sync(s, round ? 1 : 5, NULL, &err), round == 1 ? LORASYNC_E_VERSION : 0);
+        CHECK_EQ(num_versions(), round == 2 ? 2 : 1);
+        lorasync_stream_close(s);
+    }
+}
+
 int main(void)
 {
     RUN(looks_that_say_all);
@@ -288,5 +458,9 @@ int main(void)
     RUN(offers);
     RUN(sessions);
     RUN(streams);
+    RUN(directory_restarts);
+    RUN(base_restarts);
+    fresh_root();
+    rmdir(root);
     return test_summary("test_generation");
 }
