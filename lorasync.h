@@ -115,7 +115,7 @@
                        a directory; staging in a directory; committing in a directory; receipts in a directory; looking
                        for receipts in a directory; the place of a directory
        >>shm        the shared-memory transport
-                    -- names of shared memory; who lives; segments; the control; removing; the publisher; slots; making
+                    -- names of shared memory; segments; the control; who lives; removing; the publisher; slots; making
                        slots; adapters; payloads in device memory, the publisher's side; the shared-memory transport;
                        receipts; lending the slot of the next version; the sessions that it is attached to; what an
                        engine does with it; slots that an engine has mapped; payloads in device memory, the engine's
@@ -769,7 +769,8 @@ typedef struct lorasync_local lorasync_local;
    Errors: LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY. */
 LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out, lorasync_error *err);
 
-/* Joins as one rank; once in each rank. Remembers the process, so that peers notice when it dies.
+/* Joins as one rank; once in each rank. Peers notice when the process ends, however it ends, when it runs another
+   program, and when it closes `local`; what it has forked does not count. (On Linux; elsewhere from its pid.)
 
    out  filled in; borrows `local`
 
@@ -1688,6 +1689,11 @@ typedef struct lorasync_shm_desc {
    All processes belong to one user: segments have mode 600, and one of another user, mode, size or layout is refused.
    Processes trust each other not to write into slots. A fork cannot publish through its parent's transport. Allocates
    nothing after open.
+
+   The place of a publisher or an engine is taken back only when its process has ended or runs another program: on Linux
+   the kernel says so, by a lock, also across containers that share /dev/shm. One that is stopped keeps it, what it has
+   forked does not. Where there are no such locks (F_OFD_SETLK), a process counts as living as long as nothing proves
+   the contrary: on Linux for ever, elsewhere as long as there is one with its pid.
 
    out  filled in
 
@@ -2704,6 +2710,7 @@ typedef struct lorasyncd_tile {
 #include <time.h>
 #include <unistd.h>
 #ifdef __linux__
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #endif
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__CUDACC__)
@@ -3314,82 +3321,120 @@ LORASYNCI_FN void lorasynci_wake_all(const uint32_t *word)
 #endif
 }
 
-/* -- processes */
+/* -- processes
 
-/* Field 22 of /proc/<which>/stat, counted in clock ticks since boot; 0 when it cannot be read. *out_ended: 1 for a
-   zombie of which no thread is left. */
-LORASYNCI_FN uint64_t lorasynci_process_start(const char *which, int *out_ended)
-{
-    char        path[64], text[1024];
-    const char *at;
-    ssize_t     n;
-    char        state;
-    long        num_threads = 0;
-    int         fd, field;
-    *out_ended = 0;
-    snprintf(path, sizeof path, "/proc/%.20s/stat", which);
-    fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return 0;
-    n = read(fd, text, sizeof text - 1);
-    close(fd);
-    if (n <= 0) return 0;
-    text[n] = 0;
-    at      = strrchr(text, ')'); /* "pid (name) state ..." and the name may hold anything */
-    if (!at || at[1] != ' ') return 0;
-    state = at[2];
-    for (field = 2; field < 22; field++) {
-        at = strchr(at, ' ');
-        if (!at) return 0;
-        at++;
-        if (field == 19) num_threads = strtol(at, NULL, 10);
-    }
-    *out_ended = (state == 'Z' || state == 'X') && num_threads <= 1;
-    return strtoull(at, NULL, 10);
-}
+   Who lives is told by locks on bytes of a file, which the kernel drops when a process ends, however it ends, and when
+   it runs another program. Pids and times say nothing: those of another container mean something else here, and both
+   come back. Who has no lock, or cannot be asked for it, lives.
 
-/* A process in one word: pid 24 bits | start time 23 | free for its user 1 | pid namespace 16. The start time tells it
-   from a later one with its pid, the namespace from one of another container. */
+       byte 7 --locked by--> open file <--kept by-- mapping of one page <-- process
+
+   A lock belongs to an open file, and lasts as long as that is in use. The descriptor is closed at once, so that
+   nothing in the process can close it, and forks do not inherit the mapping: what else the process closes, and who
+   outlives it, changes nothing. */
+
+/* A process in one word: pid 24 bits | 1 when it has no lock | 39 bits from what its program was given when it began.
+   Who runs another program has other bits; a fork has another pid, or in a pid namespace of its own other bits. The pid
+   is for texts. */
 LORASYNCI_FN uint64_t lorasynci_process_self(void)
 {
-    struct stat st;
-    int         ended;
-    uint64_t    start = lorasynci_process_start("self", &ended), space = 0;
-    if (stat("/proc/self/ns/pid", &st) == 0) space = ((uint64_t)st.st_ino ^ (uint64_t)st.st_ino >> 16) & 0xffff;
-    return (uint64_t)(uint32_t)getpid() << 40 | (start & 0x7fffff) << 17 | space;
+    uint64_t given[3] = {0, 0, 0};
+#if defined(__linux__)
+    const void *random = (const void *)(uintptr_t)getauxval(AT_RANDOM);
+    struct stat pids;
+    if (random) memcpy(given, random, 16);
+    if (stat("/proc/self/ns/pid", &pids) == 0) given[2] = (uint64_t)pids.st_ino;
+#endif
+    return (uint64_t)(uint32_t)getpid() << 40 | lorasynci_hash(given, sizeof given, 11) >> 25;
 }
+
+static const uint64_t lorasynci_process_unlocked = UINT64_C(1) << 39;
 
 LORASYNCI_FN long lorasynci_process_pid(uint64_t process) { return (long)(process >> 40); }
 
-/* 1 if the pid of one is known to be none in the namespace of the other. */
-LORASYNCI_FN int lorasynci_process_is_foreign(uint64_t process, uint64_t self)
+/* Whether two words are of one process, with a lock or without. */
+LORASYNCI_FN int lorasynci_process_is_same(uint64_t a, uint64_t b)
 {
-    uint64_t theirs = process & 0xffff, ours = self & 0xffff;
-    return theirs && ours && theirs != ours;
+    return ((a ^ b) & ~lorasynci_process_unlocked) == 0;
 }
 
-/* 1 if /proc speaks of the pids that this process sees. In a container it may be another one's. */
-LORASYNCI_FN int lorasynci_process_sees_own(void)
+/* Locks a byte for an open file with F_WRLCK, and gives it back with F_UNLCK; `ask` only looks. 1 for success; 0 when
+   another open file has it, also one of this process; -1 when there are no such locks. */
+LORASYNCI_FN int lorasynci_lock(int fd, int64_t byte, short type, int ask)
 {
-    char    text[24];
-    ssize_t n = readlink("/proc/self", text, sizeof text - 1);
-    if (n <= 0) return 0;
-    text[n] = 0;
-    return strtol(text, NULL, 10) == (long)getpid();
+#if defined(__linux__) && defined(__LP64__)
+    struct flock lock;
+    memset(&lock, 0, sizeof lock);
+    lock.l_type   = type;
+    lock.l_whence = SEEK_SET;
+    lock.l_start  = byte;
+    lock.l_len    = 1;
+    if (fcntl(fd, ask ? 36 : 37, &lock) == 0) /* F_OFD_GETLK, F_OFD_SETLK, which <fcntl.h> may hide */
+        return !ask || lock.l_type == F_UNLCK;
+    return errno == EAGAIN || errno == EACCES ? 0 : -1;
+#else
+    return (void)fd, (void)byte, (void)type, (void)ask, -1;
+#endif
 }
 
-/* 1 if it is certain that a process has ended; a zombie that its parent has yet to collect has. Nothing is certain of
-   those of other namespaces. */
-LORASYNCI_FN int lorasynci_process_ended(uint64_t process, uint64_t self)
+/* Opens once more what is open: a lock through it is its own. -1 where that cannot be done. */
+LORASYNCI_FN int lorasynci_reopen(int fd)
 {
-    char     which[24];
-    int      ended;
-    uint64_t then = process >> 17 & 0x7fffff, now;
-    if (lorasynci_process_is_foreign(process, self)) return 0;
-    if (kill((pid_t)lorasynci_process_pid(process), 0) != 0 && errno == ESRCH) return 1;
-    if (!lorasynci_process_sees_own()) return 0;
-    snprintf(which, sizeof which, "%ld", lorasynci_process_pid(process));
-    now = lorasynci_process_start(which, &ended) & 0x7fffff;
-    return ended || (then && now && then != now);
+    char path[48];
+    snprintf(path, sizeof path, "/proc/thread-self/fd/%d", fd);
+    return fd < 0 ? -1 : open(path, O_RDWR | O_CLOEXEC);
+}
+
+/* A locked byte that says that this process lives. */
+typedef struct lorasynci_life {
+    void *page; /* NULL: none */
+    long  pid;  /* whose mapping it is */
+} lorasynci_life;
+
+/* Locks a byte through `own`, an open file of which this is the only descriptor, or -1, and closes it; `ask` is another
+   one of that file. Returns this process, with lorasynci_process_unlocked where there are no locks; 0 when somebody
+   else has the byte. */
+LORASYNCI_FN uint64_t lorasynci_life_begin(lorasynci_life *life, int own, int ask, int64_t byte)
+{
+    const uint64_t self = lorasynci_process_self();
+    const int      got  = own < 0 ? -1 : lorasynci_lock(own, byte, F_WRLCK, 0);
+    void          *page = got > 0 ? mmap(NULL, 1, PROT_NONE, MAP_SHARED, own, 0) : MAP_FAILED;
+#ifdef MADV_DONTFORK
+    if (page != MAP_FAILED) madvise(page, 1, MADV_DONTFORK);
+#endif
+    if (own >= 0) close(own);
+    memset(life, 0, sizeof *life);
+    if (got == 0) return 0;
+    if (page == MAP_FAILED) return self | lorasynci_process_unlocked;
+    life->page = page;
+    life->pid  = (long)getpid();
+    /* some file systems map another open file in its place */
+    return lorasynci_lock(ask, byte, F_WRLCK, 1) == 0 ? self : self | lorasynci_process_unlocked;
+}
+
+/* The same for a byte that is nobody else's, of a file that the process keeps open. Never 0. */
+LORASYNCI_FN uint64_t lorasynci_life_begin_at(lorasynci_life *life, int fd, int64_t byte)
+{
+    const uint64_t process = lorasynci_life_begin(life, lorasynci_reopen(fd), fd, byte);
+    return process ? process : lorasynci_process_self() | lorasynci_process_unlocked;
+}
+
+/* Gives the lock back; in a fork it is the parent's. Ending none does nothing. */
+LORASYNCI_FN void lorasynci_life_end(lorasynci_life *life)
+{
+    if (life->page && life->pid == (long)getpid()) munmap(life->page, 1);
+    memset(life, 0, sizeof *life);
+}
+
+/* 0 only if it is certain that a process has ended, or runs another program. `byte` is what its life has locked. */
+LORASYNCI_FN int lorasynci_process_lives(uint64_t process, int fd, int64_t byte)
+{
+    if (!(process & lorasynci_process_unlocked)) return lorasynci_lock(fd, byte, F_WRLCK, 1) != 1;
+#if defined(__linux__)
+    return 1;
+#else
+    return kill((pid_t)lorasynci_process_pid(process), 0) == 0 || errno != ESRCH; /* no containers there */
+#endif
 }
 
 /* -------------------------------------------------------------------------------------------------------- >>json -- */
@@ -6705,8 +6750,9 @@ LORASYNCI_FN int lorasynci_window_map(lorasynci_window *w, int fd, size_t num_by
 
 /* Shared memory of one name, to read and write; `create` makes it. 0 when it cannot be had, which only means that
    another way is taken. What is made is reserved at once, and what is opened must be as long as it is said to be: a
-   small /dev/shm, or a segment cut short, refuses here and not by a bus error later. */
-LORASYNCI_FN int lorasynci_window_name(lorasynci_window *w, const char *name, size_t num_bytes, int create)
+   small /dev/shm, or a segment cut short, refuses here and not by a bus error later. out_fd: where the caller gets the
+   descriptor, which it closes; or NULL. */
+LORASYNCI_FN int lorasynci_window_name(lorasynci_window *w, const char *name, size_t num_bytes, int create, int *out_fd)
 {
     int         fd     = shm_open(name, create ? O_RDWR | O_CREAT | O_EXCL : O_RDWR, 0600);
     int         opened = 0;
@@ -6715,7 +6761,8 @@ LORASYNCI_FN int lorasynci_window_name(lorasynci_window *w, const char *name, si
     if (num_bytes <= (size_t)INT64_MAX && (create ? posix_fallocate(fd, 0, (off_t)num_bytes) == 0
                                                   : fstat(fd, &st) == 0 && st.st_size >= (off_t)num_bytes))
         opened = lorasynci_window_map(w, fd, num_bytes, PROT_READ | PROT_WRITE, 0) == 0;
-    close(fd);
+    if (opened && out_fd) *out_fd = fd;
+    else close(fd);
     if (!opened && create) shm_unlink(name);
     return opened;
 }
@@ -7311,7 +7358,7 @@ typedef struct lorasynci_channel {
 } lorasynci_channel;
 
 typedef struct lorasynci_local_rank {
-    uint64_t process; /* see lorasynci_process_self */
+    uint64_t process; /* see lorasynci_process_self; its life is the byte of its number */
     int32_t  joined;  /* 1 once a rank has taken this place, 2 once `process` is written */
     char     pad[52];
 } lorasynci_local_rank;
@@ -7326,6 +7373,7 @@ typedef struct lorasynci_seat {
     lorasync_local *local;
     int             rank;
     uint64_t        looked_ns; /* when lorasynci_local_healthy last looked at the processes */
+    lorasynci_life  life;
 } lorasynci_seat;
 
 struct lorasync_local {
@@ -7334,6 +7382,7 @@ struct lorasync_local {
     lorasynci_channel    *channels;
     size_t                num_bytes;
     int                   world;
+    int                   fd;    /* an empty file without a name, for the lives of the ranks; -1: none */
     lorasynci_seat       *seats; /* world of them */
 };
 
@@ -7342,6 +7391,16 @@ LORASYNCI_FN lorasynci_channel *lorasynci_local_channel(const lorasync_local *l,
 {
     LORASYNC_ASSERT(from >= 0 && from < l->world && to >= 0 && to < l->world);
     return &l->channels[(size_t)from * (size_t)l->world + (size_t)to];
+}
+
+/* Without it nobody is known to have ended, and waits end at their deadline. */
+LORASYNCI_FN int lorasynci_file_for_lives(void)
+{
+#if defined(__linux__) && defined(SYS_memfd_create)
+    return (int)syscall(SYS_memfd_create, "lorasync", 1); /* MFD_CLOEXEC */
+#else
+    return -1;
+#endif
 }
 
 LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out, lorasync_error *err)
@@ -7371,13 +7430,17 @@ LORASYNC_API lorasync_status lorasync_local_open(int world, lorasync_local **out
     l->num_bytes = size;
     l->world     = world;
     l->seats     = (lorasynci_seat *)(void *)(l + 1);
+    l->fd        = lorasynci_file_for_lives();
     *out         = l;
     return LORASYNC_OK;
 }
 
 LORASYNC_API void lorasync_local_close(lorasync_local *local)
 {
+    int rank;
     if (!local) return;
+    for (rank = 0; rank < local->world; rank++) lorasynci_life_end(&local->seats[rank].life);
+    if (local->fd >= 0) close(local->fd);
     munmap(local->head, local->num_bytes);
     free(local);
 }
@@ -7410,8 +7473,7 @@ LORASYNCI_FN lorasync_status lorasynci_local_check(const lorasynci_seat *seat, i
     const lorasynci_local_rank *r = &l->ranks[peer];
     LORASYNC_ASSERT(peer >= 0 && peer < l->world);
     LORASYNCI_TRY(lorasynci_local_given_up(seat, err));
-    if (__atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) == 2 &&
-        lorasynci_process_ended(r->process, l->ranks[seat->rank].process))
+    if (__atomic_load_n(&r->joined, __ATOMIC_ACQUIRE) == 2 && !lorasynci_process_lives(r->process, l->fd, peer))
         return lorasynci_fail(err, LORASYNC_E_PEER,
                               "rank %d (process %ld) is gone; restart it, make a new communicator and open again", peer,
                               lorasynci_process_pid(r->process));
@@ -7635,7 +7697,7 @@ LORASYNC_API lorasync_status lorasync_local_join(lorasync_local *local, int rank
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "rank is %d, must be 0 to %d", rank, local->world - 1);
     if (!__atomic_compare_exchange_n(&local->ranks[rank].joined, &none, 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
         return lorasynci_fail(err, LORASYNC_E_STATE, "rank %d has joined already", rank);
-    local->ranks[rank].process = lorasynci_process_self();
+    local->ranks[rank].process = lorasynci_life_begin_at(&local->seats[rank].life, local->fd, rank);
     __atomic_store_n(&local->ranks[rank].joined, 2, __ATOMIC_RELEASE);
     local->seats[rank].local = local;
     local->seats[rank].rank  = rank;
@@ -10449,6 +10511,8 @@ struct lorasync_plan {
     size_t                num_image_tensors;
     uint64_t             *lines; /* in `shared`: see LORASYNCI_BEGUN */
     lorasynci_gpu        *gpu;   /* with desc.cuda; else NULL */
+    int                   lives; /* gpu: the descriptor of `shared`, for lives; else -1 */
+    lorasynci_life        life;  /* while this rank has others' device memory open */
     int                   keep_on_device;
     lorasynci_window      peer_image;   /* gpu: onto the root's image, when direct */
     lorasynci_window     *peer_staging; /* gpu: a mesh: onto the receive staging of other ranks, one per rank */
@@ -10462,7 +10526,7 @@ struct lorasync_plan {
 /* The words of a rank's line, which only that rank writes. Runs count from 1. */
 enum {
     LORASYNCI_BEGUN = 0, /* the run that it has begun; 0 again when it has freed the plan */
-    LORASYNCI_HOLDS = 1, /* its process (lorasynci_process_self) while it has others' device memory open */
+    LORASYNCI_HOLDS = 1, /* its process while it has others' device memory open; its life is the byte of its number */
     LORASYNCI_VOTE  = 2, /* two: its votes on even and on odd runs */
     LORASYNCI_VOTED = 4  /* two: the runs that these are about */
 };
@@ -11386,7 +11450,7 @@ LORASYNCI_FN void lorasynci_share_mapping(lorasync_plan *plan, lorasynci_briefin
         /* said again when it is needed */
         return;
     lorasynci_mapping_name(briefing->name, briefing->id);
-    if (!lorasynci_window_name(&plan->shared, briefing->name, num_bytes, 1)) return;
+    if (!lorasynci_window_name(&plan->shared, briefing->name, num_bytes, 1, plan->gpu ? &plan->lives : NULL)) return;
     briefing->mapping_bytes = num_bytes;
     briefing->header_bytes  = image ? image->header_bytes : 0;
     briefing->num_tensors   = image ? image->num_tensors : 0;
@@ -12290,10 +12354,12 @@ LORASYNCI_FN lorasync_status lorasynci_planner_collect(lorasynci_planner *p, con
 #endif
 
 /* Says in this rank's line that it has others' memory open, or no more. Before it is opened, and after it is closed. */
-LORASYNCI_FN void lorasynci_plan_hold(const lorasync_plan *plan, int on)
+LORASYNCI_FN void lorasynci_plan_hold(lorasync_plan *plan, int on)
 {
-    __atomic_store_n(lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS), on ? lorasynci_process_self() : 0,
-                     __ATOMIC_RELEASE);
+    const int rank    = plan->talk->comm.rank;
+    uint64_t  process = on ? lorasynci_life_begin_at(&plan->life, plan->lives, rank) : 0;
+    __atomic_store_n(lorasynci_word(plan, rank, LORASYNCI_HOLDS), process, __ATOMIC_RELEASE);
+    if (!on) lorasynci_life_end(&plan->life);
 }
 
 /* Makes the plan's GPU, if it has one, the current one. For lorasynci_plan_leave. */
@@ -12322,12 +12388,10 @@ LORASYNCI_FN void lorasynci_plan_let_go(lorasync_plan *plan)
 /* Whether another rank, which lives, may write to memory of this one. */
 LORASYNCI_FN int lorasynci_plan_is_held(const lorasync_plan *plan)
 {
-    uint64_t self = *lorasynci_word(plan, plan->talk->comm.rank, LORASYNCI_HOLDS);
-    int      rank;
-    if (!self) self = lorasynci_process_self();
+    int rank;
     for (rank = 0; rank < plan->talk->comm.world; rank++) {
         uint64_t process = __atomic_load_n(lorasynci_word(plan, rank, LORASYNCI_HOLDS), __ATOMIC_ACQUIRE);
-        if (rank == plan->talk->comm.rank || !process || lorasynci_process_ended(process, self)) continue;
+        if (rank == plan->talk->comm.rank || !process || !lorasynci_process_lives(process, plan->lives, rank)) continue;
         if (!lorasynci_is_meshed(plan) || lorasynci_link_rounds(&plan->receives[rank])) return 1;
     }
     return 0;
@@ -12408,6 +12472,14 @@ LORASYNCI_FN void lorasynci_plan_close_gpu(lorasync_plan *plan)
     lorasynci_gpu_close(&plan->arena.below, plan->gpu);
 }
 
+/* Nobody looks into it any more. */
+LORASYNCI_FN void lorasynci_plan_close_shared(lorasync_plan *plan)
+{
+    lorasynci_window_close(&plan->shared);
+    if (plan->lives >= 0) close(plan->lives);
+    plan->lives = -1;
+}
+
 /* Not direct after all, or no more: what was opened for it is closed. */
 LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
 {
@@ -12415,7 +12487,7 @@ LORASYNCI_FN void lorasynci_plan_unmap(lorasync_plan *plan)
     if (!plan->shared.address) return;
     lorasynci_plan_let_go(plan);
     plan->lines = NULL;
-    lorasynci_window_close(&plan->shared);
+    lorasynci_plan_close_shared(plan);
 }
 
 /* Maps what the planner offers, if it offers; then all ranks vote whether everybody could. */
@@ -12426,7 +12498,8 @@ LORASYNCI_FN lorasync_status lorasynci_plan_map(lorasynci_making *m, lorasync_er
     int                       mapped   = 0;
     if (!briefing->mapping_bytes) return LORASYNC_OK;
     if (!plan->shared.address && !m->desc->no_direct)
-        lorasynci_window_name(&plan->shared, briefing->name, (size_t)briefing->mapping_bytes, 0);
+        lorasynci_window_name(&plan->shared, briefing->name, (size_t)briefing->mapping_bytes, 0,
+                              plan->gpu ? &plan->lives : NULL);
     if (plan->shared.address) {
         plan->lines =
             (uint64_t *)(void *)(plan->shared.address + plan->shared.num_bytes - 64 * (size_t)plan->talk->comm.world);
@@ -12685,6 +12758,7 @@ LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, lora
     plan->a              = plan->arena.a;
     plan->kind           = d->kind;
     plan->root           = d->root;
+    plan->lives          = -1;
     plan->allow_nan      = d->allow_nan;
     plan->keep_on_device = d->cuda && d->cuda->keep_on_device;
     plan->talk           = talk ? talk : &plan->own_talk;
@@ -12855,7 +12929,7 @@ LORASYNC_API void lorasync_plan_free(lorasync_plan *plan)
     if (plan->mover && plan->mover->close) plan->mover->close(plan);
     lorasynci_plan_leave(plan, old);
     lorasynci_plan_close_gpu(plan);
-    lorasynci_window_close(&plan->shared);
+    lorasynci_plan_close_shared(plan);
     if (!plan->lent) {
         lorasynci_dealloc(&a, plan->memory[LORASYNCI_SEND]);
         lorasynci_dealloc(&a, plan->memory[LORASYNCI_RECEIVE]);
@@ -18452,9 +18526,11 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
    and clears the bit; only if it was set is a system call needed. A publisher that is killed between a commit and its
    ring, and a control that is removed and made again, are found by the look that every engine makes once a second.
 
-   An owner is one word (lorasynci_process_self, and whether it locked), so that taking a dead owner's place is one
-   compare and swap. A process of another container has no pid here: it holds a lock on a byte of the control, which the
-   kernel drops when it ends.
+   Places are taken by locking their byte of the control (>>support: processes): whose lock is gone has ended. An owner
+   is the process's word, for texts and for those without a lock; 0 before the place is given back. Who takes a dead
+   reader's pins away holds its lock meanwhile, so that nobody new is there.
+
+       bytes     | readers: 0 to 255 | the publisher: 256 |   ..   | device memory of a slot: lorasynci_shm_byte_of |
 
    A receipt is one word, too: the low bits of the adapter's word whose slot the engine serves, and how many of its
    tensors the engine has bound, + 1 (0: not said). What the slot holds is in its head.
@@ -18478,11 +18554,10 @@ enum {
     LORASYNCI_SHM_WORD_BITS = 40, /* of a word, in a receipt */
     LORASYNCI_SHM_NAME      = 8,  /* words of an engine's name */
     LORASYNCI_SHM_PATH      = 160,
-    LORASYNCI_SHM_PUBLISHER = LORASYNCI_SHM_READERS /* its lock's byte; readers lock the byte of their number */
+    LORASYNCI_SHM_PUBLISHER = LORASYNCI_SHM_READERS /* the byte of its lock */
 };
 
-static const uint64_t lorasynci_shm_magic  = UINT64_C(0x6d68732d61726f02); /* layout 2 in the lowest byte */
-static const uint64_t lorasynci_shm_locked = UINT64_C(1) << 16;
+static const uint64_t lorasynci_shm_magic = UINT64_C(0x6d68732d61726f02); /* layout 2 in the lowest byte */
 
 typedef struct lorasynci_shm_adapter {
     uint64_t word;      /* atomic. The commit point */
@@ -18585,63 +18660,6 @@ LORASYNCI_FN void lorasynci_shm_path(char out[LORASYNCI_SHM_PATH], const char *n
 {
     if (serial) snprintf(out, LORASYNCI_SHM_PATH, "/lorasync-%.100s@%llu", name, (unsigned long long)serial);
     else snprintf(out, LORASYNCI_SHM_PATH, "/lorasync-%.100s", name);
-}
-
-/* -- who lives */
-
-/* A lock that belongs to the open file, not to the process: 0 for success. F_UNLCK gives it back. */
-LORASYNCI_FN int lorasynci_shm_lock(int fd, int byte, short type, int ask, int *out_held)
-{
-#if defined(__linux__) && defined(__LP64__)
-    struct flock lock;
-    int          failed;
-    memset(&lock, 0, sizeof lock);
-    lock.l_type   = type;
-    lock.l_whence = SEEK_SET;
-    lock.l_start  = byte;
-    lock.l_len    = 1;
-    failed        = fcntl(fd, ask ? 36 : 37, &lock) != 0; /* F_OFD_GETLK, F_OFD_SETLK, which <fcntl.h> may hide */
-    *out_held     = !failed && lock.l_type != F_UNLCK;
-    return failed;
-#else
-    (void)fd, (void)byte, (void)type, (void)ask;
-    *out_held = 0;
-    return 1;
-#endif
-}
-
-/* Whether two owners are one process: the locked bit says nothing about that. */
-LORASYNCI_FN int lorasynci_shm_is_same_owner(uint64_t a, uint64_t b) { return ((a ^ b) & ~lorasynci_shm_locked) == 0; }
-
-/* 1 unless it is certain that the owner is gone. */
-LORASYNCI_FN int lorasynci_shm_lives(int fd, int byte, uint64_t owner, uint64_t self)
-{
-    int held;
-    if (!lorasynci_process_is_foreign(owner, self)) return !lorasynci_process_ended(owner, self);
-    return !(owner & lorasynci_shm_locked) || lorasynci_shm_lock(fd, byte, F_WRLCK, 1, &held) != 0 || held;
-}
-
-/* Takes a place that nobody living has. 0, or the owner who has it. */
-LORASYNCI_FN uint64_t lorasynci_shm_claim(int fd, int byte, uint64_t *place, uint64_t self, uint64_t *out_mine)
-{
-    for (;;) {
-        uint64_t old = __atomic_load_n(place, __ATOMIC_SEQ_CST), mine = self;
-        int      held;
-        if (old && lorasynci_shm_lives(fd, byte, old, self)) return old;
-        if (lorasynci_shm_lock(fd, byte, F_WRLCK, 0, &held) == 0)
-            mine |= lorasynci_shm_locked; /* before the claim: who sees one sees both */
-        if (__atomic_compare_exchange_n(place, &old, mine, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {
-            *out_mine = mine;
-            return 0;
-        }
-        lorasynci_shm_lock(fd, byte, F_UNLCK, 0, &held);
-    }
-}
-
-/* Gives a place back, unless somebody has taken it meanwhile. */
-LORASYNCI_FN void lorasynci_shm_disown(uint64_t *place, uint64_t mine)
-{
-    __atomic_compare_exchange_n(place, &mine, (uint64_t)0, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
 /* -- segments */
@@ -18841,31 +18859,104 @@ LORASYNCI_FN lorasync_status lorasynci_shm_attach(const char *name, int create, 
     return status;
 }
 
+/* -- who lives */
+
+/* A place in the control that is taken, or, all zero, none. */
+typedef struct lorasynci_shm_own {
+    uint64_t      *place;
+    uint64_t       mine; /* as it stands there */
+    lorasynci_life life;
+} lorasynci_shm_own;
+
+/* Opens the control once more, for a lock. LORASYNC_NOTHING_NEW when that name has been removed, or is another's. */
+LORASYNCI_FN lorasync_status lorasynci_shm_reopen(const lorasynci_shm_map *m, const char *name, int *out,
+                                                  lorasync_error *err)
+{
+    char            path[LORASYNCI_SHM_PATH];
+    struct stat     mine, st;
+    lorasync_status status;
+    lorasynci_shm_path(path, name, 0);
+    status = lorasynci_shm_open_segment(path, O_RDWR, out, &st, err);
+    if (status == LORASYNC_E_NOT_FOUND) return LORASYNC_NOTHING_NEW;
+    if (status < 0) return status;
+    if (fstat(m->fd, &mine) == 0 && mine.st_dev == st.st_dev && mine.st_ino == st.st_ino) return LORASYNC_OK;
+    close(*out);
+    return LORASYNC_NOTHING_NEW;
+}
+
+/* Takes a place that nobody living has. Otherwise LORASYNC_E_BUSY, without a text, and *out_other is who has it: 0 if
+   that cannot be said yet. */
+LORASYNCI_FN lorasync_status lorasynci_shm_claim(const lorasynci_shm_map *m, const char *name, int byte,
+                                                 uint64_t *place, lorasynci_shm_own *out, uint64_t *out_other,
+                                                 lorasync_error *err)
+{
+    for (;;) {
+        uint64_t old = *out_other = __atomic_load_n(place, __ATOMIC_SEQ_CST);
+        int      own, sure;
+        if (old && lorasynci_process_lives(old, m->fd, byte)) return LORASYNC_E_BUSY;
+        LORASYNCI_TRY(lorasynci_shm_reopen(m, name, &own, err));
+        out->mine = lorasynci_life_begin(&out->life, own, m->fd, byte);
+        if (!out->mine) return LORASYNC_E_BUSY;
+        out->place = place;
+        /* without a lock nothing keeps the owner from coming back meanwhile */
+        sure = !old || !(out->mine & ~old & lorasynci_process_unlocked);
+        if (sure && __atomic_compare_exchange_n(place, &old, out->mine, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+            return LORASYNC_OK;
+        lorasynci_life_end(&out->life);
+        memset(out, 0, sizeof *out);
+        if (!sure) return LORASYNC_E_BUSY;
+    }
+}
+
+/* Gives a place back. A fork has none to give. */
+LORASYNCI_FN void lorasynci_shm_disown(lorasynci_shm_own *own)
+{
+    uint64_t mine = own->mine;
+    if (own->place && lorasynci_process_pid(mine) == (long)getpid())
+        __atomic_compare_exchange_n(own->place, &mine, (uint64_t)0, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    lorasynci_life_end(&own->life);
+    memset(own, 0, sizeof *own);
+}
+
+/* The byte of the life of who made a slot's device memory; others' are below. */
+LORASYNCI_FN int64_t lorasynci_shm_byte_of(uint64_t serial)
+{
+    return (int64_t)(LORASYNCI_SHM_PUBLISHER + 1 + (serial & UINT64_C(0x0fffffffffffffff)));
+}
+
+/* Who has the publisher's place. */
+LORASYNCI_FN lorasync_status lorasynci_shm_fail_taken(const char *name, uint64_t other, lorasync_error *err)
+{
+    if (lorasynci_process_is_same(other, lorasynci_process_self())) {
+        return lorasynci_fail(
+            err, LORASYNC_E_BUSY,
+            "shared memory '%s' has a publisher, this very process %ld; attach that transport to the session of each "
+            "adapter, or close it, or use another name",
+            name, lorasynci_process_pid(other));
+    }
+    if (!other) return lorasynci_fail(err, LORASYNC_E_BUSY, "shared memory '%s' is just being opened; try again", name);
+    return lorasynci_fail(
+        err, LORASYNC_E_BUSY,
+        "shared memory '%s' has a publisher, process %ld%s; one at a time: close it or end it, or use another name",
+        name, lorasynci_process_pid(other),
+        other & lorasynci_process_unlocked ? ", of which this system cannot tell whether it has ended" : "");
+}
+
 /* Maps the control and takes the publisher's place. Without `create`, LORASYNC_NOTHING_NEW when there is no control. */
 LORASYNCI_FN lorasync_status lorasynci_shm_take(const char *name, int create, lorasynci_shm_map *out,
-                                                uint64_t *out_mine, lorasync_error *err)
+                                                lorasynci_shm_own *own, lorasync_error *err)
 {
-    uint64_t self = lorasynci_process_self();
     for (;;) {
         uint64_t        other;
         lorasync_status status = lorasynci_shm_attach(name, create, out, err);
         if (status != LORASYNC_OK) return status;
-        other = lorasynci_shm_claim(out->fd, LORASYNCI_SHM_PUBLISHER, &out->control->publisher, self, out_mine);
-        if (!other && !lorasynci_shm_is_removed(out)) return LORASYNC_OK;
-        if (!other) lorasynci_shm_disown(&out->control->publisher, *out_mine);
+        status = lorasynci_shm_claim(out, name, LORASYNCI_SHM_PUBLISHER, &out->control->publisher, own, &other, err);
+        if (status == LORASYNC_OK && !lorasynci_shm_is_removed(out)) return LORASYNC_OK;
+        if (status == LORASYNC_OK) lorasynci_shm_disown(own);
         lorasynci_shm_detach(out);
-        if (!other) continue; /* it was being removed */
-        if (lorasynci_shm_is_same_owner(other, self)) {
-            return lorasynci_fail(
-                err, LORASYNC_E_BUSY,
-                "shared memory '%s' has a publisher, this very process %ld; attach that transport to the session of "
-                "each adapter, or close it, or use another name",
-                name, lorasynci_process_pid(other));
-        }
-        return lorasynci_fail(
-            err, LORASYNC_E_BUSY,
-            "shared memory '%s' has a publisher, process %ld; one at a time: close it or end it, or use another name",
-            name, lorasynci_process_pid(other));
+        if (status == LORASYNC_E_BUSY) return lorasynci_shm_fail_taken(name, other, err);
+        if (status < 0) return status;
+        /* it was being removed */
     }
 }
 
@@ -18931,11 +19022,12 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
     char              path[LORASYNCI_SHM_PATH];
     lorasynci_shm_map map;
     lorasync_error    why; /* the caller's stays untouched when what is damaged, or a stranger's, is removed */
-    uint64_t          mine   = 0;
+    lorasynci_shm_own own;
     int               reason = 0;
     LORASYNCI_TRY(lorasynci_shm_check_name(name, err));
     memset(&map, 0, sizeof map);
-    if (lorasynci_shm_take(name, 0, &map, &mine, &why) == LORASYNC_E_BUSY) {
+    memset(&own, 0, sizeof own);
+    if (lorasynci_shm_take(name, 0, &map, &own, &why) == LORASYNC_E_BUSY) {
         if (err) *err = why;
         return LORASYNC_E_BUSY;
     }
@@ -18943,7 +19035,7 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
     lorasynci_shm_unlink_slots(name, map.control); /* first: once the control is gone the name is another publisher's */
     if (shm_unlink(path) != 0) reason = errno;
     if (map.control) lorasynci_shm_ring(map.control);
-    if (map.control) lorasynci_shm_disown(&map.control->publisher, mine);
+    lorasynci_shm_disown(&own);
     lorasynci_shm_detach(&map);
     return reason ? lorasynci_shm_fail(err, "remove", path, reason) : LORASYNC_OK;
 }
@@ -18975,7 +19067,7 @@ typedef struct lorasynci_shm {
     lorasynci_shm_session sessions[LORASYNCI_SHM_ADAPTERS];
     lorasynci_shm_map     map;
     char                  name[104];
-    uint64_t              mine; /* as it stands in the control */
+    lorasynci_shm_own     own;
     int                   num_slots;
     lorasynci_shm_place   places[LORASYNCI_SHM_ADAPTERS];
     int                   names[LORASYNCI_SHM_NAMES];      /* places, or -1 */
@@ -18988,7 +19080,8 @@ typedef struct lorasynci_shm {
     lorasynci_gpu *device;        /* NULL: payloads in the segments */
     size_t         payload_bytes; /* of the image that is being staged to the device */
     /* device memory that is this process's; NULL: not, or not looked at yet */
-    char *payloads[LORASYNCI_SHM_SLOTS];
+    char          *payloads[LORASYNCI_SHM_SLOTS];
+    lorasynci_life lives[LORASYNCI_SHM_SLOTS]; /* of those made here. What close leaves keeps it to the end */
     /* the last copy to the device did not end well: freeing memory could wait for ever */
     int stuck;
     int asked; /* the reader's place at which a look at the receipts goes on */
@@ -19014,32 +19107,48 @@ LORASYNCI_FN int             lorasynci_shm_have_payload(lorasynci_shm *s, int sl
 LORASYNCI_FN int             lorasynci_shm_retire(lorasynci_shm *s, int slot);
 LORASYNCI_FN int             lorasynci_shm_payload_fits(const lorasynci_shm *s, const lorasynci_shm_segment *g);
 
-/* A fork has the parent's mappings, but not its place. */
-LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_fail_removed(const lorasynci_shm *s, lorasync_error *err)
 {
-    if (lorasynci_process_pid(s->mine) != (long)getpid()) {
-        return lorasynci_fail(err, LORASYNC_E_STATE,
-                              "shared memory '%s' was opened by process %ld; publish there, not in a fork of it",
-                              s->name, lorasynci_process_pid(s->mine));
-    }
-    if (!lorasynci_shm_is_removed(&s->map)) return LORASYNC_OK;
     return lorasynci_fail(err, LORASYNC_E_STATE,
                           "shared memory '%s' was removed while it was in use; close the transport and open it again",
                           s->name);
 }
 
+/* A fork has the parent's mappings, but not its place. */
+LORASYNCI_FN lorasync_status lorasynci_shm_check_mine(const lorasynci_shm *s, lorasync_error *err)
+{
+    if (lorasynci_process_pid(s->own.mine) != (long)getpid()) {
+        return lorasynci_fail(err, LORASYNC_E_STATE,
+                              "shared memory '%s' was opened by process %ld; publish there, not in a fork of it",
+                              s->name, lorasynci_process_pid(s->own.mine));
+    }
+    return lorasynci_shm_is_removed(&s->map) ? lorasynci_shm_fail_removed(s, err) : LORASYNC_OK;
+}
+
 /* -- slots */
 
-/* Readers that are dead lose their pins; that costs a few system calls for each. */
+/* 0 for a reader that is dead, which loses its place; its pins stay, and the next owner begins by clearing them. While
+   its lock is held here there is no next one: `owner` could have come back in the same process. */
+LORASYNCI_FN int lorasynci_shm_reader_lives(const lorasynci_shm *s, int reader, uint64_t owner)
+{
+    const int locked = !(owner & lorasynci_process_unlocked);
+    if (locked ? lorasynci_lock(s->map.fd, reader, F_WRLCK, 0) != 1 : lorasynci_process_lives(owner, s->map.fd, reader))
+        return 1;
+    __atomic_compare_exchange_n(&s->map.control->readers[reader].owner, &owner, (uint64_t)0, 0, __ATOMIC_SEQ_CST,
+                                __ATOMIC_SEQ_CST);
+    if (locked) lorasynci_lock(s->map.fd, reader, F_UNLCK, 0);
+    return 0;
+}
+
+/* Readers that are dead lose their pins; that costs a system call for each that lives. */
 LORASYNCI_FN void lorasynci_shm_bury(lorasynci_shm *s)
 {
     lorasynci_shm_control *c   = s->map.control;
     const int              num = lorasynci_shm_taken(&c->num_readers, LORASYNCI_SHM_READERS);
     int                    i;
     for (i = 0; i < num; i++) {
-        uint64_t *place = &c->readers[i].owner, owner = __atomic_load_n(place, __ATOMIC_SEQ_CST);
-        /* its pins stay; the next owner begins by clearing them */
-        if (owner && !lorasynci_shm_lives(s->map.fd, i, owner, s->mine)) lorasynci_shm_disown(place, owner);
+        const uint64_t owner = __atomic_load_n(&c->readers[i].owner, __ATOMIC_SEQ_CST);
+        if (owner) lorasynci_shm_reader_lives(s, i, owner);
     }
 }
 
@@ -19389,13 +19498,29 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
 
 /* -- payloads in device memory, the publisher's side */
 
+/* Others see from a lock of its own whether its maker lives: memory may outlive the transport. */
+LORASYNCI_FN lorasync_status lorasynci_shm_begin_memory(lorasynci_shm *s, int slot, uint64_t *out, lorasync_error *err)
+{
+    int             own    = -1;
+    lorasync_status status = lorasynci_shm_reopen(&s->map, s->name, &own, err);
+    if (status == LORASYNC_NOTHING_NEW) return lorasynci_shm_fail_removed(s, err);
+    if (status < 0) return status;
+    lorasynci_life_end(&s->lives[slot]);
+    *out = lorasynci_life_begin(&s->lives[slot], own, s->map.fd,
+                                lorasynci_shm_byte_of(s->map.control->slots[slot].serial));
+    if (!*out) *out = lorasynci_process_self() | lorasynci_process_unlocked;
+    return LORASYNC_OK;
+}
+
 /* Writes the head's `memory` when all of it is there; the caller frees it after a failure. */
 LORASYNCI_FN lorasync_status lorasynci_shm_allocate(lorasynci_shm *s, int slot, size_t num_bytes, lorasync_error *err)
 {
     lorasynci_shm_memory  *m = &lorasynci_shm_head_of(s, slot)->memory;
     lorasynci_device_share share;
     lorasync_status        status;
+    uint64_t               owner = 0;
     LORASYNC_ASSERT(!s->payloads[slot]);
+    LORASYNCI_TRY(lorasynci_shm_begin_memory(s, slot, &owner, err));
     LORASYNCI_TRY(lorasynci_gpu_alloc(0, num_bytes, &s->payloads[slot], "memory for a slot", err));
     status = lorasynci_gpu_describe(s->device, s->payloads[slot], &share, err);
     if (status < 0) {
@@ -19404,7 +19529,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_allocate(lorasynci_shm *s, int slot, 
     }
     memcpy(m->handle, share.handle, sizeof m->handle);
     memcpy(m->gpu, s->device->pci, sizeof m->gpu);
-    m->owner     = s->mine;
+    m->owner     = owner;
     m->pointer   = share.pointer;
     m->ordinal   = share.ordinal;
     m->num_bytes = num_bytes;
@@ -19436,6 +19561,7 @@ LORASYNCI_FN void lorasynci_shm_free_payload(lorasynci_shm *s, int slot)
     if (!s->stuck) lorasynci_gpu_free(0, s->payloads[slot]); /* would wait for the copy */
     lorasynci_gpu_leave(s->device->ordinal, old);
     s->payloads[slot] = NULL;
+    lorasynci_life_end(&s->lives[slot]);
 }
 
 /* The device memory of a mapped slot, if it is this process's: also what an earlier transport of the process has
@@ -19444,7 +19570,7 @@ LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
 {
     const lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
     if (!s->payloads[slot] && m->num_bytes && m->num_bytes == s->map.control->slots[slot].device_bytes &&
-        m->ordinal == s->device->ordinal && lorasynci_shm_is_same_owner(m->owner, s->mine)) {
+        m->ordinal == s->device->ordinal && lorasynci_process_is_same(m->owner, s->own.mine)) {
         s->payloads[slot] = (char *)(uintptr_t)m->pointer;
     }
     return s->payloads[slot];
@@ -19492,8 +19618,7 @@ LORASYNCI_FN int lorasynci_shm_is_open(lorasynci_shm *s, int slot)
         lorasynci_shm_reader *r     = &s->map.control->readers[i];
         uint64_t              owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
         if (!owner || !(__atomic_load_n(&r->opened[slot / 64], __ATOMIC_SEQ_CST) >> (slot % 64) & 1)) continue;
-        if (lorasynci_shm_lives(s->map.fd, i, owner, s->mine)) return 1;
-        lorasynci_shm_disown(&r->owner, owner);
+        if (lorasynci_shm_reader_lives(s, i, owner)) return 1;
     }
     return 0;
 }
@@ -19527,7 +19652,8 @@ LORASYNCI_FN int lorasynci_shm_is_gone(const lorasynci_shm *s, int slot, const l
     const lorasynci_shm_head *h = lorasynci_shm_head_of(s, slot);
     if (!h->memory.num_bytes || h->version != image->version || !lorasynci_shm_same(s, slot, image)) return 0;
     return !h->memory.pointer || s->map.control->slots[slot].retired ||
-           !lorasynci_shm_lives(s->map.fd, LORASYNCI_SHM_PUBLISHER, h->memory.owner, s->mine);
+           !lorasynci_process_lives(h->memory.owner, s->map.fd,
+                                    lorasynci_shm_byte_of(s->map.control->slots[slot].serial));
 }
 
 /* A transport with a GPU takes payloads from either memory. */
@@ -19543,7 +19669,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_image(const lorasynci_shm *s, c
    without. */
 LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
 {
-    int i, mine = lorasynci_process_pid(s->mine) == (long)getpid();
+    int i, mine = lorasynci_process_pid(s->own.mine) == (long)getpid();
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
     for (i = 0; mine && s->device && i < LORASYNCI_SHM_SLOTS; i++) {
         if (!s->payloads[i]) continue;
@@ -19705,10 +19831,7 @@ LORASYNCI_FN int lorasynci_shm_ask(lorasynci_shm *s, int place, const char *name
     int                   i;
     if (!owner || __atomic_load_n(&r->who, __ATOMIC_SEQ_CST) != owner) return 0;
     if (only && only != lorasynci_hash(name, strlen(name), 13)) return 0;
-    if (!lorasynci_shm_lives(s->map.fd, place, owner, s->mine)) {
-        lorasynci_shm_disown(&r->owner, owner);
-        return 0;
-    }
+    if (!lorasynci_shm_reader_lives(s, place, owner)) return 0;
     for (i = 0; i < LORASYNCI_SHM_NAME; i++) words[i] = __atomic_load_n(&r->name[i], __ATOMIC_SEQ_CST);
     memcpy(out->engine, words, sizeof words);
     out->num_bound = -1;
@@ -19875,7 +19998,7 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
     lorasynci_shm_leave_payloads(s);
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
         if (s->memory[i]) munmap(s->memory[i], s->sizes[i]);
-    if (lorasynci_process_pid(s->mine) == (long)getpid()) lorasynci_shm_disown(&s->map.control->publisher, s->mine);
+    lorasynci_shm_disown(&s->own);
     lorasynci_shm_detach(&s->map);
     lorasynci_dealloc(&a, s);
 }
@@ -19925,7 +20048,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     strcpy(s->name, desc->name);
     status = desc->cuda ? lorasynci_gpu_open(&a, desc->cuda->stream, 0, "lorasync_shm_desc.cuda", &s->device, err)
                         : LORASYNC_OK;
-    if (status >= 0) status = lorasynci_shm_take(s->name, 1, &s->map, &s->mine, err);
+    if (status >= 0) status = lorasynci_shm_take(s->name, 1, &s->map, &s->own, err);
     if (status < 0) {
         lorasynci_gpu_close(&a, s->device);
         lorasynci_dealloc(&a, s);
@@ -19956,14 +20079,14 @@ typedef struct lorasynci_shm_view {
     lorasync_allocator    a;
     lorasynci_shm_map     map;
     lorasynci_shm_reader *reader;
-    uint64_t              mine;
+    lorasynci_shm_own     own;
     int                   num_users;
 } lorasynci_shm_view;
 
 /* 0 in a fork: the place in the control is the parent's. */
 LORASYNCI_FN int lorasynci_shm_is_ours(const lorasynci_shm_view *v)
 {
-    return lorasynci_process_pid(v->mine) == (long)getpid();
+    return lorasynci_process_pid(v->own.mine) == (long)getpid();
 }
 
 /* One user less; the last one gives the reader's place back. NULL is allowed. */
@@ -19973,10 +20096,8 @@ LORASYNCI_FN void lorasynci_shm_view_drop(lorasynci_shm_view *v)
     if (!v || --v->num_users > 0) return;
     LORASYNC_ASSERT(v->num_users >= 0);
     a = v->a;
-    if (v->reader && lorasynci_shm_is_ours(v)) {
-        __atomic_store_n(&v->reader->who, (uint64_t)0, __ATOMIC_SEQ_CST);
-        lorasynci_shm_disown(&v->reader->owner, v->mine);
-    }
+    if (v->reader && lorasynci_shm_is_ours(v)) __atomic_store_n(&v->reader->who, (uint64_t)0, __ATOMIC_SEQ_CST);
+    lorasynci_shm_disown(&v->own);
     lorasynci_shm_detach(&v->map);
     lorasynci_dealloc(&a, v);
 }
@@ -19991,15 +20112,17 @@ LORASYNCI_FN void lorasynci_shm_view_greet(lorasynci_shm_view *v, const lorasync
     for (i = 0; i < LORASYNCI_SHM_NAME; i++) __atomic_store_n(&r->name[i], words[i], __ATOMIC_SEQ_CST);
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) __atomic_store_n(&r->receipts[i], (uint64_t)0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&r->only, who->only ? lorasynci_hash(who->only, strlen(who->only), 13) : 0, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&r->who, v->mine, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&r->who, v->own.mine, __ATOMIC_SEQ_CST);
 }
 
-/* Takes a reader's place and clears what the reader before has left there. */
+/* Takes a reader's place and clears what the reader before has left there. LORASYNC_NOTHING_NEW when the control is
+   being removed. */
 LORASYNCI_FN lorasync_status lorasynci_shm_view_claim(lorasynci_shm_view *v, const char *name, lorasync_error *err)
 {
-    lorasynci_shm_control *c    = v->map.control;
-    uint64_t               self = lorasynci_process_self();
+    lorasynci_shm_control *c = v->map.control;
     char                   path[LORASYNCI_SHM_PATH];
+    uint64_t               other;
+    lorasync_status        status;
     int                    i, k;
     for (i = 0; i < LORASYNCI_SHM_READERS; i++) {
         lorasynci_shm_reader *r      = &c->readers[i];
@@ -20008,7 +20131,9 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_claim(lorasynci_shm_view *v, con
         lorasynci_shm_path(path, name, 0);
         if (failed) return lorasynci_shm_fail(err, "make room for", path, failed);
         lorasynci_shm_count(&c->num_readers, i);
-        if (lorasynci_shm_claim(v->map.fd, i, &r->owner, self, &v->mine) != 0) continue;
+        status = lorasynci_shm_claim(&v->map, name, i, &r->owner, &v->own, &other, err);
+        if (status == LORASYNC_E_BUSY) continue;
+        if (status != LORASYNC_OK) return status;
         __atomic_store_n(&r->who, (uint64_t)0, __ATOMIC_SEQ_CST);
         for (k = 0; k < LORASYNCI_SHM_PINS; k++) { /* a dead reader's */
             __atomic_store_n(&r->pins[k], (uint64_t)0, __ATOMIC_SEQ_CST);
@@ -20039,7 +20164,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_view_open(const char *name, const lor
     v->map       = map;
     v->num_users = 1;
     status       = lorasynci_shm_view_claim(v, name, err);
-    if (status < 0) {
+    if (status != LORASYNC_OK) {
         lorasynci_shm_view_drop(v);
         return status;
     }
@@ -20247,7 +20372,7 @@ LORASYNCI_FN lorasync_status lorasynci_import_map(const lorasynci_gpu *g, lorasy
     lorasynci_device_share share;
     lorasync_status        status;
     memset(&share, 0, sizeof share);
-    share.process = m->memory.owner & ~lorasynci_shm_locked;
+    share.process = m->memory.owner & ~lorasynci_process_unlocked;
     share.pointer = m->memory.pointer;
     share.ordinal = (int32_t)m->memory.ordinal;
     memcpy(share.handle, m->memory.handle, sizeof share.handle);
@@ -20267,16 +20392,16 @@ LORASYNCI_FN lorasync_status lorasynci_import_open(const lorasynci_gpu *g, loras
     lorasync_status              status;
     int                          old = lorasynci_gpu_enter(lorasynci_gpu_ordinal(g));
     lorasynci_shm_mark_opened(m->view, m->slot, 1);
-    if (!lorasynci_shm_lives(m->view->map.fd, LORASYNCI_SHM_PUBLISHER, owner, m->view->mine)) {
-        status = lorasynci_fail(
-            err, LORASYNC_E_IO,
-            "the payload was in device memory of publisher process %ld, which has ended; publish it again",
-            lorasynci_process_pid(owner));
-    } else if (__atomic_load_n(&c->slots[m->slot].retired, __ATOMIC_SEQ_CST)) {
+    if (__atomic_load_n(&c->slots[m->slot].retired, __ATOMIC_SEQ_CST)) {
         status = lorasynci_fail(
             err, LORASYNC_E_IO,
             "the payload was in device memory of publisher process %ld, which has closed the transport; publish it "
             "again",
+            lorasynci_process_pid(owner));
+    } else if (!lorasynci_process_lives(owner, m->view->map.fd, lorasynci_shm_byte_of(m->serial))) {
+        status = lorasynci_fail(
+            err, LORASYNC_E_IO,
+            "the payload was in device memory of publisher process %ld, which has ended; publish it again",
             lorasynci_process_pid(owner));
     } else {
         status = lorasynci_import_map(g, m, err);
@@ -20363,7 +20488,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_find_control(lorasynci_shm_source *s,
     if (s->view && !lorasynci_shm_is_ours(s->view)) {
         return lorasynci_fail(err, LORASYNC_E_STATE,
                               "this engine of shared memory '%s' was opened by process %ld; open one in each process",
-                              s->name, lorasynci_process_pid(s->view->mine));
+                              s->name, lorasynci_process_pid(s->view->own.mine));
     }
     if (s->view && !lorasynci_shm_is_removed(&s->view->map)) return LORASYNC_OK;
     lorasynci_shm_view_drop(s->view);
@@ -26261,7 +26386,7 @@ LORASYNCI_FN void lorasynci_stream_share(lorasync_stream *s, lorasynci_division_
     size_t num_bytes = lorasynci_align64((size_t)h->largest[0]) + (size_t)h->largest[1];
     if (s->host.talk.comm.world == 1 || s->desc.no_direct || s->desc.cuda || !num_bytes) return;
     lorasynci_mapping_name(h->name, lorasynci_unique(s));
-    if (!lorasynci_window_name(&s->shared, h->name, num_bytes, 1)) return;
+    if (!lorasynci_window_name(&s->shared, h->name, num_bytes, 1, NULL)) return;
     memcpy(s->mapping_name, h->name, sizeof h->name);
     h->mapping_bytes = num_bytes;
 }
@@ -26383,7 +26508,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_map(lorasync_stream *s, lorasynci_
     lorasync_status status;
     lorasynci_stream_sort(s, v, mine);
     if (v->head.mapping_bytes && !s->shared.address && !s->desc.no_direct)
-        lorasynci_window_name(&s->shared, v->head.name, (size_t)v->head.mapping_bytes, 0);
+        lorasynci_window_name(&s->shared, v->head.name, (size_t)v->head.mapping_bytes, 0, NULL);
     mapped = s->shared.address != NULL;
     status = lorasynci_talk_vote_flag(&s->host.talk, mine, &mapped, err);
     if (s->mapping_name[0]) shm_unlink(s->mapping_name);

@@ -1231,7 +1231,7 @@ static void dead_reader(void)
     lorasynci_shm_reader *r;
     pid_t                 child;
     uint64_t              owner;
-    int                   held, fd;
+    int                   fd;
     fresh_name();
     t  = open_transport();
     r  = &inside(&t)->map.control->readers[0];
@@ -1241,32 +1241,20 @@ static void dead_reader(void)
     owner = r->owner;
     CHECK_EQ(lorasynci_process_pid(owner), child);
     CHECK_EQ(r->pins[0], 1);
-    CHECK_EQ(lorasynci_shm_lives(fd, 0, owner, inside(&t)->mine), 1);
-    if (owner >> 17 & 0x7fffff)
-        CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1 << 20, inside(&t)->mine), 0); /* its pid,
-                                                                                                               another
-                                                                                                               start */
-    if (owner & 0xffff)
-        CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1, inside(&t)->mine), 1); /* of
-                                                                                                               another
-                                                                                                               container
-                                                                                                               */
+    CHECK_EQ(lorasynci_process_lives(owner, fd, 0), 1);
+    CHECK_EQ(lorasynci_shm_reader_lives(inside(&t), 0, owner), 1);
     CHECK_EQ(publish(&t, "default", 2, &err), 0);
     CHECK_EQ(publish(&t, "default", 3, &err), 0);
     CHECK_EQ(publish(&t, "default", 4, &err), 0);
     CHECK_EQ(lorasynci_shm_head_of(inside(&t), 0)->version, 1); /* still pinned */
     kill(child, SIGKILL);
     nap(50000); /* a zombie from here */
-    CHECK_EQ(lorasynci_shm_lives(fd, 0, owner, inside(&t)->mine), 0);
-    if (owner & lorasynci_shm_locked && owner & 0xffff)
-        CHECK_EQ(lorasynci_shm_lives(fd, 0, owner ^ 1, inside(&t)->mine), 0);
-    else printf("     no open file locks here\n");
-    CHECK_EQ(lorasynci_shm_lock(fd, 0, F_WRLCK, 1, &held) == 0 && held, 0);
+    CHECK_EQ(lorasynci_process_lives(owner, fd, 0), 0);
+    CHECK_EQ(lorasynci_process_lives(owner | lorasynci_process_unlocked, fd, 0), 1);
     lorasynci_shm_bury(inside(&t));
     CHECK(r->owner == 0);
     CHECK_EQ(lorasynci_shm_is_used(inside(&t), 0), 0);
     wait_for(child);
-    CHECK_EQ(lorasynci_shm_lives(fd, 0, owner, inside(&t)->mine), 0);
     t.close(t.user);
 }
 
@@ -1305,7 +1293,8 @@ static void all_readers_taken(void)
     fresh_name();
     t = open_transport();
     CHECK_EQ(publish(&t, "default", 1, &err), 0);
-    for (i = 0; i < LORASYNCI_SHM_READERS; i++) inside(&t)->map.control->readers[i].owner = inside(&t)->mine;
+    for (i = 0; i < LORASYNCI_SHM_READERS; i++)
+        inside(&t)->map.control->readers[i].owner = inside(&t)->own.mine | lorasynci_process_unlocked;
     e = open_engine(NULL, 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_BUSY);
     CHECK_HAS(err.text, "256 engines");

@@ -91,23 +91,11 @@ static void hash_sees_every_byte(void)
     }
 }
 
-/* A process is its number and when it began: one that has the number of another is not the other. */
-static void process_of_the_same_number(void)
-{
-    const uint64_t self = lorasynci_process_self(), other = self ^ (uint64_t)1 << 17;
-    CHECK_EQ(lorasynci_process_pid(self), (long)getpid());
-    CHECK_EQ(lorasynci_process_pid(other), (long)getpid());
-    CHECK(!lorasynci_process_ended(self, self));
-    if (!lorasynci_process_sees_own() || !(self >> 17 & 0x7fffff)) SKIP("/proc does not say when a process began");
-    CHECK(lorasynci_process_ended(other, self));
-}
-
 int main(void)
 {
     RUN(buffer_grows_in_time);
     RUN(long_format_fails);
     RUN(arena_notices);
     RUN(hash_sees_every_byte);
-    RUN(process_of_the_same_number);
     return test_summary("test_support");
 }
