@@ -874,8 +874,16 @@ typedef struct lorasync_delta {
 /* One version of one adapter: a safetensors file in memory. The wire format, the file format and the memory format are
    this one public format (github.com/huggingface/safetensors, README "Format"):
 
-       | u64 N | N bytes JSON, padded with spaces to 8 | payload: tensors back to back in the header's order |
-       '-------------- header, header_bytes -----------'------------------ payload_bytes -------------------'
+       | u64 N | N bytes JSON, padded with spaces | payload: tensors back to back in the header's order |
+       '------------ header, header_bytes --------'------------------ payload_bytes -------------------'
+
+   Alignment  What a session, a stream or lorasync_image_layout with an adapter makes has a header_bytes that is a
+              multiple of 64. An engine finds the payload of such an image at an address that is a multiple of 64 in
+              a directory and in shared memory, and of 256 in device memory; where a delta was applied, the image is
+              aligned as the engine's allocator does it. Tensors lie back to back, widest first, so that the data of
+              each is at a multiple of the size of its elements, and of no more than that: 4 for F32, 2 for BF16.
+              Nothing is promised of files of other writers: headers of any length and tensors at odd offsets are legal
+              safetensors. There, and in bytes that are parsed from an odd address, read elements with memcpy.
 
    Read-only for callers. */
 typedef struct lorasync_image {
@@ -909,15 +917,16 @@ typedef struct lorasync_image_desc {
     size_t                 size;    /* sizeof this struct, or 0: see DESCS at the top */
     const lorasync_tensor *tensors; /* name, dtype, ndim and shape are read; the rest is ignored */
     size_t                 num_tensors;
-    /* NULL: no adapter, version and digest in the metadata, which makes exactly what the reference library writes. */
+    /* NULL: no adapter, version and digest in the metadata, and padding to 8, which makes exactly what the reference
+       library writes. */
     const char *adapter;
 } lorasync_image_desc;
 
 /* Lays out an image as the reference writer does (safetensors/src/tensor.rs, prepare): tensors by dtype, widest first,
-   then by name; metadata first; compact JSON; padding to 8. The image has its own sorted copies of the tensors, with
-   offset and num_bytes filled in; its payload is NULL until lorasync_image_bind. With an adapter the metadata is
-   {"format":"pt","lorasync.adapter":..,"lorasync.digest":16 hex digits,"lorasync.version":20 digits}, otherwise
-   {"format":"pt"}. Free the image with lorasync_image_free.
+   then by name; metadata first; compact JSON; padding to 8, or with an adapter to 64. The image has its own sorted
+   copies of the tensors, with offset and num_bytes filled in; its payload is NULL until lorasync_image_bind. With an
+   adapter the metadata is {"format":"pt","lorasync.adapter":..,"lorasync.digest":16 hex digits,"lorasync.version":20
+   digits}, otherwise {"format":"pt"}. Free the image with lorasync_image_free.
 
    Errors:
        LORASYNC_E_NAME      a duplicate or empty name, `__metadata__`, invalid UTF-8, control characters
@@ -9278,7 +9287,8 @@ LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image_impl *m, loras
                                                   const lorasync_tensor *const *order, size_t num, const char *adapter,
                                                   lorasync_error *err)
 {
-    size_t i, size, end, begin = 0, n;
+    const size_t align = adapter ? 64 : 8; /* of the payload in the file; 8 as the reference writer has it */
+    size_t       i, size, end, begin = 0, n;
     lorasynci_put(b, "\0\0\0\0\0\0\0", 8);
     lorasynci_put_metadata(m, b, adapter);
     for (i = 0; i < num; i++, begin = end) {
@@ -9290,8 +9300,8 @@ LORASYNCI_FN lorasync_status lorasynci_put_header(lorasynci_image_impl *m, loras
         lorasynci_put_tensor(b, order[i], begin, end);
     }
     lorasynci_put_text(b, "}");
-    while (b->size % 8 != 0 && !b->failed) lorasynci_put(b, " ", 1);
-    LORASYNC_ASSERT(b->size % 8 == 0 || b->failed);
+    while (b->size % align != 0 && !b->failed) lorasynci_put(b, " ", 1);
+    LORASYNC_ASSERT(b->size % align == 0 || b->failed);
     if (b->failed) return lorasynci_fail_memory(err, b->size);
     if (b->size - 8 > LORASYNCI_MAX_HEADER)
         return lorasynci_fail(

@@ -138,7 +138,7 @@ static void golden(void)
         "\"lorasync.full_digest\":\"%016llx\"%s",
         before, (unsigned long long)v1.image->digest, (unsigned long long)delta->digest,
         (unsigned long long)v2.image->digest, after);
-    while (n % 8) text[n++] = ' ';
+    while ((8 + n) % 64) text[n++] = ' ';
     CHECK_EQ(delta->header_bytes, 8 + n);
     CHECK(memcmp((const char *)delta->header + 8, text, n) == 0);
     CHECK_EQ(delta->num_tensors, 1);

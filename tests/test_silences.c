@@ -742,6 +742,146 @@ static void failed_opens_leave_zeros(void)
     CHECK(memcmp(&comm, zeros, sizeof comm) == 0);
 }
 
+/* -- alignment of what is written */
+
+/* Every tensor lies behind the one before it, at a multiple of its elements' size; the header ends in spaces. */
+static void check_aligned(const lorasync_image *image, size_t num_tensors)
+{
+    const char *header = (const char *)image->header;
+    size_t      i, at = 0;
+    CHECK_EQ(image->num_tensors, num_tensors);
+    CHECK_EQ(image->header_bytes % 64, 0);
+    for (i = image->header_bytes; header[i - 1] == ' '; i--) continue;
+    CHECK(header[i - 1] == '}' && image->header_bytes - i < 64);
+    for (i = 0; i < image->num_tensors; i++) {
+        const lorasync_tensor *t = &image->tensors[i];
+        CHECK_EQ(t->offset, at);
+        at += t->num_bytes;
+        if (!image->payload) continue;
+        CHECK(t->data == (const char *)image->payload + t->offset);
+        CHECK_EQ((uintptr_t)t->data % ((unsigned)lorasync_dtype_bits(t->dtype) / 8), 0);
+    }
+    CHECK_EQ(at, image->payload_bytes);
+}
+
+/* What engines find in a directory and in shared memory, for adapters' names of many lengths. */
+static void aligned_for_engines(rank_context *c)
+{
+    const char    *at = (const char *)c->user;
+    char           name[60], shm[80];
+    size_t         n;
+    lorasync_error err;
+    for (n = 1; n < 40; n += 9) {
+        trainer         t;
+        lorasync_desc   d = default_desc(c);
+        lorasync_piece  p;
+        float           norm[3] = {1, 2, 3};
+        lorasync_report report;
+        int             kind;
+        memset(name, 'n', n), name[n] = 0;
+        snprintf(shm, sizeof shm, "test-silences-%ld", (long)getpid());
+        d.adapter     = name;
+        d.wire_dtype  = LORASYNC_BF16;
+        d.config_json = "{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"target_modules\": [\"q_proj\"], "
+                        "\"modules_to_save\": [\"norm\"]}";
+        d.lora_alpha  = 0;
+        memset(&t, 0, sizeof t);
+        REQUIRE(lorasync_open(&d, &t.s, &err) == LORASYNC_OK);
+        p = shard_piece("model.layers.0.q_proj.lora_A.weight", 2, RANK_R, WIDTH, c->rank, c->world, t.a);
+        CHECK_EQ(lorasync_add(t.s, &p, &err), 0);
+        p = shard_piece("model.layers.0.q_proj.lora_B.weight", 2, WIDTH, RANK_R, c->rank, c->world, t.b);
+        CHECK_EQ(lorasync_add(t.s, &p, &err), 0);
+        p = whole_piece("model.norm.weight", LORASYNC_F32, 1, 3, 0, norm);
+        CHECK_EQ(lorasync_add(t.s, &p, &err), 0);
+        CHECK_EQ(lorasync_attach_directory(t.s, at, &err), 0);
+        CHECK_EQ(lorasync_attach_shm(t.s, shm, &err), 0);
+        CHECK_EQ(lorasync_compile(t.s, &err), 0);
+        CHECK_EQ(lorasync_sync(t.s, 1, &report, &err), 0);
+        if (c->rank == 0) check_aligned(lorasync_session_image(t.s), 3);
+        for (kind = 0; kind < 2 && c->rank == 0; kind++) {
+            lorasync_engine_desc    ed;
+            lorasync_engine        *e = NULL;
+            const lorasync_adapter *a;
+            memset(&ed, 0, sizeof ed);
+            ed.directory = kind ? NULL : at;
+            ed.shm       = kind ? shm : NULL;
+            ed.adapter   = name;
+            CHECK_EQ(lorasync_engine_open(&ed, &e, &err), 0);
+            CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+            a = lorasync_acquire(e, name);
+            REQUIRE(a);
+            CHECK_EQ((uintptr_t)a->image->payload % 64, 0);
+            check_aligned(a->image, 3);
+            lorasync_release(a);
+            lorasync_engine_close(e);
+        }
+        lorasync_close(t.s);
+        if (c->rank == 0) CHECK_EQ(lorasync_shm_remove(shm, &err), 0);
+    }
+}
+
+static void payloads_are_aligned(void)
+{
+    char   at[64];
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        REQUIRE(make_place(at));
+        run_threads(worlds[i], aligned_for_engines, at);
+        remove_place(at);
+    }
+}
+
+/* Layouts and deltas; without an adapter a layout is the reference writer's. */
+static void layouts_are_aligned(void)
+{
+    lorasync_tensor     tensors[3];
+    lorasync_image_desc d;
+    lorasync_image     *image = NULL, *delta = NULL, *parsed = NULL;
+    lorasync_error      err;
+    unsigned char       payload[64] = {1, 2, 3};
+    uint64_t            digests[3], old[3] = {0, 0, 0};
+    size_t              n;
+    char                names[3][80];
+    for (n = 1; n < 70; n += 4) {
+        size_t i;
+        memset(tensors, 0, sizeof tensors);
+        for (i = 0; i < 3; i++) {
+            memset(names[i], 'a' + (int)i, n), names[i][n] = 0;
+            tensors[i].name  = names[i];
+            tensors[i].dtype = i == 0 ? LORASYNC_F8_E4M3 : i == 1 ? LORASYNC_F32 : LORASYNC_BF16;
+            tensors[i].ndim = 1, tensors[i].shape[0] = 3;
+        }
+        memset(&d, 0, sizeof d);
+        d.tensors = tensors, d.num_tensors = 3;
+        CHECK_EQ(lorasync_image_layout(&d, NULL, &image, &err), 0);
+        CHECK_EQ(image->header_bytes % 8, 0);
+        for (i = image->header_bytes; ((const char *)image->header)[i - 1] == ' '; i--) continue;
+        CHECK(image->header_bytes - i < 8);
+        lorasync_image_free(image);
+        d.adapter = "x";
+        CHECK_EQ(lorasync_image_layout(&d, NULL, &image, &err), 0);
+        check_aligned(image, 3);
+        lorasync_image_bind(image, payload);
+        lorasync_image_stamp(image, 2, lorasync_image_digest(image, digests));
+        memcpy(old + 1, digests + 1, sizeof digests - sizeof digests[0]);
+        CHECK_EQ(lorasync_image_delta(image, 1, old, NULL, &delta, &err), 0);
+        CHECK_EQ(delta->num_tensors, 1);
+        CHECK_EQ(delta->header_bytes % 64, 0);
+        lorasync_image_free(delta);
+        lorasync_image_free(image);
+        /* any length is read */
+        {
+            char file[200];
+            int  m = snprintf(file + 8, sizeof file - 8,
+                              "{\"x\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}%*s}", (int)(n % 9), "");
+            memset(file, 0, 8), file[0] = (char)m, file[8 + m] = 7;
+            CHECK_EQ(lorasync_image_parse(file, (size_t)m + 9, NULL, &parsed, &err), 0);
+            CHECK_EQ(*(const char *)parsed->tensors[0].data, 7);
+            lorasync_image_free(parsed);
+        }
+    }
+}
+
 int main(void)
 {
     RUN(positive_status_of_a_transport);
@@ -756,5 +896,7 @@ int main(void)
     RUN(chdir_does_not_matter);
     RUN(shared_memory_on_all_ranks);
     RUN(failed_opens_leave_zeros);
+    RUN(payloads_are_aligned);
+    RUN(layouts_are_aligned);
     return test_summary("test_silences");
 }
