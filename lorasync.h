@@ -2531,6 +2531,10 @@ typedef struct lorasync_stream_desc {
     int                       timeout_ms;
     const lorasync_allocator *allocator;
     int                       new_generation; /* as in lorasync_desc */
+    /* As in lorasync_desc, for lorasync_stream_sync; the same on all ranks. lorasync_engine serves no base weights:
+       receipts come from transports of your own, or in a directory from other programs. */
+    int require_receipts;
+    int receipt_timeout_ms;
 } lorasync_stream_desc;
 
 typedef struct lorasync_stream lorasync_stream;
@@ -2589,6 +2593,7 @@ LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lo
        LORASYNC_E_VERSION   not greater than the last one published, or than what an engine serves
        LORASYNC_E_DISAGREE  ranks pass different versions
        LORASYNC_E_STATE     before compile
+       LORASYNC_E_RECEIPT   as in lorasync_wait: it is published all the same
        whatever a transport returned, and those of the comm */
 LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint64_t version,
                                                   lorasync_report *out_report, lorasync_error *err);
@@ -2609,6 +2614,10 @@ LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasy
 
 /* As lorasync_get_outcomes. */
 LORASYNC_API const lorasync_engine_outcome *lorasync_stream_outcomes(const lorasync_stream *stream, size_t *out_num);
+
+/* As lorasync_get_receipts. */
+LORASYNC_API lorasync_status lorasync_stream_receipts(const lorasync_stream *stream, lorasync_receipt *out, size_t max,
+                                                      size_t *out_num, lorasync_error *err);
 
 /* Frees everything and closes the transports. Not collective. NULL is allowed. */
 LORASYNC_API void lorasync_stream_close(lorasync_stream *stream);
@@ -23418,10 +23427,10 @@ LORASYNCI_FN lorasync_status lorasynci_fail_receipts(const lorasynci_host *h, ui
     return lorasynci_fail(
         err, LORASYNC_E_RECEIPT,
         "version %llu is published, and %d of the %d engine processes required have received it %d ms later; "
-        "%s%s%s%.120s; look at those, or raise receipt_timeout_ms; go on with the next version, or wait again with "
-        "lorasync_republish",
+        "%s%s%s%.120s; look at those, or raise receipt_timeout_ms; go on with the next version%s",
         (unsigned long long)version, (int)out->num_received, h->require_receipts, h->receipt_timeout_ms,
-        lagging[0] ? "behind: " : "no other is known", lagging, look.failure.status < 0 ? "; " : "", look.failure.text);
+        lagging[0] ? "behind: " : "no other is known", lagging, look.failure.status < 0 ? "; " : "", look.failure.text,
+        strcmp(h->calls, "lorasync_") == 0 ? ", or wait again with lorasync_republish" : "");
 }
 
 /* On the root: counts the receipts of a version that is published, and waits for those that are required. Sleeps in
@@ -23444,11 +23453,23 @@ LORASYNCI_FN lorasync_status lorasynci_host_receive(const lorasynci_host *h, uin
     }
 }
 
+/* What the desc says of receipts. */
+LORASYNCI_FN lorasync_status lorasynci_host_require(lorasynci_host *h, int require_receipts, int receipt_timeout_ms,
+                                                    lorasync_error *err)
+{
+    LORASYNCI_TRY(lorasynci_check_timeout("receipt_timeout_ms", receipt_timeout_ms, err));
+    if (require_receipts < 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "require_receipts is %d, expected 0 or more", require_receipts);
+    h->require_receipts   = require_receipts;
+    h->receipt_timeout_ms = receipt_timeout_ms ? receipt_timeout_ms : 60000;
+    return LORASYNC_OK;
+}
+
 /* What was asked for must be possible: somebody brings receipts. */
 LORASYNCI_FN lorasync_status lorasynci_check_receipts(const lorasynci_host *h, lorasync_error *err)
 {
     size_t i, num = lorasynci_num_engines(h);
-    if (h->require_receipts <= 0) return LORASYNC_OK;
+    if (!h->require_receipts || !lorasynci_host_is_root(h)) return LORASYNC_OK;
     for (i = 0; i < num; i++)
         if (LORASYNCI_AT(lorasync_transport, h->transports, i)->receipts) return LORASYNC_OK;
     return lorasynci_fail(
@@ -23699,8 +23720,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasy
     lorasynci_buffer_init(&s->unused, &h->a);
     lorasynci_buffer_init(&s->unused_texts, &h->a);
     s->publish_timeout_ms = given->publish_timeout_ms ? given->publish_timeout_ms : 600000;
-    h->require_receipts   = given->require_receipts;
-    h->receipt_timeout_ms = given->receipt_timeout_ms ? given->receipt_timeout_ms : 60000;
+    LORASYNCI_TRY(lorasynci_host_require(h, given->require_receipts, given->receipt_timeout_ms, err));
     if (base) s->base_model = lorasynci_copy_text(&h->a, base, strlen(base));
     if (base && !s->base_model) return lorasynci_fail_memory(err, strlen(base));
     s->desc.base_model  = s->base_model;
@@ -23728,10 +23748,6 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
     LORASYNCI_GIVEN(out);
     LORASYNCI_TRY(lorasynci_check_host(desc->comm, desc->allocator, desc->timeout_ms, &a, err));
     LORASYNCI_TRY(lorasynci_check_timeout("publish_timeout_ms", desc->publish_timeout_ms, err));
-    LORASYNCI_TRY(lorasynci_check_timeout("receipt_timeout_ms", desc->receipt_timeout_ms, err));
-    if (desc->require_receipts < 0)
-        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "require_receipts is %d, expected 0 or more",
-                              desc->require_receipts);
     s = (lorasync_session *)lorasynci_alloc_array(&a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
     s->desc = *desc;
@@ -24353,7 +24369,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare(lorasync_session *s, lora
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "quorum is %d with %zu engines attached; give 0 (all of them) to %zu", s->desc.quorum,
                               num_engines, num_engines);
-    if (lorasynci_session_is_root(s)) LORASYNCI_TRY(lorasynci_check_receipts(&s->host, err));
+    LORASYNCI_TRY(lorasynci_check_receipts(&s->host, err));
     if (!s->config && s->desc.lora_alpha == 0)
         return lorasynci_fail(
             err, LORASYNC_E_CONFIG,
@@ -26132,6 +26148,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_start(lorasync_stream *s, lorasync
     d.allocator  = given->allocator;
     LORASYNCI_TRY(lorasynci_host_open(&s->host, s, "lorasync_stream_", &d, given->config_json, err));
     if (given->new_generation) s->host.generation = lorasynci_random();
+    LORASYNCI_TRY(lorasynci_host_require(&s->host, given->require_receipts, given->receipt_timeout_ms, err));
     lorasynci_buffer_init(&s->index, &s->host.a);
     if (!s->desc.bucket_bytes) s->desc.bucket_bytes = (size_t)1 << 30;
     if (!s->host.name[0])
@@ -26295,6 +26312,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_prepare(lorasync_stream *s, lorasy
     if (s->desc.root < 0 || s->desc.root >= s->host.talk.comm.world)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "root is %d, must be 0 to %d", s->desc.root,
                               s->host.talk.comm.world - 1);
+    LORASYNCI_TRY(lorasynci_check_receipts(&s->host, err));
     LORASYNCI_TRY(lorasynci_stream_describe(s, v, err));
     v->buckets = (uint32_t *)lorasynci_arena_array(&v->arena, v->catalogue.num, sizeof *v->buckets);
     if (!v->buckets) return lorasynci_fail_memory(err, v->catalogue.num * 4);
@@ -26448,6 +26466,8 @@ LORASYNCI_FN void lorasynci_stream_facts(const lorasync_stream *s, lorasynci_buf
     lorasynci_put_fact(b, "desc.root", s->desc.root);
     lorasynci_put_fact_dtype(b, "desc.wire_dtype", s->desc.wire_dtype);
     lorasynci_put_fact(b, "desc.keep_names", s->desc.keep_names);
+    lorasynci_put_fact(b, "desc.require_receipts", s->host.require_receipts);
+    lorasynci_put_fact(b, "desc.receipt_timeout_ms", s->host.receipt_timeout_ms);
     lorasynci_put_fact(b, "desc.allow_nan", s->desc.allow_nan);
     lorasynci_put_format(b, "desc.bucket_bytes\t%zu\ndesc.cuda\t%s\n", s->desc.bucket_bytes,
                          s->desc.cuda ? "given" : "NULL");
@@ -26726,19 +26746,40 @@ LORASYNCI_FN lorasync_status lorasynci_stream_run(lorasync_stream *s, uint64_t v
     return LORASYNC_OK;
 }
 
-/* On the root: the commits. Then the verdict and what is to be reported, on all. */
+/* What the root tells all once a version is published. */
+typedef struct lorasynci_stream_word {
+    lorasynci_outcome outcome;
+    lorasync_error    verdict; /* of the receipts */
+} lorasynci_stream_word;
+
+/* On the root: the commits. Then the verdict, and after the receipts what is to be reported, on all;
+   out->is_published: only receipts can be missing. */
 LORASYNCI_FN lorasync_status lorasynci_stream_commit(lorasync_stream *s, uint64_t version, lorasynci_publication *p,
                                                      lorasynci_outcome *out, lorasync_error *err)
 {
-    uint64_t        start = lorasynci_now_ns();
-    lorasync_status status;
+    lorasynci_host       *h       = &s->host;
+    const int             is_root = lorasynci_is_root(s), wait_ms = h->require_receipts ? h->receipt_timeout_ms : 0;
+    uint64_t              start = lorasynci_now_ns();
+    lorasynci_stream_word word;
+    lorasync_status       status;
     if (s->stage_error.status == LORASYNC_OK && p->image) lorasynci_publish_end(p, &s->stage_error);
-    if (lorasynci_is_root(s)) lorasynci_host_count(&s->host, version, out);
+    if (is_root) lorasynci_host_count(h, version, out);
     out->publish_ns += lorasynci_now_ns() - start;
-    status = lorasynci_talk_vote(&s->host.talk, &s->stage_error, err);
-    if (status == LORASYNC_OK)
-        status = lorasynci_talk_tell(&s->host.talk, s->desc.root, out, sizeof *out, s->host.talk.timeout_ms, err);
-    return lorasynci_talk_lose(&s->host.talk, status, err);
+    status = lorasynci_talk_vote(&h->talk, &s->stage_error, err);
+    if (status < 0) return lorasynci_talk_lose(&h->talk, status, err);
+    memset(&word, 0, sizeof word);
+    out->is_published = 1;
+    if (is_root) lorasynci_host_receive(h, version, out, &word.verdict);
+    word.outcome = *out;
+    status =
+        lorasynci_talk_tell(&h->talk, s->desc.root, &word, sizeof word,
+                            wait_ms < INT32_MAX - h->talk.timeout_ms ? h->talk.timeout_ms + wait_ms : INT32_MAX, err);
+    if (status < 0) return lorasynci_talk_lose(&h->talk, status, err);
+    *out = word.outcome;
+    if (word.verdict.status == LORASYNC_OK) return LORASYNC_OK;
+    word.verdict.text[sizeof word.verdict.text - 1] = 0;
+    if (h->talk.comm.world == 1) return lorasynci_fail(err, word.verdict.status, "%s", word.verdict.text);
+    return lorasynci_fail(err, word.verdict.status, "rank %d: %.480s", s->desc.root, word.verdict.text);
 }
 
 /* The times of the plans are in `out` already. */
@@ -26776,14 +26817,14 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     }
     status = lorasynci_stream_run(stream, version, &p, &outcome, &report, err);
     if (status == LORASYNC_OK) status = lorasynci_stream_commit(stream, version, &p, &outcome, err);
-    if (status < 0) {
+    if (status < 0 && (!outcome.is_published || lorasync_is_lost(status))) {
         lorasynci_abort_all(&p);
         return status;
     }
     stream->host.last_version = version;
     lorasynci_stream_report(stream, &outcome, start, &report);
     if (out_report) *out_report = report;
-    return LORASYNC_OK;
+    return status;
 }
 
 LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasync_stream_info *out)
@@ -26791,6 +26832,16 @@ LORASYNC_API void lorasync_stream_get_info(const lorasync_stream *stream, lorasy
     if (!out) return;
     memset(out, 0, sizeof *out);
     if (stream) *out = stream->info;
+}
+
+LORASYNC_API lorasync_status lorasync_stream_receipts(const lorasync_stream *stream, lorasync_receipt *out, size_t max,
+                                                      size_t *out_num, lorasync_error *err)
+{
+    if (out_num) *out_num = 0;
+    LORASYNCI_GIVEN(stream);
+    LORASYNCI_GIVEN(out_num);
+    LORASYNCI_GIVEN_IF(max, out);
+    return lorasynci_host_receipts(&stream->host, out, max, out_num, err);
 }
 
 LORASYNC_API const lorasync_engine_outcome *lorasync_stream_outcomes(const lorasync_stream *stream, size_t *out_num)

@@ -564,6 +564,7 @@ typedef struct own {
     lorasync_status  fails; /* instead of "no more" */
     uint64_t         version, digest;
     int              num_looks;
+    int              hides_digest;
 } own;
 
 static lorasync_status own_stage(void *user, const lorasync_image *image, lorasync_error *err)
@@ -582,7 +583,8 @@ static lorasync_status own_receipts(void *user, const char *adapter, size_t inde
     own *o = (own *)user;
     CHECK_TEXT(adapter, "policy");
     CHECK(out->version == 0 && out->engine[0] == 0);
-    if (index == 0 && ++o->num_looks >= 3) o->list[0].version = o->version, o->list[0].digest = o->digest;
+    if (index == 0 && ++o->num_looks >= 3)
+        o->list[0].version = o->version, o->list[0].digest = o->hides_digest ? 0 : o->digest;
     if (index < o->num) {
         *out = o->list[index];
         return LORASYNC_OK;
@@ -822,6 +824,82 @@ static void own_sources(void)
     lorasync_engine_close(e);
     drop_image(first);
     drop_image(second);
+}
+
+/* -- base weights */
+
+static void stream_on_ranks(rank_context *c)
+{
+    static float         weights[16][64];
+    own                 *o = (own *)c->user + c->rank;
+    lorasync_transport   t = own_transport(o);
+    lorasync_stream_desc d;
+    lorasync_stream     *s = NULL;
+    lorasync_report      report;
+    lorasync_receipt     r;
+    lorasync_error       err;
+    lorasync_piece       p;
+    size_t               num = 9;
+    memset(&d, 0, sizeof d);
+    d.comm               = &c->comm;
+    d.name               = "policy";
+    d.require_receipts   = 1;
+    d.receipt_timeout_ms = test_ms(80);
+    o->num               = 1;
+    strcpy(o->list[0].engine, "far-0");
+    CHECK_EQ(lorasync_stream_open(&d, &s, &err), 0);
+    p = shard_piece("layers.0.q_proj.weight", 2, 16, 16, c->rank, c->world, weights[c->rank]);
+    CHECK_EQ(lorasync_stream_add(s, &p, &err), 0);
+    if (c->rank == 0) CHECK_EQ(lorasync_stream_attach(s, &t, &err), 0);
+    if (lorasync_stream_compile(s, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    o->hides_digest = 1;
+    if (lorasync_stream_sync(s, 1, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    CHECK_EQ(report.num_received, 1);
+    CHECK_EQ(lorasync_stream_receipts(s, &r, 1, &num, &err), 0);
+    CHECK_EQ(num, c->rank == 0);
+    if (c->rank == 0) {
+        CHECK(o->num_looks >= 3 && r.version == 1);
+        o->num_looks = -1000000;
+    }
+    memset(&report, 0, sizeof report);
+    CHECK_EQ(lorasync_stream_sync(s, 2, &report, &err), LORASYNC_E_RECEIPT);
+    CHECK_HAS(err.text, "version 2 is published");
+    CHECK_HAS(err.text, "far-0 (v1)");
+    CHECK(!strstr(err.text, "republish"));
+    CHECK(report.version == 2 && report.num_received == 0 && report.num_lagging == 1 && report.num_engines == 1);
+    CHECK_EQ(lorasync_stream_sync(s, 2, &report, &err), LORASYNC_E_VERSION); /* it was published */
+    if (c->rank == 0) o->num_looks = 3;
+    if (lorasync_stream_sync(s, 3, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    lorasync_stream_close(s);
+}
+
+static void streams(void)
+{
+    static const int     worlds[] = {1, 2, 4};
+    lorasync_stream_desc d;
+    lorasync_stream     *s;
+    static float         weights[16];
+    lorasync_transport   t;
+    lorasync_piece       p;
+    lorasync_error       err;
+    own                  o[4];
+    size_t               w;
+    for (w = 0; w < 3; w++) run_threads(worlds[w], stream_on_ranks, &o[0]);
+    memset(&d, 0, sizeof d);
+    d.require_receipts = -1;
+    CHECK_EQ(lorasync_stream_open(&d, &s, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "require_receipts is -1");
+    CHECK_EQ(lorasync_stream_receipts(NULL, NULL, 0, &w, &err), LORASYNC_E_ARGUMENT);
+    d.require_receipts = 1;
+    REQUIRE(lorasync_stream_open(&d, &s, &err) == LORASYNC_OK);
+    t          = own_transport(&o[0]);
+    t.receipts = NULL;
+    p          = shard_piece("layers.0.q_proj.weight", 2, 4, 4, 0, 1, weights);
+    CHECK_EQ(lorasync_stream_add(s, &p, &err), 0);
+    CHECK_EQ(lorasync_stream_attach(s, &t, &err), 0);
+    CHECK_EQ(lorasync_stream_compile(s, &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(err.text, "none of the root's 1 transports brings receipts");
+    lorasync_stream_close(s);
 }
 
 /* -- receipts as files */
@@ -1101,6 +1179,7 @@ int main(void)
     RUN(refused);
     RUN(offers);
     RUN(own_sources);
+    RUN(streams);
     RUN(files);
     RUN(files_of_the_dead);
     RUN(no_receipt_possible);
