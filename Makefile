@@ -98,7 +98,7 @@ $(patsubst tests/%.c,$(B)/%,$(LINKED)): $(B)/lorasync.o
 # Tests of the GPU and NCCL code, on fakes: they need headers, no library and no GPU, and skip where the headers
 # are not.
 FAKED = $(addprefix $(B)/,test_nccl test_cuda_fake test_plans_cuda test_base_cuda test_shm_cuda test_in_place_cuda \
-    test_lend_cuda \
+    test_lend_cuda test_replicas_cuda \
         test_example_cuda)
 $(FAKED): private CPPFLAGS += -isystem $(CUDA_HOME)/include
 

@@ -98,11 +98,11 @@
                        operations; making operations; links; reading the planner's answer; creating; collecting; memory
                        of other ranks on GPUs; what the planner tells all; memory of a plan; a new plan
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
-                    -- a run; beginning, voting and ending a run; copying on the host; what several ways share; host
-                       messages; what the direct ways share; host direct; on the GPU (LORASYNC_CUDA); operations on the
-                       GPU; tables in device memory; what all ways of the GPU share; a run's work on the GPU; GPU alone;
-                       GPU direct; GPU over host; what GPU stream and GPU mesh share; GPU stream; GPU mesh; GPU mesh
-                       over a comm for host memory; choosing the way
+                    -- a run; replicas; beginning, voting and ending a run; copying on the host; what several ways
+                       share; host messages; what the direct ways share; host direct; on the GPU (LORASYNC_CUDA);
+                       operations on the GPU; tables in device memory; what all ways of the GPU share; a run's work on
+                       the GPU; GPU alone; GPU direct; GPU over host; what GPU stream and GPU mesh share; GPU stream;
+                       GPU mesh; GPU mesh over a comm for host memory; choosing the way
        >>config     adapter_config.json: read, check, write
                     -- lists of strings; rank_pattern and alpha_pattern; reading; reading the fields; tokens and layers;
                        fields of which an engine must know; rank and scale; the tensors of an adapter, by module;
@@ -1113,6 +1113,9 @@ typedef struct lorasync_plan_desc {
     const lorasync_cuda      *cuda; /* NULL: pieces in host memory. Otherwise in device memory, on all ranks. Copied */
     int                       timeout_ms; /* deadline of each collective step; 0: 60000 */
     const lorasync_allocator *allocator;
+    /* Replicas are compared at the first run, and then every this many runs, in what they would be read as: 0: 64; less
+       than 0: never. Those that differ fail the run; the error names the tensor and two ranks. Equal on all ranks */
+    int audit_replicas;
 } lorasync_plan_desc;
 
 /* Which bytes go from which piece to which place: made once, run many times. */
@@ -1160,6 +1163,8 @@ LORASYNC_API lorasync_status lorasync_plan_create(const lorasync_plan_desc *desc
    Must be followed by lorasync_plan_wait, even if it failed: an error here (such as a NaN) is remembered, and wait
    reports it on every rank. Allocates nothing.
 
+   Replicas that are not read are digested, too, every desc.audit_replicas runs, but not by launches of a CUDA graph.
+
    With host memory, or when the exchange goes through the host, it sends nothing. Over exchange_stream it enqueues the
    whole run: packing, exchange, vote and placing. When placing directly it first waits until the ranks that read the
    image of the previous run (RESHARD: the ranks that this one sends to) have begun too.
@@ -1180,7 +1185,9 @@ LORASYNC_API lorasync_status lorasync_plan_begin(lorasync_plan *plan, lorasync_e
 
    Errors:
        LORASYNC_E_DISAGREE  ranks are in runs of different plans; nothing is placed, and the communicator stays usable.
-                            With direct placement it can be LORASYNC_E_TIMEOUT instead
+                            With direct placement it can be LORASYNC_E_TIMEOUT instead. Or replicas differ
+                            (desc.audit_replicas): names the tensor and two ranks. Of a reshard, what is wanted may be
+                            written then
        LORASYNC_E_STATE     without begin
        those of begin on any rank, which the text names, and those of the comm */
 LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_error *err);
@@ -2251,6 +2258,9 @@ typedef struct lorasync_desc {
     int allow_shapes;
     /* 1: modules that should have LoRA may be without it. 0: lorasync_compile names those that are. */
     int allow_missing;
+    /* As in lorasync_plan_desc, 0: 64. Parts that several ranks hold must be equal as published, or a sync fails that
+       compares them; less than 0: never compared, for trainers whose replicas may drift apart. */
+    int audit_replicas;
 } lorasync_desc;
 
 typedef struct lorasync_session lorasync_session;
@@ -2404,7 +2414,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
    Errors:
        LORASYNC_E_NAN       NaN or Inf, without allow_nan
        LORASYNC_E_VERSION   not greater than the last one published, or than what an engine serves
-       LORASYNC_E_DISAGREE  ranks pass different versions
+       LORASYNC_E_DISAGREE  ranks pass different versions; replicas differ (desc.audit_replicas)
        LORASYNC_E_STATE     before compile, or out of order
        LORASYNC_E_RECEIPT   fewer engine processes than require_receipts have received it in time: names those that lag,
                             and what they serve. The version is published all the same and the report is filled in: go
@@ -2591,7 +2601,7 @@ LORASYNC_API lorasync_status lorasync_stream_compile(lorasync_stream *stream, lo
    Errors:
        LORASYNC_E_NAN       NaN or Inf, without allow_nan
        LORASYNC_E_VERSION   not greater than the last one published, or than what an engine serves
-       LORASYNC_E_DISAGREE  ranks pass different versions
+       LORASYNC_E_DISAGREE  ranks pass different versions; replicas differ (desc.audit_replicas)
        LORASYNC_E_STATE     before compile
        LORASYNC_E_RECEIPT   as in lorasync_wait: it is published all the same
        whatever a transport returned, and those of the comm */
@@ -8357,8 +8367,34 @@ typedef struct lorasynci_vote {
     int32_t  status;
     uint32_t flags;
     uint64_t tag;
-    uint64_t plan; /* whose run this is about; 0: no plan's */
+    uint64_t plan;  /* whose run this is about; 0: no plan's */
+    uint64_t audit; /* a word (lorasynci_audit_word), or 0 */
 } lorasynci_vote;
+
+/* Words of all ranks about replicas that have been compared. The lowest bit says that a rank has done so; above it the
+   words of all ranks add up to 0, modulo 2^63, where all replicas are equal. */
+typedef struct lorasynci_audit_sum {
+    uint64_t sum;
+    int      is_partial; /* some rank has not */
+} lorasynci_audit_sum;
+
+typedef enum lorasynci_verdict {
+    LORASYNCI_AUDIT_NONE = 0,
+    LORASYNCI_AUDIT_EQUAL,
+    LORASYNCI_AUDIT_DIFFERENT
+} lorasynci_verdict;
+
+LORASYNCI_FN void lorasynci_audit_add(lorasynci_audit_sum *a, uint64_t word)
+{
+    if (!(word & 1)) a->is_partial = 1;
+    a->sum += word >> 1;
+}
+
+LORASYNCI_FN lorasynci_verdict lorasynci_audit_verdict(const lorasynci_audit_sum *a)
+{
+    if (a->is_partial) return LORASYNCI_AUDIT_NONE;
+    return a->sum << 1 ? LORASYNCI_AUDIT_DIFFERENT : LORASYNCI_AUDIT_EQUAL;
+}
 
 /* The lowest rank of each kind, or -1: it failed; its tag, its plan is not that of rank 0. */
 typedef struct lorasynci_tally {
@@ -8427,7 +8463,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_agree(lorasynci_talk *t, const loras
 /* One verdict for all: OK if no rank objects. */
 LORASYNCI_FN lorasync_status lorasynci_talk_vote(lorasynci_talk *t, const lorasync_error *mine, lorasync_error *err)
 {
-    lorasynci_vote vote = {0, 1, 0, 0};
+    lorasynci_vote vote = {0, 1, 0, 0, 0};
     return lorasynci_talk_agree(t, mine, &vote, "", err);
 }
 
@@ -8435,7 +8471,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_vote(lorasynci_talk *t, const lorasy
 LORASYNCI_FN lorasync_status lorasynci_talk_vote_flag(lorasynci_talk *t, const lorasync_error *mine, int *can,
                                                       lorasync_error *err)
 {
-    lorasynci_vote  vote   = {0, (uint32_t)*can, 0, 0};
+    lorasynci_vote  vote   = {0, (uint32_t)*can, 0, 0, 0};
     lorasync_status status = lorasynci_talk_agree(t, mine, &vote, "", err);
     *can                   = (int)vote.flags;
     return status;
@@ -8445,16 +8481,24 @@ LORASYNCI_FN lorasync_status lorasynci_talk_vote_flag(lorasynci_talk *t, const l
 LORASYNCI_FN lorasync_status lorasynci_talk_vote_tag(lorasynci_talk *t, const lorasync_error *mine, uint64_t tag,
                                                      const char *tag_name, lorasync_error *err)
 {
-    lorasynci_vote vote = {0, 1, tag, 0};
+    lorasynci_vote vote = {0, 1, tag, 0, 0};
     return lorasynci_talk_agree(t, mine, &vote, tag_name, err);
 }
 
-/* The same about a run of one plan, by the plan's id: ranks that wait for different plans do not agree. */
+/* The same about a run of one plan, by the plan's id (ranks that wait for different plans do not agree), and what the
+   ranks say of replicas. */
 LORASYNCI_FN lorasync_status lorasynci_talk_vote_run(lorasynci_talk *t, const lorasync_error *mine, uint64_t plan,
-                                                     uint64_t version, lorasync_error *err)
+                                                     uint64_t version, uint64_t audit, lorasynci_verdict *out,
+                                                     lorasync_error *err)
 {
-    lorasynci_vote vote = {0, 1, version, plan};
-    return lorasynci_talk_agree(t, mine, &vote, "version", err);
+    lorasynci_vote        vote  = {0, 1, version, plan, audit};
+    const lorasynci_vote *votes = (const lorasynci_vote *)t->scratch;
+    lorasynci_audit_sum   sum   = {0, 0};
+    int                   i;
+    LORASYNCI_TRY(lorasynci_talk_agree(t, mine, &vote, "version", err));
+    for (i = 0; i < t->comm.world; i++) lorasynci_audit_add(&sum, votes[i].audit);
+    *out = lorasynci_audit_verdict(&sum);
+    return LORASYNC_OK;
 }
 
 /* -- between the root and the others */
@@ -8608,7 +8652,7 @@ LORASYNCI_FN lorasync_status lorasynci_talk_explain(lorasynci_talk *t, const lor
 LORASYNCI_FN lorasync_status lorasynci_talk_agree_facts(lorasynci_talk *t, lorasync_error *mine,
                                                         lorasynci_buffer *facts, uint32_t *flags, lorasync_error *err)
 {
-    lorasynci_vote  vote = {0, *flags, 0, 0};
+    lorasynci_vote  vote = {0, *flags, 0, 0, 0};
     lorasync_status status;
     lorasynci_put(facts, "", 1);
     if (facts->failed && mine->status >= 0) lorasynci_fail_memory(mine, facts->size);
@@ -10359,6 +10403,7 @@ typedef enum lorasynci_space {
     LORASYNCI_SEND,       /* staging for messages to others */
     LORASYNCI_RECEIVE,    /* staging for messages from others */
     LORASYNCI_IMAGE,      /* the image's payload */
+    LORASYNCI_NOWHERE,    /* digested only: dst is the number of the audit */
     LORASYNCI_NUM_SPACES
 } lorasynci_space;
 
@@ -10442,6 +10487,21 @@ typedef struct lorasynci_link {
 
 typedef struct lorasynci_device lorasynci_device;
 
+/* A part of this rank that others have, too: a group of replicas. Their digests are compared without being told: the
+   rank whose number is lowest leads, and each other replica has a slot of its own. A follower adds a hash of digest and
+   slot to its rank's word, the leader takes that of its own digest off for every slot of the group; words of equal
+   replicas add up to 0.
+
+       rank 0, leads    - h(d0, 7) - h(d0, 8)
+       rank 1, slot 7   + h(d1, 7)                     0 if d0, d1 and d2 are equal
+       rank 2, slot 8               + h(d2, 8)  */
+typedef struct lorasynci_audit {
+    uint32_t part;          /* while planning: its number on its rank */
+    uint32_t group;         /* equal on all ranks */
+    uint32_t slot;          /* the leader's: the first of its followers' */
+    uint32_t num_followers; /* 0: it is one */
+} lorasynci_audit;
+
 /* Where a run of a plan is; >>move draws the ways between them. */
 typedef enum lorasynci_run_state {
     LORASYNCI_RUN_IDLE = 0, /* between runs */
@@ -10512,6 +10572,16 @@ struct lorasync_plan {
     uint32_t           *index;     /* per catalogue tensor: its place in the image of a gather */
     uint32_t           *sent_sums; /* catalogue tensors whose sums are sent, in the order of the link */
     size_t              num_sent_sums;
+    /* replicas */
+    uint32_t          audit_runs; /* they are compared every so many runs; 0: never */
+    uint32_t          num_groups; /* of all ranks */
+    lorasynci_audit  *audits;     /* this rank's */
+    size_t            num_audits;
+    lorasynci_ops     audit;      /* what digests them, from the caller's memory to nowhere */
+    uint64_t         *audit_sums; /* digest of each */
+    int               auditing;   /* the run under way compares them, at this rank */
+    uint64_t          audited;    /* the run after the one in which they were last found equal; 0: none yet */
+    lorasynci_verdict verdict;    /* of the last vote */
     /* the image of a gather */
     lorasync_image *image;
     /* made here, | header | payload |; on a GPU the payload in device memory. Direct: NULL on a host, where it lies
@@ -10547,7 +10617,8 @@ enum {
     LORASYNCI_BEGUN = 0, /* the run that it has begun; 0 again when it has freed the plan */
     LORASYNCI_HOLDS = 1, /* its process while it has others' device memory open; its life is the byte of its number */
     LORASYNCI_VOTE  = 2, /* two: its votes on even and on odd runs */
-    LORASYNCI_VOTED = 4  /* two: the runs that these are about */
+    LORASYNCI_VOTED = 4, /* two: the runs that these are about */
+    LORASYNCI_AUDIT = 6  /* two: their words about replicas, or 0 */
 };
 
 /* A word of a rank's line. Each line is 64 bytes, so that no two ranks write to one cache line. */
@@ -10634,6 +10705,7 @@ typedef struct lorasynci_summand {
 
        | head |   and   | sends: routes | receives: routes | destinations: one per catalogue tensor |
                         its digests: a list | digests that it receives: a list from each rank, if it has the image |
+                        audits: lorasynci_audit each |
 
    A list is its length, u64, then u32 each, to 8. */
 typedef struct lorasynci_destination {
@@ -10643,8 +10715,8 @@ typedef struct lorasynci_destination {
 } lorasynci_destination;
 
 typedef struct lorasynci_answer {
-    uint64_t sends_bytes, receives_bytes, num_destinations, digests_bytes;
-    uint64_t num_rounds;
+    uint64_t sends_bytes, receives_bytes, num_destinations, digests_bytes, audits_bytes;
+    uint64_t num_rounds, num_groups;
 } lorasynci_answer;
 
 /* The size of what a rank will send to the planner; equal catalogues are sent once. */
@@ -10685,11 +10757,13 @@ typedef struct lorasynci_planner {
     /* the same of round 0; each further round may have twice as much, until pair_cap */
     uint64_t          first_cap;
     uint32_t          num_rounds;
-    lorasynci_buffer *sends, *receives; /* per rank: lorasynci_route ... */
-    lorasynci_buffer *digests;          /* per rank: lorasynci_summand, in the order of the image */
-    lorasynci_answer *heads;            /* per rank */
-    lorasynci_buffer *bodies;           /* per rank: what follows its head */
-    lorasynci_block  *blocks;           /* per rank: the one that it is sent next */
+    lorasynci_buffer *sends, *receives;      /* per rank: lorasynci_route ... */
+    lorasynci_buffer *digests;               /* per rank: lorasynci_summand, in the order of the image */
+    lorasynci_buffer *audits;                /* per rank: lorasynci_audit */
+    uint32_t          num_groups, num_slots; /* of replicas that are compared */
+    lorasynci_answer *heads;                 /* per rank */
+    lorasynci_buffer *bodies;                /* per rank: what follows its head */
+    lorasynci_block  *blocks;                /* per rank: the one that it is sent next */
 } lorasynci_planner;
 
 /* -- merging names */
@@ -11363,6 +11437,42 @@ LORASYNCI_FN lorasync_status lorasynci_route_reshard(lorasynci_planner *p, loras
     return LORASYNC_OK;
 }
 
+/* A group of replicas on more than one rank: each learns what it is in it. The first leads; regions are sorted by
+   rank. */
+LORASYNCI_FN lorasync_status lorasynci_note_replicas(lorasynci_planner *p, const lorasynci_region *r, size_t n,
+                                                     lorasync_error *err)
+{
+    lorasynci_audit audit;
+    size_t          i;
+    if (r[0].rank == r[n - 1].rank) return LORASYNC_OK;
+    for (i = 0; i < n; i++) {
+        lorasynci_buffer *b = &p->audits[r[i].rank];
+        audit.part          = r[i].part;
+        audit.group         = p->num_groups;
+        audit.num_followers = i ? 0 : (uint32_t)n - 1;
+        audit.slot          = p->num_slots + (i ? (uint32_t)i - 1 : 0);
+        lorasynci_put(b, &audit, sizeof audit);
+        if (b->failed) return lorasynci_fail_memory(err, b->size);
+    }
+    p->num_groups++;
+    p->num_slots += (uint32_t)n - 1;
+    return LORASYNC_OK;
+}
+
+/* All groups, in the order of the merged tensors. */
+LORASYNCI_FN lorasync_status lorasynci_note_all_replicas(lorasynci_planner *p, lorasync_error *err)
+{
+    size_t t, n;
+    for (t = 0; t < p->merged.num && p->desc->audit_replicas >= 0; t++) {
+        const lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
+        for (; r < end; r += n) {
+            n = lorasynci_num_replicas(r, end, lorasynci_record_at(&p->merged, t)->ndim);
+            LORASYNCI_TRY(lorasynci_note_replicas(p, r, n, err));
+        }
+    }
+    return LORASYNC_OK;
+}
+
 /* A scatter: one tensor of the image to all who want of it. */
 LORASYNCI_FN lorasync_status lorasynci_route_image_tensor(lorasynci_planner *p, size_t t, lorasync_error *err)
 {
@@ -11541,6 +11651,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_start_routing(lorasynci_planner *
     p->sends    = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->sends);
     p->receives = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->receives);
     p->digests  = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->digests);
+    p->audits   = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->audits);
     p->heads    = (lorasynci_answer *)lorasynci_arena_array(m, n, sizeof *p->heads);
     p->bodies   = (lorasynci_buffer *)lorasynci_arena_array(m, n, sizeof *p->bodies);
     LORASYNCI_TRY(lorasynci_arena_check(m, err));
@@ -11548,6 +11659,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_start_routing(lorasynci_planner *
         lorasynci_buffer_init(&p->sends[i], &m->a);
         lorasynci_buffer_init(&p->receives[i], &m->a);
         lorasynci_buffer_init(&p->digests[i], &m->a);
+        lorasynci_buffer_init(&p->audits[i], &m->a);
         lorasynci_buffer_init(&p->bodies[i], i == (size_t)p->desc->root ? &p->plan->a : &m->a);
     }
     return LORASYNC_OK;
@@ -11634,6 +11746,7 @@ LORASYNCI_FN lorasync_status lorasynci_planner_route(lorasynci_planner *p, loras
     LORASYNCI_TRY(lorasynci_planner_start_routing(p, err));
     if (p->desc->kind == LORASYNC_SCATTER) return lorasynci_route_scatter(p, err);
     LORASYNCI_TRY(lorasynci_start_pairs(p, err));
+    LORASYNCI_TRY(lorasynci_note_all_replicas(p, err));
     switch (p->desc->kind) {
     case LORASYNC_SCATTER: break;
     case LORASYNC_RESHARD: return lorasynci_route_reshard(p, err);
@@ -11696,8 +11809,10 @@ LORASYNCI_FN lorasync_status lorasynci_start_answer(lorasynci_planner *p, int ra
     head->digests_bytes    = lorasynci_list_bytes(&p->digests[rank]);
     for (from = 0; from < num_lists; from++)
         head->digests_bytes += lorasynci_list_bytes(lorasynci_digests_between(p, from, rank));
+    head->audits_bytes = p->audits[rank].size;
+    head->num_groups   = p->num_groups;
     size = (size_t)(head->sends_bytes + head->receives_bytes + head->num_destinations * sizeof(lorasynci_destination) +
-                    head->digests_bytes);
+                    head->digests_bytes + head->audits_bytes);
     return lorasynci_buffer_reserve(&p->bodies[rank], size) ? LORASYNC_OK : lorasynci_fail_memory(err, size);
 }
 
@@ -11718,6 +11833,8 @@ LORASYNCI_FN lorasync_status lorasynci_planner_answer(lorasynci_planner *p, int 
     lorasynci_put_destinations(p, rank, out);
     lorasynci_put_list(out, &p->digests[rank], 0);
     for (from = 0; from < num_lists; from++) lorasynci_put_list(out, lorasynci_digests_between(p, from, rank), 1);
+    lorasynci_put(out, p->audits[rank].data, p->audits[rank].size);
+    lorasynci_buffer_free(&p->audits[rank]);
     LORASYNC_ASSERT(!out->failed && out->capacity == room);
     (void)room; /* where assertions are off */
     return LORASYNC_OK;
@@ -11737,7 +11854,7 @@ typedef struct lorasynci_making {
     lorasynci_buffer          body;
     const lorasync_image     *image; /* at this rank's end: the one gathered into, or scattered from */
     /* the parts of the body */
-    lorasynci_reader             sends, receives, digests;
+    lorasynci_reader             sends, receives, digests, audits;
     const lorasynci_destination *destinations; /* head.num_destinations: one per catalogue tensor */
 } lorasynci_making;
 
@@ -12207,14 +12324,17 @@ LORASYNCI_FN lorasync_status lorasynci_open_answer(lorasynci_making *m, lorasync
     const char             *receives     = lorasynci_read(&body, (size_t)h->receives_bytes);
     const char             *destinations = lorasynci_read(&body, (size_t)h->num_destinations * sizeof *m->destinations);
     const char             *digests      = lorasynci_read(&body, (size_t)h->digests_bytes);
+    const char             *audits       = lorasynci_read(&body, (size_t)h->audits_bytes);
     if (h->num_destinations != m->plan->catalogue.num || body.at != body.end)
         return lorasynci_damaged_answer(m->plan, err);
     m->sends            = lorasynci_read_from(sends, (size_t)h->sends_bytes);
     m->receives         = lorasynci_read_from(receives, (size_t)h->receives_bytes);
     m->digests          = lorasynci_read_from(digests, (size_t)h->digests_bytes);
+    m->audits           = lorasynci_read_from(audits, (size_t)h->audits_bytes);
     m->destinations     = (const lorasynci_destination *)(const void *)destinations;
     m->image            = m->desc->kind == LORASYNC_SCATTER ? m->desc->image : m->plan->image;
     m->plan->num_rounds = (uint32_t)h->num_rounds;
+    m->plan->num_groups = (uint32_t)h->num_groups;
     if (m->plan->image) m->plan->num_image_tensors = m->plan->image->num_tensors;
     return LORASYNC_OK;
 }
@@ -12228,6 +12348,44 @@ LORASYNCI_FN lorasync_status lorasynci_build_links(lorasynci_making *m, lorasync
     return lorasynci_build_digests(m, err);
 }
 
+/* The operations that digest one part as it would be read. Their dst is the number of its audit. */
+LORASYNCI_FN lorasync_status lorasynci_build_audit(const lorasynci_making *m, size_t number, lorasync_error *err)
+{
+    lorasync_plan *plan  = m->plan;
+    size_t         first = LORASYNCI_NUM(lorasynci_op, plan->audit.list);
+    lorasynci_leg  leg;
+    lorasynci_end  nowhere;
+    memset(&leg, 0, sizeof leg);
+    memset(&nowhere, 0, sizeof nowhere);
+    LORASYNCI_TRY(lorasynci_leg_at_part(m, plan->audits[number].part, &leg, err));
+    leg.route.digests = 1;
+    nowhere.space     = LORASYNCI_NOWHERE;
+    nowhere.dtype     = lorasynci_wire_dtype(m->desc, leg.near.dtype);
+    memcpy(nowhere.off, leg.box, (size_t)leg.ndim * 8);
+    lorasynci_row_major(leg.box + leg.ndim, leg.ndim, nowhere.stride);
+    LORASYNCI_TRY(lorasynci_add_ops(&plan->audit, &leg, &leg.near, &nowhere, err));
+    for (; first < LORASYNCI_NUM(lorasynci_op, plan->audit.list); first++)
+        LORASYNCI_AT(lorasynci_op, plan->audit.list, first)->dst = number;
+    return LORASYNC_OK;
+}
+
+/* This rank's replicas, as the planner has told them. */
+LORASYNCI_FN lorasync_status lorasynci_build_audits(const lorasynci_making *m, lorasync_error *err)
+{
+    lorasync_plan *plan = m->plan;
+    size_t         i, num = (size_t)(m->audits.end - m->audits.at) / sizeof *plan->audits;
+    plan->audits     = (lorasynci_audit *)lorasynci_arena_array(&plan->arena, num, sizeof *plan->audits);
+    plan->audit_sums = (uint64_t *)lorasynci_arena_array(&plan->arena, num, sizeof *plan->audit_sums);
+    LORASYNCI_TRY(lorasynci_arena_check(&plan->arena, err));
+    if (num) memcpy(plan->audits, m->audits.at, num * sizeof *plan->audits);
+    plan->num_audits = num;
+    if (!lorasynci_buffer_reserve(&plan->audit.list, num * sizeof(lorasynci_op)))
+        return lorasynci_fail_memory(err, num * sizeof(lorasynci_op));
+    for (i = 0; i < num; i++) LORASYNCI_TRY(lorasynci_build_audit(m, i, err));
+    if (plan->num_groups) plan->audit_runs = m->desc->audit_replicas ? (uint32_t)m->desc->audit_replicas : 64;
+    return LORASYNC_OK;
+}
+
 /* Staging and operations, once the links are known. */
 LORASYNCI_FN lorasync_status lorasynci_build_plan(const lorasynci_making *m, lorasync_error *err)
 {
@@ -12236,6 +12394,7 @@ LORASYNCI_FN lorasync_status lorasynci_build_plan(const lorasynci_making *m, lor
     lorasynci_build_staging(plan, lorasynci_bucket_bytes(m->desc));
     LORASYNCI_TRY(lorasynci_build_ops(m, m->sends, 0, err));
     LORASYNCI_TRY(lorasynci_build_ops(m, m->receives, 1, err));
+    LORASYNCI_TRY(lorasynci_build_audits(m, err));
     lorasynci_buffer_trim(&plan->pack.list);
     lorasynci_buffer_trim(&plan->place.list);
     lorasynci_buffer_trim(&plan->catalogue.bytes);
@@ -12260,6 +12419,7 @@ LORASYNCI_FN void lorasynci_plan_facts(const lorasync_plan_desc *d, lorasynci_bu
     lorasynci_put_fact(b, "desc.root", d->root);
     lorasynci_put_fact_dtype(b, "desc.wire_dtype", d->wire_dtype);
     lorasynci_put_fact(b, "desc.allow_nan", d->allow_nan);
+    lorasynci_put_fact(b, "desc.audit_replicas", d->audit_replicas);
     lorasynci_put_fact_text(b, "desc.adapter", d->adapter);
     lorasynci_put_format(b, "desc.bucket_bytes\t%zu\ndesc.cuda\t%s\n", d->bucket_bytes, d->cuda ? "given" : "NULL");
 }
@@ -12623,7 +12783,8 @@ LORASYNCI_FN lorasync_status lorasynci_expect_body(lorasynci_making *m, lorasync
     if (!lorasynci_checked_mul((size_t)h->num_destinations, sizeof *m->destinations, &size) ||
         !lorasynci_checked_add(size, (size_t)h->sends_bytes, &size) ||
         !lorasynci_checked_add(size, (size_t)h->receives_bytes, &size) ||
-        !lorasynci_checked_add(size, (size_t)h->digests_bytes, &size))
+        !lorasynci_checked_add(size, (size_t)h->digests_bytes, &size) ||
+        !lorasynci_checked_add(size, (size_t)h->audits_bytes, &size))
         return lorasynci_damaged_answer(m->plan, err);
     if (!lorasynci_buffer_reserve(&m->body, size)) return lorasynci_fail_memory(err, size);
     m->body.size = size;
@@ -12790,6 +12951,7 @@ LORASYNCI_FN lorasync_plan *lorasynci_plan_new(const lorasync_plan_desc *d, lora
     lorasynci_catalogue_init(&plan->catalogue, &plan->a);
     lorasynci_buffer_init(&plan->pack.list, &plan->a), lorasynci_buffer_init(&plan->pack.grids, &plan->a);
     lorasynci_buffer_init(&plan->place.list, &plan->a), lorasynci_buffer_init(&plan->place.grids, &plan->a);
+    lorasynci_buffer_init(&plan->audit.list, &plan->a), lorasynci_buffer_init(&plan->audit.grids, &plan->a);
     if (!ready || lorasynci_arena_check(&plan->arena, &unused) < 0) {
         lorasync_plan_free(plan);
         return NULL;
@@ -13059,6 +13221,113 @@ LORASYNCI_FN lorasync_status lorasynci_run_lose(lorasync_plan *plan, lorasync_st
     return status;
 }
 
+/* -- replicas: compared by digests that ride with the votes (lorasynci_audit) */
+
+/* Whether the run that begins compares them: equal on all ranks. After a difference every run does. */
+LORASYNCI_FN int lorasynci_audit_is_due(const lorasync_plan *plan)
+{
+    return plan->audit_runs && (!plan->audited || plan->run + 1 - plan->audited >= plan->audit_runs);
+}
+
+/* A digest, in a slot: what a GPU adds up that takes the digests of all replicas for words of a tensor. */
+LORASYNCI_FN uint64_t lorasynci_audit_hash(uint64_t digest, uint64_t slot)
+{
+    return lorasync_digest(&digest, sizeof digest, slot * sizeof digest);
+}
+
+/* As words are voted (lorasynci_audit_sum). */
+LORASYNCI_FN uint64_t lorasynci_audit_vote(uint64_t word) { return word << 1 | 1; }
+
+/* What this rank's digests of the groups below `end` add up to. */
+LORASYNCI_FN uint64_t lorasynci_audit_word(const lorasync_plan *plan, uint32_t end)
+{
+    uint64_t word = 0;
+    size_t   i;
+    uint32_t k;
+    for (i = 0; i < plan->num_audits; i++) {
+        const lorasynci_audit *a = &plan->audits[i];
+        if (a->group >= end) continue;
+        if (!a->num_followers) word += lorasynci_audit_hash(plan->audit_sums[i], a->slot);
+        for (k = 0; k < a->num_followers; k++) word -= lorasynci_audit_hash(plan->audit_sums[i], a->slot + k);
+    }
+    return word;
+}
+
+/* What this rank votes about the run under way. */
+LORASYNCI_FN uint64_t lorasynci_audit_ballot(const lorasync_plan *plan)
+{
+    return plan->auditing ? lorasynci_audit_vote(lorasynci_audit_word(plan, UINT32_MAX)) : 0;
+}
+
+/* What a rank says of one group. Fits the talk's scratch. */
+typedef struct lorasynci_witness {
+    uint64_t digest;
+    int32_t  is_here;
+    char     box[160], name[256];
+} lorasynci_witness;
+
+/* Of which group its replicas here are, if any. */
+LORASYNCI_FN lorasynci_witness lorasynci_audit_witness(const lorasync_plan *plan, uint32_t group)
+{
+    lorasynci_witness w;
+    size_t            i;
+    memset(&w, 0, sizeof w);
+    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, plan->audit.list); i++) {
+        const lorasynci_op     *op = LORASYNCI_AT(lorasynci_op, plan->audit.list, i);
+        const lorasynci_record *r;
+        if (plan->audits[op->dst].group != group) continue;
+        r         = lorasynci_record_at(&plan->catalogue, op->tensor);
+        w.digest  = plan->audit_sums[op->dst];
+        w.is_here = 1;
+        snprintf(w.name, sizeof w.name, "%.255s", lorasynci_record_name(r));
+        break;
+    }
+    return w;
+}
+
+/* The witnesses of all ranks about the lowest group that differs: which two do. */
+LORASYNCI_FN lorasync_status lorasynci_audit_fail(lorasync_plan *plan, uint32_t group, lorasync_error *err)
+{
+    lorasynci_talk   *t    = plan->talk;
+    lorasynci_witness mine = lorasynci_audit_witness(plan, group), *all = (lorasynci_witness *)t->scratch;
+    int               i, a = -1, b = -1;
+    LORASYNC_ASSERT(sizeof mine <= sizeof(lorasync_error));
+    LORASYNCI_TRY(t->comm.all_gather(t->comm.user, &mine, all, sizeof mine, t->timeout_ms, err));
+    for (i = 0; i < t->comm.world; i++) {
+        if (!all[i].is_here) continue;
+        if (a < 0) a = i;
+        else if (b < 0 && all[i].digest != all[a].digest) b = i;
+    }
+    if (b < 0)
+        return lorasynci_fail(err, LORASYNC_E_DISAGREE, "replicas differ between ranks, or changed during the run");
+    all[a].name[sizeof all[a].name - 1] = 0;
+    return lorasynci_fail(
+        err, LORASYNC_E_DISAGREE,
+        "%.255s: ranks %d and %d both hold it, with different values (digests %016llx and %016llx); only one is read. "
+        "Do replicas get the same gradients, and do the ranks mean the same tensor by the name? desc.audit_replicas "
+        "-1 turns this check off",
+        all[a].name, a, b, (unsigned long long)all[a].digest, (unsigned long long)all[b].digest);
+}
+
+/* Collective, on a vote that has shown that replicas differ: in which group, by halves, and between whom. */
+LORASYNCI_FN lorasync_status lorasynci_audit_explain(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_talk *t     = plan->talk;
+    const uint64_t *words = (const uint64_t *)t->scratch;
+    uint32_t        low = 0, high = plan->num_groups; /* they differ in [0, high), and not in [0, low) */
+    while (high - low > 1) {
+        const uint32_t      middle = low + (high - low) / 2;
+        uint64_t            word   = lorasynci_audit_vote(lorasynci_audit_word(plan, middle));
+        lorasynci_audit_sum sum    = {0, 0};
+        int                 i;
+        LORASYNCI_TRY(t->comm.all_gather(t->comm.user, &word, t->scratch, sizeof word, t->timeout_ms, err));
+        for (i = 0; i < t->comm.world; i++) lorasynci_audit_add(&sum, words[i]);
+        if (lorasynci_audit_verdict(&sum) == LORASYNCI_AUDIT_DIFFERENT) high = middle;
+        else low = middle;
+    }
+    return lorasynci_audit_fail(plan, low, err);
+}
+
 /* -- beginning, voting and ending a run */
 
 /* Both in one number, for the quick votes of the ways of moving. */
@@ -13080,6 +13349,7 @@ LORASYNCI_FN lorasync_status lorasynci_run_begin(lorasync_plan *plan, uint64_t v
         return lorasynci_fail(err, LORASYNC_E_STATE, "begin was called already; call wait");
     plan->version  = version;
     plan->aimed_at = aimed_at;
+    plan->auditing = !refusal && lorasynci_audit_is_due(plan);
     plan->begin_ns = lorasynci_now_ns();
     old            = lorasynci_plan_enter(plan);
     if (refusal) {
@@ -13130,13 +13400,18 @@ LORASYNCI_FN lorasync_status lorasynci_run_vote(lorasync_plan *plan, lorasync_er
 {
     int all = 0;
     if (plan->mover->vote) LORASYNCI_TRY(plan->mover->vote(plan, &all, err));
-    if (all) return LORASYNC_OK;
-    LORASYNCI_TRY(lorasynci_talk_vote_run(plan->talk, &plan->refusal, plan->id ^ plan->aimed_at, plan->version, err));
-    if (!plan->mover->vote) return LORASYNC_OK;
-    return lorasynci_fail(
-        err, LORASYNC_E_DISAGREE,
-        "this run exchanged data of another plan; every rank must begin the plans of one communicator in the "
-        "same order. Nothing was changed; the version can be tried again");
+    if (!all) {
+        LORASYNCI_TRY(lorasynci_talk_vote_run(plan->talk, &plan->refusal, plan->id ^ plan->aimed_at, plan->version,
+                                              lorasynci_audit_ballot(plan), &plan->verdict, err));
+        if (plan->mover->vote)
+            return lorasynci_fail(
+                err, LORASYNC_E_DISAGREE,
+                "this run exchanged data of another plan; every rank must begin the plans of one communicator in the "
+                "same order. Nothing was changed; the version can be tried again");
+    }
+    if (plan->verdict == LORASYNCI_AUDIT_DIFFERENT) return lorasynci_audit_explain(plan, err);
+    if (plan->verdict == LORASYNCI_AUDIT_EQUAL) plan->audited = plan->run + 1;
+    return LORASYNC_OK;
 }
 
 /* All that wait does, from BEGUN or REFUSED to IDLE or LOST. */
@@ -13165,6 +13440,7 @@ LORASYNCI_FN lorasync_status lorasynci_run_end(lorasync_plan *plan, lorasync_err
 LORASYNCI_FN void lorasynci_run_unbegun(lorasync_plan *plan)
 {
     lorasync_error why;
+    plan->auditing = 0;
     if (plan->captured) {
         lorasynci_run_to(plan, LORASYNCI_RUN_BEGUN);
         return;
@@ -13308,6 +13584,42 @@ LORASYNCI_FN lorasync_status lorasynci_nan_error(const lorasync_plan *plan, uint
         rounded ? " as rounded for the wire" : "");
 }
 
+/* The digest of what an operation reads, as it would be written. */
+LORASYNCI_FN uint64_t lorasynci_digest_op(const lorasynci_op *op, const lorasynci_grid *grid, char *const *memory)
+{
+    char           block[3 * LORASYNCI_BLOCK], to[LORASYNCI_BLOCK];
+    const char    *src        = (const char *)((uintptr_t)memory[op->src_space] + (uintptr_t)op->src);
+    lorasynci_grid g          = *grid;
+    const int64_t  from_bytes = lorasynci_element_bytes((lorasync_dtype)op->src_dtype),
+                  to_bytes    = lorasynci_element_bytes((lorasync_dtype)op->dst_dtype);
+    const int     as_is       = op->src_dtype == op->dst_dtype && g.s1 == 1 && g.scale == 1;
+    const int64_t step        = as_is ? op->n1 : g.s1 != 1 ? LORASYNCI_BLOCK / 8 : LORASYNCI_BLOCK / to_bytes;
+    uint64_t      sum         = 0;
+    int64_t       i0, i1;
+    g.d1 = 1;
+    for (i0 = 0; i0 < g.n0; i0++, src += g.s0 * from_bytes)
+        for (i1 = 0; i1 < op->n1; i1 += step) {
+            const int64_t num = op->n1 - i1 < step ? op->n1 - i1 : step, at = op->pos + i0 * g.row + i1;
+            const char   *from = src + i1 * g.s1 * from_bytes;
+            if (!as_is) lorasynci_convert_row(op, &g, to, from, num, block);
+            sum += lorasync_digest(as_is ? from : to, (size_t)(num * to_bytes), (uint64_t)(at * to_bytes));
+        }
+    return sum;
+}
+
+/* This rank's replicas, on the host. */
+LORASYNCI_FN void lorasynci_digest_replicas(lorasync_plan *plan)
+{
+    size_t i;
+    if (!plan->auditing) return;
+    memset(plan->audit_sums, 0, plan->num_audits * sizeof *plan->audit_sums);
+    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, plan->audit.list); i++) {
+        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, plan->audit.list, i);
+        plan->audit_sums[op->dst] +=
+            lorasynci_digest_op(op, LORASYNCI_AT(lorasynci_grid, plan->audit.grids, op->grid), plan->memory);
+    }
+}
+
 /* -- what several ways share */
 
 /* Packs on the host: all operations, with sums and check. What is not finite is a failure, but all is packed. */
@@ -13324,6 +13636,7 @@ LORASYNCI_FN lorasync_status lorasynci_pack(lorasync_plan *plan, lorasync_error 
         if (bad >= 0 && status == LORASYNC_OK)
             status = lorasynci_nan_error(plan, op->tensor, bad, op->src_dtype != op->dst_dtype, err);
     }
+    lorasynci_digest_replicas(plan);
     return status;
 }
 
@@ -13566,9 +13879,11 @@ LORASYNCI_FN lorasync_status lorasynci_await_readers(lorasync_plan *plan, lorasy
    one, but others may still look. */
 LORASYNCI_FN lorasync_status lorasynci_vote_in_memory(lorasync_plan *plan, int *out_all, lorasync_error *err)
 {
-    const uint64_t deadline = lorasynci_deadline_ns(plan->talk->timeout_ms), yes = lorasynci_run_tag(plan) | 1;
-    const int      odd = (int)(plan->run % 2), me = plan->talk->comm.rank;
-    int            rank;
+    const uint64_t      deadline = lorasynci_deadline_ns(plan->talk->timeout_ms), yes = lorasynci_run_tag(plan) | 1;
+    const int           odd = (int)(plan->run % 2), me = plan->talk->comm.rank;
+    lorasynci_audit_sum sum = {0, 0};
+    int                 rank;
+    __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_AUDIT + odd), lorasynci_audit_ballot(plan), __ATOMIC_RELAXED);
     __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTE + odd), lorasynci_run_is_refused(plan) ? 0 : yes,
                      __ATOMIC_RELAXED);
     __atomic_store_n(lorasynci_word(plan, me, LORASYNCI_VOTED + odd), plan->run + 1, __ATOMIC_RELEASE);
@@ -13580,7 +13895,9 @@ LORASYNCI_FN lorasync_status lorasynci_vote_in_memory(lorasync_plan *plan, int *
             return status;
         }
         if (__atomic_load_n(lorasynci_word(plan, rank, LORASYNCI_VOTE + odd), __ATOMIC_RELAXED) != yes) *out_all = 0;
+        lorasynci_audit_add(&sum, __atomic_load_n(lorasynci_word(plan, rank, LORASYNCI_AUDIT + odd), __ATOMIC_RELAXED));
     }
+    plan->verdict = lorasynci_audit_verdict(&sum);
     return LORASYNC_OK;
 }
 
@@ -13647,6 +13964,8 @@ static const lorasynci_mover lorasynci_host_direct = {
    the plan's tag, or, of a run that it could not begin, another one. */
 typedef struct lorasynci_ballot {
     uint64_t bad, tag;
+    uint64_t audited;            /* 1: replicas are compared */
+    uint64_t followers, leaders; /* what they add up to: hashes of digests in slots (lorasynci_audit) */
 } lorasynci_ballot;
 
 /* A launch: `num` tiles over a table of operations, both in device memory. */
@@ -13671,6 +13990,8 @@ struct lorasynci_device {
     uint32_t          num_sent; /* rounds of the run under way whose exchange is enqueued; one more: the ballots' too */
     lorasynci_launch *pack;     /* per round, then what travels nowhere */
     lorasynci_launch *place;    /* per round */
+    lorasynci_launch  audit;    /* digests replicas */
+    lorasynci_launch  words;    /* their digests to the ballot, and to where the host sees them */
     lorasynci_launch  report;   /* what the host needs to see, to where it sees it */
     char             *table;    /* one allocation: all operations, tiles, ballots and sums */
     lorasynci_ballot *ballots;  /* one per rank */
@@ -13678,7 +13999,9 @@ struct lorasynci_device {
     char                *sums;
     size_t               num_sums;
     lorasynci_sums_state sums_are;
-    /* pinned: | tag to cast | tag that graphs cast | ballots | sums | digests that arrive, link after link | */
+    char                *audit_sums; /* behind the sums: digests of replicas */
+    /* pinned: | tag to cast, audited | what graphs cast | ballots | sums | digests that arrive, link after link | audit
+       sums | */
     char  *host;
     size_t host_bytes;
     /* where the tables have the image; a multiple of 256 bytes off where it lies in a run */
@@ -13750,6 +14073,7 @@ LORASYNCI_FN lorasyncd_op lorasynci_device_op_of(const lorasync_plan *plan, cons
     memset(&o, 0, sizeof o);
     o.src = (uint64_t)(uintptr_t)plan->memory[op->src_space] + op->src;
     o.dst = (uint64_t)(uintptr_t)plan->memory[op->dst_space] + op->dst;
+    if (op->dst_space == LORASYNCI_NOWHERE) o.dst = 0;
     if (lorasynci_is_meshed(plan) && op->dst_space == LORASYNCI_SEND) o.dst = lorasynci_device_at_peer(plan, op->dst);
     o.sum = op->digest ? sum : 0;
     o.num = g->n0 * op->n1;
@@ -13792,10 +14116,10 @@ LORASYNCI_FN uint32_t lorasynci_device_launch_of(const lorasync_plan *plan, cons
                                              : plan->num_rounds;
 }
 
-/* The launch after the last place: the report. */
+/* The launches after the last place: audit, words, report. */
 LORASYNCI_FN uint32_t lorasynci_device_launches(const lorasync_plan *plan)
 {
-    return lorasynci_device_packs(plan) + plan->num_rounds + 1;
+    return lorasynci_device_packs(plan) + plan->num_rounds + 3;
 }
 
 /* By the number that lorasynci_device_launch_of gives. */
@@ -13805,6 +14129,8 @@ LORASYNCI_FN lorasynci_launch *lorasynci_device_launch_at(const lorasync_plan *p
     uint32_t          packs = lorasynci_device_packs(plan);
     LORASYNC_ASSERT(launch < lorasynci_device_launches(plan));
     if (launch + 1 == lorasynci_device_launches(plan)) return &g->report;
+    if (launch + 2 == lorasynci_device_launches(plan)) return &g->words;
+    if (launch + 3 == lorasynci_device_launches(plan)) return &g->audit;
     return launch < packs ? &g->pack[launch] : &g->place[launch - packs];
 }
 
@@ -13822,24 +14148,44 @@ LORASYNCI_FN void lorasynci_device_put_op(const lorasyncd_op *o, unsigned most, 
     }
 }
 
-/* Words as they are. */
-LORASYNCI_FN void lorasynci_device_put_words(const void *from, void *to, size_t num, lorasynci_buffer *ops,
-                                             lorasynci_buffer *tiles)
+/* `num` words from `from` on: to `to`, as they are; or (NULL) what they are as words `pos`, `pos` + 1, .. of a tensor
+   is added to the digest at `sum`. step 0: they are one and the same. */
+LORASYNCI_FN void lorasynci_device_put_words(const void *from, size_t num, int step, void *to, uint64_t pos, void *sum,
+                                             lorasynci_buffer *ops, lorasynci_buffer *tiles)
 {
     lorasyncd_op o;
     if (!num) return;
     memset(&o, 0, sizeof o);
     o.src       = (uint64_t)(uintptr_t)from;
     o.dst       = (uint64_t)(uintptr_t)to;
+    o.sum       = (uint64_t)(uintptr_t)sum;
+    o.pos       = (long long)pos;
     o.num       = (long long)num;
     o.n1        = o.num;
-    o.s1        = 1;
+    o.s1        = step;
     o.d1        = 1;
     o.scale     = 1.0f;
     o.src_dtype = LORASYNC_U64;
     o.dst_dtype = LORASYNC_U64;
     o.unit      = (unsigned char)lorasynci_unit(&o);
     lorasynci_device_put_op(&o, LORASYNCD_THREADS, ops, tiles); /* few, and far: one for each thread */
+}
+
+/* The digests of replicas to this rank's ballot, and to the host. */
+LORASYNCI_FN void lorasynci_device_words(const lorasync_plan *plan, lorasynci_buffer *ops, lorasynci_buffer *tiles)
+{
+    const lorasynci_device *g      = plan->device;
+    lorasynci_ballot       *ballot = g->ballots + plan->talk->comm.rank;
+    const char             *from   = g->audit_sums;
+    size_t                  i;
+    for (i = 0; i < plan->num_audits; i++, from += 8) {
+        const lorasynci_audit *a = &plan->audits[i];
+        if (a->num_followers)
+            lorasynci_device_put_words(from, a->num_followers, 0, NULL, a->slot, &ballot->leaders, ops, tiles);
+        else lorasynci_device_put_words(from, 1, 1, NULL, a->slot, &ballot->followers, ops, tiles);
+    }
+    lorasynci_device_put_words(g->audit_sums, plan->num_audits, 1, g->host + g->host_bytes - plan->num_audits * 8, 0,
+                               NULL, ops, tiles);
 }
 
 /* Ballots and sums, which lie together on both sides, and arrived digests. */
@@ -13849,13 +14195,30 @@ LORASYNCI_FN void lorasynci_device_report(const lorasync_plan *plan, lorasynci_b
     char                   *to = g->host + sizeof *g->ballots;
     size_t                  n  = (size_t)plan->talk->comm.world * (sizeof *g->ballots / 8) + g->num_sums;
     int                     i;
-    lorasynci_device_put_words(g->ballots, to, n, ops, tiles);
+    lorasynci_device_put_words(g->ballots, n, 1, to, 0, NULL, ops, tiles);
     for (to += n * 8, i = 0; i < plan->talk->comm.world; i++) {
         const lorasynci_link *link = &plan->receives[i];
         if (!link->num_digests) continue;
-        lorasynci_device_put_words(plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_staged_digests_at(link), to,
-                                   link->num_digests, ops, tiles);
+        lorasynci_device_put_words(plan->memory[LORASYNCI_RECEIVE] + lorasynci_link_staged_digests_at(link),
+                                   link->num_digests, 1, to, 0, NULL, ops, tiles);
         to += link->num_digests * 8;
+    }
+}
+
+/* Of one that packs, places or digests replicas. */
+LORASYNCI_FN void lorasynci_device_tables_of(const lorasync_plan *plan, uint32_t launch, const lorasynci_ops *list,
+                                             const uint32_t *sum_of, lorasynci_buffer *ops, lorasynci_buffer *tiles)
+{
+    const int audits = list == &plan->audit, placing = list == &plan->place;
+    size_t    i;
+    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, list->list); i++) {
+        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, list->list, i);
+        lorasyncd_op        o;
+        if (!audits && lorasynci_device_launch_of(plan, op, placing) != launch) continue;
+        o = lorasynci_device_op_of(plan, op, LORASYNCI_AT(lorasynci_grid, list->grids, op->grid),
+                                   audits ? (uint64_t)(uintptr_t)plan->device->audit_sums + 8 * op->dst
+                                          : lorasynci_device_sum(plan, sum_of, op));
+        lorasynci_device_put_op(&o, LORASYNCD_TILE, ops, tiles);
     }
 }
 
@@ -13863,22 +14226,16 @@ LORASYNCI_FN void lorasynci_device_report(const lorasync_plan *plan, lorasynci_b
 LORASYNCI_FN void lorasynci_device_tables(const lorasync_plan *plan, uint32_t launch, const uint32_t *sum_of,
                                           lorasynci_buffer *ops, lorasynci_buffer *tiles)
 {
-    int                  placing = launch >= lorasynci_device_packs(plan);
-    const lorasynci_ops *list    = placing ? &plan->place : &plan->pack;
-    size_t               i;
+    const uint32_t packs = lorasynci_device_packs(plan), last = lorasynci_device_launches(plan) - 1;
     ops->size = tiles->size = 0;
-    if (launch + 1 == lorasynci_device_launches(plan)) {
-        lorasynci_device_report(plan, ops, tiles);
-        return;
-    }
-    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, list->list); i++) {
-        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, list->list, i);
-        lorasyncd_op        o;
-        if (lorasynci_device_launch_of(plan, op, placing) != launch) continue;
-        o = lorasynci_device_op_of(plan, op, LORASYNCI_AT(lorasynci_grid, list->grids, op->grid),
-                                   lorasynci_device_sum(plan, sum_of, op));
-        lorasynci_device_put_op(&o, LORASYNCD_TILE, ops, tiles);
-    }
+    if (launch == last) lorasynci_device_report(plan, ops, tiles);
+    else if (launch == last - 1) lorasynci_device_words(plan, ops, tiles);
+    else
+        lorasynci_device_tables_of(plan, launch,
+                                   launch == last - 2 ? &plan->audit
+                                   : launch >= packs  ? &plan->place
+                                                      : &plan->pack,
+                                   sum_of, ops, tiles);
 }
 
 /* -- tables in device memory */
@@ -13933,13 +14290,14 @@ LORASYNCI_FN lorasync_status lorasynci_device_host(lorasync_plan *plan, lorasync
     g->num_sums   = plan->sums ? (plan->num_sent_sums ? plan->num_sent_sums : plan->catalogue.num) : 0;
     g->host_bytes = (1 + (size_t)plan->talk->comm.world) * sizeof *g->ballots + g->num_sums * 8;
     for (i = 0; i < plan->talk->comm.world; i++) g->host_bytes += plan->receives[i].num_digests * 8;
+    g->host_bytes += plan->num_audits * 8;
     LORASYNCI_TRY(lorasynci_gpu_alloc(1, g->host_bytes, &g->host, "pinned memory", err));
     memset(g->host, 0, g->host_bytes);
     return LORASYNC_OK;
 }
 
 /* All tables into one device allocation: | ops of launch 0 | of 1 | .. || tiles of launch 0 | of 1 | .. || ballots |
-   sums | */
+   sums | sums of replicas | */
 LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, const uint32_t *sum_of,
                                                          lorasynci_buffer *ops, lorasynci_buffer *tiles,
                                                          lorasync_error *err)
@@ -13955,9 +14313,11 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload_all(lorasync_plan *plan, co
     tile_at    = lorasynci_align64(tile_at);
     ballots_at = lorasynci_align64(tile_at + ballots_at);
     sums_at    = ballots_at + (size_t)plan->talk->comm.world * sizeof *g->ballots;
-    LORASYNCI_TRY(lorasynci_gpu_alloc(0, sums_at + g->num_sums * 8, &g->table, "memory for the tables", err));
-    g->ballots = (lorasynci_ballot *)(void *)(g->table + ballots_at);
-    g->sums    = g->table + sums_at;
+    LORASYNCI_TRY(lorasynci_gpu_alloc(0, sums_at + (g->num_sums + plan->num_audits) * 8, &g->table,
+                                      "memory for the tables", err));
+    g->ballots    = (lorasynci_ballot *)(void *)(g->table + ballots_at);
+    g->sums       = g->table + sums_at;
+    g->audit_sums = g->sums + g->num_sums * 8;
     LORASYNCI_CUDA(cudaMemset(g->ballots, 0, sums_at - ballots_at), "cudaMemset");
     for (l = 0; l < launches; l++)
         LORASYNCI_TRY(lorasynci_device_upload_launch(plan, l, sum_of, ops, tiles, &op_at, &tile_at, err));
@@ -14060,10 +14420,12 @@ LORASYNCI_FN lorasync_status lorasynci_device_fill_tag(const lorasync_plan *plan
                                                        cudaStream_t stream, lorasync_error *err)
 {
     lorasynci_device *g    = plan->device;
-    uint64_t         *from = (uint64_t *)(void *)g->host + recorded;
-    *from                  = tag;
-    LORASYNCI_CUDA(cudaMemcpyAsync(&g->ballots[plan->talk->comm.rank].tag, from, sizeof tag, cudaMemcpyDefault, stream),
-                   "copying the ballot");
+    uint64_t         *from = (uint64_t *)(void *)g->host + 2 * recorded;
+    from[0]                = tag;
+    from[1]                = (uint64_t)plan->auditing;
+    LORASYNCI_CUDA(
+        cudaMemcpyAsync(&g->ballots[plan->talk->comm.rank].tag, from, 2 * sizeof tag, cudaMemcpyDefault, stream),
+        "copying the ballot");
     return LORASYNC_OK;
 }
 
@@ -14077,6 +14439,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_capture(lorasync_plan *plan, loras
     plan->captured = capture == cudaStreamCaptureStatusActive;
     if (!plan->captured) return LORASYNC_OK;
     plan->device->sums_are = LORASYNCI_SUMS_A_GRAPHS;
+    plan->auditing         = 0; /* its launches would, all of them */
     if (!plan->source || !plan->source->payload_bytes) return LORASYNC_OK;
     memset(&memory, 0, sizeof memory);
     LORASYNCI_CUDA(cudaPointerGetAttributes(&memory, plan->source->payload), "cudaPointerGetAttributes");
@@ -14125,6 +14488,18 @@ LORASYNCI_FN lorasync_status lorasynci_device_join(lorasync_plan *plan, cudaStre
     if (!plan->source) return LORASYNC_OK;
     return lorasynci_gpu_copy(plan->gpu, plan->image_memory, plan->source->payload, plan->source->payload_bytes,
                               "copying the image to the GPU", err);
+}
+
+/* Behind packing: the replicas, if this run compares them. */
+LORASYNCI_FN lorasync_status lorasynci_device_audit(const lorasync_plan *plan, lorasync_error *err)
+{
+    const lorasynci_device *g      = plan->device;
+    lorasynci_ballot       *ballot = g->ballots + plan->talk->comm.rank;
+    if (!plan->auditing) return LORASYNC_OK;
+    LORASYNCI_TRY(lorasynci_gpu_fill_bytes(plan->gpu, &ballot->followers, 0, 2 * sizeof ballot->followers, err));
+    LORASYNCI_TRY(lorasynci_gpu_fill_bytes(plan->gpu, g->audit_sums, 0, plan->num_audits * 8, err));
+    LORASYNCI_TRY(lorasynci_device_run(plan, &g->audit, plan->gpu->stream, err));
+    return lorasynci_device_run(plan, &g->words, plan->gpu->stream, err);
 }
 
 /* All is packed: the caller goes on behind that. */
@@ -14211,6 +14586,7 @@ LORASYNCI_FN lorasync_status lorasynci_device_results(lorasync_plan *plan, loras
             memcpy(&sum, g->host + at, 8);
             plan->tensor_digests[plan->receives[i].digests[k]] += sum;
         }
+    if (plan->auditing && plan->num_audits) memcpy(plan->audit_sums, g->host + at, plan->num_audits * 8);
     if (bad == UINT64_MAX || plan->allow_nan) return LORASYNC_OK;
     return lorasynci_nan_error(plan, (uint32_t)(bad >> 40), (int64_t)(bad & ((UINT64_C(1) << 40) - 1)),
                                lorasynci_is_rounded(plan, (uint32_t)(bad >> 40)), err);
@@ -14290,6 +14666,7 @@ LORASYNCI_FN lorasync_status lorasynci_alone_enqueue(lorasync_plan *plan, lorasy
     LORASYNC_ASSERT(plan->num_rounds == 0);
     LORASYNCI_TRY(lorasynci_device_join(plan, NULL, err));
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[0], plan->gpu->stream, err));
+    LORASYNCI_TRY(lorasynci_device_audit(plan, err));
     LORASYNCI_TRY(lorasynci_device_taken(plan, err));
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->report, plan->gpu->stream, err));
     return lorasynci_device_end(plan, 1, err);
@@ -14426,6 +14803,7 @@ LORASYNCI_FN lorasync_status lorasynci_pinned_begin(lorasync_plan *plan, lorasyn
         LORASYNCI_TRY(lorasynci_device_add_digests(plan, i, err));
     }
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[i], plan->gpu->stream, err)); /* what travels nowhere */
+    LORASYNCI_TRY(lorasynci_device_audit(plan, err));
     LORASYNCI_TRY(lorasynci_device_taken(plan, err));
     return lorasynci_device_end(plan, 0, err);
 }
@@ -14521,6 +14899,7 @@ LORASYNCI_FN lorasync_status lorasynci_wire_cast_no(lorasync_plan *plan, lorasyn
 LORASYNCI_FN lorasync_status lorasynci_wire_vote(lorasync_plan *plan, int *out_all, lorasync_error *err)
 {
     const lorasynci_ballot *ballots = lorasynci_device_ballots(plan->device);
+    lorasynci_audit_sum     sum     = {0, 0};
     int                     i;
     (void)err;
     *out_all = 0;
@@ -14528,7 +14907,11 @@ LORASYNCI_FN lorasync_status lorasynci_wire_vote(lorasync_plan *plan, int *out_a
     for (i = 0; i < plan->talk->comm.world; i++)
         if (ballots[i].tag != lorasynci_device_tag(plan) || (ballots[i].bad != UINT64_MAX && !plan->allow_nan))
             return LORASYNC_OK;
-    *out_all = 1;
+    for (i = 0; i < plan->talk->comm.world; i++)
+        lorasynci_audit_add(&sum,
+                            ballots[i].audited ? lorasynci_audit_vote(ballots[i].followers - ballots[i].leaders) : 0);
+    plan->verdict = lorasynci_audit_verdict(&sum);
+    *out_all      = 1;
     return LORASYNC_OK;
 }
 
@@ -14663,6 +15046,7 @@ LORASYNCI_FN lorasync_status lorasynci_streamed_begin(lorasync_plan *plan, loras
     LORASYNCI_TRY(lorasynci_device_capture(plan, err));
     LORASYNCI_TRY(lorasynci_device_join(plan, casts ? g->wire : NULL, err));
     LORASYNCI_TRY(lorasynci_streamed_pack(plan, err));
+    LORASYNCI_TRY(lorasynci_device_audit(plan, err));
     LORASYNCI_TRY(lorasynci_device_taken(plan, err));
     while (g->num_sent < plan->num_rounds) LORASYNCI_TRY(lorasynci_streamed_round(plan, g->num_sent, err));
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->packed, 0), "cudaStreamWaitEvent");
@@ -14737,6 +15121,7 @@ LORASYNCI_FN lorasync_status lorasynci_mesh_begin(lorasync_plan *plan, lorasync_
     LORASYNCI_TRY(lorasynci_await_readers(plan, err));
     LORASYNCI_TRY(lorasynci_device_join(plan, g->wire, err));
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[0], plan->gpu->stream, err));
+    LORASYNCI_TRY(lorasynci_device_audit(plan, err));
     LORASYNCI_CUDA(cudaEventRecord(g->sendable[0], plan->gpu->stream), "cudaEventRecord");
     LORASYNCI_CUDA(cudaStreamWaitEvent(g->wire, g->sendable[0], 0), "cudaStreamWaitEvent");
     LORASYNCI_TRY(lorasynci_wire_cast(plan, err));
@@ -14803,6 +15188,7 @@ LORASYNCI_FN lorasync_status lorasynci_hosted_mesh_begin(lorasync_plan *plan, lo
     LORASYNCI_TRY(lorasynci_await_readers(plan, err));
     LORASYNCI_TRY(lorasynci_device_join(plan, NULL, err));
     LORASYNCI_TRY(lorasynci_device_run(plan, &g->pack[0], plan->gpu->stream, err));
+    LORASYNCI_TRY(lorasynci_device_audit(plan, err));
     LORASYNCI_TRY(lorasynci_device_taken(plan, err));
     return lorasynci_device_end(plan, 0, err);
 }
@@ -14817,7 +15203,7 @@ LORASYNCI_FN lorasync_status lorasynci_hosted_mesh_move(lorasync_plan *plan, lor
     *err = plan->refusal;
     if (status == LORASYNC_OK) status = lorasynci_device_await(plan, deadline, err);
     if (lorasync_is_lost(status)) return status;
-    voted = lorasynci_talk_vote_run(plan->talk, status < 0 ? err : NULL, plan->id, 0, &verdict);
+    voted = lorasynci_talk_vote_run(plan->talk, status < 0 ? err : NULL, plan->id, 0, 0, &plan->verdict, &verdict);
     if (lorasync_is_lost(voted) || (status == LORASYNC_OK && voted == LORASYNC_E_DISAGREE)) {
         *err = verdict; /* the latter: nobody failed, and yet it is not this run */
         return verdict.status;
@@ -23701,17 +24087,18 @@ LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasy
     lorasynci_host      *h     = &s->host;
     lorasync_plan_desc   d;
     memset(&d, 0, sizeof d);
-    d.comm         = given->comm;
-    d.kind         = LORASYNC_GATHER;
-    d.root         = given->root;
-    d.wire_dtype   = given->wire_dtype;
-    d.adapter      = given->adapter ? given->adapter : "default";
-    d.bucket_bytes = given->bucket_bytes;
-    d.allow_nan    = given->allow_nan;
-    d.no_direct    = given->no_direct;
-    d.cuda         = given->cuda;
-    d.timeout_ms   = given->timeout_ms;
-    d.allocator    = given->allocator;
+    d.comm           = given->comm;
+    d.kind           = LORASYNC_GATHER;
+    d.root           = given->root;
+    d.wire_dtype     = given->wire_dtype;
+    d.adapter        = given->adapter ? given->adapter : "default";
+    d.bucket_bytes   = given->bucket_bytes;
+    d.allow_nan      = given->allow_nan;
+    d.no_direct      = given->no_direct;
+    d.cuda           = given->cuda;
+    d.timeout_ms     = given->timeout_ms;
+    d.allocator      = given->allocator;
+    d.audit_replicas = given->audit_replicas;
     LORASYNCI_TRY(lorasynci_host_open(h, s, "lorasync_", &d, given->config_json, err));
     if (given->new_generation) h->generation = lorasynci_random();
     lorasynci_buffer_init(&s->modules, &h->a);
@@ -24293,6 +24680,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_facts(const lorasync_session *s, 
     lorasynci_put_fact(b, "desc.allow_nan", d->allow_nan);
     lorasynci_put_fact(b, "desc.allow_shapes", d->allow_shapes);
     lorasynci_put_fact(b, "desc.allow_missing", d->allow_missing);
+    lorasynci_put_fact(b, "desc.audit_replicas", d->audit_replicas);
     lorasynci_put_format(b, "desc.bucket_bytes\t%zu\ndesc.cuda\t%s\ndesc.filter.base\t%d\ndesc.lora_alpha\t",
                          d->bucket_bytes, d->cuda ? "given" : "NULL", d->filter ? d->filter->base : 0);
     lorasynci_json_put_double(b, d->lora_alpha);
@@ -26137,15 +26525,16 @@ LORASYNCI_FN lorasync_status lorasynci_stream_start(lorasync_stream *s, lorasync
     const lorasync_stream_desc *given = &s->desc;
     lorasync_plan_desc          d;
     memset(&d, 0, sizeof d);
-    d.comm       = given->comm;
-    d.kind       = LORASYNC_GATHER;
-    d.root       = given->root;
-    d.wire_dtype = given->wire_dtype;
-    d.adapter    = given->name ? given->name : "base";
-    d.allow_nan  = given->allow_nan;
-    d.cuda       = given->cuda;
-    d.timeout_ms = given->timeout_ms;
-    d.allocator  = given->allocator;
+    d.comm           = given->comm;
+    d.kind           = LORASYNC_GATHER;
+    d.root           = given->root;
+    d.wire_dtype     = given->wire_dtype;
+    d.adapter        = given->name ? given->name : "base";
+    d.allow_nan      = given->allow_nan;
+    d.cuda           = given->cuda;
+    d.timeout_ms     = given->timeout_ms;
+    d.allocator      = given->allocator;
+    d.audit_replicas = -1; /* a stream may run once: what it costs would not be spread over many runs */
     LORASYNCI_TRY(lorasynci_host_open(&s->host, s, "lorasync_stream_", &d, given->config_json, err));
     if (given->new_generation) s->host.generation = lorasynci_random();
     LORASYNCI_TRY(lorasynci_host_require(&s->host, given->require_receipts, given->receipt_timeout_ms, err));
@@ -26632,6 +27021,8 @@ LORASYNCI_FN lorasync_status lorasynci_stream_label(lorasync_stream *s, lorasync
         }
     LORASYNC_ASSERT(num == s->info.num_tensors);
     qsort(list, num, sizeof *list, lorasynci_index_order);
+    lorasynci_buffer_free(&s->index); /* of a compile that failed */
+    s->index.failed = 0;
     if (n > 1) lorasynci_put_index(&s->index, list, num, n, s->info.payload_bytes);
     lorasynci_dealloc(&s->host.a, list);
     if (s->index.failed) return lorasynci_fail_memory(err, s->index.size);
@@ -26947,301 +27338,300 @@ static const char *const lorasynci_ptx[] = {
     "cvt.u32.u64 %r2, %rd5; div.u32 %r3, %r2, %r1; cvt.u64.u32 %rd11, %r3; $L__BB3_5: st.param.b64 "
     "[func_retval0+0], %rd11; ret; } .visible .entry lorasyncd_copy( .param .u64 lorasyncd_copy_param_0, .param "
     ".u64 lorasyncd_copy_param_1, .param .u64 lorasyncd_copy_param_2, .param .u64 lorasyncd_copy_param_3 ) "
-    ".maxntid 256, 1, 1 .minnctapersm 6 { .reg .pred %p<169>; .reg .b16 %rs<55>; .reg .f32 %f<53>; .reg .b32 "
-    "%r<357>; .reg .b64 %rd<429>; ld.param.u64 %rd134, [lorasyncd_copy_param_0]; ld.param.u64 %rd135, "
+    ".maxntid 256, 1, 1 .minnctapersm 6 { .reg .pred %p<170>; .reg .b16 %rs<55>; .reg .f32 %f<53>; .reg .b32 "
+    "%r<351>; .reg .b64 %rd<430>; ld.param.u64 %rd134, [lorasyncd_copy_param_0]; ld.param.u64 %rd135, "
     "[lorasyncd_copy_param_1]; ld.param.u64 %rd136, [lorasyncd_copy_param_3]; cvta.to.global.u64 %rd137, %rd134; "
-    "mov.u32 %r76, %ctaid.x; cvta.to.global.u64 %rd138, %rd135; mul.wide.u32 %rd139, %r76, 16; add.s64 %rd140, "
-    "%rd138, %rd139; ld.global.u64 %rd1, [%rd140]; ld.global.v2.u32 {%r77, %r78}, [%rd140+8]; mul.wide.u32 "
-    "%rd141, %r77, 104; add.s64 %rd142, %rd137, %rd141; ld.global.u64 %rd2, [%rd142]; ld.global.u64 %rd3, "
+    "mov.u32 %r77, %ctaid.x; cvta.to.global.u64 %rd138, %rd135; mul.wide.u32 %rd139, %r77, 16; add.s64 %rd140, "
+    "%rd138, %rd139; ld.global.u64 %rd1, [%rd140]; ld.global.v2.u32 {%r78, %r79}, [%rd140+8]; mul.wide.u32 "
+    "%rd141, %r78, 104; add.s64 %rd142, %rd137, %rd141; ld.global.u64 %rd2, [%rd142]; ld.global.u64 %rd3, "
     "[%rd142+16]; ld.global.u64 %rd4, [%rd142+24]; ld.global.u64 %rd5, [%rd142+32]; ld.global.u64 %rd6, "
     "[%rd142+40]; ld.global.u64 %rd7, [%rd142+48]; ld.global.u64 %rd8, [%rd142+56]; ld.global.u64 %rd9, "
-    "[%rd142+64]; ld.global.u64 %rd10, [%rd142+72]; ld.global.u64 %rd11, [%rd142+80]; ld.global.v2.u32 {%r80, "
-    "%r81}, [%rd142+88]; ld.global.v4.u8 {%rs12, %rs13, %rs14, %rs15}, [%rd142+96]; ld.global.u32 %r82, "
-    "[%rd142+100]; setp.eq.s32 %p7, %r82, 0; selp.b64 %rd143, 0, %rd136, %p7; ld.global.u64 %rd144, [%rd142+8]; "
-    "add.s64 %rd12, %rd143, %rd144; setp.eq.s16 %p8, %rs15, 2; @%p8 bra $L__BB4_107; bra.uni $L__BB4_1; "
-    "$L__BB4_107: mov.u32 %r292, %ntid.x; shl.b32 %r293, %r292, 1; cvt.u64.u32 %rd103, %r293; setp.gt.s64 %p149, "
-    "%rd5, %rd103; @%p149 bra $L__BB4_109; bra.uni $L__BB4_108; $L__BB4_109: mov.u32 %r356, 0; bra.uni "
-    "$L__BB4_110; $L__BB4_1: mov.u64 %rd386, 2139095040; setp.gt.s16 %p9, %rs13, 13; @%p9 bra $L__BB4_6; bra.uni "
-    "$L__BB4_2; $L__BB4_6: setp.gt.s16 %p10, %rs13, 17; @%p10 bra $L__BB4_10; setp.eq.s16 %p13, %rs13, 14; @%p13 "
-    "bra $L__BB4_13; setp.eq.s16 %p14, %rs13, 15; @%p14 bra $L__BB4_9; bra.uni $L__BB4_16; $L__BB4_9: mov.u64 "
-    "%rd386, 32640; bra.uni $L__BB4_17; $L__BB4_108: cvt.u32.u64 %r294, %rd103; cvt.u32.u64 %r295, %rd5; div.u32 "
-    "%r356, %r294, %r295; $L__BB4_110: mov.u32 %r297, %tid.x; shl.b32 %r298, %r297, 1; cvt.u64.u32 %rd333, "
-    "%r298; add.s64 %rd420, %rd1, %rd333; setp.eq.s64 %p150, %rd4, %rd5; mov.u64 %rd106, 0; @%p150 bra ",
-    "$L__BB4_112; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd420; .param .b64 "
+    "[%rd142+64]; ld.global.u64 %rd10, [%rd142+72]; ld.global.u64 %rd11, [%rd142+80]; ld.global.v2.u32 {%r81, "
+    "%r82}, [%rd142+88]; ld.global.v4.u8 {%rs12, %rs13, %rs14, %rs15}, [%rd142+96]; ld.global.u32 %r83, "
+    "[%rd142+100]; setp.eq.s32 %p7, %r83, 0; selp.b64 %rd143, 0, %rd136, %p7; ld.global.u64 %rd144, [%rd142+8]; "
+    "add.s64 %rd12, %rd143, %rd144; setp.eq.s16 %p8, %rs15, 2; @%p8 bra $L__BB4_108; bra.uni $L__BB4_1; "
+    "$L__BB4_108: mov.u32 %r286, %ntid.x; shl.b32 %r287, %r286, 1; cvt.u64.u32 %rd103, %r287; setp.gt.s64 %p150, "
+    "%rd5, %rd103; @%p150 bra $L__BB4_110; bra.uni $L__BB4_109; $L__BB4_110: mov.u32 %r350, 0; bra.uni "
+    "$L__BB4_111; $L__BB4_1: setp.eq.s64 %p9, %rd12, 0; mov.u64 %rd418, 0; mov.u64 %rd387, %rd418; @%p9 bra "
+    "$L__BB4_18; mov.u64 %rd387, 2139095040; setp.gt.s16 %p10, %rs13, 13; @%p10 bra $L__BB4_7; bra.uni "
+    "$L__BB4_3; $L__BB4_7: setp.gt.s16 %p11, %rs13, 17; @%p11 bra $L__BB4_11; setp.eq.s16 %p14, %rs13, 14; @%p14 "
+    "bra $L__BB4_14; setp.eq.s16 %p15, %rs13, 15; @%p15 bra $L__BB4_10; bra.uni $L__BB4_17; $L__BB4_10: mov.u64 "
+    "%rd387, 32640; bra.uni $L__BB4_18; $L__BB4_109: cvt.u32.u64 %r288, %rd103; cvt.u32.u64 %r289, %rd5; div.u32 "
+    "%r350, %r288, %r289; $L__BB4_111: mov.u32 %r291, %tid.x; shl.b32 %r292, %r291, 1; cvt.u64.u32 %rd334, ",
+    "%r292; add.s64 %rd421, %rd1, %rd334; setp.eq.s64 %p151, %rd4, %rd5; mov.u64 %rd106, 0; @%p151 bra "
+    "$L__BB4_113; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd421; .param .b64 "
     "param1; st.param.b64 [param1+0], %rd5; .param .b64 retval0; call.uni (retval0), lorasyncd_divide, ( param0, "
-    "param1 ); ld.param.b64 %rd106, [retval0+0]; } $L__BB4_112: mul.lo.s64 %rd334, %rd106, %rd5; sub.s64 %rd422, "
-    "%rd420, %rd334; cvt.u64.u32 %rd335, %r78; add.s64 %rd108, %rd1, %rd335; setp.ge.s64 %p151, %rd420, %rd108; "
-    "@%p151 bra $L__BB4_124; setp.eq.s16 %p152, %rs12, 18; selp.b64 %rd109, 4, 2, %p152; setp.eq.s16 %p153, "
-    "%rs13, 18; selp.b64 %rd110, 4, 2, %p153; cvt.u64.u32 %rd111, %r356; cvt.u32.u64 %r299, %rd5; mul.lo.s32 "
-    "%r300, %r356, %r299; cvt.u32.u64 %r301, %rd103; sub.s32 %r302, %r301, %r300; cvt.u64.u32 %rd112, %r302; "
-    "@%p152 bra $L__BB4_117; bra.uni $L__BB4_114; $L__BB4_117: mov.b32 %f2, %r81; $L__BB4_118: .pragma "
-    "\"nounroll\"; mul.lo.s64 %rd361, %rd106, %rd6; add.s64 %rd362, %rd361, %rd422; mul.lo.s64 %rd363, %rd362, "
-    "%rd109; add.s64 %rd364, %rd2, %rd363; mul.lo.s64 %rd365, %rd106, %rd8; add.s64 %rd366, %rd365, %rd422; "
-    "mul.lo.s64 %rd367, %rd366, %rd110; add.s64 %rd129, %rd12, %rd367; ld.u64 %rd128, [%rd364]; @%p153 bra "
-    "$L__BB4_122; bra.uni $L__BB4_119; $L__BB4_122: st.u64 [%rd129], %rd128; bra.uni $L__BB4_123; $L__BB4_119: "
-    "setp.eq.s16 %p162, %rs13, 15; cvt.u32.u64 %r304, %rd128; mov.b32 %f49, %r304; mul.f32 %f3, %f2, %f49; "
-    "shr.u64 %rd368, %rd128, 32; cvt.u32.u64 %r305, %rd368; mov.b32 %f50, %r305; mul.f32 %f4, %f2, %f50; @%p162 "
-    "bra $L__BB4_121; bra.uni $L__BB4_120; $L__BB4_121: mov.b32 %r306, %f3; mov.b32 %r307, %f4; and.b32 %r308, "
-    "%r306, 2147483647; setp.gt.u32 %p163, %r308, 2139095040; shr.u32 %r309, %r306, 16; and.b32 %r310, %r309, 1; "
-    "add.s32 %r311, %r306, %r310; add.s32 %r312, %r311, 32767; shr.u32 %r313, %r312, 16; selp.b32 %r314, 32704, "
-    "%r313, %p163; and.b32 %r315, %r307, 2147483647; setp.gt.u32 %p164, %r315, 2139095040; shr.u32 %r316, %r307, "
-    "16; and.b32 %r317, %r316, 1; add.s32 %r318, %r307, %r317; add.s32 %r319, %r318, 32767; and.b32 %r320, "
-    "%r319, -65536; selp.b32 %r321, 2143289344, %r320, %p164; or.b32 %r74, %r321, %r314; st.u32 [%rd129], %r74; "
-    "bra.uni $L__BB4_123; $L__BB4_120: cvt.rn.f16.f32 %rs53, %f3; cvt.rn.f16.f32 %rs54, %f4; mov.b32 %r73, "
-    "{%rs53, %rs54}; st.u32 [%rd129], %r73; $L__BB4_123: add.s64 %rd420, %rd420, %rd103; add.s64 %rd369, %rd422, "
-    "%rd112; setp.lt.s64 %p165, %rd369, %rd5; selp.b64 %rd370, 0, %rd5, %p165; sub.s64 %rd422, %rd369, %rd370; "
-    "setp.ge.s64 %p166, %rd369, %rd5; selp.u64 %rd371, 1, 0, %p166; add.s64 %rd372, %rd106, %rd111; add.s64 "
-    "%rd106, %rd372, %rd371; setp.lt.s64 %p167, %rd420, %rd108; @%p167 bra $L__BB4_118; bra.uni $L__BB4_124; "
-    "$L__BB4_2: setp.eq.s16 %p15, %rs13, 7; @%p15 bra $L__BB4_15; setp.eq.s16 %p16, %rs13, 8; @%p16 bra "
-    "$L__BB4_14; setp.eq.s16 %p17, %rs13, 9; @%p17 bra $L__BB4_5; bra.uni $L__BB4_16; $L__BB4_5: mov.u64 %rd386, "
-    "255; bra.uni $L__BB4_17; $L__BB4_10: setp.eq.s16 %p11, %rs13, 18; @%p11 bra $L__BB4_17; setp.ne.s16 %p12, "
-    "%rs13, 20; @%p12 bra $L__BB4_16; mov.u64 %rd386, 9218868437227405312; bra.uni $L__BB4_17; $L__BB4_114: "
-    "@%p153 bra $L__BB4_116; bra.uni $L__BB4_115; $L__BB4_116: .pragma \"nounroll\"; mul.lo.s64 %rd348, %rd106, "
-    "%rd6; add.s64 %rd349, %rd348, %rd422; mul.lo.s64 %rd350, %rd349, %rd109; add.s64 %rd351, %rd2, %rd350; "
-    "mul.lo.s64 %rd352, %rd106, %rd8; add.s64 %rd353, %rd352, %rd422; mul.lo.s64 %rd354, %rd353, %rd110; add.s64 "
-    "%rd355, %rd12, %rd354; ld.u32 %rd356, [%rd351]; st.u64 [%rd355], %rd356; add.s64 %rd357, %rd422, %rd112; "
-    "setp.lt.s64 %p158, %rd357, %rd5; selp.b64 %rd358, 0, %rd5, %p158; sub.s64 %rd422, %rd357, %rd358; "
-    "setp.ge.s64 %p159, %rd357, %rd5; selp.u64 %rd359, 1, 0, %p159; add.s64 %rd360, %rd106, %rd111; add.s64 "
-    "%rd106, %rd360, %rd359; add.s64 %rd420, %rd420, %rd103; setp.lt.s64 %p160, %rd420, %rd108; @%p160 bra "
-    "$L__BB4_116; bra.uni $L__BB4_124; $L__BB4_115: .pragma \"nounroll\"; mul.lo.s64 %rd336, %rd106, %rd6; add.s64 ",
-    "%rd337, %rd336, %rd422; mul.lo.s64 %rd338, %rd337, %rd109; add.s64 %rd339, %rd2, %rd338; mul.lo.s64 %rd340, "
-    "%rd106, %rd8; add.s64 %rd341, %rd340, %rd422; mul.lo.s64 %rd342, %rd341, %rd110; add.s64 %rd343, %rd12, "
-    "%rd342; ld.u32 %r303, [%rd339]; st.u32 [%rd343], %r303; add.s64 %rd344, %rd422, %rd112; setp.lt.s64 %p155, "
-    "%rd344, %rd5; selp.b64 %rd345, 0, %rd5, %p155; sub.s64 %rd422, %rd344, %rd345; setp.ge.s64 %p156, %rd344, "
-    "%rd5; selp.u64 %rd346, 1, 0, %p156; add.s64 %rd347, %rd106, %rd111; add.s64 %rd106, %rd347, %rd346; add.s64 "
-    "%rd420, %rd420, %rd103; setp.lt.s64 %p157, %rd420, %rd108; @%p157 bra $L__BB4_115; bra.uni $L__BB4_124; "
-    "$L__BB4_13: mov.u64 %rd386, 31744; bra.uni $L__BB4_17; $L__BB4_15: mov.u64 %rd386, 124; bra.uni $L__BB4_17; "
-    "$L__BB4_16: mov.u64 %rd386, 0; bra.uni $L__BB4_17; $L__BB4_14: mov.u64 %rd386, 127; $L__BB4_17: mov.u32 "
-    "%r331, %tid.x; setp.eq.s16 %p18, %rs15, 8; shr.u32 %r83, %r78, 3; selp.b32 %r84, %r83, 0, %p18; setp.ge.u32 "
-    "%p19, %r331, %r84; mov.u64 %rd418, -1; mov.u64 %rd417, 0; @%p19 bra $L__BB4_47; setp.eq.s16 %p20, %rs13, "
-    "18; setp.ne.s64 %p21, %rd12, 0; mov.u64 %rd156, 0; and.pred %p1, %p20, %p21; mov.u64 %rd418, -1; mov.b32 "
-    "%f5, %r81; not.pred %p39, %p1; mov.u64 %rd417, %rd156; $L__BB4_19: .pragma \"nounroll\"; mul.wide.u32 %rd158, "
-    "%r331, 8; add.s64 %rd16, %rd158, %rd1; setp.eq.s64 %p22, %rd4, %rd5; mov.u64 %rd389, %rd156; @%p22 bra "
-    "$L__BB4_21; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd16; .param .b64 "
+    "param1 ); ld.param.b64 %rd106, [retval0+0]; } $L__BB4_113: mul.lo.s64 %rd335, %rd106, %rd5; sub.s64 %rd423, "
+    "%rd421, %rd335; cvt.u64.u32 %rd336, %r79; add.s64 %rd108, %rd1, %rd336; setp.ge.s64 %p152, %rd421, %rd108; "
+    "@%p152 bra $L__BB4_125; setp.eq.s16 %p153, %rs12, 18; selp.b64 %rd109, 4, 2, %p153; setp.eq.s16 %p154, "
+    "%rs13, 18; selp.b64 %rd110, 4, 2, %p154; cvt.u64.u32 %rd111, %r350; cvt.u32.u64 %r293, %rd5; mul.lo.s32 "
+    "%r294, %r350, %r293; cvt.u32.u64 %r295, %rd103; sub.s32 %r296, %r295, %r294; cvt.u64.u32 %rd112, %r296; "
+    "@%p153 bra $L__BB4_118; bra.uni $L__BB4_115; $L__BB4_118: mov.b32 %f2, %r82; $L__BB4_119: .pragma "
+    "\"nounroll\"; mul.lo.s64 %rd362, %rd106, %rd6; add.s64 %rd363, %rd362, %rd423; mul.lo.s64 %rd364, %rd363, "
+    "%rd109; add.s64 %rd365, %rd2, %rd364; mul.lo.s64 %rd366, %rd106, %rd8; add.s64 %rd367, %rd366, %rd423; "
+    "mul.lo.s64 %rd368, %rd367, %rd110; add.s64 %rd129, %rd12, %rd368; ld.u64 %rd128, [%rd365]; @%p154 bra "
+    "$L__BB4_123; bra.uni $L__BB4_120; $L__BB4_123: st.u64 [%rd129], %rd128; bra.uni $L__BB4_124; $L__BB4_120: "
+    "setp.eq.s16 %p163, %rs13, 15; cvt.u32.u64 %r298, %rd128; mov.b32 %f49, %r298; mul.f32 %f3, %f2, %f49; "
+    "shr.u64 %rd369, %rd128, 32; cvt.u32.u64 %r299, %rd369; mov.b32 %f50, %r299; mul.f32 %f4, %f2, %f50; @%p163 "
+    "bra $L__BB4_122; bra.uni $L__BB4_121; $L__BB4_122: mov.b32 %r300, %f3; mov.b32 %r301, %f4; and.b32 %r302, "
+    "%r300, 2147483647; setp.gt.u32 %p164, %r302, 2139095040; shr.u32 %r303, %r300, 16; and.b32 %r304, %r303, 1; "
+    "add.s32 %r305, %r300, %r304; add.s32 %r306, %r305, 32767; shr.u32 %r307, %r306, 16; selp.b32 %r308, 32704, "
+    "%r307, %p164; and.b32 %r309, %r301, 2147483647; setp.gt.u32 %p165, %r309, 2139095040; shr.u32 %r310, %r301, "
+    "16; and.b32 %r311, %r310, 1; add.s32 %r312, %r301, %r311; add.s32 %r313, %r312, 32767; and.b32 %r314, "
+    "%r313, -65536; selp.b32 %r315, 2143289344, %r314, %p165; or.b32 %r75, %r315, %r308; st.u32 [%rd129], %r75; "
+    "bra.uni $L__BB4_124; $L__BB4_121: cvt.rn.f16.f32 %rs53, %f3; cvt.rn.f16.f32 %rs54, %f4; mov.b32 %r74, "
+    "{%rs53, %rs54}; st.u32 [%rd129], %r74; $L__BB4_124: add.s64 %rd421, %rd421, %rd103; add.s64 %rd370, %rd423, "
+    "%rd112; setp.lt.s64 %p166, %rd370, %rd5; selp.b64 %rd371, 0, %rd5, %p166; sub.s64 %rd423, %rd370, %rd371; "
+    "setp.ge.s64 %p167, %rd370, %rd5; selp.u64 %rd372, 1, 0, %p167; add.s64 %rd373, %rd106, %rd111; add.s64 "
+    "%rd106, %rd373, %rd372; setp.lt.s64 %p168, %rd421, %rd108; @%p168 bra $L__BB4_119; bra.uni $L__BB4_125; "
+    "$L__BB4_3: setp.eq.s16 %p16, %rs13, 7; @%p16 bra $L__BB4_16; setp.eq.s16 %p17, %rs13, 8; @%p17 bra "
+    "$L__BB4_15; setp.eq.s16 %p18, %rs13, 9; @%p18 bra $L__BB4_6; bra.uni $L__BB4_17; $L__BB4_6: mov.u64 %rd387, "
+    "255; bra.uni $L__BB4_18; $L__BB4_115: @%p154 bra $L__BB4_117; bra.uni $L__BB4_116; $L__BB4_117: .pragma "
+    "\"nounroll\"; mul.lo.s64 %rd349, %rd106, %rd6; add.s64 %rd350, %rd349, %rd423; mul.lo.s64 %rd351, %rd350, "
+    "%rd109; add.s64 %rd352, %rd2, %rd351; mul.lo.s64 %rd353, %rd106, %rd8; add.s64 %rd354, %rd353, %rd423; "
+    "mul.lo.s64 %rd355, %rd354, %rd110; add.s64 %rd356, %rd12, %rd355; ld.u32 %rd357, [%rd352]; st.u64 [%rd356], "
+    "%rd357; add.s64 %rd358, %rd423, %rd112; setp.lt.s64 %p159, %rd358, %rd5; selp.b64 %rd359, 0, %rd5, %p159; "
+    "sub.s64 %rd423, %rd358, %rd359; setp.ge.s64 %p160, %rd358, %rd5; selp.u64 %rd360, 1, 0, %p160; add.s64 "
+    "%rd361, %rd106, %rd111; add.s64 %rd106, %rd361, %rd360; add.s64 %rd421, %rd421, %rd103; setp.lt.s64 %p161, "
+    "%rd421, %rd108; @%p161 bra $L__BB4_117; bra.uni $L__BB4_125; $L__BB4_116: .pragma \"nounroll\"; mul.lo.s64 "
+    "%rd337, %rd106, %rd6; add.s64 %rd338, %rd337, %rd423; mul.lo.s64 %rd339, %rd338, %rd109; add.s64 %rd340, ",
+    "%rd2, %rd339; mul.lo.s64 %rd341, %rd106, %rd8; add.s64 %rd342, %rd341, %rd423; mul.lo.s64 %rd343, %rd342, "
+    "%rd110; add.s64 %rd344, %rd12, %rd343; ld.u32 %r297, [%rd340]; st.u32 [%rd344], %r297; add.s64 %rd345, "
+    "%rd423, %rd112; setp.lt.s64 %p156, %rd345, %rd5; selp.b64 %rd346, 0, %rd5, %p156; sub.s64 %rd423, %rd345, "
+    "%rd346; setp.ge.s64 %p157, %rd345, %rd5; selp.u64 %rd347, 1, 0, %p157; add.s64 %rd348, %rd106, %rd111; "
+    "add.s64 %rd106, %rd348, %rd347; add.s64 %rd421, %rd421, %rd103; setp.lt.s64 %p158, %rd421, %rd108; @%p158 "
+    "bra $L__BB4_116; bra.uni $L__BB4_125; $L__BB4_11: setp.eq.s16 %p12, %rs13, 18; @%p12 bra $L__BB4_18; "
+    "setp.ne.s16 %p13, %rs13, 20; @%p13 bra $L__BB4_17; mov.u64 %rd387, 9218868437227405312; bra.uni $L__BB4_18; "
+    "$L__BB4_14: mov.u64 %rd387, 31744; bra.uni $L__BB4_18; $L__BB4_16: mov.u64 %rd387, 124; bra.uni $L__BB4_18; "
+    "$L__BB4_15: mov.u64 %rd387, 127; bra.uni $L__BB4_18; $L__BB4_17: mov.u64 %rd387, %rd418; $L__BB4_18: "
+    "mov.u32 %r325, %tid.x; setp.eq.s16 %p19, %rs15, 8; shr.u32 %r84, %r79, 3; selp.b32 %r85, %r84, 0, %p19; "
+    "setp.ge.u32 %p20, %r325, %r85; mov.u64 %rd419, -1; @%p20 bra $L__BB4_48; setp.eq.s16 %p21, %rs13, 18; "
+    "setp.ne.s64 %p22, %rd12, 0; mov.u64 %rd157, 0; and.pred %p1, %p21, %p22; mov.u64 %rd419, -1; mov.b32 %f5, "
+    "%r82; not.pred %p40, %p1; mov.u64 %rd418, %rd157; $L__BB4_20: .pragma \"nounroll\"; mul.wide.u32 %rd159, "
+    "%r325, 8; add.s64 %rd16, %rd159, %rd1; setp.eq.s64 %p23, %rd4, %rd5; mov.u64 %rd390, %rd157; @%p23 bra "
+    "$L__BB4_22; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd16; .param .b64 "
     "param1; st.param.b64 [param1+0], %rd5; .param .b64 retval0; call.uni (retval0), lorasyncd_divide, ( param0, "
-    "param1 ); ld.param.b64 %rd389, [retval0+0]; } $L__BB4_21: setp.ne.s16 %p23, %rs12, 18; setp.eq.s16 %p24, "
-    "%rs12, 18; mul.lo.s64 %rd159, %rd389, %rd5; sub.s64 %rd160, %rd16, %rd159; mul.lo.s64 %rd161, %rd389, "
-    "%rd11; add.s64 %rd162, %rd161, %rd10; add.s64 %rd19, %rd162, %rd160; mul.lo.s64 %rd163, %rd389, %rd6; "
-    "add.s64 %rd164, %rd160, %rd163; selp.b64 %rd165, 4, 2, %p24; mul.lo.s64 %rd166, %rd164, %rd165; add.s64 "
-    "%rd21, %rd2, %rd166; mul.lo.s64 %rd167, %rd389, %rd8; add.s64 %rd168, %rd160, %rd167; selp.b64 %rd169, 4, "
-    "2, %p20; mul.lo.s64 %rd170, %rd168, %rd169; add.s64 %rd20, %rd170, %rd12; ld.v4.u32 {%r351, %r350, %r349, "
-    "%r348}, [%rd21]; mov.u32 %r332, %r351; mov.u32 %r333, %r350; mov.u32 %r334, %r349; mov.u32 %r335, %r348; "
-    "@%p23 bra $L__BB4_23; ld.v4.u32 {%r332, %r333, %r334, %r335}, [%rd21+16]; $L__BB4_23: or.pred %p28, %p23, "
-    "%p20; @%p28 bra $L__BB4_28; setp.eq.s16 %p29, %rs13, 15; mov.b32 %f6, %r351; mul.f32 %f1, %f5, %f6; @%p29 "
-    "bra $L__BB4_26; bra.uni $L__BB4_25; $L__BB4_26: mov.b32 %r93, %f1; and.b32 %r94, %r93, 2147483647; "
-    "setp.gt.u32 %p30, %r94, 2139095040; shr.u32 %r95, %r93, 16; and.b32 %r96, %r95, 1; add.s32 %r97, %r93, "
-    "%r96; add.s32 %r98, %r97, 32767; shr.u32 %r99, %r98, 16; selp.b32 %r343, 32704, %r99, %p30; mov.b32 %f24, "
-    "%r350; mul.f32 %f25, %f5, %f24; mov.b32 %r100, %f25; and.b32 %r101, %r100, 2147483647; setp.gt.u32 %p31, "
-    "%r101, 2139095040; shr.u32 %r102, %r100, 16; and.b32 %r103, %r102, 1; add.s32 %r104, %r100, %r103; add.s32 "
-    "%r105, %r104, 32767; shr.u32 %r106, %r105, 16; selp.b32 %r342, 32704, %r106, %p31; mov.b32 %f26, %r349; "
-    "mul.f32 %f27, %f5, %f26; mov.b32 %r107, %f27; and.b32 %r108, %r107, 2147483647; setp.gt.u32 %p32, %r108, "
-    "2139095040; shr.u32 %r109, %r107, 16; and.b32 %r110, %r109, 1; add.s32 %r111, %r107, %r110; add.s32 %r112, "
-    "%r111, 32767; shr.u32 %r113, %r112, 16; selp.b32 %r341, 32704, %r113, %p32; mov.b32 %f28, %r348; mul.f32 "
-    "%f29, %f5, %f28; mov.b32 %r114, %f29; and.b32 %r115, %r114, 2147483647; setp.gt.u32 %p33, %r115, "
-    "2139095040; shr.u32 %r116, %r114, 16; and.b32 %r117, %r116, 1; add.s32 %r118, %r114, %r117; add.s32 %r119, "
-    "%r118, 32767; shr.u32 %r120, %r119, 16; selp.b32 %r340, 32704, %r120, %p33; mov.b32 %f30, %r332; mul.f32 "
-    "%f31, %f5, %f30; mov.b32 %r121, %f31; and.b32 %r122, %r121, 2147483647; setp.gt.u32 %p34, %r122, ",
-    "2139095040; shr.u32 %r123, %r121, 16; and.b32 %r124, %r123, 1; add.s32 %r125, %r121, %r124; add.s32 %r126, "
-    "%r125, 32767; shr.u32 %r127, %r126, 16; selp.b32 %r332, 32704, %r127, %p34; mov.b32 %f32, %r333; mul.f32 "
-    "%f33, %f5, %f32; mov.b32 %r128, %f33; and.b32 %r129, %r128, 2147483647; setp.gt.u32 %p35, %r129, "
-    "2139095040; shr.u32 %r130, %r128, 16; and.b32 %r131, %r130, 1; add.s32 %r132, %r128, %r131; add.s32 %r133, "
-    "%r132, 32767; shr.u32 %r134, %r133, 16; selp.b32 %r333, 32704, %r134, %p35; mov.b32 %f34, %r334; mul.f32 "
-    "%f35, %f5, %f34; mov.b32 %r135, %f35; and.b32 %r136, %r135, 2147483647; setp.gt.u32 %p36, %r136, "
-    "2139095040; shr.u32 %r137, %r135, 16; and.b32 %r138, %r137, 1; add.s32 %r139, %r135, %r138; add.s32 %r140, "
-    "%r139, 32767; shr.u32 %r141, %r140, 16; selp.b32 %r334, 32704, %r141, %p36; mov.b32 %f36, %r335; mul.f32 "
-    "%f37, %f5, %f36; mov.b32 %r142, %f37; and.b32 %r143, %r142, 2147483647; setp.gt.u32 %p37, %r143, "
-    "2139095040; shr.u32 %r144, %r142, 16; and.b32 %r145, %r144, 1; add.s32 %r146, %r142, %r145; add.s32 %r147, "
-    "%r146, 32767; shr.u32 %r148, %r147, 16; selp.b32 %r335, 32704, %r148, %p37; bra.uni $L__BB4_27; $L__BB4_25: "
-    "cvt.rn.f16.f32 %rs24, %f1; cvt.u32.u16 %r343, %rs24; mov.b32 %f16, %r350; mul.f32 %f8, %f5, %f16; "
-    "cvt.rn.f16.f32 %rs25, %f8; cvt.u32.u16 %r342, %rs25; mov.b32 %f17, %r349; mul.f32 %f9, %f5, %f17; "
-    "cvt.rn.f16.f32 %rs26, %f9; cvt.u32.u16 %r341, %rs26; mov.b32 %f18, %r348; mul.f32 %f10, %f5, %f18; "
-    "cvt.rn.f16.f32 %rs27, %f10; cvt.u32.u16 %r340, %rs27; mov.b32 %f19, %r332; mul.f32 %f11, %f5, %f19; "
-    "cvt.rn.f16.f32 %rs28, %f11; cvt.u32.u16 %r332, %rs28; mov.b32 %f20, %r333; mul.f32 %f12, %f5, %f20; "
-    "cvt.rn.f16.f32 %rs29, %f12; cvt.u32.u16 %r333, %rs29; mov.b32 %f21, %r334; mul.f32 %f13, %f5, %f21; "
-    "cvt.rn.f16.f32 %rs30, %f13; cvt.u32.u16 %r334, %rs30; mov.b32 %f22, %r335; mul.f32 %f14, %f5, %f22; "
-    "cvt.rn.f16.f32 %rs31, %f14; cvt.u32.u16 %r335, %rs31; $L__BB4_27: shl.b32 %r149, %r342, 16; or.b32 %r351, "
-    "%r149, %r343; shl.b32 %r150, %r340, 16; or.b32 %r350, %r150, %r341; shl.b32 %r151, %r333, 16; or.b32 %r349, "
-    "%r151, %r332; shl.b32 %r152, %r335, 16; or.b32 %r348, %r152, %r334; $L__BB4_28: setp.eq.s64 %p38, %rd12, 0; "
-    "@%p38 bra $L__BB4_30; st.v4.u32 [%rd20], {%r351, %r350, %r349, %r348}; $L__BB4_30: @%p39 bra $L__BB4_32; "
-    "st.v4.u32 [%rd20+16], {%r332, %r333, %r334, %r335}; $L__BB4_32: setp.eq.s64 %p40, %rd3, 0; @%p40 bra "
-    "$L__BB4_46; selp.b64 %rd376, 4, 2, %p20; setp.ne.s16 %p41, %rs13, 18; mul.lo.s64 %rd172, %rd19, %rd376; "
-    "and.b64 %rd173, %rd172, 252; mov.u64 %rd174, lorasyncd_keys; add.s64 %rd175, %rd174, %rd173; "
-    "ld.global.nc.v4.u32 {%r153, %r154, %r155, %r156}, [%rd175]; mul.wide.u32 %rd176, %r351, %r153; mul.wide.u32 "
-    "%rd177, %r350, %r154; add.s64 %rd178, %rd177, %rd176; mul.wide.u32 %rd179, %r349, %r155; add.s64 %rd180, "
-    "%rd178, %rd179; mul.wide.u32 %rd181, %r348, %r156; add.s64 %rd390, %rd180, %rd181; @%p41 bra $L__BB4_35; "
-    "selp.b64 %rd385, 4, 2, %p20; mul.lo.s64 %rd384, %rd19, %rd385; shr.s64 %rd383, %rd384, 2; shl.b64 %rd182, "
-    "%rd383, 2; add.s64 %rd183, %rd182, 16; and.b64 %rd184, %rd183, 252; add.s64 %rd186, %rd174, %rd184; "
-    "ld.global.nc.v4.u32 {%r161, %r162, %r163, %r164}, [%rd186]; mul.wide.u32 %rd187, %r332, %r161; mul.wide.u32 "
-    "%rd188, %r333, %r162; mul.wide.u32 %rd189, %r334, %r163; mul.wide.u32 %rd190, %r335, %r164; add.s64 %rd191, "
-    "%rd187, %rd390; add.s64 %rd192, %rd191, %rd188; add.s64 %rd193, %rd192, %rd189; add.s64 %rd390, %rd193, "
-    "%rd190; $L__BB4_35: cvt.u32.u64 %r54, %rd386; setp.eq.s32 %p43, %r54, 0; mov.u32 %r352, 0; @%p43 bra "
-    "$L__BB4_40; cvt.u32.u64 %r324, %rd386; and.b32 %r55, %r351, %r324; @%p20 bra $L__BB4_38; bra.uni "
-    "$L__BB4_37; $L__BB4_38: cvt.u32.u64 %r326, %rd386; setp.eq.s32 %p59, %r55, %r326; and.b32 %r184, %r350, "
-    "%r326; setp.eq.s32 %p60, %r184, %r326; or.pred %p61, %p59, %p60; and.b32 %r185, %r349, %r326; setp.eq.s32 "
-    "%p62, %r185, %r326; or.pred %p63, %p61, %p62; and.b32 %r186, %r348, %r326; setp.eq.s32 %p64, %r186, %r326; ",
-    "or.pred %p65, %p63, %p64; and.b32 %r187, %r332, %r326; setp.eq.s32 %p66, %r187, %r326; or.pred %p67, %p65, "
-    "%p66; and.b32 %r188, %r333, %r326; setp.eq.s32 %p68, %r188, %r326; or.pred %p69, %p67, %p68; and.b32 %r189, "
-    "%r334, %r326; setp.eq.s32 %p70, %r189, %r326; or.pred %p71, %p69, %p70; and.b32 %r190, %r335, %r326; "
-    "setp.eq.s32 %p72, %r190, %r326; or.pred %p168, %p71, %p72; bra.uni $L__BB4_39; $L__BB4_37: cvt.u32.u64 "
-    "%r325, %rd386; setp.eq.s32 %p45, %r55, %r325; shr.u32 %r172, %r351, 16; and.b32 %r173, %r172, %r325; "
-    "setp.eq.s32 %p46, %r173, %r325; or.pred %p47, %p45, %p46; and.b32 %r174, %r350, %r325; setp.eq.s32 %p48, "
-    "%r174, %r325; shr.u32 %r175, %r350, 16; and.b32 %r176, %r175, %r325; setp.eq.s32 %p49, %r176, %r325; "
-    "or.pred %p50, %p48, %p49; or.pred %p51, %p47, %p50; and.b32 %r177, %r349, %r325; setp.eq.s32 %p52, %r177, "
-    "%r325; shr.u32 %r178, %r349, 16; and.b32 %r179, %r178, %r325; setp.eq.s32 %p53, %r179, %r325; or.pred %p54, "
-    "%p52, %p53; or.pred %p55, %p51, %p54; and.b32 %r180, %r348, %r325; setp.eq.s32 %p56, %r180, %r325; shr.u32 "
-    "%r181, %r348, 16; and.b32 %r182, %r181, %r325; setp.eq.s32 %p57, %r182, %r325; or.pred %p58, %p56, %p57; "
-    "or.pred %p168, %p55, %p58; $L__BB4_39: selp.u32 %r352, 1, 0, %p168; $L__BB4_40: selp.b64 %rd374, 4, 2, "
-    "%p20; mul.lo.s64 %rd373, %rd19, %rd374; shr.u64 %rd196, %rd373, 8; add.s64 %rd197, %rd196, "
-    "-7046029254386353131; shr.u64 %rd198, %rd197, 30; xor.b64 %rd199, %rd198, %rd197; mul.lo.s64 %rd200, "
-    "%rd199, -4658895280553007687; shr.u64 %rd201, %rd200, 27; xor.b64 %rd202, %rd201, %rd200; mul.lo.s64 "
-    "%rd203, %rd202, -7723592293110705685; shr.u64 %rd204, %rd203, 31; xor.b64 %rd205, %rd204, %rd203; or.b64 "
-    "%rd206, %rd205, 1; mul.lo.s64 %rd207, %rd390, %rd206; add.s64 %rd417, %rd207, %rd417; setp.eq.s32 %p74, "
-    "%r352, 0; @%p74 bra $L__BB4_46; @%p20 bra $L__BB4_44; bra.uni $L__BB4_42; $L__BB4_44: mov.u32 %r354, 7; "
-    "$L__BB4_45: .pragma \"nounroll\"; selp.b32 %r330, 4, 2, %p20; cvt.u32.u64 %r328, %rd386; mul.lo.s32 %r197, "
-    "%r354, %r330; cvt.s64.s32 %rd212, %r197; add.s64 %rd213, %rd20, %rd212; ld.u32 %r198, [%rd213]; and.b32 "
-    "%r199, %r198, %r328; setp.eq.s32 %p82, %r199, %r328; cvt.s64.s32 %rd214, %r354; add.s64 %rd215, %rd19, "
-    "%rd214; setp.gt.u64 %p83, %rd418, %rd215; and.pred %p84, %p83, %p82; selp.b64 %rd418, %rd215, %rd418, %p84; "
-    "add.s32 %r63, %r354, -1; setp.ne.s32 %p85, %r354, 0; mov.u32 %r354, %r63; @%p85 bra $L__BB4_45; bra.uni "
-    "$L__BB4_46; $L__BB4_42: mov.u32 %r353, 7; $L__BB4_43: .pragma \"nounroll\"; selp.b32 %r329, 4, 2, %p20; "
-    "cvt.u32.u64 %r327, %rd386; mul.lo.s32 %r192, %r353, %r329; cvt.s64.s32 %rd208, %r192; add.s64 %rd209, "
-    "%rd20, %rd208; ld.u16 %r193, [%rd209]; and.b32 %r195, %r327, %r193; setp.eq.s32 %p77, %r195, %r327; "
-    "cvt.s64.s32 %rd210, %r353; add.s64 %rd211, %rd19, %rd210; setp.gt.u64 %p78, %rd418, %rd211; and.pred %p79, "
-    "%p78, %p77; selp.b64 %rd418, %rd211, %rd418, %p79; add.s32 %r60, %r353, -1; setp.eq.s32 %p80, %r353, 0; "
-    "mov.u32 %r353, %r60; @%p80 bra $L__BB4_46; bra.uni $L__BB4_43; $L__BB4_46: mov.u32 %r200, %ntid.x; add.s32 "
-    "%r331, %r331, %r200; setp.lt.u32 %p87, %r331, %r84; @%p87 bra $L__BB4_19; $L__BB4_47: shl.b32 %r65, %r84, "
-    "3; setp.ge.u32 %p89, %r65, %r78; @%p89 bra $L__BB4_102; cvt.u64.u32 %rd216, %r78; add.s64 %rd35, %rd1, "
-    "%rd216; mov.u32 %r205, %ntid.x; cvt.u64.u32 %rd36, %r205; setp.gt.s64 %p90, %rd5, %rd36; @%p90 bra "
-    "$L__BB4_50; bra.uni $L__BB4_49; $L__BB4_50: mov.u32 %r355, 0; bra.uni $L__BB4_51; $L__BB4_49: cvt.u32.u64 "
-    "%r206, %rd36; cvt.u32.u64 %r207, %rd5; div.u32 %r355, %r206, %r207; $L__BB4_51: mov.u32 %r209, %tid.x; "
-    "cvt.u64.u32 %rd218, %r209; add.s64 %rd219, %rd1, %rd218; cvt.u64.u32 %rd220, %r65; add.s64 %rd398, %rd219, "
-    "%rd220; setp.eq.s64 %p91, %rd4, %rd5; mov.u64 %rd397, 0; @%p91 bra $L__BB4_53; { .reg .b32 temp_param_reg; "
-    ".param .b64 param0; st.param.b64 [param0+0], %rd398; .param .b64 param1; st.param.b64 [param1+0], %rd5; "
-    ".param .b64 retval0; call.uni (retval0), lorasyncd_divide, ( param0, param1 ); ld.param.b64 %rd397, ",
-    "[retval0+0]; } $L__BB4_53: mul.lo.s64 %rd221, %rd397, %rd5; sub.s64 %rd402, %rd398, %rd221; setp.ge.s64 "
-    "%p92, %rd398, %rd35; @%p92 bra $L__BB4_102; cvt.u32.u16 %r210, %rs12; and.b32 %r68, %r210, 255; mov.u32 "
-    "%r211, 1; mul.wide.u16 %r212, %rs13, 2; mov.u64 %rd222, 70275680960512; shr.u64 %rd223, %rd222, %r212; "
-    "cvt.u32.u64 %r213, %rd223; and.b32 %r69, %r213, 3; shl.b32 %r214, %r211, %r69; mul.wide.u16 %r215, %rs12, "
-    "2; shr.u64 %rd224, %rd222, %r215; cvt.u32.u64 %r216, %rd224; and.b32 %r217, %r216, 3; shl.b32 %r218, %r211, "
-    "%r217; cvt.s64.s32 %rd41, %r218; cvt.u16.u32 %rs8, %r218; and.b16 %rs42, %rs8, 255; setp.eq.s16 %p93, "
-    "%rs12, 18; setp.eq.s16 %p94, %rs13, 15; and.pred %p5, %p93, %p94; cvt.u32.u16 %r219, %rs14; and.b32 %r70, "
-    "%r219, 255; setp.ne.s16 %p95, %rs12, %rs13; mov.b32 %f38, %r81; setp.neu.f32 %p96, %f38, 0f3F800000; "
-    "or.pred %p6, %p96, %p95; cvt.s64.s32 %rd42, %r214; cvt.u16.u32 %rs10, %r214; cvt.u64.u32 %rd43, %r355; "
-    "cvt.u32.u64 %r220, %rd5; mul.lo.s32 %r221, %r355, %r220; cvt.u32.u64 %r222, %rd36; sub.s32 %r223, %r222, "
-    "%r221; cvt.u64.u32 %rd44, %r223; cvt.u64.u32 %rd45, %r214; setp.eq.s16 %p97, %rs42, 1; @%p97 bra "
-    "$L__BB4_81; bra.uni $L__BB4_55; $L__BB4_81: not.pred %p118, %p6; $L__BB4_82: .pragma \"nounroll\"; mul.lo.s64 "
-    "%rd269, %rd402, %rd7; mul.lo.s64 %rd270, %rd397, %rd6; add.s64 %rd271, %rd270, %rd269; mul.lo.s64 %rd272, "
-    "%rd271, %rd41; add.s64 %rd273, %rd2, %rd272; ld.u8 %rs11, [%rd273]; cvt.u64.u16 %rd274, %rs11; and.b64 "
-    "%rd413, %rd274, 255; setp.eq.s16 %p117, %rs14, 0; @%p117 bra $L__BB4_84; { .reg .b32 temp_param_reg; .param "
-    ".b64 param0; st.param.b64 [param0+0], %rd413; .param .b32 param1; st.param.b32 [param1+0], %r68; .param "
-    ".b32 param2; st.param.b32 [param2+0], %r70; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 "
-    "retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd275, "
-    "[retval0+0]; } cvt.u32.u16 %r243, %rs13; and.b32 %r244, %r243, 255; { .reg .b32 temp_param_reg; .param .b64 "
-    "param0; st.param.b64 [param0+0], %rd275; .param .b32 param1; st.param.b32 [param1+0], %r70; .param .b32 "
-    "param2; st.param.b32 [param2+0], %r244; .param .b32 param3; st.param.f32 [param3+0], 0f3F800000; .param "
-    ".b64 retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 "
-    "%rd413, [retval0+0]; } bra.uni $L__BB4_88; $L__BB4_84: @%p5 bra $L__BB4_87; bra.uni $L__BB4_85; $L__BB4_87: "
-    "cvt.u32.u16 %r247, %rs11; and.b32 %r248, %r247, 255; mov.b32 %f46, %r248; mul.f32 %f48, %f38, %f46; mov.b32 "
-    "%r249, %f48; and.b32 %r250, %r249, 2147483647; setp.gt.u32 %p119, %r250, 2139095040; shr.u32 %r251, %r249, "
-    "16; and.b32 %r252, %r251, 1; add.s32 %r253, %r249, %r252; add.s32 %r254, %r253, 32767; shr.u32 %r255, "
-    "%r254, 16; selp.b32 %r256, 32704, %r255, %p119; cvt.u64.u32 %rd413, %r256; bra.uni $L__BB4_88; $L__BB4_85: "
-    "@%p118 bra $L__BB4_88; cvt.u32.u16 %r245, %rs13; and.b32 %r246, %r245, 255; { .reg .b32 temp_param_reg; "
-    ".param .b64 param0; st.param.b64 [param0+0], %rd413; .param .b32 param1; st.param.b32 [param1+0], %r68; "
-    ".param .b32 param2; st.param.b32 [param2+0], %r246; .param .b32 param3; st.param.f32 [param3+0], %f38; "
-    ".param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); "
-    "ld.param.b64 %rd413, [retval0+0]; } $L__BB4_88: setp.eq.s64 %p120, %rd12, 0; @%p120 bra $L__BB4_96; "
-    "mul.lo.s64 %rd276, %rd402, %rd9; mul.lo.s64 %rd277, %rd397, %rd8; add.s64 %rd278, %rd277, %rd276; "
-    "mul.lo.s64 %rd279, %rd278, %rd42; add.s64 %rd85, %rd12, %rd279; and.b16 %rs47, %rs10, 255; setp.eq.s16 "
-    "%p121, %rs47, 1; @%p121 bra $L__BB4_94; setp.eq.s16 %p122, %rs47, 2; @%p122 bra $L__BB4_93; setp.ne.s16 "
-    "%p123, %rs47, 4; @%p123 bra $L__BB4_95; st.u32 [%rd85], %rd413; bra.uni $L__BB4_96; $L__BB4_94: st.u8 "
-    "[%rd85], %rd413; bra.uni $L__BB4_96; $L__BB4_93: st.u16 [%rd85], %rd413; bra.uni $L__BB4_96; $L__BB4_95: "
-    "st.u64 [%rd85], %rd413; $L__BB4_96: setp.eq.s64 %p124, %rd3, 0; @%p124 bra $L__BB4_101; setp.eq.s32 %p125, ",
-    "%r69, 3; add.s64 %rd280, %rd402, %rd10; mul.lo.s64 %rd281, %rd397, %rd11; add.s64 %rd86, %rd280, %rd281; "
-    "mul.lo.s64 %rd87, %rd86, %rd45; shr.u64 %rd88, %rd87, 2; and.b64 %rd282, %rd87, 252; mov.u64 %rd283, "
-    "lorasyncd_keys; add.s64 %rd89, %rd283, %rd282; @%p125 bra $L__BB4_99; bra.uni $L__BB4_98; $L__BB4_99: "
-    "and.b64 %rd287, %rd413, 4294967295; ld.global.nc.u32 %r261, [%rd89]; cvt.u64.u32 %rd288, %r261; mul.lo.s64 "
-    "%rd289, %rd287, %rd288; shl.b64 %rd290, %rd88, 2; add.s64 %rd291, %rd290, 4; and.b64 %rd292, %rd291, 252; "
-    "add.s64 %rd294, %rd283, %rd292; ld.global.nc.u32 %r262, [%rd294]; cvt.u64.u32 %rd295, %r262; shr.u64 "
-    "%rd296, %rd413, 32; mul.lo.s64 %rd297, %rd296, %rd295; add.s64 %rd414, %rd297, %rd289; bra.uni $L__BB4_100; "
-    "$L__BB4_98: cvt.u32.u64 %r257, %rd87; shl.b32 %r258, %r257, 3; and.b32 %r259, %r258, 24; shl.b64 %rd284, "
-    "%rd413, %r259; and.b64 %rd285, %rd284, 4294967295; ld.global.nc.u32 %r260, [%rd89]; cvt.u64.u32 %rd286, "
-    "%r260; mul.lo.s64 %rd414, %rd285, %rd286; $L__BB4_100: mul.lo.s64 %rd382, %rd397, %rd11; add.s64 %rd381, "
-    "%rd402, %rd10; add.s64 %rd380, %rd381, %rd382; shr.u64 %rd298, %rd87, 8; add.s64 %rd299, %rd298, "
-    "-7046029254386353131; shr.u64 %rd300, %rd299, 30; xor.b64 %rd301, %rd300, %rd299; mul.lo.s64 %rd302, "
-    "%rd301, -4658895280553007687; shr.u64 %rd303, %rd302, 27; xor.b64 %rd304, %rd303, %rd302; mul.lo.s64 "
-    "%rd305, %rd304, -7723592293110705685; shr.u64 %rd306, %rd305, 31; xor.b64 %rd307, %rd306, %rd305; or.b64 "
-    "%rd308, %rd307, 1; mul.lo.s64 %rd309, %rd414, %rd308; add.s64 %rd417, %rd309, %rd417; and.b64 %rd310, "
-    "%rd413, %rd386; setp.eq.s64 %p126, %rd310, %rd386; setp.ne.s64 %p127, %rd386, 0; and.pred %p128, %p127, "
-    "%p126; setp.gt.u64 %p129, %rd418, %rd380; and.pred %p130, %p129, %p128; selp.b64 %rd418, %rd380, %rd418, "
-    "%p130; $L__BB4_101: add.s64 %rd311, %rd402, %rd44; setp.lt.s64 %p131, %rd311, %rd5; selp.b64 %rd312, 0, "
-    "%rd5, %p131; sub.s64 %rd402, %rd311, %rd312; setp.ge.s64 %p132, %rd311, %rd5; selp.u64 %rd313, 1, 0, %p132; "
-    "add.s64 %rd314, %rd397, %rd43; add.s64 %rd397, %rd314, %rd313; add.s64 %rd398, %rd398, %rd36; setp.lt.s64 "
-    "%p133, %rd398, %rd35; @%p133 bra $L__BB4_82; bra.uni $L__BB4_102; $L__BB4_55: not.pred %p101, %p6; "
-    "$L__BB4_56: .pragma \"nounroll\"; mul.lo.s64 %rd225, %rd402, %rd7; mul.lo.s64 %rd226, %rd397, %rd6; add.s64 "
-    "%rd227, %rd226, %rd225; mul.lo.s64 %rd228, %rd227, %rd41; add.s64 %rd51, %rd2, %rd228; setp.eq.s16 %p98, "
-    "%rs42, 4; @%p98 bra $L__BB4_59; setp.ne.s16 %p99, %rs42, 2; @%p99 bra $L__BB4_60; ld.u16 %rd403, [%rd51]; "
-    "bra.uni $L__BB4_61; $L__BB4_59: ld.u32 %rd403, [%rd51]; bra.uni $L__BB4_61; $L__BB4_60: ld.u64 %rd403, "
-    "[%rd51]; $L__BB4_61: setp.eq.s16 %p100, %rs14, 0; @%p100 bra $L__BB4_63; { .reg .b32 temp_param_reg; .param "
-    ".b64 param0; st.param.b64 [param0+0], %rd403; .param .b32 param1; st.param.b32 [param1+0], %r68; .param "
-    ".b32 param2; st.param.b32 [param2+0], %r70; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 "
-    "retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd229, "
-    "[retval0+0]; } cvt.u32.u16 %r224, %rs13; and.b32 %r225, %r224, 255; { .reg .b32 temp_param_reg; .param .b64 "
-    "param0; st.param.b64 [param0+0], %rd229; .param .b32 param1; st.param.b32 [param1+0], %r70; .param .b32 "
-    "param2; st.param.b32 [param2+0], %r225; .param .b32 param3; st.param.f32 [param3+0], 0f3F800000; .param "
-    ".b64 retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 "
-    "%rd403, [retval0+0]; } bra.uni $L__BB4_67; $L__BB4_63: @%p5 bra $L__BB4_66; bra.uni $L__BB4_64; $L__BB4_66: "
-    "cvt.u32.u64 %r228, %rd403; mov.b32 %f41, %r228; mul.f32 %f43, %f38, %f41; mov.b32 %r229, %f43; and.b32 "
-    "%r230, %r229, 2147483647; setp.gt.u32 %p102, %r230, 2139095040; shr.u32 %r231, %r229, 16; and.b32 %r232, "
-    "%r231, 1; add.s32 %r233, %r229, %r232; add.s32 %r234, %r233, 32767; shr.u32 %r235, %r234, 16; selp.b32 "
-    "%r236, 32704, %r235, %p102; cvt.u64.u32 %rd403, %r236; bra.uni $L__BB4_67; $L__BB4_64: @%p101 bra ",
-    "$L__BB4_67; cvt.u32.u16 %r226, %rs13; and.b32 %r227, %r226, 255; { .reg .b32 temp_param_reg; .param .b64 "
-    "param0; st.param.b64 [param0+0], %rd403; .param .b32 param1; st.param.b32 [param1+0], %r68; .param .b32 "
-    "param2; st.param.b32 [param2+0], %r227; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 "
-    "retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd403, "
-    "[retval0+0]; } $L__BB4_67: setp.eq.s64 %p103, %rd12, 0; @%p103 bra $L__BB4_75; mul.lo.s64 %rd230, %rd402, "
-    "%rd9; mul.lo.s64 %rd231, %rd397, %rd8; add.s64 %rd232, %rd231, %rd230; mul.lo.s64 %rd233, %rd232, %rd42; "
-    "add.s64 %rd60, %rd12, %rd233; and.b16 %rs45, %rs10, 255; setp.eq.s16 %p104, %rs45, 1; @%p104 bra "
-    "$L__BB4_73; setp.eq.s16 %p105, %rs45, 2; @%p105 bra $L__BB4_72; setp.ne.s16 %p106, %rs45, 4; @%p106 bra "
-    "$L__BB4_74; st.u32 [%rd60], %rd403; bra.uni $L__BB4_75; $L__BB4_73: st.u8 [%rd60], %rd403; bra.uni "
-    "$L__BB4_75; $L__BB4_72: st.u16 [%rd60], %rd403; bra.uni $L__BB4_75; $L__BB4_74: st.u64 [%rd60], %rd403; "
-    "$L__BB4_75: setp.eq.s64 %p107, %rd3, 0; @%p107 bra $L__BB4_80; setp.eq.s32 %p108, %r69, 3; add.s64 %rd234, "
-    "%rd402, %rd10; mul.lo.s64 %rd235, %rd397, %rd11; add.s64 %rd61, %rd234, %rd235; mul.lo.s64 %rd62, %rd61, "
-    "%rd45; shr.u64 %rd63, %rd62, 2; and.b64 %rd236, %rd62, 252; mov.u64 %rd237, lorasyncd_keys; add.s64 %rd64, "
-    "%rd237, %rd236; @%p108 bra $L__BB4_78; bra.uni $L__BB4_77; $L__BB4_78: and.b64 %rd241, %rd403, 4294967295; "
-    "ld.global.nc.u32 %r241, [%rd64]; cvt.u64.u32 %rd242, %r241; mul.lo.s64 %rd243, %rd241, %rd242; shl.b64 "
-    "%rd244, %rd63, 2; add.s64 %rd245, %rd244, 4; and.b64 %rd246, %rd245, 252; add.s64 %rd248, %rd237, %rd246; "
-    "ld.global.nc.u32 %r242, [%rd248]; cvt.u64.u32 %rd249, %r242; shr.u64 %rd250, %rd403, 32; mul.lo.s64 %rd251, "
-    "%rd250, %rd249; add.s64 %rd405, %rd251, %rd243; bra.uni $L__BB4_79; $L__BB4_77: cvt.u32.u64 %r237, %rd62; "
-    "shl.b32 %r238, %r237, 3; and.b32 %r239, %r238, 24; shl.b64 %rd238, %rd403, %r239; and.b64 %rd239, %rd238, "
-    "4294967295; ld.global.nc.u32 %r240, [%rd64]; cvt.u64.u32 %rd240, %r240; mul.lo.s64 %rd405, %rd239, %rd240; "
-    "$L__BB4_79: mul.lo.s64 %rd379, %rd397, %rd11; add.s64 %rd378, %rd402, %rd10; add.s64 %rd377, %rd378, "
-    "%rd379; shr.u64 %rd252, %rd62, 8; add.s64 %rd253, %rd252, -7046029254386353131; shr.u64 %rd254, %rd253, 30; "
-    "xor.b64 %rd255, %rd254, %rd253; mul.lo.s64 %rd256, %rd255, -4658895280553007687; shr.u64 %rd257, %rd256, "
-    "27; xor.b64 %rd258, %rd257, %rd256; mul.lo.s64 %rd259, %rd258, -7723592293110705685; shr.u64 %rd260, "
-    "%rd259, 31; xor.b64 %rd261, %rd260, %rd259; or.b64 %rd262, %rd261, 1; mul.lo.s64 %rd263, %rd405, %rd262; "
-    "add.s64 %rd417, %rd263, %rd417; and.b64 %rd264, %rd403, %rd386; setp.eq.s64 %p109, %rd264, %rd386; "
-    "setp.ne.s64 %p110, %rd386, 0; and.pred %p111, %p110, %p109; setp.gt.u64 %p112, %rd418, %rd377; and.pred "
-    "%p113, %p112, %p111; selp.b64 %rd418, %rd377, %rd418, %p113; $L__BB4_80: add.s64 %rd265, %rd402, %rd44; "
-    "setp.lt.s64 %p114, %rd265, %rd5; selp.b64 %rd266, 0, %rd5, %p114; sub.s64 %rd402, %rd265, %rd266; "
-    "setp.ge.s64 %p115, %rd265, %rd5; selp.u64 %rd267, 1, 0, %p115; add.s64 %rd268, %rd397, %rd43; add.s64 "
-    "%rd397, %rd268, %rd267; add.s64 %rd398, %rd398, %rd36; setp.lt.s64 %p116, %rd398, %rd35; @%p116 bra "
-    "$L__BB4_56; $L__BB4_102: setp.eq.s64 %p134, %rd3, 0; @%p134 bra $L__BB4_124; setp.eq.s64 %p135, %rd418, -1; "
-    "@%p135 bra $L__BB4_105; ld.param.u64 %rd375, [lorasyncd_copy_param_2]; cvt.u64.u32 %rd315, %r80; shl.b64 "
-    "%rd316, %rd315, 40; min.u64 %rd317, %rd418, 1099511627775; or.b64 %rd318, %rd317, %rd316; "
-    "cvta.to.global.u64 %rd319, %rd375; atom.global.min.u64 %rd320, [%rd319], %rd318; $L__BB4_105: mov.b64 "
-    "{%r263,%r264}, %rd417; mov.u32 %r283, 2; mov.u32 %r284, 31; mov.u32 %r285, 16; mov.u32 %r286, -1; "
-    "shfl.sync.down.b32 %r266|%p136, %r264, %r285, %r284, %r286; shfl.sync.down.b32 %r265|%p137, %r263, %r285, "
-    "%r284, %r286; mov.b64 %rd322, {%r265,%r266}; add.s64 %rd323, %rd322, %rd417; mov.b64 {%r267,%r268}, %rd323; ",
-    "mov.u32 %r287, 8; shfl.sync.down.b32 %r270|%p138, %r268, %r287, %r284, %r286; shfl.sync.down.b32 "
-    "%r269|%p139, %r267, %r287, %r284, %r286; mov.b64 %rd324, {%r269,%r270}; add.s64 %rd325, %rd324, %rd323; "
-    "mov.b64 {%r271,%r272}, %rd325; mov.u32 %r288, 4; shfl.sync.down.b32 %r274|%p140, %r272, %r288, %r284, "
-    "%r286; shfl.sync.down.b32 %r273|%p141, %r271, %r288, %r284, %r286; mov.b64 %rd326, {%r273,%r274}; add.s64 "
-    "%rd327, %rd326, %rd325; mov.b64 {%r275,%r276}, %rd327; shfl.sync.down.b32 %r278|%p142, %r276, %r283, %r284, "
-    "%r286; shfl.sync.down.b32 %r277|%p143, %r275, %r283, %r284, %r286; mov.b64 %rd328, {%r277,%r278}; add.s64 "
-    "%rd329, %rd328, %rd327; mov.b64 {%r279,%r280}, %rd329; mov.u32 %r289, 1; shfl.sync.down.b32 %r282|%p144, "
-    "%r280, %r289, %r284, %r286; shfl.sync.down.b32 %r281|%p145, %r279, %r289, %r284, %r286; mov.b64 %rd330, "
-    "{%r281,%r282}; add.s64 %rd102, %rd330, %rd329; mov.u32 %r290, %tid.x; and.b32 %r291, %r290, 31; setp.ne.s32 "
-    "%p146, %r291, 0; setp.eq.s64 %p147, %rd102, 0; or.pred %p148, %p146, %p147; @%p148 bra $L__BB4_124; "
-    "atom.add.u64 %rd331, [%rd3], %rd102; $L__BB4_124: ret; } ",
+    "param1 ); ld.param.b64 %rd390, [retval0+0]; } $L__BB4_22: setp.ne.s16 %p24, %rs12, 18; setp.eq.s16 %p25, "
+    "%rs12, 18; mul.lo.s64 %rd160, %rd390, %rd5; sub.s64 %rd161, %rd16, %rd160; mul.lo.s64 %rd162, %rd390, "
+    "%rd11; add.s64 %rd163, %rd162, %rd10; add.s64 %rd19, %rd163, %rd161; mul.lo.s64 %rd164, %rd390, %rd6; "
+    "add.s64 %rd165, %rd161, %rd164; selp.b64 %rd166, 4, 2, %p25; mul.lo.s64 %rd167, %rd165, %rd166; add.s64 "
+    "%rd21, %rd2, %rd167; mul.lo.s64 %rd168, %rd390, %rd8; add.s64 %rd169, %rd161, %rd168; selp.b64 %rd170, 4, "
+    "2, %p21; mul.lo.s64 %rd171, %rd169, %rd170; add.s64 %rd20, %rd171, %rd12; ld.v4.u32 {%r345, %r344, %r343, "
+    "%r342}, [%rd21]; mov.u32 %r326, %r345; mov.u32 %r327, %r344; mov.u32 %r328, %r343; mov.u32 %r329, %r342; "
+    "@%p24 bra $L__BB4_24; ld.v4.u32 {%r326, %r327, %r328, %r329}, [%rd21+16]; $L__BB4_24: or.pred %p29, %p24, "
+    "%p21; @%p29 bra $L__BB4_29; setp.eq.s16 %p30, %rs13, 15; mov.b32 %f6, %r345; mul.f32 %f1, %f5, %f6; @%p30 "
+    "bra $L__BB4_27; bra.uni $L__BB4_26; $L__BB4_27: mov.b32 %r94, %f1; and.b32 %r95, %r94, 2147483647; "
+    "setp.gt.u32 %p31, %r95, 2139095040; shr.u32 %r96, %r94, 16; and.b32 %r97, %r96, 1; add.s32 %r98, %r94, "
+    "%r97; add.s32 %r99, %r98, 32767; shr.u32 %r100, %r99, 16; selp.b32 %r337, 32704, %r100, %p31; mov.b32 %f24, "
+    "%r344; mul.f32 %f25, %f5, %f24; mov.b32 %r101, %f25; and.b32 %r102, %r101, 2147483647; setp.gt.u32 %p32, "
+    "%r102, 2139095040; shr.u32 %r103, %r101, 16; and.b32 %r104, %r103, 1; add.s32 %r105, %r101, %r104; add.s32 "
+    "%r106, %r105, 32767; shr.u32 %r107, %r106, 16; selp.b32 %r336, 32704, %r107, %p32; mov.b32 %f26, %r343; "
+    "mul.f32 %f27, %f5, %f26; mov.b32 %r108, %f27; and.b32 %r109, %r108, 2147483647; setp.gt.u32 %p33, %r109, "
+    "2139095040; shr.u32 %r110, %r108, 16; and.b32 %r111, %r110, 1; add.s32 %r112, %r108, %r111; add.s32 %r113, "
+    "%r112, 32767; shr.u32 %r114, %r113, 16; selp.b32 %r335, 32704, %r114, %p33; mov.b32 %f28, %r342; mul.f32 "
+    "%f29, %f5, %f28; mov.b32 %r115, %f29; and.b32 %r116, %r115, 2147483647; setp.gt.u32 %p34, %r116, "
+    "2139095040; shr.u32 %r117, %r115, 16; and.b32 %r118, %r117, 1; add.s32 %r119, %r115, %r118; add.s32 %r120, "
+    "%r119, 32767; shr.u32 %r121, %r120, 16; selp.b32 %r334, 32704, %r121, %p34; mov.b32 %f30, %r326; mul.f32 ",
+    "%f31, %f5, %f30; mov.b32 %r122, %f31; and.b32 %r123, %r122, 2147483647; setp.gt.u32 %p35, %r123, "
+    "2139095040; shr.u32 %r124, %r122, 16; and.b32 %r125, %r124, 1; add.s32 %r126, %r122, %r125; add.s32 %r127, "
+    "%r126, 32767; shr.u32 %r128, %r127, 16; selp.b32 %r326, 32704, %r128, %p35; mov.b32 %f32, %r327; mul.f32 "
+    "%f33, %f5, %f32; mov.b32 %r129, %f33; and.b32 %r130, %r129, 2147483647; setp.gt.u32 %p36, %r130, "
+    "2139095040; shr.u32 %r131, %r129, 16; and.b32 %r132, %r131, 1; add.s32 %r133, %r129, %r132; add.s32 %r134, "
+    "%r133, 32767; shr.u32 %r135, %r134, 16; selp.b32 %r327, 32704, %r135, %p36; mov.b32 %f34, %r328; mul.f32 "
+    "%f35, %f5, %f34; mov.b32 %r136, %f35; and.b32 %r137, %r136, 2147483647; setp.gt.u32 %p37, %r137, "
+    "2139095040; shr.u32 %r138, %r136, 16; and.b32 %r139, %r138, 1; add.s32 %r140, %r136, %r139; add.s32 %r141, "
+    "%r140, 32767; shr.u32 %r142, %r141, 16; selp.b32 %r328, 32704, %r142, %p37; mov.b32 %f36, %r329; mul.f32 "
+    "%f37, %f5, %f36; mov.b32 %r143, %f37; and.b32 %r144, %r143, 2147483647; setp.gt.u32 %p38, %r144, "
+    "2139095040; shr.u32 %r145, %r143, 16; and.b32 %r146, %r145, 1; add.s32 %r147, %r143, %r146; add.s32 %r148, "
+    "%r147, 32767; shr.u32 %r149, %r148, 16; selp.b32 %r329, 32704, %r149, %p38; bra.uni $L__BB4_28; $L__BB4_26: "
+    "cvt.rn.f16.f32 %rs24, %f1; cvt.u32.u16 %r337, %rs24; mov.b32 %f16, %r344; mul.f32 %f8, %f5, %f16; "
+    "cvt.rn.f16.f32 %rs25, %f8; cvt.u32.u16 %r336, %rs25; mov.b32 %f17, %r343; mul.f32 %f9, %f5, %f17; "
+    "cvt.rn.f16.f32 %rs26, %f9; cvt.u32.u16 %r335, %rs26; mov.b32 %f18, %r342; mul.f32 %f10, %f5, %f18; "
+    "cvt.rn.f16.f32 %rs27, %f10; cvt.u32.u16 %r334, %rs27; mov.b32 %f19, %r326; mul.f32 %f11, %f5, %f19; "
+    "cvt.rn.f16.f32 %rs28, %f11; cvt.u32.u16 %r326, %rs28; mov.b32 %f20, %r327; mul.f32 %f12, %f5, %f20; "
+    "cvt.rn.f16.f32 %rs29, %f12; cvt.u32.u16 %r327, %rs29; mov.b32 %f21, %r328; mul.f32 %f13, %f5, %f21; "
+    "cvt.rn.f16.f32 %rs30, %f13; cvt.u32.u16 %r328, %rs30; mov.b32 %f22, %r329; mul.f32 %f14, %f5, %f22; "
+    "cvt.rn.f16.f32 %rs31, %f14; cvt.u32.u16 %r329, %rs31; $L__BB4_28: shl.b32 %r150, %r336, 16; or.b32 %r345, "
+    "%r150, %r337; shl.b32 %r151, %r334, 16; or.b32 %r344, %r151, %r335; shl.b32 %r152, %r327, 16; or.b32 %r343, "
+    "%r152, %r326; shl.b32 %r153, %r329, 16; or.b32 %r342, %r153, %r328; $L__BB4_29: @%p9 bra $L__BB4_31; "
+    "st.v4.u32 [%rd20], {%r345, %r344, %r343, %r342}; $L__BB4_31: @%p40 bra $L__BB4_33; st.v4.u32 [%rd20+16], "
+    "{%r326, %r327, %r328, %r329}; $L__BB4_33: setp.eq.s64 %p41, %rd3, 0; @%p41 bra $L__BB4_47; selp.b64 %rd377, "
+    "4, 2, %p21; setp.ne.s16 %p42, %rs13, 18; mul.lo.s64 %rd173, %rd19, %rd377; and.b64 %rd174, %rd173, 252; "
+    "mov.u64 %rd175, lorasyncd_keys; add.s64 %rd176, %rd175, %rd174; ld.global.nc.v4.u32 {%r154, %r155, %r156, "
+    "%r157}, [%rd176]; mul.wide.u32 %rd177, %r345, %r154; mul.wide.u32 %rd178, %r344, %r155; add.s64 %rd179, "
+    "%rd178, %rd177; mul.wide.u32 %rd180, %r343, %r156; add.s64 %rd181, %rd179, %rd180; mul.wide.u32 %rd182, "
+    "%r342, %r157; add.s64 %rd391, %rd181, %rd182; @%p42 bra $L__BB4_36; selp.b64 %rd386, 4, 2, %p21; mul.lo.s64 "
+    "%rd385, %rd19, %rd386; shr.s64 %rd384, %rd385, 2; shl.b64 %rd183, %rd384, 2; add.s64 %rd184, %rd183, 16; "
+    "and.b64 %rd185, %rd184, 252; add.s64 %rd187, %rd175, %rd185; ld.global.nc.v4.u32 {%r162, %r163, %r164, "
+    "%r165}, [%rd187]; mul.wide.u32 %rd188, %r326, %r162; mul.wide.u32 %rd189, %r327, %r163; mul.wide.u32 "
+    "%rd190, %r328, %r164; mul.wide.u32 %rd191, %r329, %r165; add.s64 %rd192, %rd188, %rd391; add.s64 %rd193, "
+    "%rd192, %rd189; add.s64 %rd194, %rd193, %rd190; add.s64 %rd391, %rd194, %rd191; $L__BB4_36: cvt.u32.u64 "
+    "%r54, %rd387; setp.eq.s32 %p44, %r54, 0; mov.u32 %r346, 0; @%p44 bra $L__BB4_41; cvt.u32.u64 %r318, %rd387; "
+    "and.b32 %r55, %r345, %r318; @%p21 bra $L__BB4_39; bra.uni $L__BB4_38; $L__BB4_39: cvt.u32.u64 %r320, "
+    "%rd387; setp.eq.s32 %p60, %r55, %r320; and.b32 %r185, %r344, %r320; setp.eq.s32 %p61, %r185, %r320; or.pred "
+    "%p62, %p60, %p61; and.b32 %r186, %r343, %r320; setp.eq.s32 %p63, %r186, %r320; or.pred %p64, %p62, %p63; ",
+    "and.b32 %r187, %r342, %r320; setp.eq.s32 %p65, %r187, %r320; or.pred %p66, %p64, %p65; and.b32 %r188, "
+    "%r326, %r320; setp.eq.s32 %p67, %r188, %r320; or.pred %p68, %p66, %p67; and.b32 %r189, %r327, %r320; "
+    "setp.eq.s32 %p69, %r189, %r320; or.pred %p70, %p68, %p69; and.b32 %r190, %r328, %r320; setp.eq.s32 %p71, "
+    "%r190, %r320; or.pred %p72, %p70, %p71; and.b32 %r191, %r329, %r320; setp.eq.s32 %p73, %r191, %r320; "
+    "or.pred %p169, %p72, %p73; bra.uni $L__BB4_40; $L__BB4_38: cvt.u32.u64 %r319, %rd387; setp.eq.s32 %p46, "
+    "%r55, %r319; shr.u32 %r173, %r345, 16; and.b32 %r174, %r173, %r319; setp.eq.s32 %p47, %r174, %r319; or.pred "
+    "%p48, %p46, %p47; and.b32 %r175, %r344, %r319; setp.eq.s32 %p49, %r175, %r319; shr.u32 %r176, %r344, 16; "
+    "and.b32 %r177, %r176, %r319; setp.eq.s32 %p50, %r177, %r319; or.pred %p51, %p49, %p50; or.pred %p52, %p48, "
+    "%p51; and.b32 %r178, %r343, %r319; setp.eq.s32 %p53, %r178, %r319; shr.u32 %r179, %r343, 16; and.b32 %r180, "
+    "%r179, %r319; setp.eq.s32 %p54, %r180, %r319; or.pred %p55, %p53, %p54; or.pred %p56, %p52, %p55; and.b32 "
+    "%r181, %r342, %r319; setp.eq.s32 %p57, %r181, %r319; shr.u32 %r182, %r342, 16; and.b32 %r183, %r182, %r319; "
+    "setp.eq.s32 %p58, %r183, %r319; or.pred %p59, %p57, %p58; or.pred %p169, %p56, %p59; $L__BB4_40: selp.u32 "
+    "%r346, 1, 0, %p169; $L__BB4_41: selp.b64 %rd375, 4, 2, %p21; mul.lo.s64 %rd374, %rd19, %rd375; shr.u64 "
+    "%rd197, %rd374, 8; add.s64 %rd198, %rd197, -7046029254386353131; shr.u64 %rd199, %rd198, 30; xor.b64 "
+    "%rd200, %rd199, %rd198; mul.lo.s64 %rd201, %rd200, -4658895280553007687; shr.u64 %rd202, %rd201, 27; "
+    "xor.b64 %rd203, %rd202, %rd201; mul.lo.s64 %rd204, %rd203, -7723592293110705685; shr.u64 %rd205, %rd204, "
+    "31; xor.b64 %rd206, %rd205, %rd204; or.b64 %rd207, %rd206, 1; mul.lo.s64 %rd208, %rd391, %rd207; add.s64 "
+    "%rd418, %rd208, %rd418; setp.eq.s32 %p75, %r346, 0; @%p75 bra $L__BB4_47; @%p21 bra $L__BB4_45; bra.uni "
+    "$L__BB4_43; $L__BB4_45: mov.u32 %r348, 7; $L__BB4_46: .pragma \"nounroll\"; selp.b32 %r324, 4, 2, %p21; "
+    "cvt.u32.u64 %r322, %rd387; mul.lo.s32 %r198, %r348, %r324; cvt.s64.s32 %rd213, %r198; add.s64 %rd214, "
+    "%rd20, %rd213; ld.u32 %r199, [%rd214]; and.b32 %r200, %r199, %r322; setp.eq.s32 %p83, %r200, %r322; "
+    "cvt.s64.s32 %rd215, %r348; add.s64 %rd216, %rd19, %rd215; setp.gt.u64 %p84, %rd419, %rd216; and.pred %p85, "
+    "%p84, %p83; selp.b64 %rd419, %rd216, %rd419, %p85; add.s32 %r63, %r348, -1; setp.ne.s32 %p86, %r348, 0; "
+    "mov.u32 %r348, %r63; @%p86 bra $L__BB4_46; bra.uni $L__BB4_47; $L__BB4_43: mov.u32 %r347, 7; $L__BB4_44: "
+    ".pragma \"nounroll\"; selp.b32 %r323, 4, 2, %p21; cvt.u32.u64 %r321, %rd387; mul.lo.s32 %r193, %r347, %r323; "
+    "cvt.s64.s32 %rd209, %r193; add.s64 %rd210, %rd20, %rd209; ld.u16 %r194, [%rd210]; and.b32 %r196, %r321, "
+    "%r194; setp.eq.s32 %p78, %r196, %r321; cvt.s64.s32 %rd211, %r347; add.s64 %rd212, %rd19, %rd211; "
+    "setp.gt.u64 %p79, %rd419, %rd212; and.pred %p80, %p79, %p78; selp.b64 %rd419, %rd212, %rd419, %p80; add.s32 "
+    "%r60, %r347, -1; setp.eq.s32 %p81, %r347, 0; mov.u32 %r347, %r60; @%p81 bra $L__BB4_47; bra.uni $L__BB4_44; "
+    "$L__BB4_47: mov.u32 %r201, %ntid.x; add.s32 %r325, %r325, %r201; setp.lt.u32 %p88, %r325, %r85; @%p88 bra "
+    "$L__BB4_20; $L__BB4_48: shl.b32 %r65, %r85, 3; setp.ge.u32 %p90, %r65, %r79; @%p90 bra $L__BB4_103; "
+    "cvt.u64.u32 %rd217, %r79; add.s64 %rd35, %rd1, %rd217; mov.u32 %r206, %ntid.x; cvt.u64.u32 %rd36, %r206; "
+    "setp.gt.s64 %p91, %rd5, %rd36; @%p91 bra $L__BB4_51; bra.uni $L__BB4_50; $L__BB4_51: mov.u32 %r349, 0; "
+    "bra.uni $L__BB4_52; $L__BB4_50: cvt.u32.u64 %r207, %rd36; cvt.u32.u64 %r208, %rd5; div.u32 %r349, %r207, "
+    "%r208; $L__BB4_52: mov.u32 %r210, %tid.x; cvt.u64.u32 %rd219, %r210; add.s64 %rd220, %rd1, %rd219; "
+    "cvt.u64.u32 %rd221, %r65; add.s64 %rd399, %rd220, %rd221; setp.eq.s64 %p92, %rd4, %rd5; mov.u64 %rd398, 0; "
+    "@%p92 bra $L__BB4_54; { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd399; "
+    ".param .b64 param1; st.param.b64 [param1+0], %rd5; .param .b64 retval0; call.uni (retval0), ",
+    "lorasyncd_divide, ( param0, param1 ); ld.param.b64 %rd398, [retval0+0]; } $L__BB4_54: mul.lo.s64 %rd222, "
+    "%rd398, %rd5; sub.s64 %rd403, %rd399, %rd222; setp.ge.s64 %p93, %rd399, %rd35; @%p93 bra $L__BB4_103; "
+    "cvt.u32.u16 %r211, %rs12; and.b32 %r68, %r211, 255; mov.u32 %r212, 1; cvt.u32.u16 %r213, %rs13; and.b32 "
+    "%r69, %r213, 255; mul.wide.u16 %r214, %rs13, 2; mov.u64 %rd223, 70275680960512; shr.u64 %rd224, %rd223, "
+    "%r214; cvt.u32.u64 %r215, %rd224; and.b32 %r70, %r215, 3; shl.b32 %r216, %r212, %r70; mul.wide.u16 %r217, "
+    "%rs12, 2; shr.u64 %rd225, %rd223, %r217; cvt.u32.u64 %r218, %rd225; and.b32 %r219, %r218, 3; shl.b32 %r220, "
+    "%r212, %r219; cvt.s64.s32 %rd41, %r220; cvt.u16.u32 %rs8, %r220; and.b16 %rs42, %rs8, 255; setp.eq.s16 "
+    "%p94, %rs12, 18; setp.eq.s16 %p95, %rs13, 15; and.pred %p5, %p94, %p95; cvt.u32.u16 %r221, %rs14; and.b32 "
+    "%r71, %r221, 255; setp.ne.s16 %p96, %rs12, %rs13; mov.b32 %f38, %r82; setp.neu.f32 %p97, %f38, 0f3F800000; "
+    "or.pred %p6, %p97, %p96; cvt.s64.s32 %rd42, %r216; cvt.u16.u32 %rs10, %r216; cvt.u64.u32 %rd43, %r349; "
+    "cvt.u32.u64 %r222, %rd5; mul.lo.s32 %r223, %r349, %r222; cvt.u32.u64 %r224, %rd36; sub.s32 %r225, %r224, "
+    "%r223; cvt.u64.u32 %rd44, %r225; cvt.u64.u32 %rd45, %r216; setp.eq.s16 %p98, %rs42, 1; @%p98 bra "
+    "$L__BB4_82; bra.uni $L__BB4_56; $L__BB4_82: not.pred %p119, %p6; $L__BB4_83: .pragma \"nounroll\"; mul.lo.s64 "
+    "%rd270, %rd403, %rd7; mul.lo.s64 %rd271, %rd398, %rd6; add.s64 %rd272, %rd271, %rd270; mul.lo.s64 %rd273, "
+    "%rd272, %rd41; add.s64 %rd274, %rd2, %rd273; ld.u8 %rs11, [%rd274]; cvt.u64.u16 %rd275, %rs11; and.b64 "
+    "%rd414, %rd275, 255; setp.eq.s16 %p118, %rs14, 0; @%p118 bra $L__BB4_85; { .reg .b32 temp_param_reg; .param "
+    ".b64 param0; st.param.b64 [param0+0], %rd414; .param .b32 param1; st.param.b32 [param1+0], %r68; .param "
+    ".b32 param2; st.param.b32 [param2+0], %r71; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 "
+    "retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd276, "
+    "[retval0+0]; } { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd276; .param .b32 "
+    "param1; st.param.b32 [param1+0], %r71; .param .b32 param2; st.param.b32 [param2+0], %r69; .param .b32 "
+    "param3; st.param.f32 [param3+0], 0f3F800000; .param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( "
+    "param0, param1, param2, param3 ); ld.param.b64 %rd414, [retval0+0]; } bra.uni $L__BB4_89; $L__BB4_85: @%p5 "
+    "bra $L__BB4_88; bra.uni $L__BB4_86; $L__BB4_88: cvt.u32.u16 %r241, %rs11; and.b32 %r242, %r241, 255; "
+    "mov.b32 %f46, %r242; mul.f32 %f48, %f38, %f46; mov.b32 %r243, %f48; and.b32 %r244, %r243, 2147483647; "
+    "setp.gt.u32 %p120, %r244, 2139095040; shr.u32 %r245, %r243, 16; and.b32 %r246, %r245, 1; add.s32 %r247, "
+    "%r243, %r246; add.s32 %r248, %r247, 32767; shr.u32 %r249, %r248, 16; selp.b32 %r250, 32704, %r249, %p120; "
+    "cvt.u64.u32 %rd414, %r250; bra.uni $L__BB4_89; $L__BB4_86: @%p119 bra $L__BB4_89; { .reg .b32 "
+    "temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd414; .param .b32 param1; st.param.b32 "
+    "[param1+0], %r68; .param .b32 param2; st.param.b32 [param2+0], %r69; .param .b32 param3; st.param.f32 "
+    "[param3+0], %f38; .param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, "
+    "param3 ); ld.param.b64 %rd414, [retval0+0]; } $L__BB4_89: @%p9 bra $L__BB4_97; mul.lo.s64 %rd277, %rd403, "
+    "%rd9; mul.lo.s64 %rd278, %rd398, %rd8; add.s64 %rd279, %rd278, %rd277; mul.lo.s64 %rd280, %rd279, %rd42; "
+    "add.s64 %rd85, %rd12, %rd280; and.b16 %rs47, %rs10, 255; setp.eq.s16 %p122, %rs47, 1; @%p122 bra "
+    "$L__BB4_95; setp.eq.s16 %p123, %rs47, 2; @%p123 bra $L__BB4_94; setp.ne.s16 %p124, %rs47, 4; @%p124 bra "
+    "$L__BB4_96; st.u32 [%rd85], %rd414; bra.uni $L__BB4_97; $L__BB4_95: st.u8 [%rd85], %rd414; bra.uni "
+    "$L__BB4_97; $L__BB4_94: st.u16 [%rd85], %rd414; bra.uni $L__BB4_97; $L__BB4_96: st.u64 [%rd85], %rd414; "
+    "$L__BB4_97: setp.eq.s64 %p125, %rd3, 0; @%p125 bra $L__BB4_102; setp.eq.s32 %p126, %r70, 3; add.s64 %rd281, ",
+    "%rd403, %rd10; mul.lo.s64 %rd282, %rd398, %rd11; add.s64 %rd86, %rd281, %rd282; mul.lo.s64 %rd87, %rd86, "
+    "%rd45; shr.u64 %rd88, %rd87, 2; and.b64 %rd283, %rd87, 252; mov.u64 %rd284, lorasyncd_keys; add.s64 %rd89, "
+    "%rd284, %rd283; @%p126 bra $L__BB4_100; bra.uni $L__BB4_99; $L__BB4_100: and.b64 %rd288, %rd414, "
+    "4294967295; ld.global.nc.u32 %r255, [%rd89]; cvt.u64.u32 %rd289, %r255; mul.lo.s64 %rd290, %rd288, %rd289; "
+    "shl.b64 %rd291, %rd88, 2; add.s64 %rd292, %rd291, 4; and.b64 %rd293, %rd292, 252; add.s64 %rd295, %rd284, "
+    "%rd293; ld.global.nc.u32 %r256, [%rd295]; cvt.u64.u32 %rd296, %r256; shr.u64 %rd297, %rd414, 32; mul.lo.s64 "
+    "%rd298, %rd297, %rd296; add.s64 %rd415, %rd298, %rd290; bra.uni $L__BB4_101; $L__BB4_99: cvt.u32.u64 %r251, "
+    "%rd87; shl.b32 %r252, %r251, 3; and.b32 %r253, %r252, 24; shl.b64 %rd285, %rd414, %r253; and.b64 %rd286, "
+    "%rd285, 4294967295; ld.global.nc.u32 %r254, [%rd89]; cvt.u64.u32 %rd287, %r254; mul.lo.s64 %rd415, %rd286, "
+    "%rd287; $L__BB4_101: mul.lo.s64 %rd383, %rd398, %rd11; add.s64 %rd382, %rd403, %rd10; add.s64 %rd381, "
+    "%rd382, %rd383; shr.u64 %rd299, %rd87, 8; add.s64 %rd300, %rd299, -7046029254386353131; shr.u64 %rd301, "
+    "%rd300, 30; xor.b64 %rd302, %rd301, %rd300; mul.lo.s64 %rd303, %rd302, -4658895280553007687; shr.u64 "
+    "%rd304, %rd303, 27; xor.b64 %rd305, %rd304, %rd303; mul.lo.s64 %rd306, %rd305, -7723592293110705685; "
+    "shr.u64 %rd307, %rd306, 31; xor.b64 %rd308, %rd307, %rd306; or.b64 %rd309, %rd308, 1; mul.lo.s64 %rd310, "
+    "%rd415, %rd309; add.s64 %rd418, %rd310, %rd418; and.b64 %rd311, %rd414, %rd387; setp.eq.s64 %p127, %rd311, "
+    "%rd387; setp.ne.s64 %p128, %rd387, 0; and.pred %p129, %p128, %p127; setp.gt.u64 %p130, %rd419, %rd381; "
+    "and.pred %p131, %p130, %p129; selp.b64 %rd419, %rd381, %rd419, %p131; $L__BB4_102: add.s64 %rd312, %rd403, "
+    "%rd44; setp.lt.s64 %p132, %rd312, %rd5; selp.b64 %rd313, 0, %rd5, %p132; sub.s64 %rd403, %rd312, %rd313; "
+    "setp.ge.s64 %p133, %rd312, %rd5; selp.u64 %rd314, 1, 0, %p133; add.s64 %rd315, %rd398, %rd43; add.s64 "
+    "%rd398, %rd315, %rd314; add.s64 %rd399, %rd399, %rd36; setp.lt.s64 %p134, %rd399, %rd35; @%p134 bra "
+    "$L__BB4_83; bra.uni $L__BB4_103; $L__BB4_56: not.pred %p102, %p6; $L__BB4_57: .pragma \"nounroll\"; "
+    "mul.lo.s64 %rd226, %rd403, %rd7; mul.lo.s64 %rd227, %rd398, %rd6; add.s64 %rd228, %rd227, %rd226; "
+    "mul.lo.s64 %rd229, %rd228, %rd41; add.s64 %rd51, %rd2, %rd229; setp.eq.s16 %p99, %rs42, 4; @%p99 bra "
+    "$L__BB4_60; setp.ne.s16 %p100, %rs42, 2; @%p100 bra $L__BB4_61; ld.u16 %rd404, [%rd51]; bra.uni $L__BB4_62; "
+    "$L__BB4_60: ld.u32 %rd404, [%rd51]; bra.uni $L__BB4_62; $L__BB4_61: ld.u64 %rd404, [%rd51]; $L__BB4_62: "
+    "setp.eq.s16 %p101, %rs14, 0; @%p101 bra $L__BB4_64; { .reg .b32 temp_param_reg; .param .b64 param0; "
+    "st.param.b64 [param0+0], %rd404; .param .b32 param1; st.param.b32 [param1+0], %r68; .param .b32 param2; "
+    "st.param.b32 [param2+0], %r71; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 retval0; "
+    "call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd230, "
+    "[retval0+0]; } { .reg .b32 temp_param_reg; .param .b64 param0; st.param.b64 [param0+0], %rd230; .param .b32 "
+    "param1; st.param.b32 [param1+0], %r71; .param .b32 param2; st.param.b32 [param2+0], %r69; .param .b32 "
+    "param3; st.param.f32 [param3+0], 0f3F800000; .param .b64 retval0; call.uni (retval0), lorasyncd_convert, ( "
+    "param0, param1, param2, param3 ); ld.param.b64 %rd404, [retval0+0]; } bra.uni $L__BB4_68; $L__BB4_64: @%p5 "
+    "bra $L__BB4_67; bra.uni $L__BB4_65; $L__BB4_67: cvt.u32.u64 %r226, %rd404; mov.b32 %f41, %r226; mul.f32 "
+    "%f43, %f38, %f41; mov.b32 %r227, %f43; and.b32 %r228, %r227, 2147483647; setp.gt.u32 %p103, %r228, "
+    "2139095040; shr.u32 %r229, %r227, 16; and.b32 %r230, %r229, 1; add.s32 %r231, %r227, %r230; add.s32 %r232, "
+    "%r231, 32767; shr.u32 %r233, %r232, 16; selp.b32 %r234, 32704, %r233, %p103; cvt.u64.u32 %rd404, %r234; "
+    "bra.uni $L__BB4_68; $L__BB4_65: @%p102 bra $L__BB4_68; { .reg .b32 temp_param_reg; .param .b64 param0; ",
+    "st.param.b64 [param0+0], %rd404; .param .b32 param1; st.param.b32 [param1+0], %r68; .param .b32 param2; "
+    "st.param.b32 [param2+0], %r69; .param .b32 param3; st.param.f32 [param3+0], %f38; .param .b64 retval0; "
+    "call.uni (retval0), lorasyncd_convert, ( param0, param1, param2, param3 ); ld.param.b64 %rd404, "
+    "[retval0+0]; } $L__BB4_68: @%p9 bra $L__BB4_76; mul.lo.s64 %rd231, %rd403, %rd9; mul.lo.s64 %rd232, %rd398, "
+    "%rd8; add.s64 %rd233, %rd232, %rd231; mul.lo.s64 %rd234, %rd233, %rd42; add.s64 %rd60, %rd12, %rd234; "
+    "and.b16 %rs45, %rs10, 255; setp.eq.s16 %p105, %rs45, 1; @%p105 bra $L__BB4_74; setp.eq.s16 %p106, %rs45, 2; "
+    "@%p106 bra $L__BB4_73; setp.ne.s16 %p107, %rs45, 4; @%p107 bra $L__BB4_75; st.u32 [%rd60], %rd404; bra.uni "
+    "$L__BB4_76; $L__BB4_74: st.u8 [%rd60], %rd404; bra.uni $L__BB4_76; $L__BB4_73: st.u16 [%rd60], %rd404; "
+    "bra.uni $L__BB4_76; $L__BB4_75: st.u64 [%rd60], %rd404; $L__BB4_76: setp.eq.s64 %p108, %rd3, 0; @%p108 bra "
+    "$L__BB4_81; setp.eq.s32 %p109, %r70, 3; add.s64 %rd235, %rd403, %rd10; mul.lo.s64 %rd236, %rd398, %rd11; "
+    "add.s64 %rd61, %rd235, %rd236; mul.lo.s64 %rd62, %rd61, %rd45; shr.u64 %rd63, %rd62, 2; and.b64 %rd237, "
+    "%rd62, 252; mov.u64 %rd238, lorasyncd_keys; add.s64 %rd64, %rd238, %rd237; @%p109 bra $L__BB4_79; bra.uni "
+    "$L__BB4_78; $L__BB4_79: and.b64 %rd242, %rd404, 4294967295; ld.global.nc.u32 %r239, [%rd64]; cvt.u64.u32 "
+    "%rd243, %r239; mul.lo.s64 %rd244, %rd242, %rd243; shl.b64 %rd245, %rd63, 2; add.s64 %rd246, %rd245, 4; "
+    "and.b64 %rd247, %rd246, 252; add.s64 %rd249, %rd238, %rd247; ld.global.nc.u32 %r240, [%rd249]; cvt.u64.u32 "
+    "%rd250, %r240; shr.u64 %rd251, %rd404, 32; mul.lo.s64 %rd252, %rd251, %rd250; add.s64 %rd406, %rd252, "
+    "%rd244; bra.uni $L__BB4_80; $L__BB4_78: cvt.u32.u64 %r235, %rd62; shl.b32 %r236, %r235, 3; and.b32 %r237, "
+    "%r236, 24; shl.b64 %rd239, %rd404, %r237; and.b64 %rd240, %rd239, 4294967295; ld.global.nc.u32 %r238, "
+    "[%rd64]; cvt.u64.u32 %rd241, %r238; mul.lo.s64 %rd406, %rd240, %rd241; $L__BB4_80: mul.lo.s64 %rd380, "
+    "%rd398, %rd11; add.s64 %rd379, %rd403, %rd10; add.s64 %rd378, %rd379, %rd380; shr.u64 %rd253, %rd62, 8; "
+    "add.s64 %rd254, %rd253, -7046029254386353131; shr.u64 %rd255, %rd254, 30; xor.b64 %rd256, %rd255, %rd254; "
+    "mul.lo.s64 %rd257, %rd256, -4658895280553007687; shr.u64 %rd258, %rd257, 27; xor.b64 %rd259, %rd258, "
+    "%rd257; mul.lo.s64 %rd260, %rd259, -7723592293110705685; shr.u64 %rd261, %rd260, 31; xor.b64 %rd262, "
+    "%rd261, %rd260; or.b64 %rd263, %rd262, 1; mul.lo.s64 %rd264, %rd406, %rd263; add.s64 %rd418, %rd264, "
+    "%rd418; and.b64 %rd265, %rd404, %rd387; setp.eq.s64 %p110, %rd265, %rd387; setp.ne.s64 %p111, %rd387, 0; "
+    "and.pred %p112, %p111, %p110; setp.gt.u64 %p113, %rd419, %rd378; and.pred %p114, %p113, %p112; selp.b64 "
+    "%rd419, %rd378, %rd419, %p114; $L__BB4_81: add.s64 %rd266, %rd403, %rd44; setp.lt.s64 %p115, %rd266, %rd5; "
+    "selp.b64 %rd267, 0, %rd5, %p115; sub.s64 %rd403, %rd266, %rd267; setp.ge.s64 %p116, %rd266, %rd5; selp.u64 "
+    "%rd268, 1, 0, %p116; add.s64 %rd269, %rd398, %rd43; add.s64 %rd398, %rd269, %rd268; add.s64 %rd399, %rd399, "
+    "%rd36; setp.lt.s64 %p117, %rd399, %rd35; @%p117 bra $L__BB4_57; $L__BB4_103: setp.eq.s64 %p135, %rd3, 0; "
+    "@%p135 bra $L__BB4_125; setp.eq.s64 %p136, %rd419, -1; @%p136 bra $L__BB4_106; ld.param.u64 %rd376, "
+    "[lorasyncd_copy_param_2]; cvt.u64.u32 %rd316, %r81; shl.b64 %rd317, %rd316, 40; min.u64 %rd318, %rd419, "
+    "1099511627775; or.b64 %rd319, %rd318, %rd317; cvta.to.global.u64 %rd320, %rd376; atom.global.min.u64 "
+    "%rd321, [%rd320], %rd319; $L__BB4_106: mov.b64 {%r257,%r258}, %rd418; mov.u32 %r277, 2; mov.u32 %r278, 31; "
+    "mov.u32 %r279, 16; mov.u32 %r280, -1; shfl.sync.down.b32 %r260|%p137, %r258, %r279, %r278, %r280; "
+    "shfl.sync.down.b32 %r259|%p138, %r257, %r279, %r278, %r280; mov.b64 %rd323, {%r259,%r260}; add.s64 %rd324, "
+    "%rd323, %rd418; mov.b64 {%r261,%r262}, %rd324; mov.u32 %r281, 8; shfl.sync.down.b32 %r264|%p139, %r262, "
+    "%r281, %r278, %r280; shfl.sync.down.b32 %r263|%p140, %r261, %r281, %r278, %r280; mov.b64 %rd325, ",
+    "{%r263,%r264}; add.s64 %rd326, %rd325, %rd324; mov.b64 {%r265,%r266}, %rd326; mov.u32 %r282, 4; "
+    "shfl.sync.down.b32 %r268|%p141, %r266, %r282, %r278, %r280; shfl.sync.down.b32 %r267|%p142, %r265, %r282, "
+    "%r278, %r280; mov.b64 %rd327, {%r267,%r268}; add.s64 %rd328, %rd327, %rd326; mov.b64 {%r269,%r270}, %rd328; "
+    "shfl.sync.down.b32 %r272|%p143, %r270, %r277, %r278, %r280; shfl.sync.down.b32 %r271|%p144, %r269, %r277, "
+    "%r278, %r280; mov.b64 %rd329, {%r271,%r272}; add.s64 %rd330, %rd329, %rd328; mov.b64 {%r273,%r274}, %rd330; "
+    "mov.u32 %r283, 1; shfl.sync.down.b32 %r276|%p145, %r274, %r283, %r278, %r280; shfl.sync.down.b32 "
+    "%r275|%p146, %r273, %r283, %r278, %r280; mov.b64 %rd331, {%r275,%r276}; add.s64 %rd102, %rd331, %rd330; "
+    "mov.u32 %r284, %tid.x; and.b32 %r285, %r284, 31; setp.ne.s32 %p147, %r285, 0; setp.eq.s64 %p148, %rd102, 0; "
+    "or.pred %p149, %p147, %p148; @%p149 bra $L__BB4_125; atom.add.u64 %rd332, [%rd3], %rd102; $L__BB4_125: ret; "
+    "} ",
 };
 /* <<< generated */
 /* clang-format on */
@@ -27688,7 +28078,7 @@ LORASYNCD_KERNEL lorasyncd_copy(const lorasyncd_op *ops, const lorasyncd_tile *t
         lorasyncd_pairs(&o, &tile);
         return;
     }
-    special = lorasyncd_special(o.dst_dtype);
+    special = o.dst ? lorasyncd_special(o.dst_dtype) : 0; /* what is only digested is not checked */
     LORASYNCD_ROLLED
     for (k = threadIdx.x; k < runs; k += blockDim.x)
         lorasyncd_run(&o, (unsigned)special, tile.first + 8 * (long long)k, &sum, &hit);

@@ -1,8 +1,13 @@
 /* Replicas: equal boxes of one rank, pairs read from one rank, replicas compared by digest; and what a report counts by
-   digests. Parameters that move are rebound. */
+   digests. Included by test_replicas_cuda.c, which defines REPLICAS_CUDA: parameters are then in device memory, the
+   fake's. */
 #define _DEFAULT_SOURCE 1
 #include "lorasync.h"
 #include "test.h"
+#ifdef REPLICAS_CUDA
+#include "fake_cuda.h"
+#include "fake_nccl.h"
+#endif
 #include "ranks.h"
 #include "pieces.h"
 
@@ -17,8 +22,113 @@ enum {
 
 static const int worlds[] = {1, 2, 4, 8};
 
-static const char *const adapter_config =
-    "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q\"]}";
+static lorasync_plan_desc gather_of(const lorasync_comm *comm, const lorasync_piece *have, size_t num)
+{
+    lorasync_plan_desc d;
+    memset(&d, 0, sizeof d);
+    d.comm = comm, d.have = have, d.num_have = num;
+    return d;
+}
+
+/* -- ways to move: memory and communicators */
+
+#ifdef REPLICAS_CUDA
+
+enum {
+    WAY_DIRECT = 0,
+    WAY_OVER_HOST,
+    WAY_NCCL,
+    WAY_NCCL_DIRECT,
+    WAY_NCCL_HOST_VOTES,
+    NUM_WAYS
+};
+
+static void *memory_new(size_t num_bytes)
+{
+    void *p = NULL;
+    CHECK_EQ(cudaMalloc(&p, num_bytes), cudaSuccess);
+    return p;
+}
+
+static void memory_free(void *p) { cudaFree(p); }
+
+static void memory_copy(void *to, const void *from, size_t num_bytes)
+{
+    CHECK_EQ(cudaMemcpy(to, from, num_bytes, cudaMemcpyDefault), cudaSuccess);
+}
+
+/* The threads' communicator, or NCCL, whose id goes through it. */
+static lorasync_comm comm_open(const rank_context *c, int way)
+{
+    char               ids[MAX_RANKS * 128], id[128] = {0};
+    lorasync_nccl_desc n;
+    lorasync_comm      comm = c->comm;
+    lorasync_error     err;
+    CHECK_EQ(cudaSetDevice(c->rank % 2), cudaSuccess);
+    if (way < WAY_NCCL) return comm;
+    if (c->rank == 0) CHECK_EQ(lorasync_nccl_unique_id(id, &err), LORASYNC_OK);
+    CHECK_EQ(comm.all_gather(comm.user, id, ids, sizeof id, test_ms(20000), &err), LORASYNC_OK);
+    memset(&n, 0, sizeof n);
+    n.unique_id  = ids;
+    n.rank       = c->rank;
+    n.world      = c->world;
+    n.timeout_ms = test_ms(20000);
+    CHECK_EQ(lorasync_nccl_open(&n, &comm, &err), LORASYNC_OK);
+    if (way == WAY_NCCL_HOST_VOTES) comm.all_gather_stream = NULL;
+    return comm;
+}
+
+static void comm_close(lorasync_comm *comm)
+{
+    if (comm->exchange_stream) lorasync_nccl_close(comm);
+}
+
+static int is_direct(int way) { return way == WAY_DIRECT || way == WAY_NCCL_DIRECT; }
+
+static const char *mover_of(int way, lorasync_plan_kind kind)
+{
+    if (is_direct(way)) return kind == LORASYNC_RESHARD ? "gpu mesh" : "gpu direct";
+    return way == WAY_OVER_HOST ? "gpu over host" : "gpu stream";
+}
+
+static void start_devices(void)
+{
+    fake_cuda_reset();
+    fake_nccl_reset();
+    fake_cuda.devices = 2;
+}
+
+#else
+
+enum {
+    WAY_DIRECT = 0,
+    WAY_MESSAGES,
+    NUM_WAYS
+};
+
+static void *memory_new(size_t num_bytes) { return malloc(num_bytes); }
+static void  memory_free(void *p) { free(p); }
+static void  memory_copy(void *to, const void *from, size_t num_bytes) { memcpy(to, from, num_bytes); }
+
+static lorasync_comm comm_open(const rank_context *c, int way)
+{
+    (void)way;
+    return c->comm;
+}
+
+static void comm_close(lorasync_comm *comm) { (void)comm; }
+static int  is_direct(int way) { return way == WAY_DIRECT; }
+
+static const char *mover_of(int way, lorasync_plan_kind kind)
+{
+    return is_direct(way) && kind != LORASYNC_RESHARD ? "host direct" : "host messages";
+}
+
+static void start_devices(void) {}
+
+#endif
+
+#ifndef REPLICAS_CUDA
 
 static const char *tensor_name(char out[96], int module, char half, const char *adapter)
 {
@@ -30,14 +140,6 @@ static void fill(float *memory, size_t num, float value)
 {
     size_t i;
     for (i = 0; i < num; i++) memory[i] = value;
-}
-
-static lorasync_plan_desc gather_of(const lorasync_comm *comm, const lorasync_piece *have, size_t num)
-{
-    lorasync_plan_desc d;
-    memset(&d, 0, sizeof d);
-    d.comm = comm, d.have = have, d.num_have = num;
-    return d;
 }
 
 /* -- equal boxes of one rank */
@@ -54,7 +156,7 @@ static void twice_rank(rank_context *c)
     const twice_case  *t = (const twice_case *)c->user;
     float              a[SIZE], b[SIZE], want[2][SIZE];
     lorasync_piece     p[2], w[2];
-    lorasync_plan_desc d    = gather_of(&c->comm, p, c->rank == c->world - 1 ? 2 : 1);
+    lorasync_plan_desc d;
     lorasync_plan     *plan = NULL;
     lorasync_error     err;
     const int          wrong = t->kind == 0 || t->kind == 2 || t->kind == 3;
@@ -68,6 +170,7 @@ static void twice_rank(rank_context *c)
     if (t->kind == 4) p[1].name = "y";
     w[0] = w[1] = whole_piece("x", LORASYNC_F32, 2, ROWS, COLUMNS, want[0]);
     w[1].data   = want[1];
+    d           = gather_of(&c->comm, p, c->rank == c->world - 1 ? 2 : 1);
     d.kind      = t->plan;
     if (t->plan == LORASYNC_RESHARD) d.want = w, d.num_want = 2;
     CHECK_EQ(lorasync_plan_create(&d, &plan, &err), wrong ? LORASYNC_E_LAYOUT : LORASYNC_OK);
@@ -151,6 +254,8 @@ static void pair_rank(rank_context *c)
     d           = gather_of(&c->comm, p, num);
     d.kind      = t->kind;
     d.no_direct = t->no_direct;
+
+    d.audit_replicas = -1;
     if (t->kind == LORASYNC_RESHARD) d.want = w, d.num_want = 2 * MODULES;
     CHECK_EQ(lorasync_plan_create(&d, &plan, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_plan_begin(plan, &err), LORASYNC_OK);
@@ -188,7 +293,354 @@ static void pairs_come_from_one_rank_where_they_can(void)
             }
 }
 
+#endif
+
+/* -- replicas that drift apart */
+
+enum {
+    KINDS = 6,
+    WIDE  = 7 /* elements: SIZE or less, and odd rows */
+};
+
+typedef struct audit_case {
+    lorasync_plan_kind kind;
+    int                way, every;
+    unsigned long long seed;
+} audit_case;
+
+/* One rank's tensors: whole and replicated, a shard that half of the ranks have twice, whole with other strides on odd
+   ranks, on rank 0 only, the first one under another name, BF16. */
+typedef struct audit_rank {
+    rank_context     *c;
+    const audit_case *t;
+    lorasync_comm     comm;
+    lorasync_piece    p[KINDS];
+    size_t            num;
+    int               number[KINDS]; /* of the tensor of each piece */
+    unsigned char     host[KINDS][SIZE * 4];
+    lorasync_plan    *plan;
+    lorasync_piece    want[KINDS];
+    char              names[KINDS][96];
+} audit_rank;
+
+static int64_t held_elements(const lorasync_piece *p) { return p->box.len[0] * p->box.len[1]; }
+
+/* Which ranks hold it with `rank`, as bits. */
+static unsigned holders(int tensor, int rank, int world)
+{
+    const int half = world / 2;
+    if (tensor == 3) return 1;
+    if (tensor == 1 && world > 1) return 1u << (rank % half) | 1u << (rank % half + half);
+    return (1u << world) - 1;
+}
+
+static void audit_declare(audit_rank *r)
+{
+    const int world = r->c->world, rank = r->c->rank;
+    int       i;
+    for (i = 0; i < KINDS; i++) {
+        lorasync_piece p;
+        snprintf(r->names[i], 96, "base_model.model.h.%d.q.lora_%c.weight", i / 2, i % 2 ? 'B' : 'A');
+        p = whole_piece(r->names[i], i == 5 ? LORASYNC_BF16 : LORASYNC_F32, 2, i == 5 ? 3 : 8, i == 5 ? WIDE : 3, NULL);
+        r->want[i]      = p;
+        r->want[i].data = memory_new(SIZE * 4);
+        if (i == 3 && rank) continue;
+        if (i == 1 && world > 1) p.box = lorasync_shard(p.box, 0, rank % (world / 2), world / 2);
+        if (i == 2 && rank % 2) p.stride[0] = 1, p.stride[1] = 8;
+        p.data            = i == 4 ? r->p[0].data : memory_new(SIZE * 4);
+        r->number[r->num] = i;
+        r->p[r->num++]    = p;
+    }
+}
+
+/* The values of a step, and in one element of one piece something else. */
+static void audit_fill(audit_rank *r, int step, int tensor, int64_t element, float by)
+{
+    size_t  i;
+    int64_t k;
+    for (i = 0; i < r->num; i++) {
+        const lorasync_piece *p = &r->p[i];
+        const int64_t         n = held_elements(p);
+        if (r->number[i] == 4) continue;
+        for (k = 0; k < n; k++) {
+            const int64_t row = k / p->box.len[1], column = k % p->box.len[1];
+            float         f  = (float)((row + p->box.off[0]) * 16 + column + 1 + r->number[i] * 1024 + step);
+            const int64_t at = p->stride[0] ? row * p->stride[0] + column * p->stride[1] : k;
+            if (r->number[i] == tensor && k == element % n) f += by;
+            if (p->dtype == LORASYNC_F32) memcpy(r->host[i] + at * 4, &f, 4);
+            else lorasync_convert(r->host[i] + at * 2, LORASYNC_BF16, &f, LORASYNC_F32, 1, NULL);
+        }
+        memory_copy(p->data, r->host[i], (size_t)n * (p->dtype == LORASYNC_F32 ? 4 : 2));
+    }
+}
+
+static lorasync_status audit_run(audit_rank *r, lorasync_error *err)
+{
+    lorasync_status status = lorasync_plan_begin(r->plan, err);
+    CHECK(status == LORASYNC_OK || status == LORASYNC_E_NAN);
+    err->text[0] = 0;
+    return lorasync_plan_wait(r->plan, err);
+}
+
+static void audit_open(audit_rank *r, rank_context *c)
+{
+    lorasync_plan_desc  d;
+    lorasync_plan_stats stats;
+    lorasync_error      err;
+#ifdef REPLICAS_CUDA
+    lorasync_cuda cuda;
+    memset(&cuda, 0, sizeof cuda);
+#endif
+    memset(r, 0, sizeof *r);
+    r->c    = c;
+    r->t    = (const audit_case *)c->user;
+    r->comm = comm_open(c, r->t->way);
+    audit_declare(r);
+    d                = gather_of(&r->comm, r->p, r->num);
+    d.kind           = r->t->kind;
+    d.no_direct      = !is_direct(r->t->way);
+    d.wire_dtype     = LORASYNC_BF16;
+    d.audit_replicas = r->t->every;
+    d.timeout_ms     = test_ms(20000);
+    if (r->t->kind == LORASYNC_RESHARD) d.want = r->want, d.num_want = KINDS;
+#ifdef REPLICAS_CUDA
+    d.cuda = &cuda;
+#endif
+    err.text[0] = 0;
+    CHECK_EQ(lorasync_plan_create(&d, &r->plan, &err), LORASYNC_OK);
+    CHECK_TEXT(err.text, "");
+    lorasync_plan_get_stats(r->plan, &stats);
+    if (c->world > 2) CHECK_TEXT(stats.mover, mover_of(r->t->way, r->t->kind));
+}
+
+static void audit_close(audit_rank *r)
+{
+    size_t i;
+    lorasync_plan_free(r->plan);
+    comm_close(&r->comm);
+    for (i = 0; i < r->num; i++)
+        if (r->number[i] != 4) memory_free(r->p[i].data);
+    for (i = 0; i < KINDS; i++) memory_free(r->want[i].data);
+}
+
+/* The error names the tensor and two of those who hold it, of whom one has drifted. */
+static void check_names(const audit_rank *r, const lorasync_error *err, int tensor, int drifted)
+{
+    const unsigned all = holders(tensor, drifted, r->c->world), others = all & ~(1u << drifted);
+    int            other = 0;
+    char           text[96];
+    while (!(others >> other & 1)) other++;
+    CHECK_HAS(err->text, r->names[tensor == 4 ? 0 : tensor]);
+    snprintf(text, sizeof text, "ranks %d and %d both hold it", drifted < other ? drifted : other,
+             drifted < other ? other : drifted);
+    CHECK_HAS(err->text, text);
+}
+
+/* Every rank in turn is the one that drifts, in any tensor and element. */
+static void drifting_rank(rank_context *c)
+{
+    audit_rank         r;
+    lorasync_error     err;
+    unsigned long long seed;
+    int                k;
+    audit_open(&r, c);
+    seed = r.t->seed;
+    audit_fill(&r, 0, -1, 0, 0);
+    CHECK_EQ(audit_run(&r, &err), LORASYNC_OK);
+    for (k = 0; k < 12; k++) {
+        const int     drifted = (int)((test_random(&seed) >> 20) % (unsigned)c->world);
+        const int     tensor  = (int[]){0, 1, 2, 5}[(test_random(&seed) >> 20) % 4];
+        const int64_t element = (int64_t)((test_random(&seed) >> 20) % 1000);
+        const int     alone   = holders(tensor, drifted, c->world) == 1u << drifted;
+        audit_fill(&r, k + 1, drifted == c->rank ? tensor : -1, element, k % 2 ? 64.0f : -2048.0f);
+        CHECK_EQ(audit_run(&r, &err), alone ? LORASYNC_OK : LORASYNC_E_DISAGREE);
+        if (!alone) check_names(&r, &err, tensor, drifted);
+        if (!alone) CHECK(!lorasync_plan_image(r.plan));
+        audit_fill(&r, k + 1, -1, 0, 0);
+        CHECK_EQ(audit_run(&r, &err), LORASYNC_OK); /* nothing is left of it */
+    }
+    audit_close(&r);
+}
+
+static void for_all_ways(void (*function)(rank_context *), int every)
+{
+    static const lorasync_plan_kind kinds[] = {LORASYNC_GATHER, LORASYNC_GATHER_ALL, LORASYNC_RESHARD};
+    audit_case                      t;
+    size_t                          i, k;
+    memset(&t, 0, sizeof t);
+    t.every = every;
+    for (t.way = 0; t.way < NUM_WAYS; t.way++)
+        for (k = 0; k < 3; k++)
+            for (i = 0; i < 4; i++) {
+                t.kind = kinds[k];
+                t.seed = t.seed * 3 + 11;
+                start_devices();
+                run_threads(worlds[i], function, &t);
+#ifdef REPLICAS_CUDA
+                CHECK_EQ(fake_cuda_left(), 0);
+                CHECK_EQ(fake_nccl.misuses + fake_nccl.mismatches, 0);
+#endif
+            }
+}
+
+/* Only one replica is read; the others must be as good. */
+static void replicas_that_drift_apart_are_an_error(void) { for_all_ways(drifting_rank, 1); }
+
+/* The first run, then every third; again and again while they differ. What rounding takes away is no difference. */
+static void scheduled_rank(rank_context *c)
+{
+    audit_rank     r;
+    lorasync_error err;
+    const int      last = c->rank == c->world - 1, one = c->world == 1;
+    int            k;
+    audit_open(&r, c);
+    audit_fill(&r, 0, last ? 0 : -1, 5, 64.0f);
+    for (k = 0; k < 2; k++) CHECK_EQ(audit_run(&r, &err), one ? LORASYNC_OK : LORASYNC_E_DISAGREE);
+    audit_fill(&r, 0, last ? 0 : -1, 5, 0.001f);
+    CHECK_EQ(audit_run(&r, &err), LORASYNC_OK);
+    audit_fill(&r, 0, last ? 2 : -1, 5, 64.0f);
+    for (k = 0; k < 2; k++) CHECK_EQ(audit_run(&r, &err), LORASYNC_OK); /* not looked at */
+    for (k = 0; k < 2; k++) CHECK_EQ(audit_run(&r, &err), one ? LORASYNC_OK : LORASYNC_E_DISAGREE);
+    if (!one) check_names(&r, &err, 2, c->world - 1);
+    audit_fill(&r, 1, -1, 5, 0);
+    CHECK_EQ(audit_run(&r, &err), LORASYNC_OK);
+    audit_close(&r);
+}
+
+static void replicas_are_compared_at_first_and_then_now_and_again(void) { for_all_ways(scheduled_rank, 3); }
+
+static void unaudited_rank(rank_context *c)
+{
+    audit_rank     r;
+    lorasync_error err;
+    audit_open(&r, c);
+    audit_fill(&r, 0, c->rank == c->world - 1 ? 0 : -1, 5, 64.0f);
+    CHECK_EQ(audit_run(&r, &err), LORASYNC_OK);
+    audit_close(&r);
+}
+
+static void nothing_is_compared_where_that_is_turned_off(void) { for_all_ways(unaudited_rank, -1); }
+
+static lorasync_comm watched[8];
+static __thread long calls;
+
+static lorasync_status watched_all_gather(void *user, const void *in, void *out, size_t num_bytes, int timeout_ms,
+                                          lorasync_error *err)
+{
+    calls++;
+    return ((lorasync_comm *)user)->all_gather(((lorasync_comm *)user)->user, in, out, num_bytes, timeout_ms, err);
+}
+
+static lorasync_status watched_exchange(void *user, const lorasync_message *sends, size_t num_sends,
+                                        const lorasync_message *receives, size_t num_receives, int timeout_ms,
+                                        lorasync_error *err)
+{
+    calls++;
+    return ((lorasync_comm *)user)
+        ->exchange(((lorasync_comm *)user)->user, sends, num_sends, receives, num_receives, timeout_ms, err);
+}
+
+/* The digests ride with the vote. */
+static void watched_rank(rank_context *c)
+{
+    audit_rank     r;
+    lorasync_error err;
+    long           num[4];
+    int            k;
+    watched[c->rank]   = c->comm;
+    c->comm.user       = &watched[c->rank];
+    c->comm.all_gather = watched_all_gather;
+    c->comm.exchange   = watched_exchange;
+    c->comm.check      = NULL;
+    c->comm.abort      = NULL;
+    audit_open(&r, c);
+    audit_fill(&r, 0, -1, 0, 0);
+    for (k = 0; k < 4; k++) {
+        calls = 0;
+        CHECK_EQ(audit_run(&r, &err), LORASYNC_OK);
+        num[k] = calls;
+    }
+    CHECK_EQ(num[0], num[1]); /* 0 and 2 compare */
+    CHECK_EQ(num[2], num[1]);
+    CHECK_EQ(num[3], num[1]);
+    audit_close(&r);
+}
+
+static void comparing_sends_no_message(void)
+{
+    audit_case t;
+    size_t     i;
+    memset(&t, 0, sizeof t);
+    t.kind  = LORASYNC_GATHER;
+    t.every = 2;
+    for (t.way = 0; t.way < 2; t.way++)
+        for (i = 0; i < 4; i++) {
+            start_devices();
+            run_threads(worlds[i], watched_rank, &t);
+        }
+}
+
+/* By default: the first, and the 65th. */
+static void default_rank(rank_context *c)
+{
+    audit_rank     r;
+    lorasync_error err;
+    int            k;
+    audit_open(&r, c);
+    audit_fill(&r, 0, -1, 0, 0);
+    CHECK_EQ(audit_run(&r, &err), LORASYNC_OK);
+    audit_fill(&r, 0, c->rank == 0 ? 0 : -1, 5, 64.0f);
+    for (k = 1; k < 64; k++) CHECK_EQ(audit_run(&r, &err), LORASYNC_OK);
+    CHECK_EQ(audit_run(&r, &err), c->world == 1 ? LORASYNC_OK : LORASYNC_E_DISAGREE);
+    audit_close(&r);
+}
+
+static void by_default_every_64th_run_compares(void)
+{
+    audit_case t;
+    size_t     i;
+    memset(&t, 0, sizeof t);
+    t.kind = LORASYNC_GATHER;
+    for (i = 0; i < 4; i++) {
+        start_devices();
+        run_threads(worlds[i], default_rank, &t);
+    }
+}
+
+/* A value that is not finite, in a replica that is not read: on a GPU nothing of it is stored. */
+static void infinite_rank(rank_context *c)
+{
+    audit_rank     r;
+    lorasync_error err;
+    audit_open(&r, c);
+    audit_fill(&r, 0, c->rank == c->world - 1 ? 0 : -1, 5, (float)INFINITY);
+    /* whichever is read */
+    if (c->world > 1)
+        CHECK(audit_run(&r, &err) < 0 && (err.status == LORASYNC_E_DISAGREE || err.status == LORASYNC_E_NAN));
+    audit_fill(&r, 0, -1, 0, 0);
+    CHECK_EQ(audit_run(&r, &err), LORASYNC_OK);
+    audit_close(&r);
+}
+
+static void replicas_may_hold_what_is_not_finite(void)
+{
+    audit_case t;
+    size_t     i;
+    memset(&t, 0, sizeof t);
+    t.kind = LORASYNC_GATHER;
+    for (t.way = 0; t.way < NUM_WAYS; t.way++)
+        for (i = 0; i < 4; i++) {
+            start_devices();
+            run_threads(worlds[i], infinite_rank, &t);
+        }
+}
+
+#ifndef REPLICAS_CUDA
+
 /* -- what a report counts */
+
+static const char *const adapter_config =
+    "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q\"]}";
 
 typedef struct parameters {
     float values[2 * MODULES][SIZE];
@@ -275,10 +727,31 @@ static void reports_count_what_is_zero_and_what_has_changed(void)
         for (skip = 0; skip < 2; skip++) run_threads(worlds[i], counting_rank, &skip);
 }
 
+#endif
+
+#ifdef REPLICAS_CUDA
 int main(void)
+{
+    RUN(replicas_that_drift_apart_are_an_error);
+    RUN(replicas_are_compared_at_first_and_then_now_and_again);
+    RUN(nothing_is_compared_where_that_is_turned_off);
+    RUN(comparing_sends_no_message);
+    RUN(by_default_every_64th_run_compares);
+    RUN(replicas_may_hold_what_is_not_finite);
+    return test_summary("test_replicas_cuda");
+}
+#else
+int         main(void)
 {
     RUN(equal_boxes_of_one_rank_have_one_address);
     RUN(pairs_come_from_one_rank_where_they_can);
+    RUN(replicas_that_drift_apart_are_an_error);
+    RUN(replicas_are_compared_at_first_and_then_now_and_again);
+    RUN(nothing_is_compared_where_that_is_turned_off);
+    RUN(comparing_sends_no_message);
+    RUN(by_default_every_64th_run_compares);
+    RUN(replicas_may_hold_what_is_not_finite);
     RUN(reports_count_what_is_zero_and_what_has_changed);
     return test_summary("test_replicas");
 }
+#endif
