@@ -1733,7 +1733,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
                                                lorasync_error *err);
 
 /* Removes what is published under a name. Its memory is given back once engines let go of it: they keep what they
-   serve, and follow whoever publishes under that name next (newer versions only).
+   serve, and follow whoever publishes under that name next (newer versions, or a new generation).
 
    Errors: LORASYNC_E_NAME, LORASYNC_E_NOT_FOUND, LORASYNC_E_IO, LORASYNC_E_BUSY while there is a publisher. */
 LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_error *err);
@@ -19017,6 +19017,7 @@ typedef struct lorasynci_shm_head {
     uint64_t             payload_bytes; /* in device memory */
     lorasynci_shm_memory memory;
     uint64_t             digest, num_tensors; /* of the image, for receipts */
+    uint64_t             generation;          /* of the version; 0: none was ever begun here */
 } lorasynci_shm_head;
 
 /* The slot that a word names; -1 when it names none, also when it is damaged. */
@@ -20098,8 +20099,9 @@ LORASYNCI_FN void lorasynci_shm_unstage(lorasynci_shm_place *p)
     p->staged = -1;
 }
 
-/* Copies what is not in the slot already. */
-LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_image *image)
+/* Copies what is not in the slot already. generation: of what is served, in which the image goes on unless it has its
+   own. */
+LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_image *image, uint64_t generation)
 {
     lorasynci_shm_head *h      = lorasynci_shm_head_of(s, slot);
     char               *memory = lorasynci_shm_image_of(s, slot);
@@ -20111,6 +20113,7 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     h->config_bytes = strlen(image->config_json) + 1;
     h->digest       = image->has_digest ? image->digest : 0;
     h->num_tensors  = image->num_tensors;
+    h->generation   = image->generation ? image->generation : generation;
     if (image->payload_bytes && !s->device && image->payload != memory + image->header_bytes) {
         memmove(memory + image->header_bytes, image->payload, image->payload_bytes);
     }
@@ -20118,12 +20121,13 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     memcpy(memory + h->image_bytes, image->config_json, (size_t)h->config_bytes);
 }
 
-/* What an image is to the version in the slot that is served. */
+/* What an image is to the version in the slot that is served: in another generation any version may follow. */
 LORASYNCI_FN lorasync_status lorasynci_shm_check_next(const lorasynci_shm *s, int served, const lorasync_image *image,
                                                       lorasync_error *err)
 {
     const uint64_t now = lorasynci_shm_head_of(s, served)->version;
     char           where[200];
+    if (lorasynci_is_anew(image, lorasynci_shm_head_of(s, served)->generation)) return LORASYNC_OK;
     snprintf(where, sizeof where, "'%.60s' in shared memory '%s'", image->adapter, s->name);
     return lorasynci_check_next(where, now, image->version,
                                 now == image->version && lorasynci_shm_same(s, served, image), err);
@@ -20154,7 +20158,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     /* a gather into the slot has ended before it is published */
     copies = s->device && image->payload != s->payloads[s->places[adapter].next];
     if (copies) LORASYNCI_TRY(lorasynci_shm_copy_begin(s, s->places[adapter].next, image, err));
-    lorasynci_shm_fill(s, s->places[adapter].next, image);
+    lorasynci_shm_fill(s, s->places[adapter].next, image,
+                       served >= 0 ? lorasynci_shm_head_of(s, served)->generation : 0);
     if (copies) LORASYNCI_TRY(lorasynci_shm_copy_end(s, err));
     s->places[adapter].staged  = s->places[adapter].next;
     s->places[adapter].version = image->version;
@@ -20981,6 +20986,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_find_bytes(lorasynci_shm_source *s, l
     const lorasynci_shm_head *h      = (const lorasynci_shm_head *)(const void *)held->mapped->window.address;
     const char               *memory = held->mapped->window.address + LORASYNCI_SHM_HEAD;
     out->version                     = h->version;
+    out->generation                  = h->generation;
     out->bytes                       = memory;
     out->num_bytes                   = (size_t)h->image_bytes;
     out->config_json                 = memory + h->image_bytes;

@@ -423,6 +423,77 @@ static void directory_restarts(void)
     lorasync_engine_close(later);
 }
 
+/* -- shared memory */
+
+static char shm[64];
+
+static lorasync_session *start_shm(int new_generation)
+{
+    lorasync_shm_desc  d;
+    lorasync_transport t;
+    memset(&d, 0, sizeof d);
+    d.name = shm;
+    CHECK_EQ(lorasync_shm_open(&d, &t, NULL), 0);
+    return open_session(&t, new_generation);
+}
+
+static void shm_restarts(void)
+{
+    lorasync_engine_desc    desc;
+    lorasync_engine        *e = NULL, *later = NULL;
+    const lorasync_adapter *pinned;
+    lorasync_session       *s;
+    lorasync_error          err;
+    uint64_t                first, second, v;
+    snprintf(shm, sizeof shm, "generation-%ld", (long)getpid());
+    memset(&desc, 0, sizeof desc);
+    desc.shm = shm;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, NULL), 0);
+    s = start_shm(0);
+    CHECK_EQ(sync_value(s, 40, 40, &err), 0);
+    CHECK_EQ(follow(e, 40, 40), 0);
+    pinned = lorasync_acquire(e, "default");
+    lorasync_close(s);
+
+    s = start_shm(0);
+    CHECK_EQ(sync_value(s, 1, 1, &err), LORASYNC_E_VERSION);
+    CHECK_HAS(err.text, "is version 40, which is newer than 1");
+    CHECK_HAS(err.text, "go on with a greater version, or begin again with lorasync_desc.new_generation");
+    CHECK_EQ(sync_value(s, 41, 41, &err), 0);
+    CHECK_EQ(follow(e, 41, 41), 0);
+    lorasync_close(s);
+
+    s = start_shm(1);
+    CHECK_EQ(sync_value(s, 1, 1, &err), 0);
+    first = follow(e, 1, 1);
+    CHECK(first != 0);
+    CHECK_EQ(sync_value(s, 1, 7, &err), LORASYNC_E_VERSION);
+    for (v = 2; v < 9; v++) { /* slots of the generation before come round */
+        CHECK_EQ(sync_value(s, v, (float)v, &err), 0);
+        CHECK_EQ(follow(e, v, (float)v), first);
+    }
+    lorasync_close(s);
+
+    s = start_shm(0); /* goes on in the generation that it finds */
+    CHECK_EQ(sync_value(s, 8, 9, &err), LORASYNC_E_VERSION);
+    CHECK_EQ(sync_value(s, 9, 9, &err), 0);
+    CHECK_EQ(follow(e, 9, 9), first);
+    lorasync_close(s);
+
+    s = start_shm(1);
+    CHECK_EQ(sync_value(s, 9, 9, &err), 0); /* the same number and bytes, another version */
+    second = follow(e, 9, 9);
+    CHECK(second && second != first);
+    CHECK_EQ(lorasync_engine_open(&desc, &later, NULL), 0);
+    CHECK_EQ(follow(later, 9, 9), second);
+    CHECK(pinned && pinned->version == 40 && ((const float *)lorasync_find(pinned, KEY_A)->data)[0] == 40);
+    lorasync_close(s);
+    lorasync_release(pinned);
+    lorasync_engine_close(e);
+    lorasync_engine_close(later);
+    CHECK_EQ(lorasync_shm_remove(shm, NULL), 0);
+}
+
 static void base_restarts(void)
 {
     lorasync_directory_desc d;
@@ -459,6 +530,7 @@ int main(void)
     RUN(sessions);
     RUN(streams);
     RUN(directory_restarts);
+    RUN(shm_restarts);
     RUN(base_restarts);
     fresh_root();
     rmdir(root);
