@@ -110,23 +110,25 @@
                        agree on; writing a config; writing from a config; writing without a config; verifying what was
                        written
        >>publish    the directory transport; staging and commit over any number of engines
-                    -- who receives; one run of publishing; one run; the end of a run; names in a published directory;
-                       the same version again; files; the directory transport; who publishes in a directory; cleaning up
-                       a directory; staging in a directory; committing in a directory; receipts in a directory; looking
-                       for receipts in a directory; the place of a directory
+                    -- who receives; one run of publishing; one run; the end of a run; withdrawing; names in a published
+                       directory; the same version again; files; the directory transport; who publishes in a directory;
+                       cleaning up a directory; staging in a directory; committing in a directory; receipts in a
+                       directory; looking for receipts in a directory; withdrawing from a directory; closing and opening
+                       the directory transport; the place of a directory
        >>shm        the shared-memory transport
                     -- names of shared memory; segments; the control; who lives; removing; the publisher; slots; making
                        slots; adapters; payloads in device memory, the publisher's side; the shared-memory transport;
-                       receipts; lending the slot of the next version; the sessions that it is attached to; what an
-                       engine does with it; slots that an engine has mapped; payloads in device memory, the engine's
-                       side; the source; handing a version over
+                       receipts; lending the slot of the next version; the sessions that it is attached to; withdrawing
+                       from shared memory; closing and opening the shared-memory transport; what an engine does with it;
+                       slots that an engine has mapped; payloads in device memory, the engine's side; the source;
+                       handing a version over
        >>engine     poll, validate, pin, find, release
                     -- reading; names of a file's tensors; one adapter outside any engine; binding; looking for a
                        prefix; the report of a binding; serving; digests of payloads in device memory; digesting while
                        the header is read; an engine; the directory as a source; who reads a directory; looking into a
                        directory; opening versions of a directory; arrivals; reading and checking an arrival; serving an
-                       arrival; polling; receipts of what is served; what is to be done about an adapter; readers;
-                       opening and closing
+                       arrival; polling; receipts of what is served; what is to be done about an adapter; what is there,
+                       and what changed; readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
@@ -1454,6 +1456,19 @@ typedef struct lorasync_receipt {
     uint64_t age_ms;                     /* since it began to serve it */
 } lorasync_receipt;
 
+/* Who holds a version of an adapter that was withdrawn. What is not known is empty, or 0. */
+typedef struct lorasync_holder {
+    char     engine[64]; /* lorasync_engine_desc.name; terminated */
+    long     pid;        /* of its process */
+    uint64_t version;
+} lorasync_holder;
+
+/* What is left of an adapter that was withdrawn. */
+typedef struct lorasync_withdrawal {
+    size_t          num_holders; /* may be more than there is room for below */
+    lorasync_holder holders[16];
+} lorasync_withdrawal;
+
 /* Brings an image to one engine, or to a group that is staged as one. Only `stage` is required.
 
    Publishing     The publisher stages on every transport that has a commit, then on those that have none. Only if all
@@ -1500,13 +1515,13 @@ typedef struct lorasync_transport {
        session. Lent memory belongs to the session, which may write there at any time, until
        - the version made there is served: stage and commit (without a commit: stage) have succeeded with an image that
          is there. Then it is the transport's; the session may read it until its next begin;
-       - or withdraw or detach is called.
-       An abort does not end it: withdraw follows. Nor does a failed gather: the next try is made in the same place. */
+       - or take_back or detach is called.
+       An abort does not end it: take_back follows. Nor does a failed gather: the next try is made in the same place. */
     lorasync_status (*lend)(void *user, const lorasync_loan_request *want, lorasync_loan *out, lorasync_error *err);
     /* The session will not use what it was lent: publishing that version failed, or other ranks cannot reach the
        memory. The next version is made elsewhere, and no rank writes there any more. Called by the next begin, since
        the session may read an image there until then; at once for a loan that cannot be used. NULL: nothing to do. */
-    void (*withdraw)(void *user, const char *adapter, const lorasync_loan *loan);
+    void (*take_back)(void *user, const char *adapter, const lorasync_loan *loan);
     /* A session or stream wants to use this transport. `session` distinguishes it from others, `adapter` is what it
        will publish (for a stream its name), or NULL on a rank that does not publish; both are valid until detach. A
        failure is that of lorasync_attach. A transport for several sessions counts them here, and refuses a second one
@@ -1527,7 +1542,43 @@ typedef struct lorasync_transport {
        Must not block. A failure ends the look at this transport. NULL: this transport brings no receipts. */
     lorasync_status (*receipts)(void *user, const char *adapter, size_t index, lorasync_receipt *out,
                                 lorasync_error *err);
+    /* Withdraws an adapter (lorasync_transport_withdraw): tells engines to stop serving it, and gives its room back as
+       far as nobody holds it. Must not block. Called again while somebody does, and after a failure.
+         LORASYNC_OK           nothing of it is left
+         LORASYNC_NOTHING_NEW  no engine is handed it any more, and out says who still holds it
+         LORASYNC_E_NOT_FOUND  it was not published here
+       out is never NULL, and all zero at the call. NULL: adapters cannot be withdrawn from it. */
+    lorasync_status (*retire)(void *user, const char *adapter, lorasync_withdrawal *out, lorasync_error *err);
 } lorasync_transport;
+
+/* Withdraws an adapter: from now on no engine is handed it. Each engine learns of it at its next poll, stops serving it
+   and, when its readers have released it, lets go of it. Then the room is given back. Blocks until nobody holds it, at
+   most timeout_ms (0: it only looks). Not collective; within a session, use lorasync_withdraw.
+
+   It can come back: published again under that name, with any version, it is a new adapter. A transport that is killed
+   meanwhile has withdrawn it, or has not; calling this again completes it.
+
+   Directory      `latest` and the versions are deleted; <adapter>/withdrawn, a small file, stays and tells engines.
+                  Engines keep what they have mapped until their readers release it, and its room on the disk is free
+                  only then. Known are those that have left a receipt.
+                  The place of its publisher is kept until the transport closes.
+   Shared memory  Slots that no engine pins are removed. One that is lent to a session stays until the session closes.
+
+   transport  not after it was closed; its size as in lorasync_attach
+   out        who still holds it; may be NULL
+
+   Returns LORASYNC_OK if nobody holds it.
+
+   Errors:
+       LORASYNC_E_BUSY         it is withdrawn, and held after timeout_ms: the text and out name who holds it. Their
+                               room is given back by calling this again, or by the next publication of this name
+       LORASYNC_E_NOT_FOUND    nothing of that name was published there
+       LORASYNC_E_UNSUPPORTED  the transport has no `retire`
+       LORASYNC_E_NAME, LORASYNC_E_ARGUMENT, and what retire returned: for a directory LORASYNC_E_IO and
+       LORASYNC_E_FORMAT, for shared memory LORASYNC_E_STATE, as for stage; LORASYNC_E_BUSY for the place of another
+       publisher */
+LORASYNC_API lorasync_status lorasync_transport_withdraw(const lorasync_transport *transport, const char *adapter,
+                                                         int timeout_ms, lorasync_withdrawal *out, lorasync_error *err);
 
 /* What is known of an engine after a sync, from its transport; what engine processes say is in their receipts.
    LORASYNC_ENGINE_IDLE       nothing was published yet
@@ -1783,6 +1834,12 @@ typedef struct lorasync_published {
        What was served under a mark is not opened again. 0: there is no mark, and only the version counts. */
     uint64_t mark;
     uint64_t generation; /* of the version: see lorasync_desc.new_generation; 0: that of what is served, or not known */
+    /* 1: it was withdrawn (lorasync_transport_withdraw): the engine stops serving it, and there is nothing to open. An
+       adapter that look does not return is served on. */
+    int withdrawn;
+    /* A number that a withdrawal changes, so that one which was over before the engine looked is seen, too: what was
+       served under another number is not served any more, and the next version may be any. 0: there is no number. */
+    uint64_t tenancy;
 } lorasync_published;
 
 /* A module of the engine's model to which a LoRA adapter can be applied, as the adapter sees it: an engine that has q,
@@ -1872,7 +1929,8 @@ typedef struct lorasync_source {
        and every 1 to 10 s; in between it asks what changed. NULL: it always looks at everything. */
     lorasync_status (*changed)(void *user, size_t index, lorasync_published *out, lorasync_error *err);
     /* Tells the publisher what the engine serves now of an adapter: called after each version of this source that the
-       engine has begun to serve. `receipt` is valid during the call. A failure is not the poll's:
+       engine has begun to serve; and with version 0 when, after a withdrawal or lorasync_engine_drop, no reader holds
+       any of an adapter that it has told of. `receipt` is valid during the call. A failure is not the poll's:
        lorasync_engine_receipt returns it. NULL: the publisher is told nothing. */
     lorasync_status (*acknowledge)(void *user, const lorasync_receipt *receipt, lorasync_error *err);
 } lorasync_source;
@@ -1948,8 +2006,9 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
 
    timeout_ms  how long to wait for something newer; 0: look once
 
-   Returns LORASYNC_OK if something newer is served, LORASYNC_NOTHING_NEW if not, otherwise the first failure: the old
-   version is still served, and the next poll tries again.
+   Returns LORASYNC_OK if something newer is served, or something is not served any more because it was withdrawn
+   (lorasync_engine_next_change says what); LORASYNC_NOTHING_NEW if not; otherwise the first failure: the old version is
+   still served, and the next poll tries again.
 
    Errors:
        LORASYNC_E_VERSION      what is published is older than what is served (a trainer started again in an emptied
@@ -2010,6 +2069,42 @@ LORASYNC_API lorasync_status lorasync_engine_offer(lorasync_engine *engine, cons
        what source.acknowledge returned; LORASYNC_E_ARGUMENT */
 LORASYNC_API lorasync_status lorasync_engine_receipt(lorasync_engine *engine, const char *adapter,
                                                      lorasync_receipt *out, lorasync_error *err);
+
+/* Stops serving an adapter, whatever its source says. Readers that have pinned it keep it until they release it; the
+   polls after that give it back. The engine does not take the same version, or an older one, from a source again; a
+   newer one, one of another generation, one that came after a withdrawal, and whatever is offered, it serves as ever.
+   One thread at a time, polls included; readers may go on meanwhile.
+
+   Errors: LORASYNC_E_NOT_FOUND if it serves no adapter of that name, LORASYNC_E_ARGUMENT. */
+LORASYNC_API lorasync_status lorasync_engine_drop(lorasync_engine *engine, const char *adapter, lorasync_error *err);
+
+/* One adapter that an engine serves, or has served. */
+typedef struct lorasync_listed {
+    const char *adapter; /* its name; lives as long as the engine */
+    uint64_t    version; /* that is served; 0: none any more, or none yet */
+    uint64_t    generation;
+} lorasync_listed;
+
+/* The adapters of an engine, in no order; also those of which it has served nothing yet, or nothing any more. Fills in
+   the first max_listed of them and returns how many there are: 0 for max_listed only counts. They never become fewer.
+   Any thread, also while another one polls. */
+LORASYNC_API size_t lorasync_engine_list(lorasync_engine *engine, lorasync_listed *out, size_t max_listed);
+
+/* What changed about one adapter. */
+typedef struct lorasync_change {
+    const char *adapter;     /* its name; lives as long as the engine */
+    uint64_t    version;     /* that is served now; 0: it was withdrawn, or dropped */
+    uint64_t    old_version; /* that was served when this adapter's change was told last; 0: none */
+} lorasync_change;
+
+/* Tells what polls, offers and drops have changed since it was told last, one adapter at a time, each once with its
+   newest version, the first change first:
+
+       while (lorasync_engine_next_change(e, &c) == LORASYNC_OK) reload(c.adapter, c.version);
+
+   Returns LORASYNC_NOTHING_NEW when all is told. Whoever does not want to know need not call it. One thread at a time,
+   polls included. */
+LORASYNC_API lorasync_status lorasync_engine_next_change(lorasync_engine *engine, lorasync_change *out);
 
 /* Pins the served version of an adapter and returns it, or NULL if there is none. Wait-free, except for a retry when
    a poll swaps versions in between; no system call, no allocation. Any thread, also while another one polls. */
@@ -17228,11 +17323,12 @@ LORASYNCI_FN lorasync_status lorasynci_transport_copy(const lorasync_transport *
     if (LORASYNCI_COVERS(given, close)) t.close = given->close;
     if (LORASYNCI_COVERS(given, takes_buckets)) t.takes_buckets = given->takes_buckets;
     if (LORASYNCI_COVERS(given, lend)) t.lend = given->lend;
-    if (LORASYNCI_COVERS(given, withdraw)) t.withdraw = given->withdraw;
+    if (LORASYNCI_COVERS(given, take_back)) t.take_back = given->take_back;
     if (LORASYNCI_COVERS(given, attach)) t.attach = given->attach;
     if (LORASYNCI_COVERS(given, detach)) t.detach = given->detach;
     if (LORASYNCI_COVERS(given, carries)) t.carries = given->carries;
     if (LORASYNCI_COVERS(given, receipts)) t.receipts = given->receipts;
+    if (LORASYNCI_COVERS(given, retire)) t.retire = given->retire;
     *out = t;
     return LORASYNC_OK;
 }
@@ -17611,6 +17707,82 @@ LORASYNCI_FN size_t lorasynci_num_serving(const lorasync_engine_outcome *outcome
     return n;
 }
 
+/* -- withdrawing */
+
+/* Adds one who holds a version. */
+LORASYNCI_FN void lorasynci_add_holder(lorasync_withdrawal *out, const char *name, long pid, uint64_t version)
+{
+    lorasync_holder *h;
+    if (out->num_holders++ >= LORASYNCI_COUNT(out->holders)) return;
+    h          = &out->holders[out->num_holders - 1];
+    h->pid     = pid;
+    h->version = version;
+    snprintf(h->engine, sizeof h->engine, "%.63s", name);
+}
+
+/* Appends "engine 'a' (process 77) holds v12", as far as it is known. */
+LORASYNCI_FN void lorasynci_put_holder(char *text, size_t size, const lorasync_holder *h)
+{
+    size_t used = strlen(text);
+    text += used, size -= used;
+    if (h->engine[0] && h->pid) snprintf(text, size, "engine '%.40s' (process %ld)", h->engine, h->pid);
+    else if (h->engine[0]) snprintf(text, size, "engine '%.40s'", h->engine);
+    else if (h->pid) snprintf(text, size, "process %ld", h->pid);
+    else snprintf(text, size, "an engine");
+    used = strlen(text);
+    if (h->version) snprintf(text + used, size - used, " holds v%llu", (unsigned long long)h->version);
+}
+
+/* The error of an adapter that is withdrawn, and held. */
+LORASYNCI_FN lorasync_status lorasynci_tell_holders(const lorasync_withdrawal *w, const char *transport,
+                                                    const char *adapter, lorasync_error *err)
+{
+    char   text[360] = "", more[40] = "";
+    size_t i, num = w->num_holders < LORASYNCI_COUNT(w->holders) ? w->num_holders : LORASYNCI_COUNT(w->holders);
+    for (i = 0; i < num && strlen(text) < 200; i++) {
+        if (i) strcat(text, ", ");
+        lorasynci_put_holder(text, sizeof text, &w->holders[i]);
+    }
+    if (i < w->num_holders) snprintf(more, sizeof more, ", and %zu more", w->num_holders - i);
+    return lorasynci_fail(err, LORASYNC_E_BUSY, "adapter '%.40s' is withdrawn from '%.60s' and still held: %s%s",
+                          adapter, transport, text, more);
+}
+
+/* Until nobody holds it, or the deadline. The transport is as transport_copy left it. */
+LORASYNCI_FN lorasync_status lorasynci_withdraw(const lorasync_transport *t, const char *adapter, uint64_t deadline_ns,
+                                                lorasync_withdrawal *out, lorasync_error *err)
+{
+    lorasync_status status;
+    lorasync_error  inner;
+    uint64_t        rest_ns = 25000;
+    if (!t->retire) {
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "transport '%.100s' has no retire callback: adapters cannot be withdrawn from it",
+                              t->name);
+    }
+    for (;;) {
+        memset(out, 0, sizeof *out);
+        memset(&inner, 0, sizeof inner);
+        status = t->retire(t->user, adapter, out, &inner);
+        if (status != LORASYNC_NOTHING_NEW) return lorasynci_called(t, "withdraw an adapter", status, &inner, err);
+        if (lorasynci_now_ns() >= deadline_ns) return lorasynci_tell_holders(out, t->name, adapter, err);
+        rest_ns = rest_ns < 2500000 ? rest_ns * 2 : 5000000;
+        lorasynci_sleep_ns(rest_ns);
+    }
+}
+
+LORASYNC_API lorasync_status lorasync_transport_withdraw(const lorasync_transport *transport, const char *adapter,
+                                                         int timeout_ms, lorasync_withdrawal *out, lorasync_error *err)
+{
+    lorasync_transport  t;
+    lorasync_withdrawal own;
+    if (out) memset(out, 0, sizeof *out);
+    LORASYNCI_TRY(lorasynci_transport_copy(transport, &t, err));
+    LORASYNCI_GIVEN(adapter);
+    LORASYNCI_TRY(lorasynci_check_timeout("timeout_ms", timeout_ms, err));
+    return lorasynci_withdraw(&t, adapter, lorasynci_deadline_ns(timeout_ms), out ? out : &own, err);
+}
+
 /* -- names in a published directory. The engine reads them too. */
 
 #define LORASYNCI_MODEL_FILE "adapter_model.safetensors"
@@ -17618,6 +17790,7 @@ LORASYNCI_FN size_t lorasynci_num_serving(const lorasync_engine_outcome *outcome
 #define LORASYNCI_BASE_FILE "model.safetensors"
 #define LORASYNCI_BASE_INDEX "model.safetensors.index.json"
 #define LORASYNCI_BASE_CONFIG "config.json"
+#define LORASYNCI_WITHDRAWN "withdrawn"
 #define LORASYNCI_MAX_DIRECTORY 3000
 
 /* The end of a path, which tells most, short enough to leave room in an error text. */
@@ -17740,6 +17913,21 @@ LORASYNCI_FN lorasync_status lorasynci_read_latest(int adapter_fd, const char *r
     memset(out, 0, sizeof *out);
     return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s/%.60s/latest points to '%s', expected v<number>; remove the link",
                           where, adapter, target);
+}
+
+/* The number of the last withdrawal from an adapter's directory; 0: there was none, or it cannot be read now. What
+   `latest` names is published all the same. */
+LORASYNCI_FN uint64_t lorasynci_read_withdrawn(int adapter_fd)
+{
+    char    text[32];
+    ssize_t n;
+    int     fd = openat(adapter_fd, LORASYNCI_WITHDRAWN, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (fd < 0) return 0;
+    n = read(fd, text, sizeof text - 1);
+    close(fd);
+    if (n <= 0) return 0;
+    text[n] = 0;
+    return strtoull(text, NULL, 16);
 }
 
 /* A directory's file descriptor, or -1 with errno. */
@@ -17936,7 +18124,8 @@ LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_co
             .stage-<nonce>-v13/           being written
             v11/ v12/                     whole, and never changed again
             latest -> v12                 where there are no links a file that says v12
-            .latest-<nonce>               about to be renamed to latest
+            withdrawn                     a random number, of the last withdrawal: without `latest`, that is all
+            .latest-<nonce>               about to be renamed to latest; .withdrawn-<nonce> to withdrawn
             .old-<nonce>-v10.0/           being removed
 
    In a generation v13 is v13-<generation>, so that no two versions of a place ever have one name. The nonce is the
@@ -18202,7 +18391,7 @@ LORASYNCI_FN lorasynci_lease *lorasynci_lease_of(lorasynci_directory *d, const c
    nonce.) */
 LORASYNCI_FN int lorasynci_is_working_name(const char *name)
 {
-    static const char *const prefixes[] = {".stage-", ".old-", ".latest-"};
+    static const char *const prefixes[] = {".stage-", ".old-", ".latest-", ".withdrawn-"};
     size_t                   i, n;
     for (i = 0; i < LORASYNCI_COUNT(prefixes); i++) {
         if (strncmp(name, prefixes[i], strlen(prefixes[i])) != 0) continue;
@@ -18262,6 +18451,21 @@ LORASYNCI_FN void lorasynci_prune(const lorasynci_directory *d, const lorasynci_
            strcmp(oldest.name, latest->name) != 0) {
         if (lorasynci_retire(lease, adapter_fd, oldest.name) != 0) return;
     }
+}
+
+/* Takes away all versions, which `latest` does not name any more. 0 or the first errno. */
+LORASYNCI_FN int lorasynci_remove_versions(const lorasynci_lease *lease, int adapter_fd)
+{
+    DIR             *list = lorasynci_list_directory(adapter_fd);
+    struct dirent   *entry;
+    lorasynci_latest v;
+    int              failed = list ? 0 : errno, one;
+    while (list && (entry = readdir(list)) != NULL) {
+        one = lorasynci_parse_version(entry->d_name, &v) ? lorasynci_retire(lease, adapter_fd, entry->d_name) : 0;
+        if (!failed && one != ENOENT) failed = one;
+    }
+    if (list) closedir(list);
+    return failed;
 }
 
 /* 1 if the bytes at fd go on like this. */
@@ -18376,6 +18580,9 @@ LORASYNCI_FN lorasync_status lorasynci_stage_at(lorasynci_directory *d, lorasync
     is_latest = strcmp(latest.name, version) == 0;
     if (!lorasynci_is_anew(image, latest.generation) && latest.version > image->version)
         return lorasynci_check_latest(d, image->adapter, latest.version, image->version, 0, err);
+    /* what an interrupted withdrawal has left: nobody looks there */
+    if (!latest.name[0] && image->bucket == 0 && lorasynci_read_withdrawn(adapter_fd))
+        lorasynci_remove_versions(lease, adapter_fd);
     /* 1: the version's first bucket was written, so it is not the version that is there */
     staging = image->bucket && lorasynci_look(adapter_fd, stage) == 0;
     same = !staging && (image->num_buckets < 2 || is_latest) && lorasynci_same_version(d, adapter_fd, version, image);
@@ -18761,6 +18968,99 @@ LORASYNCI_FN lorasync_status lorasynci_directory_receipts(void *user, const char
     return LORASYNC_NOTHING_NEW;
 }
 
+/* -- withdrawing from a directory */
+
+/* Gives this withdrawal its number, durable before anything else is done: `latest` is then removed, and engines tell
+   its absence from a directory that they cannot see. 0 or an errno. */
+LORASYNCI_FN int lorasynci_number_withdrawal(const lorasynci_directory *d, const lorasynci_lease *lease, int adapter_fd,
+                                             const char **what)
+{
+    char name[40], text[32];
+    int  failed;
+    snprintf(name, sizeof name, ".withdrawn-%016llx", (unsigned long long)lease->nonce);
+    snprintf(text, sizeof text, "%016llx\n", (unsigned long long)lorasynci_random());
+    unlinkat(adapter_fd, name, 0);
+    failed = lorasynci_write_file(adapter_fd, name, lorasynci_text_content(text), d->no_fsync, what);
+    if (!failed) *what = "replace";
+    if (!failed && renameat(adapter_fd, name, adapter_fd, LORASYNCI_WITHDRAWN) != 0) failed = errno;
+    if (!failed && !d->no_fsync) failed = lorasynci_sync_directory(adapter_fd);
+    return failed;
+}
+
+/* Removes `latest`, after which nothing is published, unless another publisher has come. */
+LORASYNCI_FN lorasync_status lorasynci_remove_latest(const lorasynci_directory *d, const lorasynci_lease *lease,
+                                                     int adapter_fd, lorasync_error *err)
+{
+    const char *what;
+    int         failed = lorasynci_number_withdrawal(d, lease, adapter_fd, &what);
+    if (failed) return lorasynci_fail_file(err, d, what, lease->adapter, LORASYNCI_WITHDRAWN, failed);
+    LORASYNCI_TRY(lorasynci_check_lease(d, lease, adapter_fd, err));
+    what = "remove";
+    if (unlinkat(adapter_fd, "latest", 0) != 0 && errno != ENOENT) failed = errno;
+    if (!failed && !d->no_fsync) {
+        what   = "fsync the directory of";
+        failed = lorasynci_sync_directory(adapter_fd);
+    }
+    return failed ? lorasynci_fail_file(err, d, what, lease->adapter, "latest", failed) : LORASYNC_OK;
+}
+
+/* Withdraws what an adapter's directory publishes. After a kill at any point the next call, or the next stage, goes on
+   where it was. */
+LORASYNCI_FN lorasync_status lorasynci_retire_at(const lorasynci_directory *d, lorasynci_lease *lease, int adapter_fd,
+                                                 lorasync_error *err)
+{
+    lorasynci_latest latest;
+    int              failed;
+    LORASYNCI_TRY(lorasynci_find_latest(d, adapter_fd, lease->adapter, &latest, err));
+    if (!latest.name[0] && !lorasynci_read_withdrawn(adapter_fd))
+        return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "nothing is published in %s/%.60s", lorasynci_end_of(d->path),
+                              lease->adapter);
+    LORASYNCI_TRY(lorasynci_lease_take(d, lease, adapter_fd, err));
+    if (latest.name[0]) LORASYNCI_TRY(lorasynci_remove_latest(d, lease, adapter_fd, err));
+    lorasynci_remove_stale(adapter_fd);
+    failed = lorasynci_remove_versions(lease, adapter_fd);
+    return failed ? lorasynci_fail_file(err, d, "remove the versions in", lease->adapter, "", failed) : LORASYNC_OK;
+}
+
+/* Who has left a receipt. Who has files mapped keeps them, and takes its receipt back when it does not any more. */
+LORASYNCI_FN lorasync_status lorasynci_directory_holders(lorasynci_directory *d, const char *adapter,
+                                                         lorasync_withdrawal *out, lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_OK;
+    size_t          i;
+    for (i = 0; status == LORASYNC_OK; i++) {
+        lorasync_receipt receipt;
+        memset(&receipt, 0, sizeof receipt);
+        status = lorasynci_directory_receipts(d, adapter, i, &receipt, err);
+        if (status == LORASYNC_OK && receipt.version) lorasynci_add_holder(out, receipt.engine, 0, receipt.version);
+    }
+    return status == LORASYNC_NOTHING_NEW && !out->num_holders ? LORASYNC_OK : status;
+}
+
+/* The transport's retire. */
+LORASYNCI_FN lorasync_status lorasynci_directory_retire(void *user, const char *adapter, lorasync_withdrawal *out,
+                                                        lorasync_error *err)
+{
+    lorasynci_directory *d = (lorasynci_directory *)user;
+    lorasynci_lease     *lease;
+    lorasync_status      status;
+    int                  root, fd = -1;
+    LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
+    root = lorasynci_open_directory(AT_FDCWD, d->path);
+    if (root >= 0) fd = lorasynci_open_directory(root, adapter);
+    if (fd < 0)
+        status = lorasynci_fail(err, errno == ENOENT ? LORASYNC_E_NOT_FOUND : LORASYNC_E_IO,
+                                "cannot open the directory %s/%.60s: %s", lorasynci_end_of(d->path), adapter,
+                                strerror(errno));
+    else if ((lease = lorasynci_lease_of(d, adapter)) == NULL) status = lorasynci_fail_memory(err, sizeof *lease);
+    else status = lorasynci_retire_at(d, lease, fd, err);
+    if (root >= 0) close(root);
+    if (fd >= 0) close(fd);
+    return status < 0 ? status : lorasynci_directory_holders(d, adapter, out, err);
+}
+
+/* -- closing and opening the directory transport */
+
 /* What was published stays. */
 LORASYNCI_FN void lorasynci_directory_close(void *user)
 {
@@ -18890,6 +19190,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     out->abort         = lorasynci_directory_abort;
     out->close         = lorasynci_directory_close;
     out->receipts      = lorasynci_directory_receipts;
+    out->retire        = lorasynci_directory_retire;
     out->takes_buckets = 1;
     out->carries       = LORASYNC_CARRIES_ADAPTER | LORASYNC_CARRIES_BASE;
     return LORASYNC_OK;
@@ -18906,6 +19207,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
                                    payload in device memory
 
        adapters  [ "default" word | "b" word | ... ]  word = number << 16 | slot + 1; 0: nothing is published
+                                                      number << 16: it was withdrawn
        slots     [ serial, size, adapter | ... ]      a segment keeps its serial and size for life; serial 0: no segment
        readers   [ owner, a pin bit and an opened bit for each slot | ... ]    one per engine; owner 0: free
 
@@ -18966,6 +19268,7 @@ static const uint64_t lorasynci_shm_magic = UINT64_C(0x6d68732d61726f02); /* lay
 
 typedef struct lorasynci_shm_adapter {
     uint64_t word;      /* atomic. The commit point */
+    uint64_t tenancy;   /* atomic. The number of the withdrawal before what is published; 0: there was none */
     char     name[208]; /* never changes while word is not 0 */
 } lorasynci_shm_adapter;
 
@@ -19040,6 +19343,12 @@ LORASYNCI_FN uint64_t lorasynci_shm_receipt(uint64_t word, int64_t num_bound)
 LORASYNCI_FN int lorasynci_shm_is_receipt_of(uint64_t receipt, uint64_t word)
 {
     return receipt && (receipt ^ word) << (64 - LORASYNCI_SHM_WORD_BITS) == 0;
+}
+
+/* 1 for the word of an adapter that was withdrawn. */
+LORASYNCI_FN int lorasynci_shm_is_withdrawn(uint64_t word)
+{
+    return word && !(word & (((uint64_t)1 << LORASYNCI_SHM_SLOT_BITS) - 1));
 }
 
 /* -- names of shared memory */
@@ -19801,10 +20110,18 @@ LORASYNCI_FN void lorasynci_shm_unlink_name(lorasynci_shm *s, int i)
     if (*at == i) *at = s->places[i].same_hash;
 }
 
-/* 1 for a place that any name may take. */
-LORASYNCI_FN int lorasynci_shm_is_vacant(const lorasynci_shm *s, int i)
+/* 1 for a place that has no name. */
+LORASYNCI_FN int lorasynci_shm_is_nameless(const lorasynci_shm *s, int i)
 {
     return !s->map.control->adapters[i].word && s->places[i].next < 0 && s->places[i].staged < 0;
+}
+
+/* 1 for a place that any name may take: also that of an adapter that was withdrawn, when no engine and no session holds
+   any of it. */
+LORASYNCI_FN int lorasynci_shm_is_vacant(const lorasynci_shm *s, int i)
+{
+    return lorasynci_shm_is_nameless(s, i) ||
+           (lorasynci_shm_is_withdrawn(s->map.control->adapters[i].word) && s->places[i].slots < 0);
 }
 
 /* The place of a name in the table; -1 when it has none. */
@@ -19813,7 +20130,7 @@ LORASYNCI_FN int lorasynci_shm_find(lorasynci_shm *s, const char *adapter)
     int i;
     for (i = *lorasynci_shm_chain(s, adapter); i >= 0; i = s->places[i].same_hash) {
         const lorasynci_shm_adapter *entry = &s->map.control->adapters[i];
-        if (!lorasynci_shm_is_vacant(s, i) && strncmp(entry->name, adapter, sizeof entry->name) == 0) return i;
+        if (!lorasynci_shm_is_nameless(s, i) && strncmp(entry->name, adapter, sizeof entry->name) == 0) return i;
     }
     return -1;
 }
@@ -19836,6 +20153,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_add(lorasynci_shm *s, const char *ada
     lorasynci_shm_path(path, s->name, 0);
     if (failed) return lorasynci_shm_fail(err, "make room for", path, failed);
     if (i < num) lorasynci_shm_unlink_name(s, i);
+    __atomic_store_n(&c->adapters[i].word, (uint64_t)0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&c->adapters[i].tenancy, (uint64_t)0, __ATOMIC_SEQ_CST);
     memset(c->adapters[i].name, 0, sizeof c->adapters[i].name);
     memcpy(c->adapters[i].name, adapter, strlen(adapter));
     lorasynci_shm_link_name(s, i);
@@ -20167,12 +20486,15 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     return LORASYNC_OK;
 }
 
-/* The one store that makes engines see what an adapter is now. A number that a killed publisher has drawn is lost. */
+/* The one store that makes engines see what an adapter is now; slot -1: withdrawn. A number that a killed publisher has
+   drawn is lost. */
 LORASYNCI_FN void lorasynci_shm_name(lorasynci_shm *s, int adapter, int slot)
 {
     lorasynci_shm_control *c      = s->map.control;
-    const uint64_t         number = ++c->last_number;
+    const uint64_t         number = ++c->last_number, old = c->adapters[adapter].word;
     LORASYNC_ASSERT(slot < LORASYNCI_SHM_SLOTS);
+    if (lorasynci_shm_is_withdrawn(old))
+        __atomic_store_n(&c->adapters[adapter].tenancy, old >> LORASYNCI_SHM_SLOT_BITS, __ATOMIC_SEQ_CST);
     __atomic_store_n(&c->adapters[adapter].word, number << LORASYNCI_SHM_SLOT_BITS | (uint64_t)(slot + 1),
                      __ATOMIC_SEQ_CST);
 }
@@ -20230,6 +20552,16 @@ LORASYNCI_FN void lorasynci_shm_read_receipt(lorasynci_shm *s, int adapter, cons
     out->age_ms      = now > then ? (now - then) / 1000000 : 0;
 }
 
+/* An engine's name, as it stands in its place. */
+LORASYNCI_FN void lorasynci_shm_read_name(const lorasynci_shm_reader *r, char out[64])
+{
+    uint64_t words[LORASYNCI_SHM_NAME];
+    int      i;
+    for (i = 0; i < LORASYNCI_SHM_NAME; i++) words[i] = __atomic_load_n(&r->name[i], __ATOMIC_SEQ_CST);
+    memcpy(out, words, sizeof words);
+    out[sizeof words - 1] = 0;
+}
+
 /* What an engine that lives says of an adapter; -1 for one that nobody has published yet. 0: nothing, as it is not
    there, does not say who it is, or takes other adapters only. Engines that are dead lose their places here. */
 LORASYNCI_FN int lorasynci_shm_ask(lorasynci_shm *s, int place, const char *name, int adapter, lorasync_receipt *out)
@@ -20237,13 +20569,10 @@ LORASYNCI_FN int lorasynci_shm_ask(lorasynci_shm *s, int place, const char *name
     lorasynci_shm_reader *r     = &s->map.control->readers[place];
     const uint64_t        owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
     const uint64_t        only  = __atomic_load_n(&r->only, __ATOMIC_SEQ_CST);
-    uint64_t              words[LORASYNCI_SHM_NAME];
-    int                   i;
     if (!owner || __atomic_load_n(&r->who, __ATOMIC_SEQ_CST) != owner) return 0;
     if (only && only != lorasynci_hash(name, strlen(name), 13)) return 0;
     if (!lorasynci_shm_reader_lives(s, place, owner)) return 0;
-    for (i = 0; i < LORASYNCI_SHM_NAME; i++) words[i] = __atomic_load_n(&r->name[i], __ATOMIC_SEQ_CST);
-    memcpy(out->engine, words, sizeof words);
+    lorasynci_shm_read_name(r, out->engine);
     out->num_bound = -1;
     if (adapter >= 0) lorasynci_shm_read_receipt(s, adapter, r, out);
     return __atomic_load_n(&r->who, __ATOMIC_SEQ_CST) == owner; /* else it has gone meanwhile */
@@ -20386,7 +20715,57 @@ LORASYNCI_FN void lorasynci_shm_take_back(lorasynci_shm *s, const char *adapter,
     if (s->device && left_behind) lorasynci_shm_abandon(s, i, slot);
     if (!s->device && slot >= 0) lorasynci_shm_drop_slot(s, slot);
     lorasynci_shm_note_open(s, i, NULL, 0);
+    if (lorasynci_shm_is_withdrawn(s->map.control->adapters[i].word)) lorasynci_shm_trim(s, i, SIZE_MAX / 4, 0, -1);
 }
+
+/* -- withdrawing from shared memory */
+
+/* Who keeps a slot that could not be removed. */
+LORASYNCI_FN void lorasynci_shm_tell_slot(lorasynci_shm *s, int slot, lorasync_withdrawal *out)
+{
+    const lorasynci_shm_control *c   = s->map.control;
+    const int                    num = lorasynci_shm_taken(&c->num_readers, LORASYNCI_SHM_READERS);
+    const uint64_t version           = lorasynci_shm_have_slot(s, slot) ? lorasynci_shm_head_of(s, slot)->version : 0;
+    int            i;
+    for (i = 0; i < num; i++) {
+        const lorasynci_shm_reader *r     = &c->readers[i];
+        const uint64_t              owner = __atomic_load_n(&r->owner, __ATOMIC_SEQ_CST);
+        const uint64_t              bits  = __atomic_load_n(&r->pins[slot / 64], __ATOMIC_SEQ_CST) |
+                              __atomic_load_n(&r->opened[slot / 64], __ATOMIC_SEQ_CST);
+        char engine[64] = "";
+        if (!owner || !(bits >> (slot % 64) & 1)) continue;
+        if (__atomic_load_n(&r->who, __ATOMIC_SEQ_CST) == owner) lorasynci_shm_read_name(r, engine);
+        lorasynci_add_holder(out, engine, lorasynci_process_pid(owner), version);
+    }
+}
+
+/* The transport's retire: the one store that withdraws, then the room of what nobody holds. */
+LORASYNCI_FN lorasync_status lorasynci_shm_withdraw(void *user, const char *adapter, lorasync_withdrawal *out,
+                                                    lorasync_error *err)
+{
+    lorasynci_shm               *s = (lorasynci_shm *)user;
+    const lorasynci_shm_session *c;
+    int                          i, slot;
+    LORASYNCI_TRY(lorasynci_check_adapter_name(adapter, err));
+    LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
+    i = lorasynci_shm_find(s, adapter);
+    if (i < 0 || !s->map.control->adapters[i].word) {
+        return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "nothing is published in shared memory '%s' as '%.60s'",
+                              s->name, adapter);
+    }
+    if (!lorasynci_shm_is_withdrawn(s->map.control->adapters[i].word)) {
+        lorasynci_shm_name(s, i, -1);
+        lorasynci_shm_ring(s->map.control);
+    }
+    lorasynci_shm_bury(s);
+    c = lorasynci_shm_session_of(s, adapter);
+    if (!c || !c->session) lorasynci_shm_take_back(s, adapter, 0); /* else it is lent, or staged: the session's */
+    lorasynci_shm_trim(s, i, SIZE_MAX / 4, 0, -1);
+    for (slot = s->places[i].slots; slot >= 0; slot = s->more_slots[slot]) lorasynci_shm_tell_slot(s, slot, out);
+    return out->num_holders ? LORASYNC_NOTHING_NEW : LORASYNC_OK;
+}
+
+/* -- closing and opening the shared-memory transport */
 
 /* A session closes. */
 LORASYNCI_FN void lorasynci_shm_dismiss(void *user, const void *session, const char *adapter, int left_behind)
@@ -20478,6 +20857,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     out->attach   = lorasynci_shm_admit;
     out->detach   = lorasynci_shm_dismiss;
     out->receipts = lorasynci_shm_receipts;
+    out->retire   = lorasynci_shm_withdraw;
     out->carries  = LORASYNC_CARRIES_ADAPTER | (s->device ? LORASYNC_CARRIES_DEVICE : 0);
     return LORASYNC_OK;
 }
@@ -20929,7 +21309,11 @@ LORASYNCI_FN lorasync_status lorasynci_shm_tell(lorasynci_shm_source *s, int onl
         memcpy(out->adapter, entry->name, sizeof entry->name);
         out->adapter[sizeof entry->name - 1] = 0;
         out->mark                            = lorasynci_shm_mark_of(s, word);
-        return LORASYNC_OK;
+        out->withdrawn                       = lorasynci_shm_is_withdrawn(word);
+        out->tenancy =
+            out->withdrawn ? word >> LORASYNCI_SHM_SLOT_BITS : __atomic_load_n(&entry->tenancy, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&entry->word, __ATOMIC_SEQ_CST) == word) return LORASYNC_OK;
+        s->next--; /* another name may stand there by now */
     }
     return LORASYNC_NOTHING_NEW;
 }
@@ -21013,19 +21397,25 @@ LORASYNCI_FN lorasync_status lorasynci_shm_find_bytes(lorasynci_shm_source *s, l
 /* -- handing a version over */
 
 /* Pins, maps and opens what an adapter's place in the control names. */
-LORASYNCI_FN lorasync_status lorasynci_shm_hand_over(lorasynci_shm_source *s, int place, lorasynci_shm_held *held,
-                                                     lorasync_delivery *out, lorasync_error *err)
+LORASYNCI_FN lorasync_status lorasynci_shm_hand_over(lorasynci_shm_source *s, int place, const char *adapter,
+                                                     lorasynci_shm_held *held, lorasync_delivery *out,
+                                                     lorasync_error *err)
 {
     lorasynci_mapped *mapped = NULL;
     lorasync_status   status;
     uint64_t          word;
     held->slot = lorasynci_shm_pin(s->view, place, &word);
+    if (!word || lorasynci_shm_is_withdrawn(word)) return LORASYNC_NOTHING_NEW;
     if (held->slot < 0) {
         return lorasynci_fail(
             err, LORASYNC_E_FORMAT,
             "shared memory '%s' is damaged: %016llx names no slot; remove it with lorasync_shm_remove", s->name,
             (unsigned long long)word);
     }
+    /* while it is pinned its place keeps its name; before, another may have come there */
+    if (strncmp(s->view->map.control->adapters[place].name, adapter, sizeof s->view->map.control->adapters[0].name) !=
+        0)
+        return LORASYNC_NOTHING_NEW;
     LORASYNCI_TRY(lorasynci_mapped_get(&s->mapped, s->view, s->name, held->slot, &mapped, err));
     held->mapped = mapped;
     mapped->window.num_users++;
@@ -21067,8 +21457,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_open_version(void *user, const lorasy
     held->view = s->view;
     s->view->num_users++;
     snprintf(held->where, sizeof held->where, "'%.60s' in %s", what->adapter, s->title);
-    status = lorasynci_shm_hand_over(s, place, held, out, err);
-    if (status < 0) {
+    status = lorasynci_shm_hand_over(s, place, what->adapter, held, out, err);
+    if (status != LORASYNC_OK) {
         lorasynci_shm_release(held);
         return status;
     }
@@ -21081,9 +21471,14 @@ LORASYNCI_FN lorasync_status lorasynci_shm_open_version(void *user, const lorasy
 /* The engine serves what was handed over last. */
 LORASYNCI_FN lorasync_status lorasynci_shm_acknowledge(void *user, const lorasync_receipt *receipt, lorasync_error *err)
 {
-    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    lorasynci_shm_source *s     = (lorasynci_shm_source *)user;
+    const int             place = s->view && !receipt->version ? lorasynci_shm_place_of(s, receipt->adapter) : -1;
     (void)err;
-    if (!s->word || !lorasynci_shm_is_ours(s->view)) return LORASYNC_OK;
+    if (!s->word || !s->view || !lorasynci_shm_is_ours(s->view)) return LORASYNC_OK;
+    if (!receipt->version) { /* none is served any more */
+        if (place >= 0) __atomic_store_n(&s->view->reader->receipts[place], (uint64_t)0, __ATOMIC_SEQ_CST);
+        return LORASYNC_OK;
+    }
     __atomic_store_n(&s->view->reader->said_at_ns[s->place], lorasynci_clock_ns(), __ATOMIC_SEQ_CST);
     __atomic_store_n(&s->view->reader->receipts[s->place], lorasynci_shm_receipt(s->word, receipt->num_bound),
                      __ATOMIC_SEQ_CST);
@@ -21828,14 +22223,22 @@ typedef struct lorasynci_kept_version {
 
 typedef struct lorasynci_served {
     struct lorasynci_served *next, *same_hash;
-    char                    *name;
-    uint64_t                 mark;      /* the source's, of what is served; 0: none */
-    int64_t                  num_bound; /* tensors of what is served; -1: not known */
-    uint64_t                 since_ns;  /* it is */
-    lorasync_error           untold;    /* why the publisher does not know of it; status 0: it does */
-    int                      current;   /* place; -1 while nothing is served. Atomic, written by the poll alone */
-    lorasynci_kept_version   versions[LORASYNCI_VERSIONS];
-    uint64_t                 left[LORASYNCI_LEFT]; /* the generations before that of what is served, newest first */
+    struct lorasynci_served *next_changed; /* whose change was not told yet, in the order of the first */
+    int                      is_changed;   /* 1: in that chain */
+    uint64_t                 told;         /* the version that was served when its change was told last; 0: none */
+    int                      is_found, is_withdrawn; /* 1: a source has named it; 1: as withdrawn, the last time */
+    uint64_t                 tenancy;                /* as it named it; 0: without */
+    /* what lorasync_engine_drop dropped: served is only what is newer; 0: nothing */
+    uint64_t               dropped_version, dropped_generation;
+    char                  *name;
+    uint64_t               mark;      /* the source's, of what is served; 0: none */
+    int64_t                num_bound; /* tensors of what is served; -1: not known */
+    uint64_t               since_ns;  /* it is */
+    int                    is_told;   /* 1: the publisher knows of a version */
+    lorasync_error         untold;    /* why the publisher does not know of it; status 0: it does */
+    int                    current;   /* place; -1 while nothing is served. Atomic, written by the poll alone */
+    lorasynci_kept_version versions[LORASYNCI_VERSIONS];
+    uint64_t               left[LORASYNCI_LEFT]; /* the generations before that of what is served, newest first */
 } lorasynci_served;
 
 /* -- digests of payloads in device memory
@@ -22101,6 +22504,7 @@ struct lorasync_engine {
     lorasynci_checker  checkers[LORASYNCI_CHECKERS];
     lorasynci_served  *first;                         /* atomic */
     lorasynci_served  *names[LORASYNCI_ENGINE_NAMES]; /* atomic */
+    lorasynci_served  *first_changed, *last_changed;  /* see next_changed */
     int                keeps_old;                     /* 1: versions may be held that are not served any more */
     uint64_t look_at_all_ns; /* when a poll looks at everything again, not only at what changed; 0: the next */
 };
@@ -22164,15 +22568,34 @@ LORASYNCI_FN lorasynci_kept_version *lorasynci_empty_version(lorasynci_served *s
     return empty;
 }
 
-/* Empties the versions of all adapters that nobody can see any more, if there are any. */
+/* Nothing of an adapter is served or held any more: its publisher is told. */
+LORASYNCI_FN void lorasynci_retract(lorasync_engine *e, lorasynci_served *s)
+{
+    lorasync_receipt receipt;
+    lorasync_error   why;
+    memset(&receipt, 0, sizeof receipt);
+    memcpy(receipt.engine, e->who.name, sizeof receipt.engine);
+    snprintf(receipt.adapter, sizeof receipt.adapter, "%s", s->name);
+    receipt.num_bound = -1;
+    s->is_told        = 0;
+    e->source.acknowledge(e->source.user, &receipt, &why);
+}
+
+/* Empties the versions of an adapter that nobody can see any more. 1 if it still holds some that are not served. */
+LORASYNCI_FN int lorasynci_let_go(lorasync_engine *e, lorasynci_served *s)
+{
+    int i, held = 0;
+    lorasynci_empty_version(s);
+    for (i = 0; i < LORASYNCI_VERSIONS; i++) held |= i != s->current && s->versions[i].held.image;
+    if (!held && s->current < 0 && s->is_told) lorasynci_retract(e, s);
+    return held;
+}
+
+/* The same for all adapters, if any may hold some. */
 LORASYNCI_FN void lorasynci_empty_versions(lorasync_engine *e)
 {
     lorasynci_served *s = e->keeps_old ? e->first : NULL;
-    int               i;
-    for (e->keeps_old = 0; s; s = s->next) {
-        lorasynci_empty_version(s);
-        for (i = 0; i < LORASYNCI_VERSIONS; i++) e->keeps_old |= i != s->current && s->versions[i].held.image;
-    }
+    for (e->keeps_old = 0; s; s = s->next) e->keeps_old |= lorasynci_let_go(e, s);
 }
 
 /* The version that is served, or NULL. */
@@ -22196,19 +22619,21 @@ typedef enum lorasynci_order {
     LORASYNCI_NEWER /* or the first of a new generation */
 } lorasynci_order;
 
-/* now: what is served, or NULL. Versions count within a generation; one that is not known is that of what is served. */
+/* now: what is served, or NULL: then what was dropped counts. Versions count within a generation; one that is not known
+   is that of what is served. */
 LORASYNCI_FN lorasynci_order lorasynci_order_of(const lorasynci_served *s, const lorasynci_kept_version *now,
                                                 uint64_t generation, uint64_t version)
 {
-    size_t i;
-    if (!now) return LORASYNCI_NEWER;
-    if (generation && generation != lorasynci_generation_of(now)) {
+    size_t         i;
+    const uint64_t held = now ? now->seen.version : s->dropped_version;
+    if (!held) return LORASYNCI_NEWER;
+    if (generation && generation != (now ? lorasynci_generation_of(now) : s->dropped_generation)) {
         for (i = 0; i < LORASYNCI_LEFT; i++)
             if (s->left[i] == generation) return LORASYNCI_STALE;
         return LORASYNCI_NEWER;
     }
-    if (version == now->seen.version) return LORASYNCI_SAME;
-    return version < now->seen.version ? LORASYNCI_OLDER : LORASYNCI_NEWER;
+    if (version == held) return LORASYNCI_SAME;
+    return version < held ? LORASYNCI_OLDER : LORASYNCI_NEWER;
 }
 
 /* Before `next` is served: its generation is that of what is served where it is not known; where it is another one,
@@ -22222,9 +22647,19 @@ LORASYNCI_FN void lorasynci_leave(lorasynci_served *s, lorasync_image *next)
     s->left[0] = old;
 }
 
+/* Another version of an adapter is served, or none: the host is to be told, and what was served is to be given back. */
+LORASYNCI_FN void lorasynci_note_change(lorasync_engine *e, lorasynci_served *s)
+{
+    e->keeps_old = 1;
+    if (s->is_changed) return;
+    s->is_changed                                                           = 1;
+    *(e->last_changed ? &e->last_changed->next_changed : &e->first_changed) = s;
+    e->last_changed                                                         = s;
+}
+
 /* Makes an opened version the served one. */
-LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_kept_version *place, uint64_t version,
-                                  const lorasynci_opened *opened)
+LORASYNCI_FN void lorasynci_serve(lorasync_engine *e, lorasynci_served *s, lorasynci_kept_version *place,
+                                  uint64_t version, const lorasynci_opened *opened)
 {
     LORASYNC_ASSERT(!place->held.image && place != lorasynci_now_served(s));
     LORASYNC_ASSERT(opened->image);
@@ -22234,8 +22669,19 @@ LORASYNCI_FN void lorasynci_serve(lorasynci_served *s, lorasynci_kept_version *p
     place->seen.image   = opened->image;
     place->seen.config  = opened->config;
     lorasynci_leave(s, opened->image);
+    s->dropped_version = 0;
     __atomic_store_n(&s->current, (int)(place - s->versions), __ATOMIC_SEQ_CST);
     lorasynci_empty_version(s);
+    lorasynci_note_change(e, s);
+}
+
+/* No reader gets it any more; those who have it keep it. */
+LORASYNCI_FN void lorasynci_stop_serving(lorasync_engine *e, lorasynci_served *s)
+{
+    LORASYNC_ASSERT(s->current >= 0);
+    __atomic_store_n(&s->current, -1, __ATOMIC_SEQ_CST);
+    s->mark = 0;
+    lorasynci_note_change(e, s);
 }
 
 /* -- the directory as a source
@@ -22413,14 +22859,23 @@ LORASYNCI_FN int lorasynci_write_receipt(const lorasynci_directory_source *s, in
     return failed;
 }
 
-/* The source's acknowledge. */
-LORASYNCI_FN lorasync_status lorasynci_directory_acknowledge(void *user, const lorasync_receipt *receipt,
-                                                             lorasync_error *err)
+/* Nothing of an adapter is served or held any more. */
+LORASYNCI_FN void lorasynci_retract_receipt(const lorasynci_directory_source *s, const char *adapter)
 {
-    lorasynci_directory_source *s      = (lorasynci_directory_source *)user;
-    const int                   failed = lorasynci_register_engine(s);
-    const int                   fd     = lorasynci_open_directory(s->fd, receipt->adapter);
-    int                         reason = fd < 0 ? errno : failed;
+    const int mine = s->engine_fd >= 0 && s->pid == (long)getpid();
+    const int root = mine ? lorasynci_open_directory(AT_FDCWD, s->path) : -1;
+    if (root < 0) return;
+    lorasynci_remove_receipt(s, root, adapter);
+    close(root);
+}
+
+/* What is served of an adapter, beside its versions. */
+LORASYNCI_FN lorasync_status lorasynci_leave_receipt(lorasynci_directory_source *s, const lorasync_receipt *receipt,
+                                                     lorasync_error *err)
+{
+    const int failed = lorasynci_register_engine(s);
+    const int fd     = lorasynci_open_directory(s->fd, receipt->adapter);
+    int       reason = fd < 0 ? errno : failed;
     if (!reason) reason = lorasynci_write_receipt(s, fd, receipt);
     if (!reason && !s->is_locked) futimens(s->engine_fd, NULL); /* its age counts */
     if (fd >= 0) close(fd);
@@ -22430,6 +22885,18 @@ LORASYNCI_FN lorasync_status lorasynci_directory_acknowledge(void *user, const l
         "version %llu of '%.60s' is served, and the publisher does not know: no receipt can be written "
         "below %s: %s",
         (unsigned long long)receipt->version, receipt->adapter, lorasynci_end_of(s->path), strerror(reason));
+}
+
+/* The source's acknowledge. */
+LORASYNCI_FN lorasync_status lorasynci_directory_acknowledge(void *user, const lorasync_receipt *receipt,
+                                                             lorasync_error *err)
+{
+    lorasynci_directory_source *s = (lorasynci_directory_source *)user;
+    if (!receipt->version) {
+        lorasynci_retract_receipt(s, receipt->adapter);
+        return LORASYNC_OK;
+    }
+    return lorasynci_leave_receipt(s, receipt, err);
 }
 
 /* -- looking into a directory */
@@ -22468,10 +22935,13 @@ LORASYNCI_FN int lorasynci_look_at(const lorasynci_directory_source *s, const ch
     status          = lorasynci_read_latest(fd, s->path, adapter, &latest, NULL);
     out->version    = latest.version;
     out->generation = latest.generation;
+    /* after `latest`: a number that is seen with a version is that of the withdrawal before it, or of a later one */
+    out->tenancy   = status >= 0 ? lorasynci_read_withdrawn(fd) : 0;
+    out->withdrawn = !latest.name[0] && out->tenancy;
     snprintf(model, sizeof model, "%s/" LORASYNCI_MODEL_FILE, latest.name);
     if (latest.name[0] && fstatat(fd, model, &st, 0) == 0) out->mark = lorasynci_file_mark(&st);
     close(fd);
-    return status < 0 || latest.name[0];
+    return status < 0 || latest.name[0] || out->withdrawn;
 }
 
 /* The next adapter of the look. A directory that holds versions is told at its end, after what else there may be. */
@@ -22732,9 +23202,10 @@ LORASYNCI_FN lorasync_status lorasynci_read_delivery(lorasynci_arrival *r, loras
 /* Finds whose version it is, and what is served of that adapter. `adapter`: NULL: as delivery or header say. */
 LORASYNCI_FN lorasync_status lorasynci_place_arrival(lorasynci_arrival *r, const char *adapter, lorasync_error *err)
 {
-    const lorasync_image *image = r->opened.image;
-    lorasync_engine      *e     = r->e;
-    if (!adapter) adapter = r->d->adapter ? r->d->adapter : image->adapter;
+    const lorasync_image *image    = r->opened.image;
+    lorasync_engine      *e        = r->e;
+    const int             is_offer = !adapter;
+    if (is_offer) adapter = r->d->adapter ? r->d->adapter : image->adapter;
     r->version = r->d->version ? r->d->version : image->version;
     if (!r->version)
         return lorasynci_fail(err, LORASYNC_E_FORMAT, "%s has no version, neither in its header nor beside it",
@@ -22746,6 +23217,7 @@ LORASYNCI_FN lorasync_status lorasynci_place_arrival(lorasynci_arrival *r, const
                               adapter, e->adapter);
     r->served = lorasynci_served_of(e, adapter);
     if (!r->served) return lorasynci_fail_memory(err, sizeof *r->served);
+    if (is_offer) r->served->dropped_version = 0; /* the host wants it again */
     r->now = lorasynci_now_served(r->served);
     return LORASYNC_OK;
 }
@@ -22892,6 +23364,10 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
     LORASYNCI_TRY(lorasynci_prefixed(lorasynci_read_delivery(r, err), r->where, err));
     LORASYNCI_TRY(lorasynci_place_arrival(r, adapter, err));
     order = lorasynci_order_of(r->served, r->now, r->d->generation, r->version);
+    if (!r->now && order != LORASYNCI_NEWER) { /* the host has dropped it */
+        r->served->mark = r->d->mark;
+        return LORASYNC_NOTHING_NEW;
+    }
     if (order < LORASYNCI_SAME) return lorasynci_follow(r->where, r->now, order, r->version, 0, err);
     if (order == LORASYNCI_SAME && lorasynci_is_applied(r)) return LORASYNC_NOTHING_NEW;
     place = lorasynci_empty_version(r->served);
@@ -22910,8 +23386,7 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
     r->opened.image->generation = r->d->generation;
     if (!is_delta) r->opened.release = r->d->release, r->opened.user = r->d->user;
     *out_kept = !is_delta;
-    lorasynci_serve(r->served, place, r->version, &r->opened);
-    r->e->keeps_old      = 1;
+    lorasynci_serve(r->e, r->served, place, r->version, &r->opened);
     r->served->num_bound = num_bound;
     r->served->since_ns  = lorasynci_now_ns();
     r->served->mark      = r->d->mark;
@@ -22989,11 +23464,24 @@ LORASYNCI_FN lorasync_status lorasynci_source_open(lorasync_engine *e, const lor
                                                        : status;
 }
 
-/* 1 if what a source finds is what is served. */
+/* Takes note of what a source says about withdrawals. 1 if what is served was withdrawn since it said so last. */
+LORASYNCI_FN int lorasynci_is_over(lorasynci_served *s, const lorasync_published *what)
+{
+    const int other = what->tenancy && what->tenancy != s->tenancy;
+    const int over  = s->is_found && (other || (what->withdrawn && !s->is_withdrawn));
+    if (other) s->tenancy = what->tenancy;
+    s->is_found     = 1;
+    s->is_withdrawn = what->withdrawn;
+    if (over) s->dropped_version = 0;
+    return over && s->current >= 0;
+}
+
+/* 1 if what a source finds is what is served, or was dropped. */
 LORASYNCI_FN int lorasynci_is_known(const lorasynci_served *s, const lorasynci_kept_version *now,
                                     const lorasync_published *what)
 {
-    if (!now || (what->version && what->version != now->seen.version)) return 0;
+    if (!now) return s->dropped_version && what->mark && what->mark == s->mark;
+    if (what->version && what->version != now->seen.version) return 0;
     if (what->generation && what->generation != lorasynci_generation_of(now)) return 0;
     return what->mark ? what->mark == s->mark : what->version != 0;
 }
@@ -23030,6 +23518,7 @@ LORASYNCI_FN void lorasynci_tell_publisher(lorasync_engine *e, const char *adapt
     status = e->source.acknowledge(e->source.user, &receipt, &why);
     if (status < 0) lorasynci_source_failed(e, "send a receipt", status, &why);
     if (status < 0) s->untold = why;
+    else s->is_told = 1;
 }
 
 /* -- what is to be done about an adapter */
@@ -23059,13 +23548,22 @@ LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lo
     lorasynci_order         order = LORASYNCI_NEWER; /* until its version is known */
     lorasync_status         status;
     char                    where[300];
+    int                     over;
     LORASYNCI_TRY(lorasynci_check_adapter_name(what->adapter, err));
+    if (what->withdrawn && !lorasynci_find_served(e, what->adapter)) return LORASYNC_NOTHING_NEW;
     s = lorasynci_served_of(e, what->adapter);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
+    over = lorasynci_is_over(s, what);
+    if (over) {
+        lorasynci_stop_serving(e, s);
+        lorasynci_let_go(e, s);
+    }
+    if (what->withdrawn) return over ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
     now = lorasynci_now_served(s);
     if (lorasynci_is_known(s, now, what)) return LORASYNC_NOTHING_NEW;
     snprintf(where, sizeof where, "'%.60s' in %.160s", what->adapter, e->source.name);
     if (what->version) order = lorasynci_order_of(s, now, what->generation, what->version);
+    if (!now && order != LORASYNCI_NEWER) return LORASYNC_NOTHING_NEW; /* dropped */
     if (order < LORASYNCI_SAME) return lorasynci_follow(where, now, order, what->version, 0, err);
     if (!lorasynci_empty_version(s) && order != LORASYNCI_SAME)
         return lorasynci_fail_held(err, what->adapter, what->version);
@@ -23073,7 +23571,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lo
     if (status < 0 && e->source.sends_deltas && now) status = lorasynci_fetch(e, what, NULL, err);
     if (status == LORASYNC_E_NOT_FOUND) /* it has gone since the look */
         return order == LORASYNCI_SAME ? LORASYNC_NOTHING_NEW : (err->status = LORASYNC_E_IO);
-    return status;
+    return status == LORASYNC_NOTHING_NEW && over ? LORASYNC_OK : status;
 }
 
 /* Goes through what the source tells, by its look or its changed. An adapter that fails does not hold up the others; of
@@ -23178,13 +23676,12 @@ LORASYNC_API lorasync_status lorasync_engine_receipt(lorasync_engine *engine, co
     return s->untold.status;
 }
 
-/* -- readers */
+/* -- what is there, and what changed */
 
-LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, const char *adapter)
+/* Pins what is served of an adapter; NULL: nothing. Any thread. */
+LORASYNCI_FN const lorasync_adapter *lorasynci_pin(lorasynci_served *s)
 {
-    lorasynci_served *s = engine && adapter ? lorasynci_find_served(engine, adapter) : NULL;
-    int               i;
-    if (!s) return NULL;
+    int i;
     while ((i = __atomic_load_n(&s->current, __ATOMIC_SEQ_CST)) >= 0) {
         lorasynci_kept_version *place = &s->versions[i];
         __atomic_fetch_add(&place->pins, 1, __ATOMIC_SEQ_CST);
@@ -23192,6 +23689,66 @@ LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, c
         __atomic_fetch_sub(&place->pins, 1, __ATOMIC_SEQ_CST);
     }
     return NULL;
+}
+
+LORASYNC_API lorasync_status lorasync_engine_drop(lorasync_engine *engine, const char *adapter, lorasync_error *err)
+{
+    lorasynci_served       *s;
+    lorasynci_kept_version *now;
+    uint64_t                mark;
+    LORASYNCI_GIVEN(engine);
+    LORASYNCI_GIVEN(adapter);
+    s   = lorasynci_find_served(engine, adapter);
+    now = s ? lorasynci_now_served(s) : NULL;
+    if (!now) return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "the engine serves no adapter '%.100s'", adapter);
+    s->dropped_version    = now->seen.version;
+    s->dropped_generation = lorasynci_generation_of(now);
+    mark                  = s->mark;
+    lorasynci_stop_serving(engine, s);
+    s->mark = mark;
+    lorasynci_let_go(engine, s);
+    return LORASYNC_OK;
+}
+
+LORASYNC_API lorasync_status lorasync_engine_next_change(lorasync_engine *engine, lorasync_change *out)
+{
+    lorasynci_served       *s = engine ? engine->first_changed : NULL;
+    lorasynci_kept_version *now;
+    if (out) memset(out, 0, sizeof *out);
+    if (!s || !out) return LORASYNC_NOTHING_NEW;
+    engine->first_changed = s->next_changed;
+    if (!s->next_changed) engine->last_changed = NULL;
+    s->next_changed  = NULL;
+    s->is_changed    = 0;
+    now              = lorasynci_now_served(s);
+    out->adapter     = s->name;
+    out->version     = now ? now->seen.version : 0;
+    out->old_version = s->told;
+    s->told          = out->version;
+    return LORASYNC_OK;
+}
+
+LORASYNC_API size_t lorasync_engine_list(lorasync_engine *engine, lorasync_listed *out, size_t max_listed)
+{
+    lorasynci_served *s   = engine ? __atomic_load_n(&engine->first, __ATOMIC_SEQ_CST) : NULL;
+    size_t            num = 0;
+    for (; s; s = s->next, num++) {
+        const lorasync_adapter *a = num < max_listed && out ? lorasynci_pin(s) : NULL;
+        if (num >= max_listed || !out) continue;
+        out[num].adapter    = s->name;
+        out[num].version    = a ? a->version : 0;
+        out[num].generation = a ? a->image->generation : 0;
+        lorasync_release(a);
+    }
+    return num;
+}
+
+/* -- readers */
+
+LORASYNC_API const lorasync_adapter *lorasync_acquire(lorasync_engine *engine, const char *adapter)
+{
+    lorasynci_served *s = engine && adapter ? lorasynci_find_served(engine, adapter) : NULL;
+    return s ? lorasynci_pin(s) : NULL;
 }
 
 LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapter, const char *key)
@@ -23942,8 +24499,8 @@ LORASYNCI_FN void lorasynci_host_report(const lorasynci_host *h, const lorasynci
    A loan, on the root:
 
        none --lend--> lent --published from it--> none                                the memory is the transport's
-                       |  '--publishing failed--> spent --begin: withdraw--> none     the next image is made in `own`
-                       '--the ranks cannot open it (blind)-----begin: withdraw--> none */
+                       |  '--publishing failed--> spent --begin: give back-> none     the next image is made in `own`
+                       '--the ranks cannot open it (blind)-----begin: give back-> none */
 enum {
     LORASYNCI_AIMS = 4
 };
@@ -25639,11 +26196,11 @@ LORASYNCI_FN void lorasynci_session_list_engines(lorasync_session *s)
 /* -- lent memory */
 
 /* Ends the loan without its being used. On the root, and only when no rank writes there any more. */
-LORASYNCI_FN void lorasynci_session_withdraw(lorasync_session *s)
+LORASYNCI_FN void lorasynci_session_give_back(lorasync_session *s)
 {
     const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, s->host.transports, s->aim.lender);
     LORASYNC_ASSERT(!s->aim.loan.payload || lorasynci_session_is_root(s));
-    if (s->aim.loan.payload && t->withdraw) t->withdraw(t->user, s->host.name, &s->aim.loan);
+    if (s->aim.loan.payload && t->take_back) t->take_back(t->user, s->host.name, &s->aim.loan);
     memset(&s->aim.loan, 0, sizeof s->aim.loan);
     s->aim.spent = 0;
 }
@@ -25681,7 +26238,7 @@ LORASYNCI_FN int lorasynci_session_ask_one(lorasync_session *s, int lender, cons
     defect        = lorasynci_loan_defect(&s->aim.loan, want);
     if (!defect) return 1;
     lorasynci_fail(why, LORASYNC_E_ARGUMENT, "transport '%.60s' lends memory that %s; it is not used", t->name, defect);
-    lorasynci_session_withdraw(s);
+    lorasynci_session_give_back(s);
     return 0;
 }
 
@@ -25815,7 +26372,7 @@ LORASYNCI_FN void lorasynci_session_aim_home(lorasync_session *s)
 /* What a failed compile has made. */
 LORASYNCI_FN void lorasynci_session_undo(lorasync_session *s)
 {
-    if (!s->host.talk.lost) lorasynci_session_withdraw(s);
+    if (!s->host.talk.lost) lorasynci_session_give_back(s);
     lorasync_plan_free(s->plan);
     s->plan = NULL;
     lorasynci_dealloc(&s->host.a, s->published_config);
@@ -25897,7 +26454,7 @@ LORASYNCI_FN void lorasynci_session_take_aim(lorasync_session *s)
 {
     if (!s->aim.own) return;
     lorasynci_plan_aim(s->plan, s->aim.next);
-    if (s->aim.next != (char *)s->aim.loan.payload) lorasynci_session_withdraw(s);
+    if (s->aim.next != (char *)s->aim.loan.payload) lorasynci_session_give_back(s);
 }
 
 LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t version, lorasync_error *err)

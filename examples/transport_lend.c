@@ -26,7 +26,7 @@
        lend      a buffer that the engine does not use        the ranks gather into it: image header and payload
        stage     nothing to do when the image lies there; else copy it into such a buffer
        commit    tell the engine which buffer it is, and wait for its answer
-       withdraw  the lent buffer is free again: the next version is made elsewhere, since publishing this one failed
+       take_back the lent buffer is free again: the next version is made elsewhere, since publishing this one failed
 
    The engine gives each buffer to lorasync_engine_offer as it lies there; the engine's `release` marks it as free. */
 #define LORASYNC_IMPLEMENTATION
@@ -189,7 +189,7 @@ static lorasync_status rdma_lend(void *user, const lorasync_loan_request *want, 
     return LORASYNC_OK;
 }
 
-static void rdma_withdraw(void *user, const char *adapter, const lorasync_loan *loan)
+static void rdma_take_back(void *user, const char *adapter, const lorasync_loan *loan)
 {
     (void)adapter, (void)loan;
     ((rdma_engine *)user)->lent = -1;
@@ -272,16 +272,16 @@ static lorasync_transport rdma_transport(rdma_engine *e)
 {
     lorasync_transport t;
     memset(&t, 0, sizeof t);
-    t.size     = sizeof t;
-    t.name     = "rdma";
-    t.user     = e;
-    t.stage    = rdma_stage;
-    t.commit   = rdma_commit;
-    t.abort    = rdma_abort;
-    t.lend     = rdma_lend;
-    t.withdraw = rdma_withdraw;
-    t.detach   = rdma_detach;
-    t.carries  = LORASYNC_CARRIES_ADAPTER | LORASYNC_CARRIES_DEVICE;
+    t.size      = sizeof t;
+    t.name      = "rdma";
+    t.user      = e;
+    t.stage     = rdma_stage;
+    t.commit    = rdma_commit;
+    t.abort     = rdma_abort;
+    t.lend      = rdma_lend;
+    t.take_back = rdma_take_back;
+    t.detach    = rdma_detach;
+    t.carries   = LORASYNC_CARRIES_ADAPTER | LORASYNC_CARRIES_DEVICE;
     return t;
 }
 

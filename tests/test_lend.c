@@ -115,7 +115,7 @@ typedef struct arena {
     int          pinned[BUFFERS], has_doubted;
     int          served, staged, lent; /* buffers, or -1 */
     const void  *session;
-    int          num_lent, num_withdrawn, num_copied, num_attached, num_detached, num_closed, left_behind;
+    int          num_lent, num_taken_back, num_copied, num_attached, num_detached, num_closed, left_behind;
 } arena;
 
 static char *payload_of(arena *a, int i) { return a->device[i] ? a->device[i] : a->memory + (size_t)i * SIZE + HEAD; }
@@ -180,13 +180,13 @@ static lorasync_status arena_lend(void *user, const lorasync_loan_request *want,
     return LORASYNC_OK;
 }
 
-static void arena_withdraw(void *user, const char *adapter, const lorasync_loan *loan)
+static void arena_take_back(void *user, const char *adapter, const lorasync_loan *loan)
 {
     arena *a = (arena *)user;
     CHECK_TEXT(adapter, "default");
     CHECK(a->lent >= 0 && (a->s->defect == 2 || loan->id == (uint64_t)a->lent + 1));
     a->lent = -1;
-    a->num_withdrawn++;
+    a->num_taken_back++;
 }
 
 static lorasync_status arena_stage(void *user, const lorasync_image *image, lorasync_error *err)
@@ -296,7 +296,7 @@ static lorasync_transport arena_transport(arena *a)
     t.size = a->s->old ? offsetof(lorasync_transport, lend) : sizeof t;
     t.name = "arena", t.user = a;
     t.stage = arena_stage, t.commit = arena_commit, t.abort = arena_abort, t.close = arena_close;
-    t.lend = arena_lend, t.withdraw = arena_withdraw, t.attach = arena_attach, t.detach = arena_detach;
+    t.lend = arena_lend, t.take_back = arena_take_back, t.attach = arena_attach, t.detach = arena_detach;
     t.carries = LORASYNC_CARRIES_ADAPTER | LORASYNC_CARRIES_DEVICE;
     return t;
 }
@@ -405,14 +405,14 @@ static void look(arena *a, int *held, uint64_t version, uint64_t content, uint64
 static void check_counts(const arena *a, const scene *s, int world)
 {
     const int reached = is_reached(s, world), asked = !s->refuses && !s->old;
-    if (reached) CHECK_EQ(a->num_withdrawn, s->fails_at || (s->doubtful_at && !s->republish));
-    if (reached) CHECK_EQ(a->num_copied, a->num_withdrawn);
+    if (reached) CHECK_EQ(a->num_taken_back, s->fails_at || (s->doubtful_at && !s->republish));
+    if (reached) CHECK_EQ(a->num_copied, a->num_taken_back);
     if (!asked) CHECK_EQ(a->num_lent, 0);
     if (asked && !reached && ((s->defect && s->defect != 3) || s->reach == LORASYNC_REACH_ROOT))
         CHECK(a->num_lent > VERSIONS);
     if (asked && !reached && (s->defect == 3 || (!s->defect && s->reach == LORASYNC_REACH_PROCESS)))
         CHECK_EQ(a->num_lent, 1); /* blind */
-    if (asked && !reached) CHECK_EQ(a->num_withdrawn, a->num_lent);
+    if (asked && !reached) CHECK_EQ(a->num_taken_back, a->num_lent);
 }
 
 /* What the outcome of the arena says about lending. */
@@ -447,7 +447,7 @@ static void run_versions(const rank_context *x, const scene *s, lorasync_session
         if ((int)v == s->nan_at && x->rank == 0) values[5] = -(float)NAN;
         copy_bytes(part, values, sizeof values);
         lorasync_begin(session, v, &err);
-        if (x->rank == 0 && is_behind_failure(s, v)) CHECK_EQ(a->lent, -1); /* withdrawn */
+        if (x->rank == 0 && is_behind_failure(s, v)) CHECK_EQ(a->lent, -1); /* taken back */
         if (x->rank == 0 && served) look(a, held, served, content, contents);
         status = lorasync_wait(session, &report, &err);
         CHECK_EQ(status, (int)v == s->nan_at ? LORASYNC_E_NAN : (int)v == s->fails_at ? LORASYNC_E_IO : LORASYNC_OK);

@@ -346,7 +346,8 @@ static void two_adapters(void)
         snprintf(adapter, sizeof adapter, "n%d", i);
         CHECK_EQ(publish(&t, adapter, 1, &err), 0);
     }
-    for (i = 64; i < LORASYNCI_SHM_ADAPTERS - 1; i++) inside(&t)->map.control->adapters[i].word = (uint64_t)i << 16;
+    for (i = 64; i < LORASYNCI_SHM_ADAPTERS - 1; i++)
+        inside(&t)->map.control->adapters[i].word = (uint64_t)i << 16 | 40000;
     inside(&t)->map.control->num_adapters = LORASYNCI_SHM_ADAPTERS - 1;
     CHECK_EQ(publish(&t, "last", 1, &err), 0);
     CHECK_EQ(publish(&t, "more", 1, &err), LORASYNC_E_BUSY);

@@ -3,6 +3,27 @@
 #define _POSIX_C_SOURCE 200809L
 #define _DEFAULT_SOURCE 1
 #endif
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* Each change that others can see is a step; a child may be killed at any of them. */
+static int steps_left; /* 0: never */
+
+static int count_step(void)
+{
+    if (steps_left > 0 && --steps_left == 0) kill(getpid(), SIGKILL);
+    return 0;
+}
+
+#define unlinkat(...) (count_step(), unlinkat(__VA_ARGS__))
+#define renameat(...) (count_step(), renameat(__VA_ARGS__))
+#define shm_unlink(...) (count_step(), shm_unlink(__VA_ARGS__))
+#define fsync(...) (count_step(), fsync(__VA_ARGS__))
+#define write(...) (count_step(), write(__VA_ARGS__))
+#define __atomic_store_n(...) (count_step(), __atomic_store_n(__VA_ARGS__))
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 #include "test.h"
@@ -15,9 +36,14 @@
 
 static char name[64];
 
+static char directory[100];
+
 static void drop_name(void)
 {
+    char command[200];
     if (name[0]) lorasync_shm_remove(name, NULL);
+    snprintf(command, sizeof command, "rm -rf '%.90s'", directory);
+    if (directory[0] && system(command) != 0) test_fail(__FILE__, __LINE__, command);
 }
 
 static void fresh_name(void)
@@ -25,6 +51,7 @@ static void fresh_name(void)
     static int number;
     drop_name();
     snprintf(name, sizeof name, "tenants-%ld-%d", (long)getpid(), number++);
+    snprintf(directory, sizeof directory, "/tmp/%.60s", name);
     lorasync_shm_remove(name, NULL);
 }
 
@@ -41,6 +68,33 @@ static lorasync_transport open_shm(void)
     CHECK_EQ(lorasync_shm_open(&desc, &t, &err), 0);
     if (err.text[0]) fprintf(stderr, "lorasync_shm_open: %s\n", err.text);
     return t;
+}
+
+static lorasync_transport open_directory(void)
+{
+    lorasync_transport      t;
+    lorasync_directory_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.directory = directory;
+    CHECK_EQ(lorasync_directory_open(&desc, &t, NULL), 0);
+    return t;
+}
+
+/* One of the two built-in places; most tests are about both. */
+static int in_directory;
+
+static lorasync_transport open_place(void) { return in_directory ? open_directory() : open_shm(); }
+
+static lorasync_engine *open_engine(void)
+{
+    lorasync_engine_desc desc;
+    lorasync_engine     *e = NULL;
+    memset(&desc, 0, sizeof desc);
+    if (in_directory) desc.directory = directory;
+    else desc.shm = name;
+    desc.name = "first";
+    CHECK_EQ(lorasync_engine_open(&desc, &e, NULL), 0);
+    return e;
 }
 
 /* Every byte follows from adapter and version. */
@@ -74,6 +128,57 @@ static uint64_t served(lorasync_engine *e, const char *adapter)
         if (p[i] != element(adapter, v) + (float)i) CHECK_EQ(i, -1);
     lorasync_release(a);
     return v;
+}
+
+static lorasync_status withdraw(const lorasync_transport *t, const char *adapter, lorasync_withdrawal *out,
+                                lorasync_error *err)
+{
+    memset(err, 0, sizeof *err);
+    return lorasync_transport_withdraw(t, adapter, 0, out, err);
+}
+
+/* The change that is told next, as "b 2->0"; "" when all is told. */
+static const char *change(lorasync_engine *e)
+{
+    static char     text[100];
+    lorasync_change c;
+    text[0] = 0;
+    if (lorasync_engine_next_change(e, &c) != LORASYNC_OK) return text;
+    snprintf(text, sizeof text, "%s %d->%d", c.adapter, (int)c.old_version, (int)c.version);
+    return text;
+}
+
+/* How many entries of a directory begin like this. */
+static int count_entries(const char *where, const char *prefix)
+{
+    DIR           *list = opendir(where);
+    struct dirent *entry;
+    int            num = 0;
+    if (!list) return -1;
+    while ((entry = readdir(list)) != NULL)
+        num += strncmp(entry->d_name, prefix, strlen(prefix)) == 0 && strcmp(entry->d_name, ".") != 0 &&
+               strcmp(entry->d_name, "..") != 0;
+    closedir(list);
+    return num;
+}
+
+/* How many versions of an adapter take room. */
+static int count_versions(const char *adapter)
+{
+    char path[200];
+    snprintf(path, sizeof path, "%.90s/%s", in_directory ? directory : "/dev/shm", in_directory ? adapter : "");
+    if (in_directory)
+        return count_entries(path, "v") + count_entries(path, ".stage") + count_entries(path, ".old") +
+               count_entries(path, ".withdrawn");
+    snprintf(path, sizeof path, "lorasync-%s@", name);
+    return count_entries("/dev/shm", path);
+}
+
+static int wait_for(pid_t child)
+{
+    int status = 0;
+    while (waitpid(child, &status, 0) < 0 && errno == EINTR) continue;
+    return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
 static double ms_since(uint64_t start) { return (double)(lorasynci_now_ns() - start) / 1e6; }
@@ -136,9 +241,559 @@ static void a_thousand(void)
     t.close(t.user);
 }
 
+/* -- adapters that come and go */
+
+/* The whole life of a tenant, with a reader that holds on to it. */
+static void comes_and_goes(void)
+{
+    lorasync_transport      t;
+    lorasync_engine        *e;
+    const lorasync_adapter *held;
+    lorasync_withdrawal     w;
+    lorasync_error          err;
+    char                    expected[100];
+    uint64_t                v;
+    fresh_name();
+    t = open_place();
+    e = open_engine();
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_E_NOT_FOUND);
+    CHECK_HAS(err.text, in_directory ? directory : name);
+    for (v = 38; v <= 40; v++) {
+        CHECK_EQ(publish(&t, "a", v, &err), 0);
+        CHECK_EQ(publish(&t, "b", v, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    }
+    held = lorasync_acquire(e, "a");
+    REQUIRE(held);
+
+    /* withdrawn: not seen yet, then seen, then released */
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_E_BUSY);
+    CHECK_EQ(w.num_holders, 1);
+    CHECK_EQ(w.holders[0].pid, in_directory ? 0 : getpid());
+    CHECK_EQ(w.holders[0].version, 40);
+    CHECK_TEXT(w.holders[0].engine, "first");
+    if (in_directory) snprintf(expected, sizeof expected, "engine 'first' holds v40");
+    else snprintf(expected, sizeof expected, "engine 'first' (process %ld) holds v40", (long)getpid());
+    CHECK_HAS(err.text, expected);
+    CHECK_HAS(err.text, "'a' is withdrawn");
+    CHECK_EQ(served(e, "a"), 40);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK(lorasync_acquire(e, "a") == NULL);
+    CHECK_EQ(served(e, "b"), 40);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(held->version, 40);
+    CHECK_EQ(lorasync_image_verify(held->image, &err), 0); /* its bytes are there until it is released */
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_E_BUSY);
+    if (!in_directory) CHECK_EQ(count_versions("a"), 3); /* two of b */
+    lorasync_release(held);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_OK);
+    CHECK_EQ(w.num_holders, 0);
+    CHECK_EQ(count_versions("a"), in_directory ? 0 : 2);
+
+    /* and back again, with a version of its own */
+    CHECK_EQ(publish(&t, "a", 1, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 1);
+    CHECK_EQ(publish(&t, "a", 2, &err), 0);
+    CHECK_EQ(publish(&t, "b", 41, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 2);
+    CHECK_EQ(served(e, "b"), 41);
+    CHECK_EQ(publish(&t, "a", 1, &err), LORASYNC_E_VERSION);
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
+/* An engine that looks seldom: all of it is over when it looks. */
+static void missed(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    fresh_name();
+    t = open_place();
+    e = open_engine();
+    CHECK_EQ(publish(&t, "a", 40, &err), 0);
+    CHECK_EQ(publish(&t, "b", 7, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK(change(e)[0] && change(e)[0]);
+    CHECK_TEXT(change(e), "");
+    withdraw(&t, "a", NULL, &err);
+    CHECK_EQ(publish(&t, "a", 1, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 1);
+    CHECK_TEXT(change(e), "a 40->1");
+    withdraw(&t, "a", NULL, &err);
+    CHECK_EQ(publish(&t, "a", 1, &err), 0); /* the same number for something else */
+    withdraw(&t, "b", NULL, &err);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 1);
+    CHECK_EQ(served(e, "b"), 0);
+    CHECK(strcmp(change(e), "a 1->1") == 0 || strcmp(change(e), "a 1->1") == 0);
+    lorasync_engine_close(e);
+    e = open_engine(); /* one that knows nothing of the past */
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_list(e, NULL, 0), 1);
+    CHECK_TEXT(change(e), "a 0->1");
+    CHECK_TEXT(change(e), "");
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
+/* What is not there, or cannot be seen, was not withdrawn. */
+static void not_seen(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    char               path[200], away[200];
+    fresh_name();
+    in_directory = 1;
+    t            = open_place();
+    e            = open_engine();
+    CHECK_EQ(publish(&t, "a", 3, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    snprintf(path, sizeof path, "%.90s/a/latest", directory);
+    CHECK_EQ(unlink(path), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(served(e, "a"), 3);
+    snprintf(path, sizeof path, "%.90s/a", directory);
+    snprintf(away, sizeof away, "%.90s/.a", directory);
+    CHECK_EQ(rename(path, away), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(served(e, "a"), 3);
+    CHECK_EQ(rename(away, path), 0);
+    CHECK_EQ(publish(&t, "a", 4, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 4);
+    snprintf(path, sizeof path, "%.90s/a/withdrawn", directory); /* empty: a publisher never leaves it so */
+    CHECK_EQ(close(open(path, O_CREAT | O_WRONLY, 0600)), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(served(e, "a"), 4);
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
+/* Ten times as many names as places are used at once. */
+static void places_are_used_again(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    int                i;
+    fresh_name();
+    t = open_shm();
+    e = open_shm_engine(name, NULL, 0, 0);
+    for (i = 0; i < 100; i++) {
+        CHECK_EQ(publish(&t, numbered(i), 1, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, numbered(i)), 1);
+        if (i < 10) continue;
+        withdraw(&t, numbered(i - 10), NULL, &err);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+        CHECK_EQ(served(e, numbered(i - 10)), 0);
+        CHECK_EQ(withdraw(&t, numbered(i - 10), NULL, &err), LORASYNC_OK);
+    }
+    CHECK_EQ(((lorasynci_shm *)t.user)->map.control->num_adapters, 11);
+    CHECK_EQ(((lorasynci_shm *)t.user)->map.control->num_slots, 11);
+    CHECK_EQ(count_versions(""), 10);
+    for (i = 90; i < 100; i++) CHECK_EQ(served(e, numbered(i)), 1);
+    CHECK_EQ(lorasync_engine_list(e, NULL, 0), 100);
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
+/* An engine that holds it and is killed holds nothing. */
+static void dead_holder(void)
+{
+    lorasync_transport  t;
+    lorasync_withdrawal w;
+    lorasync_error      err;
+    pid_t               child;
+    int                 ready[2];
+    char                c;
+    fresh_name();
+    t = open_shm();
+    CHECK_EQ(publish(&t, "a", 5, &err), 0);
+    REQUIRE(pipe(ready) == 0);
+    fflush(NULL);
+    child = fork();
+    if (child == 0) {
+        lorasync_engine *e = open_shm_engine(name, NULL, 0, 0);
+        if (lorasync_engine_poll(e, 5000, NULL) != 0 || !lorasync_acquire(e, "a") || write(ready[1], "x", 1) != 1)
+            _exit(1);
+        for (;;) pause();
+    }
+    CHECK_EQ(read(ready[0], &c, 1), 1);
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_E_BUSY);
+    CHECK_EQ(w.holders[0].pid, child);
+    kill(child, SIGKILL);
+    CHECK_EQ(lorasync_transport_withdraw(&t, "a", 5000, &w, &err), LORASYNC_OK);
+    CHECK_EQ(count_versions(""), 0);
+    wait_for(child);
+    close(ready[0]), close(ready[1]);
+    t.close(t.user);
+}
+
+/* -- killed at every step of a withdrawal */
+
+static void killed(void)
+{
+    int k, done = 0;
+    for (k = 1; k < 200 && !done; k++) {
+        lorasync_transport t;
+        lorasync_engine   *e, *late;
+        lorasync_error     err;
+        pid_t              child;
+        uint64_t           v;
+        fresh_name();
+        e     = open_engine();
+        child = fork();
+        if (child == 0) {
+            t = open_place();
+            for (v = 3; v <= 5; v++)
+                if (publish(&t, "a", v, &err) != 0) _exit(1);
+            steps_left = k;
+            withdraw(&t, "a", NULL, &err);
+            steps_left = 0;
+            _exit(7);
+        }
+        done = wait_for(child) == 7;
+        memset(&err, 0, sizeof err);
+        CHECK(lorasync_engine_poll(e, 0, &err) >= 0); /* it is there, whole, or not */
+        CHECK_TEXT(err.text, "");
+        CHECK(served(e, "a") == 5 || served(e, "a") == 0);
+        if (done) CHECK_EQ(served(e, "a"), 0);
+        t = open_place();
+        CHECK(withdraw(&t, "a", NULL, &err) >= 0 || err.status == LORASYNC_E_BUSY);
+        CHECK(lorasync_engine_poll(e, 0, &err) >= 0);
+        CHECK_EQ(served(e, "a"), 0);
+        CHECK_EQ(withdraw(&t, "a", NULL, &err), LORASYNC_OK);
+        CHECK_EQ(count_versions("a"), 0);
+        CHECK_EQ(publish(&t, "a", 1, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+        CHECK_EQ(served(e, "a"), 1);
+        lorasync_engine_close(e);
+        late = open_engine();
+        CHECK_EQ(lorasync_engine_poll(late, 0, &err), LORASYNC_OK);
+        CHECK_EQ(served(late, "a"), 1);
+        lorasync_engine_close(late);
+        t.close(t.user);
+    }
+    CHECK(done && k > (in_directory ? 12 : 4));
+    printf("     %d steps\n", k - 2);
+}
+
+/* The same, and the next publisher does not withdraw but publishes: the leftovers go. */
+static void killed_and_published(void)
+{
+    int k, done = 0;
+    for (k = 1; k < 200 && !done; k++) {
+        lorasync_transport t;
+        lorasync_engine   *e;
+        lorasync_error     err;
+        pid_t              child;
+        int                gone;
+        fresh_name();
+        child = fork();
+        if (child == 0) {
+            t = open_place();
+            if (publish(&t, "a", 4, &err) != 0 || publish(&t, "a", 5, &err) != 0) _exit(1);
+            steps_left = k;
+            withdraw(&t, "a", NULL, &err);
+            steps_left = 0;
+            _exit(7);
+        }
+        done = wait_for(child) == 7;
+        e    = open_engine();
+        CHECK(lorasync_engine_poll(e, 0, &err) >= 0);
+        gone = served(e, "a") == 0;
+        t    = open_place();
+        CHECK_EQ(publish(&t, "a", gone ? 1 : 6, &err), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+        CHECK_EQ(served(e, "a"), gone ? 1 : 6);
+        if (gone) CHECK_EQ(count_versions("a"), 1);
+        lorasync_engine_close(e);
+        t.close(t.user);
+    }
+    CHECK(done && k > (in_directory ? 12 : 4));
+}
+
+/* -- an engine that drops */
+
+static void drops(void)
+{
+    lorasync_transport      t;
+    lorasync_engine        *e;
+    const lorasync_adapter *held;
+    lorasync_error          err;
+    lorasync_listed         list[4];
+    int                     i;
+    fresh_name();
+    t = open_place();
+    e = open_engine();
+    CHECK_EQ(lorasync_engine_drop(e, "a", &err), LORASYNC_E_NOT_FOUND);
+    CHECK_EQ(publish(&t, "a", 5, &err), 0);
+    CHECK_EQ(publish(&t, "b", 1, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    held = lorasync_acquire(e, "a");
+    CHECK_EQ(lorasync_engine_drop(e, "a", &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_drop(e, "a", &err), LORASYNC_E_NOT_FOUND);
+    CHECK_HAS(err.text, "'a'");
+    CHECK(lorasync_acquire(e, "a") == NULL);
+    CHECK_EQ(held->version, 5);
+    CHECK_EQ(lorasync_image_verify(held->image, &err), 0);
+    lorasync_release(held);
+    for (i = 0; i < 3; i++) CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(served(e, "a"), 0);
+    CHECK_EQ(served(e, "b"), 1);
+    CHECK_EQ(lorasync_engine_list(e, list, 4), 2);
+    CHECK_EQ(list[0].version + list[1].version, 1);
+    if (!in_directory) CHECK_EQ(withdraw(&t, "a", NULL, &err), LORASYNC_OK); /* it holds nothing of it */
+    else CHECK_EQ(publish(&t, "a", 5, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(publish(&t, "a", in_directory ? 6 : 1, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), in_directory ? 6 : 1);
+    CHECK_EQ(publish(&t, "a", 9, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_drop(e, "a", &err), LORASYNC_OK);
+    CHECK_EQ(publish(&t, "a", 10, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 10);
+    CHECK_EQ(lorasync_engine_drop(NULL, "a", &err), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(lorasync_engine_drop(e, NULL, &err), LORASYNC_E_ARGUMENT);
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
+/* -- lists and changes */
+
+static void changes(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_listed    list[3];
+    lorasync_error     err;
+    size_t             i;
+    fresh_name();
+    t = open_place();
+    e = open_engine();
+    CHECK_EQ(lorasync_engine_list(e, list, 3), 0);
+    CHECK_EQ(lorasync_engine_list(NULL, list, 3), 0);
+    CHECK_TEXT(change(e), "");
+    CHECK_EQ(publish(&t, "a", 1, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    CHECK_EQ(publish(&t, "b", 2, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    CHECK_EQ(publish(&t, "a", 2, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    CHECK_EQ(publish(&t, "a", 3, &err), 0);
+    CHECK_EQ(publish(&t, "c", 3, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    CHECK_TEXT(change(e), "a 0->3");
+    CHECK_TEXT(change(e), "b 0->2");
+    CHECK_TEXT(change(e), "c 0->3");
+    CHECK_TEXT(change(e), "");
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_TEXT(change(e), "");
+    withdraw(&t, "b", NULL, &err);
+    CHECK_EQ(publish(&t, "c", 4, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    CHECK_EQ(lorasync_engine_drop(e, "a", &err), 0);
+    for (i = 0; i < 3; i++) {
+        const char *text = change(e);
+        CHECK(strcmp(text, "a 3->0") == 0 || strcmp(text, "b 2->0") == 0 || strcmp(text, "c 3->4") == 0);
+    }
+    CHECK_TEXT(change(e), "");
+    memset(list, 0x55, sizeof list);
+    CHECK_EQ(lorasync_engine_list(e, list, 2), 3); /* no more than there is room for */
+    CHECK(list[2].version == UINT64_C(0x5555555555555555));
+    CHECK_EQ(lorasync_engine_list(e, list, 3), 3);
+    for (i = 0; i < 3; i++) CHECK_EQ(list[i].version, list[i].adapter[0] == 'c' ? 4 : 0);
+    lorasync_engine_close(e);
+    t.close(t.user);
+}
+
+/* -- sources and transports of one's own */
+
+typedef struct shelf {
+    lorasync_published what;
+    lorasync_image    *image;
+} shelf;
+
+static lorasync_status shelf_look(void *user, size_t index, lorasync_published *out, lorasync_error *err)
+{
+    (void)err;
+    if (index) return LORASYNC_NOTHING_NEW;
+    *out = ((shelf *)user)->what;
+    return LORASYNC_OK;
+}
+
+static lorasync_status shelf_open(void *user, const lorasync_published *what, const lorasync_image *base,
+                                  lorasync_delivery *out, lorasync_error *err)
+{
+    const lorasync_image *image = ((shelf *)user)->image;
+    (void)what, (void)base, (void)err;
+    out->bytes         = image->header;
+    out->num_bytes     = image->header_bytes;
+    out->payload       = image->payload;
+    out->payload_bytes = image->payload_bytes;
+    out->config_json   = CONFIG;
+    return LORASYNC_OK;
+}
+
+static lorasync_image *make_version(uint64_t version)
+{
+    lorasync_image *image = lay_out_rank("a", 16, 4);
+    float          *p     = (float *)malloc(image->payload_bytes);
+    size_t          i;
+    for (i = 0; i < image->payload_bytes / sizeof *p; i++) p[i] = element("a", version) + (float)i;
+    lorasync_image_bind(image, p);
+    lorasync_image_stamp(image, version, lorasync_image_digest(image, NULL));
+    return image;
+}
+
+static void own_source(void)
+{
+    lorasync_source      source;
+    lorasync_engine_desc desc;
+    lorasync_engine     *e = NULL;
+    lorasync_image      *image[3];
+    lorasync_delivery    d;
+    lorasync_error       err;
+    shelf                s;
+    int                  i;
+    for (i = 0; i < 3; i++) image[i] = make_version((uint64_t)(i == 0 ? 40 : i));
+    memset(&s, 0, sizeof s);
+    memset(&source, 0, sizeof source);
+    memset(&desc, 0, sizeof desc);
+    source.size = sizeof source, source.name = "shelf", source.user = &s;
+    source.look = shelf_look, source.open = shelf_open;
+    desc.source = &source;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), 0);
+    strcpy(s.what.adapter, "a");
+    s.what.version = 40, s.image = image[0];
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    s.what.withdrawn = 1;
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    memset(&d, 0, sizeof d); /* an old withdrawal is no word on what is offered after it */
+    d.size = sizeof d, d.bytes = image[2]->header, d.num_bytes = image[2]->header_bytes;
+    d.payload = image[2]->payload, d.payload_bytes = image[2]->payload_bytes, d.config_json = CONFIG;
+    CHECK_EQ(lorasync_engine_offer(e, &d, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(served(e, "a"), 2);
+    CHECK_EQ(lorasync_engine_drop(e, "a", &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_offer(e, &d, &err), LORASYNC_OK); /* the host wants it again */
+    CHECK_EQ(served(e, "a"), 2);
+    CHECK_EQ(lorasync_engine_drop(e, "a", &err), LORASYNC_OK);
+    s.what.withdrawn = 0;
+    s.what.version = 1, s.image = image[1];
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW); /* older than what was dropped */
+    s.what.version = 0;                                               /* which shows when it is opened */
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(served(e, "a"), 0);
+    s.what.tenancy = 17;
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 1);
+    lorasync_engine_close(e);
+    for (i = 0; i < 3; i++) drop_image(image[i]);
+}
+
+static lorasync_status take(void *user, const lorasync_image *image, lorasync_error *err)
+{
+    (void)user, (void)image, (void)err;
+    return LORASYNC_OK;
+}
+
+/* Two engines hold it until it was asked three times. */
+static lorasync_status retire(void *user, const char *adapter, lorasync_withdrawal *out, lorasync_error *err)
+{
+    int *turns = (int *)user;
+    CHECK_TEXT(adapter, "a");
+    if (*turns < 0) return (lorasync_status)*turns;
+    (void)err;
+    if (++*turns >= 3) return LORASYNC_OK;
+    out->num_holders = 20;
+    strcpy(out->holders[0].engine, "north");
+    out->holders[0].pid     = 77;
+    out->holders[0].version = 4;
+    strcpy(out->holders[1].engine, "south");
+    return LORASYNC_NOTHING_NEW;
+}
+
+static void own_transport(void)
+{
+    lorasync_transport  t;
+    lorasync_withdrawal w;
+    lorasync_error      err;
+    int                 turns = 0;
+    memset(&t, 0, sizeof t);
+    t.size = sizeof t, t.name = "mine", t.user = &turns, t.stage = take;
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(err.text, "'mine'");
+    t.retire = retire;
+    t.size   = offsetof(lorasync_transport, retire); /* of an older header */
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_E_UNSUPPORTED);
+    t.size = sizeof t;
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_E_BUSY);
+    CHECK_EQ(w.num_holders, 20);
+    CHECK_HAS(err.text, "engine 'north' (process 77) holds v4, engine 'south', an engine");
+    CHECK_HAS(err.text, " more");
+    CHECK_EQ(lorasync_transport_withdraw(&t, "a", 5000, NULL, &err), LORASYNC_OK);
+    CHECK_EQ(turns, 3);
+    turns = LORASYNC_E_LOST;
+    CHECK_EQ(withdraw(&t, "a", &w, &err), LORASYNC_E_IO);
+    CHECK_EQ(lorasync_transport_withdraw(NULL, "a", 0, &w, &err), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(lorasync_transport_withdraw(&t, NULL, 0, &w, &err), LORASYNC_E_ARGUMENT);
+    CHECK_EQ(lorasync_transport_withdraw(&t, "a", -1, &w, &err), LORASYNC_E_ARGUMENT);
+}
+
+/* -- both places */
+
+#define BOTH(test)                                                                                                     \
+    static void test##_in_shm(void)                                                                                    \
+    {                                                                                                                  \
+        in_directory = 0;                                                                                              \
+        test();                                                                                                        \
+    }                                                                                                                  \
+    static void test##_in_directory(void)                                                                              \
+    {                                                                                                                  \
+        in_directory = 1;                                                                                              \
+        test();                                                                                                        \
+    }
+
+BOTH(comes_and_goes)
+BOTH(missed)
+BOTH(killed)
+BOTH(killed_and_published)
+BOTH(drops)
+BOTH(changes)
+
 int main(void)
 {
     RUN(a_thousand);
+    RUN(comes_and_goes_in_shm);
+    RUN(comes_and_goes_in_directory);
+    RUN(missed_in_shm);
+    RUN(missed_in_directory);
+    RUN(not_seen);
+    in_directory = 0;
+    RUN(places_are_used_again);
+    RUN(dead_holder);
+    RUN(killed_in_shm);
+    RUN(killed_in_directory);
+    RUN(killed_and_published_in_shm);
+    RUN(killed_and_published_in_directory);
+    RUN(drops_in_shm);
+    RUN(drops_in_directory);
+    RUN(changes_in_shm);
+    RUN(changes_in_directory);
+    RUN(own_source);
+    RUN(own_transport);
     drop_name();
     return test_summary("test_tenants");
 }
