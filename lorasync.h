@@ -2122,7 +2122,8 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine);
 
 /* Opens and checks one PEFT adapter directory, or one safetensors file, outside any engine: for tools, tests and
    resuming. A directory has adapter_model.safetensors, or exactly one *.safetensors, and an adapter_config.json that
-   fits it. The digest is verified if the file carries one. The image maps the file: free it with lorasync_image_free,
+   fits it. Of a directory of versions, <directory>/<adapter> of a directory transport, the one that `latest` names is
+   opened. The digest is verified if the file carries one. The image maps the file: free it with lorasync_image_free,
    the config with lorasync_config_free.
 
    The image's tensors are called by their PEFT keys (lorasync_name), even if the file spells them otherwise: with the
@@ -2559,7 +2560,10 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
    ..base_layer.weight, are skipped if the session does not publish them. Each module's scale (alpha / rank) in the
    directory's adapter_config.json equals the session's; a single file has no config to compare.
 
-   path  the same on all ranks; read on the root
+   path         the same on all ranks; read on the root: <directory>/<adapter> of a directory transport (then the
+                version that `latest` names), one version of it, any other PEFT directory, or a file
+   out_version  receives, on all ranks, the version that was read; 0 where the file does not say, and after a failure.
+                May be NULL
 
    Errors:
        LORASYNC_E_CONFIG       a scale differs: the session would publish these weights as another adapter; names both
@@ -2569,7 +2573,8 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
        LORASYNC_E_DISAGREE     ranks pass different paths
        LORASYNC_E_STATE        before compile, or between begin and wait
        those of lorasync_open_adapter, of lorasync_plan_create for the tensors that do not match, and of the comm */
-LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err);
+LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, uint64_t *out_version,
+                                           lorasync_error *err);
 
 /* What compile found. */
 typedef struct lorasync_session_info {
@@ -21859,17 +21864,69 @@ LORASYNCI_FN lorasync_status lorasynci_find_model(int fd, const char *where, cha
     return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "%s has no " LORASYNCI_MODEL_FILE, where);
 }
 
-/* A PEFT directory: its model file and its config. */
+/* Below a directory: the first that holds versions; 0 when there is none. */
+LORASYNCI_FN int lorasynci_find_versions(int fd, char out[256])
+{
+    DIR           *list = lorasynci_list_directory(fd);
+    struct dirent *entry;
+    char           latest[300];
+    int            found = 0;
+    while (list && !found && (entry = readdir(list)) != NULL) {
+        snprintf(latest, sizeof latest, "%.255s/latest", entry->d_name);
+        found = entry->d_name[0] != '.' && !lorasynci_look(fd, latest);
+        if (found) snprintf(out, 256, "%.255s", entry->d_name);
+    }
+    if (list) closedir(list);
+    return found;
+}
+
+/* A PEFT directory that is open: its model file and its config. */
+LORASYNCI_FN lorasync_status lorasynci_open_peft_at(int fd, const char *where, const lorasync_allocator *a,
+                                                    lorasynci_opened *out, lorasync_error *err)
+{
+    char model[256];
+    LORASYNCI_TRY(lorasynci_find_model(fd, where, model, err));
+    return lorasynci_open_pair(fd, model, where, a, out, err);
+}
+
+/* The version that `latest` names, in an open directory without a model file of its own. err: why it cannot be opened
+   itself; it stays where there is no `latest` either, with where to look. */
+LORASYNCI_FN lorasync_status lorasynci_open_newest(int fd, const char *where, const lorasync_allocator *a,
+                                                   lorasynci_opened *out, lorasync_error *err)
+{
+    lorasynci_latest latest;
+    lorasync_status  status = LORASYNC_E_NOT_FOUND;
+    char             name[256], below[300];
+    int              tries, inner;
+    for (tries = 0; tries < 3 && status == LORASYNC_E_NOT_FOUND; tries++) { /* what it named may just have gone */
+        LORASYNCI_TRY(lorasynci_read_latest(fd, where, ".", &latest, err));
+        if (!latest.name[0] && lorasynci_find_versions(fd, name))
+            return lorasynci_fail(err, LORASYNC_E_NOT_FOUND,
+                                  "%s has no " LORASYNCI_MODEL_FILE "; it holds adapters: give one, as %s/%.100s",
+                                  where, where, name);
+        if (!latest.name[0]) return err->status;
+        snprintf(below, sizeof below, "%s/%s", where, latest.name);
+        inner  = lorasynci_open_directory(fd, latest.name);
+        status = inner < 0 ? lorasynci_fail_open(err, "open", below, errno)
+                           : lorasynci_open_peft_at(inner, below, a, out, err);
+        if (inner >= 0) close(inner);
+    }
+    return status;
+}
+
+/* A PEFT directory, or one of versions, of which the newest is meant. */
 LORASYNCI_FN lorasync_status lorasynci_open_peft(const char *path, const lorasync_allocator *a, lorasynci_opened *out,
                                                  lorasync_error *err)
 {
-    char            model[256];
+    lorasync_error  why;
     lorasync_status status;
     int             fd = lorasynci_open_directory(AT_FDCWD, path);
     if (fd < 0) return lorasynci_fail_open(err, "open", lorasynci_end_of(path), errno);
-    status = lorasynci_find_model(fd, lorasynci_end_of(path), model, err);
-    if (status >= 0) status = lorasynci_open_pair(fd, model, lorasynci_end_of(path), a, out, err);
+    status = lorasynci_open_peft_at(fd, lorasynci_end_of(path), a, out, &why);
+    if (status == LORASYNC_E_NOT_FOUND && lorasynci_look(fd, LORASYNCI_MODEL_FILE))
+        status = lorasynci_open_newest(fd, lorasynci_end_of(path), a, out, &why);
     close(fd);
+    if (status < 0 && err) *err = why;
     return status;
 }
 
@@ -26958,14 +27015,17 @@ LORASYNCI_FN lorasync_status lorasynci_session_prepare_load(const lorasync_sessi
     return lorasynci_session_aliases(s, l, err);
 }
 
-LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, lorasync_error *err)
+LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char *path, uint64_t *out_version,
+                                           lorasync_error *err)
 {
     lorasync_error    mine, why;
     lorasynci_loading l;
     lorasynci_buffer  facts;
     uint32_t          no_alias;
+    uint64_t          version = 0;
     lorasync_status   status;
     if (!err) err = &why;
+    if (out_version) *out_version = 0;
     LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_load", err));
     if (session->host.talk.lost) return lorasynci_lost_before(err);
     memset(&mine, 0, sizeof mine);
@@ -26977,10 +27037,15 @@ LORASYNC_API lorasync_status lorasync_load(lorasync_session *session, const char
     status = lorasynci_talk_agree_facts(&session->host.talk, &mine, &facts, &no_alias, err);
     lorasynci_buffer_free(&facts);
     if (status == LORASYNC_OK && !no_alias) status = lorasynci_session_compare_aliases(session, &l, err);
+    if (l.image) version = l.image->version;
+    if (status == LORASYNC_OK)
+        status = lorasynci_talk_tell(&session->host.talk, session->desc.root, &version, sizeof version,
+                                     session->host.talk.timeout_ms, err);
     if (status == LORASYNC_OK) status = lorasynci_session_scatter(session, l.image, err);
     lorasynci_talk_lose(&session->host.talk, status, err);
     lorasync_image_free(l.image);
     lorasynci_dealloc(&session->host.a, l.aliases);
+    if (status == LORASYNC_OK && out_version) *out_version = version;
     return status;
 }
 

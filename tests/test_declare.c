@@ -892,7 +892,7 @@ static void load_spelled_story(rank_context *c)
         CHECK_EQ(lorasync_add(s, &p, &err), LORASYNC_OK);
     }
     CHECK_EQ(lorasync_compile(s, &err), LORASYNC_OK);
-    if (lorasync_load(s, folder, &err) != LORASYNC_OK) CHECK_TEXT(err.text, "");
+    if (lorasync_load(s, folder, NULL, &err) != LORASYNC_OK) CHECK_TEXT(err.text, "");
     for (i = 0; i < 5; i++) {
         int64_t n = file_shapes[i][1] / c->world; /* columns that this rank has */
         for (k = 0; k < file_shapes[i][0] * n; k++)

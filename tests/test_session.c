@@ -306,7 +306,7 @@ static void bad_calls(void)
     CHECK_EQ(lorasync_begin(s, 1, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_wait(s, NULL, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_sync(s, 1, NULL, NULL), LORASYNC_E_STATE);
-    CHECK_EQ(lorasync_load(s, "x", &err), LORASYNC_E_STATE);
+    CHECK_EQ(lorasync_load(s, "x", NULL, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_add(NULL, NULL, &err), LORASYNC_E_ARGUMENT);
     make_model(&m, model, MODEL, FSDP2, 0, 1, 1);
     CHECK_EQ(add_all(s, &m, &err), LORASYNC_OK);
@@ -318,7 +318,7 @@ static void bad_calls(void)
     CHECK_EQ(lorasync_wait(s, NULL, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_begin(s, 1, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_begin(s, 2, &err), LORASYNC_E_STATE);
-    CHECK_EQ(lorasync_load(s, "x", &err), LORASYNC_E_STATE);
+    CHECK_EQ(lorasync_load(s, "x", NULL, &err), LORASYNC_E_STATE);
     CHECK_EQ(lorasync_wait(s, NULL, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_session_image(s)->version, 1); /* what the second begin asked for changes nothing */
     lorasync_close(s);
@@ -673,7 +673,7 @@ static void fold_one(const fold_case *f, lorasync_dtype wire)
         CHECK_EQ(lorasync_attach(s, &t, &err), LORASYNC_OK);
     }
     if (lorasync_compile(s, &err) < 0 || lorasync_sync(s, 1, NULL, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
-    CHECK_EQ(lorasync_load(s, "anything", &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_EQ(lorasync_load(s, "anything", NULL, &err), LORASYNC_E_UNSUPPORTED);
     lorasync_close(s);
     REQUIRE(lorasync_image_parse(e.file, e.num_bytes, NULL, &image, &err) == LORASYNC_OK);
     for (k = 0; k < 4; k++) {
@@ -1056,7 +1056,7 @@ static void load_story(rank_context *c)
     memcpy(&before[c->rank], m, sizeof *m);
     memset(m->memory, 0xA5, sizeof m->memory);
     snprintf(path + strlen(path), 40, "/default/latest");
-    MUST(lorasync_load(s, path, &err), LORASYNC_OK);
+    MUST(lorasync_load(s, path, NULL, &err), LORASYNC_OK);
     for (i = 0; i < m->num; i++) {
         lorasync_piece *p    = &m->pieces[i];
         int             ours = strstr(p->name, ".default.") != NULL;
@@ -1080,13 +1080,13 @@ static void load_story(rank_context *c)
     }
     /* wrong paths and wrong models leave the parameters alone */
     memcpy(&before[c->rank], m, sizeof *m);
-    MUST(lorasync_load(s, "/nowhere/at/all", &err), LORASYNC_E_NOT_FOUND);
+    MUST(lorasync_load(s, "/nowhere/at/all", NULL, &err), LORASYNC_E_NOT_FOUND);
     HOLDS(strstr(err.text, "/nowhere/at/all"));
-    MUST(lorasync_load(s, NULL, &err), LORASYNC_E_ARGUMENT);
-    MUST(lorasync_load(s, c->rank == c->world - 1 ? "/nowhere/else" : path, &err),
+    MUST(lorasync_load(s, NULL, NULL, &err), LORASYNC_E_ARGUMENT);
+    MUST(lorasync_load(s, c->rank == c->world - 1 ? "/nowhere/else" : path, NULL, &err),
          c->world > 1 ? LORASYNC_E_DISAGREE : LORASYNC_E_NOT_FOUND);
     HOLDS(memcmp(&before[c->rank], m, sizeof *m) == 0);
-    MUST(lorasync_load(s, path, &err), LORASYNC_OK);
+    MUST(lorasync_load(s, path, NULL, &err), LORASYNC_OK);
     MUST(lorasync_sync(s, 2, NULL, &err), LORASYNC_OK);
     lorasync_close(s);
     /* another model: one tensor more, one less, another shape */
@@ -1105,7 +1105,7 @@ static void load_story(rank_context *c)
         d = plain_desc(&c->comm);
         MUST(open_session(&d, m, NULL, &s, &err), LORASYNC_OK);
         memcpy(&before[c->rank], m, sizeof *m);
-        MUST(lorasync_load(s, path, &err), i == 2 ? LORASYNC_E_DISAGREE : LORASYNC_E_NOT_FOUND);
+        MUST(lorasync_load(s, path, NULL, &err), i == 2 ? LORASYNC_E_DISAGREE : LORASYNC_E_NOT_FOUND);
         HOLDS(strstr(err.text, i == 0 ? "down_proj" : "up_proj"));
         HOLDS(memcmp(&before[c->rank], m, sizeof *m) == 0);
         MUST(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
@@ -1145,7 +1145,7 @@ static void load_with_a_scale(void)
         CHECK_EQ(lorasync_compile(s, &err), LORASYNC_OK);
         CHECK_EQ(lorasync_sync(s, 1, NULL, &err), LORASYNC_OK);
         snprintf(path + strlen(path), 40, "/default/v1");
-        CHECK_EQ(lorasync_load(s, path, &err), scaled ? LORASYNC_E_UNSUPPORTED : LORASYNC_OK);
+        CHECK_EQ(lorasync_load(s, path, NULL, &err), scaled ? LORASYNC_E_UNSUPPORTED : LORASYNC_OK);
         if (scaled) CHECK_HAS(err.text, KEY_QB ": a session with piece.scale cannot load");
         CHECK_EQ(lorasync_sync(s, 2, NULL, &err), LORASYNC_OK);
         lorasync_close(s);
@@ -1186,15 +1186,15 @@ static void load_compares_scales(void)
         d.lora_alpha  = 0;
         fill_model(&m, 2);
         REQUIRE(open_session(&d, &m, NULL, &s, &err) == LORASYNC_OK);
-        CHECK_EQ(lorasync_load(s, path, &err), i ? LORASYNC_E_CONFIG : LORASYNC_OK);
+        CHECK_EQ(lorasync_load(s, path, NULL, &err), i ? LORASYNC_E_CONFIG : LORASYNC_OK);
         if (i == 1) CHECK_HAS(err.text, "scale 2, this session 124.875");
         if (i == 2) CHECK_HAS(err.text, "scale 2, this session 5.65685");
         if (i == 3)
             CHECK_HAS(
                 err.text,
                 "module model.layers.0.mlp.up_proj: the file's adapter_config.json gives it scale 2, this session 1;");
-        CHECK(m.memory[1][0] == truth(1, 0, i ? 2 : 1));     /* untouched, or loaded */
-        CHECK_EQ(lorasync_load(s, file, &err), LORASYNC_OK); /* no config beside it is looked for */
+        CHECK(m.memory[1][0] == truth(1, 0, i ? 2 : 1));           /* untouched, or loaded */
+        CHECK_EQ(lorasync_load(s, file, NULL, &err), LORASYNC_OK); /* no config beside it is looked for */
         lorasync_close(s);
     }
     remove_folder();
@@ -1238,7 +1238,7 @@ static void fused_story(rank_context *c)
     if (fuses) m->pieces[2].data = m->pieces[4].data = m->pieces[0].data;
     MUST(open_session(&d, m, NULL, &s, &err), LORASYNC_OK);
     snprintf(path + strlen(path), 40, "/default/v1");
-    MUST(lorasync_load(s, path, &err), fused_differs ? LORASYNC_E_LAYOUT : LORASYNC_OK);
+    MUST(lorasync_load(s, path, NULL, &err), fused_differs ? LORASYNC_E_LAYOUT : LORASYNC_OK);
     if (fused_differs) {
         HOLDS(strstr(err.text, "k_proj.lora_A") &&
               strstr(err.text, fused_differs == 1 ? "q_proj.lora_A" : "v_proj.lora_A"));
@@ -1248,7 +1248,7 @@ static void fused_story(rank_context *c)
     lorasync_close(s);
     if (fuses) m->pieces[2].data = (float *)m->pieces[0].data + 1; /* never right */
     MUST(open_session(&d, m, NULL, &s, &err), LORASYNC_OK);
-    MUST(lorasync_load(s, path, &err), LORASYNC_E_LAYOUT);
+    MUST(lorasync_load(s, path, NULL, &err), LORASYNC_E_LAYOUT);
     HOLDS(strstr(err.text, "overlap in memory") != NULL);
     lorasync_close(s);
 }
@@ -1265,7 +1265,7 @@ static void load_into_columns(const char *path)
     m.pieces[0].data = &rows[0][0], m.pieces[2].data = &rows[0][16];
     m.pieces[0].stride[0] = m.pieces[2].stride[0] = 32, m.pieces[0].stride[1] = m.pieces[2].stride[1] = 1;
     REQUIRE(open_session(&d, &m, NULL, &s, &err) == LORASYNC_OK);
-    CHECK_EQ(lorasync_load(s, path, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_load(s, path, NULL, &err), LORASYNC_OK);
     CHECK(rows[7][15] == truth(0, 7 * 16 + 15, 1) && rows[7][31] == truth(2, 7 * 16 + 15, 1));
     lorasync_close(s);
 }
@@ -1581,7 +1581,7 @@ static void lost_story(rank_context *c)
             MUST(lorasync_sync(s, 3, NULL, &err), LORASYNC_E_LOST);
             MUST(lorasync_begin(s, 3, &err), LORASYNC_E_LOST);
             MUST(lorasync_wait(s, NULL, &err), LORASYNC_E_LOST);
-            MUST(lorasync_load(s, "x", &err), LORASYNC_E_LOST);
+            MUST(lorasync_load(s, "x", NULL, &err), LORASYNC_E_LOST);
         }
     }
     lorasync_close(s);
@@ -1840,7 +1840,7 @@ static void killed_while_staging(void)
     X(lorasync_wait(NULL, NULL, e), "session is NULL")                                                                 \
     X(lorasync_sync(NULL, 1, NULL, e), "session is NULL")                                                              \
     X(lorasync_republish(NULL, e), "session is NULL")                                                                  \
-    X(lorasync_load(NULL, "x", e), "session is NULL")                                                                  \
+    X(lorasync_load(NULL, "x", NULL, e), "session is NULL")                                                            \
     X(lorasync_stream_open(NULL, &stream, e), "desc")                                                                  \
     X(lorasync_stream_add(NULL, &piece, e), "stream is NULL")                                                          \
     X(lorasync_stream_attach(NULL, &transport, e), "stream is NULL")                                                   \

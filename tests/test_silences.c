@@ -451,7 +451,7 @@ static void differing_load(rank_context *c)
         char here[300], there[300];
         snprintf(here, sizeof here, "%s/x.safetensors", directory);
         snprintf(there, sizeof there, "%s/y.safetensors", directory);
-        CHECK_EQ(lorasync_load(t.s, odd ? there : here, &err), LORASYNC_E_DISAGREE);
+        CHECK_EQ(lorasync_load(t.s, odd ? there : here, NULL, &err), LORASYNC_E_DISAGREE);
         CHECK_HAS(err.text, "path is \"");
         CHECK_HAS(err.text, "y.safetensors\" here, and on rank 0 ");
         CHECK_HAS(err.text, "x.safetensors\"; every rank must pass the same");
@@ -535,7 +535,7 @@ static char *make_place(char path[64])
 
 static void remove_place(const char *path)
 {
-    char command[100];
+    char command[200];
     snprintf(command, sizeof command, "rm -rf '%s'", path);
     if (system(command) != 0) test_fail(__FILE__, __LINE__, command);
 }
@@ -882,6 +882,83 @@ static void layouts_are_aligned(void)
     }
 }
 
+/* -- loading: which version it was, on all ranks */
+
+static float loaded_value(const trainer *t, const rank_context *c)
+{
+    size_t i, n = (size_t)(RANK_R * WIDTH / c->world);
+    for (i = 1; i < n; i++) CHECK(t->a[i] <= t->a[0] && t->a[i] >= t->a[0]);
+    return t->a[0];
+}
+
+/* Publishes 5 and 6, then loads them: by the directory of versions, by latest, by one version, and by a file. */
+static void load_versions(rank_context *c)
+{
+    const char    *at = (const char *)c->user;
+    trainer        t;
+    lorasync_desc  d = default_desc(c);
+    lorasync_error err;
+    uint64_t       version;
+    size_t         i;
+    char           path[160];
+    static const struct {
+        const char *below;
+        uint64_t    version;
+    } places[] = {{"default", 6},
+                  {"default/", 6},
+                  {"default/latest", 6},
+                  {"default/v5", 5},
+                  {"default/v5/adapter_model.safetensors", 5}};
+    open_trainer(&t, c, &d);
+    CHECK_EQ(lorasync_attach_directory(t.s, at, &err), 0);
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    for (version = 5; version < 7; version++) {
+        fill(&t, (float)version);
+        CHECK_EQ(lorasync_sync(t.s, version, NULL, &err), 0);
+    }
+    for (i = 0; i < sizeof places / sizeof places[0]; i++) {
+        fill(&t, 0);
+        version = 99;
+        snprintf(path, sizeof path, "%s/%s", at, places[i].below);
+        CHECK_EQ(lorasync_load(t.s, path, &version, &err), 0);
+        CHECK_EQ(version, places[i].version);
+        CHECK_EQ((long)loaded_value(&t, c), (long)places[i].version);
+    }
+    /* one level too high, and where nothing is; the version is 0 then */
+    CHECK_EQ(lorasync_load(t.s, at, &version, &err), LORASYNC_E_NOT_FOUND);
+    CHECK_HAS(err.text, "it holds adapters: give one, as ");
+    CHECK_HAS(err.text, "/default");
+    CHECK_EQ(version, 0);
+    version = 99;
+    CHECK_EQ(lorasync_load(t.s, "/tmp", &version, &err), LORASYNC_E_NOT_FOUND);
+    CHECK_HAS(err.text, "/tmp has no adapter_model.safetensors");
+    CHECK_EQ(version, 0);
+    lorasync_close(t.s);
+}
+
+static void load_follows_latest(void)
+{
+    char   at[64];
+    size_t i;
+    for (i = 0; i < 3; i++) {
+        lorasync_image *image = NULL;
+        lorasync_error  err;
+        char            path[120];
+        REQUIRE(make_place(at));
+        run_threads(worlds[i], load_versions, at);
+        snprintf(path, sizeof path, "%s/default", at);
+        CHECK_EQ(lorasync_open_adapter(path, NULL, &image, NULL, &err), 0);
+        CHECK(image && image->version == 6);
+        lorasync_image_free(image);
+        snprintf(path, sizeof path, "%s/default/v6", at); /* what latest names has gone */
+        remove_place(path);
+        snprintf(path, sizeof path, "%s/default", at);
+        CHECK_EQ(lorasync_open_adapter(path, NULL, &image, NULL, &err), LORASYNC_E_NOT_FOUND);
+        CHECK_HAS(err.text, "/default/v6: No such file");
+        remove_place(at);
+    }
+}
+
 int main(void)
 {
     RUN(positive_status_of_a_transport);
@@ -898,5 +975,6 @@ int main(void)
     RUN(failed_opens_leave_zeros);
     RUN(payloads_are_aligned);
     RUN(layouts_are_aligned);
+    RUN(load_follows_latest);
     return test_summary("test_silences");
 }
