@@ -17,6 +17,7 @@ import concurrent.futures
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -364,14 +365,24 @@ class Bench:
         return None if subprocess.run(command, stderr=subprocess.DEVNULL).returncode else out
 
     def fails(self, built):
-        """What a run says that failed, or an empty list."""
-        try:
-            r = subprocess.run([built], stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT, text=True,
-                               errors="replace")
-        except subprocess.TimeoutExpired:
-            return ["timeout"]
-        failed = re.findall(r"^FAIL (\S+)", r.stdout, re.M)
-        return failed or (["exit status %d" % r.returncode] if r.returncode else [])
+        """What a run says that failed, or an empty list. Whatever it has started ends with it."""
+        with tempfile.TemporaryFile("w+", errors="replace") as log:
+            run = subprocess.Popen([built], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
+            try:
+                status = run.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                status = None
+            try:
+                os.killpg(run.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            if status is None:
+                run.wait()
+                return ["timeout"]
+            log.seek(0)
+            failed = re.findall(r"^FAIL (\S+)", log.read(), re.M)
+            return failed or (["exit status %d" % status] if status else [])
 
     def remove(self):
         shutil.rmtree(self.path, ignore_errors=True)
