@@ -55,9 +55,11 @@ breaks() # NAME FLAGS...
 
 holds 'two readers, one kill' -DPUBLISHED
 holds 'one reader, two kills' -DREADERS=1 -DKILLS=2
+holds 'one reader that opens again, one kill' -DREADERS=1 -DCLOSES=1
 holds 'two publishers, one reader, one kill' -DPUBLISHERS=2 -DREADERS=1
 breaks 'a pin that is not checked again' -DPUBLISHED -DNO_RECHECK
-breaks 'clearing the pins of a record that is free' -DPUBLISHED -DCLEAR_PINS
+breaks 'clearing the pins of a place that is free' -DPUBLISHED -DCLEAR_PINS
+breaks 'taking a place away without its lock' -DPUBLISHED -DREADERS=1 -DCLOSES=1 -DBURY_UNLOCKED
 breaks 'committing before all is written' -DPUBLISHED -DEARLY_COMMIT
 breaks 'looking at the pins before the commit' -DPUBLISHED -DLOOK_BEFORE
 echo "model: $passed passed, $failed failed, 0 skipped"

@@ -2,8 +2,10 @@
    readers, three slots, and a killer that ends any process between any two steps. What is killed comes back as a new process.
 
        here                 in lorasync.h
-       claim                lorasynci_shm_claim, for the publisher's place and for a reader's record
-       look, pick           lorasynci_shm_look, lorasynci_shm_pick
+       lock                 lorasynci_life_begin: a lock that the kernel drops when its process ends
+       claim, disown        lorasynci_shm_claim, lorasynci_shm_disown, for the publisher's place and for a reader's
+       bury                 lorasynci_shm_reader_lives
+       look, pick           lorasynci_shm_is_used, lorasynci_shm_pick
        write                lorasynci_shm_fill; each slot has two halves, written one after the other
        commit               the store in lorasynci_shm_commit
        pin, unpin           lorasynci_shm_pin, lorasynci_shm_unpin
@@ -15,8 +17,9 @@
        - at most one living publisher works
 
    Each of these breaks it, and must be found: -DNO_RECHECK (a pin is not checked again), -DCLEAR_PINS (the publisher clears a dead reader's pins
-   after it has freed the record), -DEARLY_COMMIT (commit before the second half is written), -DLOOK_BEFORE (the pins are looked at before the
-   commit that takes the slot out of service). */
+   after it has given up its lock), -DEARLY_COMMIT (commit before the second half is written), -DLOOK_BEFORE (the pins are looked at before the
+   commit that takes the slot out of service), -DBURY_UNLOCKED (a reader's place is taken away without holding its lock: the reader may have
+   closed and opened again meanwhile, and its word is the same). */
 
 #define SLOTS 3
 #ifndef PUBLISHERS
@@ -31,6 +34,9 @@
 #ifndef KILLS
 #define KILLS 1
 #endif
+#ifndef CLOSES
+#define CLOSES 0 /* how often a reader closes, and opens again as the same process */
+#endif
 #define FIRST_ID (1 + PUBLISHERS + READERS) /* those before it start living */
 #define IDS 9
 #define NONE 255
@@ -38,9 +44,11 @@
 #define SLOT_OF(w) ((w) % 4 - 1)
 
 /* the control */
-byte word;      /* number * 4 + slot + 1; 0: nothing is published */
-byte publisher; /* owners are process ids */
+byte word;           /* number * 4 + slot + 1; 0: nothing is published */
+byte publisher;      /* owners are process ids */
 byte owner[READERS];
+byte publisher_lock; /* who has locked the byte of a place: for nobody who lives, the kernel has dropped it */
+byte lock[READERS];
 byte pins[READERS];
 
 /* the slots */
@@ -60,24 +68,47 @@ inline begin_again(me)
     me = ids; ids++; alive[me] = true
 }
 
+#define FREE(l) ((l) == 0 || !alive[l])
+
 /* Leaves `got` true when the place is ours. */
-inline claim(place, me, old, got)
+inline claim(place, its_lock, me, got)
 {
-    atomic { old = place; if :: old != 0 && alive[old] -> old = NONE :: else fi };
-    atomic { if :: place == old -> place = me; got = true :: else fi; old = 0 }
+    atomic { if :: FREE(its_lock) -> its_lock = me; got = true :: else fi };
+    if :: got -> place = me :: else fi
+}
+
+/* The owner goes before the lock: who has the lock next has the place to itself. */
+inline disown(place, its_lock)
+{
+    place = 0;
+    its_lock = 0
+}
+
+/* Takes the place from a reader that is dead. */
+inline bury(r, me)
+{
+#ifdef BURY_UNLOCKED
+    if :: FREE(lock[r]) -> skip;
+#else
+    if :: atomic { FREE(lock[r]) -> lock[r] = me };
+#endif
+          atomic { if :: owner[r] == old -> owner[r] = 0 :: else fi };
+#ifndef BURY_UNLOCKED
+          lock[r] = 0;
+#endif
+#ifdef CLEAR_PINS
+          pins[r] = 0;
+#endif
+       :: else
+    fi
 }
 
 /* Marks in `used` what the living pin. */
-inline look_at_reader(r)
+inline look_at_reader(r, me)
 {
     old = owner[r];
     if
-    :: atomic { old != 0 && !alive[old] -> /* the second look: the first one does not ask who lives */
-            if :: owner[r] == old -> owner[r] = 0 :: else fi };
-#ifdef CLEAR_PINS
-            pins[r] = 0;
-#endif
-            old = owner[r]
+    :: old != 0 -> bury(r, me); old = owner[r] /* the second look: the first one does not ask who lives */
     :: true
     fi;
     atomic { if :: old != 0 -> used = used | pins[r] :: else fi; old = 0 }
@@ -91,7 +122,7 @@ again:
     {
         do
         :: got -> break
-        :: !got && (publisher == 0 || !alive[publisher]) -> claim(publisher, me, old, got)
+        :: !got && FREE(publisher_lock) -> claim(publisher, publisher_lock, me, got)
         od;
         atomic { assert(working == 0 || !alive[working]); working = me };
 end:    do
@@ -101,9 +132,9 @@ end:    do
             used = before | (word == 0 -> 0 : BIT(SLOT_OF(word)));
 #else
             used = (word == 0 -> 0 : BIT(SLOT_OF(word)));
-            look_at_reader(0);
+            look_at_reader(0, me);
 #if READERS == 2
-            look_at_reader(1);
+            look_at_reader(1, me);
 #endif
 #endif
             /* pick any; without one the C code makes another slot, here it looks again */
@@ -117,9 +148,9 @@ end:    do
                 used = 0
             };
 #ifdef LOOK_BEFORE
-            look_at_reader(0);
+            look_at_reader(0, me);
 #if READERS == 2
-            look_at_reader(1);
+            look_at_reader(1, me);
 #endif
             before = used; used = 0;
 #endif
@@ -150,13 +181,14 @@ end:    do
 
 proctype Reader(byte me)
 {
-    byte old, r, w, seen, slot, version, have, have_version, at_start;
+    byte r, w, seen, slot, version, have, have_version, at_start, closes;
     bool got;
 again:
     {
+open:
         do
         :: got -> break
-        :: !got -> claim(owner[r], me, old, got); atomic { if :: !got -> r = (r + 1) % READERS :: got fi }
+        :: !got -> claim(owner[r], lock[r], me, got); atomic { if :: !got -> r = (r + 1) % READERS :: got fi }
         od;
         atomic { pins[r] = 0; /* a dead reader's */ have = NONE };
 end:    do
@@ -189,9 +221,16 @@ end:    do
         :: atomic { have != NONE -> /* nothing new, and what is pinned is whole, at any time */
             assert(word != seen || have_version >= committed);
             assert(first_half[have] == have_version && second_half[have] == have_version) }
+#if CLOSES
+        :: closes < CLOSES && have != NONE ->
+            pins[r] = pins[r] & ~BIT(have);
+            disown(owner[r], lock[r]);
+            atomic { closes++; r = 0; seen = 0; have = 0; have_version = 0; got = false };
+            goto open
+#endif
         od
     } unless { !alive[me] };
-    atomic { old = 0; r = 0; w = 0; seen = 0; slot = 0; version = 0; have = 0; have_version = 0; at_start = 0; got = false; begin_again(me) };
+    atomic { r = 0; w = 0; seen = 0; slot = 0; version = 0; have = 0; have_version = 0; at_start = 0; got = false; begin_again(me) };
     goto again
 }
 
