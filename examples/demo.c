@@ -748,7 +748,7 @@ static lorasync_status open_session(const job *j, const lorasync_comm *comm, con
                                     lorasync_session **out, lorasync_error *err)
 {
     static const char *const base_names[4] = {"base_model.model.model.embed_tokens.weight",
-                                              "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+                                              "base_model.model.model.layers.0.input_layernorm.weight",
                                               "base_model.model.model.norm.weight", "base_model.model.lm_head.weight"};
     static uint16_t          base_memory[16 * 16];
     lorasync_desc            d;

@@ -2,9 +2,9 @@
 
    compile   cc -I. -o quickstart examples/quickstart.c -lm          (from the folder that holds lorasync.h)
    run       ./quickstart
-   output    rank 0 published version 1: 2 tensors, 2048 bytes
-             rank 0 published version 2: 2 tensors, 2048 bytes
-             rank 0 published version 3: 2 tensors, 2048 bytes
+   output    rank 0 published version 1: 2 tensors, 2048 bytes, received by "engine-0"
+             rank 0 published version 2: 2 tensors, 2048 bytes, received by "engine-0"
+             rank 0 published version 3: 2 tensors, 2048 bytes, received by "engine-0"
              the engine serves version 3: 2 tensors, every value as trained
 
    Every rank holds some rows of lora_A [8, 64] and lora_B [64, 8], as FSDP2 would leave them: 8 rows over 3 ranks are
@@ -52,8 +52,10 @@ static int trainer(lorasync_local *local, int rank, const char *directory)
     lorasync_desc     desc;
     lorasync_session *session = NULL;
     lorasync_report   report;
+    lorasync_receipt  receipt;
     lorasync_error    err;
     uint64_t          version;
+    size_t            num_engines;
     int               t;
 
     if (lorasync_local_join(local, rank, &comm, &err) < 0) return complain("join", &err);
@@ -62,6 +64,8 @@ static int trainer(lorasync_local *local, int rank, const char *directory)
     desc.wire_dtype = LORASYNC_BF16;
     desc.lora_alpha = 16;
     desc.base_model = "toy";
+    /* every version is waited for: one engine process must say that it serves it */
+    desc.require_receipts = 1;
     if (lorasync_open(&desc, &session, &err) < 0) return complain("open", &err);
 
     memset(pieces, 0, sizeof pieces);
@@ -76,8 +80,10 @@ static int trainer(lorasync_local *local, int rank, const char *directory)
         p->data           = memory[t];
         lorasync_add(session, p, NULL); /* an error is remembered: lorasync_compile reports it */
     }
-    frozen      = pieces[0]; /* parameters of the base model may be passed too: they are dropped, and counted */
-    frozen.name = "model.layers.0.self_attn.q_proj.base_layer.weight";
+    frozen          = pieces[0]; /* parameters of the base model may be passed too: they are dropped, and counted */
+    frozen.name     = "model.layers.0.self_attn.q_proj.base_layer.weight";
+    frozen.shape[0] = frozen.shape[1] = 64;               /* what the two are LoRA of */
+    frozen.box                        = lorasync_none(2); /* this rank has nothing of it */
     lorasync_add(session, &frozen, NULL);
     lorasync_attach_directory(session, directory, NULL);
     if (lorasync_compile(session, &err) < 0) return complain("compile", &err);
@@ -85,9 +91,10 @@ static int trainer(lorasync_local *local, int rank, const char *directory)
     for (version = 1; version <= VERSIONS; version++) {
         for (t = 0; t < NUM_TENSORS; t++) train(memory[t], &pieces[t], version);
         if (lorasync_sync(session, version, &report, &err) < 0) return complain("sync", &err);
-        if (rank == 0)
-            printf("rank 0 published version %d: %d tensors, %d bytes\n", (int)version, (int)report.num_tensors,
-                   (int)report.payload_bytes);
+        if (rank != 0) continue;
+        if (lorasync_get_receipts(session, &receipt, 1, &num_engines, &err) < 0) return complain("receipts", &err);
+        printf("rank 0 published version %d: %d tensors, %d bytes, received by \"%s\"\n", (int)version,
+               (int)report.num_tensors, (int)report.payload_bytes, num_engines ? receipt.engine : "nobody");
     }
     lorasync_close(session);
     return 0;
@@ -121,6 +128,7 @@ static int engine(const char *directory, char *verdict, size_t verdict_size)
 
     memset(&desc, 0, sizeof desc);
     desc.directory = directory;
+    desc.name      = "engine-0"; /* as its receipts call it */
     if (lorasync_engine_open(&desc, &e, &err) < 0) return complain("engine", &err);
     while (right && version < VERSIONS) {
         status = lorasync_engine_poll(e, 10000, &err);

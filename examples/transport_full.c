@@ -8,26 +8,26 @@
                                           VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment. It must see the same
                                           files. Replace the toy parameters below with your model's, or it refuses them
    output    server: loads policy-v1
-             version 1: full image of 4736 bytes, requests go to policy-v1
+             version 1: full image of 4736 bytes, requests go to policy-v1, received
              server: loads policy-v2 from a delta
-             version 2: delta of 2584 bytes instead of 4736, requests go to policy-v2
+             version 2: delta of 2624 bytes instead of 4736, requests go to policy-v2, received
              server: has no room for policy-v3
              version 3 failed: transport 'http' could not stage: POST /v1/load_lora_delta: 507 no room
              requests still go to policy-v2
              server: loads policy-v3 from a delta
              server: unloads policy-v1
-             version 3: delta of 2584 bytes instead of 4736, requests go to policy-v3
+             version 3: delta of 2624 bytes instead of 4736, requests go to policy-v3, received
              server: restarts with nothing
              server: cannot load policy-v4 from a delta: not the base of this delta
              server: loads policy-v4
-             version 4: full image of 4736 bytes, a delta of 2584 was refused, requests go to policy-v4
+             version 4: full image of 4736 bytes, a delta of 2624 was refused, requests go to policy-v4, received
              server: loads policy-v5
-             version 5: full image of 4736 bytes, requests go to policy-v5
+             version 5: full image of 4736 bytes, requests go to policy-v5, received
              server: restarts with policy-v4
              server: cannot load policy-v6 from a delta: not the base of this delta
              server: loads policy-v6
              server: unloads policy-v4
-             version 6: full image of 4736 bytes, a delta of 2584 was refused, requests go to policy-v6
+             version 6: full image of 4736 bytes, a delta of 2624 was refused, requests go to policy-v6, received
              server: unloads policy-v6
 
    Every version is loaded under a name of its own, so nothing that runs is disturbed, no cache goes stale, and loading
@@ -37,11 +37,13 @@
        commit   requests name policy-v7 from now on; unload the one before the last: running requests go on
        abort    POST /v1/unload_lora_adapter, remove the files
        close    unload and remove what is left
+       receipts what the server says that it holds: see below
 
-   Only what changed is sent, if the engine has the rest. It says so in its answers: "holds policy-v6 <digest>". If that
-   is what was sent last, stage writes a delta instead, and POSTs /v1/load_lora_delta. The full image follows if the
-   engine refuses (it was restarted, holds something else, or has no such call); it is sent at once if the engine says
-   nothing, as vLLM does, or if nearly everything has changed. */
+   Only what changed is sent, if the engine has the rest. It says so in its answers: "holds policy-v6 <digest>",
+   which is its receipt, too: a version is published with the commit, and received when the engine itself says so. If
+   that is what was sent last, stage writes a delta instead, and POSTs /v1/load_lora_delta. The full image follows if
+   the engine refuses (it was restarted, holds something else, or has no such call); it is sent at once if the engine
+   says nothing, as vLLM does, or if nearly everything has changed. */
 #define LORASYNC_IMPLEMENTATION
 #include "lorasync.h"
 
@@ -337,6 +339,20 @@ static lorasync_status http_commit(void *user, const char *adapter, uint64_t ver
     e->previous = before.version;
     e->served   = e->staged; /* the commit: nothing can go wrong here */
     e->staged   = before;    /* its memory is used again */
+    return LORASYNC_OK;
+}
+
+/* The server's last answer is its receipt. One that says nothing, as vLLM, leaves none. */
+static lorasync_status http_receipts(void *user, const char *adapter, size_t index, lorasync_receipt *out,
+                                     lorasync_error *err)
+{
+    const http_engine *e = (const http_engine *)user;
+    (void)adapter, (void)err;
+    if (index > 0 || !e->held_version) return LORASYNC_NOTHING_NEW;
+    snprintf(out->engine, sizeof out->engine, "%.50s:%d", e->host, e->port);
+    out->version   = e->held_version;
+    out->digest    = e->held_digest;
+    out->num_bound = -1; /* it does not say */
     return LORASYNC_OK;
 }
 
@@ -651,13 +667,14 @@ static lorasync_status open_trainer(http_engine *e, lorasync_session **session, 
         status         = lorasync_add(*session, &piece, err);
     }
     memset(&transport, 0, sizeof transport);
-    transport.size   = sizeof transport;
-    transport.name   = "http";
-    transport.user   = e;
-    transport.stage  = http_stage;
-    transport.commit = http_commit;
-    transport.abort  = http_abort;
-    transport.close  = http_close;
+    transport.size     = sizeof transport;
+    transport.name     = "http";
+    transport.user     = e;
+    transport.stage    = http_stage;
+    transport.commit   = http_commit;
+    transport.abort    = http_abort;
+    transport.close    = http_close;
+    transport.receipts = http_receipts;
     if (status == LORASYNC_OK) status = lorasync_attach(*session, &transport, err);
     return status == LORASYNC_OK ? lorasync_compile(*session, err) : status;
 }
@@ -666,6 +683,7 @@ static lorasync_status open_trainer(http_engine *e, lorasync_session **session, 
 static int train(http_engine *e, fake_server *server)
 {
     lorasync_session *session = NULL;
+    lorasync_report   report;
     lorasync_error    err;
     uint64_t          version;
     int               tries = 0, failed = open_trainer(e, &session, &err) < 0 ? complain(&err) : 0;
@@ -673,9 +691,10 @@ static int train(http_engine *e, fake_server *server)
         optimizer_step(version);
         if (server && version == 4) fake_restart(server, 0);
         if (server && version == 6) fake_restart(server, 4);
-        if (lorasync_sync(session, version, NULL, &err) == LORASYNC_OK) {
+        if (lorasync_sync(session, version, &report, &err) == LORASYNC_OK) {
             tries = 0;
-            printf("version %d: %s, requests go to policy-v%d\n", (int)version, e->how, (int)e->served.version);
+            printf("version %d: %s, requests go to policy-v%d%s\n", (int)version, e->how, (int)e->served.version,
+                   report.num_received ? ", received" : "");
             failed = server && !same_bytes(server, lorasync_session_image(session));
             if (failed) printf("version %d: the server has other bytes than the trainer\n", (int)version);
         } else {

@@ -44,9 +44,9 @@ done
 
 # ---- quickstart, README
 
-quick_lines='rank 0 published version 1: 2 tensors, 2048 bytes
-rank 0 published version 2: 2 tensors, 2048 bytes
-rank 0 published version 3: 2 tensors, 2048 bytes
+quick_lines='rank 0 published version 1: 2 tensors, 2048 bytes, received by "engine-0"
+rank 0 published version 2: 2 tensors, 2048 bytes, received by "engine-0"
+rank 0 published version 3: 2 tensors, 2048 bytes, received by "engine-0"
 the engine serves version 3: 2 tensors, every value as trained'
 expect quickstart 0 'every value as trained$' "$E/quickstart"
 if [ "$(cat "$T/out")" = "$quick_lines" ]; then ok quickstart-lines
