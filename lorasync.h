@@ -1655,12 +1655,12 @@ typedef struct lorasync_engine_outcome {
                   atomic: make them under another name, and rename them.
    One publisher  Whoever publishes an adapter holds a lock (flock) on <directory>/<adapter>/.lock from its first stage
                   to close, and its name is in that file: a second publisher gets LORASYNC_E_BUSY, and is told host,
-                  process and since when. The kernel drops the lock when the process and what it has forked have ended,
-                  so it is right between containers, and between hosts if the file system's locks are (NFS, CephFS and
-                  Lustre with -o flock; not NFS with local_lock, nor most FUSE file systems). Where there are no such
-                  locks the newest publisher has the place. In any case a publisher looks, right before it replaces
-                  `latest`, whether another has come meanwhile; then it stops with LORASYNC_E_BUSY. Do not remove .lock
-                  while somebody publishes. */
+                  process and since when. The kernel drops the lock when the process ends (in file systems that map no
+                  files: and what it has forked), so it is right between containers, and between hosts if the file
+                  system's locks are (NFS, CephFS and Lustre with -o flock; not NFS with local_lock, nor most FUSE file
+                  systems). Where there are no such locks the newest publisher has the place. In any case a publisher
+                  looks, right before it replaces `latest`, whether another has come meanwhile; then it stops with
+                  LORASYNC_E_BUSY. Do not remove .lock while somebody publishes. */
 typedef struct lorasync_directory_desc {
     size_t size; /* sizeof this struct, or 0: see DESCS at the top */
     /* Made if absent (its parent must exist); at most 3000 bytes. Copied, and a relative one made absolute: a later
@@ -18139,14 +18139,17 @@ LORASYNCI_FN int lorasynci_write_file(int dir_fd, const char *name, lorasynci_co
 /* Who publishes to one adapter's directory: a lock on .lock, which the kernel drops when its holder ends, however that
    comes, and in that file the lease, which says who holds it. flock is right between pid namespaces, and between hosts
    where the file system has it (NFS since Linux 2.6.12, CephFS, Lustre with -o flock); and it belongs to the open file,
-   so that two transports of one process exclude each other.
+   so that two transports of one process exclude each other. It lasts as long as that is in use: a mapping that forks do
+   not inherit uses it, so that what a trainer has forked does not keep its place. Where there is no such mapping the
+   descriptor stays, and forks have it, too.
 
    A lock can be lost unnoticed (NFS breaks it when the host is away for long; the file is removed), or be one of this
    host alone (local_lock, localflock, FUSE), or not be at all. Then the newest publisher's nonce is in the file. Each
    looks there before it touches what is published, and stops where it does not find its own. */
 typedef struct lorasynci_lease {
     struct lorasynci_lease *next;
-    int                     fd;         /* of .lock; -1: not held */
+    int                     fd;         /* of .lock, locked; -1: it is not held, or by `page` */
+    void                   *page;       /* a mapping of .lock that keeps the lock; NULL: none */
     int                     no_locks;   /* 1: there are none here; the nonce must do */
     long                    pid;        /* who took it: a fork has the file, and not the lease */
     uint64_t                nonce;      /* never 0 once it was held */
@@ -18295,6 +18298,12 @@ LORASYNCI_FN lorasync_status lorasynci_fail_leased(const lorasynci_directory *d,
         lorasynci_end_of(d->path), adapter, who);
 }
 
+/* 1 if this process holds it, as far as it knows. */
+LORASYNCI_FN int lorasynci_is_held(const lorasynci_lease *lease)
+{
+    return (lease->fd >= 0 || lease->page) && lease->pid == (long)getpid();
+}
+
 /* LORASYNC_OK if the lease in the file is this one: nobody has taken the place since. */
 LORASYNCI_FN lorasync_status lorasynci_check_lease(const lorasynci_directory *d, const lorasynci_lease *lease,
                                                    int adapter_fd, lorasync_error *err)
@@ -18302,17 +18311,43 @@ LORASYNCI_FN lorasync_status lorasynci_check_lease(const lorasynci_directory *d,
     lorasynci_lease_text t;
     const int            failed = lorasynci_read_lease(adapter_fd, &t);
     if (failed) return lorasynci_fail_file(err, d, "read", lease->adapter, ".lock", failed);
-    if (lease->fd >= 0 && lease->pid == (long)getpid() && t.nonce == lease->nonce) return LORASYNC_OK;
+    if (lorasynci_is_held(lease) && t.nonce == lease->nonce) return LORASYNC_OK;
     return lorasynci_fail_leased(d, lease->adapter, &t, err);
 }
 
-/* Gives it up. In a fork the lock stays, since it is the parent's. */
+/* Gives it up. In a fork the lock stays, since it is the parent's, and there is no page. */
 LORASYNCI_FN void lorasynci_lease_drop(lorasynci_lease *lease)
 {
-    if (lease->fd < 0) return;
-    if (lease->pid == (long)getpid()) flock(lease->fd, LOCK_UN); /* processes that it has forked have it open, too */
-    close(lease->fd);
-    lease->fd = -1;
+    const int mine = lease->pid == (long)getpid();
+    if (lease->page && mine) munmap(lease->page, 1);
+    if (lease->fd >= 0 && mine) flock(lease->fd, LOCK_UN); /* processes that it has forked have it open, too */
+    if (lease->fd >= 0) close(lease->fd);
+    lease->page = NULL;
+    lease->fd   = -1;
+}
+
+/* Opens .lock for locking it. */
+LORASYNCI_FN int lorasynci_open_lock(int adapter_fd)
+{
+    return openat(adapter_fd, ".lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0644);
+}
+
+/* Lets a mapping keep the lock instead of the descriptor, which forks inherit. */
+LORASYNCI_FN void lorasynci_lease_keep(lorasynci_lease *lease, int adapter_fd)
+{
+#ifdef MADV_DONTFORK
+    const int other = lorasynci_open_lock(adapter_fd);
+    void     *page  = other < 0 ? MAP_FAILED : mmap(NULL, 1, PROT_NONE, MAP_SHARED, lease->fd, 0);
+    if (page != MAP_FAILED && madvise(page, 1, MADV_DONTFORK) == 0) {
+        close(lease->fd);
+        lease->fd = flock(other, LOCK_EX | LOCK_NB) == 0 ? other : -1; /* some map another open file: it was dropped */
+        if (lease->fd < 0) lease->page = page;
+    }
+    if (page != MAP_FAILED && !lease->page) munmap(page, 1);
+    if (other >= 0 && lease->fd != other) close(other);
+#else
+    (void)lease, (void)adapter_fd;
+#endif
 }
 
 /* Writes a new lease into the file that was opened and maybe locked. 0 or an errno, and what failed. */
@@ -18354,15 +18389,16 @@ LORASYNCI_FN lorasync_status lorasynci_lease_take(const lorasynci_directory *d, 
     if (lease->nonce && lease->no_locks && t.nonce) return lorasynci_fail_leased(d, adapter, &t, err);
     for (turns = 0; turns < 8; turns++) { /* while the file is removed under it */
         lorasynci_lease_drop(lease);
-        lease->fd = openat(adapter_fd, ".lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC | O_NONBLOCK, 0644);
+        lease->fd = lorasynci_open_lock(adapter_fd);
         if (lease->fd < 0) return lorasynci_fail_file(err, d, "open", adapter, ".lock", errno);
         failed          = flock(lease->fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
         lease->no_locks = failed == ENOLCK || lorasynci_is_refused(failed);
         if (lease->no_locks) failed = 0;
         if (!failed) {
             failed = lorasynci_lease_write(lease, &what);
-            if (!failed && lorasynci_check_lease(d, lease, adapter_fd, NULL) >= 0) return LORASYNC_OK;
-            if (!failed) continue;
+            if (!failed && lorasynci_check_lease(d, lease, adapter_fd, NULL) < 0) continue;
+            if (!failed && !lease->no_locks) lorasynci_lease_keep(lease, adapter_fd);
+            if (!failed) return LORASYNC_OK;
         }
         lorasynci_lease_drop(lease);
         if (failed != EWOULDBLOCK) return lorasynci_fail_file(err, d, what, adapter, ".lock", failed);
@@ -18776,7 +18812,7 @@ LORASYNCI_FN lorasync_status lorasynci_directory_commit(void *user, const char *
     lease = lorasynci_lease_of(d, adapter);
     if (!lease) {
         status = lorasynci_fail_memory(err, sizeof *lease);
-    } else if (lease->fd < 0) {
+    } else if (lease->fd < 0 && !lease->page) {
         status = lorasynci_fail_unstaged(d, adapter, version, err);
     } else {
         status = lorasynci_check_lease(d, lease, fd, err);

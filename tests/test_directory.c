@@ -2091,7 +2091,7 @@ static void killed_holder(void)
     lorasync_transport t;
     lorasync_error     err;
     pid_t              child;
-    int                turns;
+    int                turns, mapped;
     fresh_root();
     t     = open_directory(0, 1);
     child = publish_in_child(1, 0);
@@ -2103,9 +2103,23 @@ static void killed_holder(void)
     CHECK_EQ(working("a", ".stage-")[0], 0);
     t.close(t.user);
 
-    fresh_root(); /* what a killed one has forked holds its lock, and is told of */
+    fresh_root(); /* what a killed one has forked does not hold its lock */
     t     = open_directory(0, 1);
     child = publish_in_child(1, 1);
+    CHECK_EQ(publish(&t, "a", 2, &err), LORASYNC_E_BUSY);
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+    CHECK_EQ(publish(&t, "b", 1, &err), 0);
+    mapped = ((lorasynci_directory *)t.user)->lease.next->page != NULL; /* an overlay maps another file in its place */
+    CHECK_EQ(publish(&t, "a", 2, &err), mapped ? 0 : LORASYNC_E_BUSY);
+    write_text(at("stop"), "", 0);
+    t.close(t.user);
+
+    fresh_root(); /* unless the file cannot be mapped; then it is told of */
+    t       = open_directory(0, 1);
+    no_maps = ENODEV;
+    child   = publish_in_child(1, 1);
+    no_maps = 0;
     kill(child, SIGKILL);
     waitpid(child, NULL, 0);
     CHECK_EQ(publish(&t, "a", 2, &err), LORASYNC_E_BUSY);
