@@ -132,15 +132,16 @@
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
-                    -- adding and attaching; agreeing to compile; versions; receipts; reporting
+                    -- adding and attaching; agreeing to compile; versions; receipts; withdrawing what a session
+                       publishes; reporting
        >>session    the easy path through all of it
                     -- opening a session; adding; what is known of the base model; adding one piece; compiling; which
                        pieces are taken; pieces that are in each other's way; scaling, planning and the config; what all
                        ranks know of the model; claims, made by the root; claims, held against this rank's base
                        parameters; the survey's talk; what the survey says, on the root; the config that is published;
                        what the root hands to all; lent memory; opening lent memory; running; publishing a run, and
-                       counting what it brings; what is known of the engines; resuming; tensors that share memory;
-                       finding and comparing them
+                       counting what it brings; what is known of the engines; withdrawing; resuming; tensors that share
+                       memory; finding and comparing them
        >>base       base weights in buckets through the same plans, images and transports
                     -- dividing into buckets; groups and buckets; dividing among all ranks; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
@@ -1562,7 +1563,8 @@ typedef struct lorasync_transport {
                   Engines keep what they have mapped until their readers release it, and its room on the disk is free
                   only then. Known are those that have left a receipt.
                   The place of its publisher is kept until the transport closes.
-   Shared memory  Slots that no engine pins are removed. One that is lent to a session stays until the session closes.
+   Shared memory  Slots that no engine pins are removed. What a session was lent last stays until it publishes again, or
+                  closes.
 
    transport  not after it was closed; its size as in lorasync_attach
    out        who still holds it; may be NULL
@@ -2550,6 +2552,25 @@ LORASYNC_API lorasync_status lorasync_get_receipts(const lorasync_session *sessi
    Errors: LORASYNC_E_STATE if nothing was published yet, or a begin or a failure came after it (sync instead);
    LORASYNC_E_RECEIPT as in lorasync_wait; whatever a transport returned; those of the comm. */
 LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, lorasync_error *err);
+
+/* Withdraws the session's adapter from all transports of the root (lorasync_transport_withdraw), and waits until nobody
+   holds it, at most timeout_ms. The session goes on: what it publishes next is a new adapter, whose version may be any.
+   Collective, after compile, not between begin and wait.
+
+   timeout_ms  0: withdraws, and only looks who holds it. The same on all ranks
+   out         who still holds it, the same on all ranks; may be NULL
+
+   Errors, the same on all ranks:
+       LORASYNC_E_BUSY         it is withdrawn, and held after timeout_ms: the text and out name who holds it. Their
+                               room is given back by calling this again, by the next sync, or when the session closes
+       LORASYNC_E_NOT_FOUND    none of the transports publishes it
+       LORASYNC_E_UNSUPPORTED  a transport has no `retire`: it was withdrawn from none
+       LORASYNC_E_STATE        before compile, or between begin and wait
+       LORASYNC_E_DISAGREE     ranks pass different timeouts
+       LORASYNC_E_ARGUMENT, what a transport's retire returned (it was withdrawn from the others), and those of the
+       comm */
+LORASYNC_API lorasync_status lorasync_withdraw(lorasync_session *session, int timeout_ms, lorasync_withdrawal *out,
+                                               lorasync_error *err);
 
 /* Resumes: reads a PEFT directory or a safetensors file on the root and writes every rank's pieces, replicas included,
    converted to their dtypes. Collective, after compile. If it fails before anything moved, the pieces are untouched;
@@ -19807,6 +19828,7 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
 typedef struct lorasynci_shm_place {
     int      next, staged; /* slots, or -1 */
     int      slots;        /* the first of its segments, or -1 */
+    int      last;         /* withdrawn from a session that may still read it, until it publishes again; or -1 */
     int      same_hash;    /* the next place of that hash, or -1 */
     uint64_t version;      /* that is staged */
 } lorasynci_shm_place;
@@ -19918,7 +19940,7 @@ LORASYNCI_FN int lorasynci_shm_is_used(const lorasynci_shm *s, int slot)
     int                          i;
     if (adapter < LORASYNCI_SHM_ADAPTERS) {
         const lorasynci_shm_place *p = &s->places[adapter];
-        if (p->next == slot || p->staged == slot) return 1;
+        if (p->next == slot || p->staged == slot || p->last == slot) return 1;
         if (lorasynci_shm_slot_of(__atomic_load_n(&c->adapters[adapter].word, __ATOMIC_SEQ_CST)) == slot) return 1;
     }
     for (i = 0; i < num; i++) {
@@ -20436,7 +20458,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_check_image(const lorasynci_shm *s, c
 LORASYNCI_FN void lorasynci_shm_leave_payloads(lorasynci_shm *s)
 {
     int i, mine = lorasynci_process_pid(s->own.mine) == (long)getpid();
-    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = -1;
+    for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++) s->places[i].next = s->places[i].staged = s->places[i].last = -1;
     for (i = 0; mine && s->device && i < LORASYNCI_SHM_SLOTS; i++) {
         if (!s->payloads[i]) continue;
         if (!lorasynci_shm_is_marked(s->kept, i) && lorasynci_shm_retire(s, i)) {
@@ -20504,6 +20526,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
     LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
     LORASYNCI_TRY(lorasynci_shm_find_or_add(s, image->adapter, &adapter, err));
     lorasynci_shm_unstage(&s->places[adapter]);
+    s->places[adapter].last = -1;
     LORASYNCI_TRY(lorasynci_shm_find_served(s, adapter, &served, err));
     if (served >= 0 && !lorasynci_shm_is_gone(s, served, image)) {
         const lorasync_status next = lorasynci_shm_check_next(s, served, image, err);
@@ -20752,7 +20775,7 @@ LORASYNCI_FN void lorasynci_shm_take_back(lorasynci_shm *s, const char *adapter,
     if (i < 0) return;
     lorasynci_shm_unstage(&s->places[i]);
     slot              = s->places[i].next;
-    s->places[i].next = -1;
+    s->places[i].next = s->places[i].last = -1;
     if (s->device && left_behind) lorasynci_shm_abandon(s, i, slot);
     if (!s->device && slot >= 0) lorasynci_shm_drop_slot(s, slot);
     lorasynci_shm_note_open(s, i, NULL, 0);
@@ -20794,13 +20817,14 @@ LORASYNCI_FN lorasync_status lorasynci_shm_withdraw(void *user, const char *adap
         return lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "nothing is published in shared memory '%s' as '%.60s'",
                               s->name, adapter);
     }
+    c = lorasynci_shm_session_of(s, adapter);
     if (!lorasynci_shm_is_withdrawn(s->map.control->adapters[i].word)) {
+        s->places[i].last = lorasynci_shm_slot_of(s->map.control->adapters[i].word);
         lorasynci_shm_name(s, i, -1);
         lorasynci_shm_ring(s->map.control);
     }
     lorasynci_shm_bury(s);
-    c = lorasynci_shm_session_of(s, adapter);
-    if (!c || !c->session) lorasynci_shm_take_back(s, adapter, 0); /* else it is lent, or staged: the session's */
+    if (!c || !c->session) lorasynci_shm_take_back(s, adapter, 0); /* else what is lent or was published is its own */
     lorasynci_shm_trim(s, i, SIZE_MAX / 4, 0, -1);
     for (slot = s->places[i].slots; slot >= 0; slot = s->more_slots[slot]) lorasynci_shm_tell_slot(s, slot, out);
     return out->num_holders ? LORASYNC_NOTHING_NEW : LORASYNC_OK;
@@ -20844,7 +20868,7 @@ LORASYNCI_FN void lorasynci_shm_inherit(lorasynci_shm *s)
     int                          i;
     for (i = 0; i < LORASYNCI_SHM_NAMES; i++) s->names[i] = -1;
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++)
-        s->places[i].next = s->places[i].staged = s->places[i].slots = s->places[i].same_hash = -1;
+        s->places[i].next = s->places[i].staged = s->places[i].last = s->places[i].slots = s->places[i].same_hash = -1;
     for (i = 0; i < num_adapters; i++) lorasynci_shm_link_name(s, i);
     lorasynci_shm_bury(s);
     for (i = 0; i < num_slots; i++) {
@@ -24537,6 +24561,62 @@ LORASYNCI_FN lorasync_status lorasynci_host_receipts(const lorasynci_host *h, lo
     return look.failure.status;
 }
 
+/* -- withdrawing what a session publishes */
+
+/* Adds what is left in one transport to what is left in those before. */
+LORASYNCI_FN void lorasynci_add_holders(lorasync_withdrawal *out, const lorasync_withdrawal *more)
+{
+    size_t i;
+    for (i = 0; i < more->num_holders && i < LORASYNCI_COUNT(more->holders); i++)
+        lorasynci_add_holder(out, more->holders[i].engine, more->holders[i].pid, more->holders[i].version);
+    out->num_holders += more->num_holders - i;
+}
+
+/* One look at all transports. Failures come before those who hold it; it is enough that one has published it. */
+LORASYNCI_FN void lorasynci_host_withdraw_once(const lorasynci_host *h, lorasync_withdrawal *out, lorasync_error *err)
+{
+    const size_t num = lorasynci_num_engines(h);
+    size_t       i, num_found = 0;
+    memset(out, 0, sizeof *out);
+    memset(err, 0, sizeof *err);
+    for (i = 0; i < num; i++) {
+        lorasync_withdrawal one;
+        lorasync_error      why;
+        lorasync_status     status =
+            lorasynci_withdraw(LORASYNCI_AT(lorasync_transport, h->transports, i), h->name, 0, &one, &why);
+        num_found += status != LORASYNC_E_NOT_FOUND;
+        lorasynci_add_holders(out, &one);
+        if (status >= 0 || status == err->status) continue;
+        if (err->status == LORASYNC_OK || err->status == LORASYNC_E_NOT_FOUND ||
+            (err->status == LORASYNC_E_BUSY && status != LORASYNC_E_NOT_FOUND))
+            *err = why;
+    }
+    if (num_found && err->status == LORASYNC_E_NOT_FOUND) memset(err, 0, sizeof *err);
+    if (!num) lorasynci_fail(err, LORASYNC_E_NOT_FOUND, "no transport is attached: nothing is published");
+}
+
+/* On the root: until nobody holds it, or the deadline. From transports that all can, or from none. */
+LORASYNCI_FN void lorasynci_host_withdraw(const lorasynci_host *h, int timeout_ms, lorasync_withdrawal *out,
+                                          lorasync_error *err)
+{
+    const uint64_t deadline = lorasynci_deadline_ns(timeout_ms);
+    uint64_t       rest_ns  = 25000;
+    size_t         i;
+    for (i = 0; i < lorasynci_num_engines(h); i++) {
+        const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, h->transports, i);
+        if (!t->retire) {
+            lorasynci_withdraw(t, h->name, 0, out, err); /* says so */
+            return;
+        }
+    }
+    for (;;) {
+        lorasynci_host_withdraw_once(h, out, err);
+        if (err->status != LORASYNC_E_BUSY || !out->num_holders || lorasynci_now_ns() >= deadline) return;
+        rest_ns = rest_ns < 2500000 ? rest_ns * 2 : 5000000;
+        lorasynci_sleep_ns(rest_ns);
+    }
+}
+
 /* -- reporting */
 
 /* The outcomes on the root; NULL, and 0, elsewhere. */
@@ -26739,6 +26819,57 @@ LORASYNC_API const lorasync_engine_outcome *lorasync_get_outcomes(const lorasync
 }
 
 /* -- what is known of the engines */
+
+/* -- withdrawing */
+
+/* What the root tells the others. */
+typedef struct lorasynci_withdrawn {
+    lorasync_error      verdict;
+    lorasync_withdrawal left;
+} lorasynci_withdrawn;
+
+/* Nothing of this session is published any more, and nothing was. */
+LORASYNCI_FN void lorasynci_session_forget(lorasync_session *s)
+{
+    lorasync_engine_outcome *o = LORASYNCI_AT(lorasync_engine_outcome, s->host.outcomes, 0);
+    size_t                   i;
+    for (i = 0; i < lorasynci_num_engines(&s->host); i++) {
+        o[i].state   = LORASYNC_ENGINE_IDLE;
+        o[i].version = 0;
+    }
+    s->published         = 0;
+    s->host.last_version = 0;
+}
+
+LORASYNC_API lorasync_status lorasync_withdraw(lorasync_session *session, int timeout_ms, lorasync_withdrawal *out,
+                                               lorasync_error *err)
+{
+    lorasynci_talk     *talk;
+    lorasynci_withdrawn w;
+    lorasync_error      mine, why;
+    lorasync_status     status;
+    int                 wait_ms;
+    if (!err) err = &why;
+    if (out) memset(out, 0, sizeof *out);
+    LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_withdraw", err));
+    talk = &session->host.talk;
+    if (talk->lost) return lorasynci_lost_before(err);
+    memset(&mine, 0, sizeof mine);
+    memset(&w, 0, sizeof w);
+    lorasynci_check_timeout("timeout_ms", timeout_ms, &mine);
+    if (lorasynci_run_is_open(session->plan))
+        lorasynci_fail(&mine, LORASYNC_E_STATE, "lorasync_withdraw between begin and wait: call wait first");
+    status = lorasynci_talk_vote_tag(talk, &mine, (uint64_t)timeout_ms, "timeout_ms", err);
+    if (status < 0) return lorasynci_talk_lose(talk, status, err);
+    if (lorasynci_session_is_root(session)) lorasynci_host_withdraw(&session->host, timeout_ms, &w.left, &w.verdict);
+    wait_ms = timeout_ms < INT32_MAX - talk->timeout_ms ? timeout_ms + talk->timeout_ms : INT32_MAX;
+    status  = lorasynci_talk_tell(talk, session->desc.root, &w, sizeof w, wait_ms, err);
+    if (status < 0) return lorasynci_talk_lose(talk, status, err);
+    if (out) *out = w.left;
+    if (w.verdict.status == LORASYNC_OK || w.left.num_holders) lorasynci_session_forget(session);
+    w.verdict.text[sizeof w.verdict.text - 1] = 0;
+    return w.verdict.status < 0 ? lorasynci_fail(err, w.verdict.status, "%s", w.verdict.text) : LORASYNC_OK;
+}
 
 LORASYNC_API lorasync_status lorasync_get_receipts(const lorasync_session *session, lorasync_receipt *out, size_t max,
                                                    size_t *out_num, lorasync_error *err)

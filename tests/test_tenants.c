@@ -29,8 +29,7 @@ static int count_step(void)
 #include "test.h"
 #include "pieces.h"
 #include "published.h"
-
-#include <sys/wait.h>
+#include "ranks.h"
 
 /* -- a name of its own for each test */
 
@@ -713,8 +712,8 @@ static lorasync_status take(void *user, const lorasync_image *image, lorasync_er
 static lorasync_status retire(void *user, const char *adapter, lorasync_withdrawal *out, lorasync_error *err)
 {
     int *turns = (int *)user;
-    CHECK_TEXT(adapter, "a");
     if (*turns < 0) return (lorasync_status)*turns;
+    CHECK_TEXT(adapter, "a");
     (void)err;
     if (++*turns >= 3) return LORASYNC_OK;
     out->num_holders = 20;
@@ -750,6 +749,150 @@ static void own_transport(void)
     CHECK_EQ(lorasync_transport_withdraw(NULL, "a", 0, &w, &err), LORASYNC_E_ARGUMENT);
     CHECK_EQ(lorasync_transport_withdraw(&t, NULL, 0, &w, &err), LORASYNC_E_ARGUMENT);
     CHECK_EQ(lorasync_transport_withdraw(&t, "a", -1, &w, &err), LORASYNC_E_ARGUMENT);
+}
+
+/* -- withdrawing what a session publishes */
+
+/* A session of one pair; every rank holds rows. Values follow from the version. */
+static lorasync_session *open_session(rank_context *c, float *a, float *b)
+{
+    lorasync_desc     desc;
+    lorasync_session *s = NULL;
+    lorasync_piece    p;
+    lorasync_error    err;
+    memset(&desc, 0, sizeof desc);
+    memset(&err, 0, sizeof err);
+    desc.comm       = &c->comm;
+    desc.lora_alpha = 8;
+    desc.timeout_ms = 20000;
+    CHECK_EQ(lorasync_open(&desc, &s, &err), 0);
+    p = shard_piece("m.q_proj.lora_A.default.weight", 2, 8, 16, c->rank, c->world, a);
+    CHECK_EQ(lorasync_add(s, &p, &err), 0);
+    p = shard_piece("m.q_proj.lora_B.default.weight", 2, 16, 8, c->rank, c->world, b);
+    CHECK_EQ(lorasync_add(s, &p, &err), 0);
+    if (err.text[0]) fprintf(stderr, "%s\n", err.text);
+    return s;
+}
+
+static void fill(float *a, float *b, int version)
+{
+    int i;
+    for (i = 0; i < 128; i++) a[i] = b[i] = (float)(version * 1000 + i % 7);
+}
+
+/* 1 if this version is served, with its values; 0 for version 0: none is. */
+static int serves(lorasync_engine *e, int version)
+{
+    const lorasync_adapter *x = lorasync_acquire(e, "default");
+    const float            *p = x ? (const float *)x->image->payload : NULL;
+    int                     ok;
+    ok = x ? x->version == (uint64_t)version && p[0] >= (float)version * 1000 && p[0] < (float)version * 1000 + 7
+           : version == 0;
+    lorasync_release(x);
+    return ok;
+}
+
+static void session_withdraws(rank_context *c)
+{
+    float               a[128], b[128];
+    lorasync_session   *s = open_session(c, a, b);
+    lorasync_engine    *e[2];
+    lorasync_withdrawal w;
+    lorasync_error      err;
+    lorasync_transport  t[2];
+    int                 i, v, turn;
+    in_directory = 1, t[0] = open_place(), e[0] = c->rank ? NULL : open_engine();
+    in_directory = 0;
+    if (c->rank == 0) t[1] = open_place(), e[1] = open_engine();
+    for (i = 0; i < 2 && c->rank == 0; i++) CHECK_EQ(lorasync_attach(s, &t[i], &err), 0);
+    if (c->rank) t[0].close(t[0].user);
+    memset(&err, 0, sizeof err);
+    CHECK_EQ(lorasync_withdraw(s, 0, &w, &err), LORASYNC_E_STATE);
+    CHECK_EQ(lorasync_compile(s, &err), 0);
+    CHECK_EQ(lorasync_withdraw(s, 0, &w, &err), LORASYNC_E_NOT_FOUND);
+    for (turn = 0; turn < 3; turn++) {
+        for (v = 3 - turn; v < 7; v++) {
+            fill(a, b, v);
+            CHECK_EQ(lorasync_sync(s, (uint64_t)v, NULL, &err), 0);
+            for (i = 0; i < 2 && c->rank == 0; i++) {
+                CHECK_EQ(lorasync_engine_poll(e[i], 0, &err), 0);
+                CHECK(serves(e[i], v));
+            }
+        }
+        CHECK_EQ(lorasync_begin(s, 7, &err), 0);
+        CHECK_EQ(lorasync_withdraw(s, 0, &w, &err), LORASYNC_E_STATE);
+        CHECK_EQ(lorasync_wait(s, NULL, &err), 0);
+        if (c->world > 1) CHECK_EQ(lorasync_withdraw(s, c->rank, &w, &err), LORASYNC_E_DISAGREE);
+        CHECK_EQ(lorasync_withdraw(s, -1, &w, &err), LORASYNC_E_ARGUMENT);
+        CHECK_EQ(lorasync_withdraw(s, 0, &w, &err), LORASYNC_E_BUSY);
+        CHECK_EQ(w.num_holders, 2);
+        for (i = 0; i < 2; i++) CHECK_TEXT(w.holders[i].engine, "first");
+        CHECK_HAS(err.text, "'first'");
+        CHECK(lorasync_session_image(s) == NULL);
+        for (i = 0; i < 2 && c->rank == 0; i++) {
+            CHECK_EQ(lorasync_engine_poll(e[i], 0, &err), 0);
+            CHECK(serves(e[i], 0));
+        }
+        CHECK_EQ(lorasync_withdraw(s, 5000, &w, &err), 0);
+        CHECK_EQ(w.num_holders, 0);
+        CHECK_EQ(lorasync_republish(s, &err), LORASYNC_E_STATE);
+        if (c->rank == 0) CHECK_EQ(lorasync_get_outcomes(s, NULL)[1].version, 0);
+    }
+    fill(a, b, 1);
+    CHECK_EQ(lorasync_sync(s, 1, NULL, &err), 0);
+    for (i = 0; i < 2 && c->rank == 0; i++) {
+        CHECK_EQ(lorasync_engine_poll(e[i], 0, &err), 0);
+        CHECK(serves(e[i], 1));
+        lorasync_engine_close(e[i]);
+    }
+    lorasync_close(s);
+}
+
+static void sessions(void)
+{
+    int world;
+    for (world = 1; world <= 8; world *= 2) {
+        fresh_name();
+        CHECK_EQ(run_processes(world, session_withdraws, NULL), 0);
+    }
+}
+
+/* One of two transports cannot: then none does. */
+static void session_of_mixed_transports(void)
+{
+    rank_context       c;
+    float              a[128], b[128];
+    lorasync_session  *s;
+    lorasync_transport t[2];
+    lorasync_error     err;
+    int                turns = LORASYNC_E_IO;
+    fresh_name();
+    in_directory = 1;
+    memset(&c, 0, sizeof c);
+    memset(&t[1], 0, sizeof t[1]);
+    c.world = 1, c.comm = lorasync_solo();
+    t[0]      = open_place();
+    t[1].size = sizeof t[1], t[1].name = "mine", t[1].user = &turns, t[1].stage = take;
+    s = open_session(&c, a, b);
+    fill(a, b, 1);
+    CHECK_EQ(lorasync_attach(s, &t[0], &err), 0);
+    CHECK_EQ(lorasync_attach(s, &t[1], &err), 0);
+    CHECK_EQ(lorasync_compile(s, &err), 0);
+    CHECK_EQ(lorasync_sync(s, 1, NULL, &err), 0);
+    CHECK_EQ(lorasync_withdraw(s, 0, NULL, &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(err.text, "'mine'");
+    CHECK_EQ(count_versions("default"), 1);
+    lorasync_close(s);
+    t[0]        = open_place();
+    t[1].retire = retire; /* fails: the other is told all the same */
+    s           = open_session(&c, a, b);
+    CHECK_EQ(lorasync_attach(s, &t[1], &err), 0);
+    CHECK_EQ(lorasync_attach(s, &t[0], &err), 0);
+    CHECK_EQ(lorasync_compile(s, &err), 0);
+    CHECK_EQ(lorasync_sync(s, 2, NULL, &err), 0);
+    CHECK_EQ(lorasync_withdraw(s, 5000, NULL, &err), LORASYNC_E_IO);
+    CHECK_EQ(count_versions("default"), 0);
+    lorasync_close(s);
 }
 
 /* -- both places */
@@ -794,6 +937,8 @@ int main(void)
     RUN(changes_in_directory);
     RUN(own_source);
     RUN(own_transport);
+    RUN(sessions);
+    RUN(session_of_mixed_transports);
     drop_name();
     return test_summary("test_tenants");
 }
