@@ -133,7 +133,7 @@
                     -- decisions
        >>host       what a session and a base stream have in common
                     -- adding and attaching; agreeing to compile; versions; receipts; withdrawing what a session
-                       publishes; reporting
+                       publishes; which version is next; reporting
        >>session    the easy path through all of it
                     -- opening a session; adding; what is known of the base model; adding one piece; compiling; which
                        pieces are taken; pieces that are in each other's way; scaling, planning and the config; what all
@@ -1550,6 +1550,10 @@ typedef struct lorasync_transport {
          LORASYNC_E_NOT_FOUND  it was not published here
        out is never NULL, and all zero at the call. NULL: adapters cannot be withdrawn from it. */
     lorasync_status (*retire)(void *user, const char *adapter, lorasync_withdrawal *out, lorasync_error *err);
+    /* The version of an adapter that is published there, by whomever; *out_version is 0 at the call, and stays so if
+       there is none. Asked at the end of lorasync_compile, and after a failed publication: the next version, 0 in
+       lorasync_begin, is a greater one. A failure counts as none. Must not block. NULL: it cannot tell. */
+    lorasync_status (*newest)(void *user, const char *adapter, uint64_t *out_version, lorasync_error *err);
 } lorasync_transport;
 
 /* Withdraws an adapter: from now on no engine is handed it. Each engine learns of it at its next poll, stops serving it
@@ -2396,10 +2400,10 @@ typedef struct lorasync_report {
    others learn of it in lorasync_compile, at its deadline or when the host gives up its communicator. Close it with
    lorasync_close.
 
-   A new session does not know what was published before it. After a restart, or a lost communicator, continue with a
-   version greater than the served one: in a directory, that is what <adapter>/latest points to; in shared memory, an
-   engine's lorasync_acquire(..)->version. Or sync version 1: if a newer one is served, LORASYNC_E_VERSION names it. Or
-   begin again at 1, with new_generation.
+   After a restart, or a lost communicator, versions must be greater than what is served. Version 0 in lorasync_begin is
+   the next one: one above what a directory, shared memory and engines with receipts serve. A transport of your own can
+   tell, too (lorasync_transport.newest); otherwise sync version 1: if a newer one is served, LORASYNC_E_VERSION names
+   it. Or begin again at 1, with new_generation.
 
    Errors: LORASYNC_E_NAME for an adapter name that no transport can publish (empty, control characters, not UTF-8),
    LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY, and those of lorasync_config_parse. */
@@ -2500,7 +2504,9 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
    names.
 
    version     counts up from 1: greater than the last one published (a skipped one was not published). After a failure
-               the same version may be tried again
+               the same version may be tried again. 0: the next one, which is one above the last one published and above
+               what is served already (lorasync_open, lorasync_transport.newest); all ranks know it alike, and
+               report.version says it
    out_report  may be NULL
 
    A failed wait has no effect: engines keep the old version (but see lorasync_transport for commits that fail, and
@@ -17355,6 +17361,7 @@ LORASYNCI_FN lorasync_status lorasynci_transport_copy(const lorasync_transport *
     if (LORASYNCI_COVERS(given, carries)) t.carries = given->carries;
     if (LORASYNCI_COVERS(given, receipts)) t.receipts = given->receipts;
     if (LORASYNCI_COVERS(given, retire)) t.retire = given->retire;
+    if (LORASYNCI_COVERS(given, newest)) t.newest = given->newest;
     *out = t;
     return LORASYNC_OK;
 }
@@ -19169,6 +19176,21 @@ LORASYNCI_FN lorasync_status lorasynci_copy_directory(const lorasync_allocator *
     return LORASYNC_OK;
 }
 
+/* The transport's newest: what `latest` says. Where nothing can be opened nothing is published. */
+LORASYNCI_FN lorasync_status lorasynci_directory_newest(void *user, const char *adapter, uint64_t *out_version,
+                                                        lorasync_error *err)
+{
+    lorasynci_directory *d = (lorasynci_directory *)user;
+    lorasynci_latest     latest;
+    lorasync_status      status;
+    int                  fd = -1;
+    if (lorasynci_adapter_directory(d, adapter, 0, &fd, NULL) < 0) return LORASYNC_OK;
+    status       = lorasynci_read_latest(fd, d->path, adapter, &latest, err);
+    *out_version = latest.version;
+    close(fd);
+    return status;
+}
+
 /* Cuts the last name off a path. */
 LORASYNCI_FN void lorasynci_to_parent(char *path)
 {
@@ -19253,6 +19275,7 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
     out->close         = lorasynci_directory_close;
     out->receipts      = lorasynci_directory_receipts;
     out->retire        = lorasynci_directory_retire;
+    out->newest        = lorasynci_directory_newest;
     out->takes_buckets = 1;
     out->carries       = LORASYNC_CARRIES_ADAPTER | LORASYNC_CARRIES_BASE;
     return LORASYNC_OK;
@@ -20658,6 +20681,19 @@ LORASYNCI_FN lorasync_status lorasynci_shm_receipts(void *user, const char *adap
     return LORASYNC_NOTHING_NEW;
 }
 
+/* The transport's newest: what the slot that is served says. */
+LORASYNCI_FN lorasync_status lorasynci_shm_newest(void *user, const char *adapter, uint64_t *out_version,
+                                                  lorasync_error *err)
+{
+    lorasynci_shm *s = (lorasynci_shm *)user;
+    int            i, slot;
+    LORASYNCI_TRY(lorasynci_shm_check_mine(s, err));
+    i    = lorasynci_shm_find(s, adapter);
+    slot = i < 0 ? -1 : lorasynci_shm_served(s, i);
+    if (slot >= 0) *out_version = lorasynci_shm_head_of(s, slot)->version;
+    return LORASYNC_OK;
+}
+
 /* -- lending the slot of the next version */
 
 /* Notes which of an adapter's slots ranks have open: their device memory must not be freed. In shared memory each has
@@ -20923,6 +20959,7 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
     out->detach   = lorasynci_shm_dismiss;
     out->receipts = lorasynci_shm_receipts;
     out->retire   = lorasynci_shm_withdraw;
+    out->newest   = lorasynci_shm_newest;
     out->carries  = LORASYNC_CARRIES_ADAPTER | (s->device ? LORASYNC_CARRIES_DEVICE : 0);
     return LORASYNC_OK;
 }
@@ -24231,6 +24268,7 @@ typedef struct lorasynci_host {
     lorasynci_buffer   transports, outcomes; /* lorasync_transport; lorasync_engine_outcome of each */
     lorasync_error     first_error;          /* of adding and attaching: compile fails with it */
     uint64_t           last_version;         /* published */
+    uint64_t           newest;               /* published already when the root last looked, by whomever */
     uint64_t           generation;           /* desc.new_generation: that of all its versions; else 0 */
     int                require_receipts;     /* as in the desc */
     int                receipt_timeout_ms;
@@ -24615,6 +24653,62 @@ LORASYNCI_FN void lorasynci_host_withdraw(const lorasynci_host *h, int timeout_m
         rest_ns = rest_ns < 2500000 ? rest_ns * 2 : 5000000;
         lorasynci_sleep_ns(rest_ns);
     }
+}
+
+/* -- which version is next */
+
+/* On the root: the newest version that its transports have, or engines are known to serve, whoever published it. In a
+   new generation versions begin again, and only those of this session count. */
+LORASYNCI_FN uint64_t lorasynci_host_newest(const lorasynci_host *h)
+{
+    const lorasync_transport *t = LORASYNCI_AT(lorasync_transport, h->transports, 0);
+    lorasync_engine_outcome  *o = LORASYNCI_AT(lorasync_engine_outcome, h->outcomes, 0);
+    lorasynci_receipt_look    look;
+    lorasync_receipt          r;
+    uint64_t                  newest = 0;
+    size_t                    i;
+    memset(&look, 0, sizeof look);
+    for (i = 0; i < lorasynci_num_engines(h); i++) {
+        lorasync_error inner, why;
+        uint64_t       version = 0;
+        if (o[i].version > newest) newest = o[i].version;
+        if (h->generation || !t[i].newest) continue;
+        memset(&inner, 0, sizeof inner);
+        if (lorasynci_called(&t[i], "say which version it has", t[i].newest(t[i].user, h->name, &version, &inner),
+                             &inner, &why) == LORASYNC_OK)
+            newest = version > newest ? version : newest;
+        else if (o[i].error.status == LORASYNC_OK) o[i].error = why;
+    }
+    while (!h->generation && lorasynci_next_receipt(h, &look, &r))
+        if (r.version > newest) newest = r.version;
+    return newest;
+}
+
+/* Collective: all ranks know what the root finds published, so that they agree on what is next. */
+LORASYNCI_FN lorasync_status lorasynci_host_look(lorasynci_host *h, lorasync_error *err)
+{
+    h->newest = lorasynci_host_is_root(h) ? lorasynci_host_newest(h) : 0;
+    return lorasynci_talk_lose(
+        &h->talk,
+        lorasynci_talk_tell(&h->talk, h->plan_desc.root, &h->newest, sizeof h->newest, h->talk.timeout_ms, err), err);
+}
+
+/* The same after a publication that failed on all ranks: somebody else may have published. Returns that failure. */
+LORASYNCI_FN lorasync_status lorasynci_host_look_again(lorasynci_host *h, lorasync_status failure, lorasync_error *err)
+{
+    lorasync_error        why;
+    const lorasync_status lost = lorasynci_host_look(h, &why);
+    LORASYNC_ASSERT(failure < 0 && !lorasync_is_lost(failure));
+    if (lost >= 0) return failure;
+    *err = why;
+    return lost;
+}
+
+/* What a caller means by a version: 0 is the next one. */
+LORASYNCI_FN uint64_t lorasynci_host_next(const lorasynci_host *h, uint64_t version)
+{
+    if (version) return version;
+    return (h->newest > h->last_version ? h->newest : h->last_version) + 1;
 }
 
 /* -- reporting */
@@ -26601,6 +26695,7 @@ LORASYNC_API lorasync_status lorasync_compile(lorasync_session *session, lorasyn
     if (session->host.require_receipts) notice.receive_ms = session->host.receipt_timeout_ms;
     if (status == LORASYNC_OK) status = lorasynci_session_share(session, &notice, 0, err);
     else lorasynci_talk_lose(&session->host.talk, status, err);
+    if (status == LORASYNC_OK) status = lorasynci_host_look(&session->host, err);
     if (status == LORASYNC_OK) lorasynci_session_aim(session, &notice.lent);
     else lorasynci_session_undo(session);
     if (status == LORASYNC_OK)
@@ -26636,10 +26731,11 @@ LORASYNC_API lorasync_status lorasync_begin(lorasync_session *session, uint64_t 
     if (lorasynci_run_is_open(session->plan) || session->host.talk.lost)
         return lorasync_plan_begin(session->plan, err); /* says why not */
     session->begin_ns  = lorasynci_now_ns();
-    session->version   = version;
+    session->version   = lorasynci_host_next(&session->host, version);
     session->published = 0;
-    if (version > session->host.last_version) lorasynci_session_take_aim(session);
-    return lorasynci_host_begin(&session->host, session->plan, version, session->aim.own ? session->aim.mark : 0, err);
+    if (session->version > session->host.last_version) lorasynci_session_take_aim(session);
+    return lorasynci_host_begin(&session->host, session->plan, session->version,
+                                session->aim.own ? session->aim.mark : 0, err);
 }
 
 
@@ -26764,7 +26860,8 @@ LORASYNC_API lorasync_status lorasync_wait(lorasync_session *session, lorasync_r
     lorasynci_session_publish(session, &n.outcome, &n.verdict);
     if (n.outcome.is_published) lorasynci_session_ask(session, &n.lent);
     status = lorasynci_session_share(session, &n, 1, err);
-    if (!n.outcome.is_published || lorasync_is_lost(status)) return status;
+    if (lorasync_is_lost(status)) return status;
+    if (!n.outcome.is_published) return lorasynci_host_look_again(&session->host, status, err);
     lorasynci_session_aim(session, &n.lent); /* published, though perhaps not received */
     if (!n.outcome.skipped) session->host.last_version = session->version;
     session->last_digest = n.outcome.digest;
@@ -27872,6 +27969,7 @@ LORASYNCI_FN lorasync_status lorasynci_stream_make(lorasync_stream *s, lorasynci
         lorasynci_stream_finish(s, v, &mine);
         status = lorasynci_talk_vote(&s->host.talk, &mine, err);
     }
+    if (status == LORASYNC_OK) status = lorasynci_host_look(&s->host, err);
     return lorasynci_talk_lose(&s->host.talk, status, err);
 }
 
@@ -27992,6 +28090,7 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     if (!stream->plans)
         return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_stream_sync before lorasync_stream_compile succeeded");
     if (stream->host.talk.lost) return lorasynci_lost_before(err);
+    version = lorasynci_host_next(&stream->host, version);
     memset(&p, 0, sizeof p);
     memset(&outcome, 0, sizeof outcome);
     memset(&report, 0, sizeof report);
@@ -28005,7 +28104,7 @@ LORASYNC_API lorasync_status lorasync_stream_sync(lorasync_stream *stream, uint6
     if (status == LORASYNC_OK) status = lorasynci_stream_commit(stream, version, &p, &outcome, err);
     if (status < 0 && (!outcome.is_published || lorasync_is_lost(status))) {
         lorasynci_abort_all(&p);
-        return status;
+        return lorasync_is_lost(status) ? status : lorasynci_host_look_again(&stream->host, status, err);
     }
     stream->host.last_version = version;
     lorasynci_stream_report(stream, &outcome, start, &report);

@@ -16,6 +16,8 @@ enum {
     WIDTH  = 8,
     RANK_R = 4
 };
+#define NAN_VALUE strtod("nan", NULL)
+
 static const int worlds[] = {1, 2, 4};
 
 /* A session of one LoRA pair, cut over the ranks, whose values are those of its version. */
@@ -959,6 +961,202 @@ static void load_follows_latest(void)
     }
 }
 
+/* -- version 0: the next one */
+
+/* A place that others publish in, too. */
+typedef struct shared_place {
+    uint64_t published, received; /* by whomever; served by an engine that says so */
+    int      newest_status;
+} shared_place;
+
+static lorasync_status place_stage(void *user, const lorasync_image *image, lorasync_error *err)
+{
+    shared_place *p = (shared_place *)user;
+    if (image->version > p->published || image->generation) return LORASYNC_OK;
+    err->status = LORASYNC_E_VERSION;
+    snprintf(err->text, sizeof err->text, "has version %llu", (unsigned long long)p->published);
+    return LORASYNC_E_VERSION;
+}
+
+static lorasync_status place_commit(void *user, const char *adapter, uint64_t version, lorasync_error *err)
+{
+    (void)adapter, (void)err;
+    ((shared_place *)user)->published = version;
+    return LORASYNC_OK;
+}
+
+static lorasync_status place_newest(void *user, const char *adapter, uint64_t *out_version, lorasync_error *err)
+{
+    (void)err;
+    CHECK_TEXT(adapter, "default");
+    *out_version = ((shared_place *)user)->published;
+    return (lorasync_status)((shared_place *)user)->newest_status;
+}
+
+static lorasync_status place_receipts(void *user, const char *adapter, size_t index, lorasync_receipt *out,
+                                      lorasync_error *err)
+{
+    (void)adapter, (void)err;
+    if (index || !((shared_place *)user)->received) return LORASYNC_NOTHING_NEW;
+    strcpy(out->engine, "far");
+    out->version = ((shared_place *)user)->received;
+    return LORASYNC_OK;
+}
+
+static lorasync_transport place_transport(shared_place *p)
+{
+    lorasync_transport t;
+    memset(&t, 0, sizeof t);
+    t.size     = sizeof t;
+    t.name     = "place";
+    t.user     = p;
+    t.stage    = place_stage;
+    t.commit   = place_commit;
+    t.newest   = place_newest;
+    t.receipts = place_receipts;
+    return t;
+}
+
+/* A sync of version `asked`, which must become `expected` everywhere. */
+static void sync_as(trainer *t, uint64_t asked, uint64_t expected)
+{
+    lorasync_report report;
+    lorasync_error  err;
+    memset(&report, 0, sizeof report);
+    err.text[0] = 0;
+    if (lorasync_sync(t->s, asked, &report, &err) < 0) test_fail(__FILE__, __LINE__, err.text);
+    CHECK_EQ(report.version, expected);
+}
+
+static void next_in_one_session(rank_context *c)
+{
+    shared_place      *place     = (shared_place *)c->user;
+    lorasync_transport transport = place_transport(place);
+    trainer            t;
+    lorasync_desc      d = default_desc(c);
+    lorasync_error     err;
+    d.skip_unchanged = 1;
+    open_trainer(&t, c, &d);
+    if (c->rank == 0) memset(place, 0, sizeof *place);
+    CHECK_EQ(lorasync_attach(t.s, &transport, &err), 0);
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    sync_as(&t, 0, 1);
+    fill(&t, 2);
+    sync_as(&t, 0, 2);
+    sync_as(&t, 0, 2); /* skipped: nothing has changed */
+    fill(&t, 3);
+    sync_as(&t, c->rank ? 3 : 0, 3); /* ranks may say it or not */
+    fill(&t, 4);
+    CHECK_EQ(lorasync_sync(t.s, c->rank + 1 < c->world ? 0 : 9, NULL, &err),
+             c->world > 1 ? LORASYNC_E_DISAGREE : LORASYNC_OK);
+    if (c->world > 1) CHECK_HAS(err.text, "version: 4 on rank 0, 9 on rank ");
+    fill(&t, 5);
+    sync_as(&t, 10, 10);
+    fill(&t, 6);
+    t.a[0] = (float)NAN_VALUE;
+    CHECK_EQ(lorasync_sync(t.s, 0, NULL, &err), LORASYNC_E_NAN);
+    fill(&t, 6);
+    sync_as(&t, 0, 11); /* the version that failed */
+    /* somebody else has published meanwhile: this is told once, and what is next is above it */
+    fill(&t, 7);
+    if (c->rank == 0) place->published = 40;
+    CHECK_EQ(lorasync_sync(t.s, 0, NULL, &err), LORASYNC_E_VERSION);
+    CHECK_HAS(err.text, "has version 40");
+    sync_as(&t, 0, 41);
+    lorasync_close(t.s);
+}
+
+/* After a restart: what the place has, or an engine still serves; in a new generation neither. */
+static void next_after_a_restart(rank_context *c)
+{
+    shared_place      *place     = (shared_place *)c->user;
+    lorasync_transport transport = place_transport(place);
+    int                turn;
+    static const struct {
+        shared_place place;
+        int          new_generation;
+        uint64_t     next;
+    } turns[] = {{{40, 0, 0}, 0, 41}, {{40, 50, 0}, 0, 51}, {{0, 9, 0}, 0, 10},
+                 {{40, 50, 0}, 1, 1}, {{0, 0, -13}, 0, 1},  {{0, 0, 6}, 0, 1}};
+    for (turn = 0; turn < 6; turn++) {
+        trainer        t;
+        lorasync_desc  d = default_desc(c);
+        lorasync_error err;
+        d.new_generation = turns[turn].new_generation;
+        open_trainer(&t, c, &d);
+        if (c->rank == 0) *place = turns[turn].place;
+        CHECK_EQ(lorasync_attach(t.s, &transport, &err), 0);
+        CHECK_EQ(lorasync_compile(t.s, &err), 0);
+        if (c->rank == 0 && place->newest_status)
+            CHECK_HAS(lorasync_get_outcomes(t.s, NULL)->error.text, "say which version it has");
+        sync_as(&t, 0, turns[turn].next);
+        sync_as(&t, 0, turns[turn].next + 1);
+        lorasync_close(t.s);
+    }
+}
+
+/* The built-in transports; `name` of both. */
+static void next_in_real_places(rank_context *c)
+{
+    const char *const   *names = (const char *const *)c->user;
+    uint64_t             v;
+    trainer              t;
+    lorasync_desc        d = default_desc(c);
+    lorasync_error       err;
+    lorasync_stream_desc sd;
+    lorasync_stream     *s;
+    lorasync_report      report;
+    for (v = 1; v < 4; v++) {
+        open_trainer(&t, c, &d);
+        if (v != 2) CHECK_EQ(lorasync_attach_directory(t.s, names[0], &err), 0);
+        if (v != 1) CHECK_EQ(lorasync_attach_shm(t.s, names[1], &err), 0);
+        CHECK_EQ(lorasync_compile(t.s, &err), 0);
+        sync_as(&t, v == 2 ? 7 : 0, v == 1 ? 1 : v == 2 ? 7 : 8);
+        lorasync_close(t.s);
+    }
+    memset(&sd, 0, sizeof sd);
+    sd.comm = &c->comm, sd.timeout_ms = 20000;
+    for (v = 1; v < 4; v++) {
+        lorasync_directory_desc dd;
+        lorasync_transport      transport;
+        lorasync_piece          p;
+        float                   w[WIDTH] = {1};
+        memset(&dd, 0, sizeof dd);
+        dd.directory = names[0];
+        REQUIRE(lorasync_stream_open(&sd, &s, &err) == LORASYNC_OK);
+        p = shard_piece("model.norm.weight", 1, WIDTH, 0, c->rank, c->world, w);
+        CHECK_EQ(lorasync_stream_add(s, &p, &err), 0);
+        CHECK_EQ(lorasync_directory_open(&dd, &transport, &err), 0);
+        CHECK_EQ(lorasync_stream_attach(s, &transport, &err), 0);
+        CHECK_EQ(lorasync_stream_compile(s, &err), 0);
+        CHECK_EQ(lorasync_stream_sync(s, 0, &report, &err), 0);
+        CHECK_EQ(report.version, 2 * v - 1);
+        if (c->rank == 0) w[0] = (float)NAN_VALUE;
+        CHECK_EQ(lorasync_stream_sync(s, 0, &report, &err), LORASYNC_E_NAN);
+        w[0] = 3;
+        CHECK_EQ(lorasync_stream_sync(s, 0, &report, &err), 0);
+        CHECK_EQ(report.version, 2 * v);
+        lorasync_stream_close(s);
+    }
+}
+
+static void version_zero_is_the_next(void)
+{
+    char         at[64], shm[60];
+    const char  *names[2] = {at, shm};
+    shared_place place;
+    size_t       i;
+    snprintf(shm, sizeof shm, "test-silences-%ld", (long)getpid());
+    for (i = 0; i < 3; i++) {
+        run_threads(worlds[i], next_in_one_session, &place);
+        run_threads(worlds[i], next_after_a_restart, &place);
+        REQUIRE(make_place(at));
+        run_threads(worlds[i], next_in_real_places, (void *)names);
+        remove_place(at);
+        lorasync_shm_remove(shm, NULL);
+    }
+}
+
 int main(void)
 {
     RUN(positive_status_of_a_transport);
@@ -976,5 +1174,6 @@ int main(void)
     RUN(payloads_are_aligned);
     RUN(layouts_are_aligned);
     RUN(load_follows_latest);
+    RUN(version_zero_is_the_next);
     return test_summary("test_silences");
 }
