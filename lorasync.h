@@ -125,10 +125,10 @@
        >>engine     poll, validate, pin, find, release
                     -- reading; names of a file's tensors; one adapter outside any engine; binding; looking for a
                        prefix; the report of a binding; serving; digests of payloads in device memory; digesting while
-                       the header is read; an engine; the directory as a source; who reads a directory; looking into a
-                       directory; opening versions of a directory; arrivals; reading and checking an arrival; serving an
-                       arrival; polling; receipts of what is served; what is to be done about an adapter; what is there,
-                       and what changed; readers; opening and closing
+                       the header is read; an engine; versions that are served, and kept; the directory as a source; who
+                       reads a directory; looking into a directory; opening versions of a directory; arrivals; reading
+                       and checking an arrival; serving an arrival; polling; receipts of what is served; what is to be
+                       done about an adapter; what is there, and what changed; readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
@@ -1941,7 +1941,16 @@ typedef struct lorasync_source {
     lorasync_status (*acknowledge)(void *user, const lorasync_receipt *receipt, lorasync_error *err);
 } lorasync_source;
 
-/* Exactly one of directory, shm, source and offers_only is set. The engine maps the files or the shared memory:
+/* One of several places that an engine looks at: exactly one of the three is set, as in lorasync_engine_desc. */
+typedef struct lorasync_place {
+    const char            *directory;
+    const char            *shm;
+    const lorasync_source *source;
+} lorasync_place;
+
+#define LORASYNC_MAX_PLACES 64
+
+/* Exactly one of directory, shm, source, places and offers_only is set. The engine maps the files or the shared memory:
    replace a published file with another; never modify or truncate it in place. */
 typedef struct lorasync_engine_desc {
     size_t                    size;      /* sizeof this struct, or 0: see DESCS at the top */
@@ -1966,6 +1975,12 @@ typedef struct lorasync_engine_desc {
     /* A version of which fewer tensors are bound is refused before it is served (LORASYNC_E_BIND); LORASYNC_BIND_ALL:
        one of which any tensor is not. 0: all are served. Needs `modules`. */
     size_t require_bound;
+    /* Several places at once, at most LORASYNC_MAX_PLACES: a poll looks at all of them, and sleeps until there may be
+       something new in any. A place that fails does not hold up the others. An adapter is taken from the first place
+       that is found to publish it; of another one that publishes that name, too, the poll tells an error, until the
+       first has withdrawn it. Copied. */
+    const lorasync_place *places;
+    size_t                num_places;
 } lorasync_engine_desc;
 
 #define LORASYNC_BIND_ALL ((size_t)-1)
@@ -2025,6 +2040,7 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
        LORASYNC_E_BUSY         8 versions of one adapter are held: the served one, and 7 older ones that readers pin;
                                with shm, 256 engines are attached
        LORASYNC_E_ARGUMENT     NULL, or a directory that holds versions instead of adapters
+       LORASYNC_E_NAME         an adapter that is served from another of desc.places
        LORASYNC_E_STATE        with offers_only; with shm, in a fork
        LORASYNC_E_CUDA         with accept_device: memory that cannot be opened or read
        LORASYNC_E_IO           the system's reason; with accept_device, device memory of a publisher that has ended or
@@ -2086,9 +2102,11 @@ LORASYNC_API lorasync_status lorasync_engine_drop(lorasync_engine *engine, const
 
 /* One adapter that an engine serves, or has served. */
 typedef struct lorasync_listed {
-    const char *adapter; /* its name; lives as long as the engine */
-    uint64_t    version; /* that is served; 0: none any more, or none yet */
-    uint64_t    generation;
+    const char *adapter;    /* its name; lives as long as the engine */
+    uint64_t    version;    /* that is served; 0: none any more, or none yet */
+    uint64_t    generation; /* of that version */
+    /* The place that published it last: number 0, 1, .. of desc.places, 0 without; -1: none, it was offered. */
+    int place;
 } lorasync_listed;
 
 /* The adapters of an engine, in no order; also those of which it has served nothing yet, or nothing any more. Fills in
@@ -22380,6 +22398,7 @@ typedef struct lorasynci_served {
     struct lorasynci_served *next_changed; /* whose change was not told yet, in the order of the first */
     int                      is_changed;   /* 1: in that chain */
     uint64_t                 told;         /* the version that was served when its change was told last; 0: none */
+    int                      from;         /* atomic. The number of the place that has named it last, + 1; 0: none */
     int                      is_found, is_withdrawn; /* 1: a source has named it; 1: as withdrawn, the last time */
     uint64_t                 tenancy;                /* as it named it; 0: without */
     /* what lorasync_engine_drop dropped: served is only what is newer; 0: nothing */
@@ -22646,9 +22665,17 @@ enum {
     LORASYNCI_ENGINE_NAMES = 1024 /* a power of two */
 };
 
+/* Where an engine looks. */
+typedef struct lorasynci_place {
+    lorasync_source source;         /* look NULL: offers only */
+    uint64_t        look_at_all_ns; /* when a poll looks at everything again, not only at what changed; 0: the next */
+} lorasynci_place;
+
 struct lorasync_engine {
     lorasync_allocator a;
-    lorasync_source    source;  /* look NULL: offers only */
+    lorasynci_place   *places; /* at least one */
+    size_t             num_places;
+    lorasynci_place   *at;      /* whose turn it is */
     char              *adapter; /* or NULL: all */
     lorasynci_who      who;
     lorasynci_binding  binding; /* of desc.modules; modules NULL: none are given */
@@ -22660,7 +22687,6 @@ struct lorasync_engine {
     lorasynci_served  *names[LORASYNCI_ENGINE_NAMES]; /* atomic */
     lorasynci_served  *first_changed, *last_changed;  /* see next_changed */
     int                keeps_old;                     /* 1: versions may be held that are not served any more */
-    uint64_t look_at_all_ns; /* when a poll looks at everything again, not only at what changed; 0: the next */
 };
 
 /* The chain of the adapters whose names have this one's hash. */
@@ -22707,6 +22733,8 @@ LORASYNCI_FN lorasynci_served *lorasynci_served_of(lorasync_engine *e, const cha
     return s;
 }
 
+/* -- versions that are served, and kept */
+
 /* Empties the versions that nobody can see any more and returns an empty one, or NULL. */
 LORASYNCI_FN lorasynci_kept_version *lorasynci_empty_version(lorasynci_served *s)
 {
@@ -22725,14 +22753,17 @@ LORASYNCI_FN lorasynci_kept_version *lorasynci_empty_version(lorasynci_served *s
 /* Nothing of an adapter is served or held any more: its publisher is told. */
 LORASYNCI_FN void lorasynci_retract(lorasync_engine *e, lorasynci_served *s)
 {
-    lorasync_receipt receipt;
-    lorasync_error   why;
+    const lorasync_source *from;
+    lorasync_receipt       receipt;
+    lorasync_error         why;
+    LORASYNC_ASSERT(s->from > 0);
     memset(&receipt, 0, sizeof receipt);
     memcpy(receipt.engine, e->who.name, sizeof receipt.engine);
     snprintf(receipt.adapter, sizeof receipt.adapter, "%s", s->name);
     receipt.num_bound = -1;
     s->is_told        = 0;
-    e->source.acknowledge(e->source.user, &receipt, &why);
+    from              = &e->places[s->from - 1].source; /* it was told before */
+    from->acknowledge(from->user, &receipt, &why);
 }
 
 /* Empties the versions of an adapter that nobody can see any more. 1 if it still holds some that are not served. */
@@ -23560,7 +23591,7 @@ LORASYNCI_FN lorasync_status lorasynci_accept(lorasync_engine *e, const lorasync
     r.takes_delta = takes_delta;
     *out_kept     = 0;
     if (d->where) snprintf(r.where, sizeof r.where, "%s", lorasynci_end_of(d->where));
-    else if (adapter) snprintf(r.where, sizeof r.where, "'%.60s' in %.160s", adapter, e->source.name);
+    else if (adapter) snprintf(r.where, sizeof r.where, "'%.60s' in %.160s", adapter, e->at->source.name);
     else snprintf(r.where, sizeof r.where, "the offered version of '%.60s'", d->adapter ? d->adapter : "");
     status = lorasynci_receive(&r, adapter, out_kept, err);
     if (r.checker) lorasynci_checker_settle(e->gpu);
@@ -23597,10 +23628,10 @@ LORASYNCI_FN lorasync_status lorasynci_source_failed(const lorasync_engine *e, c
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "source '%.160s' returned %d when it was to %s: a callback returns LORASYNC_OK, "
                               "LORASYNC_NOTHING_NEW, or a status below 0 with err filled in",
-                              e->source.name, (int)status, what);
+                              e->at->source.name, (int)status, what);
     if (status < 0 && (lost || !err->text[0]))
-        return lorasynci_fail(err, lost ? LORASYNC_E_IO : status, "source '%.160s' could not %s: %s", e->source.name,
-                              what, lorasync_status_text(status));
+        return lorasynci_fail(err, lost ? LORASYNC_E_IO : status, "source '%.160s' could not %s: %s",
+                              e->at->source.name, what, lorasync_status_text(status));
     return err->status = status;
 }
 
@@ -23613,9 +23644,30 @@ LORASYNCI_FN lorasync_status lorasynci_source_open(lorasync_engine *e, const lor
     memset(out, 0, sizeof *out);
     memset(err, 0, sizeof *err);
     out->size = sizeof *out;
-    status    = e->source.open(e->source.user, what, served, out, err);
+    status    = e->at->source.open(e->at->source.user, what, served, out, err);
     return status < 0 || status > LORASYNC_NOTHING_NEW ? lorasynci_source_failed(e, "open a version", status, err)
                                                        : status;
+}
+
+/* The number of the place whose turn it is, from 1. */
+LORASYNCI_FN int lorasynci_place_number(const lorasync_engine *e) { return (int)(e->at - e->places) + 1; }
+
+/* An adapter belongs to the place that has named it first, as long as it is served from there. Another one that
+   publishes it, too, is an error, unless it says that it has withdrawn it. */
+LORASYNCI_FN lorasync_status lorasynci_take_place(const lorasync_engine *e, lorasynci_served *s,
+                                                  const lorasync_published *what, lorasync_error *err)
+{
+    const int number = lorasynci_place_number(e);
+    if (s->from == number || (s->from && what->withdrawn)) return LORASYNC_OK;
+    if (s->from && s->current >= 0)
+        return lorasynci_fail(err, LORASYNC_E_NAME,
+                              "'%.60s' is published in %.100s and, as another adapter, in %.100s, from which it is "
+                              "served; withdraw one, or give it another name",
+                              s->name, e->at->source.name, e->places[s->from - 1].source.name);
+    s->is_found = s->is_withdrawn = 0;
+    s->tenancy                    = 0;
+    __atomic_store_n(&s->from, number, __ATOMIC_SEQ_CST);
+    return LORASYNC_OK;
 }
 
 /* Takes note of what a source says about withdrawals. 1 if what is served was withdrawn since it said so last. */
@@ -23668,8 +23720,8 @@ LORASYNCI_FN void lorasynci_tell_publisher(lorasync_engine *e, const char *adapt
     LORASYNC_ASSERT(s);
     memset(&s->untold, 0, sizeof s->untold);
     memset(&why, 0, sizeof why);
-    if (e->who.is_silent || !e->source.acknowledge || !lorasynci_make_receipt(e, s, &receipt)) return;
-    status = e->source.acknowledge(e->source.user, &receipt, &why);
+    if (e->who.is_silent || !e->at->source.acknowledge || !lorasynci_make_receipt(e, s, &receipt)) return;
+    status = e->at->source.acknowledge(e->at->source.user, &receipt, &why);
     if (status < 0) lorasynci_source_failed(e, "send a receipt", status, &why);
     if (status < 0) s->untold = why;
     else s->is_told = 1;
@@ -23707,6 +23759,8 @@ LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lo
     if (what->withdrawn && !lorasynci_find_served(e, what->adapter)) return LORASYNC_NOTHING_NEW;
     s = lorasynci_served_of(e, what->adapter);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
+    LORASYNCI_TRY(lorasynci_take_place(e, s, what, err));
+    if (what->withdrawn && s->from != lorasynci_place_number(e)) return LORASYNC_NOTHING_NEW;
     over = lorasynci_is_over(s, what);
     if (over) {
         lorasynci_stop_serving(e, s);
@@ -23715,14 +23769,14 @@ LORASYNCI_FN lorasync_status lorasynci_poll_adapter(lorasync_engine *e, const lo
     if (what->withdrawn) return over ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
     now = lorasynci_now_served(s);
     if (lorasynci_is_known(s, now, what)) return LORASYNC_NOTHING_NEW;
-    snprintf(where, sizeof where, "'%.60s' in %.160s", what->adapter, e->source.name);
+    snprintf(where, sizeof where, "'%.60s' in %.160s", what->adapter, e->at->source.name);
     if (what->version) order = lorasynci_order_of(s, now, what->generation, what->version);
     if (!now && order != LORASYNCI_NEWER) return LORASYNC_NOTHING_NEW; /* dropped */
     if (order < LORASYNCI_SAME) return lorasynci_follow(where, now, order, what->version, 0, err);
     if (!lorasynci_empty_version(s) && order != LORASYNCI_SAME)
         return lorasynci_fail_held(err, what->adapter, what->version);
-    status = lorasynci_fetch(e, what, e->source.sends_deltas && now ? now->held.image : NULL, err);
-    if (status < 0 && e->source.sends_deltas && now) status = lorasynci_fetch(e, what, NULL, err);
+    status = lorasynci_fetch(e, what, e->at->source.sends_deltas && now ? now->held.image : NULL, err);
+    if (status < 0 && e->at->source.sends_deltas && now) status = lorasynci_fetch(e, what, NULL, err);
     if (status == LORASYNC_E_NOT_FOUND) /* it has gone since the look */
         return order == LORASYNCI_SAME ? LORASYNC_NOTHING_NEW : (err->status = LORASYNC_E_IO);
     return status == LORASYNC_NOTHING_NEW && over ? LORASYNC_OK : status;
@@ -23741,7 +23795,7 @@ LORASYNCI_FN lorasync_status lorasynci_look_through(lorasync_engine *e, int at_a
     for (i = 0, done = 0; !done; i++) {
         memset(&what, 0, sizeof what);
         memset(&why, 0, sizeof why);
-        one  = (at_all ? e->source.look : e->source.changed)(e->source.user, i, &what, &why);
+        one  = (at_all ? e->at->source.look : e->at->source.changed)(e->at->source.user, i, &what, &why);
         done = one != LORASYNC_OK;
         what.adapter[sizeof what.adapter - 1] = 0;
         *out_any                              = !at_all && !done && !what.adapter[0];
@@ -23763,20 +23817,36 @@ LORASYNCI_FN uint64_t lorasynci_next_look_ns(uint64_t begun_ns, uint64_t ended_n
     return ended_ns + (rest < UINT64_C(10000000000) ? rest : UINT64_C(10000000000));
 }
 
-/* One look at everything that is published, or at what changed. */
-LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
+/* One look at everything that a place publishes, or at what changed there. */
+LORASYNCI_FN lorasync_status lorasynci_poll_place(lorasync_engine *e, lorasync_error *err)
 {
     const uint64_t  begun  = lorasynci_now_ns();
     lorasync_status status = LORASYNC_NOTHING_NEW;
-    int             at_all = !e->source.changed || begun >= e->look_at_all_ns;
-    lorasynci_empty_versions(e);
+    int             at_all = !e->at->source.changed || begun >= e->at->look_at_all_ns;
     if (!at_all) status = lorasynci_look_through(e, 0, status, &at_all, err);
     if (at_all) {
         int any;
-        status            = lorasynci_look_through(e, 1, status, &any, err);
-        e->look_at_all_ns = lorasynci_next_look_ns(begun, lorasynci_now_ns());
+        status                = lorasynci_look_through(e, 1, status, &any, err);
+        e->at->look_at_all_ns = lorasynci_next_look_ns(begun, lorasynci_now_ns());
     }
-    if (status < 0) e->look_at_all_ns = 0;
+    if (status < 0) e->at->look_at_all_ns = 0;
+    return status;
+}
+
+/* The same for all places. Of all failures the first is returned. */
+LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_NOTHING_NEW;
+    size_t          i;
+    lorasynci_empty_versions(e);
+    for (i = 0; i < e->num_places; i++) {
+        lorasync_error  why;
+        lorasync_status one;
+        e->at = &e->places[i];
+        one   = lorasynci_poll_place(e, &why);
+        if (status >= 0 && one < 0 && err) *err = why;
+        if (status >= 0 && one != LORASYNC_NOTHING_NEW) status = one;
+    }
     return status;
 }
 
@@ -23784,12 +23854,17 @@ LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_er
    of versions that readers have released, and these go back soon. */
 LORASYNCI_FN void lorasynci_engine_rest(lorasync_engine *e, uint64_t now_ns, uint64_t deadline_ns, uint64_t *rest_ns)
 {
-    const uint64_t most = e->keeps_old ? 5000000 : 1000000000;
-    uint64_t       left = deadline_ns - now_ns;
-    if (e->source.changed && e->look_at_all_ns > now_ns && left > e->look_at_all_ns - now_ns)
-        left = e->look_at_all_ns - now_ns;
-    if (e->source.wait) {
-        e->source.wait(e->source.user, left < most ? (int)(left / 1000000) + 1 : (int)(most / 1000000));
+    const uint64_t         most   = e->keeps_old ? 5000000 : 1000000000;
+    const lorasync_source *single = e->num_places == 1 ? &e->places[0].source : NULL;
+    uint64_t               left   = deadline_ns - now_ns;
+    size_t                 i;
+    for (i = 0; i < e->num_places; i++) {
+        const lorasynci_place *p = &e->places[i];
+        if (p->source.changed && p->look_at_all_ns > now_ns && left > p->look_at_all_ns - now_ns)
+            left = p->look_at_all_ns - now_ns;
+    }
+    if (single && single->wait) {
+        single->wait(single->user, left < most ? (int)(left / 1000000) + 1 : (int)(most / 1000000));
         return;
     }
     if (*rest_ns > left) *rest_ns = left;
@@ -23802,7 +23877,7 @@ LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int t
     uint64_t deadline, now, rest_ns = 50000; /* between looks; doubles up to 5 ms */
     LORASYNCI_GIVEN(engine);
     LORASYNCI_TRY(lorasynci_check_timeout("timeout_ms", timeout_ms, err));
-    if (!engine->source.look)
+    if (!engine->places[0].source.look)
         return lorasynci_fail(err, LORASYNC_E_STATE,
                               "this engine was opened with offers_only: its versions come from lorasync_engine_offer");
     deadline = lorasynci_deadline_ns(timeout_ms);
@@ -23892,6 +23967,7 @@ LORASYNC_API size_t lorasync_engine_list(lorasync_engine *engine, lorasync_liste
         out[num].adapter    = s->name;
         out[num].version    = a ? a->version : 0;
         out[num].generation = a ? a->image->generation : 0;
+        out[num].place      = __atomic_load_n(&s->from, __ATOMIC_SEQ_CST) - 1;
         lorasync_release(a);
     }
     return num;
@@ -23937,30 +24013,99 @@ LORASYNCI_FN lorasync_status lorasynci_source_copy(const lorasync_source *given,
     return LORASYNC_OK;
 }
 
+/* Each place is one source. */
+LORASYNCI_FN lorasync_status lorasynci_check_places(const lorasync_engine_desc *d, lorasync_error *err)
+{
+    size_t i;
+    if (!d->places || d->num_places < 1 || d->num_places > LORASYNC_MAX_PLACES)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "num_places is %zu%s, expected 1 to %d", d->num_places,
+                              d->places ? "" : " and places NULL", LORASYNC_MAX_PLACES);
+    for (i = 0; i < d->num_places; i++) {
+        const lorasync_place *p   = &d->places[i];
+        const int             num = (p->directory != NULL) + (p->shm != NULL) + (p->source != NULL);
+        if (num != 1)
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                                  "places[%zu] has %s; it is one of directory, shm and source", i,
+                                  num ? "more than one source" : "no source");
+    }
+    return LORASYNC_OK;
+}
+
 /* One source, and only one. */
 LORASYNCI_FN lorasync_status lorasynci_check_sources(const lorasync_engine_desc *d, lorasync_error *err)
 {
-    const char *const names[] = {"directory", "shm", "source", "offers_only"};
-    int               set[4], i, first = -1;
+    const char *const names[] = {"directory", "shm", "source", "offers_only", "places"};
+    int               set[5], i, first = -1;
     set[0] = d->directory != NULL, set[1] = d->shm != NULL, set[2] = d->source != NULL, set[3] = d->offers_only;
-    for (i = 0; i < 4; i++) {
+    set[4] = d->places != NULL;
+    for (i = 0; i < 5; i++) {
         if (!set[i]) continue;
         if (first >= 0)
-            return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "%s and %s are both set; an engine has one source",
+            return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                                  "%s and %s are both set; an engine has one source, or several in places",
                                   names[first], names[i]);
         first = i;
     }
     if (first < 0)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
-                              "directory is NULL, and so are shm and source; give one of them, or set offers_only");
+                              "directory is NULL, and so are shm, source and places; give one of them, or set "
+                              "offers_only");
     if (d->accept_device && d->directory)
         return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                               "accept_device goes with shm, a source of your own or offers: what lies in a directory "
                               "is in host memory");
+    return d->places || d->num_places ? lorasynci_check_places(d, err) : LORASYNC_OK;
+}
+
+/* Where the engine that a desc describes looks: number i. */
+LORASYNCI_FN lorasync_place lorasynci_place_of(const lorasync_engine_desc *d, size_t i)
+{
+    lorasync_place one;
+    if (d->places) return d->places[i];
+    one.directory = d->directory;
+    one.shm       = d->shm;
+    one.source    = d->source;
+    return one;
+}
+
+/* Room for the places; one that only takes offers has an empty one. */
+LORASYNCI_FN lorasync_status lorasynci_make_places(lorasync_engine *e, const lorasync_engine_desc *d,
+                                                   lorasync_error *err)
+{
+    const size_t num = d->places ? d->num_places : 1;
+    size_t       i;
+    e->places = (lorasynci_place *)lorasynci_alloc_array(&e->a, num, sizeof *e->places);
+    if (!e->places) return lorasynci_fail_memory(err, num * sizeof *e->places);
+    e->num_places = num;
+    e->at         = e->places;
+    for (i = 0; i < num; i++) e->places[i].source.name = "offers";
+    for (i = 0; i < num; i++) {
+        const lorasync_place p = lorasynci_place_of(d, i);
+        if (p.shm) LORASYNCI_TRY(lorasynci_shm_check_name(p.shm, err));
+    }
     return LORASYNC_OK;
 }
 
-/* The source comes last: until then nothing of the caller's is to be closed. */
+/* Opens them. The caller's own sources are closed only by an engine that was opened. */
+LORASYNCI_FN lorasync_status lorasynci_open_places(lorasync_engine *e, const lorasync_engine_desc *d,
+                                                   lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_OK;
+    size_t          i;
+    for (i = 0; i < e->num_places && status >= 0; i++) {
+        const lorasync_place p   = lorasynci_place_of(d, i);
+        lorasync_source     *out = &e->places[i].source;
+        if (p.source) status = lorasynci_source_copy(p.source, out, err);
+        else if (p.shm) status = lorasynci_shm_source_open(p.shm, e->gpu, &e->who, &e->a, out, err);
+        else if (p.directory) status = lorasynci_directory_source_open(p.directory, &e->who, &e->a, out, err);
+    }
+    if (status < 0 && d->places) lorasynci_prefix(err, "places[%zu]", i - 1);
+    for (i = 0; i < e->num_places && status < 0; i++)
+        if (lorasynci_place_of(d, i).source) e->places[i].source.close = NULL;
+    return status;
+}
+
+/* The places come last: until then nothing of the caller's is to be closed. */
 LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lorasync_engine_desc *desc,
                                                    lorasync_error *err)
 {
@@ -23972,21 +24117,17 @@ LORASYNCI_FN lorasync_status lorasynci_engine_fill(lorasync_engine *e, const lor
     e->require_bound = desc->require_bound;
     e->who.is_silent = desc->no_receipts;
     e->no_verify     = desc->no_verify;
-    e->source.name   = "offers";
+    LORASYNCI_TRY(lorasynci_make_places(e, desc, err));
     if (desc->adapter) {
         LORASYNCI_TRY(lorasynci_check_adapter_name(desc->adapter, err));
         e->adapter = lorasynci_copy_text(&e->a, desc->adapter, strlen(desc->adapter));
         if (!e->adapter) return lorasynci_fail_memory(err, strlen(desc->adapter) + 1);
         e->who.only = e->adapter;
     }
-    if (desc->shm) LORASYNCI_TRY(lorasynci_shm_check_name(desc->shm, err));
     if (desc->accept_device)
         LORASYNCI_TRY(
             lorasynci_gpu_open(&e->a, NULL, !desc->no_verify, "lorasync_engine_desc.accept_device", &e->gpu, err));
-    if (desc->source) return lorasynci_source_copy(desc->source, &e->source, err);
-    if (desc->shm) return lorasynci_shm_source_open(desc->shm, e->gpu, &e->who, &e->a, &e->source, err);
-    if (!desc->directory) return LORASYNC_OK;
-    return lorasynci_directory_source_open(desc->directory, &e->who, &e->a, &e->source, err);
+    return lorasynci_open_places(e, desc, err);
 }
 
 LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *desc, lorasync_engine **out,
@@ -24012,6 +24153,7 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
 LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
 {
     lorasync_allocator a;
+    size_t             i;
     if (!engine) return;
     a = engine->a;
     while (engine->first) {
@@ -24020,7 +24162,9 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
         lorasynci_served_free(engine, s);
     }
     lorasynci_checkers_close(engine->gpu, engine->checkers);
-    if (engine->source.close) engine->source.close(engine->source.user);
+    for (i = 0; i < engine->num_places; i++)
+        if (engine->places[i].source.close) engine->places[i].source.close(engine->places[i].source.user);
+    lorasynci_dealloc(&a, engine->places);
     lorasynci_gpu_close(&a, engine->gpu);
     if (engine->binding.modules) lorasynci_binding_free(&engine->binding);
     lorasynci_dealloc(&a, engine->adapter);

@@ -873,7 +873,7 @@ static void marks(void)
     e = open_engine(1, 0);
     CHECK_EQ(publish(&t, 1, &err), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
-    view = ((lorasynci_shm_source *)e->source.user)->view;
+    view = ((lorasynci_shm_source *)e->places[0].source.user)->view;
     slot = lorasynci_shm_slot_of(view->map.control->adapters[0].word);
     CHECK_EQ((int)(view->reader->opened[slot / 64] >> (slot % 64) & 1), 1);
     CHECK_EQ(publish(&t, 2, &err), 0);

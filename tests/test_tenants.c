@@ -895,6 +895,142 @@ static void session_of_mixed_transports(void)
     lorasync_close(s);
 }
 
+/* -- several places at once */
+
+static lorasync_status nothing_there(void *user, size_t index, lorasync_published *out, lorasync_error *err)
+{
+    (void)user, (void)index, (void)out, (void)err;
+    return LORASYNC_NOTHING_NEW;
+}
+
+static void count_close(void *user) { ++*(int *)user; }
+
+static void places(void)
+{
+    lorasync_transport   shm, dir;
+    lorasync_source      source;
+    lorasync_engine_desc desc;
+    lorasync_place       p[4];
+    lorasync_engine     *e = NULL;
+    lorasync_listed      list[8];
+    lorasync_error       err;
+    char                 second[120];
+    size_t               i, num;
+    int                  closed = 0;
+    fresh_name();
+    snprintf(second, sizeof second, "%.90s-2", directory);
+    memset(&desc, 0, sizeof desc);
+    memset(&source, 0, sizeof source);
+    memset(p, 0, sizeof p);
+    source.size = sizeof source, source.name = "mine", source.user = &closed, source.close = count_close;
+    source.look = nothing_there, source.open = shelf_open;
+    p[0].directory = directory;
+    p[1].shm       = name;
+    p[2].directory = second;
+    p[3].source    = &source;
+    desc.places = p, desc.num_places = 4;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    shm = open_shm();
+    dir = open_directory();
+    CHECK_EQ(publish(&dir, "a", 1, &err), 0);
+    CHECK_EQ(publish(&shm, "b", 2, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK); /* several changes in one poll */
+    CHECK_EQ(served(e, "a"), 1);
+    CHECK_EQ(served(e, "b"), 2);
+    CHECK_TEXT(change(e), "a 0->1");
+    CHECK_TEXT(change(e), "b 0->2");
+    num = lorasync_engine_list(e, list, 8);
+    CHECK_EQ(num, 2);
+    for (i = 0; i < num; i++) CHECK_EQ(list[i].place, list[i].adapter[0] - 'a');
+
+    /* one name in two places */
+    CHECK_EQ(publish(&shm, "a", 7, &err), 0);
+    CHECK_EQ(publish(&shm, "b", 3, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_NAME);
+    CHECK_HAS(err.text, "'a' is published in");
+    CHECK_HAS(err.text, directory);
+    CHECK_HAS(err.text, name);
+    CHECK_EQ(served(e, "a"), 1);
+    CHECK_EQ(served(e, "b"), 3); /* the other goes on */
+    CHECK_EQ(publish(&dir, "a", 2, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_NAME);
+    CHECK_EQ(served(e, "a"), 2);
+    withdraw(&dir, "a", NULL, &err); /* it moves */
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_OK);
+    CHECK_EQ(served(e, "a"), 7);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(withdraw(&dir, "a", NULL, &err), LORASYNC_OK); /* an old withdrawal there is none here */
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(served(e, "a"), 7);
+
+    /* a place that fails does not hold up the others */
+    CHECK_EQ(close(open(second, O_CREAT | O_WRONLY, 0600)), 0);
+    CHECK_EQ(publish(&shm, "b", 4, &err), 0);
+    CHECK_EQ(publish(&dir, "c", 1, &err), 0);
+    CHECK(lorasync_engine_poll(e, 0, &err) < 0);
+    CHECK_HAS(err.text, "-2");
+    CHECK_EQ(served(e, "b"), 4);
+    CHECK_EQ(served(e, "c"), 1);
+    CHECK_EQ(unlink(second), 0);
+    CHECK_EQ(lorasync_engine_drop(e, "c", &err), 0);
+    CHECK_EQ(withdraw(&dir, "c", NULL, &err), 0); /* each place has its receipts */
+    CHECK_EQ(withdraw(&shm, "b", NULL, &err), LORASYNC_E_BUSY);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    CHECK_EQ(withdraw(&shm, "b", NULL, &err), 0);
+    CHECK_EQ(closed, 0);
+    lorasync_engine_close(e);
+    CHECK_EQ(closed, 1);
+    dir.close(dir.user);
+    shm.close(shm.user);
+}
+
+static void bad_places(void)
+{
+    lorasync_source      source, bad;
+    lorasync_engine_desc desc;
+    lorasync_place       p[65];
+    lorasync_engine     *e = NULL;
+    lorasync_error       err;
+    int                  closed = 0, i;
+    fresh_name();
+    memset(&desc, 0, sizeof desc);
+    memset(&source, 0, sizeof source);
+    memset(p, 0, sizeof p);
+    source.size = sizeof source, source.name = "mine", source.user = &closed, source.close = count_close;
+    source.look = nothing_there, source.open = shelf_open;
+    bad         = source;
+    bad.open    = NULL;
+    desc.places = p;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "num_places is 0");
+    for (i = 0; i < 65; i++) p[i].directory = directory;
+    desc.num_places = 65;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "num_places is 65");
+    desc.places = NULL;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), LORASYNC_E_ARGUMENT);
+    desc.places = p, desc.num_places = 3;
+    p[1].directory = NULL;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "places[1] has no source");
+    p[1].source = &source, p[1].shm = name;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "places[1] has more than one");
+    p[1].shm       = NULL;
+    desc.directory = directory;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "directory and places are both set");
+    desc.directory = NULL;
+    p[2].directory = NULL, p[2].shm = "a/b";
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), LORASYNC_E_NAME);
+    p[2].shm = NULL, p[2].source = &bad;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), LORASYNC_E_ARGUMENT);
+    CHECK_HAS(err.text, "places[2]");
+    CHECK_EQ(closed, 0); /* the caller's, as it was not opened */
+    CHECK(e == NULL);
+}
+
 /* -- both places */
 
 #define BOTH(test)                                                                                                     \
@@ -939,6 +1075,8 @@ int main(void)
     RUN(own_transport);
     RUN(sessions);
     RUN(session_of_mixed_transports);
+    RUN(places);
+    RUN(bad_places);
     drop_name();
     return test_summary("test_tenants");
 }

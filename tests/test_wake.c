@@ -175,7 +175,7 @@ static void test_no_wake_is_lost(void)
     CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
     begun = test_now_ns();
     publish(&t, "policy", 2); /* after the look */
-    e->source.wait(e->source.user, 60000);
+    e->places[0].source.wait(e->places[0].source.user, 60000);
     CHECK(test_now_ns() < begun + (uint64_t)test_no_hang_ns());
     CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
     CHECK_EQ(version_of(e, "policy"), 2);
@@ -341,7 +341,7 @@ static void test_released_while_asleep(void)
     a = lorasync_acquire(e, "policy");
     publish(&t, "policy", 2);
     CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
-    pins   = ((lorasynci_shm_source *)e->source.user)->view->reader->pins;
+    pins   = ((lorasynci_shm_source *)e->places[0].source.user)->view->reader->pins;
     before = __atomic_load_n(&pins[0], __ATOMIC_SEQ_CST);
     start_waiter(&w, e, 600);
     nap_ms(100);
@@ -515,15 +515,15 @@ static void test_shm_tells_what_changed(void)
     e = open_shm_engine(name, NULL, 0, 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
     CHECK_EQ(version_of(e, "a99"), 1);
-    s       = (lorasynci_shm_source *)e->source.user;
+    s       = (lorasynci_shm_source *)e->places[0].source.user;
     s->next = -5; /* would be set by a look */
     memset(&out, 0, sizeof out);
-    CHECK_EQ(e->source.changed(e->source.user, 0, &out, NULL), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(e->places[0].source.changed(e->places[0].source.user, 0, &out, NULL), LORASYNC_NOTHING_NEW);
     CHECK_EQ(s->next, -5);
     publish(&t, "a17", 2);
-    CHECK_EQ(e->source.changed(e->source.user, 0, &out, NULL), LORASYNC_OK);
+    CHECK_EQ(e->places[0].source.changed(e->places[0].source.user, 0, &out, NULL), LORASYNC_OK);
     CHECK_TEXT(out.adapter, "a17");
-    CHECK_EQ(e->source.changed(e->source.user, 1, &out, NULL), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(e->places[0].source.changed(e->places[0].source.user, 1, &out, NULL), LORASYNC_NOTHING_NEW);
     publish(&t, "a17", 3);
     publish(&t, "a3", 2);
     CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
