@@ -108,6 +108,7 @@ static const name_case names[] = {
     {"base_model.unilora_theta_d", ROLE(BASE), "base_model.unilora_theta_d", "base_model", ""},
     {"base_model.model", ROLE(BASE), "base_model.model", "base_model", ""},
     {"m.flux.linear_in.weight", ROLE(BASE), "m.flux.linear_in.weight", "m.flux.linear_in", ""},
+    {"m.adapter.flux.linear_in.weight", ROLE(BASE), "m.adapter.flux.linear_in.weight", "m.adapter.flux.linear_in", ""},
     {"m.adapter.linear_in.bias", ROLE(BASE), "m.adapter.linear_in.bias", "m.adapter.linear_in", ""},
     /* wrappers */
     {"_fsdp_wrapped_module.model.layers.0.q_proj._orig_mod.lora_A.policy.weight", ROLE(LORA_A),
