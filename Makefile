@@ -231,7 +231,7 @@ examples: $(EXAMPLES) mpi-examples ## builds the examples into build/examples
 bench: $(BUILD)/bench/bench ## builds and runs bench/bench.c (BENCH_ARGS="...")
 	@$(BUILD)/bench/bench $(BENCH_ARGS)
 
-bench-wake: $(BUILD)/bench/bench_wake ## how long until an engine of another process holds a version (BENCH_ARGS="--publish")
+bench-wake: $(BUILD)/bench/bench_wake ## until an engine of another process holds a version (BENCH_ARGS=--publish)
 	@$(BUILD)/bench/bench_wake $(BENCH_ARGS)
 
 bench-gpu: ## on GPUs, beside NCCL, plain copies and torch (BENCH_ARGS="2 --quick")

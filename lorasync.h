@@ -69,7 +69,7 @@
                     -- names; layout; comm; cuda; image; plan; config; transport; engine; policy; session; base
        >>support    errors, allocation, checked arithmetic, buffers, hashing, clock, process identity
                     -- descs; memory; arenas and buffers; hashing; time; a word of shared memory on which processes
-                       sleep (Linux's futex; processes
+                       sleep (Linux's futex; being told of changes of files (Linux's inotify; processes
        >>json       a small strict reader and writer
                     -- strings; objects and arrays; numbers and words; writing; objects as a whole; rewriting in
                        Python's form
@@ -125,10 +125,11 @@
        >>engine     poll, validate, pin, find, release
                     -- reading; names of a file's tensors; one adapter outside any engine; binding; looking for a
                        prefix; the report of a binding; serving; digests of payloads in device memory; digesting while
-                       the header is read; an engine; versions that are served, and kept; the directory as a source; who
-                       reads a directory; looking into a directory; opening versions of a directory; arrivals; reading
-                       and checking an arrival; serving an arrival; polling; receipts of what is served; what is to be
-                       done about an adapter; what is there, and what changed; readers; opening and closing
+                       the header is read; an engine; versions that are served, and kept; being told what changes in a
+                       directory of adapters; the directory as a source; who reads a directory; looking into a
+                       directory; opening versions of a directory; arrivals; reading and checking an arrival; serving an
+                       arrival; polling; receipts of what is served; what is to be done about an adapter; what is there,
+                       and what changed; readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
@@ -1939,6 +1940,10 @@ typedef struct lorasync_source {
        any of an adapter that it has told of. `receipt` is valid during the call. A failure is not the poll's:
        lorasync_engine_receipt returns it. NULL: the publisher is told nothing. */
     lorasync_status (*acknowledge)(void *user, const lorasync_receipt *receipt, lorasync_error *err);
+    /* A descriptor that is readable when there may be something new, until the next look or changed begins: the same at
+       each call, or -1: there is none now, and the engine pauses between its looks. Without wait the engine sleeps on
+       it; lorasync_engine_fd hands it on. Never closed by the engine. NULL: there is none. */
+    int (*fd)(void *user);
 } lorasync_source;
 
 /* One of several places that an engine looks at: exactly one of the three is set, as in lorasync_engine_desc. */
@@ -2869,6 +2874,7 @@ typedef struct lorasyncd_tile {
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -2884,7 +2890,9 @@ typedef struct lorasyncd_tile {
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/auxv.h>
+#include <sys/inotify.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #endif
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__CUDACC__)
 #include <immintrin.h>
@@ -3492,6 +3500,113 @@ LORASYNCI_FN void lorasynci_wake_all(const uint32_t *word)
 #else
     (void)word;
 #endif
+}
+
+/* Waits until a descriptor is readable, at most timeout_ms; perhaps less. */
+LORASYNCI_FN void lorasynci_wait_readable(int fd, int timeout_ms)
+{
+    struct pollfd p;
+    p.fd      = fd;
+    p.events  = POLLIN;
+    p.revents = 0;
+    poll(&p, 1, timeout_ms);
+    if (p.revents & ~POLLIN) lorasynci_sleep_ns(1000000); /* it fails: not without a pause */
+}
+
+/* -- being told of changes of files (Linux's inotify; elsewhere lorasynci_notify_open fails)
+
+       descriptor <- watch 1: a directory's entries | watch 2: a file's attributes | ..
+
+   It is readable while changes are untold. A watch belongs to what a path named when it was made, not to the path. */
+typedef struct lorasynci_change {
+    int         watch;   /* -1: some changes were lost */
+    const char *name;    /* of the entry; "": what is watched itself */
+    int         appears; /* 1: by this name there is something else now than before */
+    int         ended;   /* 1: the watch is no more */
+} lorasynci_change;
+
+enum {
+    LORASYNCI_WATCH_ENTRIES = 1, /* of a directory: made, moved in or out, removed, written; and that it is moved */
+    LORASYNCI_WATCH_TOUCHED = 2  /* attributes, also of entries, and that there is one link less */
+};
+
+/* The descriptor, or -1. */
+LORASYNCI_FN int lorasynci_notify_open(void)
+{
+#ifdef __linux__
+    return inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
+#else
+    return -1;
+#endif
+}
+
+/* Watches what a path names: its watch, which is the same again for the same file; -1 with errno. */
+LORASYNCI_FN int lorasynci_notify_watch(int fd, const char *path, int what)
+{
+#ifdef __linux__
+    const uint32_t entries = IN_CREATE | IN_CLOSE_WRITE | IN_MOVE | IN_DELETE | IN_MOVE_SELF | IN_DELETE_SELF;
+    return inotify_add_watch(fd, path,
+                             (what & LORASYNCI_WATCH_ENTRIES ? entries | IN_ONLYDIR : 0) |
+                                 (what & LORASYNCI_WATCH_TOUCHED ? IN_ATTRIB : 0));
+#else
+    (void)fd, (void)path, (void)what;
+    errno = ENOSYS;
+    return -1;
+#endif
+}
+
+LORASYNCI_FN void lorasynci_notify_forget(int fd, int watch)
+{
+#ifdef __linux__
+    if (watch >= 0) inotify_rm_watch(fd, watch);
+#else
+    (void)fd, (void)watch;
+#endif
+}
+
+/* Tells all changes that there are. */
+LORASYNCI_FN void lorasynci_notify_read(int fd, void (*tell)(void *user, const lorasynci_change *change), void *user)
+{
+#ifdef __linux__
+    uint64_t         buffer[1024]; /* more than one event of the longest name */
+    lorasynci_change lost = {-1, "", 0, 0};
+    ssize_t          n, at;
+    while ((n = read(fd, buffer, sizeof buffer)) > 0 || (n < 0 && errno == EINTR)) {
+        for (at = 0; at < n;) {
+            const char          *p = (const char *)buffer + at;
+            struct inotify_event event;
+            lorasynci_change     c;
+            memcpy(&event, p, sizeof event);
+            c.watch   = event.mask & IN_Q_OVERFLOW ? -1 : event.wd;
+            c.name    = event.len ? p + sizeof event : "";
+            c.appears = (event.mask & (IN_CREATE | IN_MOVED_TO)) != 0;
+            c.ended   = (event.mask & IN_IGNORED) != 0;
+            tell(user, &c);
+            at += (ssize_t)(sizeof event + event.len);
+        }
+    }
+    if (n < 0 && errno != EAGAIN) tell(user, &lost);
+#else
+    (void)fd, (void)tell, (void)user;
+#endif
+}
+
+/* 1 if all changes of the files below a path are made through this kernel, which then can tell of them: not on NFS and
+   its like, which other hosts write to, too. */
+LORASYNCI_FN int lorasynci_is_local(const char *path)
+{
+#ifdef __linux__
+    static const unsigned long local[] = {0xef53,     0x58465342, 0x9123683e, 0x01021994, 0x858458f6, 0xf2f52010,
+                                          0x2fc12fc1, 0x794c7630, 0xca451a4e, 0x3153464a, 0x52654973};
+    struct statfs              fs; /* ext, XFS, btrfs, tmpfs, ramfs, F2FS, ZFS, overlay, bcachefs, JFS, ReiserFS */
+    size_t                     i;
+    if (statfs(path, &fs) != 0) return 0;
+    for (i = 0; i < sizeof local / sizeof *local; i++)
+        if (((unsigned long)fs.f_type & 0xffffffffu) == local[i]) return 1;
+#else
+    (void)path;
+#endif
+    return 0;
 }
 
 /* -- processes
@@ -22869,6 +22984,205 @@ LORASYNCI_FN void lorasynci_stop_serving(lorasync_engine *e, lorasynci_served *s
     lorasynci_note_change(e, s);
 }
 
+/* -- being told what changes in a directory of adapters
+
+   Watched are <path>, or while it is not there the nearest directory above it, and each adapter's directory. A look at
+   everything watches before it looks, so that nothing comes in between; it watches again what it watched before, which
+   shows whether the names are still those of the same directories. */
+typedef struct lorasynci_watched {
+    char *name;       /* an adapter's */
+    int   watch;      /* -1: none; there is no such directory */
+    int   is_changed; /* since it was told */
+} lorasynci_watched;
+
+typedef struct lorasynci_vigil {
+    lorasync_allocator a;
+    const char        *path;        /* the source's, as the next */
+    const char        *only;        /* an adapter; NULL: all */
+    int                fd;          /* -1: none yet */
+    long               pid;         /* of the process that has made it */
+    int                is_blind;    /* 1: not everything can be watched */
+    int                is_unsure;   /* 1: anything may have changed */
+    int                root;        /* the watch of <path>, or of what is above it; -1: none */
+    size_t             root_length; /* of its part of the path */
+    lorasynci_watched *watched;
+    size_t             num, capacity;
+    size_t             found; /* what was found last: looks come by in the same order again */
+} lorasynci_vigil;
+
+/* 1 if there is a descriptor of this process. One that a fork has from its parent would take from the parent what it is
+   told. */
+LORASYNCI_FN int lorasynci_vigil_is_open(lorasynci_vigil *v)
+{
+    size_t i;
+    if (v->fd >= 0 && (v->is_blind || v->pid != (long)getpid())) {
+        close(v->fd);
+        v->fd = -1;
+    }
+    if (v->fd >= 0 || v->is_blind) return !v->is_blind;
+    for (i = 0; i < v->num; i++) v->watched[i].watch = -1;
+    v->root      = -1;
+    v->is_unsure = 1;
+    v->pid       = (long)getpid();
+    v->fd        = lorasynci_notify_open();
+    v->is_blind  = v->fd < 0;
+    return !v->is_blind;
+}
+
+LORASYNCI_FN void lorasynci_vigil_free(lorasynci_vigil *v)
+{
+    size_t i;
+    if (v->fd >= 0) close(v->fd);
+    for (i = 0; i < v->num; i++) lorasynci_dealloc(&v->a, v->watched[i].name);
+    lorasynci_dealloc(&v->a, v->watched);
+}
+
+/* The adapter of that name, or NULL. */
+LORASYNCI_FN lorasynci_watched *lorasynci_vigil_find(lorasynci_vigil *v, const char *name)
+{
+    size_t i;
+    for (i = 0; i < v->num; i++) {
+        v->found = v->found + 1 < v->num ? v->found + 1 : 0;
+        if (strcmp(v->watched[v->found].name, name) == 0) return &v->watched[v->found];
+    }
+    return NULL;
+}
+
+/* The same, and enters a new one. NULL when there is no memory. */
+LORASYNCI_FN lorasynci_watched *lorasynci_vigil_add(lorasynci_vigil *v, const char *name)
+{
+    lorasynci_watched *w = lorasynci_vigil_find(v, name);
+    if (w) return w;
+    if (v->num == v->capacity) {
+        const size_t       capacity = v->capacity ? 2 * v->capacity : 16;
+        lorasynci_watched *more     = (lorasynci_watched *)lorasynci_alloc_array(&v->a, capacity, sizeof *more);
+        if (!more) return NULL;
+        if (v->num) memcpy(more, v->watched, v->num * sizeof *more);
+        lorasynci_dealloc(&v->a, v->watched);
+        v->watched  = more;
+        v->capacity = capacity;
+    }
+    w             = &v->watched[v->num];
+    w->name       = lorasynci_copy_text(&v->a, name, strlen(name));
+    w->watch      = -1;
+    w->is_changed = 0;
+    if (!w->name) return NULL;
+    v->found = v->num++;
+    return w;
+}
+
+/* Watches the directory of a path, if there is one, in place of the one watched before. 0: its file system, or the
+   number of watches, does not allow that. */
+LORASYNCI_FN int lorasynci_vigil_watch(lorasynci_vigil *v, int *place, const char *path)
+{
+    const int old = *place, now = lorasynci_notify_watch(v->fd, path, LORASYNCI_WATCH_ENTRIES);
+    const int failed = now < 0 ? errno : 0;
+    size_t    i;
+    *place = now;
+    if (old >= 0 && old != now) { /* others may have the same: two names of one directory */
+        int used = old == v->root;
+        for (i = 0; i < v->num; i++) used |= v->watched[i].watch == old;
+        if (!used) lorasynci_notify_forget(v->fd, old);
+    }
+    if (now < 0) return failed == ENOENT || failed == ENOTDIR;
+    return now == old || lorasynci_is_local(path);
+}
+
+/* Watches an adapter's directory. NULL when there is no memory. */
+LORASYNCI_FN lorasynci_watched *lorasynci_vigil_add_adapter(lorasynci_vigil *v, const char *name)
+{
+    char               path[LORASYNCI_MAX_DIRECTORY + 300];
+    lorasynci_watched *w = lorasynci_vigil_add(v, name);
+    if (!w) return NULL;
+    if (snprintf(path, sizeof path, "%s/%s", v->path, name) >= (int)sizeof path ||
+        !lorasynci_vigil_watch(v, &w->watch, path))
+        v->is_blind = 1;
+    return w;
+}
+
+/* The length of the path one name shorter, or longer. */
+LORASYNCI_FN size_t lorasynci_path_above(const char *path, size_t n)
+{
+    while (n > 0 && path[n - 1] == '/') n--;
+    while (n > 0 && path[n - 1] != '/') n--;
+    return n;
+}
+
+LORASYNCI_FN size_t lorasynci_path_below(const char *path, size_t n)
+{
+    while (path[n] == '/') n++;
+    while (path[n] && path[n] != '/') n++;
+    return n;
+}
+
+/* Watches <path>, or the nearest directory above it: then the next name is no directory's, or that is told. */
+LORASYNCI_FN void lorasynci_vigil_add_root(lorasynci_vigil *v)
+{
+    char         path[LORASYNCI_MAX_DIRECTORY + 1];
+    const size_t all = strlen(v->path);
+    size_t       n   = all;
+    struct stat  st;
+    int          turns;
+    LORASYNC_ASSERT(all <= LORASYNCI_MAX_DIRECTORY);
+    for (turns = 0; turns < 4096; turns++) {
+        snprintf(path, sizeof path, "%.*s", (int)n, v->path);
+        if (!lorasynci_vigil_watch(v, &v->root, n ? path : ".")) break;
+        v->root_length = n;
+        if (v->root >= 0) {
+            const size_t below = lorasynci_path_below(v->path, n);
+            snprintf(path, sizeof path, "%.*s", (int)below, v->path);
+            if (n == all || stat(path, &st) != 0 || !S_ISDIR(st.st_mode)) return;
+            n = below; /* it has come meanwhile */
+        } else if (n == lorasynci_path_above(v->path, n)) break;
+        else n = lorasynci_path_above(v->path, n);
+    }
+    v->is_blind = 1;
+}
+
+/* An entry of the root has changed, or the root itself. */
+LORASYNCI_FN void lorasynci_vigil_note_root(lorasynci_vigil *v, const lorasynci_change *c)
+{
+    const char        *awaited = v->path + v->root_length;
+    lorasynci_watched *w;
+    if (c->ended) v->root = -1;
+    while (*awaited == '/') awaited++;
+    if (*awaited) {
+        const size_t n = strcspn(awaited, "/");
+        v->is_unsure |= !c->name[0] || (strncmp(c->name, awaited, n) == 0 && !c->name[n]);
+        return;
+    }
+    v->is_unsure |= !c->name[0] || (!v->only && strcmp(c->name, "latest") == 0);
+    if (c->name[0] == '.' || v->is_unsure || v->is_blind || (v->only && strcmp(v->only, c->name) != 0)) return;
+    w = lorasynci_vigil_add_adapter(v, c->name); /* it may be another directory now, or none */
+    if (w) w->is_changed = 1;
+    else v->is_unsure = 1;
+}
+
+/* What begins with "." is being made, or is no version. */
+LORASYNCI_FN void lorasynci_vigil_note(void *user, const lorasynci_change *c)
+{
+    lorasynci_vigil *v = (lorasynci_vigil *)user;
+    size_t           i;
+    if (c->watch < 0) v->is_unsure = 1;
+    for (i = 0; i < v->num; i++) {
+        if (v->watched[i].watch != c->watch || c->name[0] == '.') continue;
+        v->watched[i].is_changed = 1;
+        if (c->ended) v->watched[i].watch = -1;
+    }
+    if (c->watch == v->root) lorasynci_vigil_note_root(v, c);
+}
+
+/* What there was to tell is told; what comes now is not. Everything is to be looked at. */
+LORASYNCI_FN void lorasynci_vigil_begin(lorasynci_vigil *v)
+{
+    size_t i;
+    if (!lorasynci_vigil_is_open(v)) return;
+    lorasynci_notify_read(v->fd, lorasynci_vigil_note, v);
+    for (i = 0; i < v->num; i++) v->watched[i].is_changed = 0;
+    v->is_unsure = 0;
+    lorasynci_vigil_add_root(v);
+}
+
 /* -- the directory as a source
 
    A look lists <path>, or asks for one adapter; its version is what `latest` says, its mark tells the model file from
@@ -22880,12 +23194,14 @@ typedef struct lorasynci_directory_source {
     int                  fd;         /* of path while a look goes on; else -1 */
     DIR                 *list;       /* the same, without `only` */
     int                  has_latest; /* it holds versions, not adapters */
-    const lorasynci_who *who;        /* the engine's */
-    char                 file[96];   /* of its receipts: name and nonce */
-    int                  engine_fd;  /* the file that says that it lives, locked; -1: none yet */
-    long                 pid;        /* of the process that made it */
-    int                  is_locked;  /* 0: there are no locks here */
-    int                  failed;     /* the errno of the last try to make it */
+    lorasynci_vigil      vigil;
+    size_t               told;      /* of what it watches, in a look at what changed */
+    const lorasynci_who *who;       /* the engine's */
+    char                 file[96];  /* of its receipts: name and nonce */
+    int                  engine_fd; /* the file that says that it lives, locked; -1: none yet */
+    long                 pid;       /* of the process that made it */
+    int                  is_locked; /* 0: there are no locks here */
+    int                  failed;    /* the errno of the last try to make it */
 } lorasynci_directory_source;
 
 typedef struct lorasynci_held_files {
@@ -23129,23 +23445,69 @@ LORASYNCI_FN int lorasynci_look_at(const lorasynci_directory_source *s, const ch
     return status < 0 || latest.name[0] || out->withdrawn;
 }
 
+/* The same, and is told from now on what changes there. */
+LORASYNCI_FN lorasync_status lorasynci_watch_and_look(lorasynci_directory_source *s, const char *adapter,
+                                                      lorasync_published *out, lorasync_error *err)
+{
+    if (!s->vigil.is_blind && !lorasynci_vigil_add_adapter(&s->vigil, adapter))
+        return lorasynci_fail_memory(err, sizeof *s->vigil.watched);
+    return lorasynci_look_at(s, adapter, out) ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
+}
+
 /* The next adapter of the look. A directory that holds versions is told at its end, after what else there may be. */
 LORASYNCI_FN lorasync_status lorasynci_directory_look(void *user, size_t index, lorasync_published *out,
                                                       lorasync_error *err)
 {
-    lorasynci_directory_source *s      = (lorasynci_directory_source *)user;
-    lorasync_status             status = index == 0 ? lorasynci_begin_look(s, err) : LORASYNC_OK;
+    lorasynci_directory_source *s = (lorasynci_directory_source *)user;
+    lorasync_status             status;
     struct dirent              *entry;
-    if (status == LORASYNC_OK && s->only && index == 0 && lorasynci_look_at(s, s->only, out)) return LORASYNC_OK;
-    while (status == LORASYNC_OK && s->list && (entry = readdir(s->list)) != NULL) {
+    if (index == 0) lorasynci_vigil_begin(&s->vigil);
+    status = index == 0 ? lorasynci_begin_look(s, err) : LORASYNC_OK;
+    if (status == LORASYNC_OK && s->only && index == 0) status = lorasynci_watch_and_look(s, s->only, out, err);
+    else if (status == LORASYNC_OK) status = LORASYNC_NOTHING_NEW;
+    while (status == LORASYNC_NOTHING_NEW && s->list && (entry = readdir(s->list)) != NULL) {
         if (strcmp(entry->d_name, "latest") == 0) s->has_latest = 1;
-        else if (entry->d_name[0] != '.' && lorasynci_look_at(s, entry->d_name, out)) return LORASYNC_OK;
+        else if (entry->d_name[0] != '.') status = lorasynci_watch_and_look(s, entry->d_name, out, err);
     }
+    if (status == LORASYNC_OK) return LORASYNC_OK;
     lorasynci_end_look(s);
-    if (status != LORASYNC_OK || !s->has_latest) return status < 0 ? status : LORASYNC_NOTHING_NEW;
+    if (status < 0 || !s->has_latest) return status;
     return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
                           "%s holds versions, not adapters; open the engine on the directory above it",
                           lorasynci_end_of(s->path));
+}
+
+/* The next adapter of which something was told. */
+LORASYNCI_FN lorasync_status lorasynci_directory_changed(void *user, size_t index, lorasync_published *out,
+                                                         lorasync_error *err)
+{
+    lorasynci_directory_source *s = (lorasynci_directory_source *)user;
+    lorasynci_vigil            *v = &s->vigil;
+    (void)err;
+    if (index == 0) {
+        lorasynci_end_look(s);
+        s->told = 0;
+        if (!lorasynci_vigil_is_open(v)) return LORASYNC_OK;
+        lorasynci_notify_read(v->fd, lorasynci_vigil_note, v);
+    }
+    for (; !v->is_unsure && !v->is_blind && s->told < v->num; s->told++) {
+        lorasynci_watched *w = &v->watched[s->told];
+        if (!w->is_changed) continue;
+        if (s->fd < 0) s->fd = lorasynci_open_directory(AT_FDCWD, s->path);
+        if (s->fd < 0) return LORASYNC_OK;
+        w->is_changed = 0;
+        if (lorasynci_look_at(s, w->name, out)) return LORASYNC_OK;
+    }
+    lorasynci_end_look(s);
+    return v->is_unsure || v->is_blind ? LORASYNC_OK : LORASYNC_NOTHING_NEW;
+}
+
+/* What the system tells changes with. */
+LORASYNCI_FN int lorasynci_directory_fd(void *user)
+{
+    lorasynci_vigil *v = &((lorasynci_directory_source *)user)->vigil;
+    if (lorasynci_vigil_is_open(v) && v->root < 0) lorasynci_vigil_add_root(v);
+    return lorasynci_vigil_is_open(v) ? v->fd : -1;
 }
 
 /* -- opening versions of a directory */
@@ -23258,6 +23620,7 @@ LORASYNCI_FN void lorasynci_directory_source_close(void *user)
     lorasync_allocator          a = s->a;
     lorasynci_end_look(s);
     lorasynci_unregister_engine(s);
+    lorasynci_vigil_free(&s->vigil);
     lorasynci_dealloc(&a, s->path);
     lorasynci_dealloc(&a, s);
 }
@@ -23281,9 +23644,16 @@ LORASYNCI_FN lorasync_status lorasynci_directory_source_open(const char *directo
     s->who           = who;
     s->fd            = -1;
     s->engine_fd     = -1;
+    s->vigil.a       = *a;
+    s->vigil.path    = path;
+    s->vigil.only    = who->only;
+    s->vigil.fd      = -1;
+    s->vigil.root    = -1;
     out->name        = path;
     out->user        = s;
     out->look        = lorasynci_directory_look;
+    out->changed     = lorasynci_directory_changed;
+    out->fd          = lorasynci_directory_fd;
     out->open        = lorasynci_directory_open_version;
     out->close       = lorasynci_directory_source_close;
     out->acknowledge = lorasynci_directory_acknowledge;
@@ -23850,21 +24220,28 @@ LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_er
     return status;
 }
 
+/* A source's descriptor, or -1. */
+LORASYNCI_FN int lorasynci_source_fd(const lorasync_source *s) { return s->fd ? s->fd(s->user) : -1; }
+
 /* Waits for something new, at most until the deadline; *rest_ns is the pause of a source that cannot wait. Nobody tells
    of versions that readers have released, and these go back soon. */
 LORASYNCI_FN void lorasynci_engine_rest(lorasync_engine *e, uint64_t now_ns, uint64_t deadline_ns, uint64_t *rest_ns)
 {
     const uint64_t         most   = e->keeps_old ? 5000000 : 1000000000;
     const lorasync_source *single = e->num_places == 1 ? &e->places[0].source : NULL;
+    const int              fd     = single && !single->wait ? lorasynci_source_fd(single) : -1;
     uint64_t               left   = deadline_ns - now_ns;
+    int                    most_ms;
     size_t                 i;
     for (i = 0; i < e->num_places; i++) {
         const lorasynci_place *p = &e->places[i];
         if (p->source.changed && p->look_at_all_ns > now_ns && left > p->look_at_all_ns - now_ns)
             left = p->look_at_all_ns - now_ns;
     }
-    if (single && single->wait) {
-        single->wait(single->user, left < most ? (int)(left / 1000000) + 1 : (int)(most / 1000000));
+    most_ms = left < most ? (int)(left / 1000000) + 1 : (int)(most / 1000000);
+    if ((single && single->wait) || fd >= 0) {
+        if (fd < 0) single->wait(single->user, most_ms);
+        else lorasynci_wait_readable(fd, most_ms);
         return;
     }
     if (*rest_ns > left) *rest_ns = left;

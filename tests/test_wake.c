@@ -2,10 +2,40 @@
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE 1 /* RUSAGE_THREAD */
 #endif
+#include <errno.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <fcntl.h>
+#include <sys/inotify.h>
+#include <sys/vfs.h>
+
 static long system_calls; /* that wake or sleep on a word */
+static long opens;        /* of files */
+static int  watches_left; /* 0: no limit; 1: none */
+static int  far_away;     /* 1: every file system is NFS */
+
+static int limited_watch(int fd, const char *path, uint32_t mask)
+{
+    if (watches_left == 1) {
+        errno = ENOSPC;
+        return -1;
+    }
+    watches_left -= watches_left > 0;
+    return inotify_add_watch(fd, path, mask);
+}
+
+static int far_statfs(const char *path, struct statfs *fs)
+{
+    const int failed = statfs(path, fs);
+    if (far_away) fs->f_type = 0x6969;
+    return failed;
+}
+
+#define inotify_add_watch(fd, path, mask) limited_watch(fd, path, mask)
+#define statfs(path, fs) far_statfs(path, fs)
+#define openat(...) (opens++, (openat)(__VA_ARGS__))
 
 #define syscall(...) (__atomic_fetch_add(&system_calls, 1, __ATOMIC_SEQ_CST), (syscall)(__VA_ARGS__))
 #define LORASYNC_IMPLEMENTATION
@@ -534,6 +564,310 @@ static void test_shm_tells_what_changed(void)
     drop_name();
 }
 
+/* -- directories */
+
+static char place[256]; /* a new directory for each test, removed at the next */
+
+static void run_shell(const char *format, ...)
+{
+    char    text[2000];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    CHECK_EQ(system(text), 0);
+}
+
+static void drop_place(void)
+{
+    if (place[0]) run_shell("rm -rf '%s'", place);
+    place[0] = 0;
+}
+
+static void fresh_place(void)
+{
+    drop_place();
+    strcpy(place, "/tmp/lorasync-wake-XXXXXX");
+    CHECK(mkdtemp(place) != NULL);
+}
+
+static const char *below(const char *path)
+{
+    static char all[4][600];
+    static int  next;
+    next = (next + 1) % 4;
+    snprintf(all[next], sizeof all[next], "%s/%s", place, path);
+    return all[next];
+}
+
+static lorasync_transport open_directory(const char *path)
+{
+    lorasync_directory_desc desc;
+    lorasync_transport      t;
+    memset(&desc, 0, sizeof desc);
+    desc.directory = path;
+    desc.no_fsync  = 1;
+    CHECK_EQ(lorasync_directory_open(&desc, &t, NULL), 0);
+    return t;
+}
+
+static void publish_in(const char *path, const char *adapter, uint64_t version)
+{
+    lorasync_transport t = open_directory(path);
+    publish(&t, adapter, version);
+    t.close(t.user);
+}
+
+static lorasync_engine *open_engine_on(const char *path, const char *adapter)
+{
+    lorasync_engine_desc desc;
+    lorasync_engine     *e = NULL;
+    memset(&desc, 0, sizeof desc);
+    desc.directory = path;
+    desc.adapter   = adapter;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, NULL), 0);
+    return e;
+}
+
+/* A file of /proc, which has no size. */
+static char *read_proc(const char *path)
+{
+    char  *text = (char *)calloc(1, 65536);
+    FILE  *f    = fopen(path, "r");
+    size_t n    = f ? fread(text, 1, 65535, f) : 0;
+    text[n]     = 0;
+    if (f) fclose(f);
+    return text;
+}
+
+static lorasynci_vigil *vigil_of(lorasync_engine *e)
+{
+    return &((lorasynci_directory_source *)e->places[0].source.user)->vigil;
+}
+
+/* 1 where the system can tell of changes below `place`. */
+static int can_watch(void) { return lorasynci_is_local(place); }
+
+#define SKIP_WITHOUT_WATCHES()                                                                                         \
+    do {                                                                                                               \
+        if (!can_watch()) SKIP("the system does not tell of changes here");                                            \
+    } while (0)
+
+static void test_directory_wakes(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    next_version       next;
+    fresh_place();
+    SKIP_WITHOUT_WATCHES();
+    t = open_directory(place);
+    publish(&t, "policy", 1);
+    e = open_engine_on(place, NULL);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    next.t       = &t;
+    next.adapter = "policy";
+    next.version = 2;
+    check_idle_and_prompt(e, publish_next, &next);
+    CHECK_EQ(version_of(e, "policy"), 2);
+    next.adapter = "other"; /* whose directory is not there yet */
+    next.version = 7;
+    check_idle_and_prompt(e, publish_next, &next);
+    CHECK_EQ(version_of(e, "other"), 7);
+    lorasync_engine_close(e);
+    t.close(t.user);
+    drop_place();
+}
+
+/* A poll without what the engine does once a second: what it finds was told. */
+static lorasync_status poll_what_is_told(lorasync_engine *e)
+{
+    lorasync_status status;
+    if (e->places[0].look_at_all_ns) e->places[0].look_at_all_ns = UINT64_MAX;
+    status = lorasync_engine_poll(e, 0, NULL);
+    if (e->places[0].look_at_all_ns) e->places[0].look_at_all_ns = UINT64_MAX;
+    return status != LORASYNC_NOTHING_NEW ? status : lorasync_engine_poll(e, 0, NULL);
+}
+
+/* How many watches there are. */
+static int count_watches(lorasync_engine *e)
+{
+    char path[64], *text, *at;
+    int  num = 0;
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", vigil_of(e)->fd);
+    text = read_proc(path);
+    for (at = text; at && (at = strstr(at, "inotify wd:")) != NULL; at++) num++;
+    free(text);
+    return num;
+}
+
+/* The directory, and what is above it, come later; they are moved away and made again; an adapter's too. */
+static void test_directories_that_come_and_go(void)
+{
+    lorasync_engine *e;
+    char             path[600];
+    fresh_place();
+    SKIP_WITHOUT_WATCHES();
+    snprintf(path, sizeof path, "%s/a/b/c", place);
+    e = open_engine_on(below("a/b/c"), NULL);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    run_shell("mkdir '%s'", below("x"));
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    run_shell("mkdir '%s'", below("a"));
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    run_shell("mkdir '%s'", below("a/b"));
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    publish_in(path, "policy", 1);
+    CHECK_EQ(poll_what_is_told(e), 0);
+    publish_in(path, "policy", 2);
+    CHECK_EQ(poll_what_is_told(e), 0);
+
+    run_shell("mv '%s' '%s'", below("a/b/c/policy"), below("a/b/c/.away"));
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    publish_in(path, "policy", 3);
+    CHECK_EQ(poll_what_is_told(e), 0);
+    publish_in(path, "policy", 4);
+    CHECK_EQ(poll_what_is_told(e), 0);
+
+    run_shell("mv '%s' '%s'", below("a/b/c"), below("a/b/d"));
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    publish_in(path, "policy", 5);
+    CHECK_EQ(poll_what_is_told(e), 0);
+
+    run_shell("rm -rf '%s'", below("a/b/c"));
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    publish_in(path, "policy", 6);
+    CHECK_EQ(poll_what_is_told(e), 0);
+
+    run_shell("mv '%s' '%s'", below("a"), below("z")); /* two levels up: nobody tells; the look at everything does */
+    run_shell("mkdir -p '%s'", below("a/b"));
+    publish_in(path, "policy", 7);
+    e->places[0].look_at_all_ns = 0;
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    publish_in(path, "policy", 8);
+    CHECK_EQ(poll_what_is_told(e), 0);
+    CHECK_EQ(version_of(e, "policy"), 8);
+    CHECK_EQ(count_watches(e), 2); /* none is left of what is watched no more */
+    lorasync_engine_close(e);
+    drop_place();
+}
+
+/* `latest` and an adapter may be symbolic links, and two names one directory. */
+static void test_links_are_watched(void)
+{
+    lorasync_engine *e;
+    fresh_place();
+    SKIP_WITHOUT_WATCHES();
+    run_shell("mkdir '%s' '%s'", below("real"), below("served"));
+    publish_in(below("real"), "policy", 1);
+    run_shell("ln -s ../real/policy '%s'", below("served/policy"));
+    e = open_engine_on(below("served"), "policy");
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    publish_in(below("real"), "policy", 2);
+    CHECK_EQ(poll_what_is_told(e), 0);
+    publish_in(below("real"), "other", 3);
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    lorasync_engine_close(e);
+    drop_place();
+}
+
+/* One of 1,000 adapters changes: the others are not looked at, and of what is silent nothing is. */
+static void test_directory_of_many(void)
+{
+    lorasync_engine *e;
+    char             adapter[32];
+    int              i;
+    fresh_place();
+    SKIP_WITHOUT_WATCHES();
+    publish_in(place, "a0", 1);
+    for (i = 1; i < MANY; i++) { /* an adapter's name is not in the files of a foreign tool */
+        snprintf(adapter, sizeof adapter, "a%d", i);
+        CHECK_EQ(mkdir(below(adapter), 0777), 0);
+    }
+    e = open_engine_on(place, NULL);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    CHECK(opens >= MANY);
+    CHECK_EQ(vigil_of(e)->num, MANY);
+    while (lorasync_engine_poll(e, 0, NULL) != LORASYNC_NOTHING_NEW) continue;
+    e->places[0].look_at_all_ns = UINT64_MAX;
+    opens                       = 0;
+    for (i = 0; i < 50; i++) CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(opens, 0);
+    publish_in(place, "a500", 9);
+    opens = 0;
+    CHECK_EQ(poll_what_is_told(e), 0);
+    CHECK_EQ(version_of(e, "a500"), 9);
+    CHECK(opens < 20);
+    lorasync_engine_close(e);
+    drop_place();
+}
+
+/* Lost changes, no more watches, a file system of other hosts: then everything is looked at, as often as before. */
+static void test_what_cannot_be_told(void)
+{
+    lorasynci_change lost = {-1, "", 0, 0};
+    lorasync_engine *e;
+    int              i;
+    fresh_place();
+    SKIP_WITHOUT_WATCHES();
+    publish_in(place, "policy", 1);
+    e = open_engine_on(place, NULL);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    publish_in(place, "policy", 2);
+    lorasynci_notify_read(vigil_of(e)->fd, lorasynci_vigil_note, vigil_of(e));
+    vigil_of(e)->watched[0].is_changed = 0; /* taken away */
+    CHECK_EQ(poll_what_is_told(e), LORASYNC_NOTHING_NEW);
+    lorasynci_vigil_note(vigil_of(e), &lost);
+    CHECK_EQ(poll_what_is_told(e), 0);
+    CHECK_EQ(version_of(e, "policy"), 2);
+    lorasync_engine_close(e);
+    for (i = 0; i < 3; i++) {
+        waiter w;
+        watches_left = i < 2 ? i + 1 : 0; /* none; the second fails */
+        far_away     = i == 2;
+        e            = open_engine_on(place, NULL);
+        CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+        CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+        CHECK(vigil_of(e)->is_blind);
+        CHECK_EQ(vigil_of(e)->fd, -1);
+        e->places[0].look_at_all_ns = UINT64_MAX;
+        start_waiter(&w, e, test_ms(20000));
+        nap_ms(20);
+        publish_in(place, "policy", 10 + (uint64_t)i);
+        end_waiter(&w);
+        CHECK_EQ(w.status, 0);
+        CHECK_EQ(version_of(e, "policy"), 10 + i);
+        lorasync_engine_close(e);
+    }
+    watches_left = far_away = 0;
+    drop_place();
+}
+
+/* A fork that polls takes nothing away from its parent. */
+static void test_fork_takes_nothing_away(void)
+{
+    lorasync_engine *e;
+    pid_t            pid;
+    int              status = 0;
+    fresh_place();
+    SKIP_WITHOUT_WATCHES();
+    publish_in(place, "policy", 1);
+    e = open_engine_on(place, NULL);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    publish_in(place, "policy", 2);
+    pid = fork();
+    if (pid == 0) {
+        const int good = lorasync_engine_poll(e, 0, NULL) == 0 && version_of(e, "policy") == 2;
+        _exit(good ? 0 : 1);
+    }
+    CHECK_EQ(waitpid(pid, &status, 0), pid);
+    CHECK_EQ(status, 0);
+    CHECK_EQ(poll_what_is_told(e), 0);
+    CHECK_EQ(version_of(e, "policy"), 2);
+    lorasync_engine_close(e);
+    drop_place();
+}
+
 int main(void)
 {
     RUN(test_commit_wakes);
@@ -546,6 +880,13 @@ int main(void)
     RUN(test_released_while_asleep);
     RUN(test_looks_at_what_changed);
     RUN(test_shm_tells_what_changed);
+    RUN(test_directory_wakes);
+    RUN(test_directories_that_come_and_go);
+    RUN(test_links_are_watched);
+    RUN(test_directory_of_many);
+    RUN(test_what_cannot_be_told);
+    RUN(test_fork_takes_nothing_away);
     drop_name();
+    drop_place();
     return test_summary("test_wake");
 }
