@@ -21547,6 +21547,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_tell(lorasynci_shm_source *s, int onl
         out->withdrawn                       = lorasynci_shm_is_withdrawn(word);
         out->tenancy =
             out->withdrawn ? word >> LORASYNCI_SHM_SLOT_BITS : __atomic_load_n(&entry->tenancy, __ATOMIC_SEQ_CST);
+        if (out->tenancy) out->tenancy = lorasynci_shm_mark_of(s, out->tenancy);
         if (__atomic_load_n(&entry->word, __ATOMIC_SEQ_CST) == word) return LORASYNC_OK;
         s->next--; /* another name may stand there by now */
     }

@@ -895,6 +895,77 @@ static void session_of_mixed_transports(void)
     lorasync_close(s);
 }
 
+/* -- tenants come and go at random while engines look */
+
+enum {
+    TENANTS = 12
+};
+
+/* Looks at all that is served until told to stop; the number of errors. */
+static int watch(lorasync_engine *e, const volatile int *stop, long *out_served)
+{
+    lorasync_listed list[TENANTS];
+    lorasync_error  err;
+    size_t          i, num;
+    int             bad = 0;
+    while (!__atomic_load_n(stop, __ATOMIC_SEQ_CST) && bad < 5) {
+        memset(&err, 0, sizeof err);
+        if (lorasync_engine_poll(e, 1, &err) < 0) {
+            fprintf(stderr, "%s\n", err.text);
+            bad++;
+        }
+        num = lorasync_engine_list(e, list, TENANTS);
+        for (i = 0; i < num && i < TENANTS; i++) *out_served += served(e, list[i].adapter) != 0;
+    }
+    return bad + test_errors;
+}
+
+static void at_random(void)
+{
+    lorasync_transport t;
+    lorasync_error     err;
+    uint64_t           version[TENANTS] = {0}, end, n = 0, seed = 7;
+    pid_t              child[3];
+    int               *stop = (int *)mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    int                i;
+    fresh_name();
+    t = open_place();
+    fflush(NULL);
+    for (i = 0; i < 3; i++) {
+        child[i] = fork();
+        if (child[i] == 0) {
+            lorasync_engine *e   = open_engine();
+            long             num = 0;
+            int              bad = watch(e, stop, &num);
+            lorasync_engine_close(e);
+            _exit(num > 0 ? bad : 77);
+        }
+    }
+    end = lorasynci_now_ns() + 400000000;
+    while (lorasynci_now_ns() < end) {
+        seed = lorasynci_mix(seed);
+        i    = (int)(seed % TENANTS);
+        if (seed >> 32 & 3) {
+            CHECK_EQ(publish(&t, numbered(i), ++version[i], &err), 0);
+        } else if (version[i]) {
+            lorasync_status status = lorasync_transport_withdraw(&t, numbered(i), (int)(seed >> 40 & 3), NULL, &err);
+            CHECK(status == LORASYNC_OK || status == LORASYNC_E_BUSY);
+            version[i] = 0; /* it begins again at 1 */
+        }
+        n++;
+    }
+    __atomic_store_n(stop, 1, __ATOMIC_SEQ_CST);
+    for (i = 0; i < 3; i++) CHECK_EQ(wait_for(child[i]), 0);
+    for (i = 0; i < TENANTS; i++) {
+        lorasync_status status = withdraw(&t, numbered(i), NULL, &err);
+        CHECK(status == LORASYNC_OK || status == LORASYNC_E_NOT_FOUND);
+    }
+    if (!in_directory) CHECK_EQ(count_versions(""), 0);
+    printf("     %d publications and withdrawals\n", (int)n);
+    t.close(t.user);
+    munmap(stop, 4096);
+}
+
 /* -- several places at once */
 
 static lorasync_status nothing_there(void *user, size_t index, lorasync_published *out, lorasync_error *err)
@@ -1051,6 +1122,7 @@ BOTH(killed)
 BOTH(killed_and_published)
 BOTH(drops)
 BOTH(changes)
+BOTH(at_random)
 
 int main(void)
 {
@@ -1071,6 +1143,8 @@ int main(void)
     RUN(drops_in_directory);
     RUN(changes_in_shm);
     RUN(changes_in_directory);
+    RUN(at_random_in_shm);
+    RUN(at_random_in_directory);
     RUN(own_source);
     RUN(own_transport);
     RUN(sessions);
