@@ -1549,7 +1549,9 @@ typedef struct lorasync_transport {
          LORASYNC_OK           nothing of it is left
          LORASYNC_NOTHING_NEW  no engine is handed it any more, and out says who still holds it
          LORASYNC_E_NOT_FOUND  it was not published here
-       out is never NULL, and all zero at the call. NULL: adapters cannot be withdrawn from it. */
+       Of memory that it has lent, what `lend` says holds on: a session reads what was published from there last until
+       its next begin, and may write where the next version will be made. out is never NULL, and all zero at the call.
+       NULL: adapters cannot be withdrawn from it. */
     lorasync_status (*retire)(void *user, const char *adapter, lorasync_withdrawal *out, lorasync_error *err);
     /* The version of an adapter that is published there, by whomever; *out_version is 0 at the call, and stays so if
        there is none. Asked at the end of lorasync_compile, and after a failed publication: the next version, 0 in
