@@ -19514,7 +19514,7 @@ typedef struct lorasynci_shm_reader {
 
 typedef struct lorasynci_shm_control {
     uint64_t              magic, publisher; /* atomic */
-    uint64_t              last_serial, last_number;
+    uint64_t              last_number;
     uint64_t              num_adapters, num_slots, num_readers; /* atomic. Places that were ever taken */
     uint32_t              bell, unused;                         /* atomic */
     lorasynci_shm_adapter adapters[LORASYNCI_SHM_ADAPTERS];
@@ -20011,10 +20011,13 @@ typedef struct lorasynci_shm {
     int                   first_free;                      /* no slot below it is free */
     uint64_t              lent[LORASYNCI_SHM_PINS];        /* slots whose device memory ranks of a session have open */
     uint64_t              kept[LORASYNCI_SHM_PINS];        /* the same, of ranks that were left behind: for ever */
-    void  *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
-    size_t sizes[LORASYNCI_SHM_SLOTS];
-    lorasynci_gpu *device;        /* NULL: payloads in the segments */
-    size_t         payload_bytes; /* of the image that is being staged to the device */
+    /* the slots as this process made or found them (`retired` stands in the control alone): what is done here follows
+       these, whatever another program writes into the control meanwhile */
+    lorasynci_shm_segment slots[LORASYNCI_SHM_SLOTS];
+    uint64_t              last_number; /* of words */
+    void *memory[LORASYNCI_SHM_SLOTS]; /* mapped slots; NULL: not yet. Kept, so that their pages stay entered */
+    lorasynci_gpu *device;             /* NULL: payloads in the segments */
+    size_t         payload_bytes;      /* of the image that is being staged to the device */
     /* device memory that is this process's; NULL: not, or not looked at yet */
     char          *payloads[LORASYNCI_SHM_SLOTS];
     lorasynci_life lives[LORASYNCI_SHM_SLOTS]; /* of those made here. What close leaves keeps it to the end */
@@ -20093,7 +20096,7 @@ LORASYNCI_FN void lorasynci_shm_bury(lorasynci_shm *s)
 LORASYNCI_FN int lorasynci_shm_is_used(const lorasynci_shm *s, int slot)
 {
     const lorasynci_shm_control *c       = s->map.control;
-    const uint64_t               adapter = c->slots[slot].adapter;
+    const uint64_t               adapter = s->slots[slot].adapter;
     const int                    num     = lorasynci_shm_taken(&c->num_readers, LORASYNCI_SHM_READERS);
     int                          i;
     if (adapter < LORASYNCI_SHM_ADAPTERS) {
@@ -20113,7 +20116,7 @@ LORASYNCI_FN int lorasynci_shm_is_used(const lorasynci_shm *s, int slot)
 /* Enters a slot that has a segment into the chain of its adapter. */
 LORASYNCI_FN void lorasynci_shm_link_slot(lorasynci_shm *s, int slot)
 {
-    const uint64_t adapter = s->map.control->slots[slot].adapter;
+    const uint64_t adapter = s->slots[slot].adapter;
     if (adapter >= LORASYNCI_SHM_ADAPTERS) return; /* damaged */
     s->more_slots[slot]      = s->places[adapter].slots;
     s->places[adapter].slots = slot;
@@ -20122,27 +20125,39 @@ LORASYNCI_FN void lorasynci_shm_link_slot(lorasynci_shm *s, int slot)
 /* And takes it out. */
 LORASYNCI_FN void lorasynci_shm_unlink_slot(lorasynci_shm *s, int slot)
 {
-    const uint64_t adapter = s->map.control->slots[slot].adapter;
+    const uint64_t adapter = s->slots[slot].adapter;
     int           *at;
     if (adapter >= LORASYNCI_SHM_ADAPTERS) return;
     for (at = &s->places[adapter].slots; *at >= 0 && *at != slot; at = &s->more_slots[*at]) {}
     if (*at == slot) *at = s->more_slots[slot];
 }
 
+/* Writes into the control what engines and the next publisher need to know of a slot. */
+LORASYNCI_FN void lorasynci_shm_show_slot(lorasynci_shm *s, int slot)
+{
+    const lorasynci_shm_segment *mine = &s->slots[slot];
+    lorasynci_shm_segment       *g    = &s->map.control->slots[slot];
+    g->num_bytes                      = mine->num_bytes;
+    g->adapter                        = mine->adapter;
+    g->device_bytes                   = mine->device_bytes;
+    g->serial                         = mine->serial;
+}
+
 /* Nobody reads it: no word names it and no reader pins it. The serial goes last, so that a publisher that is killed in
    between finds it again. */
 LORASYNCI_FN void lorasynci_shm_drop_slot(lorasynci_shm *s, int slot)
 {
-    lorasynci_shm_segment *g = &s->map.control->slots[slot];
+    lorasynci_shm_segment *g = &s->slots[slot];
     char                   path[LORASYNCI_SHM_PATH];
     lorasynci_shm_free_payload(s, slot);
-    if (s->memory[slot]) munmap(s->memory[slot], s->sizes[slot]);
+    if (s->memory[slot]) munmap(s->memory[slot], (size_t)g->num_bytes);
     s->memory[slot] = NULL;
     lorasynci_shm_path(path, s->name, g->serial);
     if (g->serial) shm_unlink(path);
     lorasynci_shm_unlink_slot(s, slot);
     s->lent[slot / 64] &= ~((uint64_t)1 << (slot % 64));
     g->serial = 0;
+    lorasynci_shm_show_slot(s, slot);
     if (slot < s->first_free) s->first_free = slot;
 }
 
@@ -20152,10 +20167,9 @@ LORASYNCI_FN void lorasynci_shm_drop_slot(lorasynci_shm *s, int slot)
 LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(lorasynci_shm *s, int slot, int fd, const char *path,
                                                     lorasync_error *err)
 {
-    lorasynci_shm_segment *g      = &s->map.control->slots[slot];
+    lorasynci_shm_segment *g      = &s->slots[slot];
     int                    failed = lorasynci_shm_reserve(fd, (size_t)g->num_bytes);
     if (!failed) s->memory[slot] = lorasynci_shm_map_fd(fd, (size_t)g->num_bytes, LORASYNCI_POPULATE, &failed);
-    s->sizes[slot] = (size_t)g->num_bytes;
     if (!failed) return LORASYNC_OK;
     return lorasynci_fail(
         err, LORASYNC_E_IO,
@@ -20167,12 +20181,12 @@ LORASYNCI_FN lorasync_status lorasynci_shm_map_slot(lorasynci_shm *s, int slot, 
    somebody removed it. */
 LORASYNCI_FN int lorasynci_shm_have_slot(lorasynci_shm *s, int slot)
 {
-    const lorasynci_shm_segment *g = &s->map.control->slots[slot];
+    const lorasynci_shm_segment *g = &s->slots[slot];
     char                         path[LORASYNCI_SHM_PATH];
     struct stat                  st;
     int                          fd = -1;
     if (!g->serial) return 0;
-    if (s->memory[slot]) return s->sizes[slot] == g->num_bytes;
+    if (s->memory[slot]) return 1;
     lorasynci_shm_path(path, s->name, g->serial);
     if (g->num_bytes < LORASYNCI_SHM_HEAD || g->num_bytes > SIZE_MAX) return 0;
     if (lorasynci_shm_open_segment(path, O_RDWR, &fd, &st, NULL) < 0) return 0;
@@ -20181,38 +20195,43 @@ LORASYNCI_FN int lorasynci_shm_have_slot(lorasynci_shm *s, int slot)
     return s->memory[slot] != NULL;
 }
 
-/* Another one for each control: an engine that looks at a control which has just been removed must not find the next
-   one's slots. */
-LORASYNCI_FN uint64_t lorasynci_shm_first_serial(void) { return lorasynci_clock_ns(); }
+/* Makes the segment of a slot, under a name that nobody can guess and take before. It stands in the control before it
+   is there, so that none is ever forgotten. */
+LORASYNCI_FN lorasync_status lorasynci_shm_make_segment(lorasynci_shm *s, int slot, int *out_fd, lorasync_error *err)
+{
+    char            path[LORASYNCI_SHM_PATH];
+    struct stat     st;
+    lorasync_status status;
+    int             tries = 0;
+    do {
+        s->slots[slot].serial = lorasynci_random();
+        lorasynci_shm_show_slot(s, slot);
+        lorasynci_shm_path(path, s->name, s->slots[slot].serial);
+        status = lorasynci_shm_open_segment(path, O_RDWR | O_CREAT | O_EXCL, out_fd, &st, err);
+    } while (status < 0 && errno == EEXIST && ++tries < 8);
+    return status < 0 ? status : lorasynci_shm_map_slot(s, slot, *out_fd, path, err);
+}
 
-/* Makes the segment of an empty slot. It stands in the control before it is there, so that none is ever forgotten. */
+/* Fills an empty slot. */
 LORASYNCI_FN lorasync_status lorasynci_shm_make_slot(lorasynci_shm *s, int slot, int adapter, size_t num_bytes,
                                                      lorasync_error *err)
 {
-    lorasynci_shm_control *c = s->map.control;
-    lorasynci_shm_segment *g = &c->slots[slot];
+    lorasynci_shm_control *c      = s->map.control;
+    lorasynci_shm_segment *g      = &s->slots[slot];
+    int                    failed = lorasynci_shm_back(&s->map, &c->slots[slot], sizeof c->slots[slot]), fd = -1;
     char                   path[LORASYNCI_SHM_PATH];
-    struct stat            st;
     lorasync_status        status;
-    int                    fd = -1;
-    LORASYNC_ASSERT(!s->memory[slot]);
-    fd = lorasynci_shm_back(&s->map, g, sizeof *g);
+    LORASYNC_ASSERT(!g->serial && !s->memory[slot]);
     lorasynci_shm_path(path, s->name, 0);
-    if (fd) return lorasynci_shm_fail(err, "make room for", path, fd);
-    LORASYNC_ASSERT(!g->serial);
+    if (failed) return lorasynci_shm_fail(err, "make room for", path, failed);
     lorasynci_shm_count(&c->num_slots, slot);
-    if (!c->last_serial) c->last_serial = lorasynci_shm_first_serial();
-    g->num_bytes    = num_bytes;
-    g->adapter      = (uint64_t)adapter;
-    g->device_bytes = g->retired = 0;
-    g->serial                    = ++c->last_serial;
+    g->num_bytes           = num_bytes;
+    g->adapter             = (uint64_t)adapter;
+    g->device_bytes        = 0;
+    c->slots[slot].retired = 0;
     lorasynci_shm_link_slot(s, slot);
-    lorasynci_shm_path(path, s->name, g->serial);
-    status = lorasynci_shm_open_segment(path, O_RDWR | O_CREAT | O_EXCL, &fd, &st, err);
-    if (status >= 0) {
-        status = lorasynci_shm_map_slot(s, slot, fd, path, err);
-        close(fd);
-    }
+    status = lorasynci_shm_make_segment(s, slot, &fd, err);
+    if (fd >= 0) close(fd);
     if (status >= 0 && s->device) status = lorasynci_shm_make_payload(s, slot, err);
     if (status < 0) lorasynci_shm_drop_slot(s, slot);
     return status;
@@ -20247,7 +20266,7 @@ LORASYNCI_FN void lorasynci_shm_trim(lorasynci_shm *s, int adapter, size_t need,
     for (i = s->places[adapter].slots; i >= 0; i = s->more_slots[i]) num++;
     for (i = s->places[adapter].slots; i >= 0; i = next) {
         next = s->more_slots[i];
-        if (i == except || (lorasynci_shm_fits(s, &s->map.control->slots[i], need) && num <= keep)) continue;
+        if (i == except || (lorasynci_shm_fits(s, &s->slots[i], need) && num <= keep)) continue;
         if (lorasynci_shm_is_used(s, i)) continue;
         if (lorasynci_shm_is_marked(s->lent, i) || lorasynci_shm_is_marked(s->kept, i)) continue;
         if (!lorasynci_shm_retire(s, i)) continue; /* an engine has it open */
@@ -20262,7 +20281,7 @@ LORASYNCI_FN int lorasynci_shm_unused(lorasynci_shm *s, int adapter, size_t need
     int i, next;
     for (i = s->places[adapter].slots; i >= 0; i = next) {
         next = s->more_slots[i];
-        if (!lorasynci_shm_fits(s, &s->map.control->slots[i], need) || lorasynci_shm_is_used(s, i)) continue;
+        if (!lorasynci_shm_fits(s, &s->slots[i], need) || lorasynci_shm_is_used(s, i)) continue;
         if (lorasynci_shm_have_slot(s, i) && lorasynci_shm_have_payload(s, i)) return i;
         lorasynci_shm_drop_slot(s, i);
     }
@@ -20273,10 +20292,8 @@ LORASYNCI_FN int lorasynci_shm_unused(lorasynci_shm *s, int adapter, size_t need
 LORASYNCI_FN lorasync_status lorasynci_shm_grow(lorasynci_shm *s, int adapter, size_t need, int *out,
                                                 lorasync_error *err)
 {
-    const lorasynci_shm_control *c   = s->map.control;
-    const int                    num = lorasynci_shm_taken(&c->num_slots, LORASYNCI_SHM_SLOTS);
-    int                          i   = s->first_free;
-    while (i < num && c->slots[i].serial) i++;
+    int i = s->first_free;
+    while (i < LORASYNCI_SHM_SLOTS && s->slots[i].serial) i++;
     if (i == LORASYNCI_SHM_SLOTS) {
         return lorasynci_fail(
             err, LORASYNC_E_BUSY,
@@ -20293,7 +20310,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_pick(lorasynci_shm *s, int adapter, s
     lorasynci_shm_place *p   = &s->places[adapter];
     const int            old = p->next; /* the image may lie there */
     int                  slot;
-    if (old >= 0 && lorasynci_shm_fits(s, &s->map.control->slots[old], need)) return LORASYNC_OK;
+    if (old >= 0 && lorasynci_shm_fits(s, &s->slots[old], need)) return LORASYNC_OK;
     slot = lorasynci_shm_unused(s, adapter, need);
     if (slot < 0) {
         lorasynci_shm_bury(s);
@@ -20412,12 +20429,12 @@ LORASYNCI_FN lorasync_status lorasynci_shm_find_served(lorasynci_shm *s, int ada
     lorasync_status status;
     *out = lorasynci_shm_served(s, adapter);
     if (*out >= 0 || slot < 0 || s->memory[slot]) return LORASYNC_OK;
-    lorasynci_shm_path(path, s->name, s->map.control->slots[slot].serial);
+    lorasynci_shm_path(path, s->name, s->slots[slot].serial);
     status = lorasynci_shm_open_segment(path, O_RDWR, &fd, &st, err);
     if (status == LORASYNC_E_NOT_FOUND) return LORASYNC_OK; /* removed by hand */
     if (status < 0) return status;
     close(fd);
-    if ((uintmax_t)st.st_size != s->map.control->slots[slot].num_bytes) return LORASYNC_OK; /* damaged */
+    if ((uintmax_t)st.st_size != s->slots[slot].num_bytes) return LORASYNC_OK; /* damaged */
     return lorasynci_fail(
         err, LORASYNC_E_IO,
         "cannot map shared memory %s, which holds the version that is served; free memory and try again", path);
@@ -20430,7 +20447,7 @@ LORASYNCI_FN int lorasynci_shm_same(const lorasynci_shm *s, int slot, const lora
     const lorasynci_shm_head *h       = lorasynci_shm_head_of(s, slot);
     const char               *memory  = lorasynci_shm_image_of(s, slot);
     const size_t              config  = strlen(image->config_json) + 1;
-    const uint64_t            in_slot = s->sizes[slot] - LORASYNCI_SHM_HEAD;
+    const uint64_t            in_slot = s->slots[slot].num_bytes - LORASYNCI_SHM_HEAD;
     lorasync_image            held    = *image; /* and differs where the slot does */
     if (h->image_bytes + h->payload_bytes != (uint64_t)image->header_bytes + image->payload_bytes) return 0;
     if (h->config_bytes != config || image->header_bytes > h->image_bytes) return 0;
@@ -20452,8 +20469,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_begin_memory(lorasynci_shm *s, int sl
     if (status == LORASYNC_NOTHING_NEW) return lorasynci_shm_fail_removed(s, err);
     if (status < 0) return status;
     lorasynci_life_end(&s->lives[slot]);
-    *out = lorasynci_life_begin(&s->lives[slot], own, s->map.fd,
-                                lorasynci_shm_byte_of(s->map.control->slots[slot].serial));
+    *out = lorasynci_life_begin(&s->lives[slot], own, s->map.fd, lorasynci_shm_byte_of(s->slots[slot].serial));
     if (!*out) *out = lorasynci_process_self() | lorasynci_process_unlocked;
     return LORASYNC_OK;
 }
@@ -20493,8 +20509,10 @@ LORASYNCI_FN lorasync_status lorasynci_shm_make_payload(lorasynci_shm *s, int sl
     old    = lorasynci_gpu_enter(s->device->ordinal);
     status = lorasynci_shm_allocate(s, slot, n, err);
     lorasynci_gpu_leave(s->device->ordinal, old);
-    if (status >= 0) s->map.control->slots[slot].device_bytes = n;
-    return status;
+    if (status < 0) return status;
+    s->slots[slot].device_bytes = n;
+    lorasynci_shm_show_slot(s, slot);
+    return LORASYNC_OK;
 }
 
 /* Frees it. No engine has it open. */
@@ -20515,7 +20533,7 @@ LORASYNCI_FN void lorasynci_shm_free_payload(lorasynci_shm *s, int slot)
 LORASYNCI_FN char *lorasynci_shm_find_payload(lorasynci_shm *s, int slot)
 {
     const lorasynci_shm_memory *m = &lorasynci_shm_head_of(s, slot)->memory;
-    if (!s->payloads[slot] && m->num_bytes && m->num_bytes == s->map.control->slots[slot].device_bytes &&
+    if (!s->payloads[slot] && m->num_bytes && m->num_bytes == s->slots[slot].device_bytes &&
         m->ordinal == s->device->ordinal && lorasynci_process_is_same(m->owner, s->own.mine)) {
         s->payloads[slot] = (char *)(uintptr_t)m->pointer;
     }
@@ -20573,10 +20591,9 @@ LORASYNCI_FN int lorasynci_shm_is_open(lorasynci_shm *s, int slot)
    retirement. */
 LORASYNCI_FN int lorasynci_shm_have_payload(lorasynci_shm *s, int slot)
 {
-    lorasynci_shm_segment *g = &s->map.control->slots[slot];
-    if (!s->device) return g->device_bytes == 0;
+    if (!s->device) return s->slots[slot].device_bytes == 0;
     if (!lorasynci_shm_find_payload(s, slot)) return 0;
-    __atomic_store_n(&g->retired, (uint64_t)0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&s->map.control->slots[slot].retired, (uint64_t)0, __ATOMIC_SEQ_CST);
     return 1;
 }
 
@@ -20584,7 +20601,7 @@ LORASYNCI_FN int lorasynci_shm_have_payload(lorasynci_shm *s, int slot)
    at their next poll. */
 LORASYNCI_FN int lorasynci_shm_retire(lorasynci_shm *s, int slot)
 {
-    if (!s->device || !s->map.control->slots[slot].device_bytes || !lorasynci_shm_have_slot(s, slot) ||
+    if (!s->device || !s->slots[slot].device_bytes || !lorasynci_shm_have_slot(s, slot) ||
         !lorasynci_shm_find_payload(s, slot))
         return 1;
     if (!__atomic_exchange_n(&s->map.control->slots[slot].retired, (uint64_t)1, __ATOMIC_SEQ_CST))
@@ -20598,8 +20615,7 @@ LORASYNCI_FN int lorasynci_shm_is_gone(const lorasynci_shm *s, int slot, const l
     const lorasynci_shm_head *h = lorasynci_shm_head_of(s, slot);
     if (!h->memory.num_bytes || h->version != image->version || !lorasynci_shm_same(s, slot, image)) return 0;
     return !h->memory.pointer || s->map.control->slots[slot].retired ||
-           !lorasynci_process_lives(h->memory.owner, s->map.fd,
-                                    lorasynci_shm_byte_of(s->map.control->slots[slot].serial));
+           !lorasynci_process_lives(h->memory.owner, s->map.fd, lorasynci_shm_byte_of(s->slots[slot].serial));
 }
 
 /* A transport with a GPU takes payloads from either memory. */
@@ -20713,7 +20729,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_stage(void *user, const lorasync_imag
 LORASYNCI_FN void lorasynci_shm_name(lorasynci_shm *s, int adapter, int slot)
 {
     lorasynci_shm_control *c      = s->map.control;
-    const uint64_t         number = ++c->last_number, old = c->adapters[adapter].word;
+    const uint64_t         number = c->last_number = ++s->last_number, old = c->adapters[adapter].word;
     LORASYNC_ASSERT(slot < LORASYNCI_SHM_SLOTS);
     if (lorasynci_shm_is_withdrawn(old))
         __atomic_store_n(&c->adapters[adapter].tenancy, old >> LORASYNCI_SHM_SLOT_BITS, __ATOMIC_SEQ_CST);
@@ -20840,14 +20856,14 @@ LORASYNCI_FN void lorasynci_shm_note_open(lorasynci_shm *s, int adapter, const u
     for (i = s->places[adapter].slots; i >= 0; i = s->more_slots[i]) {
         s->lent[i / 64] &= ~((uint64_t)1 << (i % 64));
         for (k = 0; k < num && s->device; k++)
-            if (serials[k] == s->map.control->slots[i].serial) lorasynci_shm_mark(s->lent, i);
+            if (serials[k] == s->slots[i].serial) lorasynci_shm_mark(s->lent, i);
     }
 }
 
 /* How other ranks open a slot. */
 LORASYNCI_FN void lorasynci_shm_describe(const lorasynci_shm *s, int slot, size_t header_bytes, lorasync_loan *out)
 {
-    out->id = s->map.control->slots[slot].serial;
+    out->id = s->slots[slot].serial;
     if (s->device) {
         out->payload = s->payloads[slot];
         out->reach   = LORASYNC_REACH_IPC;
@@ -21022,7 +21038,7 @@ LORASYNCI_FN void lorasynci_shm_close(void *user)
     if (__atomic_sub_fetch(&s->num_users, 1, __ATOMIC_SEQ_CST) > 0) return;
     lorasynci_shm_leave_payloads(s);
     for (i = 0; i < LORASYNCI_SHM_SLOTS; i++)
-        if (s->memory[i]) munmap(s->memory[i], s->sizes[i]);
+        if (s->memory[i]) munmap(s->memory[i], (size_t)s->slots[i].num_bytes);
     lorasynci_shm_disown(&s->own);
     lorasynci_shm_detach(&s->map);
     lorasynci_dealloc(&a, s);
@@ -21041,9 +21057,11 @@ LORASYNCI_FN void lorasynci_shm_inherit(lorasynci_shm *s)
     for (i = 0; i < LORASYNCI_SHM_ADAPTERS; i++)
         s->places[i].next = s->places[i].staged = s->places[i].last = s->places[i].slots = s->places[i].same_hash = -1;
     for (i = 0; i < num_adapters; i++) lorasynci_shm_link_name(s, i);
+    s->last_number = c->last_number;
     lorasynci_shm_bury(s);
     for (i = 0; i < num_slots; i++) {
-        const lorasynci_shm_segment *g = &c->slots[i];
+        const lorasynci_shm_segment *g = &s->slots[i];
+        s->slots[i]                    = c->slots[i];
         if (!g->serial) continue;
         lorasynci_shm_link_slot(s, i);
         if (!g->device_bytes && !lorasynci_shm_is_used(s, i)) lorasynci_shm_drop_slot(s, i);
