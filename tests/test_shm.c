@@ -1656,7 +1656,7 @@ static void memory_fails(void)
         CHECK_EQ(err.status, LORASYNC_E_MEMORY);
         CHECK_EQ(m.live, 1);
     }
-    CHECK_EQ(n, 4);
+    CHECK_EQ(n, 5);
     for (v = 10; v <= 11; v++) {
         CHECK_EQ(publish(&t, "default", v, &err), 0);
         for (n = 1; n < 10000; n++) {
