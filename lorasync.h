@@ -98,11 +98,12 @@
                        operations; making operations; links; reading the planner's answer; creating; collecting; memory
                        of other ranks on GPUs; what the planner tells all; memory of a plan; a new plan
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
-                    -- a run; replicas; beginning, voting and ending a run; copying on the host; what several ways
-                       share; host messages; what the direct ways share; host direct; on the GPU (LORASYNC_CUDA);
-                       operations on the GPU; tables in device memory; what all ways of the GPU share; a run's work on
-                       the GPU; GPU alone; GPU direct; GPU over host; what GPU stream and GPU mesh share; GPU stream;
-                       GPU mesh; GPU mesh over a comm for host memory; choosing the way
+                    -- a run; replicas; memory of the caller that is gone; beginning, voting and ending a run; copying
+                       on the host; what several ways share; host messages; what the direct ways share; host direct; on
+                       the GPU (LORASYNC_CUDA); operations on the GPU; tables in device memory; what all ways of the GPU
+                       share; a run's work on the GPU; GPU alone; GPU direct; GPU over host; what GPU stream and GPU
+                       mesh share; GPU stream; GPU mesh; GPU mesh over a comm for host memory; choosing the way;
+                       parameters that move
        >>config     adapter_config.json: read, check, write
                     -- lists of strings; rank_pattern and alpha_pattern; reading; reading the fields; tokens and layers;
                        fields of which an engine must know; rank and scale; the tensors of an adapter, by module;
@@ -141,8 +142,8 @@
                        ranks know of the model; claims, made by the root; claims, held against this rank's base
                        parameters; the survey's talk; what the survey says, on the root; the config that is published;
                        what the root hands to all; lent memory; opening lent memory; running; publishing a run, and
-                       counting what it brings; what is known of the engines; withdrawing; resuming; tensors that share
-                       memory; finding and comparing them
+                       counting what it brings; what is known of the engines; withdrawing; parameters that have moved;
+                       resuming; tensors that share memory; finding and comparing them
        >>base       base weights in buckets through the same plans, images and transports
                     -- dividing into buckets; groups and buckets; dividing among all ranks; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
@@ -2602,6 +2603,27 @@ LORASYNC_API lorasync_status lorasync_republish(lorasync_session *session, loras
        comm */
 LORASYNC_API lorasync_status lorasync_withdraw(lorasync_session *session, int timeout_ms, lorasync_withdrawal *out,
                                                lorasync_error *err);
+
+/* Parameters that have moved: from the next begin on they are read at their new addresses. For use after compile and
+   between wait and begin, when a model was offloaded and brought back, say, or an optimizer has new buffers. Not
+   collective: a rank whose parameters stay need not call it. Plans nothing; memory that transports lend is kept. Either
+   all pieces are moved, or none.
+
+   pieces      as they were given to lorasync_add, with another `data`: all, or only those that have moved. Those that
+               the session does not publish are passed over. Their data is borrowed until the session is closed
+
+   A parameter that has moved without this is read where it was. What can be noticed is an error of the next sync or of
+   one soon after: memory that was given back to the system. What cannot, since an allocator keeps the old memory, looks
+   like a trainer that does not train: report.num_unchanged_versions.
+
+   Errors:
+       LORASYNC_E_NOT_FOUND  a name that was not declared on this rank, or not with this box
+       LORASYNC_E_LAYOUT     another dtype, shape, stride or scale than was declared; two addresses for one piece
+       LORASYNC_E_STATE      before compile, or between begin and wait
+       LORASYNC_E_CUDA       tables on the GPU could not be written: call it again before the next begin
+       LORASYNC_E_ARGUMENT, LORASYNC_E_MEMORY */
+LORASYNC_API lorasync_status lorasync_rebind(lorasync_session *session, const lorasync_piece *pieces, size_t num_pieces,
+                                             lorasync_error *err);
 
 /* Resumes: reads a PEFT directory or a safetensors file on the root and writes every rank's pieces, replicas included,
    converted to their dtypes. Collective, after compile. If it fails before anything moved, the pieces are untouched;
@@ -10799,6 +10821,7 @@ typedef struct lorasynci_mover {
 } lorasynci_mover;
 
 LORASYNCI_FN const lorasynci_mover *lorasynci_choose_mover(const lorasync_plan *plan); /* >>move */
+LORASYNCI_FN void                   lorasynci_start_watch(lorasync_plan *plan);        /* >>move */
 
 struct lorasync_plan {
     lorasynci_arena    arena;    /* all that the plan allocates, but for staging and the image */
@@ -10844,6 +10867,10 @@ struct lorasync_plan {
     int               auditing;   /* the run under way compares them, at this rank */
     uint64_t          audited;    /* the run after the one in which they were last found equal; 0: none yet */
     lorasynci_verdict verdict;    /* of the last vote */
+    /* the caller's memory */
+    size_t watched;   /* the operation whose memory was looked at last */
+    int    can_watch; /* gpu: CUDA knew all of it when the plan was made */
+    int    stale;     /* gpu: tables do not yet say where parameters have moved to */
     /* the image of a gather */
     lorasync_image *image;
     /* made here, | header | payload |; on a GPU the payload in device memory. Direct: NULL on a host, where it lies
@@ -13156,6 +13183,7 @@ LORASYNCI_FN lorasync_status lorasynci_plan_make(lorasynci_making *m, lorasync_e
     plan->mover = lorasynci_choose_mover(plan);
     if (m->mine.status == LORASYNC_OK && lorasynci_build_plan(m, &m->mine) == LORASYNC_OK)
         lorasynci_plan_allocate(plan, m->desc, &m->mine);
+    lorasynci_start_watch(plan);
     return lorasynci_talk_vote(plan->talk, &m->mine, err);
 }
 
@@ -13590,6 +13618,60 @@ LORASYNCI_FN lorasync_status lorasynci_audit_explain(lorasync_plan *plan, lorasy
     return lorasynci_audit_fail(plan, low, err);
 }
 
+/* -- memory of the caller that is gone */
+
+/* Whether what lies there could be read, as far as the system can tell cheaply. */
+LORASYNCI_FN int lorasynci_is_readable(const lorasync_plan *plan, uint64_t address)
+{
+#ifdef LORASYNC_CUDA
+    struct cudaPointerAttributes memory;
+    if (plan->gpu) {
+        memset(&memory, 0, sizeof memory);
+        if (cudaPointerGetAttributes(&memory, (const void *)(uintptr_t)address) != cudaSuccess) {
+            (void)cudaGetLastError();
+            return 0;
+        }
+        return memory.type != cudaMemoryTypeUnregistered;
+    }
+#endif
+    {
+        const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+        (void)plan;
+        return msync((void *)((uintptr_t)address / page * page), 1, MS_ASYNC) == 0 ||
+               errno != ENOMEM; /* syncs nothing */
+    }
+}
+
+/* Once, when the plan is made: there are GPUs that read memory of which CUDA knows nothing. */
+LORASYNCI_FN void lorasynci_start_watch(lorasync_plan *plan)
+{
+    size_t i;
+    plan->can_watch = 1;
+    for (i = 0; plan->can_watch && i < LORASYNCI_NUM(lorasynci_op, plan->pack.list); i++) {
+        const lorasynci_op *op = LORASYNCI_AT(lorasynci_op, plan->pack.list, i);
+        if (op->src_space == LORASYNCI_MEMORY) plan->can_watch = lorasynci_is_readable(plan, op->src);
+    }
+}
+
+/* Before parameters are read: looks at one of them, each run at another. A model that is moved mostly moves as a
+   whole. */
+LORASYNCI_FN lorasync_status lorasynci_watch(lorasync_plan *plan, lorasync_error *err)
+{
+    const size_t        num = LORASYNCI_NUM(lorasynci_op, plan->pack.list);
+    const lorasynci_op *op;
+    if (plan->stale)
+        return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_rebind failed half way on this rank: call it again");
+    if (!num || !plan->can_watch) return LORASYNC_OK;
+    plan->watched = (plan->watched + 1) % num;
+    op            = LORASYNCI_AT(lorasynci_op, plan->pack.list, plan->watched);
+    if (op->src_space != LORASYNCI_MEMORY || lorasynci_is_readable(plan, op->src)) return LORASYNC_OK;
+    return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                          "%.200s: its memory at %p is gone: parameters have moved since they were declared; give "
+                          "their new addresses to lorasync_rebind, or make the plan anew",
+                          lorasynci_record_name(lorasynci_record_at(&plan->catalogue, op->tensor)),
+                          (void *)(uintptr_t)op->src);
+}
+
 /* -- beginning, voting and ending a run */
 
 /* Both in one number, for the quick votes of the ways of moving. */
@@ -13619,7 +13701,8 @@ LORASYNCI_FN lorasync_status lorasynci_run_begin(lorasync_plan *plan, uint64_t v
         status         = why.status;
         plan->captured = 0;
     } else {
-        status              = plan->mover->begin(plan, &why);
+        status = lorasynci_watch(plan, &why);
+        if (status == LORASYNC_OK) status = plan->mover->begin(plan, &why);
         plan->stats.pack_ns = lorasynci_now_ns() - plan->begin_ns;
     }
     if (lorasync_is_lost(status)) {
@@ -14613,6 +14696,39 @@ LORASYNCI_FN lorasync_status lorasynci_device_upload(lorasync_plan *plan, lorasy
     return status;
 }
 
+/* The operations again, from where parameters have moved to. Launches, which graphs may have recorded, stay. */
+LORASYNCI_FN lorasync_status lorasynci_device_reload(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasynci_device *g     = plan->device;
+    const uint32_t    packs = lorasynci_device_packs(plan), audit = lorasynci_device_launches(plan) - 3;
+    char             *aim    = plan->memory[LORASYNCI_IMAGE];
+    uint32_t         *sum_of = (uint32_t *)lorasynci_alloc_array(&plan->arena.below, plan->catalogue.num, 4);
+    lorasync_status   status = sum_of ? LORASYNC_OK : lorasynci_fail_memory(err, plan->catalogue.num * 4);
+    lorasynci_buffer  ops, tiles;
+    uint32_t          l;
+    size_t            i;
+    for (i = 0; sum_of && i < plan->num_sent_sums; i++) sum_of[plan->sent_sums[i]] = (uint32_t)i;
+    lorasynci_buffer_init(&ops, &plan->arena.below);
+    lorasynci_buffer_init(&tiles, &plan->arena.below);
+    plan->memory[LORASYNCI_IMAGE] = g->home;
+    for (l = 0; l < packs + 1 && status == LORASYNC_OK; l++) {
+        const uint32_t    launch = l < packs ? l : audit;
+        lorasynci_launch *to     = lorasynci_device_launch_at(plan, launch);
+        lorasynci_device_tables(plan, launch, sum_of, &ops, &tiles);
+        LORASYNC_ASSERT(ops.failed || tiles.failed || tiles.size / sizeof(lorasyncd_tile) == to->num);
+        if (ops.failed || tiles.failed) status = lorasynci_fail_memory(err, ops.size);
+        else if (to->num) {
+            cudaError_t e = cudaMemcpy(to->ops, ops.data, ops.size, cudaMemcpyDefault);
+            if (e != cudaSuccess) status = lorasynci_cuda_fail(err, e, "copying the tables");
+        }
+    }
+    plan->memory[LORASYNCI_IMAGE] = aim;
+    lorasynci_buffer_free(&ops);
+    lorasynci_buffer_free(&tiles);
+    lorasynci_dealloc(&plan->arena.below, sum_of);
+    return status;
+}
+
 /* What a plan has of its own where nothing is lent. Staging is device memory where the comm takes that, else pinned
    memory that the kernel reads and writes over the bus; of a mesh there is what others write to already. */
 LORASYNCI_FN lorasync_status lorasynci_device_allocate_own(lorasync_plan *plan, lorasync_error *err)
@@ -15509,6 +15625,83 @@ LORASYNCI_FN const lorasynci_mover *lorasynci_choose_mover(const lorasync_plan *
     if (plan->gpu) return lorasynci_choose_gpu_mover(plan);
 #endif
     return plan->direct ? &lorasynci_host_direct : &lorasynci_host_messages;
+}
+
+/* -- parameters that move */
+
+/* 1 if a piece has the element of this number in its tensor. */
+LORASYNCI_FN int lorasynci_piece_has(const lorasync_piece *p, int64_t element)
+{
+    int d;
+    if (p->box.flat) return element >= p->box.off[0] && element - p->box.off[0] < p->box.len[0];
+    for (d = p->ndim - 1; d >= 0; d--) {
+        const int64_t at = element % p->shape[d];
+        if (at < p->box.off[d] || at - p->box.off[d] >= p->box.len[d]) return 0;
+        element /= p->shape[d];
+    }
+    return 1;
+}
+
+/* What it reads goes with its piece, by[k] bytes away from where it was: the first of its tensor, or a next one, that
+   has its first element. */
+LORASYNCI_FN void lorasynci_ops_move(lorasynci_ops *ops, const lorasync_piece *pieces, const uint64_t *by,
+                                     const size_t *first, const size_t *next)
+{
+    size_t i, k;
+    for (i = 0; i < LORASYNCI_NUM(lorasynci_op, ops->list); i++) {
+        lorasynci_op *op = LORASYNCI_AT(lorasynci_op, ops->list, i);
+        if (op->src_space != LORASYNCI_MEMORY) continue;
+        for (k = first[op->tensor]; k != SIZE_MAX && !lorasynci_piece_has(&pieces[k], op->pos);) k = next[k];
+        LORASYNC_ASSERT(k != SIZE_MAX);
+        if (k != SIZE_MAX) op->src += by[k];
+    }
+}
+
+/* The pieces of a gather, as it was planned with them, have moved by so many bytes each. If it fails they have not. */
+LORASYNCI_FN lorasync_status lorasynci_plan_move(lorasync_plan *plan, const lorasync_piece *pieces, const uint64_t *by,
+                                                 size_t num, lorasync_error *err)
+{
+    const lorasync_allocator *a     = &plan->arena.below;
+    const size_t              n     = plan->catalogue.num;
+    size_t                   *first = (size_t *)lorasynci_alloc_array(a, n + num, sizeof *first), *next, i;
+    lorasynci_table           names;
+    if (!first || !lorasynci_table_init(&names, a, n)) {
+        lorasynci_dealloc(a, first);
+        return lorasynci_fail_memory(err, (n + num) * sizeof *first);
+    }
+    next = first + n;
+    for (i = 0; i < n; i++) {
+        lorasynci_table_insert(&names, lorasynci_catalogue_key(&plan->catalogue, i), i, lorasynci_catalogue_key,
+                               &plan->catalogue);
+        first[i] = SIZE_MAX;
+    }
+    for (i = 0; i < num; i++) {
+        size_t t = lorasynci_table_find(&names, pieces[i].name, lorasynci_catalogue_key, &plan->catalogue);
+        LORASYNC_ASSERT(t < n);
+        next[i]  = first[t];
+        first[t] = i;
+    }
+    lorasynci_table_free(&names);
+    lorasynci_ops_move(&plan->pack, pieces, by, first, next);
+    lorasynci_ops_move(&plan->audit, pieces, by, first, next);
+    lorasynci_dealloc(a, first);
+    return LORASYNC_OK;
+}
+
+/* Behind it: the same in tables on a GPU. Until it succeeds no run begins. */
+LORASYNCI_FN lorasync_status lorasynci_plan_reload(lorasync_plan *plan, lorasync_error *err)
+{
+    lorasync_status status = LORASYNC_OK;
+#ifdef LORASYNC_CUDA
+    if (plan->gpu) {
+        int old = lorasynci_plan_enter(plan);
+        status  = lorasynci_device_reload(plan, err);
+        lorasynci_plan_leave(plan, old);
+    }
+#endif
+    (void)err;
+    plan->stale = status < 0;
+    return status;
 }
 
 
@@ -25370,6 +25563,7 @@ struct lorasync_session {
     size_t            num_proved;   /* on the root: modules with LoRA whose shapes fit base weights */
     size_t            num_added, num_dropped;
     char              dropped_example[128];
+    lorasynci_buffer  dropped; /* uint64_t: hashes of their names */
     lorasync_plan    *plan;
     char             *published_config;
     uint64_t          version;     /* asked for by the last begin */
@@ -25440,6 +25634,7 @@ LORASYNC_API void lorasync_close(lorasync_session *session)
     lorasynci_buffer_free(&session->untargeted);
     lorasynci_buffer_free(&session->unused);
     lorasynci_buffer_free(&session->unused_texts);
+    lorasynci_buffer_free(&session->dropped);
     lorasync_pattern_free(session->excluded);
     lorasynci_dealloc(&a, session->last_digests);
     lorasynci_dealloc(&a, session->is_b);
@@ -25478,6 +25673,7 @@ LORASYNCI_FN lorasync_status lorasynci_session_start(lorasync_session *s, lorasy
     lorasynci_buffer_init(&s->untargeted, &h->a);
     lorasynci_buffer_init(&s->unused, &h->a);
     lorasynci_buffer_init(&s->unused_texts, &h->a);
+    lorasynci_buffer_init(&s->dropped, &h->a);
     s->publish_timeout_ms = given->publish_timeout_ms ? given->publish_timeout_ms : 600000;
     LORASYNCI_TRY(lorasynci_host_require(h, given->require_receipts, given->receipt_timeout_ms, err));
     if (base) s->base_model = lorasynci_copy_text(&h->a, base, strlen(base));
@@ -25658,7 +25854,9 @@ LORASYNCI_FN void lorasynci_note_base(lorasync_session *s, const lorasync_piece 
 /* Counts a parameter that is not published. */
 LORASYNCI_FN void lorasynci_drop(lorasync_session *s, const char *raw)
 {
+    const uint64_t hash = lorasynci_hash(raw, strlen(raw), 13);
     s->num_dropped++;
+    lorasynci_put(&s->dropped, &hash, sizeof hash);
     if (!s->dropped_example[0]) snprintf(s->dropped_example, sizeof s->dropped_example, "%.120s", raw);
 }
 
@@ -27528,6 +27726,149 @@ LORASYNC_API lorasync_status lorasync_sync(lorasync_session *session, uint64_t v
         /* not begun: there is nothing to wait for */
         return status;
     return lorasync_wait(session, out_report, err);
+}
+
+/* -- parameters that have moved */
+
+/* What lorasync_rebind works with. */
+typedef struct lorasynci_rebinding {
+    lorasync_session *s;
+    lorasynci_table   names; /* of the pieces taken, as they were given: the first of each */
+    size_t           *next;  /* of each: another one of its name, or SIZE_MAX */
+    void            **to;    /* of each: where it is now; NULL: where it was */
+    uint64_t         *by;    /* of each: how far that is, in bytes */
+} lorasynci_rebinding;
+
+/* For tables of the names as they were given. */
+LORASYNCI_FN const char *lorasynci_added_raw(const void *user, size_t i)
+{
+    const lorasync_session *s = (const lorasync_session *)user;
+    return lorasynci_host_text(&s->host, lorasynci_added_at(s, i)->raw);
+}
+
+LORASYNCI_FN lorasync_status lorasynci_rebinding_open(lorasynci_rebinding *r, lorasync_session *s, lorasync_error *err)
+{
+    const lorasync_allocator *a = &s->host.a;
+    size_t                    i, num = lorasynci_num_taken(s);
+    memset(r, 0, sizeof *r);
+    r->s    = s;
+    r->next = (size_t *)lorasynci_alloc_array(a, num, sizeof *r->next);
+    r->to   = (void **)lorasynci_alloc_array(a, num, sizeof *r->to);
+    r->by   = (uint64_t *)lorasynci_alloc_array(a, num, sizeof *r->by);
+    if (!r->next || !r->to || !r->by || !lorasynci_table_init(&r->names, a, num))
+        return lorasynci_fail_memory(err, num * (sizeof *r->next + sizeof *r->to + sizeof *r->by));
+    for (i = 0; i < num; i++) {
+        size_t first = lorasynci_table_insert(&r->names, lorasynci_added_raw(s, i), i, lorasynci_added_raw, s);
+        r->next[i]   = first == i ? SIZE_MAX : r->next[first];
+        if (first != i) r->next[first] = i;
+    }
+    return LORASYNC_OK;
+}
+
+LORASYNCI_FN void lorasynci_rebinding_close(lorasynci_rebinding *r)
+{
+    const lorasync_allocator *a = &r->s->host.a;
+    lorasynci_table_free(&r->names);
+    lorasynci_dealloc(a, r->next);
+    lorasynci_dealloc(a, r->to);
+    lorasynci_dealloc(a, r->by);
+}
+
+LORASYNCI_FN int lorasynci_same_piece_box(const lorasync_box *a, const lorasync_box *b)
+{
+    const size_t n = a->ndim > 0 ? (size_t)a->ndim * sizeof a->off[0] : 0;
+    return a->flat == b->flat && a->ndim == b->ndim && memcmp(a->off, b->off, n) == 0 && memcmp(a->len, b->len, n) == 0;
+}
+
+/* Whether a parameter was declared, and is not published. */
+LORASYNCI_FN int lorasynci_was_dropped(const lorasync_session *s, const char *raw)
+{
+    const uint64_t *hashes = LORASYNCI_AT(uint64_t, s->dropped, 0), hash = lorasynci_hash(raw, strlen(raw), 13);
+    size_t          i, num                                               = LORASYNCI_NUM(uint64_t, s->dropped);
+    for (i = 0; i < num; i++)
+        if (hashes[i] == hash) return 1;
+    return s->dropped.failed;
+}
+
+/* Only the address may be another one. */
+LORASYNCI_FN lorasync_status lorasynci_rebind_check(const lorasynci_rebinding *r, size_t i, const lorasync_piece *piece,
+                                                    lorasync_error *err)
+{
+    const lorasync_piece *was       = lorasynci_piece_at(r->s, i);
+    const size_t          n         = (size_t)was->ndim * sizeof was->shape[0];
+    const int             num_bytes = lorasync_dtype_bits(was->dtype) / 8;
+    const double          scale = lorasynci_added_at(r->s, i)->scale, x = scale == 0 ? 1 : scale,
+                 y = piece->scale == 0 ? 1 : piece->scale;
+    if (piece->dtype != was->dtype || piece->ndim != was->ndim || memcmp(piece->shape, was->shape, n) != 0 ||
+        memcmp(piece->stride, was->stride, n) != 0 || x < y || x > y)
+        return lorasynci_fail(err, LORASYNC_E_LAYOUT,
+                              "lorasync_rebind: %.200s has another dtype, shape, stride or scale than lorasync_add was "
+                              "given; only its address may change: open a new session",
+                              piece->name);
+    if (!piece->data && was->data)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_rebind: %.200s: data is NULL", piece->name);
+    if (r->s->plan->gpu && (uintptr_t)piece->data % (uintptr_t)num_bytes != 0)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "lorasync_rebind: %.200s: data is %p, in device memory it must be a multiple of the %d "
+                              "bytes of its %s",
+                              piece->name, piece->data, num_bytes, lorasync_dtype_name(was->dtype));
+    if (r->to[i] && r->to[i] != piece->data)
+        return lorasynci_fail(err, LORASYNC_E_LAYOUT, "lorasync_rebind: %.200s is given twice, at %p and at %p",
+                              piece->name, r->to[i], piece->data);
+    return LORASYNC_OK;
+}
+
+/* Where one of the caller's pieces is now. */
+LORASYNCI_FN lorasync_status lorasynci_rebind_note(const lorasynci_rebinding *r, const lorasync_piece *piece,
+                                                   lorasync_error *err)
+{
+    const lorasync_session *s = r->s;
+    size_t                  i;
+    if (!piece->name) return lorasynci_fail(err, LORASYNC_E_ARGUMENT, "lorasync_rebind: a piece has no name");
+    i = lorasynci_table_find(&r->names, piece->name, lorasynci_added_raw, s);
+    if (i == SIZE_MAX && lorasynci_was_dropped(s, piece->name)) return LORASYNC_OK;
+    while (i != SIZE_MAX && !lorasynci_same_piece_box(&lorasynci_piece_at(s, i)->box, &piece->box)) i = r->next[i];
+    if (i == SIZE_MAX)
+        return lorasynci_fail(err, LORASYNC_E_NOT_FOUND,
+                              "lorasync_rebind: %.200s was not declared on this rank, or not with this box; give names "
+                              "and boxes as lorasync_add was given them",
+                              piece->name);
+    LORASYNCI_TRY(lorasynci_rebind_check(r, i, piece, err));
+    r->to[i] = piece->data;
+    return LORASYNC_OK;
+}
+
+/* All of them, and then the plan; or nothing. */
+LORASYNCI_FN lorasync_status lorasynci_rebind_all(const lorasynci_rebinding *r, const lorasync_piece *pieces,
+                                                  size_t num_pieces, lorasync_error *err)
+{
+    lorasync_session *s = r->s;
+    size_t            i, num = lorasynci_num_taken(s);
+    for (i = 0; i < num_pieces; i++) LORASYNCI_TRY(lorasynci_rebind_note(r, &pieces[i], err));
+    for (i = 0; i < num; i++)
+        if (r->to[i]) r->by[i] = (uint64_t)(uintptr_t)r->to[i] - (uint64_t)(uintptr_t)lorasynci_piece_at(s, i)->data;
+    LORASYNCI_TRY(lorasynci_plan_move(s->plan, LORASYNCI_AT(lorasync_piece, s->host.pieces, 0), r->by, num, err));
+    for (i = 0; i < num; i++)
+        if (r->to[i]) lorasynci_piece_at(s, i)->data = r->to[i];
+    return lorasynci_plan_reload(s->plan, err);
+}
+
+LORASYNC_API lorasync_status lorasync_rebind(lorasync_session *session, const lorasync_piece *pieces, size_t num_pieces,
+                                             lorasync_error *err)
+{
+    lorasynci_rebinding r;
+    lorasync_status     status;
+    LORASYNCI_TRY(lorasynci_session_ready(session, "lorasync_rebind", err));
+    if (!pieces && num_pieces)
+        return lorasynci_fail(err, LORASYNC_E_ARGUMENT,
+                              "lorasync_rebind: %zu pieces are announced but the list is NULL", num_pieces);
+    if (session->host.talk.lost) return lorasynci_lost_before(err);
+    if (lorasynci_run_is_open(session->plan))
+        return lorasynci_fail(err, LORASYNC_E_STATE, "lorasync_rebind between begin and wait: call wait first");
+    status = lorasynci_rebinding_open(&r, session, err);
+    if (status == LORASYNC_OK) status = lorasynci_rebind_all(&r, pieces, num_pieces, err);
+    lorasynci_rebinding_close(&r);
+    return status;
 }
 
 /* -- resuming */

@@ -12,6 +12,7 @@
 #include "pieces.h"
 
 #include <math.h>
+#include <sys/mman.h>
 
 enum {
     MODULES = 12,
@@ -21,6 +22,9 @@ enum {
 };
 
 static const int worlds[] = {1, 2, 4, 8};
+
+static const char *const adapter_config =
+    "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q\"]}";
 
 static lorasync_plan_desc gather_of(const lorasync_comm *comm, const lorasync_piece *have, size_t num)
 {
@@ -64,7 +68,7 @@ static lorasync_comm comm_open(const rank_context *c, int way)
     lorasync_nccl_desc n;
     lorasync_comm      comm = c->comm;
     lorasync_error     err;
-    CHECK_EQ(cudaSetDevice(c->rank % 2), cudaSuccess);
+    CHECK_EQ(cudaSetDevice(c->rank), cudaSuccess);
     if (way < WAY_NCCL) return comm;
     if (c->rank == 0) CHECK_EQ(lorasync_nccl_unique_id(id, &err), LORASYNC_OK);
     CHECK_EQ(comm.all_gather(comm.user, id, ids, sizeof id, test_ms(20000), &err), LORASYNC_OK);
@@ -95,7 +99,7 @@ static void start_devices(void)
 {
     fake_cuda_reset();
     fake_nccl_reset();
-    fake_cuda.devices = 2;
+    fake_cuda.devices = 8;
 }
 
 #else
@@ -106,9 +110,16 @@ enum {
     NUM_WAYS
 };
 
-static void *memory_new(size_t num_bytes) { return malloc(num_bytes); }
-static void  memory_free(void *p) { free(p); }
-static void  memory_copy(void *to, const void *from, size_t num_bytes) { memcpy(to, from, num_bytes); }
+/* A page: when it is freed nobody can read it. */
+static void *memory_new(size_t num_bytes)
+{
+    void *p = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(num_bytes <= 4096 && p != MAP_FAILED);
+    return p;
+}
+
+static void memory_free(void *p) { munmap(p, 4096); }
+static void memory_copy(void *to, const void *from, size_t num_bytes) { memcpy(to, from, num_bytes); }
 
 static lorasync_comm comm_open(const rank_context *c, int way)
 {
@@ -635,12 +646,331 @@ static void replicas_may_hold_what_is_not_finite(void)
         }
 }
 
+/* -- parameters that move */
+
+/* Before ranks that share a GPU go on: freeing waits for all that runs there. */
+static void barrier(const rank_context *c)
+{
+    char           in = 0, out[MAX_RANKS];
+    lorasync_error err;
+    CHECK_EQ(c->comm.all_gather(c->comm.user, &in, out, 1, test_ms(20000), &err), LORASYNC_OK);
+}
+
+enum {
+    MOVING   = 7,         /* pieces of a rank, the base's last */
+    PER_RANK = 16 * 6 * 4 /* bytes of a piece, at most */
+};
+
+typedef struct moving_case {
+    int                way, shm;
+    unsigned long long seed;
+    char               name[64]; /* of the shared memory */
+} moving_case;
+
+/* A whole and replicated; B in two pieces; a flat A; a B with strides, replicated; the first A under a name of its own,
+   at the same address; a base weight. */
+typedef struct moving_rank {
+    rank_context      *c;
+    const moving_case *t;
+    lorasync_comm      comm;
+    lorasync_session  *s;
+    lorasync_piece     p[MOVING];
+} moving_rank;
+
+#define MODULE(i) "base_model.model.h." #i ".q."
+
+static void moving_declare(moving_rank *r)
+{
+    static const char *const names[MOVING] = {MODULE(0) "lora_A.default.weight", MODULE(0) "lora_B.default.weight",
+                                              MODULE(0) "lora_B.default.weight", MODULE(1) "lora_A.default.weight",
+                                              MODULE(1) "lora_B.default.weight", MODULE(2) "lora_A.default.weight",
+                                              MODULE(0) "base_layer.weight"};
+    int                      i;
+    for (i = 0; i < MOVING; i++) {
+        const int       is_a = i == 0 || i == 3 || i == 5;
+        lorasync_piece *p    = &r->p[i];
+        *p                   = whole_piece(names[i], LORASYNC_F32, 2, is_a ? 4 : 16, is_a || i == 6 ? 6 : 4, NULL);
+        p->data              = memory_new(PER_RANK);
+        if (i == 1 || i == 2) p->box = lorasync_shard(p->box, 0, 2 * r->c->rank + (i == 2), 2 * r->c->world);
+        if (i == 3) p->box = lorasync_flat_shard(24, r->c->rank, r->c->world);
+        if (i == 4) p->stride[0] = 1, p->stride[1] = 16;
+    }
+    memory_free(r->p[5].data);
+    r->p[5].data = r->p[0].data;
+}
+
+static float moving_value(int i, int64_t element, int step)
+{
+    return (float)((i == 2 ? 1 : i == 5 ? 0 : i) * 1000 + step * 100) + (float)element;
+}
+
+/* Values of a step into the piece, where it is now. */
+static void moving_fill(const moving_rank *r, int i, int step)
+{
+    const lorasync_piece *p = &r->p[i];
+    float                 host[PER_RANK / 4];
+    int64_t               k, n = p->box.flat ? p->box.len[0] : held_elements(p);
+    for (k = 0; k < n; k++) {
+        int64_t row = k / (p->box.flat ? n : p->box.len[1]), column = k % (p->box.flat ? n : p->box.len[1]);
+        int64_t at = p->stride[0] ? row * p->stride[0] + column * p->stride[1] : k;
+        int64_t element =
+            p->box.flat ? p->box.off[0] + k : (row + p->box.off[0]) * p->shape[1] + column + p->box.off[1];
+        host[at] = moving_value(i, element, step);
+    }
+    if (n) memory_copy(p->data, host, (size_t)n * 4);
+}
+
+static void moving_check(const moving_rank *r, int step)
+{
+    const lorasync_image *image = lorasync_session_image(r->s);
+    static const int      of[5] = {0, 1, 3, 4, 5};
+    size_t                i;
+    int64_t               k;
+    if (r->c->rank) return;
+    REQUIRE(image && image->num_tensors == 6);
+    for (i = 0; i < 5; i++) {
+        float values[PER_RANK / 4];
+        memory_copy(values, image->tensors[i].data, image->tensors[i].num_bytes);
+        for (k = 0; k < image->tensors[i].shape[0] * image->tensors[i].shape[1]; k++)
+            if (values[k] < moving_value(of[i], k, step) || values[k] > moving_value(of[i], k, step)) break;
+        CHECK_EQ(k, image->tensors[i].shape[0] * image->tensors[i].shape[1]);
+    }
+}
+
+static void moving_open(moving_rank *r, rank_context *c)
+{
+    lorasync_desc  d;
+    lorasync_error err;
+    lorasync_piece other;
+    int            i;
+#ifdef REPLICAS_CUDA
+    lorasync_cuda cuda;
+    memset(&cuda, 0, sizeof cuda);
+    cuda.keep_on_device = ((const moving_case *)c->user)->shm;
+#endif
+    memset(r, 0, sizeof *r);
+    memset(&d, 0, sizeof d);
+    r->c    = c;
+    r->t    = (const moving_case *)c->user;
+    r->comm = comm_open(c, r->t->way);
+    moving_declare(r);
+    d.comm           = &r->comm;
+    d.no_direct      = !is_direct(r->t->way);
+    d.audit_replicas = 1;
+    d.config_json    = adapter_config;
+    d.timeout_ms     = test_ms(20000);
+#ifdef REPLICAS_CUDA
+    d.cuda = &cuda;
+#endif
+    err.text[0] = 0;
+    CHECK_EQ(lorasync_open(&d, &r->s, &err), LORASYNC_OK);
+    for (i = 0; i < MOVING; i++) CHECK_EQ(lorasync_add(r->s, &r->p[i], &err), LORASYNC_OK);
+    other      = r->p[4]; /* the other half of the alias: on all ranks, and never moved */
+    other.name = MODULE(2) "lora_B.default.weight";
+    CHECK_EQ(lorasync_add(r->s, &other, &err), LORASYNC_OK);
+    if (r->t->shm) CHECK_EQ(lorasync_attach_shm(r->s, r->t->name, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_rebind(r->s, r->p, MOVING, &err), LORASYNC_E_STATE);
+    CHECK_HAS(err.text, "before lorasync_compile");
+    err.text[0] = 0;
+    CHECK_EQ(lorasync_compile(r->s, &err), LORASYNC_OK);
+    CHECK_TEXT(err.text, "");
+}
+
+/* Another address for a piece; what was there is worthless, and freed by the caller. */
+static void *moving_move(moving_rank *r, int i)
+{
+    static const float worthless[PER_RANK / 4] = {0};
+    void              *old                     = r->p[i].data;
+    memory_copy(old, worthless, PER_RANK);
+    r->p[i].data = memory_new(PER_RANK);
+    return old;
+}
+
+static void moving_rank_run(rank_context *c)
+{
+    moving_rank        r;
+    lorasync_report    report;
+    lorasync_error     err;
+    unsigned long long seed = ((const moving_case *)c->user)->seed + (unsigned)c->rank;
+    int                step, i;
+    moving_open(&r, c);
+    for (step = 0; step < 8; step++) {
+        void          *old[MOVING] = {NULL}, *kept = r.p[4].data;
+        unsigned       which = step ? (unsigned)(test_random(&seed) >> 20) & 0x4f : 0;
+        lorasync_piece list[MOVING];
+        size_t         num = 0;
+        if (step == 7) which = 0x4f;
+        for (i = 0; i < MOVING; i++)
+            if (which >> i & 1) old[i] = moving_move(&r, i);
+        r.p[5].data = r.p[0].data;
+        for (i = MOVING; i-- > 0;) /* all, or only those that have moved, in any order */
+            if (step % 2 || which >> i & 1 || (i == 5 && which & 1)) list[num++] = r.p[i];
+        for (i = 0; i < MOVING; i++)
+            if (i != 5) moving_fill(&r, i, step);
+        CHECK_EQ(lorasync_rebind(r.s, num ? list : NULL, num, &err), LORASYNC_OK);
+        for (i = 0; i < MOVING; i++)
+            if (old[i]) memory_free(old[i]);
+        err.text[0] = 0;
+        barrier(c);
+        CHECK_EQ(lorasync_sync(r.s, (uint64_t)step + 1, &report, &err), LORASYNC_OK);
+        CHECK_TEXT(err.text, "");
+        if (r.t->shm && step > 1 && is_direct(r.t->way)) CHECK_EQ(report.in_place, 1);
+        CHECK(kept == r.p[4].data);
+        moving_check(&r, step);
+    }
+    /* replicas are compared where they are now */
+    if (c->rank == c->world - 1) moving_fill(&r, 0, 9);
+    barrier(c);
+    CHECK_EQ(lorasync_sync(r.s, 9, NULL, &err), c->world == 1 ? LORASYNC_OK : LORASYNC_E_DISAGREE);
+    if (c->world > 1) CHECK_HAS(err.text, ".q.lora_A.weight: ranks 0 and ");
+    lorasync_close(r.s);
+    comm_close(&r.comm);
+    for (i = 0; i < MOVING; i++)
+        if (i != 5) memory_free(r.p[i].data);
+}
+
+static void parameters_that_moved_are_read_where_they_are(void)
+{
+    moving_case t;
+    size_t      i;
+    memset(&t, 0, sizeof t);
+    for (t.way = 0; t.way < NUM_WAYS; t.way++)
+        for (t.shm = 0; t.shm < 2; t.shm++)
+            for (i = 0; i < 4; i++) {
+                t.seed = t.seed * 5 + 1;
+                snprintf(t.name, sizeof t.name, "lorasync-test-replicas-%ld", (long)getpid());
+                start_devices();
+                run_threads(worlds[i], moving_rank_run, &t);
+                if (t.shm) CHECK_EQ(lorasync_shm_remove(t.name, NULL), LORASYNC_OK);
+#ifdef REPLICAS_CUDA
+                CHECK_EQ(fake_cuda_left(), 0);
+#endif
+            }
+}
+
+/* Nothing moves if one of the pieces cannot. */
+static void refused_rank(rank_context *c)
+{
+    moving_rank    r;
+    lorasync_error err;
+    lorasync_piece p[3];
+    void          *elsewhere = memory_new(PER_RANK);
+    int            i;
+    moving_open(&r, c);
+    for (i = 0; i < MOVING; i++) moving_fill(&r, i, 0);
+    for (i = 0; i < 11; i++) {
+        static const struct {
+            lorasync_status status;
+            const char     *text;
+        } said[11] = {{LORASYNC_E_NOT_FOUND, "q.lora_A.weight was not declared"},
+                      {LORASYNC_E_NOT_FOUND, "q.lora_B.default.weight was not declared on this rank, or not with this"},
+                      {LORASYNC_E_LAYOUT, "another dtype, shape, stride or scale"},
+                      {LORASYNC_E_LAYOUT, "another dtype, shape, stride or scale"},
+                      {LORASYNC_E_LAYOUT, "another dtype, shape, stride or scale"},
+                      {LORASYNC_E_LAYOUT, "another dtype, shape, stride or scale"},
+                      {LORASYNC_E_LAYOUT, "is given twice, at "},
+                      {LORASYNC_E_ARGUMENT, "data is NULL"},
+                      {LORASYNC_E_ARGUMENT, "no name"},
+                      {LORASYNC_E_NOT_FOUND, "base_layer.bias was not declared"},
+                      {LORASYNC_E_ARGUMENT, "the list is NULL"}};
+        p[0]       = r.p[0]; /* which could move */
+        p[0].data  = elsewhere;
+        p[1]       = r.p[1];
+        p[1].data  = elsewhere;
+        p[2]       = r.p[0];
+        if (i == 0) p[1].name = MODULE(0) "lora_A.weight";
+        if (i == 1) p[1].box = lorasync_whole(p[1].shape, 2), p[1].box.off[0] = 3, p[1].box.len[0] = 2;
+        if (i == 2) p[1].dtype = LORASYNC_BF16;
+        if (i == 3) p[1].shape[1] = 5;
+        if (i == 4) p[1].stride[0] = 1, p[1].stride[1] = 16;
+        if (i == 5) p[1].scale = 2;
+        if (i == 7) p[1].data = NULL;
+        if (i == 8) p[1].name = NULL;
+        if (i == 9) p[1].name = MODULE(0) "base_layer.bias";
+        CHECK_EQ(lorasync_rebind(r.s, i == 10 ? NULL : p, i == 6 ? 3 : 2, &err), said[i].status);
+        CHECK_HAS(err.text, said[i].text);
+    }
+    CHECK_EQ(lorasync_rebind(NULL, r.p, MOVING, &err), LORASYNC_E_ARGUMENT);
+    barrier(c);
+    CHECK_EQ(lorasync_begin(r.s, 1, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_rebind(r.s, r.p, MOVING, &err), LORASYNC_E_STATE);
+    CHECK_HAS(err.text, "between begin and wait");
+    CHECK_EQ(lorasync_wait(r.s, NULL, &err), LORASYNC_OK);
+    moving_check(&r, 0);
+    lorasync_close(r.s);
+    comm_close(&r.comm);
+    for (i = 0; i < MOVING; i++)
+        if (i != 5) memory_free(r.p[i].data);
+    memory_free(elsewhere);
+}
+
+static void what_cannot_move_moves_nothing(void)
+{
+    moving_case t;
+    size_t      i;
+    memset(&t, 0, sizeof t);
+    for (t.way = 0; t.way < NUM_WAYS; t.way++)
+        for (i = 0; i < 4; i++) {
+            start_devices();
+            run_threads(worlds[i], refused_rank, &t);
+        }
+}
+
+/* -- memory that is gone */
+
+static void gone_rank(rank_context *c)
+{
+    moving_rank    r;
+    lorasync_error err;
+    lorasync_piece p[MOVING + 1];
+    const int      last = c->world - 1;
+    char           who[32];
+    int            i, k;
+    moving_open(&r, c);
+    for (i = 0; i < MOVING; i++) moving_fill(&r, i, 0);
+    barrier(c);
+    CHECK_EQ(lorasync_sync(r.s, 1, NULL, &err), LORASYNC_OK);
+    for (i = 0; c->rank == last && i < MOVING; i++)
+        if (i != 5) memory_free(r.p[i].data);
+    snprintf(who, sizeof who, "rank %d: ", last);
+    for (k = 0; k < 3; k++) { /* whichever of them is looked at */
+        barrier(c);
+        CHECK_EQ(lorasync_sync(r.s, 2, NULL, &err), LORASYNC_E_ARGUMENT);
+        if (c->world > 1) CHECK_HAS(err.text, who);
+        CHECK_HAS(err.text, ".weight: its memory at ");
+        CHECK_HAS(err.text, "lorasync_rebind");
+    }
+    for (i = 0; c->rank == last && i < MOVING; i++) r.p[i].data = i == 5 ? r.p[0].data : memory_new(PER_RANK);
+    for (i = 0; i < MOVING; i++) moving_fill(&r, i == 5 ? 0 : i, 1);
+    memcpy(p, r.p, sizeof r.p);
+    p[MOVING]      = r.p[4];
+    p[MOVING].name = MODULE(2) "lora_B.default.weight";
+    if (c->rank == last) CHECK_EQ(lorasync_rebind(r.s, p, MOVING + 1, &err), LORASYNC_OK);
+    barrier(c);
+    CHECK_EQ(lorasync_sync(r.s, 2, NULL, &err), LORASYNC_OK);
+    moving_check(&r, 1);
+    lorasync_close(r.s);
+    comm_close(&r.comm);
+    for (i = 0; i < MOVING; i++)
+        if (i != 5) memory_free(r.p[i].data);
+}
+
+/* A model that was moved, and whose old memory the system has back. */
+static void memory_that_is_gone_is_not_read(void)
+{
+    moving_case t;
+    size_t      i;
+    memset(&t, 0, sizeof t);
+    for (t.way = 0; t.way < NUM_WAYS; t.way++)
+        for (i = 0; i < 4; i++) {
+            start_devices();
+            run_threads(worlds[i], gone_rank, &t);
+        }
+}
+
 #ifndef REPLICAS_CUDA
 
 /* -- what a report counts */
-
-static const char *const adapter_config =
-    "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q\"]}";
 
 typedef struct parameters {
     float values[2 * MODULES][SIZE];
@@ -738,6 +1068,9 @@ int main(void)
     RUN(comparing_sends_no_message);
     RUN(by_default_every_64th_run_compares);
     RUN(replicas_may_hold_what_is_not_finite);
+    RUN(parameters_that_moved_are_read_where_they_are);
+    RUN(what_cannot_move_moves_nothing);
+    RUN(memory_that_is_gone_is_not_read);
     return test_summary("test_replicas_cuda");
 }
 #else
@@ -751,6 +1084,9 @@ int         main(void)
     RUN(comparing_sends_no_message);
     RUN(by_default_every_64th_run_compares);
     RUN(replicas_may_hold_what_is_not_finite);
+    RUN(parameters_that_moved_are_read_where_they_are);
+    RUN(what_cannot_move_moves_nothing);
+    RUN(memory_that_is_gone_is_not_read);
     RUN(reports_count_what_is_zero_and_what_has_changed);
     return test_summary("test_replicas");
 }
