@@ -129,8 +129,8 @@
                        the header is read; an engine; versions that are served, and kept; being told what changes in a
                        directory of adapters; the directory as a source; who reads a directory; looking into a
                        directory; opening versions of a directory; arrivals; reading and checking an arrival; serving an
-                       arrival; polling; receipts of what is served; what is to be done about an adapter; what is there,
-                       and what changed; readers; opening and closing
+                       arrival; polling; receipts of what is served; what is to be done about an adapter; nothing found;
+                       what is there, and what changed; readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
@@ -2035,6 +2035,10 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
 
    timeout_ms  how long to wait for something newer; 0: look once
 
+   After LORASYNC_NOTHING_NEW err is left alone. But while an engine has found no adapter in a place for 2 seconds of
+   polls and more, its text says where it looks, what is there, and which name is near, not more often than once a
+   second; its status is then LORASYNC_NOTHING_NEW, too.
+
    Returns LORASYNC_OK if something newer is served, or something is not served any more because it was withdrawn
    (lorasync_engine_next_change says what); LORASYNC_NOTHING_NEW if not; otherwise the first failure: the old version is
    still served, and the next poll tries again.
@@ -3144,6 +3148,25 @@ LORASYNCI_FN void *lorasynci_alloc_array(const lorasync_allocator *a, size_t num
     p = lorasynci_alloc(a, n);
     if (p) memset(p, 0, n ? n : 1);
     return p;
+}
+
+/* The letters that make one text of another; the texts are cut at 60. */
+LORASYNCI_FN int lorasynci_edit_distance(const char *x, const char *y)
+{
+    int    row[61], i, j;
+    size_t n = strlen(x) < 60 ? strlen(x) : 60, m = strlen(y) < 60 ? strlen(y) : 60;
+    for (j = 0; j <= (int)m; j++) row[j] = j;
+    for (i = 1; i <= (int)n; i++) {
+        int corner = row[0]++;
+        for (j = 1; j <= (int)m; j++) {
+            int best = corner + (x[i - 1] != y[j - 1]);
+            if (row[j] + 1 < best) best = row[j] + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            corner = row[j];
+            row[j] = best;
+        }
+    }
+    return row[m];
 }
 
 /* -- arenas and buffers */
@@ -17864,6 +17887,39 @@ LORASYNCI_FN void lorasynci_list_name(char *list, size_t size, const char *name)
         snprintf(list + used, size - used, "%s...", used ? ", " : "");
 }
 
+/* What is found in place of what is looked for. */
+typedef struct lorasynci_sight {
+    const char *wanted; /* NULL: anything */
+    size_t      num;
+    int         distance;
+    char        nearest[64], names[120], hint[100];
+} lorasynci_sight;
+
+typedef enum lorasynci_found {
+    LORASYNCI_ABSENT, /* the place is not there; the sight has what is beside it */
+    LORASYNCI_FOUND,  /* it is; a look tells what is there */
+    LORASYNCI_LISTED  /* it is, and the sight has all that is there */
+} lorasynci_found;
+
+LORASYNCI_FN void lorasynci_see(lorasynci_sight *s, const char *name)
+{
+    const int distance = s->wanted ? lorasynci_edit_distance(s->wanted, name) : 0;
+    if (s->wanted && (!s->num || distance < s->distance)) {
+        s->distance = distance;
+        snprintf(s->nearest, sizeof s->nearest, "%.63s", name);
+    }
+    lorasynci_list_name(s->names, sizeof s->names, name);
+    s->num++;
+}
+
+/* "; is 'default' meant?", where one name is near enough; else "". */
+LORASYNCI_FN const char *lorasynci_hint(lorasynci_sight *s)
+{
+    if (s->wanted && s->num && s->distance <= 1 + (int)strlen(s->wanted) / 3)
+        snprintf(s->hint, sizeof s->hint, "; is '%s' meant?", s->nearest);
+    return s->hint;
+}
+
 /* One that knows nothing of buckets would publish the first as if it were all. */
 LORASYNCI_FN lorasync_status lorasynci_check_buckets(const lorasync_transport *t, size_t num_buckets,
                                                      lorasync_error *err)
@@ -21804,6 +21860,22 @@ LORASYNCI_FN lorasync_status lorasynci_shm_changed(void *user, size_t index, lor
     return lorasynci_shm_tell(s, 1, out);
 }
 
+/* Without a control: what else there is on this host. */
+LORASYNCI_FN lorasynci_found lorasynci_shm_survey(const void *user, lorasynci_sight *sight)
+{
+    const lorasynci_shm_source *s      = (const lorasynci_shm_source *)user;
+    const char                 *prefix = "lorasync-";
+    DIR                        *list   = s->view ? NULL : opendir("/dev/shm"); /* Linux has them there */
+    struct dirent              *entry;
+    if (s->view) return LORASYNCI_FOUND;
+    sight->wanted = s->name;
+    while (list && (entry = readdir(list)) != NULL)
+        if (strncmp(entry->d_name, prefix, strlen(prefix)) == 0 && !strchr(entry->d_name, '@'))
+            lorasynci_see(sight, entry->d_name + strlen(prefix));
+    if (list) closedir(list);
+    return LORASYNCI_ABSENT;
+}
+
 /* Until the bell rings; while there is no control, until it is time to look whether there is one. */
 LORASYNCI_FN void lorasynci_shm_wait(void *user, int timeout_ms)
 {
@@ -22998,6 +23070,9 @@ enum {
 typedef struct lorasynci_place {
     lorasync_source source;         /* look NULL: offers only */
     uint64_t        look_at_all_ns; /* when a poll looks at everything again, not only at what changed; 0: the next */
+    lorasynci_found (*survey)(const void *user, lorasynci_sight *sight); /* of the source; NULL: it is there */
+    int      is_found;                    /* 1: the source has told of an adapter for this engine */
+    uint64_t first_poll_ns, say_empty_ns; /* begun; when it is said again that nothing is found */
 } lorasynci_place;
 
 struct lorasync_engine {
@@ -23724,6 +23799,32 @@ LORASYNCI_FN int lorasynci_directory_fd(void *user)
     return lorasynci_vigil_is_open(v) ? v->fd : -1;
 }
 
+/* What the directory holds, or what lies beside it. */
+LORASYNCI_FN lorasynci_found lorasynci_directory_survey(const void *user, lorasynci_sight *sight)
+{
+    const lorasynci_directory_source *s = (const lorasynci_directory_source *)user;
+    char                              path[LORASYNCI_MAX_DIRECTORY + 1], name[300];
+    DIR                              *list;
+    struct dirent                    *entry;
+    struct stat                       st;
+    int                               fd = lorasynci_open_directory(AT_FDCWD, s->path), is_there = fd >= 0;
+    snprintf(path, sizeof path, "%s", s->path);
+    lorasynci_to_parent(path);
+    if (!is_there) {
+        fd            = lorasynci_open_directory(AT_FDCWD, path);
+        sight->wanted = s->path + strlen(path) + strspn(s->path + strlen(path), "/");
+    }
+    list = fd < 0 ? NULL : lorasynci_list_directory(fd);
+    while (list && (entry = readdir(list)) != NULL) {
+        snprintf(name, sizeof name, "%.255s%s", entry->d_name, is_there ? "/latest" : "");
+        if (entry->d_name[0] == '.' || lorasynci_look(fd, name)) continue;
+        if (is_there || (fstatat(fd, name, &st, 0) == 0 && S_ISDIR(st.st_mode))) lorasynci_see(sight, entry->d_name);
+    }
+    if (list) closedir(list);
+    if (fd >= 0) close(fd);
+    return is_there ? LORASYNCI_LISTED : LORASYNCI_ABSENT;
+}
+
 /* -- opening versions of a directory */
 
 /* The error of a version without adapter_config.json, which says so; a delta is called one. */
@@ -24386,7 +24487,10 @@ LORASYNCI_FN lorasync_status lorasynci_look_through(lorasync_engine *e, int at_a
         if (*out_any) return status;
         if (one < 0 || one > LORASYNC_NOTHING_NEW) one = lorasynci_source_failed(e, "look", one, &why);
         else if (!done && e->adapter && strcmp(e->adapter, what.adapter) != 0) continue;
-        else if (!done) one = lorasynci_poll_adapter(e, &what, &why);
+        else if (!done) {
+            e->at->is_found = 1;
+            one             = lorasynci_poll_adapter(e, &what, &why);
+        }
         if (status >= 0 && one < 0 && err) *err = why;
         if (status >= 0 && one != LORASYNC_NOTHING_NEW) status = one;
     }
@@ -24407,6 +24511,7 @@ LORASYNCI_FN lorasync_status lorasynci_poll_place(lorasync_engine *e, lorasync_e
     const uint64_t  begun  = lorasynci_now_ns();
     lorasync_status status = LORASYNC_NOTHING_NEW;
     int             at_all = !e->at->source.changed || begun >= e->at->look_at_all_ns;
+    if (!e->at->first_poll_ns) e->at->first_poll_ns = begun;
     if (!at_all) status = lorasynci_look_through(e, 0, status, &at_all, err);
     if (at_all) {
         int any;
@@ -24463,6 +24568,65 @@ LORASYNCI_FN void lorasynci_engine_rest(lorasync_engine *e, uint64_t now_ns, uin
     *rest_ns = *rest_ns < 2500000 ? *rest_ns * 2 : 5000000;
 }
 
+/* -- nothing found: where the engine looks, and what is there */
+
+enum {
+    LORASYNCI_EMPTY_NS = 2000000000, /* of polls that find nothing, before that is said */
+    LORASYNCI_SAID_NS  = 1000000000  /* between two times that it is said */
+};
+
+/* Goes through all that the source tells, but for what was withdrawn. */
+LORASYNCI_FN void lorasynci_see_adapters(lorasynci_place *p, lorasynci_sight *sight)
+{
+    lorasync_published what;
+    lorasync_error     why;
+    size_t             i = 0;
+    do {
+        memset(&what, 0, sizeof what);
+        if (p->source.look(p->source.user, i++, &what, &why) != LORASYNC_OK) break;
+        what.adapter[sizeof what.adapter - 1] = 0;
+        if (!what.withdrawn) lorasynci_see(sight, what.adapter);
+    } while (i < 100000);
+    p->look_at_all_ns = 0; /* what this look took away from the next one's changes */
+}
+
+/* Where it looks, what is there, and what may be meant. */
+LORASYNCI_FN void lorasynci_say_empty(const lorasync_engine *e, lorasynci_place *p, lorasync_error *err)
+{
+    lorasynci_sight       sight;
+    lorasynci_found       found = LORASYNCI_FOUND;
+    const lorasync_status none  = LORASYNC_NOTHING_NEW;
+    memset(&sight, 0, sizeof sight);
+    sight.wanted = e->adapter;
+    if (p->survey) found = p->survey(p->source.user, &sight);
+    if (found == LORASYNCI_FOUND) lorasynci_see_adapters(p, &sight);
+    if (found == LORASYNCI_ABSENT)
+        lorasynci_fail(err, none, "nothing new: %.200s does not exist%s%s%s", p->source.name,
+                       sight.num ? "; there are: " : "", sight.names, lorasynci_hint(&sight));
+    else if (e->adapter)
+        lorasynci_fail(err, none, "nothing new: nothing of adapter '%.60s' is in %.160s%s%s%s", e->adapter,
+                       p->source.name, sight.num ? ", which has: " : ", nor of any other", sight.names,
+                       lorasynci_hint(&sight));
+    else lorasynci_fail(err, none, "nothing new: nothing is published in %.200s yet", p->source.name);
+}
+
+/* Before a poll ends in which there was nothing new. A place where nothing for this engine was ever found may be the
+   wrong one: after a while that is said, now and then. An adapter that is asked for by name lies in one place only. */
+LORASYNCI_FN void lorasynci_note_empty(lorasync_engine *e, lorasync_error *err)
+{
+    const uint64_t now = lorasynci_now_ns();
+    size_t         i;
+    if (!err || (e->adapter && e->first)) return;
+    for (i = 0; i < e->num_places; i++) {
+        lorasynci_place *p = &e->places[i];
+        if (p->is_found) continue;
+        if (now - p->first_poll_ns < LORASYNCI_EMPTY_NS || now < p->say_empty_ns) continue;
+        p->say_empty_ns = now + LORASYNCI_SAID_NS;
+        lorasynci_say_empty(e, p, err);
+        return; /* the next one at the next poll */
+    }
+}
+
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err)
 {
     uint64_t deadline, now, rest_ns = 50000; /* between looks; doubles up to 5 ms */
@@ -24476,9 +24640,11 @@ LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int t
         lorasync_status status = lorasynci_poll_once(engine, err);
         if (status != LORASYNC_NOTHING_NEW) return status;
         now = lorasynci_now_ns();
-        if (now >= deadline) return LORASYNC_NOTHING_NEW;
+        if (now >= deadline) break;
         lorasynci_engine_rest(engine, now, deadline, &rest_ns);
     }
+    lorasynci_note_empty(engine, err);
+    return LORASYNC_NOTHING_NEW;
 }
 
 LORASYNC_API lorasync_status lorasync_engine_receipt(lorasync_engine *engine, const char *adapter,
@@ -24686,6 +24852,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_places(lorasync_engine *e, const lor
     for (i = 0; i < e->num_places && status >= 0; i++) {
         const lorasync_place p   = lorasynci_place_of(d, i);
         lorasync_source     *out = &e->places[i].source;
+        e->places[i].survey      = p.shm ? lorasynci_shm_survey : p.directory ? lorasynci_directory_survey : NULL;
         if (p.source) status = lorasynci_source_copy(p.source, out, err);
         else if (p.shm) status = lorasynci_shm_source_open(p.shm, e->gpu, &e->who, &e->a, out, err);
         else if (p.directory) status = lorasynci_directory_source_open(p.directory, &e->who, &e->a, out, err);
@@ -26947,25 +27114,6 @@ LORASYNCI_FN lorasync_status lorasynci_survey_whole(const lorasync_session *s, l
 }
 
 /* -- the config that is published */
-
-/* The letters that make one text of another; the texts are cut at 60. */
-LORASYNCI_FN int lorasynci_edit_distance(const char *x, const char *y)
-{
-    int    row[61], i, j;
-    size_t n = strlen(x) < 60 ? strlen(x) : 60, m = strlen(y) < 60 ? strlen(y) : 60;
-    for (j = 0; j <= (int)m; j++) row[j] = j;
-    for (i = 1; i <= (int)n; i++) {
-        int corner = row[0]++;
-        for (j = 1; j <= (int)m; j++) {
-            int best = corner + (x[i - 1] != y[j - 1]);
-            if (row[j] + 1 < best) best = row[j] + 1;
-            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
-            corner = row[j];
-            row[j] = best;
-        }
-    }
-    return row[m];
-}
 
 /* Notes the better of two names for an entry that matches nothing. */
 LORASYNCI_FN void lorasynci_nearer(const char *entry, const char *module, const char **best, int *distance)

@@ -1157,6 +1157,109 @@ static void version_zero_is_the_next(void)
     }
 }
 
+/* -- an engine that looks in the wrong place says so, after a while */
+
+/* Publishes version 1 of an adapter; directory or shared memory. */
+static void publish_as(const char *adapter, const char *directory, const char *shm)
+{
+    trainer        t;
+    lorasync_desc  d = default_desc(NULL);
+    lorasync_error err;
+    lorasync_piece p;
+    d.adapter = adapter;
+    memset(&t, 0, sizeof t);
+    REQUIRE(lorasync_open(&d, &t.s, &err) == LORASYNC_OK);
+    p = whole_piece("model.layers.0.q_proj.lora_A.weight", LORASYNC_F32, 2, RANK_R, WIDTH, t.a);
+    CHECK_EQ(lorasync_add(t.s, &p, &err), 0);
+    p = whole_piece("model.layers.0.q_proj.lora_B.weight", LORASYNC_F32, 2, WIDTH, RANK_R, t.b);
+    CHECK_EQ(lorasync_add(t.s, &p, &err), 0);
+    if (directory) CHECK_EQ(lorasync_attach_directory(t.s, directory, &err), 0);
+    if (shm) CHECK_EQ(lorasync_attach_shm(t.s, shm, &err), 0);
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    CHECK_EQ(lorasync_sync(t.s, 1, NULL, &err), 0);
+    lorasync_close(t.s);
+}
+
+static void typos_of_an_engine(void)
+{
+    char            at[64], names[3][120], shm[60], wrong[60], one[100];
+    lorasync_error  err;
+    scripted_source script = {0, LORASYNC_NOTHING_NEW};
+    lorasync_source source;
+    size_t          i;
+    struct {
+        lorasync_engine_desc desc;
+        lorasync_engine     *e;
+        const char          *expected[3];
+    } v[10];
+    lorasync_place places[2];
+    memset(v, 0, sizeof v);
+    memset(places, 0, sizeof places);
+    REQUIRE(make_place(at));
+    snprintf(names[0], sizeof names[0], "%s/adapters", at);
+    snprintf(names[1], sizeof names[1], "%s/adpaters", at);
+    snprintf(names[2], sizeof names[2], "%s/empty", at);
+    CHECK_EQ(mkdir(names[2], 0755), 0);
+    snprintf(shm, sizeof shm, "test-silences-%ld", (long)getpid());
+    snprintf(wrong, sizeof wrong, "test-silence-%ld", (long)getpid());
+    snprintf(one, sizeof one, "is '%s' meant?", shm);
+    publish_as("default", names[0], shm);
+    publish_as("policy", names[0], NULL);
+    memset(&source, 0, sizeof source);
+    source.size = sizeof source, source.name = "web", source.user = &script;
+    source.look = source_look, source.open = source_open;
+    v[0].desc.directory = names[0], v[0].desc.adapter = "defualt";
+    v[0].expected[0] = "nothing of adapter 'defualt' is in ", v[0].expected[1] = "/adapters, which has: ";
+    v[0].expected[2]    = "; is 'default' meant?";
+    v[1].desc.directory = names[1], v[1].desc.adapter = "default";
+    v[1].expected[0] = "/adpaters does not exist; there are: ", v[1].expected[1] = "is 'adapters' meant?";
+    v[2].desc.directory = names[1];
+    v[2].expected[0]    = "/adpaters does not exist; there are: ";
+    v[3].desc.directory = names[2], v[3].desc.adapter = "default";
+    v[3].expected[0] = "nothing of adapter 'default' is in ", v[3].expected[1] = "/empty, nor of any other";
+    v[4].desc.directory = names[2];
+    v[4].expected[0]    = "/empty yet";
+    v[5].desc.shm       = wrong;
+    v[5].expected[0] = " does not exist; there are: ", v[5].expected[1] = one;
+    v[6].desc.shm = shm, v[6].desc.adapter = "deflt";
+    v[6].expected[0] = "which has: default; is 'default' meant?";
+    v[7].desc.source = &source, v[7].desc.adapter = "other-name";
+    v[7].expected[0]    = "nothing of adapter 'other-name' is in web, which has: default";
+    v[8].desc.directory = names[0], v[8].desc.adapter = "policy";   /* right: nothing is ever said */
+    places[0].directory = names[0], places[1].directory = names[1]; /* one of two */
+    v[9].desc.places = places, v[9].desc.num_places = 2;
+    v[9].expected[0] = "/adpaters does not exist; there are: ";
+    for (i = 0; i < 10; i++) {
+        CHECK_EQ(lorasync_engine_open(&v[i].desc, &v[i].e, &err), 0);
+        strcpy(err.text, "left alone");
+        CHECK_EQ(lorasync_engine_poll(v[i].e, 0, &err), i < 8 ? LORASYNC_NOTHING_NEW : LORASYNC_OK);
+        CHECK_TEXT(err.text, "left alone");
+    }
+    usleep(2020000);
+    for (i = 0; i < 10; i++) {
+        size_t k;
+        strcpy(err.text, "left alone");
+        CHECK_EQ(lorasync_engine_poll(v[i].e, 0, &err), LORASYNC_NOTHING_NEW);
+        if (i == 8) CHECK_TEXT(err.text, "left alone");
+        else CHECK_EQ(err.status, LORASYNC_NOTHING_NEW);
+        for (k = 0; k < 3; k++)
+            if (v[i].expected[k]) CHECK_HAS(err.text, v[i].expected[k]);
+        strcpy(err.text, "left alone"); /* not at every poll */
+        CHECK_EQ(lorasync_engine_poll(v[i].e, 0, &err), LORASYNC_NOTHING_NEW);
+        CHECK_TEXT(err.text, "left alone");
+        CHECK_EQ(lorasync_engine_poll(v[i].e, 0, NULL), LORASYNC_NOTHING_NEW);
+    }
+    /* what comes is found all the same, also after the look around */
+    publish_as("deflt", NULL, shm);
+    publish_as("default", names[2], NULL);
+    publish_as("default", names[1], NULL);
+    for (i = 1; i < 7; i++)
+        if (i != 5) CHECK_EQ(lorasync_engine_poll(v[i].e, 0, &err), LORASYNC_OK);
+    for (i = 0; i < 10; i++) lorasync_engine_close(v[i].e);
+    lorasync_shm_remove(shm, NULL);
+    remove_place(at);
+}
+
 int main(void)
 {
     RUN(positive_status_of_a_transport);
@@ -1175,5 +1278,6 @@ int main(void)
     RUN(layouts_are_aligned);
     RUN(load_follows_latest);
     RUN(version_zero_is_the_next);
+    RUN(typos_of_an_engine);
     return test_summary("test_silences");
 }
