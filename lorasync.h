@@ -19789,6 +19789,7 @@ typedef struct lorasynci_shm_head {
     uint64_t             payload_bytes; /* in device memory */
     lorasynci_shm_memory memory;
     uint64_t             digest, num_tensors; /* of the image, for receipts */
+    uint64_t             word;                /* with which it was committed; 0: not yet */
     uint64_t             generation;          /* of the version; 0: none was ever begun here */
 } lorasynci_shm_head;
 
@@ -20916,6 +20917,7 @@ LORASYNCI_FN void lorasynci_shm_fill(lorasynci_shm *s, int slot, const lorasync_
     if (!s->device) memset(&h->memory, 0, sizeof h->memory);
     h->image_bytes  = (uint64_t)image->header_bytes + image->payload_bytes - h->payload_bytes;
     h->config_bytes = strlen(image->config_json) + 1;
+    h->word         = 0;
     h->digest       = image->has_digest ? image->digest : 0;
     h->num_tensors  = image->num_tensors;
     h->generation   = image->generation ? image->generation : generation;
@@ -20979,11 +20981,12 @@ LORASYNCI_FN void lorasynci_shm_name(lorasynci_shm *s, int adapter, int slot)
 {
     lorasynci_shm_control *c      = s->map.control;
     const uint64_t         number = c->last_number = ++s->last_number, old = c->adapters[adapter].word;
+    const uint64_t         word = number << LORASYNCI_SHM_SLOT_BITS | (uint64_t)(slot + 1);
     LORASYNC_ASSERT(slot < LORASYNCI_SHM_SLOTS);
+    if (slot >= 0) lorasynci_shm_head_of(s, slot)->word = word;
     if (lorasynci_shm_is_withdrawn(old))
         __atomic_store_n(&c->adapters[adapter].tenancy, old >> LORASYNCI_SHM_SLOT_BITS, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&c->adapters[adapter].word, number << LORASYNCI_SHM_SLOT_BITS | (uint64_t)(slot + 1),
-                     __ATOMIC_SEQ_CST);
+    __atomic_store_n(&c->adapters[adapter].word, word, __ATOMIC_SEQ_CST);
 }
 
 /* Engines see the new version. Committing what is served already is no error. */
@@ -21020,18 +21023,15 @@ LORASYNCI_FN void lorasynci_shm_abort(void *user, const char *adapter, uint64_t 
 
 /* -- receipts: what engines say in their places */
 
-/* The version that a receipt is for, where that can be told: the slot is served, or the reader pins it. */
+/* The version that a receipt is for, if its slot holds that still. */
 LORASYNCI_FN void lorasynci_shm_read_receipt(lorasynci_shm *s, int adapter, const lorasynci_shm_reader *r,
                                              lorasync_receipt *out)
 {
     const uint64_t said = __atomic_load_n(&r->receipts[adapter], __ATOMIC_SEQ_CST);
-    const uint64_t word = s->map.control->adapters[adapter].word;
     const uint64_t then = __atomic_load_n(&r->said_at_ns[adapter], __ATOMIC_SEQ_CST), now = lorasynci_clock_ns();
     const int      slot = said ? lorasynci_shm_slot_of(said) : -1;
     if (slot < 0 || !lorasynci_shm_have_slot(s, slot)) return;
-    if (!lorasynci_shm_is_receipt_of(said, word) &&
-        !(__atomic_load_n(&r->pins[slot / 64], __ATOMIC_SEQ_CST) >> (slot % 64) & 1))
-        return;
+    if (!lorasynci_shm_is_receipt_of(said, lorasynci_shm_head_of(s, slot)->word)) return;
     out->version     = lorasynci_shm_head_of(s, slot)->version;
     out->digest      = lorasynci_shm_head_of(s, slot)->digest;
     out->num_tensors = lorasynci_shm_head_of(s, slot)->num_tensors;
@@ -24260,6 +24260,7 @@ LORASYNCI_FN lorasync_status lorasynci_receive(lorasynci_arrival *r, const char 
     r->served->num_bound = num_bound;
     r->served->since_ns  = lorasynci_now_ns();
     r->served->mark      = r->d->mark;
+    if (!adapter && r->served->is_told) lorasynci_retract(r->e, r->served); /* an offer is not its publisher's */
     memset(&r->opened, 0, sizeof r->opened);
     return LORASYNC_OK;
 }

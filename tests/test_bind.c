@@ -133,6 +133,7 @@ static void prefixes(void)
         {{"language_model.layers.0.q_proj", "language_model.layers.1.q_proj"}, "model.", "language_model.", 4},
         {{"base_model.model.model.layers.0.q_proj", "base_model.model.model.layers.1.q_proj"}, "", K, 4},
         {{"a.b.layers.0.q_proj", "a.b.layers.9.q_proj"}, "model.", "a.b.", 2},
+        {{"shared.q_proj", "shared.k_proj"}, "", "", 0},
         {{"9.layers.0.q_proj", "9.layers.1.q_proj"}, "", "", 0},
         {{"layers.2.q_proj", "layers.3.q_proj"}, "", "", 0},
         {{"layers.0.xq_proj", "layers.1.xq_proj"}, "", "", 0},

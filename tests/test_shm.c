@@ -1741,6 +1741,42 @@ static void config_of_each_version(void)
     t.close(t.user);
 }
 
+/* A receipt is for one commit: when its slot holds another version, it is for none. */
+static void receipts_of_other_commits(void)
+{
+    lorasync_transport     t;
+    lorasync_engine       *e;
+    lorasync_receipt       r;
+    lorasync_error         err;
+    lorasync_image        *image;
+    lorasynci_shm_control *c;
+    uint64_t               said;
+    fresh_name();
+    t     = open_transport();
+    e     = open_shm_engine(name, NULL, 0, 0);
+    image = make_image("a", 1, 0, 16);
+    CHECK_EQ(put(&t, image, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    c    = ((lorasynci_shm *)t.user)->map.control;
+    said = c->readers[0].receipts[0];
+    memset(&r, 0, sizeof r);
+    CHECK_EQ(t.receipts(t.user, "a", 0, &r, &err), 0);
+    CHECK(r.version == 1 && r.digest == image->digest && r.num_bound == -1);
+    c->readers[0].receipts[0] = said ^ (uint64_t)1 << LORASYNCI_SHM_SLOT_BITS; /* an earlier one of the same slot */
+    memset(&r, 0, sizeof r);
+    CHECK_EQ(t.receipts(t.user, "a", 0, &r, &err), 0);
+    CHECK_EQ(r.version, 0);
+    c->readers[0].receipts[0] = said | (uint64_t)0xffff; /* a slot that there is not */
+    CHECK_EQ(t.receipts(t.user, "a", 0, &r, &err), 0);
+    CHECK_EQ(r.version, 0);
+    c->readers[0].receipts[0] = said;
+    c->readers[0].who         = 0; /* it is being taken by another engine */
+    CHECK_EQ(t.receipts(t.user, "a", 0, &r, &err), LORASYNC_NOTHING_NEW);
+    lorasync_engine_close(e);
+    t.close(t.user);
+    drop_image(image);
+}
+
 int main(void)
 {
     RUN(publishing);
@@ -1779,6 +1815,7 @@ int main(void)
     RUN(killed_publisher);
     RUN(many_threads);
     RUN(memory_fails);
+    RUN(receipts_of_other_commits);
     drop_name();
     return test_summary("test_shm");
 }
