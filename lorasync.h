@@ -139,11 +139,12 @@
        >>session    the easy path through all of it
                     -- opening a session; adding; what is known of the base model; adding one piece; compiling; which
                        pieces are taken; pieces that are in each other's way; scaling, planning and the config; what all
-                       ranks know of the model; claims, made by the root; claims, held against this rank's base
-                       parameters; the survey's talk; what the survey says, on the root; the config that is published;
-                       what the root hands to all; lent memory; opening lent memory; running; publishing a run, and
-                       counting what it brings; what is known of the engines; withdrawing; parameters that have moved;
-                       resuming; tensors that share memory; finding and comparing them
+                       ranks know of the model; claims, made by the root; numbers left out, found by the root; hashes of
+                       names, made by the root; claims, held against this rank's base parameters; the survey's talk;
+                       what the survey says, on the root; the config that is published; what the root hands to all; lent
+                       memory; opening lent memory; running; publishing a run, and counting what it brings; what is
+                       known of the engines; withdrawing; parameters that have moved; resuming; tensors that share
+                       memory; finding and comparing them
        >>base       base weights in buckets through the same plans, images and transports
                     -- dividing into buckets; groups and buckets; dividing among all ranks; making the plans; running
        >>device     the GPU's kernel: CUDA C, and above it the PTX text made from it
@@ -2388,7 +2389,8 @@ typedef struct lorasync_desc {
     /* 1: base weights may have other shapes than LoRA on them needs (a vocabulary padded in the base only). 0: what
        lorasync_add proves from them. The same on all ranks, as the next. */
     int allow_shapes;
-    /* 1: modules that should have LoRA may be without it. 0: lorasync_compile names those that are. */
+    /* 1: modules that should have LoRA may be without it, and LoRA may be on modules of which no rank has a base
+       parameter. 0: lorasync_compile names those. */
     int allow_missing;
     /* As in lorasync_plan_desc, 0: 64. Parts that several ranks hold must be equal as published, or a sync fails that
        compares them; less than 0: never compared, for trainers whose replicas may drift apart. */
@@ -2464,7 +2466,10 @@ LORASYNC_API lorasync_status lorasync_open(const lorasync_desc *desc, lorasync_s
        holes   Some LoRA lies on every module that must have it: those, with a weight on some rank, that target_modules
                of config_json target; else those that filter.target_modules list; else (neither is there, or it says
                "all-linear") those whose name differs from that of a module with LoRA in numbers only, as layers and
-               experts do. Modules that the filter leaves out, or that are saved, are free. desc.allow_missing
+               experts do. Where no rank has a parameter of a layer or expert, its number counts: it may not be left out
+               between others. Nor may LoRA lie on a module of which no rank has a parameter, if one has of others that
+               differ in numbers only. Modules that the filter leaves out, or that are saved, are free.
+               desc.allow_missing
 
    Errors, which are also remembered (lorasync_compile then fails on every rank, each time, and the session can only be
    closed):
@@ -2509,7 +2514,8 @@ LORASYNC_API lorasync_status lorasync_attach_shm(lorasync_session *session, cons
        LORASYNC_E_EMPTY        no LoRA parameter on any rank; or none on a module that must have it (lorasync_add,
                                "holes"): says how many there are and names the first
        LORASYNC_E_PAIR         A without B, or B without A
-       LORASYNC_E_NAME         two parameters with one key
+       LORASYNC_E_NAME         two parameters with one key; LoRA on a layer or expert that the base model does not have
+                               (lorasync_add, "holes")
        LORASYNC_E_LAYOUT       one parameter added twice on a rank, with the same box; a shape that is not that of the
                                base weight (lorasync_add, "shapes")
        LORASYNC_E_ARGUMENT     a quorum greater than the number of engines; engines attached only on ranks other than
@@ -26537,10 +26543,11 @@ LORASYNCI_FN lorasync_status lorasynci_session_plan(lorasync_session *s, lorasyn
    Base parameters are not planned: each rank knows its own. What is published is held against them where they are:
 
        root     claims, what it takes the base weights to be; hashes of the ends by which a made target_modules may
-                list modules with LoRA; hashes of the kinds of these modules, their names without numbers ---> all
+                list modules with LoRA; of the kinds of these modules, their names without numbers; and of layers and
+                experts that seem to be left out -----------------------------------------------------------> all
        a rank   a row: for each claim, if a weight of mine fits; for each end, 1: a module of mine without LoRA ends
-                so; a shape that does not fit; modules of mine that must have LoRA and have none; and the name of one
-                that ends in a whole module with LoRA ----------------------------------------------------> root */
+                so; for each layer or expert, 1: I know it; a shape that does not fit; modules of mine that must have
+                LoRA and have none; and the name of one that ends in a whole module with LoRA -------------> root */
 
 typedef enum lorasynci_claim_form {
     LORASYNCI_CLAIM_PAIR, /* lora_A and lora_B of the module */
@@ -26557,9 +26564,10 @@ typedef struct lorasynci_claim {
     int64_t  rank;          /* rows of lora_A */
     uint64_t more;          /* hash of a convolution's dimensions from the third on, SAVED: of all; 0: none */
     int32_t  groups, form;
+    size_t   pair; /* its number, on the root */
 } lorasynci_claim;
 
-/* What one rank has found; behind it `met`, for the claims and then for the ends. */
+/* What one rank has found; behind it `met`, for the claims, the ends, and then what seems left out. */
 typedef struct lorasynci_row {
     lorasync_error wrong; /* a shape that does not fit */
     uint64_t       num_missing;
@@ -26569,17 +26577,26 @@ typedef struct lorasynci_row {
 /* Of a claim, in `met`. */
 enum {
     LORASYNCI_MET_FITS  = 1,
-    LORASYNCI_MET_WRONG = 2
+    LORASYNCI_MET_WRONG = 2,
+    LORASYNCI_MET_KNOWN = 3 /* its module has parameters, which prove nothing */
 };
+
+/* A module that there would be if numbers had no gap. */
+typedef struct lorasynci_gap {
+    uint64_t hash;      /* of its name up to the number, "model.layers.5" */
+    size_t   text;      /* its name, in gap_texts */
+    size_t   container; /* bytes up to the number */
+} lorasynci_gap;
 
 typedef struct lorasynci_survey {
     lorasynci_claim *claims; /* sorted by name */
-    uint64_t        *hashes; /* of ends, then of kinds; both sorted */
-    uint64_t         num[3]; /* claims, ends, kinds */
+    uint64_t        *hashes; /* of ends, then of kinds, then of gaps; all sorted */
+    uint64_t         num[4]; /* claims, ends, kinds, gaps */
     char            *rows;   /* of this rank; on the root of all */
     lorasynci_pairs  pairs;  /* of the image, on the root, as the next two */
     lorasynci_hints  hints;
-    const char     **ends; /* in the order of their hashes */
+    const char     **ends;            /* in the order of their hashes */
+    lorasynci_buffer gaps, gap_texts; /* lorasynci_gap, on the root */
 } lorasynci_survey;
 
 LORASYNCI_FN void lorasynci_survey_free(lorasynci_survey *v, const lorasync_allocator *a)
@@ -26589,11 +26606,13 @@ LORASYNCI_FN void lorasynci_survey_free(lorasynci_survey *v, const lorasync_allo
     lorasynci_dealloc(a, v->hashes);
     lorasynci_dealloc(a, (void *)v->ends);
     lorasynci_dealloc(a, v->rows);
+    lorasynci_buffer_free(&v->gaps);
+    lorasynci_buffer_free(&v->gap_texts);
 }
 
 LORASYNCI_FN size_t lorasynci_survey_row_bytes(const lorasynci_survey *v)
 {
-    return (sizeof(lorasynci_row) + (size_t)(v->num[0] + v->num[1]) + 7) / 8 * 8;
+    return (sizeof(lorasynci_row) + (size_t)(v->num[0] + v->num[1] + v->num[3]) + 7) / 8 * 8;
 }
 
 /* Of the root's rows that of a rank; elsewhere, of rank 0, its own. */
@@ -26638,10 +26657,11 @@ LORASYNCI_FN int lorasynci_claim_order(const void *x, const void *y)
     return a->form - b->form;
 }
 
-/* Drops doubles of a sorted row. */
-LORASYNCI_FN size_t lorasynci_unique_hashes(uint64_t *hashes, size_t num)
+/* Sorts, and drops doubles. */
+LORASYNCI_FN size_t lorasynci_sort_hashes(uint64_t *hashes, size_t num)
 {
     size_t i, kept = 0;
+    if (num) qsort(hashes, num, sizeof *hashes, lorasynci_hash_order);
     for (i = 0; i < num; i++)
         if (!i || hashes[i] != hashes[i - 1]) hashes[kept++] = hashes[i];
     return kept;
@@ -26691,6 +26711,7 @@ LORASYNCI_FN void lorasynci_claim_pair(const lorasynci_pairs *p, size_t index, l
     out->columns               = pair->a->shape[1];
     out->rank                  = pair->a->shape[0];
     out->more                  = lorasynci_shape_hash(pair->a->shape, pair->a->ndim, 2);
+    out->pair                  = index;
     out->groups                = pair->b->shape[1] ? (int32_t)(out->rank / pair->b->shape[1]) : 1;
 }
 
@@ -26743,6 +26764,100 @@ LORASYNCI_FN int lorasynci_goes_by_kind(const lorasync_session *s)
     return !s->desc.filter || !s->desc.filter->target_modules;
 }
 
+/* -- numbers left out, found by the root */
+
+enum {
+    LORASYNCI_MAX_GAPS = 4096 /* that are looked at */
+};
+
+/* Modules whose names differ in one number only. */
+typedef struct lorasynci_series {
+    uint64_t hash; /* of the name with the number as '#'; 0: none */
+    size_t   pair; /* one of them */
+    size_t   at;   /* where its number stands */
+    size_t   num;
+    uint64_t lowest, highest;
+} lorasynci_series;
+
+/* The next number in a module from *at on, which is moved there: a segment of digits with another behind it (the last
+   one is a place in a list of unlike modules). 0: there is none; else its digits. */
+LORASYNCI_FN size_t lorasynci_next_number(const char *module, size_t *at)
+{
+    size_t i = *at, n, digits;
+    for (;; i += n + 1) {
+        n      = strcspn(module + i, ".");
+        digits = strspn(module + i, "0123456789");
+        if (!module[i + n]) return 0;
+        *at = i;
+        if (digits == n && n > 0 && n < 9) return n;
+    }
+}
+
+/* Counts the number at `at` of a module into its series. There is room in the cells, a power of two. */
+LORASYNCI_FN void lorasynci_series_count(lorasynci_series *cells, size_t num_cells, const lorasynci_pairs *p,
+                                         size_t pair, size_t at, size_t digits)
+{
+    const char       *module = lorasynci_pair_module(p, pair);
+    const uint64_t    number = strtoull(module + at, NULL, 10);
+    char              name[LORASYNC_MAX_NAME];
+    uint64_t          hash;
+    lorasynci_series *c;
+    snprintf(name, sizeof name, "%.*s#%s", (int)at, module, module + at + digits);
+    hash = lorasynci_name_hash(name) | 1;
+    for (c = &cells[hash & (num_cells - 1)]; c->hash && c->hash != hash;) c = c + 1 < cells + num_cells ? c + 1 : cells;
+    if (!c->hash) {
+        c->hash = hash, c->pair = pair, c->at = at;
+        c->lowest = c->highest = number;
+    }
+    if (number < c->lowest) c->lowest = number;
+    if (number > c->highest) c->highest = number;
+    c->num++;
+}
+
+/* Notes the modules that a series leaves out. */
+LORASYNCI_FN void lorasynci_series_gaps(const lorasynci_series *c, lorasynci_survey *v)
+{
+    const char   *module = lorasynci_pair_module(&v->pairs, c->pair);
+    const char   *rest   = module + c->at + strspn(module + c->at, "0123456789");
+    char          name[LORASYNC_MAX_NAME + 24];
+    uint64_t      number;
+    lorasynci_gap gap;
+    for (number = c->lowest + 1; number < c->highest; number++) {
+        if (v->gaps.size / sizeof gap >= LORASYNCI_MAX_GAPS) return;
+        gap.container = (size_t)snprintf(name, sizeof name, "%.*s%llu", (int)c->at, module, (unsigned long long)number);
+        gap.hash      = lorasynci_name_hash(name);
+        gap.text      = v->gap_texts.size;
+        snprintf(name + gap.container, sizeof name - gap.container, "%s", rest);
+        if (strlen(name) >= LORASYNC_MAX_NAME || lorasynci_pairs_of(&v->pairs, name)) continue;
+        lorasynci_put(&v->gap_texts, name, strlen(name) + 1);
+        lorasynci_put(&v->gaps, &gap, sizeof gap);
+    }
+}
+
+/* Finds the modules that there would be if no series left a number out. */
+LORASYNCI_FN lorasync_status lorasynci_find_gaps(const lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
+{
+    const lorasynci_pairs *p = &v->pairs;
+    lorasynci_series      *cells;
+    size_t                 i, at, digits, num = 16, numbers = 0;
+    for (i = 0; i < p->num; i++)
+        for (at = 0; (digits = lorasynci_next_number(lorasynci_pair_module(p, i), &at)) > 0; at += digits + 1)
+            numbers++;
+    while (num < 2 * numbers) num *= 2; /* names are in memory: it cannot overflow */
+    cells = (lorasynci_series *)lorasynci_alloc_array(&s->host.a, num, sizeof *cells);
+    if (!cells) return lorasynci_fail_memory(err, num * sizeof *cells);
+    for (i = 0; i < p->num; i++)
+        for (at = 0; !p->at[i].inner && (digits = lorasynci_next_number(lorasynci_pair_module(p, i), &at)) > 0;
+             at += digits + 1)
+            lorasynci_series_count(cells, num, p, i, at, digits);
+    for (i = 0; i < num; i++)
+        if (cells[i].hash && cells[i].highest - cells[i].lowest >= cells[i].num) lorasynci_series_gaps(&cells[i], v);
+    lorasynci_dealloc(&s->host.a, cells);
+    return v->gaps.failed || v->gap_texts.failed ? lorasynci_fail_memory(err, v->gap_texts.size) : LORASYNC_OK;
+}
+
+/* -- hashes of names, made by the root */
+
 /* A name and its hash, by which it is sorted. */
 typedef struct lorasynci_hashed {
     uint64_t    hash;
@@ -26772,21 +26887,25 @@ LORASYNCI_FN lorasync_status lorasynci_survey_hash_ends(const lorasync_session *
     return LORASYNC_OK;
 }
 
-/* Makes the hashes of ends and kinds. */
+/* Makes the hashes of ends, kinds and gaps. */
 LORASYNCI_FN lorasync_status lorasynci_survey_hash(const lorasync_session *s, lorasynci_survey *v, lorasync_error *err)
 {
-    const size_t num = v->pairs.num;
-    uint64_t    *kinds;
-    size_t       i;
-    v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, num, 2 * sizeof *v->hashes);
+    const size_t         num = v->pairs.num, num_gaps = v->gaps.size / sizeof(lorasynci_gap);
+    const lorasynci_gap *gaps = (const lorasynci_gap *)(const void *)v->gaps.data;
+    uint64_t            *at;
+    size_t               i;
+    v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, 2 * num + num_gaps, sizeof *v->hashes);
     v->ends   = (const char **)lorasynci_alloc_array(&s->host.a, num, sizeof *v->ends);
     if (!v->hashes || !v->ends) return lorasynci_fail_memory(err, num * 3 * sizeof *v->hashes);
     if (lorasynci_makes_targets(s)) LORASYNCI_TRY(lorasynci_survey_hash_ends(s, v, err));
-    if (!lorasynci_goes_by_kind(s) || !num) return LORASYNC_OK;
-    kinds = v->hashes + v->num[1];
-    for (i = 0; i < num; i++) kinds[i] = lorasynci_kind_hash(lorasynci_pair_module(&v->pairs, i));
-    qsort(kinds, num, sizeof *kinds, lorasynci_hash_order);
-    v->num[2] = lorasynci_unique_hashes(kinds, num);
+    at = v->hashes + v->num[1];
+    if (lorasynci_goes_by_kind(s)) {
+        for (i = 0; i < num; i++) at[i] = lorasynci_kind_hash(lorasynci_pair_module(&v->pairs, i));
+        v->num[2] = lorasynci_sort_hashes(at, num);
+    }
+    at += v->num[2];
+    for (i = 0; i < num_gaps; i++) at[i] = gaps[i].hash;
+    v->num[3] = lorasynci_sort_hashes(at, num_gaps);
     return LORASYNC_OK;
 }
 
@@ -26802,6 +26921,7 @@ LORASYNCI_FN lorasync_status lorasynci_survey_make(const lorasync_session *s, lo
     if (status == LORASYNC_E_EMPTY && lorasynci_wants_base(s)) status = LORASYNC_OK; /* base weights alone */
     if (status < 0) *err = why;
     if (status >= 0) status = lorasynci_survey_claim(s, v, err);
+    if (status >= 0 && !s->desc.allow_missing && !lorasynci_wants_base(s)) status = lorasynci_find_gaps(s, v, err);
     return status < 0 ? status : lorasynci_survey_hash(s, v, err);
 }
 
@@ -26919,6 +27039,20 @@ LORASYNCI_FN int lorasynci_must_have_lora(const lorasync_session *s, const loras
     return lorasynci_find_hash(kinds, (size_t)v->num[2], lorasynci_kind_hash(module)) < v->num[2];
 }
 
+/* This rank knows a module, and so the layers and experts that it lies in. */
+LORASYNCI_FN void lorasynci_survey_known(const lorasynci_survey *v, const char *module, size_t first, char *met)
+{
+    const uint64_t *gaps = v->hashes + v->num[1] + v->num[2];
+    size_t          i, at, digits;
+    for (i = first; i < v->num[0] && v->claims[i].name == v->claims[first].name; i++)
+        if (!met[i]) met[i] = LORASYNCI_MET_KNOWN;
+    if (!v->num[3]) return;
+    for (at = 0; (digits = lorasynci_next_number(module, &at)) > 0; at += digits + 1) {
+        i = lorasynci_find_hash(gaps, (size_t)v->num[3], lorasynci_hash(module, at + digits, 12));
+        if (i < v->num[3]) met[v->num[0] + v->num[1] + i] = 1;
+    }
+}
+
 /* Looks at the modules of this rank and their weights, which were noted behind them. Where base weights are published
    there is no adapter that could have holes. */
 LORASYNCI_FN void lorasynci_survey_modules(const lorasync_session *s, const lorasynci_survey *v, lorasynci_row *row)
@@ -26933,6 +27067,7 @@ LORASYNCI_FN void lorasynci_survey_modules(const lorasync_session *s, const lora
         const size_t first  = lorasynci_survey_find(v, module);
         for (; k < num_weights && (w[k].saved || w[k].name == m[i].name); k++)
             lorasynci_survey_weight(s, v, &w[k], first, lorasynci_row_met(row));
+        lorasynci_survey_known(v, module, first, lorasynci_row_met(row));
         if (!holes || !m[i].has_weight || lorasynci_survey_has_lora(v, first) ||
             !lorasynci_must_have_lora(s, v, module))
             continue;
@@ -26988,7 +27123,7 @@ LORASYNCI_FN lorasync_status lorasynci_survey_reserve(const lorasync_session *s,
 {
     const int    here       = lorasynci_session_is_root(s);
     const size_t num_rows   = here ? (size_t)s->host.talk.comm.world : 1;
-    const size_t num_hashes = (size_t)(v->num[1] + v->num[2]), row_bytes = lorasynci_survey_row_bytes(v);
+    const size_t num_hashes = (size_t)(v->num[1] + v->num[2] + v->num[3]), row_bytes = lorasynci_survey_row_bytes(v);
     if (!here) {
         v->claims = (lorasynci_claim *)lorasynci_alloc_array(&s->host.a, (size_t)v->num[0], sizeof *v->claims);
         v->hashes = (uint64_t *)lorasynci_alloc_array(&s->host.a, num_hashes, sizeof *v->hashes);
@@ -27003,7 +27138,7 @@ LORASYNCI_FN lorasync_status lorasynci_survey_collect(lorasync_session *s, loras
                                                       lorasync_error *err)
 {
     const int      here = lorasynci_session_is_root(s), world = s->host.talk.comm.world, root = s->desc.root;
-    const size_t   num_hashes = (size_t)(v->num[1] + v->num[2]);
+    const size_t   num_hashes = (size_t)(v->num[1] + v->num[2] + v->num[3]);
     int            rank;
     lorasynci_row *row = lorasynci_survey_row(v, here ? root : 0);
     LORASYNCI_TRY(lorasynci_talk_tell(&s->host.talk, root, v->claims, (size_t)v->num[0] * sizeof *v->claims,
@@ -27065,6 +27200,89 @@ LORASYNCI_FN lorasync_status lorasynci_survey_shapes(lorasync_session *s, const 
     return LORASYNC_OK;
 }
 
+/* 1 if some rank has met what is at a place of `met`. */
+LORASYNCI_FN int lorasynci_survey_met(const lorasync_session *s, const lorasynci_survey *v, size_t at)
+{
+    int rank, met = 0;
+    for (rank = 0; rank < s->host.talk.comm.world; rank++)
+        met |= lorasynci_row_met(lorasynci_survey_row(v, rank))[at] != 0;
+    return met;
+}
+
+/* 1 if LoRA lies on some module below the first n bytes of a name. */
+LORASYNCI_FN int lorasynci_lora_below(const lorasynci_pairs *p, const char *name, size_t n)
+{
+    size_t i;
+    for (i = 0; i < p->num; i++) {
+        const char *module = lorasynci_pair_module(p, i);
+        if (strncmp(module, name, n) == 0 && module[n] == '.') return 1;
+    }
+    return 0;
+}
+
+/* 1 if a module that numbers leave out is a hole: its layer or expert, of which no rank knows anything, has no LoRA at
+   all, or has it beside the module. A layer of another kind has it elsewhere. */
+LORASYNCI_FN int lorasynci_gap_is_hole(const lorasync_session *s, const lorasynci_survey *v, const lorasynci_gap *gap)
+{
+    const char     *name = v->gap_texts.data + gap->text, *last = strrchr(name, '.');
+    const uint64_t *gaps = v->hashes + v->num[1] + v->num[2];
+    size_t          i    = lorasynci_find_hash(gaps, (size_t)v->num[3], gap->hash);
+    LORASYNC_ASSERT(i < v->num[3] && last);
+    if (lorasynci_survey_met(s, v, (size_t)(v->num[0] + v->num[1]) + i)) return 0;
+    if (!lorasynci_must_have_lora(s, v, name)) return 0;
+    return !lorasynci_lora_below(&v->pairs, name, gap->container) ||
+           lorasynci_lora_below(&v->pairs, name, (size_t)(last - name));
+}
+
+/* Numbers that are left out, where no rank knows the base model. */
+LORASYNCI_FN lorasync_status lorasynci_survey_gaps(const lorasync_session *s, const lorasynci_survey *v,
+                                                   lorasync_error *err)
+{
+    const lorasynci_gap *gaps  = (const lorasynci_gap *)(const void *)v->gaps.data;
+    const char          *first = NULL;
+    size_t               i, num = v->gaps.size / sizeof *gaps, holes = 0;
+    for (i = 0; i < num; i++) {
+        if (!lorasynci_gap_is_hole(s, v, &gaps[i])) continue;
+        if (!holes++) first = v->gap_texts.data + gaps[i].text;
+    }
+    if (!holes) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_EMPTY,
+        "%zu modules are left out where those before and behind have LoRA, the first is \"%.190s\"; declare their "
+        "LoRA, or, where they are without it, their base weights, name them in exclude_modules of the filter or the "
+        "config, or set desc.allow_missing",
+        holes, first);
+}
+
+/* Modules with LoRA of which no rank knows, though it does others that differ in numbers only: a layer too many. */
+LORASYNCI_FN lorasync_status lorasynci_survey_strangers(const lorasync_session *s, const lorasynci_survey *v,
+                                                        lorasync_error *err)
+{
+    const char *first = NULL;
+    uint64_t   *kinds = (uint64_t *)lorasynci_alloc_array(&s->host.a, (size_t)v->num[0], sizeof *kinds);
+    size_t      i, known = 0, num_kinds, strangers = 0;
+    if (!kinds) return lorasynci_fail_memory(err, (size_t)v->num[0] * sizeof *kinds);
+    for (i = 0; i < v->num[0]; i++)
+        if (v->claims[i].form <= LORASYNCI_CLAIM_EMBEDDING && lorasynci_survey_met(s, v, i))
+            kinds[known++] = lorasynci_kind_hash(lorasynci_pair_module(&v->pairs, v->claims[i].pair));
+    num_kinds = lorasynci_sort_hashes(kinds, known);
+    for (i = 0; i < v->num[0] && known < v->num[0]; i++) {
+        const char *module;
+        if (v->claims[i].form > LORASYNCI_CLAIM_EMBEDDING || lorasynci_survey_met(s, v, i)) continue;
+        module = lorasynci_pair_module(&v->pairs, v->claims[i].pair);
+        if (lorasynci_find_hash(kinds, num_kinds, lorasynci_kind_hash(module)) < num_kinds && !strangers++)
+            first = module;
+    }
+    lorasynci_dealloc(&s->host.a, kinds);
+    if (!strangers || s->desc.allow_missing) return LORASYNC_OK;
+    return lorasynci_fail(
+        err, LORASYNC_E_NAME,
+        "LoRA lies on %zu modules of which no rank has declared a base parameter, though it has of others that differ "
+        "in numbers only; the first is \"%.190s\". Is that another layer? If not, declare its base weight or set "
+        "desc.allow_missing",
+        strangers, first);
+}
+
 /* Modules that must have LoRA and have none. */
 LORASYNCI_FN lorasync_status lorasynci_survey_holes(const lorasync_session *s, const lorasynci_survey *v,
                                                     lorasync_error *err)
@@ -27093,7 +27311,7 @@ LORASYNCI_FN lorasync_status lorasynci_survey_whole(const lorasync_session *s, l
                                                     lorasync_error *err)
 {
     size_t i, kept = 0;
-    int    rank, met;
+    int    rank;
     for (rank = 0; rank < s->host.talk.comm.world; rank++) {
         lorasynci_row *row                = lorasynci_survey_row(v, rank);
         row->whole[sizeof row->whole - 1] = 0; /* it comes from another process */
@@ -27105,11 +27323,8 @@ LORASYNCI_FN lorasync_status lorasynci_survey_whole(const lorasync_session *s, l
                 "config",
                 row->whole, rank);
     }
-    for (i = 0; i < v->num[1]; i++) {
-        for (rank = met = 0; rank < s->host.talk.comm.world; rank++)
-            met |= lorasynci_row_met(lorasynci_survey_row(v, rank))[v->num[0] + i];
-        if (met) v->ends[kept++] = v->ends[i];
-    }
+    for (i = 0; i < v->num[1]; i++)
+        if (lorasynci_survey_met(s, v, (size_t)v->num[0] + i)) v->ends[kept++] = v->ends[i];
     *out_num = kept;
     return LORASYNC_OK;
 }
@@ -27235,6 +27450,8 @@ LORASYNCI_FN lorasync_status lorasynci_session_write(lorasync_session *s, lorasy
     memset(&w, 0, sizeof w);
     memset(&more, 0, sizeof more);
     LORASYNCI_TRY(lorasynci_survey_holes(s, v, err));
+    LORASYNCI_TRY(lorasynci_survey_strangers(s, v, err));
+    LORASYNCI_TRY(lorasynci_survey_gaps(s, v, err));
     LORASYNCI_TRY(lorasynci_survey_whole(s, v, &more.num_whole, err));
     modules = lorasynci_session_modules(s, &w.num_modules);
     if (!modules) return lorasynci_fail_memory(err, w.num_modules * sizeof *modules);
@@ -27263,7 +27480,9 @@ LORASYNCI_FN lorasync_status lorasynci_session_config(lorasync_session *s, loras
     size_t           i;
     memset(&survey, 0, sizeof survey);
     survey.pairs.a = s->host.a;
-    status         = lorasynci_survey_talk(s, &survey, err);
+    lorasynci_buffer_init(&survey.gaps, &s->host.a);
+    lorasynci_buffer_init(&survey.gap_texts, &s->host.a);
+    status = lorasynci_survey_talk(s, &survey, err);
     for (i = 0; s->plan->has_image && i < lorasynci_num_engines(&s->host) && mine >= 0; i++)
         mine = lorasynci_check_carries(LORASYNCI_AT(lorasync_transport, s->host.transports, i), what, out_mine);
     if (s->plan->has_image) s->plan->image->generation = s->host.generation;

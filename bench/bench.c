@@ -757,9 +757,13 @@ static double run_proof(lorasync_session *s)
     double           cpu = seconds(CLOCK_THREAD_CPUTIME_ID);
     memset(&survey, 0, sizeof survey);
     survey.pairs.a = s->host.a;
+    lorasynci_buffer_init(&survey.gaps, &s->host.a);
+    lorasynci_buffer_init(&survey.gap_texts, &s->host.a);
     must(lorasynci_survey_talk(s, &survey, &err), "proof", &err);
     if (s->plan->has_image) must(lorasynci_survey_shapes(s, &survey, &err), "shapes", &err);
     if (s->plan->has_image) must(lorasynci_survey_holes(s, &survey, &err), "holes", &err);
+    if (s->plan->has_image) must(lorasynci_survey_strangers(s, &survey, &err), "strangers", &err);
+    if (s->plan->has_image) must(lorasynci_survey_gaps(s, &survey, &err), "gaps", &err);
     if (s->plan->has_image && s->num_proved * 2 != s->plan->image->num_tensors) die("proof", "not all is proved");
     lorasynci_survey_free(&survey, &s->host.a);
     return seconds(CLOCK_THREAD_CPUTIME_ID) - cpu;
