@@ -1203,8 +1203,11 @@ LORASYNC_API lorasync_status lorasync_plan_wait(lorasync_plan *plan, lorasync_er
 LORASYNC_API lorasync_image *lorasync_plan_image(lorasync_plan *plan);
 
 typedef struct lorasync_plan_stats {
-    size_t   num_tensors;     /* that this rank has, wants, or finds in its image */
-    size_t   num_pieces;      /* that this rank contributes or receives; on the planning rank, those of all ranks too */
+    size_t num_tensors; /* that this rank has, wants, or finds in its image */
+    size_t num_pieces;  /* that this rank contributes or receives; on the planning rank, those of all ranks too */
+    /* On the planning rank, but for a scatter: so many ranks hold one and the same part of a tensor, at most; 1:
+       nothing is replicated. More than expected: lorasync_shard was given the ranks of one host, say, not all. */
+    size_t   max_replicas;
     size_t   plan_bytes;      /* memory of the plan without image and staging */
     size_t   peak_plan_bytes; /* its maximum, while planning */
     size_t   staging_bytes;
@@ -11777,15 +11780,16 @@ LORASYNCI_FN lorasync_status lorasynci_note_replicas(lorasynci_planner *p, const
     return LORASYNC_OK;
 }
 
-/* All groups, in the order of the merged tensors. */
+/* All groups, in the order of the merged tensors; and how large they are. */
 LORASYNCI_FN lorasync_status lorasynci_note_all_replicas(lorasynci_planner *p, lorasync_error *err)
 {
-    size_t t, n;
-    for (t = 0; t < p->merged.num && p->desc->audit_replicas >= 0; t++) {
+    size_t *most = &p->plan->stats.max_replicas, t, n;
+    for (t = 0; t < p->merged.num; t++) {
         const lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
         for (; r < end; r += n) {
             n = lorasynci_num_replicas(r, end, lorasynci_record_at(&p->merged, t)->ndim);
-            LORASYNCI_TRY(lorasynci_note_replicas(p, r, n, err));
+            if (n > *most) *most = n;
+            if (p->desc->audit_replicas >= 0) LORASYNCI_TRY(lorasynci_note_replicas(p, r, n, err));
         }
     }
     return LORASYNC_OK;
@@ -13622,9 +13626,9 @@ LORASYNCI_FN lorasync_status lorasynci_audit_fail(lorasync_plan *plan, uint32_t 
     all[a].name[sizeof all[a].name - 1] = 0;
     return lorasynci_fail(
         err, LORASYNC_E_DISAGREE,
-        "%.255s: ranks %d and %d both hold it, with different values (digests %016llx and %016llx); only one is read. "
-        "Do replicas get the same gradients, and do the ranks mean the same tensor by the name? desc.audit_replicas "
-        "-1 turns this check off",
+        "%.200s: ranks %d and %d both hold it, with different values (digests %016llx and %016llx); only one is read. "
+        "Do replicas get the same gradients, was lorasync_shard given all ranks that share the tensor, and do the "
+        "ranks mean the same tensor by the name? desc.audit_replicas -1 turns this check off",
         all[a].name, a, b, (unsigned long long)all[a].digest, (unsigned long long)all[b].digest);
 }
 

@@ -1260,6 +1260,50 @@ static void typos_of_an_engine(void)
     remove_place(at);
 }
 
+/* -- lorasync_shard with the ranks of one host instead of all: it covers the tensor, and half of it is not read */
+
+typedef struct sharding {
+    int shards, differ;
+} sharding;
+
+static void shard_over(rank_context *c)
+{
+    const sharding       *how = (const sharding *)c->user;
+    trainer               t;
+    lorasync_desc         d = default_desc(c);
+    lorasync_piece        p;
+    lorasync_error        err;
+    lorasync_session_info info;
+    memset(&t, 0, sizeof t);
+    fill(&t, how->differ ? (float)c->rank : 1);
+    REQUIRE(lorasync_open(&d, &t.s, &err) == LORASYNC_OK);
+    p = shard_piece(PARAM_A, 2, RANK_R, WIDTH, c->rank % how->shards, how->shards, t.a);
+    CHECK_EQ(lorasync_add(t.s, &p, &err), 0);
+    p = shard_piece(PARAM_B, 2, WIDTH, RANK_R, c->rank % how->shards, how->shards, t.b);
+    CHECK_EQ(lorasync_add(t.s, &p, &err), 0);
+    CHECK_EQ(lorasync_compile(t.s, &err), 0);
+    lorasync_get_info(t.s, &info);
+    CHECK_EQ(info.plan.max_replicas, c->rank ? 0 : c->world / how->shards);
+    CHECK_EQ(lorasync_sync(t.s, 1, NULL, &err),
+             how->differ && how->shards < c->world ? LORASYNC_E_DISAGREE : LORASYNC_OK);
+    if (how->differ && how->shards < c->world) {
+        CHECK_HAS(err.text, "both hold it, with different values");
+        CHECK_HAS(err.text, "was lorasync_shard given all ranks that share the tensor");
+    }
+    lorasync_close(t.s);
+    /* a rank that is none of that world's */
+    CHECK_EQ(lorasync_shard(p.box, 0, how->shards, how->shards).len[0], -1);
+}
+
+static void a_local_world_that_covers(void)
+{
+    sharding how;
+    size_t   i;
+    for (i = 0; i < 3; i++)
+        for (how.shards = 1; how.shards <= worlds[i]; how.shards *= 2)
+            for (how.differ = 0; how.differ < 2; how.differ++) run_threads(worlds[i], shard_over, &how);
+}
+
 int main(void)
 {
     RUN(positive_status_of_a_transport);
@@ -1279,5 +1323,6 @@ int main(void)
     RUN(load_follows_latest);
     RUN(version_zero_is_the_next);
     RUN(typos_of_an_engine);
+    RUN(a_local_world_that_covers);
     return test_summary("test_silences");
 }
