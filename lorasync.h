@@ -26802,12 +26802,16 @@ LORASYNCI_FN void lorasynci_series_count(lorasynci_series *cells, size_t num_cel
                                          size_t pair, size_t at, size_t digits)
 {
     const char       *module = lorasynci_pair_module(p, pair);
+    const size_t      rest   = strlen(module + at + digits);
     const uint64_t    number = strtoull(module + at, NULL, 10);
     char              name[LORASYNC_MAX_NAME];
     uint64_t          hash;
     lorasynci_series *c;
-    snprintf(name, sizeof name, "%.*s#%s", (int)at, module, module + at + digits);
-    hash = lorasynci_name_hash(name) | 1;
+    LORASYNC_ASSERT(strlen(module) < sizeof name && digits > 0);
+    memcpy(name, module, at);
+    name[at] = '#';
+    memcpy(name + at + 1, module + at + digits, rest);
+    hash = lorasynci_hash(name, at + 1 + rest, 12) | 1;
     for (c = &cells[hash & (num_cells - 1)]; c->hash && c->hash != hash;) c = c + 1 < cells + num_cells ? c + 1 : cells;
     if (!c->hash) {
         c->hash = hash, c->pair = pair, c->at = at;
@@ -27258,27 +27262,35 @@ LORASYNCI_FN lorasync_status lorasynci_survey_gaps(const lorasync_session *s, co
         holes, first);
 }
 
+/* 1 if a claim is that of a pair on a module of which no rank knows a parameter. */
+LORASYNCI_FN int lorasynci_survey_is_unknown(const lorasync_session *s, const lorasynci_survey *v, size_t claim)
+{
+    return v->claims[claim].form <= LORASYNCI_CLAIM_EMBEDDING && !lorasynci_survey_met(s, v, claim);
+}
+
 /* Modules with LoRA of which no rank knows, though it does others that differ in numbers only: a layer too many. */
 LORASYNCI_FN lorasync_status lorasynci_survey_strangers(const lorasync_session *s, const lorasynci_survey *v,
                                                         lorasync_error *err)
 {
-    const char *first = NULL;
-    uint64_t   *kinds = (uint64_t *)lorasynci_alloc_array(&s->host.a, (size_t)v->num[0], sizeof *kinds);
-    size_t      i, known = 0, num_kinds, strangers = 0;
-    if (!kinds) return lorasynci_fail_memory(err, (size_t)v->num[0] * sizeof *kinds);
-    for (i = 0; i < v->num[0]; i++)
-        if (v->claims[i].form <= LORASYNCI_CLAIM_EMBEDDING && lorasynci_survey_met(s, v, i))
+    const size_t num   = (size_t)v->num[0];
+    const char  *first = NULL, *module;
+    uint64_t    *kinds;
+    size_t       i, known = 0, unknown = 0, strangers = 0;
+    for (i = 0; i < num; i++) unknown += (size_t)lorasynci_survey_is_unknown(s, v, i);
+    if (!unknown || s->desc.allow_missing) return LORASYNC_OK;
+    kinds = (uint64_t *)lorasynci_alloc_array(&s->host.a, num, sizeof *kinds);
+    if (!kinds) return lorasynci_fail_memory(err, num * sizeof *kinds);
+    for (i = 0; i < num; i++)
+        if (v->claims[i].form <= LORASYNCI_CLAIM_EMBEDDING && !lorasynci_survey_is_unknown(s, v, i))
             kinds[known++] = lorasynci_kind_hash(lorasynci_pair_module(&v->pairs, v->claims[i].pair));
-    num_kinds = lorasynci_sort_hashes(kinds, known);
-    for (i = 0; i < v->num[0] && known < v->num[0]; i++) {
-        const char *module;
-        if (v->claims[i].form > LORASYNCI_CLAIM_EMBEDDING || lorasynci_survey_met(s, v, i)) continue;
+    known = lorasynci_sort_hashes(kinds, known);
+    for (i = 0; i < num; i++) {
+        if (!lorasynci_survey_is_unknown(s, v, i)) continue;
         module = lorasynci_pair_module(&v->pairs, v->claims[i].pair);
-        if (lorasynci_find_hash(kinds, num_kinds, lorasynci_kind_hash(module)) < num_kinds && !strangers++)
-            first = module;
+        if (lorasynci_find_hash(kinds, known, lorasynci_kind_hash(module)) < known && !strangers++) first = module;
     }
     lorasynci_dealloc(&s->host.a, kinds);
-    if (!strangers || s->desc.allow_missing) return LORASYNC_OK;
+    if (!strangers) return LORASYNC_OK;
     return lorasynci_fail(
         err, LORASYNC_E_NAME,
         "LoRA lies on %zu modules of which no rank has declared a base parameter, though it has of others that differ "
