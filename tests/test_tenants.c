@@ -901,14 +901,15 @@ enum {
     TENANTS = 12
 };
 
-/* Looks at all that is served until told to stop; the number of errors. */
+/* Looks at all that is served until told to stop, or the parent is gone; the number of errors. */
 static int watch(lorasync_engine *e, const volatile int *stop, long *out_served)
 {
     lorasync_listed list[TENANTS];
     lorasync_error  err;
     size_t          i, num;
-    int             bad = 0;
-    while (!__atomic_load_n(stop, __ATOMIC_SEQ_CST) && bad < 5) {
+    const pid_t     parent = getppid();
+    int             bad    = 0;
+    while (!__atomic_load_n(stop, __ATOMIC_SEQ_CST) && bad < 5 && getppid() == parent) {
         memset(&err, 0, sizeof err);
         if (lorasync_engine_poll(e, 1, &err) < 0) {
             fprintf(stderr, "%s\n", err.text);
