@@ -4,6 +4,7 @@
 #define _DEFAULT_SOURCE 1
 #endif
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -1057,6 +1058,58 @@ static void places(void)
     shm.close(shm.user);
 }
 
+typedef struct later {
+    lorasync_transport *t;
+    int                 number;
+} later;
+
+static void *publish_later(void *user)
+{
+    later *l = (later *)user;
+    char   adapter[32];
+    usleep(50000);
+    snprintf(adapter, sizeof adapter, "tenant-%d", l->number);
+    CHECK_EQ(publish(l->t, adapter, 2, NULL), 0);
+    return NULL;
+}
+
+/* A poll that looks at several places waits until one of them has something. */
+static void places_are_waited_for(void)
+{
+    lorasync_transport   t[2];
+    lorasync_engine_desc desc;
+    lorasync_place       p[2];
+    lorasync_engine     *e = NULL;
+    lorasync_error       err;
+    uint64_t             begun;
+    int                  i, status;
+    fresh_name();
+    memset(&desc, 0, sizeof desc);
+    memset(p, 0, sizeof p);
+    p[0].directory = directory;
+    p[1].shm       = name;
+    desc.places = p, desc.num_places = 2;
+    t[0] = open_directory();
+    t[1] = open_shm();
+    for (i = 0; i < 2; i++) CHECK_EQ(publish(&t[i], numbered(i), 1, &err), 0);
+    CHECK_EQ(lorasync_engine_open(&desc, &e, &err), 0);
+    while ((status = (int)lorasync_engine_poll(e, 0, &err)) == LORASYNC_OK) continue;
+    CHECK_EQ(status, LORASYNC_NOTHING_NEW);
+    for (i = 0; i < 2; i++) {
+        pthread_t thread;
+        later     l;
+        l.t = &t[i], l.number = i;
+        CHECK_EQ(pthread_create(&thread, NULL, publish_later, &l), 0);
+        begun = lorasynci_now_ns();
+        CHECK_EQ(lorasync_engine_poll(e, 20000, &err), LORASYNC_OK);
+        CHECK(ms_since(begun) < 10000);
+        pthread_join(thread, NULL);
+        CHECK_EQ(served(e, numbered(i)), 2);
+    }
+    lorasync_engine_close(e);
+    for (i = 0; i < 2; i++) t[i].close(t[i].user);
+}
+
 static void bad_places(void)
 {
     lorasync_source      source, bad;
@@ -1151,6 +1204,7 @@ int main(void)
     RUN(sessions);
     RUN(session_of_mixed_transports);
     RUN(places);
+    RUN(places_are_waited_for);
     RUN(bad_places);
     drop_name();
     return test_summary("test_tenants");
