@@ -122,15 +122,16 @@
                        receipts; lending the slot of the next version; the sessions that it is attached to; withdrawing
                        from shared memory; closing and opening the shared-memory transport; what an engine does with it;
                        slots that an engine has mapped; payloads in device memory, the engine's side; the source;
-                       handing a version over
+                       looking, and being woken; handing a version over
        >>engine     poll, validate, pin, find, release
                     -- reading; names of a file's tensors; one adapter outside any engine; binding; looking for a
                        prefix; the report of a binding; serving; digests of payloads in device memory; digesting while
                        the header is read; an engine; versions that are served, and kept; being told what changes in a
                        directory of adapters; the directory as a source; who reads a directory; looking into a
                        directory; opening versions of a directory; arrivals; reading and checking an arrival; serving an
-                       arrival; polling; receipts of what is served; what is to be done about an adapter; nothing found;
-                       what is there, and what changed; readers; opening and closing
+                       arrival; polling; receipts of what is served; what is to be done about an adapter; waiting, and a
+                       descriptor for hosts that wait themselves; nothing found; what is there, and what changed;
+                       readers; opening and closing
        >>policy     what must be sent now: base, adapter, nothing; and in which order
                     -- decisions
        >>host       what a session and a base stream have in common
@@ -2066,6 +2067,24 @@ LORASYNC_API lorasync_status lorasync_engine_open(const lorasync_engine_desc *de
        LORASYNC_E_MEMORY, and what look and open of your own source returned */
 LORASYNC_API lorasync_status lorasync_engine_poll(lorasync_engine *engine, int timeout_ms, lorasync_error *err);
 
+/* A descriptor for hosts with an event loop of their own (poll, epoll, select): readable when lorasync_engine_poll may
+   find something, until that is called. It is the engine's: the same at each call, valid until close; do not read or
+   close it.
+
+       struct pollfd p = {lorasync_engine_fd(e, &err), POLLIN, 0};      // below 0: see the errors
+       while (poll(&p, 1, -1) > 0) lorasync_engine_poll(e, 0, &err);
+
+   Readable at first, and also now and then without reason: every 1 to 10 s the engine looks for what nobody tells, and
+   every 5 ms for released versions while readers hold old ones. One thread at a time, polls included; any thread may
+   wait on it meanwhile. A fork calls this again. Returns the descriptor, or an error, which is negative:
+
+       LORASYNC_E_UNSUPPORTED  the system, or a source, has none: a directory on a network file system, or without
+                               inotify; a source without fd; on other systems than Linux all but a single own source
+       LORASYNC_E_STATE        with offers_only
+       LORASYNC_E_IO           no more descriptors
+       LORASYNC_E_ARGUMENT     NULL */
+LORASYNC_API int lorasync_engine_fd(lorasync_engine *engine, lorasync_error *err);
+
 /* Hands the engine a version that came another way: over HTTP, MPI, RDMA or NCCL, or from the same process. It is
    checked as in a poll, and becomes the served one; older versions that nobody pins are released. Every engine accepts
    offers; if it has a source, that must not publish older versions of the same adapter. One thread at a time, polls
@@ -2927,8 +2946,10 @@ typedef struct lorasyncd_tile {
 #include <unistd.h>
 #ifdef __linux__
 #include <sys/auxv.h>
+#include <sys/epoll.h>
 #include <sys/inotify.h>
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <sys/vfs.h>
 #endif
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(__CUDACC__)
@@ -19706,11 +19727,13 @@ LORASYNC_API lorasync_status lorasync_directory_open(const lorasync_directory_de
 
    Engines that have nothing to do sleep on `bell`, which every change that concerns them rings, commits first of all:
 
-       bell      number of rings << 1 | an engine sleeps
+       bell      number of rings << 2 | an engine has a descriptor | an engine sleeps
 
-   An engine reads the bell, looks, sets the bit and sleeps if the number is still the one it read. Who rings counts up
-   and clears the bit; only if it was set is a system call needed. A publisher that is killed between a commit and its
-   ring, and a control that is removed and made again, are found by the look that every engine makes once a second.
+   An engine reads the bell, looks, sets the lower bit and sleeps if the number is still the one it read. Who rings
+   counts up and clears both bits; only if one was set is a system call needed. The other bit is set before a look by
+   engines with a descriptor (lorasync_engine_fd), which watches the control's attributes: who rings then touches it,
+   too. A publisher that is killed between a commit and its ring, and a control that is removed and made again, are
+   found by the look that every engine makes once a second.
 
    Places are taken by locking their byte of the control (>>support: processes): whose lock is gone has ended. An owner
    is the process's word, for texts and for those without a lock; 0 before the place is given back. Who takes a dead
@@ -20169,20 +20192,34 @@ LORASYNCI_FN int lorasynci_shm_is_marked(const uint64_t *bits, int slot)
     return (int)(bits[slot / 64] >> (slot % 64) & 1);
 }
 
-/* Wakes the engines: what they are to see has been stored. */
-LORASYNCI_FN void lorasynci_shm_ring(lorasynci_shm_control *c)
+/* Makes descriptors readable that watch the control, or the folder in which it is. */
+LORASYNCI_FN void lorasynci_shm_touch(const lorasynci_shm_map *m)
 {
-    uint32_t old = __atomic_load_n(&c->bell, __ATOMIC_SEQ_CST);
-    while (!__atomic_compare_exchange_n(&c->bell, &old, (old | 1) + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
-    if (old & 1) lorasynci_wake_all(&c->bell);
+    if (futimens(m->fd, NULL) != 0) return; /* engines also look once a second */
 }
+
+/* Wakes the engines: what they are to see has been stored. */
+LORASYNCI_FN void lorasynci_shm_ring(const lorasynci_shm_map *m)
+{
+    uint32_t *bell = &m->control->bell, old = __atomic_load_n(bell, __ATOMIC_SEQ_CST);
+    while (!__atomic_compare_exchange_n(bell, &old, (old | 3) + 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) continue;
+    if (old & 1) lorasynci_wake_all(bell);
+    if (old & 2) lorasynci_shm_touch(m);
+}
+
+/* 1 if the bell was rung since it was `heard`. */
+LORASYNCI_FN int lorasynci_shm_is_rung(uint32_t bell, uint32_t heard) { return bell >> 2 != heard >> 2; }
 
 /* Sleeps until the bell is rung, at most timeout_ms; not at all if that happened since it was `heard`. */
 LORASYNCI_FN void lorasynci_shm_sleep(lorasynci_shm_control *c, uint32_t heard, int timeout_ms)
 {
-    uint32_t asleep = heard | 1, now = heard & ~(uint32_t)1;
-    if (__atomic_compare_exchange_n(&c->bell, &now, asleep, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST) || now == asleep)
-        lorasynci_sleep_on(&c->bell, asleep, timeout_ms);
+    uint32_t now = __atomic_load_n(&c->bell, __ATOMIC_SEQ_CST);
+    while (!lorasynci_shm_is_rung(now, heard)) {
+        if (!(now & 1) && !__atomic_compare_exchange_n(&c->bell, &now, now | 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+            continue;
+        lorasynci_sleep_on(&c->bell, now | 1, timeout_ms);
+        return;
+    }
 }
 
 /* -- removing */
@@ -20229,7 +20266,7 @@ LORASYNC_API lorasync_status lorasync_shm_remove(const char *name, lorasync_erro
     lorasynci_shm_path(path, name, 0);
     lorasynci_shm_unlink_slots(name, map.control); /* first: once the control is gone the name is another publisher's */
     if (shm_unlink(path) != 0) reason = errno;
-    if (map.control) lorasynci_shm_ring(map.control);
+    if (map.control) lorasynci_shm_ring(&map);
     lorasynci_shm_disown(&own);
     lorasynci_shm_detach(&map);
     return reason ? lorasynci_shm_fail(err, "remove", path, reason) : LORASYNC_OK;
@@ -20865,7 +20902,7 @@ LORASYNCI_FN int lorasynci_shm_retire(lorasynci_shm *s, int slot)
         !lorasynci_shm_find_payload(s, slot))
         return 1;
     if (!__atomic_exchange_n(&s->map.control->slots[slot].retired, (uint64_t)1, __ATOMIC_SEQ_CST))
-        lorasynci_shm_ring(s->map.control);
+        lorasynci_shm_ring(&s->map);
     return !lorasynci_shm_is_open(s, slot);
 }
 
@@ -21019,7 +21056,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_commit(void *user, const char *adapte
     }
     lorasynci_shm_name(s, i, p->staged);
     p->staged = -1;
-    lorasynci_shm_ring(s->map.control);
+    lorasynci_shm_ring(&s->map);
     return LORASYNC_OK;
 }
 
@@ -21267,7 +21304,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_withdraw(void *user, const char *adap
     if (!lorasynci_shm_is_withdrawn(s->map.control->adapters[i].word)) {
         s->places[i].last = lorasynci_shm_slot_of(s->map.control->adapters[i].word);
         lorasynci_shm_name(s, i, -1);
-        lorasynci_shm_ring(s->map.control);
+        lorasynci_shm_ring(&s->map);
     }
     lorasynci_shm_bury(s);
     if (!c || !c->session) lorasynci_shm_take_back(s, adapter, 0); /* else what is lent or was published is its own */
@@ -21357,7 +21394,8 @@ LORASYNC_API lorasync_status lorasync_shm_open(const lorasync_shm_desc *desc, lo
         return status;
     }
     lorasynci_shm_inherit(s);
-    lorasynci_shm_ring(s->map.control); /* the publisher before may have been killed before it did */
+    lorasynci_shm_ring(&s->map);  /* the publisher before may have been killed before it did */
+    lorasynci_shm_touch(&s->map); /* engines may wait for a control */
     memset(out, 0, sizeof *out);
     out->size     = sizeof *out;
     out->name     = s->name;
@@ -21757,8 +21795,13 @@ typedef struct lorasynci_shm_source {
     int                  place; /* of the adapter that was handed over last, */
     uint64_t             word;  /* and its word; 0: nothing was handed over from this view */
     uint64_t             num_views;
-    int                  next;                         /* place in the control, of the look that goes on */
-    uint32_t             heard;                        /* the bell, when that look began */
+    int                  next;     /* place in the control, of the look that goes on */
+    uint32_t             heard;    /* the bell, when that look began */
+    int                  notify;   /* a descriptor that tells when to look; -1: none */
+    int                  is_asked; /* 1: others wait on it, too */
+    int                  is_deaf;  /* 1: the system has none */
+    int                  watch;    /* of the control, or of the folder where it will be; -1: none */
+    uint64_t             watched;  /* num_views of the control that is watched; 0: it is the folder */
     uint64_t             told[LORASYNCI_SHM_ADAPTERS]; /* the adapters' words, as looks have told them */
     lorasynci_mapped    *mapped;                       /* slots that are mapped */
     lorasynci_import    *imports;                      /* device memory that is open */
@@ -21833,10 +21876,68 @@ LORASYNCI_FN lorasync_status lorasynci_shm_tell(lorasynci_shm_source *s, int onl
     return LORASYNC_NOTHING_NEW;
 }
 
+/* -- looking, and being woken */
+
+/* What is told matters only as a reason to look. */
+LORASYNCI_FN void lorasynci_shm_ignore(void *user, const lorasynci_change *change) { (void)user, (void)change; }
+
+/* Has the descriptor watch the control or, while there is none, the folder. */
+LORASYNCI_FN void lorasynci_shm_watch(lorasynci_shm_source *s)
+{
+    const uint64_t now = s->view ? s->num_views : 0;
+    char           path[40];
+    if (s->notify < 0 || (s->watch >= 0 && s->watched == now)) return;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", s->view ? s->view->map.fd : -1); /* not by name: this very one */
+    lorasynci_notify_forget(s->notify, s->watch);
+    s->watch   = lorasynci_notify_watch(s->notify, s->view ? path : "/dev/shm", LORASYNCI_WATCH_TOUCHED);
+    s->watched = now;
+    s->is_deaf = s->watch < 0;
+}
+
+/* Ends a descriptor that is not needed, or does not hear everything. */
+LORASYNCI_FN void lorasynci_shm_stop_watching(lorasynci_shm_source *s)
+{
+    if (s->notify >= 0) close(s->notify);
+    s->notify = s->watch = -1;
+}
+
+/* The descriptor, opened if need be; or -1. */
+LORASYNCI_FN int lorasynci_shm_notify(lorasynci_shm_source *s)
+{
+    if (s->notify < 0 && !s->is_deaf) {
+        s->notify  = lorasynci_notify_open();
+        s->is_deaf = s->notify < 0;
+        lorasynci_shm_watch(s);
+    }
+    if (s->is_deaf) lorasynci_shm_stop_watching(s);
+    return s->notify;
+}
+
+LORASYNCI_FN int lorasynci_shm_fd(void *user)
+{
+    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    s->is_asked             = 1;
+    return lorasynci_shm_notify(s);
+}
+
+/* Finds the control, and watches first where it may come. */
+LORASYNCI_FN lorasync_status lorasynci_shm_find_watched(lorasynci_shm_source *s, lorasync_error *err)
+{
+    lorasync_status found;
+    if (s->notify >= 0) lorasynci_notify_read(s->notify, lorasynci_shm_ignore, s);
+    found = lorasynci_shm_find_control(s, err);
+    if (s->view && !s->is_asked) lorasynci_shm_stop_watching(s);
+    if (found < 0 || s->notify < 0) return found;
+    lorasynci_shm_watch(s);
+    return s->view ? found : lorasynci_shm_find_control(s, err);
+}
+
 /* A look begins by giving back what the publisher wants and nobody uses. */
 LORASYNCI_FN void lorasynci_shm_begin_look(lorasynci_shm_source *s)
 {
-    if (s->view) s->heard = __atomic_load_n(&s->view->map.control->bell, __ATOMIC_SEQ_CST);
+    uint32_t *bell = s->view ? &s->view->map.control->bell : NULL;
+    if (bell && s->notify >= 0) __atomic_fetch_or(bell, (uint32_t)2, __ATOMIC_SEQ_CST);
+    if (bell) s->heard = __atomic_load_n(bell, __ATOMIC_SEQ_CST);
     lorasynci_imports_sweep(s->gpu, &s->imports, s->view);
     lorasynci_mapped_sweep(&s->mapped, s->view);
     s->next = 0;
@@ -21848,7 +21949,7 @@ LORASYNCI_FN lorasync_status lorasynci_shm_look_for(void *user, size_t index, lo
 {
     lorasynci_shm_source *s = (lorasynci_shm_source *)user;
     if (index == 0) {
-        lorasync_status found = lorasynci_shm_find_control(s, err);
+        lorasync_status found = lorasynci_shm_find_watched(s, err);
         lorasynci_shm_begin_look(s);
         if (found != LORASYNC_OK) return found;
     }
@@ -21863,7 +21964,8 @@ LORASYNCI_FN lorasync_status lorasynci_shm_changed(void *user, size_t index, lor
     (void)err;
     if (!s->view || !lorasynci_shm_is_ours(s->view) || lorasynci_shm_is_removed(&s->view->map)) return LORASYNC_OK;
     if (index == 0) {
-        if (((__atomic_load_n(&s->view->map.control->bell, __ATOMIC_SEQ_CST) ^ s->heard) & ~(uint32_t)1) == 0)
+        if (s->notify >= 0) lorasynci_notify_read(s->notify, lorasynci_shm_ignore, s);
+        if (!lorasynci_shm_is_rung(__atomic_load_n(&s->view->map.control->bell, __ATOMIC_SEQ_CST), s->heard))
             return LORASYNC_NOTHING_NEW;
         lorasynci_shm_begin_look(s);
     }
@@ -21886,12 +21988,15 @@ LORASYNCI_FN lorasynci_found lorasynci_shm_survey(const void *user, lorasynci_si
     return LORASYNCI_ABSENT;
 }
 
-/* Until the bell rings; while there is no control, until it is time to look whether there is one. */
+/* Until the bell rings; while there is no control, until there is one. */
 LORASYNCI_FN void lorasynci_shm_wait(void *user, int timeout_ms)
 {
-    lorasynci_shm_source *s = (lorasynci_shm_source *)user;
+    lorasynci_shm_source *s       = (lorasynci_shm_source *)user;
+    const int             watches = s->notify >= 0; /* otherwise it may have come before */
     if (s->view) lorasynci_shm_sleep(s->view->map.control, s->heard, timeout_ms);
-    else lorasynci_sleep_ns(timeout_ms < 5 ? (uint64_t)timeout_ms * 1000000u : 5000000u);
+    else if (lorasynci_shm_notify(s) < 0)
+        lorasynci_sleep_ns(timeout_ms < 5 ? (uint64_t)timeout_ms * 1000000u : 5000000u);
+    else if (watches) lorasynci_wait_readable(s->notify, timeout_ms);
 }
 
 /* Finds the payload of a mapped slot: behind the header, or in device memory. */
@@ -22021,6 +22126,7 @@ LORASYNCI_FN void lorasynci_shm_source_close(void *user)
 {
     lorasynci_shm_source *s = (lorasynci_shm_source *)user;
     lorasync_allocator    a = s->a;
+    lorasynci_shm_stop_watching(s);
     lorasynci_imports_sweep(s->gpu, &s->imports, NULL);
     lorasynci_mapped_sweep(&s->mapped, NULL);
     lorasynci_shm_view_drop(s->view);
@@ -22036,15 +22142,17 @@ LORASYNCI_FN lorasync_status lorasynci_shm_source_open(const char *name, const l
     LORASYNCI_TRY(lorasynci_shm_check_name(name, err));
     s = (lorasynci_shm_source *)lorasynci_alloc_array(a, 1, sizeof *s);
     if (!s) return lorasynci_fail_memory(err, sizeof *s);
-    s->a   = *a;
-    s->gpu = gpu;
-    s->who = who;
+    s->a      = *a;
+    s->gpu    = gpu;
+    s->who    = who;
+    s->notify = s->watch = -1;
     strcpy(s->name, name);
     snprintf(s->title, sizeof s->title, "shared memory '%s'", name);
     out->name        = s->title;
     out->user        = s;
     out->look        = lorasynci_shm_look_for;
     out->changed     = lorasynci_shm_changed;
+    out->fd          = lorasynci_shm_fd;
     out->wait        = lorasynci_shm_wait;
     out->open        = lorasynci_shm_open_version;
     out->close       = lorasynci_shm_source_close;
@@ -23076,6 +23184,15 @@ enum {
     LORASYNCI_ENGINE_NAMES = 1024 /* a power of two */
 };
 
+/* What lorasync_engine_fd gives (Linux's epoll):
+
+       fd <- each source's descriptor | timer: when to look at everything, or for what readers have released */
+typedef struct lorasynci_waker {
+    long pid; /* of the process whose these are; 0: there are none */
+    int  fd, timer;
+    int  is_refused; /* 1: not all sources have a descriptor */
+} lorasynci_waker;
+
 /* Where an engine looks. */
 typedef struct lorasynci_place {
     lorasync_source source;         /* look NULL: offers only */
@@ -23101,6 +23218,7 @@ struct lorasync_engine {
     lorasynci_served  *names[LORASYNCI_ENGINE_NAMES]; /* atomic */
     lorasynci_served  *first_changed, *last_changed;  /* see next_changed */
     int                keeps_old;                     /* 1: versions may be held that are not served any more */
+    lorasynci_waker    waker;
 };
 
 /* The chain of the adapters whose names have this one's hash. */
@@ -24533,6 +24651,106 @@ LORASYNCI_FN lorasync_status lorasynci_poll_place(lorasync_engine *e, lorasync_e
     return status;
 }
 
+/* -- waiting, and a descriptor for hosts that wait themselves */
+
+/* A source's descriptor, or -1. */
+LORASYNCI_FN int lorasynci_source_fd(const lorasync_source *s) { return s->fd ? s->fd(s->user) : -1; }
+
+/* Closes what is this process's. What a fork has belongs to its parent's, too, and is only let go. */
+LORASYNCI_FN void lorasynci_waker_close(lorasynci_waker *w)
+{
+    if (w->pid && w->fd >= 0) close(w->fd);
+    if (w->pid && w->timer >= 0) close(w->timer);
+    memset(w, 0, sizeof *w);
+}
+
+/* Sets when it becomes readable by itself: with the next look that a poll makes at everything, and soon where readers
+   may release versions or a source has come to tell nothing. 0 for a time: at once. */
+LORASYNCI_FN void lorasynci_waker_set(const lorasync_engine *e, int at_once)
+{
+#ifdef __linux__
+    const uint64_t    now = lorasynci_now_ns(), soon = now + 5000000;
+    uint64_t          next = now + UINT64_C(1000000000) * 10;
+    struct itimerspec t;
+    size_t            i;
+    if (!e->waker.pid || e->waker.pid != (long)getpid()) return;
+    for (i = 0; i < e->num_places; i++) {
+        const lorasynci_place *p = &e->places[i];
+        uint64_t at = p->look_at_all_ns ? p->look_at_all_ns : now + UINT64_C(1000000000); /* a poll has failed */
+        if (lorasynci_source_fd(&p->source) < 0) at = soon;
+        if (at < next) next = at;
+    }
+    if (e->keeps_old && soon < next) next = soon;
+    if (at_once) next = 1;
+    memset(&t, 0, sizeof t);
+    t.it_value.tv_sec  = (time_t)(next / 1000000000u);
+    t.it_value.tv_nsec = (long)(next % 1000000000u);
+    timerfd_settime(e->waker.timer, TFD_TIMER_ABSTIME, &t, NULL);
+#else
+    (void)e, (void)at_once;
+#endif
+}
+
+/* The descriptor, made if need be; or -1 with errno. */
+LORASYNCI_FN int lorasynci_waker_open(lorasync_engine *e)
+{
+#ifdef __linux__
+    struct epoll_event event;
+    size_t             i;
+    int                failed = 0;
+    if (e->waker.pid == (long)getpid()) return e->waker.fd;
+    lorasynci_waker_close(&e->waker);
+    e->waker.pid   = (long)getpid();
+    e->waker.fd    = epoll_create1(EPOLL_CLOEXEC);
+    e->waker.timer = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+    memset(&event, 0, sizeof event);
+    event.events = EPOLLIN;
+    if (e->waker.fd < 0 || e->waker.timer < 0) failed = errno;
+    if (!failed && epoll_ctl(e->waker.fd, EPOLL_CTL_ADD, e->waker.timer, &event) != 0) failed = errno;
+    for (i = 0; i < e->num_places && !failed; i++) {
+        const int fd = lorasynci_source_fd(&e->places[i].source);
+        if (fd < 0) failed = ENOTSUP;
+        else if (epoll_ctl(e->waker.fd, EPOLL_CTL_ADD, fd, &event) != 0) failed = errno;
+    }
+    lorasynci_waker_set(e, 1);
+    if (!failed) return e->waker.fd;
+    lorasynci_waker_close(&e->waker);
+    errno = failed;
+    return -1;
+#else
+    errno = ENOTSUP;
+    return e->num_places == 1 ? lorasynci_source_fd(&e->places[0].source) : -1;
+#endif
+}
+
+LORASYNC_API int lorasync_engine_fd(lorasync_engine *engine, lorasync_error *err)
+{
+    int fd;
+    LORASYNCI_GIVEN(engine);
+    if (!engine->places[0].source.look)
+        return lorasynci_fail(err, LORASYNC_E_STATE,
+                              "this engine was opened with offers_only: there is nothing to wait for");
+    fd = lorasynci_waker_open(engine);
+    if (fd >= 0) return fd;
+    if (errno == ENOTSUP)
+        return lorasynci_fail(err, LORASYNC_E_UNSUPPORTED,
+                              "%.160s: the system does not tell of what is published here; call lorasync_engine_poll "
+                              "every few milliseconds, or with a timeout in a thread of its own",
+                              engine->places[0].source.name);
+    return lorasynci_fail(err, LORASYNC_E_IO, "cannot make a descriptor: %s", strerror(errno));
+}
+
+/* What to sleep on: that of the only source, or one for all; -1: none. */
+LORASYNCI_FN int lorasynci_rest_fd(lorasync_engine *e)
+{
+    int fd;
+    if (e->num_places == 1) return lorasynci_source_fd(&e->places[0].source);
+    if (e->waker.is_refused) return -1;
+    fd                  = lorasynci_waker_open(e);
+    e->waker.is_refused = fd < 0;
+    return fd;
+}
+
 /* The same for all places. Of all failures the first is returned. */
 LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_error *err)
 {
@@ -24547,11 +24765,9 @@ LORASYNCI_FN lorasync_status lorasynci_poll_once(lorasync_engine *e, lorasync_er
         if (status >= 0 && one < 0 && err) *err = why;
         if (status >= 0 && one != LORASYNC_NOTHING_NEW) status = one;
     }
+    lorasynci_waker_set(e, 0);
     return status;
 }
-
-/* A source's descriptor, or -1. */
-LORASYNCI_FN int lorasynci_source_fd(const lorasync_source *s) { return s->fd ? s->fd(s->user) : -1; }
 
 /* Waits for something new, at most until the deadline; *rest_ns is the pause of a source that cannot wait. Nobody tells
    of versions that readers have released, and these go back soon. */
@@ -24559,7 +24775,7 @@ LORASYNCI_FN void lorasynci_engine_rest(lorasync_engine *e, uint64_t now_ns, uin
 {
     const uint64_t         most   = e->keeps_old ? 5000000 : 1000000000;
     const lorasync_source *single = e->num_places == 1 ? &e->places[0].source : NULL;
-    const int              fd     = single && !single->wait ? lorasynci_source_fd(single) : -1;
+    const int              fd     = single && single->wait ? -1 : lorasynci_rest_fd(e);
     uint64_t               left   = deadline_ns - now_ns;
     int                    most_ms;
     size_t                 i;
@@ -24634,7 +24850,8 @@ LORASYNCI_FN void lorasynci_note_empty(lorasync_engine *e, lorasync_error *err)
         if (now - p->first_poll_ns < LORASYNCI_EMPTY_NS || now < p->say_empty_ns) continue;
         p->say_empty_ns = now + LORASYNCI_SAID_NS;
         lorasynci_say_empty(e, p, err);
-        return; /* the next one at the next poll */
+        lorasynci_waker_set(e, 1); /* it may have taken a change from the next poll */
+        return;                    /* the next one at the next poll */
     }
 }
 
@@ -24930,6 +25147,7 @@ LORASYNC_API void lorasync_engine_close(lorasync_engine *engine)
         engine->first       = s->next;
         lorasynci_served_free(engine, s);
     }
+    lorasynci_waker_close(&engine->waker);
     lorasynci_checkers_close(engine->gpu, engine->checkers);
     for (i = 0; i < engine->num_places; i++)
         if (engine->places[i].source.close) engine->places[i].source.close(engine->places[i].source.user);

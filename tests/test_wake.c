@@ -287,7 +287,7 @@ static void commit_silently(void *user)
     lorasync_image_stamp(image, 2, lorasync_image_digest(image, NULL));
     CHECK_EQ(t->stage(t->user, image, NULL), 0);
     lorasynci_shm_name(shm, 0, shm->places[0].staged);
-    CHECK_EQ(bell | 1, c->bell | 1);
+    CHECK_EQ(bell >> 2, c->bell >> 2);
     drop_image(image);
 }
 
@@ -401,6 +401,7 @@ typedef struct catalogue {
     lorasync_image *image;
     char           *bytes;
     long            looks, told, opened;
+    int             fd;
 } catalogue;
 
 static lorasync_status tell_next(catalogue *c, int only_changed, size_t index, lorasync_published *out)
@@ -449,6 +450,8 @@ static lorasync_status catalogue_open(void *user, const lorasync_published *what
     return LORASYNC_OK;
 }
 
+static int catalogue_fd(void *user) { return ((catalogue *)user)->fd; }
+
 /* An image that names neither adapter nor version. */
 static void make_catalogue(catalogue *c)
 {
@@ -458,6 +461,7 @@ static void make_catalogue(catalogue *c)
     c->bytes = (char *)calloc(1, c->image->header_bytes + c->image->payload_bytes);
     memcpy(c->bytes, c->image->header, c->image->header_bytes);
     for (i = 0; i < MANY; i++) c->versions[i] = 1;
+    c->fd = -1;
 }
 
 static lorasync_engine *open_catalogue(catalogue *c)
@@ -472,6 +476,7 @@ static lorasync_engine *open_catalogue(catalogue *c)
     s.look         = catalogue_look;
     s.open         = catalogue_open;
     s.changed      = catalogue_changed;
+    s.fd           = catalogue_fd;
     desc.source    = &s;
     desc.no_verify = 1;
     CHECK_EQ(lorasync_engine_open(&desc, &e, NULL), 0);
@@ -868,6 +873,206 @@ static void test_fork_takes_nothing_away(void)
     drop_place();
 }
 
+/* -- a descriptor for hosts that wait themselves */
+
+static int is_readable(int fd, int timeout_ms)
+{
+    struct pollfd p;
+    p.fd      = fd;
+    p.events  = POLLIN;
+    p.revents = 0;
+    return poll(&p, 1, timeout_ms) > 0;
+}
+
+/* Polls until it is not readable any more: not because of what a poll does once a second, or for what readers hold. */
+static void quieten(lorasync_engine *e, int fd)
+{
+    int turns = 0;
+    do {
+        CHECK(lorasync_engine_poll(e, 0, NULL) >= 0);
+        e->places[0].look_at_all_ns = lorasynci_now_ns() + UINT64_C(3600000000000);
+        lorasynci_waker_set(e, 0);
+    } while (is_readable(fd, 0) && ++turns < 10);
+    CHECK(turns < 10);
+    CHECK_EQ(lorasync_engine_fd(e, NULL), fd);
+}
+
+static void check_fd(lorasync_engine *e, void (*act)(void *user), next_version *next)
+{
+    lorasync_error err;
+    int            fd, i;
+    err.text[0] = 0;
+    fd          = lorasync_engine_fd(e, &err);
+    CHECK_TEXT(err.text, "");
+    CHECK(fd >= 0);
+    CHECK(is_readable(fd, 0)); /* at first: something may have come before */
+    for (i = 0; i < 3; i++) {
+        quieten(e, fd);
+        CHECK(!is_readable(fd, 30));
+        act(next);
+        CHECK(is_readable(fd, test_ms(500)));
+        CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+        CHECK_EQ(version_of(e, next->adapter), next->version - 1);
+    }
+    quieten(e, fd);
+}
+
+static void test_fd_of_shared_memory(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    next_version       next;
+    int                fd, control;
+    char               path[120];
+    fresh_name();
+    e  = open_shm_engine(name, "policy", 0, 0); /* there is nothing yet */
+    fd = lorasync_engine_fd(e, NULL);
+    REQUIRE(fd >= 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    e->places[0].look_at_all_ns = lorasynci_now_ns() + UINT64_C(3600000000000);
+    lorasynci_waker_set(e, 0);
+    snprintf(path, sizeof path, "/lorasync-%s", name);
+    control = shm_open(path, O_RDWR | O_CREAT, 0600); /* that is being made: only its last step is missing */
+    CHECK(control >= 0 && ftruncate(control, sizeof(lorasynci_shm_control)) == 0);
+    quieten(e, fd);
+    t = open_transport();
+    CHECK(is_readable(fd, test_ms(500)));
+    quieten(e, fd);
+    CHECK_EQ(fchmod(control, 0600), 0);
+    CHECK(is_readable(fd, test_ms(500))); /* the control's own attributes, and nobody else's: */
+    quieten(e, fd);
+    close(control);
+    strcat(path, "-other");
+    control = shm_open(path, O_RDWR | O_CREAT, 0600);
+    CHECK_EQ(fchmod(control, 0600), 0);
+    CHECK(!is_readable(fd, 30));
+    close(control);
+    shm_unlink(path);
+    lorasync_engine_close(e);
+    e            = open_shm_engine(name, "policy", 0, 0);
+    next.t       = &t;
+    next.adapter = "policy";
+    next.version = 1;
+    check_fd(e, publish_next, &next);
+    t.close(t.user);
+    quieten(e, lorasync_engine_fd(e, NULL));
+    drop_name(); /* removed, and made again */
+    CHECK(is_readable(lorasync_engine_fd(e, NULL), test_ms(500)));
+    quieten(e, lorasync_engine_fd(e, NULL));
+    t = open_transport();
+    CHECK(is_readable(lorasync_engine_fd(e, NULL), test_ms(500)));
+    quieten(e, lorasync_engine_fd(e, NULL));
+    publish_next(&next);
+    CHECK(is_readable(lorasync_engine_fd(e, NULL), test_ms(500)));
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    lorasync_engine_close(e);
+    t.close(t.user);
+    drop_name();
+}
+
+static void test_fd_of_a_directory(void)
+{
+    lorasync_transport t;
+    lorasync_engine   *e;
+    lorasync_error     err;
+    next_version       next;
+    fresh_place();
+    SKIP_WITHOUT_WATCHES();
+    t            = open_directory(place);
+    e            = open_engine_on(place, NULL);
+    next.t       = &t;
+    next.adapter = "policy";
+    next.version = 1;
+    check_fd(e, publish_next, &next);
+    far_away = 1; /* it was local when the descriptor was given: then it is readable as often as others look */
+    run_shell("mkdir '%s'", below("other"));
+    CHECK(lorasync_engine_poll(e, 0, NULL) >= 0);
+    CHECK(vigil_of(e)->is_blind);
+    CHECK(is_readable(lorasync_engine_fd(e, NULL), test_ms(200)));
+    lorasync_engine_close(e);
+    e = open_engine_on(place, NULL);
+    CHECK_EQ(lorasync_engine_fd(e, &err), LORASYNC_E_UNSUPPORTED);
+    CHECK_HAS(err.text, place);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    far_away = 0;
+    lorasync_engine_close(e);
+    t.close(t.user);
+    drop_place();
+}
+
+/* Readable by itself: in time for the look at everything, and soon while readers hold what is not served any more. */
+static void test_fd_by_time(void)
+{
+    lorasync_transport      t;
+    lorasync_engine        *e;
+    const lorasync_adapter *a;
+    int                     fd;
+    fresh_name();
+    t = open_transport();
+    publish(&t, "policy", 1);
+    e  = open_shm_engine(name, "policy", 0, 0);
+    fd = lorasync_engine_fd(e, NULL);
+    REQUIRE(fd >= 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    quieten(e, fd);
+    a = lorasync_acquire(e, "policy");
+    publish(&t, "policy", 2);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), LORASYNC_NOTHING_NEW);
+    CHECK(is_readable(fd, test_ms(200)));
+    lorasync_release(a);
+    quieten(e, fd);
+    CHECK(!is_readable(fd, 30));
+    e->places[0].look_at_all_ns = lorasynci_now_ns() + 20000000;
+    lorasynci_waker_set(e, 0);
+    CHECK(is_readable(fd, test_ms(500)));
+    lorasync_engine_close(e);
+    t.close(t.user);
+    drop_name();
+}
+
+/* A source of one's own; several places; and what has none. */
+static void test_fd_of_sources(void)
+{
+    catalogue           *c = (catalogue *)malloc(sizeof *c);
+    lorasync_engine_desc desc;
+    lorasync_engine     *e;
+    lorasync_error       err;
+    waiter               w;
+    int                  ends[2], fd;
+    memset(&desc, 0, sizeof desc);
+    desc.offers_only = 1;
+    CHECK_EQ(lorasync_engine_open(&desc, &e, NULL), 0);
+    CHECK_EQ(lorasync_engine_fd(e, &err), LORASYNC_E_STATE);
+    CHECK_EQ(lorasync_engine_fd(NULL, &err), LORASYNC_E_ARGUMENT);
+    lorasync_engine_close(e);
+    REQUIRE(pipe(ends) == 0);
+    make_catalogue(c);
+    c->fd = -1;
+    e     = open_catalogue(c);
+    CHECK_EQ(lorasync_engine_fd(e, &err), LORASYNC_E_UNSUPPORTED);
+    lorasync_engine_close(e);
+    c->fd = ends[0];
+    e     = open_catalogue(c);
+    fd    = lorasync_engine_fd(e, &err);
+    CHECK(fd >= 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, NULL), 0);
+    c->versions[3] = 2;
+    c->changed[3]  = 1;
+    start_waiter(&w, e, test_ms(20000)); /* which sleeps on it, too */
+    nap_ms(20);
+    CHECK_EQ(write(ends[1], "x", 1), 1);
+    CHECK(is_readable(fd, test_ms(500)));
+    end_waiter(&w);
+    CHECK_EQ(w.status, 0);
+    CHECK_EQ(version_of(e, "a3"), 2);
+    lorasync_engine_close(e);
+    close(ends[0]), close(ends[1]);
+    lorasync_image_free(c->image);
+    free(c->bytes);
+    free(c);
+}
+
 int main(void)
 {
     RUN(test_commit_wakes);
@@ -886,6 +1091,10 @@ int main(void)
     RUN(test_directory_of_many);
     RUN(test_what_cannot_be_told);
     RUN(test_fork_takes_nothing_away);
+    RUN(test_fd_of_shared_memory);
+    RUN(test_fd_of_a_directory);
+    RUN(test_fd_by_time);
+    RUN(test_fd_of_sources);
     drop_name();
     drop_place();
     return test_summary("test_wake");
