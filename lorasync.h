@@ -93,10 +93,11 @@
                        metadata; parsing; laying out; digest; verifying and comparing; deltas; applying a delta
        >>plan       catalogues, coverage, owners, routes, copy operations
                     -- catalogue; parts; describing pieces; operations; the plan; the planner; merging names; regions;
-                       coverage; routing; routes; gather, reshard and scatter; the image of a gather, and how it is
-                       shared; the talk between the ranks and the planner; the planner at work; from routes to
-                       operations; making operations; links; reading the planner's answer; creating; collecting; memory
-                       of other ranks on GPUs; what the planner tells all; memory of a plan; a new plan
+                       coverage; routing; routes; gather, reshard and scatter; replicas that are compared; scattering;
+                       the image of a gather, and how it is shared; the talk between the ranks and the planner; the
+                       planner at work; from routes to operations; making operations; links; reading the planner's
+                       answer; creating; collecting; memory of other ranks on GPUs; what the planner tells all; memory
+                       of a plan; a new plan
        >>move       the copy engine; pack, exchange, place; direct placement; the same on the GPU
                     -- a run; replicas; memory of the caller that is gone; beginning, voting and ending a run; copying
                        on the host; what several ways share; host messages; what the direct ways share; host direct; on
@@ -1120,8 +1121,10 @@ typedef struct lorasync_plan_desc {
     const lorasync_cuda      *cuda; /* NULL: pieces in host memory. Otherwise in device memory, on all ranks. Copied */
     int                       timeout_ms; /* deadline of each collective step; 0: 60000 */
     const lorasync_allocator *allocator;
-    /* Replicas are compared at the first run, and then every this many runs, in what they would be read as: 0: 64; less
-       than 0: never. Those that differ fail the run; the error names the tensor and two ranks. Equal on all ranks */
+    /* Replicas are compared at the first run, and then every this many runs, in what they would be read as. Less than
+       0: never. 0: 64, or more where each rank holds so much of the others' that comparing would cost over 2 % of a run
+       (with all on 8 ranks, about 280). Those that differ fail the run; the error names the tensor and two ranks. Equal
+       on all ranks */
     int audit_replicas;
 } lorasync_plan_desc;
 
@@ -2414,7 +2417,7 @@ typedef struct lorasync_desc {
     /* 1: modules that should have LoRA may be without it, and LoRA may be on modules of which no rank has a base
        parameter. 0: lorasync_compile names those. */
     int allow_missing;
-    /* As in lorasync_plan_desc, 0: 64. Parts that several ranks hold must be equal as published, or a sync fails that
+    /* As in lorasync_plan_desc. Parts that several ranks hold must be equal as published, or a sync fails that
        compares them; less than 0: never compared, for trainers whose replicas may drift apart. */
     int audit_replicas;
 } lorasync_desc;
@@ -10911,7 +10914,7 @@ struct lorasync_plan {
     uint32_t           *sent_sums; /* catalogue tensors whose sums are sent, in the order of the link */
     size_t              num_sent_sums;
     /* replicas */
-    uint32_t          audit_runs; /* they are compared every so many runs; 0: never */
+    uint64_t          audit_runs; /* they are compared every so many runs; 0: never */
     uint32_t          num_groups; /* of all ranks */
     lorasynci_audit  *audits;     /* this rank's */
     size_t            num_audits;
@@ -11058,7 +11061,7 @@ typedef struct lorasynci_destination {
 
 typedef struct lorasynci_answer {
     uint64_t sends_bytes, receives_bytes, num_destinations, digests_bytes, audits_bytes;
-    uint64_t num_rounds, num_groups;
+    uint64_t num_rounds, num_groups, audit_runs;
 } lorasynci_answer;
 
 /* The size of what a rank will send to the planner; equal catalogues are sent once. */
@@ -11099,13 +11102,14 @@ typedef struct lorasynci_planner {
     /* the same of round 0; each further round may have twice as much, until pair_cap */
     uint64_t          first_cap;
     uint32_t          num_rounds;
-    lorasynci_buffer *sends, *receives;      /* per rank: lorasynci_route ... */
-    lorasynci_buffer *digests;               /* per rank: lorasynci_summand, in the order of the image */
-    lorasynci_buffer *audits;                /* per rank: lorasynci_audit */
-    uint32_t          num_groups, num_slots; /* of replicas that are compared */
-    lorasynci_answer *heads;                 /* per rank */
-    lorasynci_buffer *bodies;                /* per rank: what follows its head */
-    lorasynci_block  *blocks;                /* per rank: the one that it is sent next */
+    lorasynci_buffer *sends, *receives;          /* per rank: lorasynci_route ... */
+    lorasynci_buffer *digests;                   /* per rank: lorasynci_summand, in the order of the image */
+    lorasynci_buffer *audits;                    /* per rank: lorasynci_audit */
+    uint32_t          num_groups, num_slots;     /* of replicas that are compared */
+    uint64_t          num_elements, num_audited; /* of all tensors; of all replicas, on all ranks */
+    lorasynci_answer *heads;                     /* per rank */
+    lorasynci_buffer *bodies;                    /* per rank: what follows its head */
+    lorasynci_block  *blocks;                    /* per rank: the one that it is sent next */
 } lorasynci_planner;
 
 /* -- merging names */
@@ -11779,10 +11783,12 @@ LORASYNCI_FN lorasync_status lorasynci_route_reshard(lorasynci_planner *p, loras
     return LORASYNC_OK;
 }
 
+/* -- replicas that are compared */
+
 /* A group of replicas on more than one rank: each learns what it is in it. The first leads; regions are sorted by
    rank. */
 LORASYNCI_FN lorasync_status lorasynci_note_replicas(lorasynci_planner *p, const lorasynci_region *r, size_t n,
-                                                     lorasync_error *err)
+                                                     uint64_t num_elements, lorasync_error *err)
 {
     lorasynci_audit audit;
     size_t          i;
@@ -11798,6 +11804,7 @@ LORASYNCI_FN lorasync_status lorasynci_note_replicas(lorasynci_planner *p, const
     }
     p->num_groups++;
     p->num_slots += (uint32_t)n - 1;
+    p->num_audited += n * num_elements;
     return LORASYNC_OK;
 }
 
@@ -11806,15 +11813,30 @@ LORASYNCI_FN lorasync_status lorasynci_note_all_replicas(lorasynci_planner *p, l
 {
     size_t *most = &p->plan->stats.max_replicas, t, n;
     for (t = 0; t < p->merged.num; t++) {
+        const int               ndim = lorasynci_record_at(&p->merged, t)->ndim;
         const lorasynci_region *r = p->held.list + p->held.starts[t], *end = p->held.list + p->held.starts[t + 1];
         for (; r < end; r += n) {
-            n = lorasynci_num_replicas(r, end, lorasynci_record_at(&p->merged, t)->ndim);
+            const uint64_t num_elements = (uint64_t)lorasynci_box_numel(r->box + ndim, ndim);
+            n                           = lorasynci_num_replicas(r, end, ndim);
             if (n > *most) *most = n;
-            if (p->desc->audit_replicas >= 0) LORASYNCI_TRY(lorasynci_note_replicas(p, r, n, err));
+            p->num_elements += num_elements;
+            if (p->desc->audit_replicas >= 0) LORASYNCI_TRY(lorasynci_note_replicas(p, r, n, num_elements, err));
         }
     }
     return LORASYNC_OK;
 }
+
+/* Every how many runs replicas are compared; 0: never. By default it costs less than 2 % of what a run costs: a run
+   reads every element once, and comparing all those of all replicas. */
+LORASYNCI_FN uint64_t lorasynci_audit_runs(const lorasynci_planner *p)
+{
+    const uint64_t least = p->num_audited / (p->num_elements / 36 + 1);
+    if (!p->num_groups) return 0;
+    if (p->desc->audit_replicas) return (uint64_t)p->desc->audit_replicas;
+    return least > 64 ? least : 64;
+}
+
+/* -- scattering */
 
 /* A scatter: one tensor of the image to all who want of it. */
 LORASYNCI_FN lorasync_status lorasynci_route_image_tensor(lorasynci_planner *p, size_t t, lorasync_error *err)
@@ -12154,6 +12176,7 @@ LORASYNCI_FN lorasync_status lorasynci_start_answer(lorasynci_planner *p, int ra
         head->digests_bytes += lorasynci_list_bytes(lorasynci_digests_between(p, from, rank));
     head->audits_bytes = p->audits[rank].size;
     head->num_groups   = p->num_groups;
+    head->audit_runs   = lorasynci_audit_runs(p);
     size = (size_t)(head->sends_bytes + head->receives_bytes + head->num_destinations * sizeof(lorasynci_destination) +
                     head->digests_bytes + head->audits_bytes);
     return lorasynci_buffer_reserve(&p->bodies[rank], size) ? LORASYNC_OK : lorasynci_fail_memory(err, size);
@@ -12678,6 +12701,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_answer(lorasynci_making *m, lorasync
     m->image            = m->desc->kind == LORASYNC_SCATTER ? m->desc->image : m->plan->image;
     m->plan->num_rounds = (uint32_t)h->num_rounds;
     m->plan->num_groups = (uint32_t)h->num_groups;
+    m->plan->audit_runs = h->audit_runs;
     if (m->plan->image) m->plan->num_image_tensors = m->plan->image->num_tensors;
     return LORASYNC_OK;
 }
@@ -12725,7 +12749,6 @@ LORASYNCI_FN lorasync_status lorasynci_build_audits(const lorasynci_making *m, l
     if (!lorasynci_buffer_reserve(&plan->audit.list, num * sizeof(lorasynci_op)))
         return lorasynci_fail_memory(err, num * sizeof(lorasynci_op));
     for (i = 0; i < num; i++) LORASYNCI_TRY(lorasynci_build_audit(m, i, err));
-    if (plan->num_groups) plan->audit_runs = m->desc->audit_replicas ? (uint32_t)m->desc->audit_replicas : 64;
     return LORASYNC_OK;
 }
 

@@ -1428,6 +1428,138 @@ static void bench_sync(void)
     list_free(&list);
 }
 
+/* -- audit: what it costs that replicas are compared */
+
+enum {
+    AUDIT_MOST = 8
+};
+
+typedef struct audit_bench {
+    const tensor_list *list;
+    int                is_parallel; /* as Megatron shards; else every rank has all */
+    samples            total[2];    /* not compared; compared in each run */
+    uint64_t           runs;        /* every how many they are compared by default */
+} audit_bench;
+
+typedef struct audit_thread {
+    lorasync_comm comm;
+    audit_bench  *b;
+} audit_thread;
+
+/* Columns: A whole and B by rows; o_proj and down_proj, rows: A by columns and B whole. */
+static lorasync_box audit_box(const audit_thread *t, const lorasync_tensor *tensor)
+{
+    const lorasync_box whole  = lorasync_whole(tensor->shape, 2);
+    const int          is_row = strstr(tensor->name, "o_proj") || strstr(tensor->name, "down_proj");
+    const int          is_a   = strstr(tensor->name, "lora_A") != NULL;
+    if (!t->b->is_parallel || is_row != is_a) return whole;
+    return lorasync_shard(whole, is_row ? 1 : 0, t->comm.rank, t->comm.world);
+}
+
+static lorasync_session *audit_open(const audit_thread *t, int audits, const char *shm, char *data)
+{
+    lorasync_desc     d;
+    lorasync_session *s;
+    lorasync_error    err;
+    size_t            i;
+    memset(&d, 0, sizeof d);
+    d.comm           = &t->comm;
+    d.wire_dtype     = LORASYNC_BF16;
+    d.lora_alpha     = 32;
+    d.audit_replicas = audits;
+    must(lorasync_open(&d, &s, &err), "lorasync_open", &err);
+    for (i = 0; i < t->b->list->num; i++) {
+        lorasync_piece p;
+        memset(&p, 0, sizeof p);
+        p.name  = t->b->list->at[i].name;
+        p.dtype = LORASYNC_F32;
+        p.ndim  = 2;
+        memcpy(p.shape, t->b->list->at[i].shape, sizeof p.shape);
+        p.box  = audit_box(t, &t->b->list->at[i]);
+        p.data = data;
+        data += p.box.len[0] * p.box.len[1] * 4;
+        must(lorasync_add(s, &p, &err), "lorasync_add", &err);
+    }
+    must(lorasync_attach_shm(s, shm, &err), "lorasync_attach_shm", &err);
+    must(lorasync_compile(s, &err), "lorasync_compile", &err);
+    return s;
+}
+
+/* Syncs with and without in turns. All parameters are 0, which costs what others do. */
+static void *audit_rank(void *user)
+{
+    const audit_thread *t = (const audit_thread *)user;
+    lorasync_session   *s[2];
+    lorasync_report     report;
+    lorasync_error      err;
+    char                shm[2][64], *data = (char *)get((size_t)t->b->list->numel * 4);
+    int                 i, k, runs = option.quick ? 5 : 41;
+    memset(data, 0, (size_t)t->b->list->numel * 4);
+    for (k = 0; k < 2; k++) {
+        snprintf(shm[k], sizeof shm[k], "bench-audit-%ld-%d", (long)getpid(), k);
+        s[k] = audit_open(t, k ? 0 : -1, shm[k], data);
+    }
+    if (t->comm.rank == 0) t->b->runs = s[1]->plan->audit_runs;
+    s[1]->plan->audit_runs = 1;
+    for (i = -3; i < runs; i++)
+        for (k = 0; k < 2; k++) {
+            must(lorasync_sync(s[k], (uint64_t)(i + 4), &report, &err), "lorasync_sync", &err);
+            if (i >= 0 && t->comm.rank == 0) sample(&t->b->total[k], 1e-9 * (double)report.total_ns);
+        }
+    for (k = 0; k < 2; k++) {
+        lorasync_close(s[k]);
+        if (t->comm.rank == 0) lorasync_shm_remove(shm[k], NULL);
+    }
+    free(data);
+    return NULL;
+}
+
+static void bench_audit_of(const tensor_list *list, int world, int is_parallel, const char *model_name)
+{
+    audit_bench     b;
+    audit_thread    t[AUDIT_MOST];
+    pthread_t       threads[AUDIT_MOST];
+    lorasync_local *local;
+    lorasync_error  err;
+    char            name[NAME];
+    int             r;
+    double          without, with;
+    memset(&b, 0, sizeof b);
+    b.list        = list;
+    b.is_parallel = is_parallel;
+    must(lorasync_local_open(world, &local, &err), "lorasync_local_open", &err);
+    for (r = 0; r < world; r++) {
+        t[r].b = &b;
+        must(lorasync_local_join(local, r, &t[r].comm, &err), "lorasync_local_join", &err);
+    }
+    for (r = 1; r < world; r++) pthread_create(&threads[r], NULL, audit_rank, &t[r]);
+    audit_rank(&t[0]);
+    for (r = 1; r < world; r++) pthread_join(threads[r], NULL);
+    lorasync_local_close(local);
+    without = median(&b.total[0]);
+    with    = median(&b.total[1]);
+    snprintf(name, sizeof name, "%s, %d ranks, %s", model_name, world, is_parallel ? "tensor-parallel" : "replicated");
+    row_ms("audit", name, &b.total[0], 0, NULL);
+    row_ms("audit", "  and replicas compared", &b.total[1], without, "without");
+    row_number("audit", "  that is, by default, of a sync", 100 * (with - without) / (double)b.runs / without, "%");
+}
+
+static void bench_audit(void)
+{
+    model       m = qwen_06b;
+    tensor_list list;
+    char        name[64];
+    int         world;
+    if (option.quick) m.layers = 4;
+    list = list_make(&m, ".default");
+    snprintf(name, sizeof name, "%s%s", m.name, option.quick ? " (4 layers)" : "");
+    for (world = 2; world <= AUDIT_MOST; world *= 2) {
+        bench_audit_of(&list, world, 1, name);
+        bench_audit_of(&list, world, 0, name);
+    }
+    list_free(&list);
+}
+
 /* -- main */
 
 typedef struct group {
@@ -1445,7 +1577,8 @@ static const group groups[] = {
     {"image", bench_image, "safetensors header of 37,248 tensors: write, read, find; digest"},
     {"shm", bench_shm, "publishing to engines of this host through shared memory, against memcpy"},
     {"names", bench_names, "parsing and filtering 56,115 parameter names"},
-    {"sync", bench_sync, "lorasync_sync between 4 processes, against memcpy and one collective per tensor"}};
+    {"sync", bench_sync, "lorasync_sync between 4 processes, against memcpy and one collective per tensor"},
+    {"audit", bench_audit, "what comparing replicas costs a sync to shared memory, by threads"}};
 
 static int known_group(const char *name)
 {
