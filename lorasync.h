@@ -23862,7 +23862,7 @@ LORASYNCI_FN lorasync_status lorasynci_begin_look(lorasynci_directory_source *s,
 
 /* What is published of one adapter; 0: nothing. What cannot be looked at is told without a version: opening it says
    why. */
-LORASYNCI_FN int lorasynci_look_at(const lorasynci_directory_source *s, const char *adapter, lorasync_published *out)
+LORASYNCI_FN int lorasynci_look_at(lorasynci_directory_source *s, const char *adapter, lorasync_published *out)
 {
     lorasynci_latest latest;
     lorasync_status  status;
@@ -23876,6 +23876,7 @@ LORASYNCI_FN int lorasynci_look_at(const lorasynci_directory_source *s, const ch
     status          = lorasynci_read_latest(fd, s->path, adapter, &latest, NULL);
     out->version    = latest.version;
     out->generation = latest.generation;
+    if (latest.is_copy) s->vigil.is_blind = 1; /* rsync writes inside it, which is not told */
     /* after `latest`: a number that is seen with a version is that of the withdrawal before it, or of a later one */
     out->tenancy   = status >= 0 ? lorasynci_read_withdrawn(fd) : 0;
     out->withdrawn = !latest.name[0] && out->tenancy;

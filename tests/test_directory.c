@@ -1936,6 +1936,7 @@ static void copied_latest(void)
     lorasync_engine   *e;
     lorasync_image    *image = NULL;
     lorasync_error     err;
+    FILE              *f;
     uint64_t           v;
     fresh_root();
     t = open_directory(0, 1);
@@ -1960,13 +1961,27 @@ static void copied_latest(void)
         CHECK_EQ(rename(at("a/latest"), at("a/copy/latest")), 0);
         CHECK_EQ(rename(at("a/copy"), at("copy")), 0);
     }
+    CHECK_EQ(rename(at("copy/latest"), at("a/latest")), 0);
+    CHECK_EQ(publish(&t, "b", 5, &err), 0); /* what rsync does: one file in it after the other, each by a rename */
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    image = make_image("a", 5, 0, 64);
+    f     = fopen(at("copy/next"), "wb");
+    CHECK(f && fwrite(image->header, 1, image->header_bytes, f) == image->header_bytes &&
+          fwrite(image->payload, 1, image->payload_bytes, f) == image->payload_bytes);
+    if (f) fclose(f);
+    drop_image(image);
+    CHECK_EQ(rename(at("copy/next"), at("a/latest/adapter_model.safetensors")), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    CHECK_EQ(served(e, "a"), 5);
+    remove_tree(at("a/latest"));
     CHECK_EQ(rename(at("copy/before"), at("a/latest")), 0);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_VERSION);
-    CHECK_HAS(err.text, "is v3, v4 is served");
+    CHECK_HAS(err.text, "is v3, v5 is served");
     unlink(at("a/latest/adapter_config.json"));
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_E_IO);
     CHECK_HAS(err.text, "a/latest/adapter_config.json");
-    CHECK_EQ(served(e, "a"), 4);
+    CHECK_EQ(served(e, "a"), 5);
     lorasync_engine_close(e);
     t.close(t.user);
 }
