@@ -378,10 +378,11 @@ static void not_seen(void)
 /* Ten times as many names as places are used at once. */
 static void places_are_used_again(void)
 {
-    lorasync_transport t;
-    lorasync_engine   *e;
-    lorasync_error     err;
-    int                i;
+    lorasync_transport      t;
+    lorasync_engine        *e;
+    const lorasync_adapter *held;
+    lorasync_error          err;
+    int                     i;
     fresh_name();
     t = open_shm();
     e = open_shm_engine(name, NULL, 0, 0);
@@ -398,8 +399,18 @@ static void places_are_used_again(void)
     CHECK_EQ(((lorasynci_shm *)t.user)->map.control->num_adapters, 11);
     CHECK_EQ(((lorasynci_shm *)t.user)->map.control->num_slots, 11);
     CHECK_EQ(count_versions(""), 10);
+    held = lorasync_acquire(e, numbered(95));
+    CHECK_EQ(withdraw(&t, numbered(95), NULL, &err), LORASYNC_E_BUSY);
+    for (i = 200; i < 203; i++) CHECK_EQ(publish(&t, numbered(i), 1, &err), 0);
+    CHECK_EQ(((lorasynci_shm *)t.user)->map.control->num_adapters, 13); /* one was vacant, one is still held */
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
+    lorasync_release(held);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(withdraw(&t, numbered(95), NULL, &err), LORASYNC_OK);
+    CHECK_EQ(publish(&t, numbered(95), 1, &err), 0);
+    CHECK_EQ(lorasync_engine_poll(e, 0, &err), 0);
     for (i = 90; i < 100; i++) CHECK_EQ(served(e, numbered(i)), 1);
-    CHECK_EQ(lorasync_engine_list(e, NULL, 0), 100);
+    CHECK_EQ(lorasync_engine_list(e, NULL, 0), 103);
     lorasync_engine_close(e);
     t.close(t.user);
 }
@@ -659,7 +670,7 @@ static void own_source(void)
 {
     lorasync_source      source;
     lorasync_engine_desc desc;
-    lorasync_engine     *e = NULL;
+    lorasync_engine     *e = NULL, *late = NULL;
     lorasync_image      *image[3];
     lorasync_delivery    d;
     lorasync_error       err;
@@ -686,6 +697,11 @@ static void own_source(void)
     CHECK_EQ(lorasync_engine_offer(e, &d, &err), LORASYNC_OK);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
     CHECK_EQ(served(e, "a"), 2);
+    CHECK_EQ(lorasync_engine_open(&desc, &late, &err), 0); /* nor if it is the first that an engine hears */
+    CHECK_EQ(lorasync_engine_offer(late, &d, &err), LORASYNC_OK);
+    CHECK_EQ(lorasync_engine_poll(late, 0, &err), LORASYNC_NOTHING_NEW);
+    CHECK_EQ(served(late, "a"), 2);
+    lorasync_engine_close(late);
     CHECK_EQ(lorasync_engine_drop(e, "a", &err), LORASYNC_OK);
     CHECK_EQ(lorasync_engine_offer(e, &d, &err), LORASYNC_OK); /* the host wants it again */
     CHECK_EQ(served(e, "a"), 2);
@@ -836,6 +852,7 @@ static void session_withdraws(rank_context *c)
         }
         CHECK_EQ(lorasync_withdraw(s, 5000, &w, &err), 0);
         CHECK_EQ(w.num_holders, 0);
+        if (c->rank == 0) CHECK(count_versions("") <= 2); /* what is lent, and what was published last */
         CHECK_EQ(lorasync_republish(s, &err), LORASYNC_E_STATE);
         if (c->rank == 0) CHECK_EQ(lorasync_get_outcomes(s, NULL)[1].version, 0);
     }
@@ -1034,6 +1051,7 @@ static void places(void)
     CHECK_EQ(served(e, "a"), 7);
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
     CHECK_EQ(withdraw(&dir, "a", NULL, &err), LORASYNC_OK); /* an old withdrawal there is none here */
+    e->places[0].look_at_all_ns = 0;
     CHECK_EQ(lorasync_engine_poll(e, 0, &err), LORASYNC_NOTHING_NEW);
     CHECK_EQ(served(e, "a"), 7);
 
