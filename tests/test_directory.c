@@ -2158,7 +2158,7 @@ static void killed_holder(void)
     t.close(t.user);
 }
 
-static void forked_transport(void)
+static void use_in_fork(void)
 {
     lorasync_transport t, u;
     lorasync_error     err;
@@ -2190,6 +2190,14 @@ static void forked_transport(void)
     CHECK(WIFEXITED(result) && WEXITSTATUS(result) == 0);
     CHECK_EQ(latest_version(), 5);
     close(told[0]), close(told[1]), close(go[0]), close(go[1]);
+}
+
+static void forked_transport(void)
+{
+    use_in_fork();
+    no_maps = ENODEV; /* the fork has the lock's descriptor */
+    use_in_fork();
+    no_maps = 0;
 }
 
 /* Without locks the newest has the place, and the one before is told so before it publishes anything. */
