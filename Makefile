@@ -199,10 +199,17 @@ $(BUILD)/gpu_lend: tests/test_lend_cuda.c tests/test_lend.c tests/in_place_cuda.
 	@mkdir -p $(@D)
 	$(COMPILE) -DIN_PLACE_GPU -isystem $(CUDA_HOME)/include -o $@ $< $(CUDA_LIBS) $(LDLIBS)
 
+$(BUILD)/gpu_replicas: tests/test_replicas_cuda.c tests/test_replicas.c tests/test.h tests/ranks.h lorasync.h
+	@mkdir -p $(@D)
+	$(CHECKED) -DREPLICAS_GPU -isystem $(CUDA_HOME)/include $(if $(NCCL_HOME),-isystem $(NCCL_HOME)/include) -o $@ $< \
+	    $(NCCL_LIBS) $(CUDA_LIBS) $(LDLIBS)
+
 test-gpu: ## tests on the GPUs of this machine
 	@if ! [ -e $(CUDA_HOME)/include/cuda_runtime_api.h ]; then echo "skip test-gpu: no CUDA in CUDA_HOME"; else \
-	    $(MAKE) $(BUILD)/gpu_shm $(BUILD)/gpu_in_place $(BUILD)/gpu_lend $(BUILD)/gpu_plan && \
-	    $(BUILD)/gpu_shm && $(BUILD)/gpu_in_place && $(BUILD)/gpu_lend && $(BUILD)/gpu_plan; fi
+	    $(MAKE) $(BUILD)/gpu_shm $(BUILD)/gpu_in_place $(BUILD)/gpu_lend $(BUILD)/gpu_replicas \
+	        $(BUILD)/gpu_plan && \
+	    $(BUILD)/gpu_shm && $(BUILD)/gpu_in_place && $(BUILD)/gpu_lend && $(BUILD)/gpu_replicas && \
+	    $(BUILD)/gpu_plan; fi
 
 # Calls that fail and are handled (NCCL makes some at its start; peer access may be on already) are not errors.
 # initcheck does not see what other processes write into memory that they have opened, so it looks at ranks that are

@@ -1,10 +1,12 @@
 /* Replicas: equal boxes of one rank, pairs read from one rank, replicas compared by digest; and what a report counts by
    digests. Included by test_replicas_cuda.c, which defines REPLICAS_CUDA: parameters are then in device memory, the
-   fake's. */
+   fake's or, with REPLICAS_GPU, that of real GPUs. */
 #define _DEFAULT_SOURCE 1
 #include "lorasync.h"
 #include "test.h"
-#ifdef REPLICAS_CUDA
+#if defined(REPLICAS_GPU)
+#include <cuda_runtime_api.h>
+#elif defined(REPLICAS_CUDA)
 #include "fake_cuda.h"
 #include "fake_nccl.h"
 #endif
@@ -21,7 +23,8 @@ enum {
     SIZE    = ROWS * COLUMNS
 };
 
-static const int worlds[] = {1, 2, 4, 8};
+static const int worlds[]   = {1, 2, 4, 8};
+static size_t    num_worlds = 4;
 
 static const char *const adapter_config =
     "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":8,\"target_modules\":[\"q\"]}";
@@ -95,12 +98,27 @@ static const char *mover_of(int way, lorasync_plan_kind kind)
     return way == WAY_OVER_HOST ? "gpu over host" : "gpu stream";
 }
 
+#ifdef REPLICAS_GPU
+
+static void start_devices(void) {}
+static void end_devices(void) {}
+
+#else
+
 static void start_devices(void)
 {
     fake_cuda_reset();
     fake_nccl_reset();
     fake_cuda.devices = 8;
 }
+
+static void end_devices(void)
+{
+    CHECK_EQ(fake_cuda_left(), 0);
+    CHECK_EQ(fake_nccl.misuses + fake_nccl.mismatches, 0);
+}
+
+#endif
 
 #else
 
@@ -136,6 +154,7 @@ static const char *mover_of(int way, lorasync_plan_kind kind)
 }
 
 static void start_devices(void) {}
+static void end_devices(void) {}
 
 #endif
 
@@ -204,7 +223,7 @@ static void equal_boxes_of_one_rank_have_one_address(void)
 {
     size_t     i;
     twice_case t;
-    for (i = 0; i < 4; i++)
+    for (i = 0; i < num_worlds; i++)
         for (t.kind = 0; t.kind < 5; t.kind++) {
             t.plan = LORASYNC_GATHER;
             run_threads(worlds[i], twice_rank, &t);
@@ -289,7 +308,7 @@ static void pairs_come_from_one_rank_where_they_can(void)
     pair_case                       t;
     size_t                          i, k;
     int                             round, m, h;
-    for (i = 0; i < 4; i++)
+    for (i = 0; i < num_worlds; i++)
         for (k = 0; k < 3; k++)
             for (round = 0; round < 8; round++) {
                 const unsigned all = (1u << worlds[i]) - 1;
@@ -482,15 +501,12 @@ static void for_all_ways(void (*function)(rank_context *), int every)
     t.every = every;
     for (t.way = 0; t.way < NUM_WAYS; t.way++)
         for (k = 0; k < 3; k++)
-            for (i = 0; i < 4; i++) {
+            for (i = 0; i < num_worlds; i++) {
                 t.kind = kinds[k];
                 t.seed = t.seed * 3 + 11;
                 start_devices();
                 run_threads(worlds[i], function, &t);
-#ifdef REPLICAS_CUDA
-                CHECK_EQ(fake_cuda_left(), 0);
-                CHECK_EQ(fake_nccl.misuses + fake_nccl.mismatches, 0);
-#endif
+                end_devices();
             }
 }
 
@@ -585,7 +601,7 @@ static void comparing_sends_no_message(void)
     t.kind  = LORASYNC_GATHER;
     t.every = 2;
     for (t.way = 0; t.way < 2; t.way++)
-        for (i = 0; i < 4; i++) {
+        for (i = 0; i < num_worlds; i++) {
             start_devices();
             run_threads(worlds[i], watched_rank, &t);
         }
@@ -612,7 +628,7 @@ static void by_default_every_64th_run_compares_or_one_in_more(void)
     size_t     i;
     memset(&t, 0, sizeof t);
     t.kind = LORASYNC_GATHER;
-    for (i = 0; i < 4; i++) {
+    for (i = 0; i < num_worlds; i++) {
         start_devices();
         run_threads(worlds[i], default_rank, &t);
     }
@@ -640,7 +656,7 @@ static void replicas_may_hold_what_is_not_finite(void)
     memset(&t, 0, sizeof t);
     t.kind = LORASYNC_GATHER;
     for (t.way = 0; t.way < NUM_WAYS; t.way++)
-        for (i = 0; i < 4; i++) {
+        for (i = 0; i < num_worlds; i++) {
             start_devices();
             run_threads(worlds[i], infinite_rank, &t);
         }
@@ -837,15 +853,13 @@ static void parameters_that_moved_are_read_where_they_are(void)
     memset(&t, 0, sizeof t);
     for (t.way = 0; t.way < NUM_WAYS; t.way++)
         for (t.shm = 0; t.shm < 2; t.shm++)
-            for (i = 0; i < 4; i++) {
+            for (i = 0; i < num_worlds; i++) {
                 t.seed = t.seed * 5 + 1;
                 snprintf(t.name, sizeof t.name, "lorasync-test-replicas-%ld", (long)getpid());
                 start_devices();
                 run_threads(worlds[i], moving_rank_run, &t);
                 if (t.shm) CHECK_EQ(lorasync_shm_remove(t.name, NULL), LORASYNC_OK);
-#ifdef REPLICAS_CUDA
-                CHECK_EQ(fake_cuda_left(), 0);
-#endif
+                end_devices();
             }
 }
 
@@ -911,7 +925,7 @@ static void what_cannot_move_moves_nothing(void)
     size_t      i;
     memset(&t, 0, sizeof t);
     for (t.way = 0; t.way < NUM_WAYS; t.way++)
-        for (i = 0; i < 4; i++) {
+        for (i = 0; i < num_worlds; i++) {
             start_devices();
             run_threads(worlds[i], refused_rank, &t);
         }
@@ -963,7 +977,7 @@ static void memory_that_is_gone_is_not_read(void)
     size_t      i;
     memset(&t, 0, sizeof t);
     for (t.way = 0; t.way < NUM_WAYS; t.way++)
-        for (i = 0; i < 4; i++) {
+        for (i = 0; i < num_worlds; i++) {
             start_devices();
             run_threads(worlds[i], gone_rank, &t);
         }
@@ -1054,7 +1068,7 @@ static void reports_count_what_is_zero_and_what_has_changed(void)
 {
     size_t i;
     int    skip;
-    for (i = 0; i < 4; i++)
+    for (i = 0; i < num_worlds; i++)
         for (skip = 0; skip < 2; skip++) run_threads(worlds[i], counting_rank, &skip);
 }
 
@@ -1063,6 +1077,15 @@ static void reports_count_what_is_zero_and_what_has_changed(void)
 #ifdef REPLICAS_CUDA
 int main(void)
 {
+#ifdef REPLICAS_GPU
+    int num_gpus = 0;
+    if (cudaGetDeviceCount(&num_gpus) != cudaSuccess || !num_gpus) {
+        printf("skip test_replicas_cuda: no GPU here\n");
+        test_skipped++;
+        return test_summary("test_replicas_cuda");
+    }
+    while (worlds[num_worlds - 1] > num_gpus) num_worlds--;
+#endif
     RUN(replicas_that_drift_apart_are_an_error);
     RUN(replicas_are_compared_at_first_and_then_now_and_again);
     RUN(nothing_is_compared_where_that_is_turned_off);

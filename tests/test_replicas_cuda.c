@@ -1,4 +1,4 @@
-/* test_replicas.c in device memory, the fake's. */
+/* test_replicas.c in device memory: the fake's or, with REPLICAS_GPU, that of the GPUs here. */
 #if defined(__has_include)
 #if __has_include(<cuda_runtime_api.h>) && __has_include(<nccl.h>)
 #define HAVE_CUDA 1
