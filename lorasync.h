@@ -22479,7 +22479,7 @@ LORASYNCI_FN lorasync_status lorasynci_open_pair(int at, const char *model, cons
 {
     char            label[400];
     lorasync_status status;
-    snprintf(label, sizeof label, "%s/%.100s", where, model);
+    snprintf(label, sizeof label, "%.200s/%.100s", lorasynci_end_of(where), model);
     memset(out, 0, sizeof *out);
     LORASYNCI_TRY(lorasynci_open_model(at, model, label, a, out, err));
     status = lorasynci_open_config(at, where, a, out, err);
