@@ -24360,7 +24360,7 @@ LORASYNCI_FN lorasync_status lorasynci_bind_arrival(const lorasynci_arrival *r, 
     const size_t         total = r->opened.image->num_tensors;
     const size_t         need  = e->require_bound == LORASYNC_BIND_ALL ? total : e->require_bound;
     lorasync_bind_report report;
-    char                 text[400];
+    char                 text[800];
     *out_num = -1;
     if (!e->binding.modules) return LORASYNC_OK;
     if (lorasynci_is_checked(&r->opened, r->now ? &r->now->held : NULL)) {
@@ -30094,6 +30094,7 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 #undef LORASYNCI_MAX_HEADER
 #undef LORASYNCI_DELTA_NAME
 #undef LORASYNCI_ALL
+#undef LORASYNCI_ALONE
 #undef LORASYNCI_CLOSING_MS
 #undef LORASYNCI_FULL
 #undef LORASYNCI_COVERS
@@ -30103,11 +30104,13 @@ LORASYNCI_FN const char *const *lorasynci_ptx_parts(size_t *num)
 #undef LORASYNCI_BASE_INDEX
 #undef LORASYNCI_BASE_CONFIG
 #undef LORASYNCI_MAX_DIRECTORY
+#undef LORASYNCI_WITHDRAWN
 #undef LORASYNCI_ENGINES
 #undef LORASYNCI_RECEIPTS
 #undef LORASYNCI_POPULATE
 #undef LORASYNCI_MAX_CONFIG
 #undef LORASYNCI_VERSIONS
+#undef LORASYNCI_LEFT
 #ifdef LORASYNCI_ASSERTS_NOTHING
 #undef LORASYNC_ASSERT
 #undef LORASYNCI_ASSERTS_NOTHING
