@@ -20,7 +20,7 @@ BUILD  ?= build
 STD    ?= -std=gnu99
 OPT    ?= -O2
 # Tests spend more time in the compiler than running: -O2 is for .ci/run.
-TEST_OPT ?= -O1
+TEST_OPT ?= -O0
 WARN   ?= -Wall -Wextra
 JOBS   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 LDLIBS ?= -lm -lpthread -lrt
@@ -76,7 +76,7 @@ test-slow: ## the tests that take minutes (tests/slow_*.c)
 
 run: ## some tests: make run TESTS="test_plan test_shm"
 	@$(MAKE) $(PARALLEL) -k programs $(ALSO) || true
-	@LOGS=$(B)/logs JOBS='$(JOBS)' CC='$(CC)' CXX='$(CXX)' sh tests/run.sh $(addprefix $(B)/,$(TESTS)) $(EXTRA)
+	@LOGS=$(B)/logs JOBS='$(JOBS)' CC='$(CC)' CXX='$(CXX)' sh tests/run.sh $(EXTRA) $(addprefix $(B)/,$(TESTS))
 
 programs: $(addprefix $(B)/,$(TESTS))
 	@:

@@ -114,11 +114,11 @@ static int tensor_is_right(const lorasync_adapter *adapter, const char *key, uin
 }
 
 /* What the engine does: takes each new version until it has the last one. It may skip some: the newest is what
-   counts. */
-static int engine(const char *directory, char *verdict, size_t verdict_size)
+   counts. The caller closes *out, also after a failure. */
+static int engine(const char *directory, lorasync_engine **out, char *verdict, size_t verdict_size)
 {
     lorasync_engine_desc    desc;
-    lorasync_engine        *e = NULL;
+    lorasync_engine        *e;
     const lorasync_adapter *adapter;
     lorasync_error          err;
     lorasync_status         status;
@@ -129,7 +129,8 @@ static int engine(const char *directory, char *verdict, size_t verdict_size)
     memset(&desc, 0, sizeof desc);
     desc.directory = directory;
     desc.name      = "engine-0"; /* as its receipts call it */
-    if (lorasync_engine_open(&desc, &e, &err) < 0) return complain("engine", &err);
+    if (lorasync_engine_open(&desc, out, &err) < 0) return complain("engine", &err);
+    e = *out;
     while (right && version < VERSIONS) {
         status = lorasync_engine_poll(e, 10000, &err);
         if (status < 0) return complain("poll", &err);
@@ -144,7 +145,6 @@ static int engine(const char *directory, char *verdict, size_t verdict_size)
                 tensor_is_right(adapter, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight", version);
         lorasync_release(adapter);
     }
-    lorasync_engine_close(e);
     snprintf(verdict, verdict_size, "the engine serves version %d: %d tensors, %s", (int)version, (int)num,
              right ? "every value as trained" : "WRONG VALUES");
     return right ? 0 : 1;
@@ -167,11 +167,12 @@ static void clean_up(const char *directory)
 
 int main(void)
 {
-    char            directory[] = "/tmp/quickstart-XXXXXX", verdict[100] = "";
-    lorasync_local *local = NULL;
-    lorasync_error  err;
-    pid_t           ranks[WORLD];
-    int             rank, status, failed = 0;
+    char             directory[] = "/tmp/quickstart-XXXXXX", verdict[100] = "";
+    lorasync_local  *local = NULL;
+    lorasync_engine *e     = NULL;
+    lorasync_error   err;
+    pid_t            ranks[WORLD];
+    int              rank, status, failed = 0;
 
     if (!mkdtemp(directory)) return perror("mkdtemp"), 1;
     if (lorasync_local_open(WORLD, &local, &err) < 0) return complain("local", &err);
@@ -185,11 +186,12 @@ int main(void)
         if (ranks[rank] < 0) return perror("fork"), 1;
     }
     /* The engine is this process; usually it is another program that knows nothing but the name of the directory. */
-    failed = engine(directory, verdict, sizeof verdict);
+    failed = engine(directory, &e, verdict, sizeof verdict);
     for (rank = 0; rank < WORLD; rank++) {
         waitpid(ranks[rank], &status, 0);
         failed |= status;
     }
+    lorasync_engine_close(e); /* takes its receipt away: not before the trainers have seen it */
     lorasync_local_close(local);
     if (verdict[0]) printf("%s\n", verdict);
     clean_up(directory);

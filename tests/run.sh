@@ -3,7 +3,7 @@
 #
 #     tests/run.sh PROGRAM...      from the repository root; .sh and .py files are given to sh and to $PYTHON
 #
-# JOBS     programs that run at a time (1)
+# JOBS     programs that run at a time (1), and one more, since many mostly wait
 # RUN      words before every program (valgrind ...)
 # TIMEOUT  seconds one program may take (300)
 # LOGS     folder for NAME.log (build/logs)
@@ -91,7 +91,7 @@ for program; do
     name=$(basename "$program")
     rm -f "$LOGS/${name%.*}.sum"
 done
-[ $# -eq 0 ] || printf '%s\n' "$@" | xargs -P "${JOBS:-1}" -n 1 sh "$0" --one
+[ $# -eq 0 ] || printf '%s\n' "$@" | xargs -P $((${JOBS:-1} + 1)) -n 1 sh "$0" --one
 for program; do
     name=$(basename "$program")
     p=0 f=1 s=0
