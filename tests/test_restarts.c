@@ -58,9 +58,9 @@ static void fail(const char *format, ...)
     _exit(1);
 }
 
-static float value_of(unsigned try, size_t i)
+static float value_of(unsigned attempt, size_t i)
 {
-    return i ? (float)(((uint64_t)try * 2654435761u + i * 40503u) >> 8 & 0xffff) : (float)try;
+    return i ? (float)(((uint64_t)attempt * 2654435761u + i * 40503u) >> 8 & 0xffff) : (float)attempt;
 }
 
 /* -- a trainer */
@@ -69,7 +69,7 @@ typedef struct trainer {
     lorasync_transport t;
     lorasync_image    *image;
     float             *payload;
-    unsigned           try;
+    unsigned           attempt;
     uint64_t           version;
     char               config[200];
 } trainer;
@@ -124,11 +124,11 @@ static void take_place(trainer *r)
 static void next_image(trainer *r)
 {
     size_t i;
-    r->try = count(&b->num_tries);
-    if (r->try >= MAX_TRIES) fail("too many tries");
-    for (i = 0; i < r->image->payload_bytes / sizeof(float); i++) r->payload[i] = value_of(r->try, i);
+    r->attempt = count(&b->num_tries);
+    if (r->attempt >= MAX_TRIES) fail("too many tries");
+    for (i = 0; i < r->image->payload_bytes / sizeof(float); i++) r->payload[i] = value_of(r->attempt, i);
     snprintf(r->config, sizeof r->config,
-             "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":%u,\"target_modules\":[\"q_proj\"]}", r->try + 1);
+             "{\"peft_type\":\"LORA\",\"r\":4,\"lora_alpha\":%u,\"target_modules\":[\"q_proj\"]}", r->attempt + 1);
     r->image->config_json = r->config;
     lorasync_image_bind(r->image, r->payload);
 }
@@ -149,11 +149,11 @@ static void publish_once(trainer *r)
         else if (r->image->generation) fail("a new generation is refused: %s", err.text);
         else r->version = served_version();
     }
-    set(&b->after[r->try], get(&b->num_acked));
+    set(&b->after[r->attempt], get(&b->num_acked));
     if (r->t.commit(r->t.user, "policy", ++r->version, &err) < 0) fail("a trainer commits: %s", err.text);
     n           = get(&b->num_acked); /* one publisher: nobody else counts now */
-    b->acked[n] = r->try;
-    set(&b->place[r->try], n + 1);
+    b->acked[n] = r->attempt;
+    set(&b->place[r->attempt], n + 1);
     set(&b->num_acked, n + 1);
 }
 
@@ -182,14 +182,14 @@ static unsigned read_try(const lorasync_adapter *a, const char *when)
 {
     const float *p = (const float *)a->image->payload;
     size_t       i, n = a->image->payload_bytes / sizeof(float);
-    unsigned     try = p[0] >= 0 && p[0] < (float)MAX_TRIES ? (unsigned)p[0] : MAX_TRIES;
-    if (n != 2 * 4 * WIDTH || try >= get(&b->num_tries))
+    unsigned     attempt = p[0] >= 0 && p[0] < (float)MAX_TRIES ? (unsigned)p[0] : MAX_TRIES;
+    if (n != 2 * 4 * WIDTH || attempt >= get(&b->num_tries))
         fail("version %d is no image at all (%s)", (int)a->version, when);
     for (i = 0; i < n; i++)
-        if (p[i] != value_of(try, i)) fail("version %d is mixed (%s)", (int)a->version, when);
-    if (lorasync_config_view(a->config)->lora_alpha != (double)try + 1)
+        if (p[i] != value_of(attempt, i)) fail("version %d is mixed (%s)", (int)a->version, when);
+    if (lorasync_config_view(a->config)->lora_alpha != (double)attempt + 1)
         fail("version %d has another version's config (%s)", (int)a->version, when);
-    return try;
+    return attempt;
 }
 
 /* One look: what is served then is nothing older than what had been acknowledged before it. */
@@ -198,36 +198,36 @@ static const lorasync_adapter *look(lorasync_engine *e, int timeout_ms)
     const unsigned          before = get(&b->num_acked);
     const lorasync_adapter *a;
     lorasync_error          err;
-    unsigned                try, place;
+    unsigned                attempt, place;
     if (lorasync_engine_poll(e, timeout_ms, &err) < 0) fail("an engine: %s", err.text);
     count(&b->num_looks);
     a = lorasync_acquire(e, "policy");
     if (!a && before) fail("nothing is served, after %u versions", before);
     if (!a) return NULL;
-    try   = read_try(a, "served");
-    place = get(&b->place[try]);
-    if (place ? place < before : get(&b->after[try]) < before)
-        fail("try %u is served (place %u, after %u), and %u had been acknowledged", try, place, get(&b->after[try]),
-             before);
+    attempt = read_try(a, "served");
+    place   = get(&b->place[attempt]);
+    if (place ? place < before : get(&b->after[attempt]) < before)
+        fail("try %u is served (place %u, after %u), and %u had been acknowledged", attempt, place,
+             get(&b->after[attempt]), before);
     return a;
 }
 
 static pid_t start_engine(unsigned long long seed)
 {
     lorasync_engine        *e;
-    const lorasync_adapter *pinned = NULL, *a;
-    unsigned                try    = 0;
-    pid_t                   child  = fork();
+    const lorasync_adapter *pinned  = NULL, *a;
+    unsigned                attempt = 0;
+    pid_t                   child   = fork();
     if (child) return child;
     e = open_place();
     while (!get(&b->stop)) {
         a = look(e, (int)(test_random(&seed) % 3));
         if (pinned && test_random(&seed) % 4 == 0) {
-            if (read_try(pinned, "pinned") != try) fail("a pinned version has changed");
+            if (read_try(pinned, "pinned") != attempt) fail("a pinned version has changed");
             lorasync_release(pinned);
             pinned = NULL;
         }
-        if (a && !pinned) pinned = a, try = read_try(a, "pinned");
+        if (a && !pinned) pinned = a, attempt = read_try(a, "pinned");
         else lorasync_release(a);
     }
     lorasync_release(pinned);

@@ -1,5 +1,6 @@
 /* Mistakes that once went without a word: each is an error that says what to do, on every rank, or a fact that is said
    once. */
+#define _DEFAULT_SOURCE 1
 #include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
@@ -718,7 +719,7 @@ static void shared_memory_on_all_ranks(void)
 /* What a failed open leaves can be told from what can be closed. */
 static void failed_opens_leave_zeros(void)
 {
-    static const unsigned char zeros[sizeof(lorasync_transport) + sizeof(lorasync_comm)];
+    static const unsigned char zeros[sizeof(lorasync_transport) + sizeof(lorasync_comm)] = {0};
     lorasync_transport         t;
     lorasync_shm_desc          sd;
     lorasync_directory_desc    dd;
