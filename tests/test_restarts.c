@@ -182,7 +182,7 @@ static unsigned read_try(const lorasync_adapter *a, const char *when)
 {
     const float *p = (const float *)a->image->payload;
     size_t       i, n = a->image->payload_bytes / sizeof(float);
-    unsigned     attempt = p[0] >= 0 && p[0] < (float)MAX_TRIES ? (unsigned)p[0] : MAX_TRIES;
+    unsigned     attempt = p[0] >= 0 && p[0] < (float)MAX_TRIES ? (unsigned)p[0] : (unsigned)MAX_TRIES;
     if (n != 2 * 4 * WIDTH || attempt >= get(&b->num_tries))
         fail("version %d is no image at all (%s)", (int)a->version, when);
     for (i = 0; i < n; i++)
