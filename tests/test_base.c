@@ -1096,22 +1096,29 @@ static void scarce_memory_solo(void)
 
 /* -- a rank dies: an error on all others, in time */
 
+typedef struct death {
+    int who, num_compiled; /* shared; atomic */
+} death;
+
 static void dying_rank(rank_context *c)
 {
+    death             *d = (death *)c->user;
     lorasync_stream   *s = NULL;
     lorasync_error     err;
     keeper             k;
     lorasync_transport t = keep(&k, "keeper");
     lorasync_status    status;
-    int                who = *(int *)c->user;
     uint64_t           start;
     memset(&k, 0, sizeof k);
     status = open_big(&c->comm, NULL, sizeof big_data / 4, &s, &err);
     if (status == LORASYNC_OK) status = lorasync_stream_attach(s, &t, &err);
     if (status == LORASYNC_OK) status = lorasync_stream_compile(s, &err);
     CHECK_EQ(status, LORASYNC_OK);
-    if (c->rank == who) {
-        if (who) raise(SIGKILL);
+    /* not while others are in compile: whoever leaves it first may give up the communicator */
+    __atomic_fetch_add(&d->num_compiled, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&d->num_compiled, __ATOMIC_SEQ_CST) < c->world) usleep(100);
+    if (c->rank == d->who) {
+        if (d->who) raise(SIGKILL);
         k.die = 2; /* in the middle of staging */
     }
     start  = test_now_ns();
@@ -1127,8 +1134,13 @@ static void dying_rank(rank_context *c)
 
 static void deaths(void)
 {
-    int who;
-    for (who = 0; who < 2; who++) CHECK_EQ(run_processes(3, dying_rank, &who), 1);
+    death *d = (death *)mmap(NULL, sizeof *d, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(d != (death *)MAP_FAILED);
+    for (d->who = 0; d->who < 2; d->who++) {
+        d->num_compiled = 0;
+        CHECK_EQ(run_processes(3, dying_rank, d), 1);
+    }
+    munmap(d, sizeof *d);
 }
 
 int main(void)

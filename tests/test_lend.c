@@ -270,7 +270,8 @@ static void arena_open(arena *a, const scene *s)
 #ifdef LEND_CUDA
     for (i = 0; i < BUFFERS; i++) a->device[i] = (char *)memory_get(SIZE);
 #else
-    i           = shm_open(a->name, O_RDWR | O_CREAT | O_EXCL, 0600);
+    shm_unlink(a->name); /* a run with this pid may have been killed */
+    i = shm_open(a->name, O_RDWR | O_CREAT | O_EXCL, 0600);
     CHECK(i >= 0 && ftruncate(i, BUFFERS * SIZE) == 0);
     a->memory = (char *)mmap(NULL, BUFFERS * SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, i, 0);
     CHECK(a->memory != (char *)MAP_FAILED);
