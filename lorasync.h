@@ -68,8 +68,8 @@
        >>api        the functions, each documented where it is declared; ends at "END OF THE PUBLIC PART"
                     -- names; layout; comm; cuda; image; plan; config; transport; engine; policy; session; base
        >>support    errors, allocation, checked arithmetic, buffers, hashing, clock, process identity
-                    -- descs; memory; arenas and buffers; hashing; time; a word of shared memory on which processes
-                       sleep (Linux's futex; being told of changes of files (Linux's inotify; processes
+                    -- descs; memory; arenas and buffers; hashing; time; sleeping on a word of shared memory; being told
+                       of changes of files; processes
        >>json       a small strict reader and writer
                     -- strings; objects and arrays; numbers and words; writing; objects as a whole; rewriting in
                        Python's form
@@ -2179,7 +2179,7 @@ LORASYNC_API const lorasync_tensor *lorasync_find(const lorasync_adapter *adapte
 /* Unpins a version; once per lorasync_acquire. NULL is allowed. Any thread. */
 LORASYNC_API void lorasync_release(const lorasync_adapter *adapter);
 
-/* Closes an engine. All pins must have been released. NULL is allowed. */
+/* Closes an engine, and takes its receipts back. All pins must have been released. NULL is allowed. */
 LORASYNC_API void lorasync_engine_close(lorasync_engine *engine);
 
 /* Opens and checks one PEFT adapter directory, or one safetensors file, outside any engine: for tools, tests and
@@ -3552,7 +3552,7 @@ LORASYNCI_FN void lorasynci_sleep_ns(uint64_t ns)
     nanosleep(&t, NULL);
 }
 
-/* -- a word of shared memory on which processes sleep (Linux's futex; elsewhere they look again every 5 ms)
+/* -- sleeping on a word of shared memory: Linux's futex; elsewhere processes look again every 5 ms
 
    Who changes the word wakes the sleepers afterwards. A sleeper gives the value that it has seen: if the word differs
    by then, it does not sleep, so that no change is missed. */
@@ -3593,7 +3593,7 @@ LORASYNCI_FN void lorasynci_wait_readable(int fd, int timeout_ms)
     if (p.revents & ~POLLIN) lorasynci_sleep_ns(1000000); /* it fails: not without a pause */
 }
 
-/* -- being told of changes of files (Linux's inotify; elsewhere lorasynci_notify_open fails)
+/* -- being told of changes of files: Linux's inotify; elsewhere lorasynci_notify_open fails
 
        descriptor <- watch 1: a directory's entries | watch 2: a file's attributes | ..
 
@@ -25693,9 +25693,11 @@ LORASYNCI_FN lorasync_status lorasynci_fail_receipts(const lorasynci_host *h, ui
     return lorasynci_fail(
         err, LORASYNC_E_RECEIPT,
         "version %llu is published, and %d of the %d engine processes required have received it %d ms later; "
-        "%s%s%s%.120s; look at those, or raise receipt_timeout_ms; go on with the next version%s",
+        "%s%s%s%.120s; %s; go on with the next version%s",
         (unsigned long long)version, (int)out->num_received, h->require_receipts, h->receipt_timeout_ms,
         lagging[0] ? "behind: " : "no other is known", lagging, look.failure.status < 0 ? "; " : "", look.failure.text,
+        lagging[0] ? "look at those, or raise receipt_timeout_ms"
+                   : "start those that are missing (one that closes takes its receipt along)",
         strcmp(h->calls, "lorasync_") == 0 ? ", or wait again with lorasync_republish" : "");
 }
 

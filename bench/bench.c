@@ -660,10 +660,21 @@ static void print_plan(const plan_rank *ranks, int world)
     print_plan_bytes(title, "rank 1", &ranks[1].stats, ranks[1].num_pieces);
 }
 
+/* A thread per rank, to the end. ranks: `world` of `num_bytes` each, one for each thread. */
+static void run_ranks(void *(*function)(void *), void *ranks, size_t num_bytes, int world)
+{
+    pthread_t *threads = (pthread_t *)get((size_t)world * sizeof *threads);
+    int        r;
+    for (r = 0; r < world; r++)
+        if (pthread_create(&threads[r], NULL, function, (char *)ranks + (size_t)r * num_bytes) != 0)
+            die("pthread_create", "no thread");
+    for (r = 0; r < world; r++) pthread_join(threads[r], NULL);
+    free(threads);
+}
+
 static void bench_plan_of(const tensor_list *list, int world, int no_direct, void *data)
 {
-    plan_rank      *ranks   = (plan_rank *)get((size_t)world * sizeof *ranks);
-    pthread_t      *threads = (pthread_t *)get((size_t)world * sizeof *threads);
+    plan_rank      *ranks = (plan_rank *)get((size_t)world * sizeof *ranks);
     lorasync_local *local;
     lorasync_error  err;
     int             r;
@@ -676,13 +687,10 @@ static void bench_plan_of(const tensor_list *list, int world, int no_direct, voi
         ranks[r].no_direct = no_direct;
         ranks[r].repeat    = list->num < 1000 ? 9 : world > 8 ? 3 : 5;
     }
-    for (r = 0; r < world; r++)
-        if (pthread_create(&threads[r], NULL, plan_thread, &ranks[r]) != 0) die("pthread_create", "no thread");
-    for (r = 0; r < world; r++) pthread_join(threads[r], NULL);
+    run_ranks(plan_thread, ranks, sizeof *ranks, world);
     print_plan(ranks, world);
     lorasync_local_close(local);
     free(ranks);
-    free(threads);
 }
 
 static void bench_plan(void)
@@ -818,8 +826,7 @@ static void print_compile(const compile_rank *ranks, int world, size_t num_tenso
 
 static void bench_compile_of(const tensor_list *list, int world, const char *config, const char *what, void *data)
 {
-    compile_rank   *ranks   = (compile_rank *)get((size_t)world * sizeof *ranks);
-    pthread_t      *threads = (pthread_t *)get((size_t)world * sizeof *threads);
+    compile_rank   *ranks = (compile_rank *)get((size_t)world * sizeof *ranks);
     lorasync_local *local;
     lorasync_error  err;
     int             r;
@@ -832,13 +839,10 @@ static void bench_compile_of(const tensor_list *list, int world, const char *con
         ranks[r].config = config;
         ranks[r].repeat = 5;
     }
-    for (r = 0; r < world; r++)
-        if (pthread_create(&threads[r], NULL, compile_thread, &ranks[r]) != 0) die("pthread_create", "no thread");
-    for (r = 0; r < world; r++) pthread_join(threads[r], NULL);
+    run_ranks(compile_thread, ranks, sizeof *ranks, world);
     print_compile(ranks, world, list->num, what);
     lorasync_local_close(local);
     free(ranks);
-    free(threads);
 }
 
 static void bench_compile(void)

@@ -491,7 +491,7 @@ static void killed_engines(void)
     kill_engine(1);
     CHECK(!receipt_of(&trainer, "second"));
     CHECK_EQ(sync_version(&trainer, 2, &report, &err), LORASYNC_E_RECEIPT);
-    CHECK_HAS(err.text, "no other is known");
+    CHECK_HAS(err.text, "no other is known; start those that are missing");
     CHECK_EQ(report.num_received, 1);
     CHECK_EQ(report.num_lagging, 0);
     start_engine(2, &c, "policy");

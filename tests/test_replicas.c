@@ -793,6 +793,33 @@ static void moving_open(moving_rank *r, rank_context *c)
     CHECK_TEXT(err.text, "");
 }
 
+static void moving_close(moving_rank *r)
+{
+    int i;
+    lorasync_close(r->s);
+    comm_close(&r->comm);
+    for (i = 0; i < MOVING; i++)
+        if (i != 5) memory_free(r->p[i].data);
+}
+
+/* Every way; max_shm 1: also into memory that is lent. Nothing is left behind. */
+static void moving_all_ways(void (*function)(rank_context *), int max_shm)
+{
+    moving_case t;
+    size_t      i;
+    memset(&t, 0, sizeof t);
+    for (t.way = 0; t.way < NUM_WAYS; t.way++)
+        for (t.shm = 0; t.shm <= max_shm; t.shm++)
+            for (i = 0; i < num_worlds; i++) {
+                t.seed = t.seed * 5 + 1;
+                snprintf(t.name, sizeof t.name, "lorasync-test-replicas-%ld", (long)getpid());
+                start_devices();
+                run_threads(worlds[i], function, &t);
+                if (t.shm) CHECK_EQ(lorasync_shm_remove(t.name, NULL), LORASYNC_OK);
+                end_devices();
+            }
+}
+
 /* Another address for a piece; what was there is worthless, and freed by the caller. */
 static void *moving_move(moving_rank *r, int i)
 {
@@ -840,28 +867,10 @@ static void moving_rank_run(rank_context *c)
     barrier(c);
     CHECK_EQ(lorasync_sync(r.s, 9, NULL, &err), c->world == 1 ? LORASYNC_OK : LORASYNC_E_DISAGREE);
     if (c->world > 1) CHECK_HAS(err.text, ".q.lora_A.weight: ranks 0 and ");
-    lorasync_close(r.s);
-    comm_close(&r.comm);
-    for (i = 0; i < MOVING; i++)
-        if (i != 5) memory_free(r.p[i].data);
+    moving_close(&r);
 }
 
-static void parameters_that_moved_are_read_where_they_are(void)
-{
-    moving_case t;
-    size_t      i;
-    memset(&t, 0, sizeof t);
-    for (t.way = 0; t.way < NUM_WAYS; t.way++)
-        for (t.shm = 0; t.shm < 2; t.shm++)
-            for (i = 0; i < num_worlds; i++) {
-                t.seed = t.seed * 5 + 1;
-                snprintf(t.name, sizeof t.name, "lorasync-test-replicas-%ld", (long)getpid());
-                start_devices();
-                run_threads(worlds[i], moving_rank_run, &t);
-                if (t.shm) CHECK_EQ(lorasync_shm_remove(t.name, NULL), LORASYNC_OK);
-                end_devices();
-            }
-}
+static void parameters_that_moved_are_read_where_they_are(void) { moving_all_ways(moving_rank_run, 1); }
 
 /* Nothing moves if one of the pieces cannot. */
 static void refused_rank(rank_context *c)
@@ -912,24 +921,11 @@ static void refused_rank(rank_context *c)
     CHECK_HAS(err.text, "between begin and wait");
     CHECK_EQ(lorasync_wait(r.s, NULL, &err), LORASYNC_OK);
     moving_check(&r, 0);
-    lorasync_close(r.s);
-    comm_close(&r.comm);
-    for (i = 0; i < MOVING; i++)
-        if (i != 5) memory_free(r.p[i].data);
+    moving_close(&r);
     memory_free(elsewhere);
 }
 
-static void what_cannot_move_moves_nothing(void)
-{
-    moving_case t;
-    size_t      i;
-    memset(&t, 0, sizeof t);
-    for (t.way = 0; t.way < NUM_WAYS; t.way++)
-        for (i = 0; i < num_worlds; i++) {
-            start_devices();
-            run_threads(worlds[i], refused_rank, &t);
-        }
-}
+static void what_cannot_move_moves_nothing(void) { moving_all_ways(refused_rank, 0); }
 
 /* -- memory that is gone */
 
@@ -964,24 +960,11 @@ static void gone_rank(rank_context *c)
     barrier(c);
     CHECK_EQ(lorasync_sync(r.s, 2, NULL, &err), LORASYNC_OK);
     moving_check(&r, 1);
-    lorasync_close(r.s);
-    comm_close(&r.comm);
-    for (i = 0; i < MOVING; i++)
-        if (i != 5) memory_free(r.p[i].data);
+    moving_close(&r);
 }
 
 /* A model that was moved, and whose old memory the system has back. */
-static void memory_that_is_gone_is_not_read(void)
-{
-    moving_case t;
-    size_t      i;
-    memset(&t, 0, sizeof t);
-    for (t.way = 0; t.way < NUM_WAYS; t.way++)
-        for (i = 0; i < num_worlds; i++) {
-            start_devices();
-            run_threads(worlds[i], gone_rank, &t);
-        }
-}
+static void memory_that_is_gone_is_not_read(void) { moving_all_ways(gone_rank, 0); }
 
 #ifndef REPLICAS_CUDA
 
