@@ -1661,13 +1661,13 @@ static void every_step(int ends, int leftover)
     long k;
     int  more = 1, num_old = 0, num_new = 0;
     for (k = 1; more && k < 1000; k++) {
-        lorasync_transport t;
-        lorasync_engine   *e;
-        lorasync_error     err;
-        lorasync_status    status;
-        int                fd = lowest_fd();
-        uint64_t           now;
-        int                seen = 0;
+        static lorasync_engine *e; /* in a child that ends, valgrind finds it here */
+        lorasync_transport      t;
+        lorasync_error          err;
+        lorasync_status         status;
+        int                     fd = lowest_fd();
+        uint64_t                now;
+        int                     seen = 0;
         fresh_root();
         t = open_directory(1, 0);
         e = open_engine("a");
